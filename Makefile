@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+#
+#   PYTHON=python3.12             another interpreter (3.11 or later)
+#   PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#                                 more flags for pip; this one spares a CPU-only
+#                                 Linux machine gigabytes of CUDA libraries
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test docs lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the package (editable) and the tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "puma-hf needs Python 3.11 or later; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (the first time takes some minutes: torch is large)"
+	@# torch first and alone: pinned, so that a CPU wheel is taken where one is offered
+	@$(PIP) torch
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## run the demo, offline and on the CPU
+	@HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py
+
+test: $(STAMP) ## run the tests, offline
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+docs: $(STAMP) ## run the examples of the docstrings and of README.md
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_docstrings.py tests/test_readme.py
+
+lint: $(STAMP) ## check style, format and types
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+format: $(STAMP) ## mend style and format where ruff can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+clean: ## remove caches and builds; .venv stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""Cut a multimodal LLM down to its first k layers and turn it into a retrieval embedder (PUMA, arXiv 2507.08064)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Name -> module. Resolved on first use, so that `import puma_hf` stays light.
+_PUBLIC_NAMES = {
+    "PumaConfig": "puma_hf.modeling",
+    "PumaModel": "puma_hf.modeling",
+    "PumaProcessor": "puma_hf.modeling",
+    "prune": "puma_hf.pruning",
+    "MultimodalMACLoss": "puma_hf.losses",
+    "SelfDistillationLoss": "puma_hf.losses",
+    "PumaDistillationTrainer": "puma_hf.trainer",
+    "PumaTrainer": "puma_hf.trainer",
+    "lora_config": "puma_hf.trainer",
+    "merge_adapter": "puma_hf.trainer",
+    "load_mbeir": "puma_hf.data",
+    "evaluate_mbeir": "puma_hf.evaluation",
+}
+
+__all__ = [
+    "MultimodalMACLoss",
+    "PumaConfig",
+    "PumaDistillationTrainer",
+    "PumaModel",
+    "PumaProcessor",
+    "PumaTrainer",
+    "SelfDistillationLoss",
+    "__version__",
+    "evaluate_mbeir",
+    "load_mbeir",
+    "lora_config",
+    "merge_adapter",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_NAMES:
+        return getattr(import_module(_PUBLIC_NAMES[name]), name)
+    raise AttributeError(f"module 'puma_hf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from puma_hf.data import load_mbeir
+    from puma_hf.evaluation import evaluate_mbeir
+    from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss
+    from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
+    from puma_hf.pruning import prune
+    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, lora_config, merge_adapter

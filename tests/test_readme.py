@@ -1,0 +1,64 @@
+"""The README's Python blocks run, top to bottom in one namespace, as a reader would paste them.
+
+A block that cannot run here (it downloads, or needs a GPU) has the line `<!-- not run: why -->` before its
+fence; it must still compile. Blocks run beside a copy of demo/ and configs/, so that relative paths hold.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int
+    code: str
+    runs: bool
+
+    def compiled(self, name: str) -> object:
+        # Blank lines before the code make the line numbers of a traceback those of the README.
+        return compile("\n" * (self.line - 1) + self.code, name, "exec")
+
+
+def python_blocks(markdown: str) -> list[Block]:
+    return [
+        Block(markdown.count("\n", 0, match.start("code")) + 1, match["code"], match["mark"] is None)
+        for match in BLOCK.finditer(markdown)
+    ]
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    markdown = (
+        "# T\n\n```python\na = 1\n```\n\n```bash\nls\n```\n"
+        "<!-- not run: downloads -->\n```python\nb = 2\nc = 3\n```\n"
+    )
+    assert python_blocks(markdown) == [Block(4, "a = 1\n", True), Block(12, "b = 2\nc = 3\n", False)]
+
+
+def test_every_block_compiles() -> None:
+    for block in python_blocks(README):
+        block.compiled("README.md")
+
+
+@pytest.mark.usefixtures("docs_directory")
+def test_blocks_run() -> None:
+    blocks = [block for block in python_blocks(README) if block.runs]
+    assert blocks, "README.md shows no Python that runs"
+    namespace: dict[str, object] = {"__name__": "__readme__"}
+    for block in blocks:
+        exec(block.compiled("README.md"), namespace)
+
+
+def test_the_test_command_is_the_one_that_ci_runs() -> None:
+    assert re.search(r"^make test$", README, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

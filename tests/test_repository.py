@@ -1,0 +1,278 @@
+"""Rules that no single module's test can see: dependencies, imports, sizes, what is shipped."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+
+import puma_hf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "puma_hf"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CORE = PYPROJECT["project"]["dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+SOURCES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+MODELING = [name for name in SOURCES if name.startswith("modeling/")]
+
+# All of them come with sentence-transformers, so a model loads wherever that is installed.
+MODELING_MAY_IMPORT = {"PIL", "numpy", "sentence_transformers", "torch", "transformers"}
+# Import names that differ from the name of the distribution.
+DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
+# Who may not import whom inside the package; the data flow of CONTRIBUTING.md as a table.
+MUST_NOT_IMPORT = {
+    "losses/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
+    "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
+    "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
+    "trainer/": ("puma_hf.cli", "puma_hf.hub"),
+    "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
+}
+# A prompt is defined once and read everywhere.
+CONSTANTS = "puma_hf.data.instructions"
+
+MAX_LINES = 400
+MAX_BODY_LINES = 60
+MAX_PUBLIC_NAMES = 15
+APACHE_2_0_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def tree_of(source: str) -> ast.Module:
+    return ast.parse((PACKAGE / source).read_text(encoding="utf-8"), filename=source)
+
+
+def absolute_imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            # `from puma_hf import trainer` imports puma_hf.trainer
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def flat_import_errors(tree: ast.AST, siblings: set[str]) -> list[str]:
+    """What in a file would break once it lies alone beside its siblings in a model's directory."""
+    errors = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level > 1 or not node.module or "." in node.module:
+                errors.append(f"line {node.lineno}: only `from .file import name` is allowed")
+            elif node.module not in siblings:
+                errors.append(f"line {node.lineno}: there is no {node.module}.py in this folder")
+    for name in absolute_imports(tree):
+        top = name.partition(".")[0]
+        if top not in MODELING_MAY_IMPORT and top not in sys.stdlib_module_names:
+            errors.append(f"{top} is not among {sorted(MODELING_MAY_IMPORT)}")
+    return errors
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's body without its signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+# --- dependencies and versions
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "puma_hf/__init__.py"
+    written = re.search(
+        r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert written is not None
+    assert puma_hf.__version__ == written[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == puma_hf.__version__
+
+
+@pytest.mark.parametrize("requirement", CORE)
+def test_core_dependencies_have_a_floor_and_a_cap(requirement: str) -> None:
+    assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?>=[\d.]+,<\d+", requirement)
+
+
+def test_torchvision_is_never_a_core_dependency() -> None:
+    names = [distribution(requirement) for requirement in CORE]
+    assert "torch" in names
+    assert "torchvision" not in names
+    assert not [requirement for requirement in CORE if re.search(r"\[.*(image|video).*\]", requirement)]
+
+
+def test_constraints_pin_every_dependency_within_its_bounds() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    asked = [*CORE, *EXTRAS["test"], *(text for text in EXTRAS["dev"] if not text.startswith("puma-hf"))]
+    for requirement in map(Requirement, asked):
+        assert requirement.name in pins
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_third_party_imports_are_declared() -> None:
+    declared = {distribution(text) for texts in (CORE, *EXTRAS.values()) for text in texts}
+    imported = {name.partition(".")[0] for source in SOURCES for name in absolute_imports(tree_of(source))}
+    third_party = imported - set(sys.stdlib_module_names) - {"puma_hf"}
+    assert "torch" in third_party
+    assert {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in third_party} <= declared
+
+
+# --- the shape of the code
+
+
+def test_the_folder_that_travels_is_not_empty() -> None:
+    assert {
+        "modeling/configuration_puma.py",
+        "modeling/modeling_puma.py",
+        "modeling/processing_puma.py",
+    } <= set(MODELING)
+
+
+@pytest.mark.parametrize("source", MODELING)
+def test_files_that_travel_are_flat(source: str) -> None:
+    siblings = {Path(name).stem for name in MODELING if Path(name).parent == Path("modeling")}
+    assert Path(source).parent == Path("modeling")
+    assert flat_import_errors(tree_of(source), siblings) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from . import other",
+        "from .. import losses",
+        "from ..losses import temperature",
+        "from .other.deep import name",
+        "from .missing import name",
+        "import puma_hf",
+        "def f():\n    from puma_hf.pruning import prune",
+        "import datasets",
+    ],
+)
+def test_the_flat_rule_refuses(line: str) -> None:
+    assert flat_import_errors(ast.parse(line), {"other"})
+
+
+def test_the_flat_rule_accepts() -> None:
+    code = "import re\nimport torch.nn as nn\nfrom PIL import Image\nfrom .other import name\n"
+    assert flat_import_errors(ast.parse(code), {"other"}) == []
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_imports_follow_the_data_flow(source: str) -> None:
+    imported = list(absolute_imports(tree_of(source)))
+    imported = [f"{name}." for name in imported if not name.startswith(CONSTANTS)]
+    for part, forbidden in MUST_NOT_IMPORT.items():
+        if source.startswith(part):
+            assert [name for name in imported if name.startswith(tuple(f"{ban}." for ban in forbidden))] == []
+
+
+@pytest.mark.parametrize("source", [name for name in SOURCES if name != "cli.py"])
+def test_the_library_does_not_print(source: str) -> None:
+    calls = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.Call)]
+    assert [
+        call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ] == []
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_files_and_functions_stay_small(source: str) -> None:
+    assert len((PACKAGE / source).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    functions = [
+        n for n in ast.walk(tree_of(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [f"{f.name}: {body_lines(f)} lines" for f in functions if body_lines(f) > MAX_BODY_LINES] == []
+
+
+def test_public_names_are_few_and_exist() -> None:
+    names = [name for name in puma_hf.__all__ if name != "__version__"]
+    assert 0 < len(names) <= MAX_PUBLIC_NAMES
+    assert [name for name in names if not hasattr(puma_hf, name)] == []
+
+
+# --- what is shipped
+
+
+def test_the_licence_is_the_unmodified_apache_2_0() -> None:
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0_SHA256
+
+
+def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    wheel = tmp_path / f"puma_hf-{puma_hf.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    data = {"puma_hf/py.typed", "puma_hf/hub_card.md", "puma_hf/modeling/chat_template.jinja"}
+    assert data | {f"puma_hf/{source}" for source in SOURCES} <= names
+    assert {name.partition("/")[0] for name in names} == {
+        "puma_hf",
+        f"puma_hf-{puma_hf.__version__}.dist-info",
+    }
+
+
+# --- the model card template
+
+
+def render(**values: object) -> huggingface_hub.ModelCard:
+    data = huggingface_hub.ModelCardData(**values.pop("card_data", {}))  # type: ignore[arg-type]
+    return huggingface_hub.ModelCard.from_template(data, template_path=str(ROOT / "hub_card.md"), **values)
+
+
+def test_the_card_renders_without_any_value() -> None:
+    card = render()
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert {"puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers"} <= set(
+        card.data.tags
+    )
+    assert "base_model_relation" not in card.data.to_dict()
+    assert "Nothing has been measured" in card.text
+    assert not re.search(r"None|Undefined|\{\{|\{%|\n{4}", card.text)
+
+
+def test_the_card_shows_its_values() -> None:
+    card = render(
+        card_data={"base_model": "Qwen/Qwen2-VL-2B-Instruct", "license": "apache-2.0", "tags": ["own"]},
+        model_id="someone/puma",
+        num_kept_layers=14,
+        original_num_hidden_layers=28,
+        parameters_before=9876543,
+        parameters_after=1234567,
+        bytes_after=2469134,
+        embedding_dim=1536,
+        dtype="bfloat16",
+        instructions=["Find an image that matches the sentence."],
+        results="| task | hit@5 |\n|---|---|\n| t->i | 0.5 |",
+        not_measured=["Video retrieval."],
+    )
+    assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    assert card.data.tags == ["own"]
+    expected = ("layers 0 to 13", "14 to 27", "1,234,567", "2.5 MB", "1536", "someone/puma", "t->i", "Video")
+    for shown in expected:
+        assert shown in card.text
+    assert "Nothing has been measured" not in card.text
+    assert "Find an image that matches the sentence." in card.text
+
+
+@pytest.mark.parametrize("kept", [28, 8])
+def test_the_card_names_dropped_layers_only_if_there_are_any(kept: int) -> None:
+    card = render(num_kept_layers=kept, original_num_hidden_layers=28)
+    assert ("No decoder layer was dropped" in card.text) == (kept == 28)
