@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from puma_hf.losses import (
+    MultimodalMACLoss,
+    TemperatureSchedule,
+    TemperatureScheduleCallback,
+    add_temperature_schedule,
+    find_scheduled_losses,
+)
+from puma_hf.losses.temperature import IDLE_FORWARDS_BEFORE_WARNING, ScheduledTemperatureLoss
+
+MakeModel = Callable[[], SentenceTransformer]
+
+
+class RecordingLoss(MultimodalMACLoss):
+    """Notes the hard temperature of every training forward."""
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.used: list[float] = []
+
+    def compute_loss_from_embeddings(self, *args: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.used.append(self.current_hard_temperature)
+        return super().compute_loss_from_embeddings(*args)
+
+
+class ReportingCallback(TrainerCallback):
+    """Keeps a copy of what a reporting integration would send."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.sent.append(dict(logs))
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, make_model: MakeModel, pairs: Dataset
+) -> Callable[..., SentenceTransformerTrainer]:
+    def make(name: str = "run", loss_kwargs: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        model = make_model()
+        args = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / name),
+            **{
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "learning_rate": 0.1,
+                "use_cpu": True,
+                **arguments,
+            },
+        )
+        loss = RecordingLoss(model, **({"temperature": 0.08, "hard_temperature": 0.04} | (loss_kwargs or {})))
+        return SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "middle", "end"),
+    [
+        ("cosine", 0.08, 0.04 + 0.04 * math.sqrt(0.5), 0.04),
+        ("linear", 0.08, 0.06, 0.04),
+        ("constant", 0.04, 0.04, 0.04),
+    ],
+)
+def test_schedule_values(kind: Any, start: float, middle: float, end: float) -> None:
+    schedule = TemperatureSchedule(0.08, 0.04, kind)
+    assert [schedule.value(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([start, middle, end])
+    assert schedule.value(-0.5) == schedule.value(0.0)
+    assert schedule.value(1.5) == schedule.value(1.0) == 0.04
+
+
+def test_cosine_falls_and_is_concave_while_linear_is_straight() -> None:
+    def differences(values: list[float]) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(values)]
+
+    steps = [step / 10 for step in range(11)]
+    cosine = differences([TemperatureSchedule(0.05, 0.04, "cosine").value(step) for step in steps])
+    assert all(difference < 0 for difference in cosine)
+    assert all(difference < 0 for difference in differences(cosine))
+    linear = differences([TemperatureSchedule(0.05, 0.04, "linear").value(step) for step in steps])
+    assert linear == pytest.approx([-0.001] * 10)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.05, math.nan, math.inf])
+def test_schedule_rejects_temperatures(value: float) -> None:
+    with pytest.raises(ValueError, match=r"start is .*must be positive and finite\. Use"):
+        TemperatureSchedule(value, 0.04)
+    with pytest.raises(ValueError, match=r"end is .*must be positive and finite\. Use"):
+        TemperatureSchedule(0.05, value)
+
+
+def test_schedule_rejects_unknown_kind_and_nan_progress() -> None:
+    with pytest.raises(ValueError, match=r"schedule is 'step'.*'cosine', 'linear', 'constant'.*Choose"):
+        TemperatureSchedule(0.05, 0.04, "step")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"progress is nan.*\[0, 1\].*Pass"):
+        TemperatureSchedule(0.05, 0.04).value(math.nan)
+    loss = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
+    with pytest.raises(ValueError, match="progress is nan"):
+        loss.progress = math.nan
+
+
+def test_loss_attributes_follow_progress() -> None:
+    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear")
+    assert (loss.progress, loss.current_hard_temperature) == (0.0, 0.08)
+    loss.progress = 0.25
+    assert (loss.temperature, loss.hard_temperature, loss.progress) == (0.08, 0.04, 0.25)
+    assert loss.current_hard_temperature == pytest.approx(0.07)
+    loss.progress = 7
+    assert (loss.progress, loss.current_hard_temperature) == (1.0, 0.04)
+
+
+@pytest.mark.parametrize(("hard", "warns"), [(0.06, True), (0.05, False), (0.04, False)])
+def test_hard_above_temperature_warns(caplog: pytest.LogCaptureFixture, hard: float, warns: bool) -> None:
+    loss = ScheduledTemperatureLoss(0.05, hard, "cosine")
+    assert ("reverse of PUMA. Swap the two" in caplog.text) == warns
+    assert loss.hard_temperature == hard
+
+
+def test_idle_schedule_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    loss = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
+    loss.warn_if_schedule_idles(training=False)
+    with torch.no_grad():
+        loss.warn_if_schedule_idles(training=True)
+    for _ in range(IDLE_FORWARDS_BEFORE_WARNING - 1):
+        loss.warn_if_schedule_idles(training=True)
+    assert not caplog.records
+    for _ in range(5):
+        loss.warn_if_schedule_idles(training=True)
+    assert len(caplog.records) == 1
+    assert "never moved: hard_temperature is still 0.05 instead of going to 0.04" in caplog.text
+    assert "add_temperature_schedule(trainer)" in caplog.text
+
+
+@pytest.mark.parametrize("reason", ["progress set", "constant", "equal temperatures"])
+def test_idle_schedule_that_is_fine(caplog: pytest.LogCaptureFixture, reason: str) -> None:
+    hard = 0.05 if reason == "equal temperatures" else 0.04
+    loss = ScheduledTemperatureLoss(0.05, hard, "constant" if reason == "constant" else "cosine")
+    if reason == "progress set":
+        loss.progress = 0.0
+    for _ in range(IDLE_FORWARDS_BEFORE_WARNING + 1):
+        loss.warn_if_schedule_idles(training=True)
+    assert not caplog.records
+
+
+def test_find_scheduled_losses(make_model: MakeModel) -> None:
+    model = make_model()
+    one, two = MultimodalMACLoss(model), MultimodalMACLoss(model)
+    other = MultipleNegativesRankingLoss(model)
+    assert find_scheduled_losses(None) == find_scheduled_losses(other) == find_scheduled_losses({}) == {}
+    assert find_scheduled_losses(one) == find_scheduled_losses({"a": one, "b": one, "c": other}) == {"": one}
+    assert find_scheduled_losses(MatryoshkaLoss(model, one, [8, 4])) == {"": one}
+    assert find_scheduled_losses({"a": one, "b": two}) == {"a_": one, "b_": two}
+    assert find_scheduled_losses(nn.ModuleList([one, two])) == {"0_": one, "1_": two}
+    assert find_scheduled_losses({"a": nn.ModuleList([one, two]), "b": lambda model: one}) == {
+        "a_0_": one,
+        "a_1_": two,
+    }
+
+
+def test_callback_rejects_a_loss_without_schedule(make_model: MakeModel) -> None:
+    other = MultipleNegativesRankingLoss(make_model())
+    with pytest.raises(
+        ValueError, match=r"loss is a MultipleNegativesRankingLoss.*Pass the MultimodalMACLoss"
+    ):
+        TemperatureScheduleCallback(other)
+    with pytest.raises(ValueError, match=r"loss is a dict of \['MultipleNegativesRankingLoss'\]"):
+        TemperatureScheduleCallback({"nli": other})
+
+
+def test_callback_events_by_hand(tmp_path: Path) -> None:
+    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear")
+    callback = TemperatureScheduleCallback(loss)
+    args, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
+    state = TrainerState(global_step=3, max_steps=4, log_history=[{"loss": 1.0, "step": 3}])
+    callback.on_train_begin(args, state, control)
+    assert loss.progress == 0.75
+    logs: dict[str, Any] = {"loss": 1.0}
+    callback.on_log(args, state, control, logs=logs)
+    assert logs == {"loss": 1.0, "temperature": 0.08, "hard_temperature": pytest.approx(0.05)}
+    assert state.log_history[-1] == {**logs, "step": 3}
+    for untouched in ({"eval_loss": 1.0}, {"train_loss": 1.0}):
+        logs = dict(untouched)
+        callback.on_log(args, state, control, logs=logs)
+        assert logs == untouched
+    callback.on_log(args, state, control, logs=None)
+    state.max_steps = 0  # unknown: keep what there is
+    callback.on_step_begin(args, state, control)
+    assert loss.progress == 0.75
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_schedule_in_a_trainer(
+    make_trainer: Callable[..., SentenceTransformerTrainer], accumulation: int
+) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=accumulation)
+    callback = add_temperature_schedule(trainer)
+    assert trainer.callback_handler.callbacks[1] is callback
+    trainer.train()
+
+    steps = 8 // accumulation
+    expected = [0.04 + 0.04 * math.cos(math.pi / 2 * step / steps) for step in range(steps)]
+    assert trainer.state.global_step == steps
+    used = [value for value in expected for _ in range(accumulation)]
+    assert trainer.loss.used == pytest.approx(used)
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    assert [record["hard_temperature"] for record in records] == pytest.approx(expected)
+    assert [record["temperature"] for record in records] == [0.08] * steps
+    assert (trainer.loss.progress, trainer.loss.current_hard_temperature) == (1.0, 0.04)
+
+
+def test_reporting_callbacks_see_the_temperatures(
+    make_trainer: Callable[..., SentenceTransformerTrainer],
+) -> None:
+    trainer = make_trainer(max_steps=2)
+    reporting = ReportingCallback()
+    trainer.add_callback(reporting)
+    add_temperature_schedule(trainer)
+    trainer.train()
+    assert [logs["hard_temperature"] for logs in reporting.sent if "loss" in logs] == pytest.approx(
+        [0.08, 0.04 + 0.04 * math.sqrt(0.5)]
+    )
+
+
+def test_resuming_continues_the_schedule(make_trainer: Callable[..., SentenceTransformerTrainer]) -> None:
+    whole = make_trainer("whole", save_strategy="steps", save_steps=3)
+    add_temperature_schedule(whole)
+    whole.train()
+    resumed = make_trainer("resumed", save_strategy="no")
+    add_temperature_schedule(resumed)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
+
+    assert len(whole.loss.used) == 8
+    assert resumed.loss.used == whole.loss.used[3:]
+    logged = [
+        {
+            record["step"]: (record["hard_temperature"], record["loss"])
+            for record in history
+            if "loss" in record
+        }
+        for history in (whole.state.log_history, resumed.state.log_history)
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_add_temperature_schedule_twice_adds_one(
+    make_trainer: Callable[..., SentenceTransformerTrainer],
+) -> None:
+    trainer = make_trainer()
+    own = TemperatureScheduleCallback(trainer.loss)
+    trainer.add_callback(own)
+    assert add_temperature_schedule(trainer) is add_temperature_schedule(trainer) is own
+    found = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert found.count(TemperatureScheduleCallback) == 1
+    assert found[1] is TemperatureScheduleCallback
+
+
+def test_add_temperature_schedule_needs_a_scheduled_loss(
+    make_trainer: Callable[..., SentenceTransformerTrainer],
+) -> None:
+    trainer = make_trainer()
+    trainer.loss = MultipleNegativesRankingLoss(trainer.model)
+    with pytest.raises(ValueError, match="needs a ScheduledTemperatureLoss"):
+        add_temperature_schedule(trainer)
+    with pytest.raises(ValueError, match="loss is a dict of"):
+        add_temperature_schedule(object())  # type: ignore[arg-type]
+
+
+def test_dict_of_losses_logs_each(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> None:
+    model = make_model()
+    losses = {
+        "one": MultimodalMACLoss(model, 0.08, 0.04, "linear"),
+        "two": MultimodalMACLoss(model, 0.05, 0.03, "constant"),
+    }
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model, args=args, train_dataset=DatasetDict({"one": pairs, "two": pairs}), loss=losses
+    )
+    add_temperature_schedule(trainer)
+    trainer.train()
+    last = [record for record in trainer.state.log_history if "loss" in record][-1]
+    names = ("one_temperature", "one_hard_temperature", "two_temperature", "two_hard_temperature")
+    assert [last[name] for name in names] == pytest.approx([0.08, 0.06, 0.05, 0.03])
+
+
+def test_plain_trainer_without_schedule_warns(
+    make_trainer: Callable[..., SentenceTransformerTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(max_steps=IDLE_FORWARDS_BEFORE_WARNING + 2)
+    with caplog.at_level(logging.WARNING, logger="puma_hf"):
+        trainer.train()
+    assert set(trainer.loss.used) == {0.08}  # plain InfoNCE: what the warning is about
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("puma_hf")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("RecordingLoss has been trained for 32 forward passes, but its 'cosine'")
