@@ -1,0 +1,327 @@
+"""M-BEIR's official folder layout.
+
+    query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl        query/union_train/mbeir_union_up_train.jsonl
+    cand_pool/local/mbeir_<dataset>_task<n>_cand_pool.jsonl    (or ..._task<n>_<split>_cand_pool.jsonl, as
+    MSCOCO has) cand_pool/global/mbeir_union_<split>_cand_pool.jsonl
+    qrels/<split>/mbeir_<dataset>_task<n>_<split>_qrels.txt instructions/query_instructions.tsv
+    and images, at the img_path of each record
+
+Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from puma_hf.data.mbeir_format import (
+    Candidate,
+    ImageFinder,
+    InstructionKey,
+    MBEIRFormatError,
+    Query,
+    location,
+    parse_candidate,
+    parse_query,
+    read_instructions,
+    read_jsonl,
+    read_qrels,
+)
+from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
+
+UNION_PREFIX = "union_"
+_TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODALITIES.items()}
+
+
+class MBEIR:
+    """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
+
+    Nothing is read before it is asked for, and nothing is kept but the instructions.
+
+    Args:
+        root: The folder.
+        image_root: Folder that every `img_path` is relative to, if not `root`; images outside of it are
+            refused.
+
+    Raises:
+        FileNotFoundError: If `root` is not a folder.
+
+    Example:
+        >>> data = MBEIR("demo/emoji")
+        >>> [task.arrow for task in data.tasks("test")]
+        ['t -> i', 't -> t', 't -> it', 'i -> t', 'i -> i', 'it -> t', 'it -> i', 'it -> it']
+    """
+
+    def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout"
+            )
+        self._images = ImageFinder(self.root if image_root is None else Path(image_root))
+
+    def tasks(self, split: str = "test") -> list[MBEIRTask]:
+        """Tasks that have queries in a split.
+
+        Args:
+            split: A folder below `query/`.
+
+        Returns:
+            The tasks, by task number and then by dataset.
+
+        Raises:
+            FileNotFoundError: If the split has no query files.
+            MBEIRFormatError: If a file name has an unknown task number.
+        """
+        folder = self.root / "query" / split
+        pattern = re.compile(rf"mbeir_(\w+)_task(\d+)_{re.escape(split)}\.jsonl")
+        found = []
+        for path in sorted(folder.glob("mbeir_*.jsonl")):
+            match = pattern.fullmatch(path.name)
+            if match is None:
+                continue
+            if int(match[2]) not in TASK_MODALITIES:
+                raise MBEIRFormatError(
+                    f"{path}: task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}"
+                )
+            found.append(MBEIRTask(int(match[2]), match[1]))
+        if not found:
+            raise FileNotFoundError(
+                f"{folder} holds no mbeir_<dataset>_task<n>_{split}.jsonl; the splits here are "
+                f"{sorted(path.name for path in (self.root / 'query').glob('*'))}"
+            )
+        return sorted(found)
+
+    def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
+        """Queries of one task.
+
+        Args:
+            task: The task.
+            split: "train", "val" or "test".
+
+        Returns:
+            The queries in the file's order.
+
+        Raises:
+            MBEIRFormatError: If a line is wrong, a qid comes twice or the file is empty.
+            FileNotFoundError: If the file or an image is missing.
+        """
+        path = self._query_path(task, split)
+        queries: dict[str, Query] = {}
+        for query in self._read_queries(path):
+            where = location(path, query.line)
+            if query.qid in queries:
+                raise MBEIRFormatError(
+                    f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}"
+                )
+            if query.modality != task.query_modality:
+                raise MBEIRFormatError(
+                    f"{where}: query_modality is {query.modality!r} but task {task.task_id} has "
+                    f"{task.query_modality!r} queries; move the line to the file of its own task"
+                )
+            queries[query.qid] = query
+        return list(queries.values())
+
+    def union_queries(self, split: str = "union_train") -> list[Query]:
+        """Queries of all tasks from one file.
+
+        A qid may come many times, as M-BEIR repeats its smaller datasets.
+
+        Args:
+            split: "union_train" or "union_val".
+
+        Returns:
+            The queries in the file's order.
+
+        Raises:
+            MBEIRFormatError: If a line is wrong or the file is empty.
+            FileNotFoundError: If the file or an image is missing.
+        """
+        return list(self._read_queries(self._union_path(split)))
+
+    def local_pool(self, task: MBEIRTask, split: str = "test") -> dict[str, Candidate]:
+        """Candidates of one task alone.
+
+        Args:
+            task: The task.
+            split: Split whose own pool is preferred where there is one (MSCOCO's val and test pools differ).
+
+        Returns:
+            The candidates by did, in the file's order.
+
+        Raises:
+            MBEIRFormatError: If a line is wrong, a did comes twice or the file is empty.
+            FileNotFoundError: If the file or an image is missing.
+        """
+        folder = self.root / "cand_pool" / "local"
+        own = folder / f"mbeir_{task.name}_{split}_cand_pool.jsonl"
+        return self._read_pool(own if own.is_file() else folder / f"mbeir_{task.name}_cand_pool.jsonl")
+
+    def global_pool(self, split: str = "test") -> dict[str, Candidate]:
+        """Candidates of all tasks.
+
+        Args:
+            split: "train", "val" or "test"; "union_train" and "union_val" have the pools of "train" and
+                "val".
+
+        Returns:
+            The candidates by did, in the file's order.
+
+        Raises:
+            MBEIRFormatError: If a line is wrong, a did comes twice or the file is empty.
+            FileNotFoundError: If the file or an image is missing.
+        """
+        name = f"mbeir_union_{split.removeprefix(UNION_PREFIX)}_cand_pool.jsonl"
+        return self._read_pool(self.root / "cand_pool" / "global" / name)
+
+    def qrels(
+        self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]
+    ) -> dict[str, dict[str, int]]:
+        """Relevance of the candidates of a pool to the queries of a task.
+
+        Args:
+            task: The task.
+            split: "train", "val" or "test".
+            queries: The task's queries.
+            pool: Dids of the pool that is searched.
+
+        Returns:
+            For each judged qid, the positive relevances by did.  A candidate of another dataset than its
+            query's (OVEN and InfoSeek share Wikipedia) that is absent from the pool is left out.
+
+        Raises:
+            MBEIRFormatError: If a line is malformed or has an unknown qid or did.
+            FileNotFoundError: If the file is missing.
+        """
+        path = self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
+        return read_qrels(path, {query.qid for query in queries}, pool)
+
+    def instruction(
+        self, query: Query, candidate_modality: str, seed: int | None = None, *, row: int = 0
+    ) -> str:
+        """The instruction that tells the model what this query looks for.
+
+        Args:
+            query: The query.
+            candidate_modality: Modality it looks for: "text", "image" or "image,text".
+            seed: None for the first wording (evaluation); a number for one of the wordings, always the same
+                for the same seed, qid and row (training).
+            row: Tells repetitions of one query apart.
+
+        Returns:
+            The instruction, word for word.
+
+        Raises:
+            MBEIRFormatError: If the table has no row for this dataset and these modalities.
+        """
+        prompts, _ = self._instructions
+        key = (query.dataset_id, query.modality, candidate_modality)
+        if key not in prompts:
+            raise MBEIRFormatError(
+                f"{self._instruction_path}: no instruction for (dataset_id, query modality, candidate "
+                f"modality) = {key}, needed by query {query.qid!r}; add the row"
+            )
+        wordings = prompts[key]
+        return (
+            wordings[0]
+            if seed is None
+            else seeded_random(seed, "instruction", query.qid, row).choice(wordings)
+        )
+
+    def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
+        """The task of a query from a union file, where the file name does not say it.
+
+        Args:
+            query: The query.
+            candidate_modality: Modality of its positive.
+
+        Returns:
+            The task; a dataset that is not one of M-BEIR's ten has its name from the table of instructions.
+
+        Raises:
+            MBEIRFormatError: If M-BEIR has no task between these modalities.
+        """
+        task_id = _TASK_OF_MODALITIES.get((query.modality, candidate_modality))
+        if task_id is None:
+            raise MBEIRFormatError(
+                f"query {query.qid!r}: M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
+            )
+        names = {number: name for name, number in MBEIR_DATASET_IDS.items()}
+        number = query.dataset_id
+        return MBEIRTask(
+            task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}"
+        )
+
+    def query_path(self, split: str, task: MBEIRTask | None) -> Path:
+        """File of the queries of a task, or of a union split if there is no task."""
+        return self._union_path(split) if task is None else self._query_path(task, split)
+
+    def _query_path(self, task: MBEIRTask, split: str) -> Path:
+        return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
+
+    def _union_path(self, split: str) -> Path:
+        folder, part = self.root / "query" / split, split.removeprefix(UNION_PREFIX)
+        repeated = folder / f"mbeir_union_up_{part}.jsonl"  # "up": smaller datasets repeated
+        return repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"
+
+    @property
+    def _instruction_path(self) -> Path:
+        return self.root / "instructions" / "query_instructions.tsv"
+
+    @cached_property
+    def _instructions(self) -> tuple[dict[InstructionKey, tuple[str, ...]], dict[int, str]]:
+        return read_instructions(self._instruction_path)
+
+    def _read_queries(self, path: Path) -> Iterator[Query]:
+        empty = True
+        for line, record in read_jsonl(path):
+            empty = False
+            yield parse_query(record, line, location(path, line), self._images)
+        if empty:
+            raise MBEIRFormatError(f"{path}, line 1: the query file is empty; download it again or remove it")
+
+    def _read_pool(self, path: Path) -> dict[str, Candidate]:
+        pool: dict[str, Candidate] = {}
+        for line, record in read_jsonl(path):
+            candidate = parse_candidate(record, location(path, line), self._images)
+            if candidate.did in pool:
+                raise MBEIRFormatError(
+                    f"{location(path, line)}: did {candidate.did!r} was already given; keep one line"
+                )
+            pool[candidate.did] = candidate
+        if not pool:
+            raise MBEIRFormatError(f"{path}, line 1: the candidate pool is empty; download it again")
+        return pool
+
+
+def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) -> list[MBEIRTask]:
+    """The tasks with these names.
+
+    Args:
+        available: Tasks to choose from.
+        names: Names such as "webqa_task1"; None for all.
+
+    Returns:
+        The chosen tasks in the order of `available`.
+
+    Raises:
+        ValueError: If a name is not available, or `names` is empty.
+    """
+    if names is None:
+        return list(available)
+    wanted = {names} if isinstance(names, str) else set(names)
+    known = [task.name for task in available]
+    if not wanted or not wanted <= set(known):
+        raise ValueError(
+            f"tasks is {sorted(wanted)}, must be some of {known}; choose from these or leave it out"
+        )
+    return [task for task in available if task.name in wanted]
+
+
+def seeded_random(seed: int, *key: object) -> random.Random:
+    """A generator that depends on the seed and the key alone: the same in every process and on every "
+    "machine."""
+    return random.Random(":".join(map(str, (seed, *key))))  # a string seed is hashed with SHA-512

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from puma_hf.data.mbeir_format import MBEIRFormatError
+from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir_tasks import TASK_MODALITIES, MBEIRTask
+from puma_hf.evaluation.mbeir import MBEIRResults, evaluate_mbeir
+from tests.data import mbeir_builder as builder
+
+TASKS = [MBEIRTask(number, builder.DATASET) for number in TASK_MODALITIES]
+
+
+class FakeEncoder:
+    """Three small integers from a checksum of the input and the prompt: plenty of ties, even zero vectors."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str | dict[str, str]], str, dict[str, Any]]] = []
+
+    def encode(
+        self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any
+    ) -> NDArray[np.float32]:
+        self.calls.append((inputs, str(prompt), kwargs))
+        return np.array([self.embed(item, prompt) for item in inputs], dtype=np.float32)
+
+    @staticmethod
+    def embed(item: str | dict[str, str], prompt: str | None) -> list[int]:
+        if isinstance(item, str):
+            item = {"text": item}
+        content = [item.get("text", ""), Path(item.get("image", "")).name, prompt or ""]
+        return [byte % 3 - 1 for byte in zlib.crc32(repr(content).encode()).to_bytes(4, "big")[:3]]
+
+
+def brute_force(root: Path, task: MBEIRTask, pool_name: str) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Rankings and metrics straight from the files, with none of the code under test."""
+    pool_path = (
+        builder.local_pool_path(root, task.task_id)
+        if pool_name == "local"
+        else builder.global_pool_path(root, "test")
+    )
+    pool = builder.read_records(pool_path)
+    relevance: dict[str, dict[str, int]] = {}
+    for line in builder.qrels_path(root, task.task_id, "test").read_text().splitlines():
+        qid, _, did, gain, _ = line.split()
+        relevance.setdefault(qid, {})[did] = int(gain)
+    rankings: dict[str, list[str]] = {}
+    totals: Counter[str] = Counter()
+    for query in builder.read_records(builder.query_path(root, task.task_id, "test")):
+        vector = embed_record(query["query_txt"], query["query_img_path"], f"{task.task_id} wording 1.")
+        vectors = [embed_record(record["txt"], record["img_path"], "") for record in pool]
+        scores = [round(cosine(vector, other) * 2**30) for other in vectors]
+        order = sorted(range(len(pool)), key=lambda index: (-scores[index], index))
+        ranking = [pool[index]["did"] for index in order]
+        rankings[query["qid"]] = ranking[:10]
+        gains = relevance.get(query["qid"])
+        if gains is None:
+            continue
+        totals["queries"] += 1
+        for k in (1, 5, 10):
+            found = sum(did in gains for did in ranking[:k])
+            totals[f"hit@{k}"] += found > 0
+            totals[f"recall@{k}"] += found / len(gains)  # type: ignore[assignment]
+        ideal = sorted(gains.values(), reverse=True)
+        dcg = sum(gains.get(did, 0) / math.log2(rank + 2) for rank, did in enumerate(ranking[:10]))
+        totals["ndcg@10"] += dcg / sum(g / math.log2(r + 2) for r, g in enumerate(ideal))  # type: ignore[assignment]
+        ranks = [rank for rank, did in enumerate(ranking[:10], start=1) if did in gains]
+        totals["mrr@10"] += 1 / ranks[0] if ranks else 0  # type: ignore[assignment]
+        totals["wrong_modality@1"] += pool[order[0]]["modality"] != task.candidate_modality
+    queries = totals.pop("queries")
+    return rankings, {name: total / queries for name, total in totals.items()}
+
+
+def embed_record(text: str | None, img_path: str | None, prompt: str) -> list[int]:
+    content = {"text": text, "image": img_path}
+    return FakeEncoder.embed({key: value for key, value in content.items() if value}, prompt)
+
+
+def cosine(a: list[int], b: list[int]) -> float:
+    norm = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4096])
+def test_equals_brute_force_on_both_pools(root: Path, block_size: int) -> None:
+    results = evaluate_mbeir(FakeEncoder(), root, pool="both", block_size=block_size)
+    assert [(row.pool, row.task) for row in results.rows] == [
+        (pool, task) for pool in ("local", "global") for task in TASKS
+    ]
+    for row in results.rows:
+        rankings, metrics = brute_force(root, row.task, row.pool)
+        assert results.rankings[row.pool][row.task.name] == rankings
+        assert row.metrics == pytest.approx(metrics, abs=1e-12)
+        assert row.score == row.metrics["hit@5"]
+        assert (row.num_queries, row.num_skipped) == (builder.NUM_QUERIES - 1, 1)
+        assert row.pool_size == builder.NUM_CANDIDATES * (1 if row.pool == "local" else len(TASKS))
+    for pool in ("local", "global"):
+        rows = [row for row in results.rows if row.pool == pool]
+        assert results.mean(pool)["ndcg@10"] == pytest.approx(sum(r.metrics["ndcg@10"] for r in rows) / 8)
+    assert results.mean("local")["wrong_modality@1"] == 0 < results.mean("global")["wrong_modality@1"]
+
+
+def test_every_input_is_encoded_once_in_one_modality(root: Path) -> None:
+    model = FakeEncoder()
+    evaluate_mbeir(
+        model, root, pool="both", batch_size=7, show_progress_bar=False, encode_kwargs={"truncate_dim": 2}
+    )
+    assert all(
+        kwargs == {"batch_size": 7, "show_progress_bar": False, "truncate_dim": 2}
+        for *_, kwargs in model.calls
+    )
+    assert all(
+        len({isinstance(item, str) or tuple(item) for item in inputs}) == 1 for inputs, *_ in model.calls
+    )
+    candidates = [repr(item) for inputs, prompt, _ in model.calls if not prompt for item in inputs]
+    assert len(candidates) == len(set(candidates)) == len(TASKS) * builder.NUM_CANDIDATES
+    prompts = [prompt for _, prompt, _ in model.calls if prompt]
+    assert prompts == [f"{task.task_id} wording 1." for task in TASKS]
+    assert all(len(inputs) == builder.NUM_QUERIES for inputs, prompt, _ in model.calls if prompt)
+
+
+def test_seeded_instructions(root: Path) -> None:
+    model, data = FakeEncoder(), MBEIR(root)
+    evaluate_mbeir(model, data, tasks=["toys_task1"], instruction_seed=5)
+    expected = Counter(data.instruction(query, "text", 5) for query in data.queries(TASKS[1]))
+    assert len(expected) > 1
+    assert {prompt: len(inputs) for inputs, prompt, _ in model.calls if prompt} == expected
+
+
+def test_tensors_are_taken_too(root: Path) -> None:
+    class TensorEncoder(FakeEncoder):
+        def encode(self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any) -> Any:
+            return torch.from_numpy(super().encode(inputs, prompt)).to(torch.bfloat16)
+
+    assert evaluate_mbeir(TensorEncoder(), root).rows == evaluate_mbeir(FakeEncoder(), root).rows
+
+
+def test_fashion_reports_hit_at_10_even_if_not_asked_for(root: Path) -> None:
+    for path in [*root.rglob("*toys_task7*"), *root.rglob("*toys_task1*")]:
+        path.rename(path.with_name(path.name.replace("toys", "fashioniq")))
+    results = evaluate_mbeir(
+        FakeEncoder(), root, tasks=["fashioniq_task7", "toys_task8"], ks=[1], pool="global"
+    )
+    fashion, toys = results.rows
+    assert (
+        list(fashion.metrics)
+        == list(toys.metrics)
+        == ["hit@1", "recall@1", "ndcg@10", "mrr@10", "wrong_modality@1"]
+    )
+    expected = evaluate_mbeir(FakeEncoder(), root, tasks=["fashioniq_task7", "toys_task8"], pool="global")
+    assert fashion.score == expected.rows[0].metrics["hit@10"] != expected.rows[0].metrics["hit@5"]
+    assert toys.score == expected.rows[1].metrics["hit@5"]
+
+
+def test_candidates_of_other_datasets_count_only_where_they_are(root: Path) -> None:
+    """OVEN and InfoSeek: a judged candidate that only the global pool holds."""
+    path = builder.global_pool_path(root, "test")
+    foreign = {
+        "did": "12:1",
+        "txt": "text of q1_3",
+        "img_path": None,
+        "modality": "text",
+        "src_content": None,
+    }
+    builder.append_line(path, json.dumps(foreign))
+    builder.append_line(builder.qrels_path(root, 1, "test"), f"{builder.qid(1, 3)} 0 12:1 1 1")
+    local, everywhere = evaluate_mbeir(FakeEncoder(), root, tasks=["toys_task1"], pool="both").rows
+    assert (local.num_queries, local.num_skipped) == (3, 1)
+    assert (everywhere.num_queries, everywhere.num_skipped) == (4, 0)
+
+
+def test_json_round_trip(root: Path, tmp_path: Path) -> None:
+    results = evaluate_mbeir(FakeEncoder(), root, pool="both")
+    path = tmp_path / "new" / "results.json"
+    results.to_json(path)
+    results.to_json(path, include_rankings=True)  # replaces
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    values = json.loads(path.read_text())
+    assert MBEIRResults.from_dict(values) == results
+    assert values == results.to_dict(include_rankings=True)
+    assert list(values["mean"]) == ["local", "global"]
+    assert "rankings" not in results.to_dict()
+
+
+def test_failed_json_leaves_the_old_file(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    results = evaluate_mbeir(FakeEncoder(), root)
+    results.rows[0].metrics["hit@1"] = math.nan
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.to_json(path)
+    assert path.read_text() == "old"
+
+
+def test_markdown(root: Path) -> None:
+    results = evaluate_mbeir(FakeEncoder(), root, pool="both")
+    lines = results.to_markdown().splitlines()
+    assert lines[0] == (
+        "| task | dataset | pool | candidates | queries | k | hit@k | hit@1 | hit@5 | hit@10 | ndcg@10 "
+        "| wrong_modality@1 |"
+    )
+    assert len(lines) == 2 + 2 * (8 + 1)
+    assert {line.count("|") for line in lines} == {13}
+    row = results.rows[2]
+    shown = [
+        row.score,
+        *(row.metrics[name] for name in ("hit@1", "hit@5", "hit@10", "ndcg@10", "wrong_modality@1")),
+    ]
+    assert (
+        lines[4]
+        == "| t -> it | toys | local | 6 | 3 | 5 | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |"
+    )
+    assert lines[10].startswith(
+        f"|  | **mean** | local |  | 24 |  | **{100 * results.mean('local')['score']:.1f}** |"
+    )
+    assert MBEIRResults.from_dict(results.to_dict()).to_markdown() == results.to_markdown()
+
+
+def test_mean_of_a_pool_that_was_not_evaluated(root: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"pool is 'global', evaluated were \['local'\]; evaluate with pool='both'"
+    ):
+        evaluate_mbeir(FakeEncoder(), root).mean("global")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pool": "all"}, r"pool is 'all', must be one of \['local', 'global', 'both'\]"),
+        ({"ks": []}, r"ks is \[\], must be numbers of 1 or more"),
+        ({"ks": [0]}, r"ks is \[0\], must be numbers of 1 or more"),
+        ({"tasks": ["toys_task5"]}, r"tasks is \['toys_task5'\], must be some of"),
+    ],
+)
+def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_mbeir(FakeEncoder(), root, **arguments)
+
+
+@pytest.mark.parametrize("pool", ["local", "global"])
+def test_broken_qrels_are_found_before_anything_is_encoded(
+    root: Path, pool: Literal["local", "global"]
+) -> None:
+    line = builder.append_line(builder.qrels_path(root, 8, "test"), f"{builder.qid(8, 0)} 0 11:9999 1 8")
+    model = FakeEncoder()
+    with pytest.raises(
+        MBEIRFormatError, match=rf"_qrels\.txt, line {line}: did '11:9999' is not in the candidate pool"
+    ):
+        evaluate_mbeir(model, root, pool=pool)
+    assert not model.calls
+
+
+def test_task_without_any_relevant_candidate(root: Path) -> None:
+    builder.qrels_path(root, 4, "test").write_text("")
+    with pytest.raises(
+        MBEIRFormatError, match=r"no query of toys_task4 \(test\) has a relevant candidate in its local"
+    ):
+        evaluate_mbeir(FakeEncoder(), root)
+
+
+def test_one_did_must_mean_one_candidate(root: Path) -> None:
+    builder.change_record(builder.local_pool_path(root, 1), 2, txt="another text")
+    evaluate_mbeir(FakeEncoder(), root, pool="local")
+    with pytest.raises(
+        MBEIRFormatError, match=r"did '11:101' of the local pool of toys_task1 differs .*must mean the same"
+    ):
+        evaluate_mbeir(FakeEncoder(), root, pool="both")
+
+
+def test_embeddings_of_a_wrong_shape(root: Path) -> None:
+    class Ragged(FakeEncoder):
+        def encode(self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any) -> Any:
+            return np.zeros((len(inputs), 2 + ("image" in inputs[0])))
+
+    with pytest.raises(
+        ValueError, match=r"encode returned \(\d+, 2\) for \d+ inputs of modality 'text', expected \("
+    ):
+        evaluate_mbeir(Ragged(), root)
+
+
+def test_embeddings_that_are_not_finite(root: Path) -> None:
+    class Broken(FakeEncoder):
+        def encode(self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any) -> Any:
+            return np.full((len(inputs), 2), np.nan)
+
+    with pytest.raises(ValueError, match="query_embeddings has 4 of 4 rows with NaN"):
+        evaluate_mbeir(Broken(), root)
