@@ -1,4 +1,4 @@
-"""Cut a multimodal LLM down to its first k layers and turn it into a retrieval embedder (PUMA, arXiv 2507.08064)."""
+"""Cut a multimodal LLM to its first k layers and make it a retrieval embedder (PUMA, arXiv 2507.08064)."""
 
 from __future__ import annotations
 

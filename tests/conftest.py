@@ -10,8 +10,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+
+    from puma_hf import PumaModel, PumaProcessor
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,8 +60,64 @@ def docs_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where examples run: paths such as demo/... hold, but what they write stays out of the repository."""
     for name in ("demo", "configs"):
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "output")
-            )
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# --- tiny models; imported lazily, so that tests of data or text alone do not pay for torch
+
+
+@pytest.fixture(scope="session")
+def qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An original Qwen2-VL checkpoint of 4 layers. Read only: copy it before changing it."""
+    from tests.tiny import build_qwen2_vl
+
+    return build_qwen2_vl(tmp_path_factory.mktemp("original") / "tiny-qwen2-vl")
+
+
+@pytest.fixture(scope="session")
+def puma_dir(qwen_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint pruned to 2 layers, complete. Read only."""
+    from puma_hf import prune
+
+    folder = tmp_path_factory.mktemp("pruned") / "tiny-puma"
+    prune(qwen_dir, folder, num_kept_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(puma_dir: Path) -> PumaModel:
+    """The pruned model in evaluation mode. Read only."""
+    from puma_hf import PumaModel
+
+    loaded: PumaModel = PumaModel.from_pretrained(puma_dir).eval()
+    return loaded
+
+
+@pytest.fixture
+def processor(puma_dir: Path) -> PumaProcessor:
+    """Its processor, a new one for each test, which may change it."""
+    from puma_hf import PumaProcessor
+
+    loaded: PumaProcessor = PumaProcessor.from_pretrained(puma_dir)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def sentence_transformer(puma_dir: Path) -> SentenceTransformer:
+    """The pruned model as a SentenceTransformer. Read only."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    """Three pictures of different sizes and colours, none of one colour alone."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    sizes = ((40, 24, 3), (24, 24, 3), (16, 56, 3))
+    return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes]

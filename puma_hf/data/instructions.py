@@ -2,9 +2,8 @@
 
 They are the benchmark's own data, kept word for word so that results can be compared: M-BEIR's
 `instructions/query_instructions.tsv` (TIGER-Lab/M-BEIR; UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).  The
-wordings and their order were checked against three public copies that agree with each other: the table of
-M-BEIR instructions in LamRA's appendix (Liu et al., CVPR 2025, arXiv 2412.01720, Table 12), the default
-M-BEIR instructions of Pyserini's MM-Embed encoder, and the query prompts of MTEB's tasks of the same names.
+wordings and their order are those of Pyserini's default M-BEIR instructions; LamRA's appendix (Liu et al., CVPR
+2025, arXiv 2412.01720, Table 12) and the query prompts of MTEB's tasks agree where they were compared.
 
 A name is `mbeir_<dataset>_task<n>`, the stem of the row's file names.  When a dataset folder is at hand,
 `puma_hf.data.mbeir.MBEIR.instruction` reads the folder's own table instead; this one is for a model's saved

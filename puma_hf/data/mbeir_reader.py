@@ -165,7 +165,7 @@ class MBEIR:
 
         Args:
             split: "train", "val" or "test"; "union_train" and "union_val" have the pools of "train" and
-                "val".
+                "val". Without a file of its own "val" has that of "test": M-BEIR's local pools serve both.
 
         Returns:
             The candidates by did, in the file's order.
@@ -174,8 +174,11 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong, a did comes twice or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        name = f"mbeir_union_{split.removeprefix(UNION_PREFIX)}_cand_pool.jsonl"
-        return self._read_pool(self.root / "cand_pool" / "global" / name)
+        folder = self.root / "cand_pool" / "global"
+        path = folder / f"mbeir_union_{split.removeprefix(UNION_PREFIX)}_cand_pool.jsonl"
+        if path.name == "mbeir_union_val_cand_pool.jsonl" and not path.is_file():
+            path = folder / "mbeir_union_test_cand_pool.jsonl"
+        return self._read_pool(path)
 
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]

@@ -1,0 +1,65 @@
+"""Write a directory whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+@contextmanager
+def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | None = None) -> Iterator[Path]:
+    """A hidden sibling of `output_dir` to write into, renamed into place when the block ends without error.
+
+    Raises:
+        FileExistsError: If `output_dir` is not empty and `overwrite` is false.
+        ValueError: If it is, or holds, the folder that is being read.
+        NotADirectoryError: If it is a file.
+        PermissionError: If its parent cannot be written.
+    """
+    target = Path(output_dir).resolve()
+    if forbidden is not None and forbidden.resolve().is_relative_to(target):
+        raise ValueError(f"output_dir {str(output_dir)!r} is, or holds, the source itself. Choose another directory.")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"output_dir {str(output_dir)!r} is a file. Choose a directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"output_dir {str(output_dir)!r} is not empty. Choose another, or pass overwrite=True (--overwrite)."
+        )
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir {str(output_dir)!r} cannot be written ({error}). Choose another directory."
+        ) from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        _move_into_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # somebody else may have put something there
+                parent.rmdir()
+        raise
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    # A directory cannot be replaced in one step when it has content: park it, and only then remove it.
+    parked = Path(mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / target.name
+    os.replace(target, parked)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(parked, target)
+        parked.parent.rmdir()
+        raise
+    shutil.rmtree(parked.parent)

@@ -1,0 +1,49 @@
+"""The model card of a PUMA directory, filled from facts that were computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from puma_hf.modeling import PumaConfig
+
+_HERE = Path(__file__).parent
+# The wheel carries the template inside the package; a checkout has it at the root of the repository.
+CARD_TEMPLATES = (_HERE / "hub_card.md", _HERE.parent / "hub_card.md")
+
+
+def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
+    """Write `README.md` into a PUMA directory.
+
+    Args:
+        folder: The directory.
+        config: Its configuration.
+        facts: Parameters and bytes before and after, as in `PruneReport.to_dict()`.
+    """
+    template = next(path for path in CARD_TEMPLATES if path.is_file())
+    is_hub_id = bool(config.source_name_or_path and "/" in config.source_name_or_path)
+    card_data = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        base_model=config.source_name_or_path if is_hub_id else None,
+        tags=[
+            "puma",
+            "multimodal-retrieval",
+            "layer-pruning",
+            "sentence-transformers",
+            "transformers",
+            "custom_code",
+        ],
+    )
+    text_config: Any = config.text_config
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(template),
+        source=config.source_name_or_path,
+        embedding_dim=text_config.hidden_size,
+        **{key: value for key, value in facts.items() if key not in ("source", "output_dir")},
+    )
+    (folder / "README.md").write_text(str(card), encoding="utf-8")

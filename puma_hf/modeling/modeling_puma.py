@@ -1,0 +1,233 @@
+"""The PUMA model: the first k decoder layers of a Qwen2-VL, read as an embedder at the last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2VLModel
+from transformers.utils.generic import ModelOutput
+
+from .configuration_puma import PumaConfig
+
+# The three layouts in which Qwen2-VL checkpoints are found, mapped to this model's own names
+# (`language_model.*`, `visual.*`). Without a mapping a foreign layout loads as random weights.
+CHECKPOINT_KEY_MAPPING = {
+    r"^model\.language_model\.": "language_model.",
+    r"^model\.visual\.": "visual.",
+    r"^model\.layers\.": "language_model.layers.",
+    r"^model\.embed_tokens\.": "language_model.embed_tokens.",
+    r"^model\.norm\.": "language_model.norm.",
+}
+
+
+@dataclass
+class PumaModelOutput(ModelOutput):
+    """Output of [`PumaModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Hidden states after the last kept layer and the final norm.
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+            The row of `last_hidden_state` at the last unmasked token, `[RET]`: the state that
+            self-distillation compares between student and teacher.
+        embeddings (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+            `pooler_output` scaled to unit L2 norm, in float32: the retrieval embedding.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, with `output_hidden_states=True`):
+            One `(batch_size, sequence_length, hidden_size)` tensor for the input embeddings and each layer.
+        attentions (`tuple(torch.Tensor)`, *optional*, with `output_attentions=True` and eager attention):
+            One `(batch_size, num_heads, sequence_length, sequence_length)` tensor per layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Pick each sequence's state at its last unmasked token, for left and right padding alike.
+
+    Args:
+        hidden_states: `(batch_size, sequence_length, hidden_size)`.
+        attention_mask: `(batch_size, sequence_length)` of 0 and 1, or `None` when nothing is padded.
+
+    Returns:
+        `(batch_size, hidden_size)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from puma_hf.modeling.modeling_puma import last_token_state
+
+    >>> states = torch.arange(6.0).reshape(2, 3, 1)
+    >>> last_token_state(states, torch.tensor([[1, 1, 0], [0, 1, 1]])).squeeze(-1).tolist()
+    [1.0, 5.0]
+    ```
+    """
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.to(torch.long) * positions).argmax(dim=1)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+
+class PumaModel(Qwen2VLModel):
+    """A Qwen2-VL cut to its first `config.num_kept_layers` decoder layers that embeds text, images and video.
+
+    Kept: the vision tower, the token embedding, the first k decoder layers, the final norm. Dropped: the
+    deeper layers and the language-model head. `embedding = L2(final_norm(h_k)[last token])`, and every prompt
+    of `PumaProcessor` ends in `[RET]`.
+
+    `from_pretrained` opens a PUMA directory or an original Qwen2-VL checkpoint, whose dropped tensors are
+    never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers
+    model.
+
+    Raises (from `from_pretrained`):
+        ValueError: If the checkpoint is not a Qwen2-VL, lacks a tensor, or has one of another shape.
+        ImportError: If "flash_attention_2" is asked for and flash-attn is not installed.
+
+    Example:
+
+    ```python
+    >>> from puma_hf import PumaModel
+
+    >>> model = PumaModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", num_kept_layers=14)  # doctest: +SKIP
+    >>> model.config.num_kept_layers, model.config.original_num_hidden_layers  # doctest: +SKIP
+    (14, 28)
+    ```
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
+    """
+
+    config_class = PumaConfig
+    config: PumaConfig
+
+    def __init__(self, config: PumaConfig) -> None:
+        super().__init__(config)
+        # What pruning drops is expected in an original checkpoint: neither read nor reported.
+        text_config: Any = config.text_config
+        first, end = text_config.num_hidden_layers, config.original_num_hidden_layers
+        dropped = "|".join(str(layer) for layer in range(first, end or first))
+        self._keys_to_ignore_on_load_unexpected = {r"lm_head\."} | ({rf"layers\.({dropped})\."} if dropped else set())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a PUMA directory, or the first `num_kept_layers` layers of an original Qwen2-VL checkpoint.
+
+        Takes every argument of `PreTrainedModel.from_pretrained`, and `num_kept_layers`. Only safetensors
+        files are read: pickled checkpoints can run code when opened.
+        """
+        kwargs.setdefault("key_mapping", CHECKPOINT_KEY_MAPPING)
+        kwargs["use_safetensors"] = True
+        return_loading_info = kwargs.pop("output_loading_info", False)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # those found are reported below, with a reason and a remedy
+                **kwargs,
+            )
+        except ImportError as error:
+            if "flash" in str(error).lower():
+                name = kwargs.get("attn_implementation") or "flash_attention_2"
+                raise ImportError(
+                    f"attn_implementation={name!r} needs flash-attn, which is not installed. "
+                    "Run `pip install 'puma-hf[flash-attn]'`, or choose attn_implementation='sdpa'."
+                ) from error
+            raise
+        model, info = loaded
+        source = str(pretrained_model_name_or_path)
+        if info["mismatched_keys"] and not allow_mismatch:
+            name, found, needed = sorted(info["mismatched_keys"])[0]
+            raise ValueError(
+                f"{source!r} has {len(info['mismatched_keys'])} tensors of another shape than its "
+                f"config.json says (first: {name}, {tuple(found)} instead of {tuple(needed)}). Weights and "
+                "configuration are of different models: download the checkpoint again."
+            )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{source!r} lacks {len(missing)} of the tensors that a Qwen2-VL with "
+                f"{model.config.num_kept_layers} layers needs (first: {', '.join(missing[:3])}). The "
+                "checkpoint is incomplete or of another architecture: download it again, or choose a "
+                "Qwen2-VL checkpoint."
+            )
+        # Saved files carry this model's own names, whatever layout was read.
+        model._weight_conversions = []
+        return (model, info) if return_loading_info else model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> PumaModelOutput | tuple[Tensor, ...]:
+        """Embed a batch.
+
+        Args:
+            input_ids: `(batch_size, sequence_length)` token ids; the last unmasked one of each row is
+                `[RET]`.
+            attention_mask: `(batch_size, sequence_length)` of 0 and 1, padded on either side.
+            position_ids: `(3, batch_size, sequence_length)` M-RoPE positions; computed when absent.
+            inputs_embeds: `(batch_size, sequence_length, hidden_size)`, instead of `input_ids`.
+            pixel_values: `(num_patches, patch_dim)`, the patches of all images one after another.
+            pixel_values_videos: `(num_patches, patch_dim)`, likewise for videos.
+            image_grid_thw: `(num_images, 3)` time, height and width of each image in patches.
+            video_grid_thw: `(num_videos, 3)` likewise for videos.
+            mm_token_type_ids: `(batch_size, sequence_length)`, 0 text, 1 image, 2 video; computed when
+                absent.
+            mm_encoder_outputs: `{"image": model.get_image_features(...)}`, instead of `pixel_values`.
+            return_dict: `False` returns a tuple.
+            kwargs: Passed on, for example `output_hidden_states`.
+
+        Returns:
+            A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`.
+        """
+        if mm_token_type_ids is None and input_ids is not None:
+            is_image = (input_ids == self.config.image_token_id).int()
+            mm_token_type_ids = is_image + 2 * (input_ids == self.config.video_token_id).int()
+        kwargs.setdefault("use_cache", False)
+        if mm_encoder_outputs is not None:
+            # transformers fills this dict in place; the caller's stays as it is.
+            kwargs["mm_encoder_outputs"] = dict(mm_encoder_outputs)
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        pooled = last_token_state(outputs.last_hidden_state, attention_mask)
+        result = PumaModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooled,
+            embeddings=torch.nn.functional.normalize(pooled.float(), dim=-1),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+__all__ = ["PumaModel", "PumaModelOutput", "last_token_state"]

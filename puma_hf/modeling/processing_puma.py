@@ -1,0 +1,380 @@
+"""The PUMA processor: text, images, both, or video, with an instruction, to tensors that end in `[RET]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, Qwen2VLProcessor
+from transformers.utils.import_utils import is_torchvision_available
+
+from .image_inputs_puma import is_image_reference, load_rgb_image
+from .sentence_transformers_files_puma import write_sentence_transformers_files
+
+RET_TOKEN = "[RET]"
+
+# M-BEIR's names for the modality of an input; an id is the position in this tuple.
+MODALITY_NAMES = ("text", "image", "image,text", "video", "video,text")
+MODALITY_IDS = {name: index for index, name in enumerate(MODALITY_NAMES)}
+
+ROLES = ("system", "user", "assistant")
+INPUT_KEYS = ("text", "image", "video", "instruction")
+_ACCEPTED = (
+    "Pass a string, an image, a dict with any of the keys "
+    f"{', '.join(map(repr, INPUT_KEYS))}, or a list of chat messages."
+)
+
+
+def modality_of(has_text: bool, has_image: bool, has_video: bool) -> str:
+    """Name in `MODALITY_NAMES` of an input with these parts; a video counts before an image.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.modeling.processing_puma import modality_of
+
+    >>> modality_of(has_text=True, has_image=True, has_video=False)
+    'image,text'
+    ```
+    """
+    medium = "video" if has_video else "image" if has_image else ""
+    return ",".join(filter(None, (medium, "text" if has_text else "")))
+
+
+class PumaProcessor(Qwen2VLProcessor):
+    r"""Turns queries and candidates of any modality into model inputs, each ending in the token `[RET]`.
+
+    [`~PumaProcessor.process_inputs`] is the way in. The instruction stands before the user's text in the user
+    turn, as in LamRA and in the paper's figure, and the prompt closes with "Summarize above image and
+    sentence in one word: " (the nouns follow the parts that are present). Works without torchvision; only
+    video needs it.
+
+    Args:
+        image_processor: A Qwen2-VL image processor.
+        tokenizer: A Qwen2 tokenizer that holds `[RET]`.
+        video_processor: A Qwen2-VL video processor, or `None` without torchvision.
+        chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
+
+    Example:
+
+    ```python
+    >>> from puma_hf import PumaProcessor
+
+    >>> processor = PumaProcessor.from_pretrained("demo/backbone")  # doctest: +SKIP
+    >>> inputs = ["a red apple", {"image": "apple.png", "text": "in green"}]
+    >>> processor.process_inputs(inputs)["modality_ids"].tolist()  # doctest: +SKIP
+    [0, 2]
+    ```
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064; LamRA for the wording of the prompt.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        video_processor: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        arguments = [image_processor, tokenizer]
+        if "video_processor" in type(self).get_attributes():
+            arguments.append(video_processor)
+        super().__init__(*arguments, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Parts of the processor: the video processor is one only where torchvision can run it."""
+        return [name for name in super().get_attributes() if name != "video_processor" or is_torchvision_available()]
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_sentence_transformers_files(Path(save_directory), {}, overwrite=False)
+        return saved
+
+    @property
+    def ret_token_id(self) -> int:
+        """Token id of `[RET]`."""
+        return int(self.tokenizer.convert_tokens_to_ids(RET_TOKEN))
+
+    def process_inputs(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        *,
+        max_length: int | None = None,
+        split_special_tokens: bool = False,
+        images_kwargs: dict[str, Any] | None = None,
+    ) -> BatchFeature:
+        """Turn a list of inputs, of one or of many modalities, into one padded batch.
+
+        Args:
+            inputs: Each one a string, an image (PIL, path, URL, bytes, array), a dict with any of the keys
+                "text", "image", "video" (a value or a list of values) and "instruction", or a list of chat
+                messages. In a dict media come before the text, whatever the order of its keys; `None` values
+                are ignored.
+            prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
+            max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
+                user's text is cut; template, images and `[RET]` always remain.
+            split_special_tokens: Special tokens such as `<|image_pad|>` inside a user's text raise an error
+                by default; with `True` they are broken up and read as plain text.
+            images_kwargs: Overrides for the image processor, for example
+                `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels.
+
+        Returns:
+            A batch with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape
+            `(batch_size, sequence_length)`, `modality_ids` of shape `(batch_size,)` (see `MODALITY_NAMES`)
+            and, where present, `pixel_values` `(num_patches, patch_dim)`, `image_grid_thw` `(num_images, 3)`
+            and `num_images_per_sample` `(batch_size,)`, likewise for videos.
+
+        Raises:
+            ValueError: If an input is empty, of an unknown kind, holds an unreadable image or a special
+                token, or if its images alone exceed `max_length`.
+            ImportError: If a video is passed and torchvision is not installed.
+        """
+        if isinstance(inputs, (str, dict)) or not isinstance(inputs, Sequence):
+            raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
+        if not inputs:
+            raise ValueError("inputs is empty: pass at least one input.")
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
+        images_kwargs = self._image_options(images_kwargs)
+        texts, images, videos, modalities, counts = [], [], [], [], []
+        for index, item in enumerate(inputs):
+            messages = _to_messages(item, prompt, f"inputs[{index}]")
+            self._check_special_tokens(messages, split_special_tokens, f"inputs[{index}]")
+            media = _media(messages)
+            texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
+            images += media["image"]
+            videos += media["video"]
+            counts.append((len(media["image"]), len(media["video"])))
+            modalities.append(_messages_modality(messages))
+        batch = self(
+            text=texts,
+            # Arrays with a stated layout: whether Pillow images are read right with one depends on the
+            # version of transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-
+            # first.
+            images=[np.asarray(image) for image in images] or None,
+            videos=videos or None,
+            text_kwargs={"padding": True},
+            images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
+            return_tensors="pt",
+        )
+        return self._finish(batch, modalities, counts)
+
+    def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
+        positions = torch.arange(batch["input_ids"].shape[1])
+        last = (batch["attention_mask"] * positions).argmax(dim=1, keepdim=True)
+        if not (batch["input_ids"].gather(1, last) == self.ret_token_id).all():
+            raise ValueError(
+                f"The prompt does not end in {RET_TOKEN}, where the embedding is read. The chat template of "
+                f"this processor must end in {RET_TOKEN}: restore chat_template.jinja from the model's "
+                "directory."
+            )
+        batch["modality_ids"] = torch.tensor([MODALITY_IDS[name] for name in modalities])
+        # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
+        if any(images for images, _ in counts):
+            batch["num_images_per_sample"] = torch.tensor([images for images, _ in counts])
+        if any(videos for _, videos in counts):
+            batch["num_videos_per_sample"] = torch.tensor([videos for _, videos in counts])
+        return batch
+
+    def _check_special_tokens(self, messages: list[dict[str, Any]], split: bool, where: str) -> None:
+        """Refuse, or with `split` break up in place, special tokens inside the user's text."""
+        for item in _text_items(messages):
+            found = self._special_token_pattern.search(item["text"])
+            if found and not split:
+                raise ValueError(
+                    f"{where}: the text contains the special token {found.group()!r}, which the model would "
+                    "not read as text. Remove it, or pass split_special_tokens=True to read it as plain text."
+                )
+            item["text"] = self._special_token_pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
+
+    @property
+    def _special_token_pattern(self) -> re.Pattern[str]:
+        return _special_token_pattern(
+            tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        )
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        media: dict[str, list[Any]],
+        limit: int,
+        images_kwargs: dict[str, Any],
+        where: str,
+    ) -> str:
+        """Render one conversation, its last text shortened until the whole fits into `limit` tokens."""
+        visual = self._num_visual_tokens(media["image"], images_kwargs)
+        rendered = self._apply_template(messages)
+        # A byte is at most one token: what fits in bytes needs no counting.
+        if visual + len(rendered.encode()) <= limit:
+            return rendered
+        texts = _text_items(messages, ("user", "assistant"))
+        while (excess := visual + self._num_text_tokens(rendered) - limit) > 0:
+            shortened = self._drop_last_tokens(texts[-1]["text"], excess) if texts else ""
+            if not shortened:
+                raise ValueError(
+                    f"{where}: without the text that may be cut it still needs more than max_length={limit} "
+                    f"tokens ({visual} of them for images). Raise max_length, or lower the image size "
+                    "(images_kwargs={'size': {'shortest_edge': ..., 'longest_edge': ...}}, in pixels)."
+                )
+            texts[-1]["text"] = shortened
+            rendered = self._apply_template(messages)
+        return rendered
+
+    def _image_options(self, images_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        """Complete `size` with the image processor's own, so that tokens are counted as images are cut."""
+        options = dict(images_kwargs or {})
+        default = self.image_processor.size
+        size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.pop("size", {})
+        for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            size[edge] = options.pop(old_name, size[edge])
+        return {**options, "size": size}
+
+    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+        return str(self.apply_chat_template(messages, tokenize=False))
+
+    def _num_text_tokens(self, rendered: str) -> int:
+        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return len(ids) - ids.count(self.image_token_id)
+
+    def _num_visual_tokens(self, images: list[Any], images_kwargs: dict[str, Any]) -> int:
+        size = images_kwargs["size"]
+        pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        count_patches = self.image_processor.get_number_of_image_patches
+        patches = (count_patches(image.height, image.width, {**images_kwargs, **pixels}) for image in images)
+        return int(sum(patches) // self.image_processor.merge_size**2)
+
+    def _drop_last_tokens(self, text: str, count: int) -> str:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoding["offset_mapping"]
+        # From the first dropped token's first character on, so that no character is cut in half.
+        return text[: offsets[len(offsets) - count][0]] if count < len(offsets) else ""
+
+
+@lru_cache(maxsize=8)
+def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def _text_items(messages: list[dict[str, Any]], roles: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    return [
+        item
+        for message in messages
+        if not roles or message["role"] in roles
+        for item in message["content"]
+        if item["type"] == "text"
+    ]
+
+
+def _media(messages: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    items = [item for message in messages for item in message["content"]]
+    return {kind: [item[kind] for item in items if item["type"] == kind] for kind in ("image", "video")}
+
+
+def _messages_modality(messages: list[dict[str, Any]]) -> str:
+    media = _media(messages)
+    has_text = bool(_text_items(messages, ("user", "assistant")))
+    return modality_of(has_text, bool(media["image"]), bool(media["video"]))
+
+
+def _to_messages(item: Any, prompt: str | None, where: str) -> list[dict[str, Any]]:
+    """Normalise one input to chat messages whose content is a list of typed items with loaded images."""
+    if isinstance(item, dict) and "role" in item:
+        item = [item]
+    if isinstance(item, list) and item and all(isinstance(part, dict) and "role" in part for part in item):
+        messages = [{"role": _role(part, where), "content": _chat_content(part, where)} for part in item]
+        if any(message["role"] == "system" for message in messages):
+            prompt = None  # the chat brings its own instruction
+    else:
+        parts = _to_parts(item, where)
+        prompt = parts.pop("instruction", None) or prompt
+        content = [entry for kind in parts for entry in _content(kind, parts[kind], where)]
+        messages = [{"role": "user", "content": _join_texts(content)}]
+    if not any(message["content"] for message in messages if message["role"] != "system"):
+        raise ValueError(f"{where}: it holds no text, image or video besides an instruction. {_ACCEPTED}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{where}: an instruction must be a string, got {prompt!r}. Leave it out for none.")
+    if prompt and prompt.strip():
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.strip()}]})
+    return messages
+
+
+def _role(message: dict[str, Any], where: str) -> str:
+    if (role := message["role"]) not in ROLES:
+        raise ValueError(f"{where}: unknown role {role!r} in a chat. Use one of {', '.join(map(repr, ROLES))}.")
+    return str(role)
+
+
+def _to_parts(item: Any, where: str) -> dict[str, Any]:
+    """Normalise a string, an image or a dict to a dict with media before text and without `None` values."""
+    if isinstance(item, str):
+        return {"image": item} if is_image_reference(item) else {"text": item}
+    if not isinstance(item, dict) or "bytes" in item:
+        if item is None or isinstance(item, (list, tuple, set, int, float, bool)):
+            raise ValueError(f"{where}: got {item!r}, which is neither text nor image. {_ACCEPTED}")
+        return {"image": item}
+    if unknown := set(item) - set(INPUT_KEYS):
+        raise ValueError(f"{where}: unknown keys {sorted(map(str, unknown))}. {_ACCEPTED}")
+    parts = {key: item[key] for key in ("image", "video", "text", "instruction") if item.get(key) is not None}
+    if not set(parts) - {"instruction"}:
+        raise ValueError(f"{where}: the dict holds no text, image or video (all values are None). {_ACCEPTED}")
+    return parts
+
+
+def _chat_content(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: a chat message's content must be a string or a list, got {type(content).__name__}.")
+    if message["role"] == "system" and any(
+        isinstance(entry, dict) and entry.get("type") != "text" for entry in content
+    ):
+        raise ValueError(
+            f"{where}: a system message is an instruction and holds text only. Put media into a user message."
+        )
+    items = []
+    for entry in content:
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if kind not in ("text", "image", "video") or kind not in entry:
+            raise ValueError(
+                f"{where}: chat content must be items like {{'type': 'text', 'text': ...}}, got {entry!r}."
+            )
+        items += _content(kind, entry[kind], where)
+    if message["role"] == "system":
+        return [{"type": "text", "text": item["text"].strip()} for item in items]
+    return _join_texts(items)
+
+
+def _join_texts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring texts as one, as the template renders them: a special token may span two of them."""
+    joined: list[dict[str, Any]] = []
+    for item in items:
+        if joined and joined[-1]["type"] == item["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + item["text"]}
+        else:
+            joined.append(item)
+    return joined
+
+
+def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if kind == "text":
+        for text in values:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{where}: a text must be a non-empty string, got {text!r}. Leave the key or input out."
+                )
+        return [{"type": "text", "text": text} for text in values]
+    if kind == "video" and not is_torchvision_available():
+        raise ImportError(
+            f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
+        )
+    return [{"type": kind, kind: load_rgb_image(one, where) if kind == "image" else one} for one in values]

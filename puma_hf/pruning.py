@@ -1,0 +1,218 @@
+"""Cut an original Qwen2-VL checkpoint to its first k decoder layers and write a complete PUMA directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers.utils.import_utils import is_torchvision_available
+
+from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
+from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.files import new_directory
+from puma_hf.hub import write_model_card
+from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaModel, PumaProcessor
+from puma_hf.modeling.configuration_puma import check_num_kept_layers
+from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["PruneReport", "prune", "write_sentence_transformers_files"]
+
+CHAT_TEMPLATE = Path(__file__).parent / "modeling" / "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning kept and dropped.
+
+    Attributes:
+        source: Hub id or path of the original checkpoint.
+        output_dir: The directory written.
+        num_kept_layers: Decoder layers kept, counted from the input.
+        original_num_hidden_layers: Decoder layers of the original.
+        parameters_before: Parameters of the source, language-model head included where it has one.
+        parameters_after: Parameters of the pruned model.
+        bytes_before: Bytes of the source's parameters in its own dtype.
+        bytes_after: Bytes of the pruned model's parameters.
+    """
+
+    source: str
+    output_dir: str
+    num_kept_layers: int
+    original_num_hidden_layers: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        """All fields as a dictionary."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept, total = self.num_kept_layers, self.original_num_hidden_layers
+        dropped = (
+            f"decoder layers {kept} to {total - 1} and the language-model head"
+            if kept < total
+            else "language-model head"
+        )
+        return (
+            f"kept     vision tower, token embedding, decoder layers 0 to {kept - 1} of {total}, final norm\n"
+            f"dropped  {dropped}\n"
+            f"before   {self.parameters_before:>14,} parameters  {self.bytes_before:>15,} bytes\n"
+            f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
+            f"  ({self.parameters_after / self.parameters_before:.0%})\n"
+            f"saved    {self.output_dir}"
+        )
+
+
+def prune(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    num_kept_layers: int,
+    dtype: str | torch.dtype = "auto",
+    prompts: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Keep the first `num_kept_layers` decoder layers of a Qwen2-VL and save a complete directory.
+
+    The result holds weights, processor with `[RET]`, chat template, prompts, a model card, and the code that
+    `AutoModel` and `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are
+    never read, and from the Hub only the shards that hold kept tensors are downloaded.
+
+    `[RET]` starts as the mean of all token embeddings of the original vocabulary (in float32, rounded to the
+    model's dtype): deterministic, and a point from which the distillation stage may train it. A tokenizer
+    that already has `[RET]` keeps its row.
+
+    Args:
+        source: Folder or Hub id of an original Qwen2-VL checkpoint (safetensors, one file or shards), or of a
+            PUMA directory to prune further.
+        output_dir: New or empty directory.
+        num_kept_layers: Number k of decoder layers to keep, 1 to the number of layers.
+        dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
+        prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        overwrite: Replace `output_dir` if it is not empty.
+
+    Returns:
+        What was kept and dropped, with parameters and bytes before and after.
+
+    Raises:
+        ValueError: If `num_kept_layers` is out of range, the checkpoint is not a Qwen2-VL, is damaged, or is
+            not in safetensors format.
+        FileNotFoundError: If the source, or a shard of it, does not exist.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is false.
+
+    Example:
+
+    ```python
+    >>> from puma_hf import prune
+
+    >>> report = prune("Qwen/Qwen2-VL-2B-Instruct", "puma-2b-k14", num_kept_layers=14)  # doctest: +SKIP
+    >>> report.num_kept_layers, report.original_num_hidden_layers  # doctest: +SKIP
+    (14, 28)
+    ```
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    config = PumaConfig.from_pretrained(checkpoint.folder)
+    check_num_kept_layers(num_kept_layers, config.num_kept_layers or 0)
+    with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
+        model = _load_kept(checkpoint, num_kept_layers, dtype)
+        processor = _build_processor(checkpoint)
+        _place_ret_token(model, processor)
+        model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
+        model.config.source_revision = config.source_revision or checkpoint.revision
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
+        report = _report(checkpoint, config, model, output_dir)
+        write_model_card(folder, model.config, report.to_dict())
+    logger.info("Pruned %s\n%s", source, report)
+    return report
+
+
+def _short_name(checkpoint: SourceCheckpoint) -> str:
+    # A local path says where the user keeps files; only its last part is worth publishing.
+    return checkpoint.repo_id or checkpoint.folder.resolve().name
+
+
+def _load_kept(checkpoint: SourceCheckpoint, num_kept_layers: int, dtype: str | torch.dtype) -> PumaModel:
+    with kept_weights(checkpoint, num_kept_layers) as weights:
+        try:
+            model: PumaModel = PumaModel.from_pretrained(weights, num_kept_layers=num_kept_layers, dtype=dtype)
+        except ValueError as error:
+            # The temporary folder's name says nothing to the user.
+            raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
+    return model
+
+
+def _build_processor(checkpoint: SourceCheckpoint) -> PumaProcessor:
+    folder = checkpoint.folder
+    arguments = {
+        "image_processor": AutoImageProcessor.from_pretrained(folder),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
+    if is_torchvision_available():
+        from transformers import AutoVideoProcessor
+
+        arguments["video_processor"] = AutoVideoProcessor.from_pretrained(folder)
+    image_token = "<|image_pad|>"
+    # Without tokenizer files transformers builds an empty tokenizer.
+    if image_token not in arguments["tokenizer"].get_vocab():
+        raise ValueError(
+            f"The tokenizer of {checkpoint.name!r} does not know {image_token!r}: its files are missing or "
+            "belong to another model. Download the checkpoint again, with its tokenizer."
+        )
+    return PumaProcessor(**arguments, chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
+    """Make `[RET]` one special token with an embedding row, adding both where they are missing."""
+    tokenizer = processor.tokenizer
+    rows = len(tokenizer)
+    is_new = RET_TOKEN not in tokenizer.get_vocab()
+    # A [RET] that is there already may be an ordinary token, which a user's text could hold unnoticed.
+    tokenizer.add_tokens([AddedToken(RET_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if is_new:
+        embedding: Any = model.get_input_embeddings()
+        if processor.ret_token_id >= len(embedding.weight):
+            embedding = model.resize_token_embeddings(processor.ret_token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            weight = embedding.weight
+            weight[processor.ret_token_id] = weight[:rows].float().mean(dim=0).to(weight)
+    model.config.ret_token_id = processor.ret_token_id
+
+
+def _report(checkpoint: SourceCheckpoint, source_config: Any, model: PumaModel, output_dir: str | Path) -> PruneReport:
+    # A PUMA directory that is pruned further has no language-model head to count.
+    source_type = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    model_class: Any = PumaModel if source_type == PumaConfig.model_type else Qwen2VLForConditionalGeneration
+    with torch.device("meta"):
+        original = model_class(source_config)
+    before = sum(parameter.numel() for parameter in original.parameters())
+    after = sum(parameter.numel() for parameter in model.parameters())
+    source_dtype = source_config.dtype if isinstance(source_config.dtype, torch.dtype) else model.dtype
+    return PruneReport(
+        source=checkpoint.name,
+        output_dir=str(output_dir),
+        num_kept_layers=int(model.config.num_kept_layers or 0),
+        original_num_hidden_layers=int(model.config.original_num_hidden_layers or 0),
+        parameters_before=before,
+        parameters_after=after,
+        bytes_before=before * source_dtype.itemsize,
+        bytes_after=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    )

@@ -1,0 +1,68 @@
+"""Runs in a process of its own where puma_hf cannot be imported: opens directories and embeds.
+
+Usage: python fresh_process.py JOB.json, with {"images": [...], "directories": {name: path}, "output": path}.
+For each directory the vectors of AutoModel and, where it has a modules.json, of SentenceTransformer are
+written to `output` as lists, together with those of the directory that SentenceTransformer saves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+
+class Blocker(MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "puma_hf":
+            raise ImportError(f"{name} must not be needed here")
+
+
+def inputs_of_every_kind(paths: list[str]) -> list[Any]:
+    return [
+        "a red apple",
+        {"image": paths[0]},
+        {"image": paths[1], "text": "on a table"},
+        {"image": paths[1:], "text": "both", "instruction": "Find them."},
+        paths[2],
+    ]
+
+
+def embed_with_transformers(folder: str, inputs: list[Any]) -> list[list[float]]:
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    batch = processor.process_inputs(inputs)
+    with torch.inference_mode():
+        vectors: list[list[float]] = model(**batch).embeddings.tolist()
+    return vectors
+
+
+def main(job: dict[str, Any]) -> None:
+    sys.meta_path.insert(0, Blocker())
+    from sentence_transformers import SentenceTransformer
+
+    inputs = inputs_of_every_kind(job["images"])
+    results = {}
+    for name, folder in job["directories"].items():
+        results[f"{name}: transformers"] = embed_with_transformers(folder, inputs)
+        if not (Path(folder) / "modules.json").is_file():
+            continue
+        model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+        results[f"{name}: sentence-transformers"] = model.encode(inputs).tolist()
+        results[f"{name}: one by one"] = [model.encode(item).tolist() for item in inputs]
+        saved = f"{job['output']}-{name}"
+        model.save_pretrained(saved)
+        again = SentenceTransformer(saved, trust_remote_code=True, device="cpu")
+        results[f"{name}: saved again"] = again.encode(inputs).tolist()
+        results[f"{name}: saved again, transformers"] = embed_with_transformers(saved, inputs)
+    results["puma_hf modules"] = [name for name in sys.modules if name.partition(".")[0] == "puma_hf"]
+    Path(job["output"]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,144 @@
+"""What is saved or pushed opens where puma_hf is not installed, and gives the same vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoUrl
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from puma_hf import PumaModel, PumaProcessor
+from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from tests.modeling.fresh_process import Blocker, inputs_of_every_kind
+
+FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
+
+
+class FakeHub:
+    """Takes uploads into folders under `root`, one for each repository."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create_repo(self, repo_id: str, **kwargs: Any) -> RepoUrl:
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: str | Path, **kwargs: Any) -> Any:
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return self.commit(repo_id)
+
+    def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **kwargs: Any) -> Any:
+        for operation in operations:
+            target = self.root / repo_id / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as stream:
+                target.write_bytes(stream.read())
+        return self.commit(repo_id)
+
+    def commit(self, repo_id: str) -> Any:
+        url = f"https://huggingface.co/{repo_id}"
+        return CommitInfo(commit_url=f"{url}/commit/0", commit_message="", commit_description="", oid="0")
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("create_repo", "upload_folder", "create_commit"):
+            ours = getattr(self, name)
+            monkeypatch.setattr(HfApi, name, lambda api, *a, _ours=ours, **k: _ours(*a, **k))
+        monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: SimpleNamespace(sha="0", siblings=[]))
+        monkeypatch.setattr(HfApi, "file_exists", lambda *a, **k: False)
+
+
+@pytest.fixture(scope="module")
+def picture_paths(tmp_path_factory: pytest.TempPathFactory, images: list[Image.Image]) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(len(images))]
+
+
+@pytest.fixture(scope="module")
+def directories(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One directory for each way to a finished model; those of the Hub as they were uploaded."""
+    root = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        FakeHub(root).install(monkeypatch)
+        PumaModel.from_pretrained(puma_dir).push_to_hub("org/parts")
+        PumaProcessor.from_pretrained(puma_dir).push_to_hub("org/parts")
+        loaded = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+        loaded.push_to_hub("org/loaded")
+        built = SentenceTransformer(modules=[PumaTransformer(str(puma_dir))], device="cpu")
+        built.push_to_hub("org/built")
+    return {
+        "pruned": puma_dir,
+        "pushed parts": root / "org" / "parts",
+        "pushed": root / "org" / "loaded",
+        "pushed, built": root / "org" / "built",
+    }
+
+
+@pytest.fixture(scope="module")
+def fresh_vectors(
+    directories: dict[str, Path], picture_paths: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the fresh process made of the directories: one process for all tests, as it takes seconds."""
+    folder = tmp_path_factory.mktemp("fresh")
+    job = {
+        "images": picture_paths,
+        "directories": {name: str(path) for name, path in directories.items()},
+        "output": str(folder / "vectors.json"),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(FRESH_PROCESS), str(folder / "job.json")]
+    process = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    results: dict[str, Any] = json.loads((folder / "vectors.json").read_text())
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(sentence_transformer: SentenceTransformer, picture_paths: list[str]) -> np.ndarray:
+    vectors: np.ndarray = sentence_transformer.encode(inputs_of_every_kind(picture_paths))
+    return vectors
+
+
+def test_puma_hf_is_really_absent_there(fresh_vectors: dict[str, Any]) -> None:
+    assert fresh_vectors["puma_hf modules"] == []
+    with pytest.raises(ImportError, match=r"puma_hf\.losses must not be needed here"):
+        Blocker().find_spec("puma_hf.losses")
+
+
+@pytest.mark.parametrize("name", ["pruned", "pushed parts", "pushed", "pushed, built"])
+def test_transformers_alone_gives_the_same_vectors(
+    fresh_vectors: dict[str, Any], expected: np.ndarray, name: str
+) -> None:
+    np.testing.assert_allclose(fresh_vectors[f"{name}: transformers"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["sentence-transformers", "one by one", "saved again", "saved again, transformers"])
+@pytest.mark.parametrize("name", ["pruned", "pushed parts", "pushed", "pushed, built"])
+def test_sentence_transformers_gives_the_same_vectors(
+    fresh_vectors: dict[str, Any], expected: np.ndarray, name: str, way: str
+) -> None:
+    np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected, rtol=0, atol=1e-5)
+
+
+def test_the_code_in_a_directory_is_the_packages_own(directories: dict[str, Path]) -> None:
+    package = Path(sys.modules["puma_hf"].__file__ or "").parent / "modeling"
+    sources = {path.name: path.read_text() for path in package.glob("*_puma.py")}
+    for name, folder in directories.items():
+        found = {path.name: path.read_text() for path in folder.glob("*.py")}
+        assert {file_name: found.get(file_name) for file_name in sources} == sources, name

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+
+from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+
+KINDS = ("text", "image", "image and text", "two images and text", "chat")
+# What lies in a directory that both loaders open where puma_hf is not installed.
+COMPLETE = {
+    "chat_template.jinja",
+    "config.json",
+    "config_sentence_transformers.json",
+    "configuration_puma.py",
+    "image_inputs_puma.py",
+    "model.safetensors",
+    "modeling_puma.py",
+    "modules.json",
+    "processing_puma.py",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "sentence_transformers_files_puma.py",
+    "sentence_transformers_puma.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def inputs_of_every_kind(images: list[Image.Image]) -> dict[str, Any]:
+    chat = [{"type": "text", "text": "what is this?"}, {"type": "image", "image": images[2]}]
+    return {
+        "text": "a red apple",
+        "image": images[0],
+        "image and text": {"image": images[1], "text": "on a table"},
+        "two images and text": {"image": images[1:], "text": "both", "instruction": "Find them."},
+        "chat": [{"role": "user", "content": chat}],
+    }
+
+
+@torch.inference_mode()
+def reference(folder: Path, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+    """What AutoProcessor and AutoModel make of the inputs."""
+    processor = AutoProcessor.from_pretrained(folder)
+    batch = processor.process_inputs(inputs, prompt=prompt)
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    model = AutoModel.from_pretrained(folder).eval()
+    embeddings: np.ndarray = model(**{name: batch[name] for name in names if name in batch}).embeddings.numpy()
+    return embeddings
+
+
+def assert_close(left: Any, right: Any) -> None:
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+
+
+# --- the same vectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_equals_the_transformers_classes(
+    sentence_transformer: SentenceTransformer, puma_dir: Path, images: list[Image.Image], kind: str
+) -> None:
+    item = inputs_of_every_kind(images)[kind]
+    encoded = sentence_transformer.encode([item])
+    assert encoded.shape == (1, 32)
+    assert encoded.dtype == np.float32
+    assert_close(encoded, reference(puma_dir, [item]))
+    assert_close(np.linalg.norm(encoded), 1.0)
+
+
+def test_a_mixed_batch_equals_its_inputs_one_by_one(
+    sentence_transformer: SentenceTransformer, puma_dir: Path, images: list[Image.Image]
+) -> None:
+    inputs = list(inputs_of_every_kind(images).values())
+    together = sentence_transformer.encode(inputs, batch_size=8)
+    assert_close(together, reference(puma_dir, inputs))
+    assert_close(sentence_transformer.encode(inputs, batch_size=2), together)
+    for item, row in zip(inputs, together, strict=True):
+        assert_close(sentence_transformer.encode([item])[0], row)
+    assert np.abs(together @ together.T - np.eye(5)).max() < 0.999
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "image and text"])
+def test_a_single_input_gives_a_single_vector(
+    sentence_transformer: SentenceTransformer, images: list[Image.Image], kind: str
+) -> None:
+    item = inputs_of_every_kind(images)[kind]
+    encoded = sentence_transformer.encode(item)
+    assert encoded.shape == (32,)
+    assert_close(encoded, sentence_transformer.encode([item])[0])
+
+
+def test_an_empty_list_gives_no_vectors(sentence_transformer: SentenceTransformer) -> None:
+    assert len(sentence_transformer.encode([])) == 0
+
+
+# --- instructions
+
+
+def test_a_prompt_equals_the_inputs_own_instruction(
+    sentence_transformer: SentenceTransformer, images: list[Image.Image]
+) -> None:
+    item = {"image": images[0], "text": "on a table"}
+    own = sentence_transformer.encode([{**item, "instruction": "Find it."}])
+    assert_close(sentence_transformer.encode([item], prompt="Find it."), own)
+    assert np.abs(sentence_transformer.encode([item]) - own).max() > 1e-3
+
+
+def test_the_task_instructions_are_named_prompts(sentence_transformer: SentenceTransformer, puma_dir: Path) -> None:
+    assert {**sentence_transformer.prompts, **MBEIR_INSTRUCTIONS} == sentence_transformer.prompts
+    name = "mbeir_mscoco_task0"
+    encoded = sentence_transformer.encode(["a red apple"], prompt_name=name)
+    assert_close(encoded, reference(puma_dir, ["a red apple"], MBEIR_INSTRUCTIONS[name]))
+    assert np.abs(encoded - reference(puma_dir, ["a red apple"])).max() > 1e-3
+
+
+def test_an_unknown_prompt_name_is_refused(sentence_transformer: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        sentence_transformer.encode(["a"], prompt_name="nonsense")
+
+
+def test_without_an_instruction_no_prompt_is_added(sentence_transformer: SentenceTransformer, puma_dir: Path) -> None:
+    plain = reference(puma_dir, ["a red apple"])
+    assert_close(sentence_transformer.encode_query(["a red apple"]), plain)
+    assert_close(sentence_transformer.encode_document(["a red apple"]), plain)
+
+
+# --- options
+
+
+def test_truncate_dim_cuts_the_vector(sentence_transformer: SentenceTransformer) -> None:
+    whole = sentence_transformer.encode(["a red apple"])
+    assert_close(sentence_transformer.encode(["a red apple"], truncate_dim=8), whole[:, :8])
+
+
+def test_max_seq_length_is_respected(puma_dir: Path) -> None:
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == 512
+    text = "a red apple " * 200
+    assert model.preprocess([text])["input_ids"].shape[1] in range(505, 513)
+    model.max_seq_length = 80
+    features = model.preprocess([text])
+    assert features["input_ids"].shape[1] in range(75, 81)
+    assert features["input_ids"][0, -1] == model[0].processor.ret_token_id
+
+
+def test_processing_options_reach_the_processor(sentence_transformer: SentenceTransformer) -> None:
+    module: Any = sentence_transformer[0]
+    image = Image.new("RGB", (64, 64))
+    size = {"shortest_edge": 256, "longest_edge": 1024}
+    features = module.preprocess([image], processing_kwargs={"image": {"size": size}})
+    assert features["image_grid_thw"].prod() * 64 == 1024
+    text = {"max_length": 70, "split_special_tokens": True}
+    features = module.preprocess(["<|im_end|> apple" * 50], processing_kwargs={"text": text})
+    assert features["input_ids"].shape[1] <= 70
+    assert module.preprocess(["apple " * 50], max_length=75)["input_ids"].shape[1] <= 75
+    with pytest.raises(ValueError, match="special token"):
+        module.preprocess(["<|im_end|> apple"])
+
+
+def test_features_carry_the_modalities(sentence_transformer: SentenceTransformer, images: list[Image.Image]) -> None:
+    features = sentence_transformer.preprocess(list(inputs_of_every_kind(images).values()))
+    assert features["modality_ids"].tolist() == [0, 1, 2, 2, 2]
+    assert features["num_images_per_sample"].tolist() == [0, 1, 1, 2, 1]
+
+
+def test_forward_adds_the_embedding_and_the_state_before_it(
+    sentence_transformer: SentenceTransformer, images: list[Image.Image]
+) -> None:
+    features = sentence_transformer.preprocess([images[0], "apple"])
+    given = set(features)
+    with torch.inference_mode():
+        result = sentence_transformer.forward(features)
+    assert given | {"sentence_embedding", "pooler_output"} <= set(result)
+    pooled = torch.nn.functional.normalize(result["pooler_output"], dim=-1)
+    torch.testing.assert_close(result["sentence_embedding"], pooled, rtol=0, atol=1e-6)
+
+
+def test_similarity_is_the_cosine(sentence_transformer: SentenceTransformer) -> None:
+    encoded = sentence_transformer.encode(["a", "b"])
+    assert_close(sentence_transformer.similarity(encoded, encoded), encoded @ encoded.T)
+    assert sentence_transformer.similarity_fn_name == "cosine"
+    assert sentence_transformer.get_embedding_dimension() == 32
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("", "a text must be a non-empty string"),
+        (None, "got None, which is neither text nor image"),
+        (5, "got 5, which is neither text nor image"),
+        ({"text": None}, "all values are None"),
+        ({"audio": "a.wav"}, "audio"),
+        ("a [RET] b", r"special token '\[RET\]'"),
+        (Image.new("RGB", (0, 4)), "is empty"),
+        ({"image": Image.new("RGB", (4, 4000))}, "1000 times"),
+    ],
+)
+def test_bad_inputs_are_refused(sentence_transformer: SentenceTransformer, item: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        sentence_transformer.encode([item])
+
+
+# --- saving
+
+
+def built_from_the_class(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(modules=[PumaTransformer(str(folder))], device="cpu")
+
+
+def loaded(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+
+
+@pytest.mark.parametrize("make", [loaded, built_from_the_class])
+def test_a_saved_model_is_complete_and_reloads(
+    puma_dir: Path, images: list[Image.Image], tmp_path: Path, make: Any
+) -> None:
+    model = make(puma_dir)
+    inputs = list(inputs_of_every_kind(images).values())
+    expected = model.encode(inputs)
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        model.save_pretrained(str(folder))
+        assert {path.name for path in folder.iterdir()} >= COMPLETE
+        modules = json.loads((folder / "modules.json").read_text())
+        assert [module["type"] for module in modules] == ["sentence_transformers_puma.PumaTransformer"]
+        # The model in memory still works after it was saved.
+        assert_close(model.encode(inputs), expected)
+        model = loaded(folder)
+        assert_close(model.encode(inputs), expected)
+        assert_close(reference(folder, inputs), expected)
+
+
+def test_a_pruned_directory_is_complete(puma_dir: Path) -> None:
+    assert {path.name for path in puma_dir.iterdir()} == COMPLETE | {"README.md"}
+
+
+def test_prompts_survive_saving(sentence_transformer: SentenceTransformer, tmp_path: Path) -> None:
+    sentence_transformer.save_pretrained(str(tmp_path))
+    assert loaded(tmp_path).prompts == sentence_transformer.prompts
+
+
+def test_the_dtype_and_the_attention_can_be_chosen(puma_dir: Path, images: list[Image.Image]) -> None:
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu", model_kwargs=options)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert model[0].model.config._attn_implementation == "eager"
+    inputs = [images[0], "a red apple"]
+    half = model.encode(inputs, convert_to_numpy=True)
+    cosine = (half * reference(puma_dir, inputs)).sum(axis=1)
+    assert cosine.min() > 0.99

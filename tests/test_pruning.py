@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+from puma_hf import PumaModel, PumaProcessor, prune
+from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.pruning import PruneReport
+from tests.test_files import listing
+from tests.tiny import build_qwen2_vl, copy_checkpoint, layer_of, read_weights, tiny_tokenizer
+
+# Counted by hand from the sizes in tests/tiny.py: hidden 32, intermediate 64, 4 heads of 8, 2 for keys.
+EMBEDDING = 285 * 32
+ATTENTION = (32 * 32 + 32) + 2 * (32 * 16 + 16) + 32 * 32
+LAYER = ATTENTION + 3 * 32 * 64 + 2 * 32
+NORM = 32
+BLOCK = (32 * 96 + 96) + (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32
+VISION = 3 * 2 * 8 * 8 * 32 + 2 * BLOCK + 2 * 32 + (128 * 128 + 128) + (128 * 32 + 32)
+
+
+def original_rows(folder: Path) -> torch.Tensor:
+    return read_weights(folder)["language_model.embed_tokens.weight"]
+
+
+def ret_row(folder: Path) -> torch.Tensor:
+    model = PumaModel.from_pretrained(folder)
+    row: torch.Tensor = model.get_input_embeddings().weight[model.config.ret_token_id].detach()
+    return row
+
+
+# --- the report
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept: int) -> None:
+    report = prune(qwen_dir, tmp_path / "out", num_kept_layers=kept)
+    before, after = EMBEDDING + 4 * LAYER + NORM + VISION, EMBEDDING + kept * LAYER + NORM + VISION
+    assert report.to_dict() == {
+        "source": str(qwen_dir),
+        "output_dir": str(tmp_path / "out"),
+        "num_kept_layers": kept,
+        "original_num_hidden_layers": 4,
+        "parameters_before": before,
+        "parameters_after": after,
+        "bytes_before": 4 * before,
+        "bytes_after": 4 * after,
+    }
+    assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+
+
+def test_an_untied_head_counts_before_and_is_gone_after(tmp_path: Path) -> None:
+    source = build_qwen2_vl(tmp_path / "source", tie_word_embeddings=False, dtype=torch.bfloat16)
+    report = prune(source, tmp_path / "out", num_kept_layers=2, dtype=torch.float32)
+    assert report.parameters_before == 2 * EMBEDDING + 4 * LAYER + NORM + VISION
+    assert report.parameters_after == EMBEDDING + 2 * LAYER + NORM + VISION
+    assert report.bytes_before == 2 * report.parameters_before
+    assert report.bytes_after == 4 * report.parameters_after
+
+
+def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path, tmp_path: Path) -> None:
+    with caplog.at_level(logging.INFO, logger="puma_hf.pruning"):
+        report = prune(qwen_dir, tmp_path / "out", num_kept_layers=2)
+    assert str(report) in caplog.text
+    text = str(report)
+    assert "decoder layers 0 to 1 of 4" in text
+    assert "decoder layers 2 to 3 and the language-model head" in text
+    assert f"{report.parameters_before:,} parameters" in text
+    assert f"({report.parameters_after / report.parameters_before:.0%})" in text
+    whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360)
+    assert "dropped  language-model head\n" in str(whole)
+
+
+# --- the weights
+
+
+def test_everything_kept_is_bit_equal(qwen_dir: Path, puma_dir: Path) -> None:
+    original = read_weights(qwen_dir)
+    kept = {name for name in original if layer_of(name) < 2}
+    pruned = load_file(puma_dir / "model.safetensors")
+    assert set(pruned) == kept
+    ret = PumaModel.from_pretrained(puma_dir).config.ret_token_id
+    for name, tensor in pruned.items():
+        if name.endswith("embed_tokens.weight"):
+            others = torch.arange(len(tensor)) != ret
+            assert torch.equal(tensor[others], original[name][others])
+        else:
+            assert torch.equal(tensor, original[name]), name
+
+
+def test_the_same_command_gives_the_same_bytes(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
+    prune(qwen_dir, tmp_path / "tiny-puma", num_kept_layers=2)
+    first, second = listing(puma_dir), listing(tmp_path / "tiny-puma")
+    assert set(first) == set(second)
+    assert {name for name in first if first[name] != second[name]} <= {"README.md"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_the_dtype_can_be_chosen(qwen_dir: Path, tmp_path: Path, dtype: Any) -> None:
+    prune(qwen_dir, tmp_path / "out", num_kept_layers=1, dtype=dtype)
+    expected = torch.float16 if dtype == "float16" else dtype
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {expected}
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == expected
+
+
+def test_auto_keeps_the_checkpoints_dtype(tmp_path: Path) -> None:
+    source = build_qwen2_vl(tmp_path / "source", dtype=torch.bfloat16)
+    prune(source, tmp_path / "out", num_kept_layers=1)
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+
+
+# --- [RET]
+
+
+def test_ret_starts_as_the_mean_of_the_vocabulary(qwen_dir: Path, puma_dir: Path) -> None:
+    words = len(tiny_tokenizer())
+    rows = original_rows(qwen_dir)
+    assert len(rows) == words + 8  # the padding rows do not count
+    assert torch.equal(ret_row(puma_dir), rows[:words].mean(dim=0))
+    assert PumaModel.from_pretrained(puma_dir).config.ret_token_id == words
+
+
+def test_the_mean_is_taken_in_float32(tmp_path: Path) -> None:
+    source = build_qwen2_vl(tmp_path / "source", dtype=torch.bfloat16)
+    prune(source, tmp_path / "out", num_kept_layers=1)
+    rows = original_rows(source)[: len(tiny_tokenizer())]
+    expected = rows.float().mean(dim=0).to(torch.bfloat16)
+    assert torch.equal(ret_row(tmp_path / "out"), expected)
+
+
+def test_padding_of_the_vocabulary_is_used_before_it_grows(puma_dir: Path, tmp_path: Path) -> None:
+    assert PumaModel.from_pretrained(puma_dir).config.text_config.vocab_size == 285
+    words = len(tiny_tokenizer())
+    source = build_qwen2_vl(tmp_path / "source", vocab_size=words)
+    report = prune(source, tmp_path / "out", num_kept_layers=2)
+    assert report.parameters_after - report.parameters_before == 32 - 2 * LAYER
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.config.text_config.vocab_size == words + 1 == len(model.get_input_embeddings().weight)
+    rows = original_rows(source)
+    assert torch.equal(model.get_input_embeddings().weight[:words], rows)
+    assert torch.equal(ret_row(tmp_path / "out"), rows.mean(dim=0))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tokenizer_with_ret_keeps_its_row(tmp_path: Path, special: bool) -> None:
+    source = build_qwen2_vl(tmp_path / "source", extra_tokens=() if special else ("[RET]",))
+    if special:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.add_tokens(["[RET]"], special_tokens=True)
+        tokenizer.save_pretrained(source)
+    prune(source, tmp_path / "out", num_kept_layers=1)
+    token_id = len(tiny_tokenizer())
+    assert torch.equal(ret_row(tmp_path / "out"), original_rows(source)[token_id])
+    processor = PumaProcessor.from_pretrained(tmp_path / "out")
+    assert processor.ret_token_id == token_id
+    assert len(processor.tokenizer) == token_id + 1
+    # Either way it is special afterwards, so that it cannot hide in a user's text.
+    with pytest.raises(ValueError, match="special token"):
+        processor.process_inputs(["a [RET]"])
+
+
+# --- the directory
+
+
+def test_both_loaders_agree_on_every_layout(puma_dir: Path, qwen_dir: Path, tmp_path: Path) -> None:
+    expected = load_file(puma_dir / "model.safetensors")
+    for layout in ("nested", "published", "bare"):
+        source = copy_checkpoint(qwen_dir, tmp_path / layout, layout=layout, num_shards=2)
+        prune(source, tmp_path / f"{layout}-out", num_kept_layers=2)
+        found = load_file(tmp_path / f"{layout}-out" / "model.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in expected | found)
+
+
+def test_the_lineage_is_recorded(puma_dir: Path, qwen_dir: Path) -> None:
+    config = json.loads((puma_dir / "config.json").read_text())
+    assert config["model_type"] == "puma"
+    assert config["num_kept_layers"] == 2
+    assert config["original_num_hidden_layers"] == 4
+    assert config["source_name_or_path"] == qwen_dir.name  # no path of this machine is published
+    assert config["auto_map"]["AutoModel"] == "modeling_puma.PumaModel"
+    assert str(qwen_dir.parent) not in (puma_dir / "config.json").read_text()
+
+
+def test_prompts_can_be_chosen(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
+    name = "config_sentence_transformers.json"
+    assert json.loads((puma_dir / name).read_text())["prompts"] == MBEIR_INSTRUCTIONS
+    prompts = {"find": "Finde ein Bild: ä"}
+    prune(qwen_dir, tmp_path / "out", num_kept_layers=1, prompts=prompts)
+    assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))["prompts"] == prompts
+    model = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    named = model.encode(["a"], prompt_name="find")
+    np.testing.assert_array_equal(named, model.encode([{"text": "a", "instruction": prompts["find"]}]))
+    prune(qwen_dir, tmp_path / "none", num_kept_layers=1, prompts={})
+    assert json.loads((tmp_path / "none" / name).read_text())["prompts"] == {}
+
+
+def test_a_pruned_directory_can_be_pruned_further(qwen_dir: Path, tmp_path: Path) -> None:
+    prune(qwen_dir, tmp_path / "three", num_kept_layers=3)
+    report = prune(tmp_path / "three", tmp_path / "two", num_kept_layers=2)
+    prune(qwen_dir, tmp_path / "direct", num_kept_layers=2)
+    two, direct = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "direct"))
+    assert set(two) == set(direct)
+    assert all(torch.equal(two[name], direct[name]) for name in two)
+    assert report.parameters_before == EMBEDDING + 3 * LAYER + NORM + VISION
+    assert report.parameters_after == EMBEDDING + 2 * LAYER + NORM + VISION
+    assert report.original_num_hidden_layers == 4
+    config = PumaModel.from_pretrained(tmp_path / "two").config
+    assert config.source_name_or_path == qwen_dir.name
+    for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+
+def test_a_pruned_directory_has_no_head_to_count(tmp_path: Path) -> None:
+    source = build_qwen2_vl(tmp_path / "source", tie_word_embeddings=False)
+    prune(source, tmp_path / "three", num_kept_layers=3)
+    report = prune(tmp_path / "three", tmp_path / "two", num_kept_layers=2)
+    assert report.parameters_before == EMBEDDING + 3 * LAYER + NORM + VISION
+
+
+def test_overwriting_replaces_the_old_directory(qwen_dir: Path, tmp_path: Path) -> None:
+    prune(qwen_dir, tmp_path / "out", num_kept_layers=3)
+    (tmp_path / "out" / "left-over.txt").touch()
+    prune(qwen_dir, tmp_path / "out", num_kept_layers=1, overwrite=True)
+    assert not (tmp_path / "out" / "left-over.txt").exists()
+    assert PumaModel.from_pretrained(tmp_path / "out").config.num_kept_layers == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- errors; none of them leaves anything behind
+
+
+def change_config(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        text = {key: value for key, value in values.items() if key not in config}
+        top = {key: value for key, value in values.items() if key in config}
+        path.write_text(json.dumps({**config, **top, "text_config": {**config["text_config"], **text}}))
+
+    return change
+
+
+def change_weights(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return rewrite
+
+
+def replace_text(name: str, text: str) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return replace
+
+
+def rename_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def write_index(**names: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        files = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors") | names
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    return write
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def unlink(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return unlink
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
+    "no config": (remove("config.json"), FileNotFoundError, "has no config.json"),
+    "broken config": (
+        replace_text("config.json", "{"),
+        OSError,
+        "config.json' is not a valid JSON file",
+    ),
+    "another model": (change_config(model_type="llama"), ValueError, "model_type='llama', but PUMA prunes"),
+    "no weights": (remove("model.safetensors"), FileNotFoundError, "has neither model.safetensors nor"),
+    "pickle": (rename_weights, ValueError, "'pytorch_model.bin', a pickle file"),
+    "cut off": (change_weights(lambda content: content[:-2000]), ValueError, "is not a whole safetensors"),
+    "missing shard": (
+        write_index(**{"model.norm.weight": "gone.safetensors"}),
+        FileNotFoundError,
+        "lacks the shard 'gone.safetensors' that model.safetensors.index.json names",
+    ),
+    "absent tensor": (
+        write_index(**{"visual.extra.weight": "model.safetensors"}),
+        ValueError,
+        "lacks 1 tensors that .*visual.extra.weight",
+    ),
+    "too few layers": (
+        change_config(num_hidden_layers=5, layer_types=["full_attention"] * 5),
+        ValueError,
+        "damaged' lacks 12 of the tensors that a Qwen2-VL with 5 layers needs",
+    ),
+    "another shape": (
+        change_config(intermediate_size=128),
+        ValueError,
+        r"damaged' has 12 tensors of another shape .*\(32, 64\) instead of \(32, 128\)",
+    ),
+    "no tokenizer": (
+        remove("tokenizer.json", "tokenizer_config.json"),
+        ValueError,
+        r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again",
+    ),
+    "no image processor": (remove("preprocessor_config.json"), OSError, "image processor for"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_source_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, damage: str) -> None:
+    change, error, message = DAMAGES[damage]
+    source = copy_checkpoint(qwen_dir, tmp_path / "damaged")
+    change(source)
+    before = listing(tmp_path)
+    kept = 5 if damage == "too few layers" else 4 if damage == "another shape" else 2
+    for target in (tmp_path / "out", tmp_path / "new" / "out"):
+        with pytest.raises(error, match=message):
+            prune(source, target, num_kept_layers=kept)
+        assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [0, -1, 5, 2.0, "2", True, None])
+def test_a_bad_number_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_kept_layers.*Choose an integer from 1 to 4"):
+        prune(qwen_dir, tmp_path / "out", num_kept_layers=value)
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("source", ["nonsense", "no/such-model", "./gone"])
+def test_a_nonsense_source_leaves_nothing_behind(tmp_path: Path, source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"'{source}' is "):
+        prune(source, tmp_path / "new" / "out", num_kept_layers=2)
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "overwrite", "error", "message"),
+    [
+        ("full", False, FileExistsError, r"full' is not empty\. Choose another, or pass overwrite=True"),
+        ("file", True, NotADirectoryError, r"file' is a file\. Choose a directory"),
+        ("file/out", False, PermissionError, "file/out' cannot be written"),
+        ("source", True, ValueError, "is, or holds, the source itself"),
+        (".", True, ValueError, "is, or holds, the source itself"),
+    ],
+)
+def test_a_bad_target_stays_as_it_is(
+    qwen_dir: Path, tmp_path: Path, target: str, overwrite: bool, error: type[Exception], message: str
+) -> None:
+    shutil.copytree(qwen_dir, tmp_path / "source")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old.txt").write_text("old")
+    (tmp_path / "file").write_text("old")
+    before = listing(tmp_path)
+    with pytest.raises(error, match=message):
+        prune(tmp_path / "source", tmp_path / target, num_kept_layers=2, overwrite=overwrite)
+    assert listing(tmp_path) == before
+
+
+def test_an_error_after_the_weights_keeps_the_old_directory(
+    qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(qwen_dir, tmp_path / "out", num_kept_layers=3)
+    before = listing(tmp_path)
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("puma_hf.pruning.write_model_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prune(qwen_dir, tmp_path / "out", num_kept_layers=1, overwrite=True)
+    assert listing(tmp_path) == before

@@ -1,0 +1,167 @@
+"""A tiny Qwen2-VL checkpoint with tokenizer and image processor, in each of the layouts found in the wild."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+NUM_LAYERS = 4
+HIDDEN_SIZE = 32
+# Rows of the embedding beyond the vocabulary, as in the published checkpoints.
+PADDING_ROWS = 8
+
+# Prefixes of the text tower and the vision tower in each layout.
+LAYOUTS = {
+    "nested": ("model.language_model.", "model.visual."),
+    "published": ("model.", "visual."),
+    "bare": ("language_model.", "visual."),
+}
+
+
+def tiny_tokenizer(extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: every text is encodable, most characters are one token or more."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a red apple on a table"] * 10, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        model_max_length=512,
+    )
+    fast.add_tokens(list(extra_tokens))
+    return fast
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int = NUM_LAYERS, **changes: Any) -> Qwen2VLConfig:
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": changes.pop("vocab_size", len(tokenizer) + PADDING_ROWS),
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        # Half of a head's 8 dimensions, split over time, height and width.
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": HIDDEN_SIZE,
+        "num_heads": 2,
+        "patch_size": 8,
+        "mlp_ratio": 2,
+    }
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=changes.pop("tie_word_embeddings", True),
+        **changes,
+    )
+
+
+def build_qwen2_vl(
+    folder: Path,
+    *,
+    extra_tokens: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Write a complete original checkpoint with random weights into `folder`."""
+    tokenizer = tiny_tokenizer(extra_tokens)
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)  # no bias stays 0, no norm weight 1
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 16 * 16, "longest_edge": 256 * 256}
+    Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size).save_pretrained(folder)
+    return folder
+
+
+def canonical_name(name: str) -> str:
+    """`language_model.*` and `visual.*`, as the model's own classes call them."""
+    for text, vision in (LAYOUTS["nested"], LAYOUTS["published"]):
+        if name.startswith(vision):
+            return "visual." + name.removeprefix(vision)
+        if name.startswith(text):
+            return "language_model." + name.removeprefix(text)
+    return name
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint under their canonical names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return {canonical_name(name): tensor for name, tensor in tensors.items()}
+
+
+def copy_checkpoint(
+    source: Path, target: Path, *, layout: str = "published", num_shards: int = 1, head: bool = False
+) -> Path:
+    """The same checkpoint with the tensor names of `layout`, in `num_shards` files ordered by layer."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = dict(sorted(read_weights(source).items(), key=lambda item: layer_of(item[0])))
+    if head:
+        tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"].clone()
+    text, vision = LAYOUTS[layout]
+    named = {
+        name.replace("language_model.", text, 1).replace("visual.", vision, 1): tensor
+        for name, tensor in tensors.items()
+    }
+    if num_shards == 1:
+        save_file(named, target / "model.safetensors", metadata={"format": "pt"})
+        return target
+    names = list(named)
+    per_shard = -(-len(names) // num_shards)
+    weight_map = {}
+    for number in range(num_shards):
+        file_name = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = names[number * per_shard : (number + 1) * per_shard]
+        save_file({name: named[name] for name in part}, target / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return target
+
+
+def layer_of(name: str) -> int:
+    """Number of a tensor's decoder layer; -1 for all else."""
+    parts = name.split(".")
+    return int(parts[2]) if name.startswith("language_model.layers.") else -1
