@@ -50,9 +50,7 @@ def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None
     ```
     """
     features = model.preprocess([item], prompt=prompt)
-    features = {
-        key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()
-    }
+    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(features)

@@ -281,13 +281,9 @@ def test_answers_belong_to_their_queries() -> None:
     for split in SPLITS:
         for task in (0, 2):
             for query in queries(task, split):
-                assert {names()[emoji_of(candidates()[d])] for d in query["pos_cand_list"]} == {
-                    query["query_txt"]
-                }
+                assert {names()[emoji_of(candidates()[d])] for d in query["pos_cand_list"]} == {query["query_txt"]}
         for query in queries(3, split):
-            assert {emoji_of(candidates()[d]) for d in query["pos_cand_list"]} == {
-                Path(query["query_img_path"]).stem
-            }
+            assert {emoji_of(candidates()[d]) for d in query["pos_cand_list"]} == {Path(query["query_img_path"]).stem}
         for query in queries(4, split):
             (answer,) = query["pos_cand_list"]
             source, found = Path(query["query_img_path"]), Path(candidates()[answer]["img_path"])

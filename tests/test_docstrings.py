@@ -34,9 +34,7 @@ def run_examples(module: object, name: str) -> tuple[int, str]:
     ran = 0
     for test in doctest.DocTestFinder(parser=FencedParser()).find(module, name):
         result = runner.run(test, out=report.append)
-        ran += result.attempted - getattr(
-            result, "skipped", 0
-        )  # Python 3.13 counts skipped ones as attempted
+        ran += result.attempted - getattr(result, "skipped", 0)  # Python 3.13 counts skipped ones as attempted
     return ran, "".join(report)
 
 

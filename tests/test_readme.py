@@ -14,9 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(
-    r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
-)
+BLOCK = re.compile(r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ def python_blocks(markdown: str) -> list[Block]:
 
 def test_blocks_are_found_with_their_lines() -> None:
     markdown = (
-        "# T\n\n```python\na = 1\n```\n\n```bash\nls\n```\n"
-        "<!-- not run: downloads -->\n```python\nb = 2\nc = 3\n```\n"
+        "# T\n\n```python\na = 1\n```\n\n```bash\nls\n```\n<!-- not run: downloads -->\n```python\nb = 2\nc = 3\n```\n"
     )
     assert python_blocks(markdown) == [Block(4, "a = 1\n", True), Block(12, "b = 2\nc = 3\n", False)]
 

@@ -94,9 +94,7 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_the_version_is_the_same_everywhere() -> None:
     assert "version" in PYPROJECT["project"]["dynamic"]
     assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "puma_hf/__init__.py"
-    written = re.search(
-        r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    written = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert written is not None
     assert puma_hf.__version__ == written[1]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -186,17 +184,13 @@ def test_imports_follow_the_data_flow(source: str) -> None:
 @pytest.mark.parametrize("source", [name for name in SOURCES if name != "cli.py"])
 def test_the_library_does_not_print(source: str) -> None:
     calls = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.Call)]
-    assert [
-        call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
-    ] == []
+    assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_files_and_functions_stay_small(source: str) -> None:
     assert len((PACKAGE / source).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
-    functions = [
-        n for n in ast.walk(tree_of(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [n for n in ast.walk(tree_of(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f"{f.name}: {body_lines(f)} lines" for f in functions if body_lines(f) > MAX_BODY_LINES] == []
 
 

@@ -12,19 +12,13 @@ prompts.
 
 from __future__ import annotations
 
-_WIKIPEDIA_PARAGRAPH = (
-    "Retrieve a Wikipedia paragraph that provides an answer to the given query about the image."
-)
-_WIKIPEDIA_PAIR = (
-    "Retrieve a Wikipedia image-description pair that provides evidence for the question of this image."
-)
+_WIKIPEDIA_PARAGRAPH = "Retrieve a Wikipedia paragraph that provides an answer to the given query about the image."
+_WIKIPEDIA_PAIR = "Retrieve a Wikipedia image-description pair that provides evidence for the question of this image."
 
 MBEIR_INSTRUCTIONS: dict[str, str] = {
     "mbeir_visualnews_task0": "Identify the news-related image in line with the described event.",
     "mbeir_mscoco_task0": "Find me an everyday image that matches the given caption.",
-    "mbeir_fashion200k_task0": (
-        "Based on the following fashion description, retrieve the best matching image."
-    ),
+    "mbeir_fashion200k_task0": ("Based on the following fashion description, retrieve the best matching image."),
     "mbeir_webqa_task1": "Retrieve passages from Wikipedia that provide answers to the following question.",
     "mbeir_edis_task2": "Find a news image that matches the provided caption.",
     "mbeir_webqa_task2": "Find a Wikipedia image that answers this question.",

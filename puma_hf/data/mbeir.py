@@ -68,9 +68,7 @@ def load_mbeir(
         ['anchor', 'positive', 'negative_1']
     """
     if num_negatives < 0:
-        raise ValueError(
-            f"num_negatives is {num_negatives}, must be 0 or more; 0 trains on in-batch negatives alone"
-        )
+        raise ValueError(f"num_negatives is {num_negatives}, must be 0 or more; 0 trains on in-batch negatives alone")
     if missing_negatives not in ("error", "drop"):
         raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
     data = root if isinstance(root, MBEIR) else MBEIR(root)

@@ -196,9 +196,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     "UTF-8, was the download cut off?"
                 ) from error
             if not isinstance(record, dict):
-                raise MBEIRFormatError(
-                    f"{location(path, number)}: expected a JSON object, got {type(record).__name__}"
-                )
+                raise MBEIRFormatError(f"{location(path, number)}: expected a JSON object, got {type(record).__name__}")
             yield number, record
 
 
@@ -272,9 +270,7 @@ def read_instructions(path: Path) -> tuple[dict[InstructionKey, tuple[str, ...]]
             )
         key = (int(cells[3]), cells[0], cells[1])
         if key in prompts:
-            raise MBEIRFormatError(
-                f"{location(path, number)}: instruction key {key} was already given; keep one row"
-            )
+            raise MBEIRFormatError(f"{location(path, number)}: instruction key {key} was already given; keep one row")
         prompts[key] = wordings
         names[key[0]] = cells[2].lower()
     return prompts, names
@@ -305,9 +301,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
             continue
         qid, did, relevance = _qrels_line(line, location(path, number))
         if qid not in qids:
-            raise MBEIRFormatError(
-                f"{location(path, number)}: qid {qid!r} is not in the query file of this task"
-            )
+            raise MBEIRFormatError(f"{location(path, number)}: qid {qid!r} is not in the query file of this task")
         if did not in dids:
             if dataset_id_of(did) == dataset_id_of(qid):
                 raise MBEIRFormatError(f"{location(path, number)}: did {did!r} is not in the candidate pool")
@@ -315,8 +309,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
         judged = qrels.setdefault(qid, {})
         if judged.setdefault(did, relevance) != relevance:
             raise MBEIRFormatError(
-                f"{location(path, number)}: {qid!r} and {did!r} were judged {judged[did]} before, now "
-                f"{relevance}"
+                f"{location(path, number)}: {qid!r} and {did!r} were judged {judged[did]} before, now {relevance}"
             )
     return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
 
@@ -328,11 +321,7 @@ def _check_is_file(path: Path) -> None:
 
 def _qrels_line(line: str, where: str) -> tuple[str, str, int]:
     fields = line.split()
-    if (
-        len(fields) != 5
-        or not fields[3].isdecimal()
-        or not (_ID.fullmatch(fields[0]) and _ID.fullmatch(fields[2]))
-    ):
+    if len(fields) != 5 or not fields[3].isdecimal() or not (_ID.fullmatch(fields[0]) and _ID.fullmatch(fields[2])):
         raise MBEIRFormatError(
             f"{where}: expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or "
             f"more, got {line!r}"
@@ -375,9 +364,7 @@ def _content(
     text, img_path = values
     modality = _required(record, f"{prefix}modality", where)
     if modality not in MBEIR_MODALITIES:
-        raise MBEIRFormatError(
-            f"{where}: {prefix}modality is {modality!r}, must be one of {list(MBEIR_MODALITIES)}"
-        )
+        raise MBEIRFormatError(f"{where}: {prefix}modality is {modality!r}, must be one of {list(MBEIR_MODALITIES)}")
     present = ",".join(name for name, value in ((IMAGE, img_path), (TEXT, text)) if value)
     if present != modality:
         raise MBEIRFormatError(

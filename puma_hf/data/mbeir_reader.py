@@ -58,9 +58,7 @@ class MBEIR:
     def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout"
-            )
+            raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
         self._images = ImageFinder(self.root if image_root is None else Path(image_root))
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
@@ -84,9 +82,7 @@ class MBEIR:
             if match is None:
                 continue
             if int(match[2]) not in TASK_MODALITIES:
-                raise MBEIRFormatError(
-                    f"{path}: task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}"
-                )
+                raise MBEIRFormatError(f"{path}: task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}")
             found.append(MBEIRTask(int(match[2]), match[1]))
         if not found:
             raise FileNotFoundError(
@@ -114,9 +110,7 @@ class MBEIR:
         for query in self._read_queries(path):
             where = location(path, query.line)
             if query.qid in queries:
-                raise MBEIRFormatError(
-                    f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}"
-                )
+                raise MBEIRFormatError(f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}")
             if query.modality != task.query_modality:
                 raise MBEIRFormatError(
                     f"{where}: query_modality is {query.modality!r} but task {task.task_id} has "
@@ -202,9 +196,7 @@ class MBEIR:
         path = self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
         return read_qrels(path, {query.qid for query in queries}, pool)
 
-    def instruction(
-        self, query: Query, candidate_modality: str, seed: int | None = None, *, row: int = 0
-    ) -> str:
+    def instruction(self, query: Query, candidate_modality: str, seed: int | None = None, *, row: int = 0) -> str:
         """The instruction that tells the model what this query looks for.
 
         Args:
@@ -228,11 +220,7 @@ class MBEIR:
                 f"modality) = {key}, needed by query {query.qid!r}; add the row"
             )
         wordings = prompts[key]
-        return (
-            wordings[0]
-            if seed is None
-            else seeded_random(seed, "instruction", query.qid, row).choice(wordings)
-        )
+        return wordings[0] if seed is None else seeded_random(seed, "instruction", query.qid, row).choice(wordings)
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
         """The task of a query from a union file, where the file name does not say it.
@@ -254,9 +242,7 @@ class MBEIR:
             )
         names = {number: name for name, number in MBEIR_DATASET_IDS.items()}
         number = query.dataset_id
-        return MBEIRTask(
-            task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}"
-        )
+        return MBEIRTask(task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}")
 
     def query_path(self, split: str, task: MBEIRTask | None) -> Path:
         """File of the queries of a task, or of a union split if there is no task."""
@@ -318,9 +304,7 @@ def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) ->
     wanted = {names} if isinstance(names, str) else set(names)
     known = [task.name for task in available]
     if not wanted or not wanted <= set(known):
-        raise ValueError(
-            f"tasks is {sorted(wanted)}, must be some of {known}; choose from these or leave it out"
-        )
+        raise ValueError(f"tasks is {sorted(wanted)}, must be some of {known}; choose from these or leave it out")
     return [task for task in available if task.name in wanted]
 
 

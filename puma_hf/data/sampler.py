@@ -50,8 +50,7 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         super().__init__(dataset, **kwargs)
         if len(positives) != len(dataset):
             raise ValueError(
-                f"positives has {len(positives)} rows and the dataset {len(dataset)}. Pass one list of ids "
-                "per row."
+                f"positives has {len(positives)} rows and the dataset {len(dataset)}. Pass one list of ids per row."
             )
         self.positives = [frozenset(ids) for ids in positives]
 

@@ -95,9 +95,7 @@ class MBEIRResults:
         """
         rows = [row for row in self.rows if row.pool == pool]
         if not rows:
-            raise ValueError(
-                f"pool is {pool!r}, evaluated were {self.pools}; evaluate with pool='both' to have both"
-            )
+            raise ValueError(f"pool is {pool!r}, evaluated were {self.pools}; evaluate with pool='both' to have both")
         means = {name: sum(row.metrics[name] for row in rows) / len(rows) for name in rows[0].metrics}
         return {"score": sum(row.score for row in rows) / len(rows), **means}
 
@@ -144,9 +142,7 @@ class MBEIRResults:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = (
-            json.dumps(self.to_dict(include_rankings=include_rankings), indent=2, allow_nan=False) + "\n"
-        )
+        content = json.dumps(self.to_dict(include_rankings=include_rankings), indent=2, allow_nan=False) + "\n"
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             draft = Path(folder, path.name)
             draft.write_text(content, encoding="utf-8")
@@ -230,9 +226,7 @@ def evaluate_mbeir(
         raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
     data = root if isinstance(root, MBEIR) else MBEIR(root)
     chosen = select_tasks(data.tasks(split), tasks)
-    searches = _read_searches(
-        data, chosen, split, _POOLS[pool]
-    )  # reads and checks every file before encoding
+    searches = _read_searches(data, chosen, split, _POOLS[pool])  # reads and checks every file before encoding
     candidates = _distinct_candidates(searches)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
     logger.info("Encoding %d candidates", len(candidates))
@@ -275,9 +269,7 @@ class _Search:
     relevance: dict[str, dict[str, int]]
 
 
-def _read_searches(
-    data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]
-) -> list[_Search]:
+def _read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[_Search]:
     queries = {task: data.queries(task, split) for task in tasks}
     searches = []
     for pool_name in pool_names:

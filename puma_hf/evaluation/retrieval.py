@@ -120,10 +120,7 @@ def _check_finite(embeddings: Tensor, name: str, block_size: int) -> None:
     rows = [
         start + row
         for start in range(0, len(embeddings), block_size)
-        for row in (~torch.isfinite(embeddings[start : start + block_size]).all(dim=1))
-        .nonzero()
-        .flatten()
-        .tolist()
+        for row in (~torch.isfinite(embeddings[start : start + block_size]).all(dim=1)).nonzero().flatten().tolist()
     ]
     if rows:
         raise ValueError(

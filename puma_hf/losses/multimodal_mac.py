@@ -73,9 +73,7 @@ def mac_loss(
         )
     similarities = _at_least_float32(similarities)
     # The only matrices of this size beside the similarities: the scale and the logits.
-    scale = torch.full_like(similarities, 1.0 / temperature).masked_fill_(
-        same_modality, 1.0 / hard_temperature
-    )
+    scale = torch.full_like(similarities, 1.0 / temperature).masked_fill_(same_modality, 1.0 / hard_temperature)
     logits = similarities * scale
     positive_logits = logits.gather(1, positive_index.unsqueeze(1)).squeeze(1)
     return (torch.logsumexp(logits, dim=1) - positive_logits).mean()
@@ -142,9 +140,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         ValueError: If a temperature is not positive and finite, or the schedule or grouping is unknown.
 
     Example:
-        >>> loss = MultimodalMACLoss(
-        ...     nn.Identity(), temperature=0.05, hard_temperature=0.04, schedule="constant"
-        ... )
+        >>> loss = MultimodalMACLoss(nn.Identity(), temperature=0.05, hard_temperature=0.04, schedule="constant")
         >>> anchor = positive = torch.eye(2)
         >>> text, image = torch.tensor([0, 0]), torch.tensor([1, 1])
         >>> round(loss.compute_loss_from_embeddings([anchor, -positive], [text, image]).item(), 2)
@@ -164,9 +160,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         super().__init__(temperature, hard_temperature, schedule)
         groupings = get_args(ModalityGrouping)
         if grouping not in groupings:
-            raise ValueError(
-                f"grouping is {grouping!r}, but it must be one of {groupings}. Choose one of these."
-            )
+            raise ValueError(f"grouping is {grouping!r}, but it must be one of {groupings}. Choose one of these.")
         self.model = model
         self.grouping: ModalityGrouping = grouping
         self.similarity_fct = similarity_fct
@@ -227,9 +221,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         # A trainer with bf16=True calls this under autocast, where the matrix product would be bfloat16
         # again.
         with torch.autocast(device_type=anchors.device.type, enabled=False):
-            similarities = self.similarity_fct(
-                _at_least_float32(anchors), _at_least_float32(torch.cat(candidates))
-            )
+            similarities = self.similarity_fct(_at_least_float32(anchors), _at_least_float32(torch.cat(candidates)))
             return mac_loss(
                 similarities, positive_index, same_modality, self.temperature, self.current_hard_temperature
             )

@@ -61,9 +61,7 @@ class TemperatureSchedule:
         check_temperature("end", self.end)
         kinds = get_args(ScheduleKind)
         if self.kind not in kinds:
-            raise ValueError(
-                f"schedule is {self.kind!r}, but it must be one of {kinds}. Choose one of these."
-            )
+            raise ValueError(f"schedule is {self.kind!r}, but it must be one of {kinds}. Choose one of these.")
 
     def value(self, progress: float) -> float:
         """Temperature after the fraction `progress` of the training steps.
@@ -329,16 +327,12 @@ def check_temperature(name: str, value: float) -> None:
         ValueError: If `value` is not a positive, finite number.
     """
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{name} is {value}, but a temperature must be positive and finite. Use a value such as 0.05."
-        )
+        raise ValueError(f"{name} is {value}, but a temperature must be positive and finite. Use a value such as 0.05.")
 
 
 def _clamp_progress(progress: float) -> float:
     if math.isnan(progress):
-        raise ValueError(
-            "progress is nan, but it must be a number in [0, 1]. Pass the done steps over all steps."
-        )
+        raise ValueError("progress is nan, but it must be a number in [0, 1]. Pass the done steps over all steps.")
     return min(max(float(progress), 0.0), 1.0)
 
 

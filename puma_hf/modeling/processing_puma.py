@@ -65,7 +65,7 @@ class PumaProcessor(Qwen2VLProcessor):
     ```python
     >>> from puma_hf import PumaProcessor
 
-    >>> processor = PumaProcessor.from_pretrained("demo/backbone")  # doctest: +SKIP
+    >>> processor = PumaProcessor.from_pretrained("puma-demo")  # doctest: +SKIP
     >>> inputs = ["a red apple", {"image": "apple.png", "text": "in green"}]
     >>> processor.process_inputs(inputs)["modality_ids"].tolist()  # doctest: +SKIP
     [0, 2]

@@ -38,9 +38,7 @@ def test_choices_come_from_the_query_and_never_repeat_while_there_are_enough(roo
             assert row["did"] in query.positives
             assert tuple(row["positives"]) == query.positives
             assert did_of[row["positive"]["text"], row["positive"]["image"]] == row["did"]
-            negatives = [
-                did_of[row[f"negative_{n}"]["text"], row[f"negative_{n}"]["image"]] for n in (1, 2, 3)
-            ]
+            negatives = [did_of[row[f"negative_{n}"]["text"], row[f"negative_{n}"]["image"]] for n in (1, 2, 3)]
             assert set(negatives) <= set(query.negatives)
             assert len(set(negatives)) == min(3, len(query.negatives))
             seen.add(row["did"])
@@ -111,9 +109,7 @@ def test_broken_union_row_names_file_and_line(root: Path) -> None:
     path = root / "query" / "union_train" / "mbeir_union_up_train.jsonl"
     record = {**builder.read_records(path)[0], "pos_cand_list": ["11:9999"]}
     line = builder.append_line(path, json.dumps(record))
-    with pytest.raises(
-        MBEIRFormatError, match=rf"mbeir_union_up_train\.jsonl, line {line}: pos_cand_list has dids"
-    ):
+    with pytest.raises(MBEIRFormatError, match=rf"mbeir_union_up_train\.jsonl, line {line}: pos_cand_list has dids"):
         load_mbeir(root, "union_train")
 
 

@@ -48,9 +48,7 @@ def test_records_become_dataclasses(images: ImageFinder, tmp_path: Path) -> None
     assert (query.line, query.dataset_id, query.model_input) == (7, 9, "a dog")
 
 
-@pytest.mark.parametrize(
-    "text", ["https://a.b/c", "data:image/png;base64,AA", "photos/dog.jpg", "my dog.webp"]
-)
+@pytest.mark.parametrize("text", ["https://a.b/c", "data:image/png;base64,AA", "photos/dog.jpg", "my dog.webp"])
 def test_text_that_a_model_might_open_is_marked_as_text(text: str) -> None:
     assert Candidate("9:1", text, None, "text").model_input == {"text": text}
 
@@ -123,9 +121,7 @@ def test_symbolic_links_may_stay_inside_but_not_leave(images: ImageFinder, tmp_p
     (root / "broken.png").symlink_to("nothing.png")
     assert images.find("inside.png", "here") == str((root / "dog.png").resolve())
     for path in ("file.png", "folder/cat.png"):
-        with pytest.raises(
-            MBEIRFormatError, match=r"^here: image path .* symbolic link that leaves .*image_root"
-        ):
+        with pytest.raises(MBEIRFormatError, match=r"^here: image path .* symbolic link that leaves .*image_root"):
             images.find(path, "here")
     with pytest.raises(FileNotFoundError, match=r"^here: image 'broken.png' is not a file"):
         images.find("broken.png", "here")
@@ -162,9 +158,7 @@ def test_missing_file(tmp_path: Path, read: Any) -> None:
 
 def test_instructions(tmp_path: Path) -> None:
     path = tmp_path / "table.tsv"
-    path.write_text(
-        'q\tc\tname\tid\tp1\tp2\ntext\timage\tToys\t3\t"First."\t\tSecond. \r\n\n', encoding="utf-8"
-    )
+    path.write_text('q\tc\tname\tid\tp1\tp2\ntext\timage\tToys\t3\t"First."\t\tSecond. \r\n\n', encoding="utf-8")
     assert read_instructions(path) == ({(3, "text", "image"): ("First.", "Second.")}, {3: "toys"})
 
 
@@ -186,9 +180,7 @@ def test_broken_instructions(tmp_path: Path, row: str, message: str) -> None:
 
 def test_qrels_keep_grades_and_leave_out_other_datasets_candidates(tmp_path: Path) -> None:
     path = tmp_path / "qrels.txt"
-    path.write_text(
-        "5:1 0 5:7 2 6\n5:1 0 5:8 0 6\n5:1 0 6:9 1 6\n5:1 0 5:7 2 6\n\n5:2 0 6:9 1 6\n", encoding="utf-8"
-    )
+    path.write_text("5:1 0 5:7 2 6\n5:1 0 5:8 0 6\n5:1 0 6:9 1 6\n5:1 0 5:7 2 6\n\n5:2 0 6:9 1 6\n", encoding="utf-8")
     assert read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8"}) == {"5:1": {"5:7": 2}}
     assert read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8", "6:9"}) == {
         "5:1": {"5:7": 2, "6:9": 1},

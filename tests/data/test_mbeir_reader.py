@@ -20,9 +20,7 @@ def test_reads_everything_that_was_written(root: Path) -> None:
     for task in TASKS:
         queries = data.queries(task)
         pool = data.local_pool(task)
-        assert [query.qid for query in queries] == [
-            builder.qid(task.task_id, n) for n in range(builder.NUM_QUERIES)
-        ]
+        assert [query.qid for query in queries] == [builder.qid(task.task_id, n) for n in range(builder.NUM_QUERIES)]
         assert list(pool) == [builder.did(task.task_id, n) for n in range(builder.NUM_CANDIDATES)]
         assert {candidate.modality for candidate in pool.values()} == {task.candidate_modality}
         qrels = data.qrels(task, "test", queries, pool)
@@ -39,6 +37,20 @@ def test_reads_everything_that_was_written(root: Path) -> None:
     )
 
 
+def test_validation_shares_the_pool_of_the_test_split(root: Path) -> None:
+    data = MBEIR(root)
+    for split in ("val", "union_val"):
+        assert data.global_pool(split) == data.global_pool("test")
+    # One of its own comes first, and no other split borrows.
+    builder.write_records(
+        builder.global_pool_path(root, "val"), builder.read_records(builder.global_pool_path(root, "test"))[:3]
+    )
+    assert list(data.global_pool("val")) == list(data.global_pool("union_val")) == ["11:0", "11:1", "11:2"]
+    builder.global_pool_path(root, "train").unlink()
+    with pytest.raises(FileNotFoundError, match=r"mbeir_union_train_cand_pool\.jsonl"):
+        data.global_pool("train")
+
+
 def test_union_file_may_repeat_a_query(root: Path) -> None:
     queries = MBEIR(root).union_queries()
     assert len(queries) == len(TASKS) * builder.NUM_QUERIES + 1
@@ -48,9 +60,7 @@ def test_union_file_may_repeat_a_query(root: Path) -> None:
 
 def test_images_may_be_elsewhere(root: Path, tmp_path: Path) -> None:
     (root / "images").rename(tmp_path / "images")
-    with pytest.raises(
-        FileNotFoundError, match=r"task0_test_cand_pool\.jsonl, line 1: image 'images/c0_0\.png'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"task0_test_cand_pool\.jsonl, line 1: image 'images/c0_0\.png'"):
         MBEIR(root).local_pool(TASKS[0])
     image = MBEIR(root, image_root=tmp_path).local_pool(TASKS[0])["11:0"].image
     assert image == str((tmp_path / "images" / "c0_0.png").resolve())
@@ -81,17 +91,13 @@ def test_repeated_qid(root: Path) -> None:
 def test_query_in_the_wrong_file(root: Path) -> None:
     path = builder.query_path(root, 1, "test")
     builder.change_record(path, 2, query_img_path="images/q3_0.png", query_modality="image,text")
-    with pytest.raises(
-        MBEIRFormatError, match=r"line 2: query_modality is 'image,text' but task 1 has 'text'"
-    ):
+    with pytest.raises(MBEIRFormatError, match=r"line 2: query_modality is 'image,text' but task 1 has 'text'"):
         MBEIR(root).queries(TASKS[1])
 
 
 def test_repeated_did(root: Path) -> None:
     builder.change_record(builder.local_pool_path(root, 1), 3, did=builder.did(1, 0))
-    with pytest.raises(
-        MBEIRFormatError, match=r"task1_cand_pool\.jsonl, line 3: did '11:100' was already given"
-    ):
+    with pytest.raises(MBEIRFormatError, match=r"task1_cand_pool\.jsonl, line 3: did '11:100' was already given"):
         MBEIR(root).local_pool(TASKS[1])
 
 
@@ -136,9 +142,7 @@ def test_task_of_a_union_row(root: Path) -> None:
     assert data.task_of(text_query, "image,text") == MBEIRTask(2, "toys")
     assert data.task_of(Query("9:1", "a", None, "text"), "image") == MBEIRTask(0, "mscoco")
     assert data.task_of(Query("77:1", "a", None, "text"), "image") == MBEIRTask(0, "dataset77")
-    with pytest.raises(
-        MBEIRFormatError, match="query '11:1': M-BEIR has no task from 'image' to 'image,text'"
-    ):
+    with pytest.raises(MBEIRFormatError, match="query '11:1': M-BEIR has no task from 'image' to 'image,text'"):
         data.task_of(Query("11:1", None, "i.png", "image"), "image,text")
 
 

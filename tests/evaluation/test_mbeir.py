@@ -44,9 +44,7 @@ class FakeEncoder:
 def brute_force(root: Path, task: MBEIRTask, pool_name: str) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Rankings and metrics straight from the files, with none of the code under test."""
     pool_path = (
-        builder.local_pool_path(root, task.task_id)
-        if pool_name == "local"
-        else builder.global_pool_path(root, "test")
+        builder.local_pool_path(root, task.task_id) if pool_name == "local" else builder.global_pool_path(root, "test")
     )
     pool = builder.read_records(pool_path)
     relevance: dict[str, dict[str, int]] = {}
@@ -111,16 +109,9 @@ def test_equals_brute_force_on_both_pools(root: Path, block_size: int) -> None:
 
 def test_every_input_is_encoded_once_in_one_modality(root: Path) -> None:
     model = FakeEncoder()
-    evaluate_mbeir(
-        model, root, pool="both", batch_size=7, show_progress_bar=False, encode_kwargs={"truncate_dim": 2}
-    )
-    assert all(
-        kwargs == {"batch_size": 7, "show_progress_bar": False, "truncate_dim": 2}
-        for *_, kwargs in model.calls
-    )
-    assert all(
-        len({isinstance(item, str) or tuple(item) for item in inputs}) == 1 for inputs, *_ in model.calls
-    )
+    evaluate_mbeir(model, root, pool="both", batch_size=7, show_progress_bar=False, encode_kwargs={"truncate_dim": 2})
+    assert all(kwargs == {"batch_size": 7, "show_progress_bar": False, "truncate_dim": 2} for *_, kwargs in model.calls)
+    assert all(len({isinstance(item, str) or tuple(item) for item in inputs}) == 1 for inputs, *_ in model.calls)
     candidates = [repr(item) for inputs, prompt, _ in model.calls if not prompt for item in inputs]
     assert len(candidates) == len(set(candidates)) == len(TASKS) * builder.NUM_CANDIDATES
     prompts = [prompt for _, prompt, _ in model.calls if prompt]
@@ -147,15 +138,9 @@ def test_tensors_are_taken_too(root: Path) -> None:
 def test_fashion_reports_hit_at_10_even_if_not_asked_for(root: Path) -> None:
     for path in [*root.rglob("*toys_task7*"), *root.rglob("*toys_task1*")]:
         path.rename(path.with_name(path.name.replace("toys", "fashioniq")))
-    results = evaluate_mbeir(
-        FakeEncoder(), root, tasks=["fashioniq_task7", "toys_task8"], ks=[1], pool="global"
-    )
+    results = evaluate_mbeir(FakeEncoder(), root, tasks=["fashioniq_task7", "toys_task8"], ks=[1], pool="global")
     fashion, toys = results.rows
-    assert (
-        list(fashion.metrics)
-        == list(toys.metrics)
-        == ["hit@1", "recall@1", "ndcg@10", "mrr@10", "wrong_modality@1"]
-    )
+    assert list(fashion.metrics) == list(toys.metrics) == ["hit@1", "recall@1", "ndcg@10", "mrr@10", "wrong_modality@1"]
     expected = evaluate_mbeir(FakeEncoder(), root, tasks=["fashioniq_task7", "toys_task8"], pool="global")
     assert fashion.score == expected.rows[0].metrics["hit@10"] != expected.rows[0].metrics["hit@5"]
     assert toys.score == expected.rows[1].metrics["hit@5"]
@@ -215,20 +200,13 @@ def test_markdown(root: Path) -> None:
         row.score,
         *(row.metrics[name] for name in ("hit@1", "hit@5", "hit@10", "ndcg@10", "wrong_modality@1")),
     ]
-    assert (
-        lines[4]
-        == "| t -> it | toys | local | 6 | 3 | 5 | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |"
-    )
-    assert lines[10].startswith(
-        f"|  | **mean** | local |  | 24 |  | **{100 * results.mean('local')['score']:.1f}** |"
-    )
+    assert lines[4] == "| t -> it | toys | local | 6 | 3 | 5 | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |"
+    assert lines[10].startswith(f"|  | **mean** | local |  | 24 |  | **{100 * results.mean('local')['score']:.1f}** |")
     assert MBEIRResults.from_dict(results.to_dict()).to_markdown() == results.to_markdown()
 
 
 def test_mean_of_a_pool_that_was_not_evaluated(root: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"pool is 'global', evaluated were \['local'\]; evaluate with pool='both'"
-    ):
+    with pytest.raises(ValueError, match=r"pool is 'global', evaluated were \['local'\]; evaluate with pool='both'"):
         evaluate_mbeir(FakeEncoder(), root).mean("global")
 
 
@@ -247,9 +225,7 @@ def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) ->
 
 
 @pytest.mark.parametrize("pool", ["local", "global"])
-def test_broken_qrels_are_found_before_anything_is_encoded(
-    root: Path, pool: Literal["local", "global"]
-) -> None:
+def test_broken_qrels_are_found_before_anything_is_encoded(root: Path, pool: Literal["local", "global"]) -> None:
     line = builder.append_line(builder.qrels_path(root, 8, "test"), f"{builder.qid(8, 0)} 0 11:9999 1 8")
     model = FakeEncoder()
     with pytest.raises(
@@ -281,9 +257,7 @@ def test_embeddings_of_a_wrong_shape(root: Path) -> None:
         def encode(self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any) -> Any:
             return np.zeros((len(inputs), 2 + ("image" in inputs[0])))
 
-    with pytest.raises(
-        ValueError, match=r"encode returned \(\d+, 2\) for \d+ inputs of modality 'text', expected \("
-    ):
+    with pytest.raises(ValueError, match=r"encode returned \(\d+, 2\) for \d+ inputs of modality 'text', expected \("):
         evaluate_mbeir(Ragged(), root)
 
 

@@ -44,9 +44,7 @@ def test_search_equals_brute_force_for_every_block_size(block_size: int, dtype: 
 
 @pytest.mark.parametrize("block_size", [1, 3, 100])
 def test_ties_go_to_the_lower_index(block_size: int) -> None:
-    candidates = torch.tensor(
-        [[0.0, -1.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]
-    )
+    candidates = torch.tensor([[0.0, -1.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
     result = exact_search(torch.tensor([[1.0, 0.0], [-7.0, 0.0]]), candidates, 7, block_size=block_size)
     assert result.indices.tolist() == [[1, 2, 4, 0, 3, 6, 5], [5, 0, 3, 6, 1, 2, 4]]
     assert result.scores.tolist() == [[1, 1, 1, 0, 0, 0, -1], [1, 0, 0, 0, -1, -1, -1]]
@@ -143,9 +141,7 @@ def test_metrics_equal_a_second_way_of_counting() -> None:
     relevance = [{did: 1 for did in rng.sample(range(30), rng.randint(1, 12))} for _ in range(50)]
     metrics = retrieval_metrics(rankings, relevance, ks=(1, 5, 10))
     for k in (1, 5, 10):
-        found = [
-            len(set(ranking[:k]) & set(judged)) for ranking, judged in zip(rankings, relevance, strict=True)
-        ]
+        found = [len(set(ranking[:k]) & set(judged)) for ranking, judged in zip(rankings, relevance, strict=True)]
         assert metrics[f"hit@{k}"] == sum(count > 0 for count in found) / 50
         recalls = [count / len(judged) for count, judged in zip(found, relevance, strict=True)]
         assert metrics[f"recall@{k}"] == pytest.approx(sum(recalls) / 50, abs=1e-12)

@@ -24,9 +24,7 @@ class BagOfNumbers(InputModule):
         super().__init__()
         self.bag = nn.EmbeddingBag(VOCABULARY, DIM, mode="mean")
 
-    def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         modalities, numbers = zip(*(text.split(": ") for text in inputs), strict=True)
         return {
             "input_ids": torch.tensor([[int(number) for number in row.split()] for row in numbers]),
@@ -71,8 +69,5 @@ def pairs() -> Dataset:
         numbers = torch.randint(VOCABULARY, (3,), generator=generator).tolist()
         return f"{names[row % 2]}: {' '.join(map(str, numbers))}"
 
-    rows = [
-        {"anchor": sample(row // 2), "positive": sample(row), "negative": sample(row + 1)}
-        for row in range(16)
-    ]
+    rows = [{"anchor": sample(row // 2), "positive": sample(row), "negative": sample(row + 1)} for row in range(16)]
     return Dataset.from_list(rows)

@@ -44,9 +44,7 @@ def naive_mac(
     embeddings: list[Tensor], ids: list[Tensor], temperature: float, hard: float, grouping: str = "target"
 ) -> Tensor:
     """The formula as loops over scalars."""
-    candidates = [
-        (column, row) for column in range(1, len(embeddings)) for row in range(embeddings[0].shape[0])
-    ]
+    candidates = [(column, row) for column in range(1, len(embeddings)) for row in range(embeddings[0].shape[0])]
     terms = []
     for query in range(embeddings[0].shape[0]):
         wanted = ids[1 if grouping == "target" else 0][query].item()
@@ -212,9 +210,7 @@ def test_gathering_takes_the_other_devices_candidates(monkeypatch: pytest.Monkey
     # Rank 1 of 2: the other device's columns stand before ours.
     theirs, ours = make_batch(1, seed=1), make_batch(1)
     ours[1][1] = ours[1][1].roll(1)  # the devices' modalities differ
-    partner = {
-        id(column): other for part in (0, 1) for column, other in zip(ours[part], theirs[part], strict=True)
-    }
+    partner = {id(column): other for part in (0, 1) for column, other in zip(ours[part], theirs[part], strict=True)}
 
     def gather(tensor: Tensor) -> Tensor:
         return torch.cat([partner[id(tensor)], tensor])
@@ -241,9 +237,7 @@ def test_gathering_takes_the_other_devices_candidates(monkeypatch: pytest.Monkey
     assert value == pytest.approx(sum(expected) / BATCH, abs=1e-6)
 
 
-def test_forward_reads_ids_of_features_even_if_the_model_pops_them(
-    make_model: MakeModel, pairs: Dataset
-) -> None:
+def test_forward_reads_ids_of_features_even_if_the_model_pops_them(make_model: MakeModel, pairs: Dataset) -> None:
     model = make_model()
     rows = pairs[:4]
     names = ("anchor", "positive", "negative")
@@ -283,9 +277,7 @@ def test_forward_errors(make_model: MakeModel, pairs: Dataset) -> None:
         return made
 
     labels = torch.zeros(4, 2, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=r"columns \[0, 1\] of 2 have no 'modality_ids'.*labels is None.*label column"
-    ):
+    with pytest.raises(ValueError, match=r"columns \[0, 1\] of 2 have no 'modality_ids'.*labels is None.*label column"):
         loss(columns(0, 1), None)
     with pytest.raises(ValueError, match=r"only the columns \[1\] of 2 lack.*same input module"):
         loss(columns(1), labels)
@@ -303,19 +295,13 @@ def test_embedding_errors() -> None:
     with pytest.raises(ValueError, match="got 3 columns of embeddings and 2 of modality ids"):
         loss.compute_loss_from_embeddings(embeddings, ids[:2])
     for broken in (embeddings[1][:-1], embeddings[1][:, :-1], embeddings[1][0]):
-        with pytest.raises(
-            ValueError, match=r"must be the same \(batch_size, embedding_dim\)\. Give every row"
-        ):
+        with pytest.raises(ValueError, match=r"must be the same \(batch_size, embedding_dim\)\. Give every row"):
             loss.compute_loss_from_embeddings([embeddings[0], broken], ids[:2])
     for wrong in (ids[1][:-1], ids[1].float(), ids[1].unsqueeze(1)):
-        with pytest.raises(
-            ValueError, match=r"columns of modality ids are .*must be integers \(6,\).*Pass one"
-        ):
+        with pytest.raises(ValueError, match=r"columns of modality ids are .*must be integers \(6,\).*Pass one"):
             loss.compute_loss_from_embeddings(embeddings[:2], [ids[0], wrong])
     for value in (-1, 5):
-        with pytest.raises(
-            ValueError, match=rf"{value}.*must be in 0\.\.4 \(0 = 'text', .*Map each.*MODALITY_IDS"
-        ):
+        with pytest.raises(ValueError, match=rf"{value}.*must be in 0\.\.4 \(0 = 'text', .*Map each.*MODALITY_IDS"):
             loss.compute_loss_from_embeddings(embeddings[:2], [ids[0], torch.full((BATCH,), value)])
     with pytest.raises(ValueError, match=r"the batch is empty.*Drop"):
         loss.compute_loss_from_embeddings([torch.zeros(0, DIM)] * 2, [torch.zeros(0, dtype=torch.long)] * 2)
@@ -351,9 +337,7 @@ def test_mac_loss_shape_errors() -> None:
         (similarities, index, mask.long()),
     ]
     for arguments in wrong:
-        with pytest.raises(
-            ValueError, match=r"similarities are float32 .*must be floats.*Pass one row per query"
-        ):
+        with pytest.raises(ValueError, match=r"similarities are float32 .*must be floats.*Pass one row per query"):
             mac_loss(*arguments, 0.05, 0.04)
 
 

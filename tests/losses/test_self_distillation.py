@@ -63,25 +63,19 @@ def test_low_precision_states_are_compared_in_float32(metric: Any) -> None:
 
 def test_function_errors() -> None:
     states = torch.zeros(2, 3)
-    with pytest.raises(
-        ValueError, match=r"student's hidden size is 3 and the teacher's 4.*Use the full model"
-    ):
+    with pytest.raises(ValueError, match=r"student's hidden size is 3 and the teacher's 4.*Use the full model"):
         self_distillation_loss(states, torch.zeros(2, 4))
     for student, teacher in (
         (states, torch.zeros(3, 3)),
         (states[0], states[0]),
         (states, states.unsqueeze(1)),
     ):
-        with pytest.raises(
-            ValueError, match=r"student states are .*same batch_size\. Pass one \[RET\] state"
-        ):
+        with pytest.raises(ValueError, match=r"student states are .*same batch_size\. Pass one \[RET\] state"):
             self_distillation_loss(student, teacher)
     for value in (math.nan, math.inf):
         teacher = states.clone()
         teacher[1, 2] = value
-        with pytest.raises(
-            ValueError, match=r"samples \[1\] of this batch are NaN or infinite.*Run the teacher in"
-        ):
+        with pytest.raises(ValueError, match=r"samples \[1\] of this batch are NaN or infinite.*Run the teacher in"):
             self_distillation_loss(states, teacher)
     with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'cosine'\)"):
         self_distillation_loss(states, states, "kl")  # type: ignore[arg-type]
@@ -108,14 +102,10 @@ def test_one_column_takes_both_label_shapes(metric: Any) -> None:
 
 def test_module_errors() -> None:
     loss, columns = SelfDistillationLoss(Student()), [{"states": torch.zeros(2, 3)}] * 2
-    with pytest.raises(
-        ValueError, match=r"labels is None.*Use the distillation trainer, or add a label column"
-    ):
+    with pytest.raises(ValueError, match=r"labels is None.*Use the distillation trainer, or add a label column"):
         loss(columns)
     for labels in (torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 2, 3, dtype=torch.long)):
-        with pytest.raises(
-            ValueError, match=r"labels are .*for 2 column\(s\).*\(batch_size, 2, hidden_size\)"
-        ):
+        with pytest.raises(ValueError, match=r"labels are .*for 2 column\(s\).*\(batch_size, 2, hidden_size\)"):
             loss(columns, labels)
     with pytest.raises(ValueError, match="hidden size is 3 and the teacher's 5"):
         loss(columns, torch.zeros(2, 2, 5))
@@ -133,9 +123,7 @@ def test_model_card_facts() -> None:
     assert "eprint={2507.08064}" in loss.citation
 
 
-def test_training_on_cached_states_reaches_the_teacher(
-    tmp_path: Path, make_model: MakeModel, pairs: Dataset
-) -> None:
+def test_training_on_cached_states_reaches_the_teacher(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> None:
     student, teacher = make_model(), make_model()
     nn.init.normal_(teacher[0].bag.weight)
     with torch.no_grad():

@@ -55,9 +55,7 @@ class ReportingCallback(TrainerCallback):
 
 
 @pytest.fixture
-def make_trainer(
-    tmp_path: Path, make_model: MakeModel, pairs: Dataset
-) -> Callable[..., SentenceTransformerTrainer]:
+def make_trainer(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> Callable[..., SentenceTransformerTrainer]:
     def make(name: str = "run", loss_kwargs: dict[str, Any] | None = None, **arguments: Any) -> Any:
         model = make_model()
         args = SentenceTransformerTrainingArguments(
@@ -185,9 +183,7 @@ def test_find_scheduled_losses(make_model: MakeModel) -> None:
 
 def test_callback_rejects_a_loss_without_schedule(make_model: MakeModel) -> None:
     other = MultipleNegativesRankingLoss(make_model())
-    with pytest.raises(
-        ValueError, match=r"loss is a MultipleNegativesRankingLoss.*Pass the MultimodalMACLoss"
-    ):
+    with pytest.raises(ValueError, match=r"loss is a MultipleNegativesRankingLoss.*Pass the MultimodalMACLoss"):
         TemperatureScheduleCallback(other)
     with pytest.raises(ValueError, match=r"loss is a dict of \['MultipleNegativesRankingLoss'\]"):
         TemperatureScheduleCallback({"nli": other})
@@ -215,9 +211,7 @@ def test_callback_events_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_schedule_in_a_trainer(
-    make_trainer: Callable[..., SentenceTransformerTrainer], accumulation: int
-) -> None:
+def test_schedule_in_a_trainer(make_trainer: Callable[..., SentenceTransformerTrainer], accumulation: int) -> None:
     trainer = make_trainer(gradient_accumulation_steps=accumulation)
     callback = add_temperature_schedule(trainer)
     assert trainer.callback_handler.callbacks[1] is callback
@@ -258,11 +252,7 @@ def test_resuming_continues_the_schedule(make_trainer: Callable[..., SentenceTra
     assert len(whole.loss.used) == 8
     assert resumed.loss.used == whole.loss.used[3:]
     logged = [
-        {
-            record["step"]: (record["hard_temperature"], record["loss"])
-            for record in history
-            if "loss" in record
-        }
+        {record["step"]: (record["hard_temperature"], record["loss"]) for record in history if "loss" in record}
         for history in (whole.state.log_history, resumed.state.log_history)
     ]
     assert logged[0] == logged[1]

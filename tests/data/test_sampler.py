@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from puma_hf.data.sampler import LOOKED_AT_PER_ROW, DistinctPositivesBatchSampler
+
+
+def make(
+    positives: list[list[str]], batch_size: int = 4, *, drop_last: bool = False, seed: int = 0, **kwargs: Any
+) -> DistinctPositivesBatchSampler:
+    dataset = Dataset.from_dict({"anchor": [str(row) for row in range(len(positives))]})
+    return DistinctPositivesBatchSampler(
+        dataset, positives, batch_size=batch_size, drop_last=drop_last, seed=seed, **kwargs
+    )
+
+
+def random_positives(rows: int, answers: int) -> list[list[str]]:
+    generator = random.Random(0)
+    return [generator.sample([f"d{n}" for n in range(answers)], generator.randint(1, 3)) for _ in range(rows)]
+
+
+def clashes(batch: list[int], positives: list[list[str]]) -> bool:
+    answers = [answer for row in batch for answer in positives[row]]
+    return len(answers) != len(set(answers))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_no_two_rows_share_an_answer(drop_last: bool) -> None:
+    positives = random_positives(200, 60)
+    batches = list(make(positives, 8, drop_last=drop_last))
+    rows = [row for batch in batches for row in batch]
+    assert not any(clashes(batch, positives) for batch in batches)
+    assert len(rows) == len(set(rows))
+    assert len(rows) >= 150
+    if drop_last:
+        assert {len(batch) for batch in batches} == {8}
+    plain = torch.randperm(200, generator=torch.Generator().manual_seed(0)).split(8)
+    assert any(clashes(batch.tolist(), positives) for batch in plain)  # chance alone would not do
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_every_row_comes_once(rows: int) -> None:
+    positives = [[f"d{row}"] for row in range(rows)]
+    sampler = make(positives)
+    batches = list(sampler)
+    assert sorted(row for batch in batches for row in batch) == list(range(rows))
+    assert len(sampler) == len(batches) == -(-rows // 4)
+    dropping = make(positives, drop_last=True)
+    assert [len(batch) for batch in dropping] == [4] * 3
+    assert len(dropping) == 3
+
+
+@pytest.mark.parametrize("looked_at", [0, LOOKED_AT_PER_ROW])
+def test_rows_that_wait_come_too(looked_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the latest when no new rows are left, all that wait are looked at.
+    monkeypatch.setattr("puma_hf.data.sampler.LOOKED_AT_PER_ROW", looked_at)
+    # Two rows for each answer fit into two batches, but not in any order.
+    positives = [[f"d{row % 4}"] for row in range(8)]
+    for seed in range(20):
+        batches = list(make(positives, seed=seed))
+        assert sorted(row for batch in batches for row in batch) == list(range(8)), seed
+        assert not any(clashes(batch, positives) for batch in batches)
+
+
+def test_rows_without_known_answers_clash_with_nothing() -> None:
+    assert sorted(map(len, make([[]] * 6))) == [2, 4]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_all_rows_share_one_answer(drop_last: bool) -> None:
+    sampler = make([["same"]] * 10, drop_last=drop_last)
+    assert [len(batch) for batch in sampler] == ([] if drop_last else [1] * len(sampler))
+
+
+def test_an_answer_of_very_many_rows() -> None:
+    """Most rows wait, more than are looked at for one batch; the others must all come."""
+    rows = 40 * LOOKED_AT_PER_ROW
+    positives = [["same"] if row % 2 else [f"d{row}"] for row in range(rows)]
+    batches = list(make(positives, 4))
+    assert not any(clashes(batch, positives) for batch in batches)
+    assert {row for batch in batches for row in batch if row % 2 == 0} == set(range(0, rows, 2))
+    assert sum(1 for batch in batches for row in batch if row % 2) == len(batches)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    positives = random_positives(60, 40)
+    sampler = make(positives)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert list(make(positives, generator=torch.Generator().manual_seed(99))) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert list(make(positives, seed=1)) == second  # seed and epoch are added, as in sentence-transformers
+    assert list(make(positives, seed=2)) not in (first, second)
+
+
+def test_rows_do_not_match() -> None:
+    dataset = Dataset.from_dict({"anchor": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"positives has 1 rows and the dataset 2\. Pass one list of ids"):
+        DistinctPositivesBatchSampler(dataset, [["x"]], batch_size=1, drop_last=False)

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+
+from puma_hf import lora_config, merge_adapter, prune
+from puma_hf.trainer.lora import (
+    BASE_FILE,
+    add_lora,
+    puma_model,
+    save_base_fingerprint,
+    weights_sha256,
+)
+from tests.tiny import HIDDEN_SIZE, build_qwen2_vl
+from tests.trainer.conftest import MakeStudent
+
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+RET_ROW = "language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"
+
+
+@pytest.fixture
+def base(puma_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the pruned model that a test may spoil."""
+    return Path(shutil.copytree(puma_dir, tmp_path / "base"))
+
+
+@pytest.fixture
+def adapter(base: Path, make_student: MakeStudent, tmp_path: Path) -> Path:
+    model = make_student(base, disturbed=True)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    save_base_fingerprint(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_weights(file: Path, **changes: float) -> None:
+    """Add a number to some tensors of a file."""
+    tensors = load_file(file)
+    for name, value in changes.items():
+        full_name = next(key for key in tensors if name in key)
+        tensors[full_name] = tensors[full_name] + value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# --- the recipe
+
+
+def test_recipe_defaults() -> None:
+    config = lora_config()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (64, 128, 0.05)
+    assert config.trainable_token_indices is None
+    config = lora_config(r=8, alpha=4, dropout=0.0, ret_token_id=7)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 4, 0.0)
+    assert config.trainable_token_indices == {"embed_tokens": [7]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, r"at least 1, got r=0 and alpha=0"),
+        ({"r": 4, "alpha": 0}, r"at least 1, got r=4 and alpha=0"),
+        ({"dropout": 1.0}, r"dropout=1\.0 is outside \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout=-0\.1 is outside"),
+    ],
+)
+def test_recipe_out_of_range(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lora_config(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("train_ret_token", [False, True])
+def test_only_decoder_linears_and_the_ret_row_are_trained(make_student: MakeStudent, train_ret_token: bool) -> None:
+    backbone = puma_model(make_student(train_ret_token=train_ret_token))
+    trained = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    expected = {
+        f"language_model.layers.{layer}.{linear}.lora_{side}.default.weight"
+        for layer in range(2)
+        for linear in LINEARS
+        for side in "AB"
+    }
+    assert set(trained) == expected | ({RET_ROW} if train_ret_token else set())
+    if train_ret_token:
+        assert trained[RET_ROW].shape == (1, HIDDEN_SIZE)
+    assert {type(module).__name__ for name, module in backbone.visual.named_modules() if "lora" in name} == set()
+
+
+def test_adapter_of_a_bfloat16_model_is_float32(tmp_path: Path, make_student: MakeStudent) -> None:
+    base = tmp_path / "base"
+    prune(build_qwen2_vl(tmp_path / "original", dtype=torch.bfloat16), base, num_kept_layers=2)
+    model = make_student(base, disturbed=True)
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    model.eval()
+    before = model.encode(["a red apple"])
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert 0 < merge_adapter(tmp_path / "adapter", tmp_path / "merged") < 0.1
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    assert merged.dtype == torch.bfloat16
+    assert (before * merged.encode(["a red apple"])).sum() > 0.995
+
+
+def test_second_adapter_and_other_models_are_refused(make_student: MakeStudent) -> None:
+    model = make_student()
+    with pytest.raises(ValueError, match=r"already has an adapter\. Merge it first"):
+        add_lora(model, lora_config())
+    other = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
+    with pytest.raises(ValueError, match=r"model_type=None, but only PUMA models .* prune"):
+        add_lora(other, lora_config())
+
+
+# --- the merge
+
+
+def test_merged_equals_adapter(
+    adapter: Path, base: Path, make_student: MakeStudent, tmp_path: Path, images: list[Image.Image]
+) -> None:
+    inputs = ["a red apple", {"image": images[0]}, {"image": images[1], "text": "on a table"}]
+    trained = make_student(base, disturbed=True).eval()
+    expected = trained.encode(inputs, prompt="Find it.")
+    untrained = make_student(base, adapter=False).encode(inputs, prompt="Find it.")
+    assert np.abs(expected - untrained).max() > 1e-2  # there is something to merge
+
+    largest = merge_adapter(adapter, tmp_path / "merged")
+    assert 0 <= largest < 1e-6
+    loaded = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    np.testing.assert_allclose(loaded.encode(inputs, prompt="Find it."), expected, atol=1e-6, rtol=0)
+
+    model = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    batch = processor.process_inputs(inputs, prompt="Find it.")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    with torch.inference_mode():
+        embeddings = model(**{name: batch[name] for name in names}).embeddings
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6, rtol=0)
+
+
+def test_merged_directory_is_complete(adapter: Path, base: Path, tmp_path: Path) -> None:
+    merge_adapter(adapter, tmp_path / "merged")
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in ("README.md", "config_sentence_transformers.json", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes(), name
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["source_name_or_path"] == "tiny-qwen2-vl"
+    assert config["num_kept_layers"] == 2
+
+
+def test_base_that_moved(adapter: Path, base: Path, tmp_path: Path) -> None:
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"base '.*base' is not a directory\. .*--base"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert merge_adapter(adapter, tmp_path / "merged", base=tmp_path / "elsewhere") < 1e-6
+
+
+def test_base_that_is_not_named(adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(FileNotFoundError, match=r"base '' is not a directory"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_incomplete_adapter(adapter: Path, tmp_path: Path, name: str) -> None:
+    (adapter / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"'.*adapter' has no {name}\. Point to a directory"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_base_that_changed_after_training(adapter: Path, base: Path, tmp_path: Path) -> None:
+    before = weights_sha256(base)
+    change_weights(base / "model.safetensors", norm=1e-6)
+    after = weights_sha256(base)
+    assert before != after
+    message = rf"was not trained on the weights in '.*base' \(SHA-256 {after[:12]} instead of {before[:12]}\)"
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_adapter_without_fingerprint(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (adapter / BASE_FILE).unlink()
+    with caplog.at_level(logging.WARNING, logger="puma_hf"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert "has no puma_base.json: whether it was trained on" in caplog.text
+
+
+def test_nothing_to_fingerprint(make_student: MakeStudent, tmp_path: Path) -> None:
+    save_base_fingerprint(make_student(adapter=False), tmp_path)
+    model = make_student()
+    puma_model(model).name_or_path = "org/on-the-hub"
+    save_base_fingerprint(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_adapter(adapter: Path, tmp_path: Path) -> None:
+    change_weights(adapter / "adapter_model.safetensors", lora_B=float("nan"))
+    with pytest.raises(ValueError, match=r"moved embeddings by up to nan, more than 0\.0001"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapter_file_cut_off(adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"does not fit '.*base' or is damaged \(.*\)\."):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_adapter_that_lacks_a_tensor(adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    dropped = sorted(tensors)[-1]
+    del tensors[dropped]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(ValueError, match=rf"disagree on 1 tensors \(first: {dropped}\)"),
+    ):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_adapter_of_another_shape(adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 2}))
+    with pytest.raises(ValueError, match=r"does not fit '.*base' or is damaged \(size mismatch"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_merge_that_goes_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoraModel.merge_and_unload
+
+    def wrong(model: LoraModel) -> torch.nn.Module:
+        merged = right(model)
+        with torch.no_grad():
+            merged.language_model.layers[0].mlp.up_proj.weight.add_(0.1)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(ValueError, match=r"moved embeddings by up to [1-9]\.\d+e-0[12], more than 0\.0001"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_output_in_use(adapter: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"'.*merged' is not empty\..*--overwrite"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "note.txt").read_text() == "mine"
+    merge_adapter(adapter, tmp_path / "merged", overwrite=True)
+    assert not (tmp_path / "merged" / "note.txt").exists()
+    for folder in (adapter, tmp_path):
+        with pytest.raises(ValueError, match=r"is, or holds, the adapter itself"):
+            merge_adapter(adapter, folder, overwrite=True)
+    with pytest.raises(ValueError, match=r"is, or holds, the source itself"):
+        merge_adapter(adapter, base, overwrite=True)
+    assert (base / "model.safetensors").is_file()
+    assert (adapter / "adapter_model.safetensors").is_file()

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from puma_hf import MultimodalMACLoss, PumaTrainer
+from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.losses.temperature import TemperatureScheduleCallback
+from puma_hf.trainer.lora import BASE_FILE
+from tests.trainer.conftest import MakeArguments, MakeStudent
+
+ROWS = 16
+# Four answers, each right for four rows; the last four rows have a second one.
+POSITIVES = [[f"answer {row % 4}"] + ([f"answer {(row + 1) % 4}"] if row >= 12 else []) for row in range(ROWS)]
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    return Dataset.from_dict(
+        {"anchor": [f"query {row}" for row in range(ROWS)], "positive": [f"apple {row % 4}" for row in range(ROWS)]}
+    )
+
+
+def test_schedule_is_added_and_logged(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.04, schedule="linear")
+    trainer = PumaTrainer(model=model, args=make_arguments(max_steps=4), train_dataset=pairs, loss=loss)
+    callbacks = trainer.callback_handler.callbacks
+    assert sum(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks) == 1
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["temperature"] for entry in logs] == [0.05] * 4
+    assert [entry["hard_temperature"] for entry in logs] == pytest.approx([0.05, 0.0475, 0.045, 0.0425])
+    assert loss.current_hard_temperature == 0.04
+
+
+def test_no_schedule_for_other_losses(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    loss = MultipleNegativesRankingLoss(model)
+    trainer = PumaTrainer(model=model, args=make_arguments(max_steps=1), train_dataset=pairs, loss=loss)
+    callbacks = trainer.callback_handler.callbacks
+    assert not any(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks)
+    trainer.train()
+    assert not any("temperature" in entry for entry in trainer.state.log_history)
+
+
+def test_rows_of_a_trained_batch_share_no_answer(
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def batches(positives: list[list[str]] | None) -> list[list[int]]:
+        model = make_student()
+        trainer = PumaTrainer(
+            model=model,
+            args=make_arguments(max_steps=-1, num_train_epochs=3),
+            train_dataset=pairs,
+            loss=MultimodalMACLoss(model),
+            positives=positives,
+        )
+        seen: list[list[int]] = []
+        collate = type(trainer.data_collator).__call__
+
+        def record(self: Any, rows: list[dict[str, Any]]) -> Any:
+            seen.append([int(row["anchor"].split()[1]) for row in rows])
+            return collate(self, rows)
+
+        monkeypatch.setattr(type(trainer.data_collator), "__call__", record)
+        trainer.train()
+        monkeypatch.undo()
+        return seen
+
+    def clashes(batch: list[int]) -> bool:
+        answers = [answer for row in batch for answer in POSITIVES[row]]
+        return len(set(answers)) < len(answers)
+
+    apart = batches(POSITIVES)
+    assert apart
+    assert not any(map(clashes, apart))
+    assert len({tuple(batch) for batch in apart}) == len(apart)  # each epoch has its own order
+    assert any(map(clashes, batches(None)))
+
+
+def test_evaluation_rows_keep_their_own_sampler(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    model = make_student()
+    trainer = PumaTrainer(
+        model=model,
+        args=make_arguments(per_device_eval_batch_size=8),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(8)),
+        loss=MultimodalMACLoss(model),
+        positives=POSITIVES,
+    )
+    train_sampler: Any = trainer.get_train_dataloader().batch_sampler
+    eval_sampler: Any = trainer.get_eval_dataloader().batch_sampler
+    assert isinstance(train_sampler, DistinctPositivesBatchSampler)
+    assert not isinstance(eval_sampler, DistinctPositivesBatchSampler)
+    assert sorted(row for batch in eval_sampler for row in batch) == list(range(8))
+
+
+def test_positives_must_fit(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    arguments = {"model": model, "args": make_arguments(), "loss": MultimodalMACLoss(model)}
+    with pytest.raises(ValueError, match=r"positives has 3 rows and train_dataset 16\. Pass one list of ids"):
+        PumaTrainer(**arguments, train_dataset=pairs, positives=POSITIVES[:3])
+    several = DatasetDict(one=pairs, other=pairs)
+    with pytest.raises(ValueError, match=r"train_dataset is a DatasetDict\. Concatenate the datasets"):
+        PumaTrainer(**arguments, train_dataset=several, positives=POSITIVES)
+
+
+def test_arguments_are_saved_and_checkpoints_know_their_base(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
+) -> None:
+    model = make_student()
+    trainer = PumaTrainer(
+        model,
+        make_arguments(max_steps=1, save_strategy="steps", save_steps=1),
+        train_dataset=pairs,
+        loss=MultimodalMACLoss(model),
+        positives=POSITIVES,
+    )
+    trainer.train()
+    assert pickle.loads(pickle.dumps(trainer.args)).learning_rate == 1e-2
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert saved.learning_rate == 1e-2
+    assert (checkpoint / BASE_FILE).is_file()
