@@ -1,8 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
 #
 #   PYTHON=python3.12             another interpreter (3.11 or later)
-#   PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#                                 more flags for pip; this one spares a CPU-only
+#   PIP_FLAGS="--index-url ..."   more flags for pip, for instance PyTorch's CPU index, which spares a CPU-only
 #                                 Linux machine gigabytes of CUDA libraries
 
 PYTHON ?= python3
