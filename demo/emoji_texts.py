@@ -127,9 +127,7 @@ INSTRUCTIONS = {
 
 def caption(concept: Concept, artist: str) -> str:
     group = concept.group
-    rough = (
-        ROUGH.get(group) or ROUGH.get(group.split("-")[0]) or ROUGH.get(group.split(" ")[0]) or DEFAULT_ROUGH
-    )
+    rough = ROUGH.get(group) or ROUGH.get(group.split("-")[0]) or ROUGH.get(group.split(" ")[0]) or DEFAULT_ROUGH
     return f"{rough}, {MANNERS[artist]}"
 
 

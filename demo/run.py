@@ -1,0 +1,153 @@
+"""The whole way on real images: prune, distil, merge, train with MAC-Loss, merge, evaluate, reload, search.
+
+    .venv/bin/python demo/run.py            # what `make demo` runs; about five minutes on two cores
+
+Every step is a `puma-hf` command, printed before it runs. The model is a tiny Qwen2-VL (`demo/backbone/`), the data
+are emoji in M-BEIR's layout (`demo/emoji/`). Results go to `demo/output/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+from picture import draw_answers
+from puma_hf.cli import app
+from puma_hf.flops import count_flops, count_parameters
+
+DEMO = Path(__file__).resolve().parent
+DATA = DEMO / "emoji"
+BACKBONE = DEMO / "backbone"
+TEXT = "woman running: medium skin tone"
+IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
+
+# Chosen on the validation split. A real model needs smaller learning rates: see the defaults of the commands.
+NUM_KEPT_LAYERS = 4
+DISTILL_STEPS = 110
+TRAIN_STEPS = 60
+DISTILL = {"batch-size": 64, "learning-rate": 2e-3, "lora-r": 64}
+TRAIN = {"batch-size": 64, "learning-rate": 5e-4, "lora-r": 64}
+
+# Name in the table, and directory.
+MODELS = {
+    "full model": "full",
+    "pruned, untouched": "pruned",
+    "pruned, distilled without labels": "distilled",
+    "PUMA: distilled, then MAC-Loss": "puma",
+    "pruned, InfoNCE for as many steps": "infonce",
+}
+
+
+def command(name: str, *arguments: str | Path, **options: object) -> None:
+    """Print and run one `puma-hf` command in this process, which spares starting Python anew."""
+    words = [name, *map(str, arguments)]
+    for option, value in options.items():
+        words += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    shown = [word.replace(f"{DEMO.parent}/", "") for word in words]
+    print(f"\n$ puma-hf {shlex.join(shown)}", flush=True)
+    app(words, standalone_mode=False)
+
+
+def stage(kind: str, model: Path, output: Path, seed: int, **options: object) -> None:
+    """Train an adapter and merge it."""
+    adapter = output.with_name(f"{output.name}-lora")
+    defaults = DISTILL if kind == "distill" else TRAIN
+    command(kind, model, adapter, data=DATA, seed=seed, overwrite=True, logging_steps=40, **defaults, **options)
+    command("merge", adapter, output, base=model, overwrite=True)
+
+
+def build_models(work: Path, backbone: Path, seed: int) -> None:
+    """Make the five models of the table."""
+    full, pruned, distilled = work / "full", work / "pruned", work / "distilled"
+    command("prune", backbone, full, num_kept_layers=8, overwrite=True)
+    command("prune", backbone, pruned, num_kept_layers=NUM_KEPT_LAYERS, overwrite=True)
+    stage("distill", pruned, distilled, seed, teacher=backbone, max_steps=DISTILL_STEPS)
+    stage("train", distilled, work / "puma", seed, loss="mac", max_steps=TRAIN_STEPS)
+    stage("train", pruned, work / "infonce", seed, loss="infonce", max_steps=DISTILL_STEPS + TRAIN_STEPS)
+
+
+def measure(work: Path, split: str) -> dict[str, dict[str, float]]:
+    """Evaluate each model; one row of figures a model."""
+    rows = {}
+    for name, folder in MODELS.items():
+        result_file = work / f"{folder}-{split}.json"
+        command(
+            "evaluate",
+            work / folder,
+            data=DATA,
+            split=split,
+            pool="both",
+            batch_size=64,
+            output=result_file,
+            rankings=True,
+        )
+        means = json.loads(result_file.read_text())["mean"]
+        model = SentenceTransformer(str(work / folder), trust_remote_code=True)
+        rows[name] = {
+            "layers": model[0].config.num_kept_layers,
+            "parameters": count_parameters(model),
+            "text MFLOP": count_flops(model, TEXT) / 1e6,
+            "image MFLOP": count_flops(model, {"image": str(IMAGE)}) / 1e6,
+            **{
+                f"{pool} {metric}": 100 * means[pool][metric]
+                for pool in ("local", "global")
+                for metric in ("hit@1", "hit@5", "wrong_modality@1")
+            },
+        }
+    return rows
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The five models as a Markdown table, hit rates in percent and relative to the full model."""
+    full = rows["full model"]["local hit@5"]
+    lines = [
+        "| model | layers | parameters | MFLOP text / image | local hit@1 / hit@5 | of full | global hit@1 / hit@5 "
+        "| wrong modality, global |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['layers']:.0f} | {row['parameters'] / 1e6:.2f} M "
+            f"| {row['text MFLOP']:.0f} / {row['image MFLOP']:.0f} "
+            f"| {row['local hit@1']:.1f} / {row['local hit@5']:.1f} | {row['local hit@5'] / full:.1%} "
+            f"| {row['global hit@1']:.1f} / {row['global hit@5']:.1f} | {row['global wrong_modality@1']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DEMO / "output", help="where models and results go")
+    parser.add_argument("--backbone", type=Path, default=BACKBONE, help="the full model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of LoRA's start, order and dropout")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="split to measure on")
+    args = parser.parse_args()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    started = time.monotonic()
+    work = args.output.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    build_models(work, args.backbone.resolve(), args.seed)
+    rows = measure(work, args.split)
+    (work / f"table-{args.split}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print("\nReloading in a fresh process where puma_hf cannot be imported, and searching there:", flush=True)
+    subprocess.run([sys.executable, str(DEMO / "fresh_process.py"), str(work / "puma")], check=True)
+    picture = draw_answers(work / f"puma-{args.split}.json", DATA, args.split, work / "answers.png")
+    print(f"\n{table(rows)}\n")
+    print("Hit rates are means over eight tasks, in percent.")
+    print("Wrong modality: share of first answers that are not of the kind asked for.")
+    print(f"Picture: {picture}\nDone in {time.monotonic() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()
