@@ -1,0 +1,67 @@
+"""The demo's table and picture, on figures and rankings written by hand; `make demo` itself takes minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import run
+from picture import QUERY_WIDTH, RIGHT, draw_answers
+from puma_hf.data.mbeir import MBEIR
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "demo" / "emoji"
+
+
+def figures(hit: float) -> dict[str, float]:
+    row = {"layers": 4, "parameters": 1_300_000, "text MFLOP": 32.0, "image MFLOP": 64.0}
+    for pool in ("local", "global"):
+        row |= {f"{pool} hit@1": hit / 2, f"{pool} hit@5": hit, f"{pool} wrong_modality@1": 0.5}
+    return row
+
+
+def test_the_table_has_a_row_a_model_and_relates_it_to_the_full_one() -> None:
+    rows = {name: figures(80.0 if name == "full model" else 60.0) for name in run.MODELS}
+    lines = run.table(rows).splitlines()
+    assert len(lines) == 2 + len(run.MODELS)
+    assert lines[2].startswith("| full model | 4 | 1.30 M | 32 / 64 | 40.0 / 80.0 | 100.0% | 40.0 / 80.0 | 0.5 |")
+    assert all("| 75.0% |" in line for line in lines[3:])
+
+
+def test_the_picture_frames_right_answers_only(tmp_path: Path) -> None:
+    data = MBEIR(DATA)
+    rankings: dict[str, dict[str, list[str]]] = {}
+    for task in data.tasks("test"):
+        query = data.queries(task, "test")[0]
+        wrong = [did for did in data.local_pool(task, "test") if did not in query.positives][:4]
+        # Right first, four wrong ones behind.
+        rankings[task.name] = {query.qid: [query.positives[0], *wrong]}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"rankings": {"local": rankings}}))
+    output = draw_answers(results, DATA, "test", tmp_path / "answers.png")
+    with Image.open(output) as image:
+        green = tuple(int(RIGHT[start : start + 2], 16) for start in (1, 3, 5))
+        columns = {x for x in range(QUERY_WIDTH, image.width) if image.getpixel((x, image.height - 60)) == green}
+    # The frame's two vertical sides, four pixels each, and only around the first answer.
+    assert len(columns) == 8
+    assert max(columns) < QUERY_WIDTH + 200
+
+
+def test_the_demo_names_the_committed_data_and_backbone() -> None:
+    assert (run.BACKBONE / "model.safetensors").is_file()
+    assert run.IMAGE.is_file()
+    weights = sum(path.stat().st_size for path in run.BACKBONE.iterdir())
+    assert weights <= 15 * 2**20
+
+
+def test_commands_are_printed_relative_to_the_repository(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(run, "app", lambda arguments, standalone_mode: called.append(arguments))
+    run.command("prune", run.BACKBONE, num_kept_layers=4, overwrite=True)
+    assert capsys.readouterr().out == "\n$ puma-hf prune demo/backbone --num-kept-layers 4 --overwrite\n"
+    assert called == [["prune", str(run.BACKBONE), "--num-kept-layers", "4", "--overwrite"]]
