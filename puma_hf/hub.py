@@ -47,3 +47,21 @@ def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any])
         **{key: value for key, value in facts.items() if key not in ("source", "output_dir")},
     )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def with_training_note(card: str, note: str) -> str:
+    """A model card's text with one more line in its section "Training", which is made if need be.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.hub import with_training_note
+
+    >>> card = with_training_note("# Model\\n\\n## Use\\n", "distilled")
+    >>> with_training_note(card, "trained on pairs").splitlines()
+    ['# Model', '', '## Training', '', '- distilled', '- trained on pairs', '', '## Use']
+    ```
+    """
+    head, use, rest = card.partition("\n\n## Use\n")
+    title = "" if "\n## Training\n" in head else "\n\n## Training\n"
+    return f"{head}{title}\n- {note}{use}{rest}"

@@ -36,7 +36,7 @@ MUST_NOT_IMPORT = {
     "losses/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
-    "trainer/": ("puma_hf.cli", "puma_hf.hub"),
+    "trainer/": ("puma_hf.cli",),
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
 }
 # A prompt is defined once and read everywhere.

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.files import new_directory
+from puma_hf.hub import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.pruning import write_sentence_transformers_files
 
@@ -131,7 +132,9 @@ def merge_adapter(
                 f"{tolerance:g}: the merged model would retrieve differently. The adapter may be damaged: "
                 "merge an earlier checkpoint, or train it again."
             )
-        save_complete(merged, processor, folder, folder_of_base)
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        note = f"A LoRA adapter of rank {settings['r']} was trained and merged into the weights."
+        save_complete(merged, processor, folder, folder_of_base, note)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, folder_of_base, largest, output_dir)
     return largest
 
@@ -216,15 +219,16 @@ def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> Non
         (Path(folder) / BASE_FILE).write_text(content, encoding="utf-8")
 
 
-def save_complete(model: PumaModel, processor: PumaProcessor, folder: Path, like: str | Path) -> None:
+def save_complete(model: PumaModel, processor: PumaProcessor, folder: Path, like: Path, training_note: str) -> None:
     """Save a PUMA model so that both loaders open it, with prompts and card of the directory `like`."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    settings = json.loads((Path(like) / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    settings = json.loads((like / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     write_sentence_transformers_files(folder, settings["prompts"])
-    card = Path(like) / "README.md"
+    card = like / "README.md"
     if card.is_file():
-        (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+        text = with_training_note(card.read_text(encoding="utf-8"), training_note)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ class PumaTrainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, positives: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if model is not None:
-            # The card's widget shows text columns; ours are structs of text and image.
+            # Its usage example would encode columns of plain text; ours are structs of text and image.
             model.model_card_data.generate_widget_examples = False
         super().__init__(*args, **kwargs)
         self.positives = positives

@@ -282,7 +282,8 @@ def _run(trainer: PumaTrainer, output_dir: str | Path, checkpoint: str | None) -
             f"The {len(rows)} rows fill no batch of {batch_size}, so nothing was trained. Choose a smaller "
             "batch_size (--batch-size)."
         )
-    trainer.model.save_pretrained(str(output_dir))
+    # A generated card would show rows of the dataset, with the paths that its images have here.
+    trainer.model.save_pretrained(str(output_dir), create_model_card=False)
     save_base_fingerprint(trainer.model, output_dir)
     logger.info("Saved the adapter to %s", output_dir)
     return Path(output_dir)

@@ -149,8 +149,11 @@ def test_merged_directory_is_complete(adapter: Path, base: Path, tmp_path: Path)
     merge_adapter(adapter, tmp_path / "merged")
     names = {path.name for path in base.iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
-    for name in ("README.md", "config_sentence_transformers.json", "chat_template.jinja", "tokenizer.json"):
+    for name in ("config_sentence_transformers.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes(), name
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    note = f"\n\n## Training\n\n- A LoRA adapter of rank {rank} was trained and merged into the weights."
+    assert (tmp_path / "merged" / "README.md").read_text().replace(note, "") == (base / "README.md").read_text()
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["source_name_or_path"] == "tiny-qwen2-vl"
     assert config["num_kept_layers"] == 2
