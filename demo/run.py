@@ -32,7 +32,7 @@ IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
 
 # Chosen on the validation split. A real model needs smaller learning rates: see the defaults of the commands.
 NUM_KEPT_LAYERS = 4
-DISTILL_STEPS = 110
+DISTILL_STEPS = 150
 TRAIN_STEPS = 60
 DISTILL = {"batch-size": 64, "learning-rate": 2e-3, "lora-r": 64}
 TRAIN = {"batch-size": 64, "learning-rate": 5e-4, "lora-r": 64}

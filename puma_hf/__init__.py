@@ -17,6 +17,7 @@ _PUBLIC_NAMES = {
     "SelfDistillationLoss": "puma_hf.losses",
     "PumaDistillationTrainer": "puma_hf.trainer",
     "PumaTrainer": "puma_hf.trainer",
+    "add_lora": "puma_hf.trainer",
     "lora_config": "puma_hf.trainer",
     "merge_adapter": "puma_hf.trainer",
     "load_mbeir": "puma_hf.data",
@@ -32,6 +33,7 @@ __all__ = [
     "PumaTrainer",
     "SelfDistillationLoss",
     "__version__",
+    "add_lora",
     "evaluate_mbeir",
     "load_mbeir",
     "lora_config",
@@ -56,4 +58,4 @@ if TYPE_CHECKING:
     from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss
     from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
     from puma_hf.pruning import prune
-    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, lora_config, merge_adapter
+    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, add_lora, lora_config, merge_adapter

@@ -91,6 +91,12 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, token: s
             f"be reached ({type(error).__name__}). Check the name, and the network unless HF_HUB_OFFLINE is "
             "meant."
         ) from error
+    except Exception as error:
+        # The HTTP client's own errors differ between versions of huggingface_hub.
+        raise ConnectionError(
+            f"{name!r} is no folder here, and asking the Hub for it failed ({type(error).__name__}: {error}). Check "
+            "the network, or download the checkpoint and pass its folder."
+        ) from error
     names = [path.name for path in folder.iterdir()]
     if not _offline():
         names = HfApi(token=token).list_repo_files(name, revision=commit)

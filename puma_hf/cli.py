@@ -10,13 +10,29 @@ from typing import Annotated, Any
 
 import typer
 
+from puma_hf import __version__
+
 app = typer.Typer(
     name="puma-hf",
-    help="Cut a Qwen2-VL to its first k layers and make it a retrieval embedder for text, images, and both.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"puma-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Cut a Qwen2-VL to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
 class Loss(StrEnum):
@@ -51,10 +67,15 @@ class Pool(StrEnum):
 
 ModelDir = Annotated[Path, typer.Argument(help="PUMA directory.", show_default=False)]
 OutputDir = Annotated[Path, typer.Argument(help="New directory.", show_default=False)]
-Data = Annotated[Path, typer.Option(help="Dataset folder in M-BEIR's layout.", show_default=False)]
+Data = Annotated[
+    Path, typer.Option(help="Folder in the layout of TIGER-Lab/M-BEIR (query/, cand_pool/, ...).", show_default=False)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")]
-BatchSize = Annotated[int, typer.Option(help="Rows a step and device.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per step and device.")]
+Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Batches per optimizer step.")]
+MaxLength = Annotated[int, typer.Option(help="Longest sequence in tokens; only text is cut.")]
+MaxPixels = Annotated[int, typer.Option(help="Images are scaled down to so many pixels.")]
 MaxSteps = Annotated[int, typer.Option(help="Optimizer steps; -1 for whole epochs.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the data, if --max-steps is -1.")]
 LearningRate = Annotated[float, typer.Option(help="Peak of the cosine schedule.")]
@@ -97,13 +118,16 @@ def distill(
     max_steps: MaxSteps = -1,
     epochs: Epochs = 1.0,
     batch_size: BatchSize = 64,
+    accumulation: Accumulation = 1,
+    max_length: MaxLength = 480,
+    max_pixels: MaxPixels = 300 * 28 * 28,
     learning_rate: LearningRate = 2e-4,
     lora_r: LoraR = 64,
     train_ret_token: Annotated[bool, typer.Option(help="Also train the embedding row of [RET].")] = True,
     bf16: Bf16 = False,
     workers: Workers = 0,
     logging_steps: LoggingSteps = 10,
-    save_steps: SaveSteps = 0,
+    save_steps: SaveSteps = 500,
     seed: Seed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -117,6 +141,9 @@ def distill(
 
     settings = StageSettings(
         batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=max_length,
+        max_pixels=max_pixels,
         num_train_epochs=epochs,
         max_steps=max_steps,
         learning_rate=learning_rate,
@@ -142,16 +169,19 @@ def train(
     temperature: Annotated[float, typer.Option(help="Temperature of inter-modality candidates, or of InfoNCE.")] = 0.05,
     hard_temperature: Annotated[float, typer.Option(help="Where the intra-modality temperature ends.")] = 0.04,
     schedule: Annotated[Schedule, typer.Option(help="How it gets there.")] = Schedule.cosine,
-    num_negatives: Annotated[int, typer.Option(help="Hard negatives a query.")] = 0,
+    num_negatives: Annotated[int, typer.Option(help="Hard negatives per query.")] = 0,
     max_steps: MaxSteps = -1,
     epochs: Epochs = 1.0,
     batch_size: BatchSize = 64,
+    accumulation: Accumulation = 1,
+    max_length: MaxLength = 480,
+    max_pixels: MaxPixels = 300 * 28 * 28,
     learning_rate: LearningRate = 1e-4,
     lora_r: LoraR = 128,
     bf16: Bf16 = False,
     workers: Workers = 0,
     logging_steps: LoggingSteps = 10,
-    save_steps: SaveSteps = 0,
+    save_steps: SaveSteps = 500,
     seed: Seed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -165,6 +195,9 @@ def train(
 
     settings = StageSettings(
         batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=max_length,
+        max_pixels=max_pixels,
         num_train_epochs=epochs,
         max_steps=max_steps,
         learning_rate=learning_rate,
@@ -214,7 +247,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split to evaluate.")] = "test",
     pool: Annotated[Pool, typer.Option(help="Each task's own pool, that of all tasks, or both.")] = Pool.both,
     task: Annotated[list[str] | None, typer.Option(help="Such as webqa_task1; repeat for more. Default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Inputs a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
     rankings: Annotated[bool, typer.Option("--rankings", help="Write each query's answers into the JSON.")] = False,
     trust_remote_code: Annotated[
@@ -229,6 +262,8 @@ def evaluate(
 
     from puma_hf.evaluation import evaluate_mbeir
 
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {str(output)!r} is a directory. Name a JSON file.")
     encoder = SentenceTransformer(model, trust_remote_code=trust_remote_code or Path(model).is_dir())
     arguments: dict[str, Any] = {"split": split, "pool": pool.value, "tasks": task, "batch_size": batch_size}
     results = evaluate_mbeir(encoder, data, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | 
     """A hidden sibling of `output_dir` to write into, renamed into place when the block ends without error.
 
     Raises:
-        FileExistsError: If `output_dir` is not empty and `overwrite` is false.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is no PUMA directory.
         ValueError: If it is, or holds, the folder that is being read.
         NotADirectoryError: If it is a file.
         PermissionError: If its parent cannot be written.
@@ -28,6 +29,11 @@ def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | 
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(
             f"output_dir {str(output_dir)!r} is not empty. Choose another, or pass overwrite=True (--overwrite)."
+        )
+    if target.is_dir() and any(target.iterdir()) and not is_puma_directory(target):
+        raise FileExistsError(
+            f"output_dir {str(output_dir)!r} holds files, but no PUMA model: overwriting would delete what is not "
+            "ours. Choose another directory, or empty it yourself."
         )
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
@@ -47,6 +53,15 @@ def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | 
             with suppress(OSError):  # somebody else may have put something there
                 parent.rmdir()
         raise
+
+
+def is_puma_directory(folder: Path) -> bool:
+    """Whether a folder holds a PUMA model, judged by its `config.json`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "puma"
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

@@ -193,7 +193,7 @@ def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
             embedding = model.resize_token_embeddings(processor.ret_token_id + 1, mean_resizing=False)
         with torch.no_grad():
             weight = embedding.weight
-            weight[processor.ret_token_id] = weight[:rows].float().mean(dim=0).to(weight)
+            weight[processor.ret_token_id] = weight[:rows].mean(dim=0, dtype=torch.float32).to(weight)
     model.config.ret_token_id = processor.ret_token_id
 
 

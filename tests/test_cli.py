@@ -143,13 +143,17 @@ def test_one_task_and_pool(invoke: Invoke, data: Path, puma_dir: Path) -> None:
 def test_defaults_of_the_stages_are_the_librarys(stage: str) -> None:
     options = options_of(stage)
     settings = stages.DISTILL_SETTINGS if stage == "distill" else stages.TRAIN_SETTINGS
-    names = {"num_train_epochs": "epochs", "dataloader_num_workers": "workers"}
+    names = {
+        "num_train_epochs": "epochs",
+        "dataloader_num_workers": "workers",
+        "gradient_accumulation_steps": "accumulation",
+    }
     compared = 0
     for name, value in vars(settings).items():
         if (option := names.get(name, name)) in options:
             assert options[option] == value, name
             compared += 1
-    assert compared == (11 if stage == "distill" else 10)
+    assert compared == (14 if stage == "distill" else 13)
     for name, parameter in inspect.signature(getattr(stages, stage)).parameters.items():
         if parameter.default is not inspect.Parameter.empty and name != "settings":
             assert options[name] == parameter.default, name

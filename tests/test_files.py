@@ -35,6 +35,7 @@ def fail_halfway(target: Path, error: BaseException, beside: str = "") -> None:
 def filled(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "old.txt").write_text("old")
+    (folder / "config.json").write_text('{"model_type": "puma"}')
     return folder
 
 
@@ -80,6 +81,18 @@ def test_a_full_directory_is_refused(tmp_path: Path) -> None:
     before = listing(tmp_path)
     with pytest.raises(FileExistsError, match=r"out' is not empty. Choose another, or pass overwrite=True \(--"):
         write(target)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "qwen2_vl"}'])
+def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str | None) -> None:
+    target = filled(tmp_path / "out")
+    (target / "config.json").unlink()
+    if config is not None:
+        (target / "config.json").write_text(config)
+    before = listing(tmp_path)
+    with pytest.raises(FileExistsError, match=r"out' holds files, but no PUMA model: .* empty it yourself"):
+        write(target, overwrite=True)
     assert listing(tmp_path) == before
 
 

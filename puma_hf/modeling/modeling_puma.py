@@ -72,7 +72,7 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     if attention_mask is None:
         return hidden_states[:, -1]
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.to(torch.long) * positions).argmax(dim=1)
+    last = (attention_mask.to(torch.long) * positions).argmax(dim=1).to(hidden_states.device)
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 

@@ -95,7 +95,7 @@ class PumaProcessor(Qwen2VLProcessor):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        write_sentence_transformers_files(Path(save_directory), {}, overwrite=False)
+        write_sentence_transformers_files(Path(save_directory), None, overwrite=False)
         return saved
 
     @property

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 MODULE_FILE = "sentence_transformers_puma.py"
 
 
-def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str], *, overwrite: bool = True) -> None:
+def write_sentence_transformers_files(
+    folder: Path, prompts: Mapping[str, str] | None, *, overwrite: bool = True
+) -> None:
     """Write what `SentenceTransformer(folder, trust_remote_code=True)` needs beside transformers' files.
 
     Without these files SentenceTransformer opens a directory too, but averages all tokens instead of reading
@@ -19,12 +24,10 @@ def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str], 
 
     Args:
         folder: The directory.
-        prompts: Named instructions for `encode(prompt_name=...)`.
+        prompts: Named instructions for `encode(prompt_name=...)`; with `None` their file is not written.
         overwrite: Whether to replace files that are there already.
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
-    if not module_file.is_file():
-        return  # remote code that AutoProcessor fetched: only the files that it imports are at hand
     output = {"method": "forward", "method_output_name": "embeddings"}
     kinds = ("text", "image", "image+text", "video", "video+text")
     packages = {"sentence_transformers": "sentence-transformers", "transformers": "transformers"}
@@ -42,17 +45,28 @@ def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str], 
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "__version__": {name: _version(package) for name, package in {**packages, "pytorch": "torch"}.items()},
-            "prompts": dict(prompts),
+            "prompts": dict(prompts or {}),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
     }
+    if prompts is None:
+        del files["config_sentence_transformers.json"]
     for name, content in files.items():
         if overwrite or not (folder / name).exists():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-    if overwrite or not (folder / MODULE_FILE).exists():
+    if module_file.is_file() and (overwrite or not (folder / MODULE_FILE).exists()):
         shutil.copyfile(module_file, folder / MODULE_FILE)
+    if not (folder / MODULE_FILE).exists():
+        # AutoProcessor fetches only what it imports. modules.json makes SentenceTransformer say that a file is
+        # missing, where without it the model would open with mean pooling, which is silently wrong.
+        logger.warning(
+            "%s lacks %s, which SentenceTransformer needs. Copy it from the model's repository, or save with "
+            "SentenceTransformer(...).save_pretrained instead.",
+            folder,
+            MODULE_FILE,
+        )
 
 
 def _version(package: str) -> str:

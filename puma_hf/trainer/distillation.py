@@ -20,15 +20,16 @@ class PumaDistillationTrainer(PumaTrainer):
     """Trains a pruned model to reach after k layers the `[RET]` state that the full model reaches after all.
 
     No labels are needed: every column of `train_dataset` holds inputs of any modality, and one column is
-    enough. Give the model a LoRA adapter first (`lora_config`): the frozen teacher shares the student's base
+    enough. Give the model a LoRA adapter first (`add_lora`): the frozen teacher shares the student's base
     weights, and the vision tower runs once for both.
 
     Args:
-        model: A pruned PUMA `SentenceTransformer` with an adapter.
+        args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
+            `SentenceTransformer` with an adapter.
         teacher: A [`FrozenTeacher`], or the checkpoint that was pruned; by default the one that the model's
             configuration names.
         loss: By default `SelfDistillationLoss(model)`, the mean squared distance of the states.
-        kwargs: Every other argument of `SentenceTransformerTrainer`.
+        kwargs: See `args`.
 
     Raises:
         ValueError: If there is no teacher, base weights are trainable, or the teacher is not what was pruned.
@@ -36,9 +37,9 @@ class PumaDistillationTrainer(PumaTrainer):
     Example:
 
     ```python
-    >>> from puma_hf import PumaDistillationTrainer, lora_config
+    >>> from puma_hf import PumaDistillationTrainer, add_lora, lora_config
 
-    >>> model.add_adapter(lora_config(r=64))  # doctest: +SKIP
+    >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
     >>> trainer = PumaDistillationTrainer(model=model, teacher="Qwen/Qwen2-VL-2B-Instruct", args=args,
     ...                                   train_dataset=dataset)  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -49,13 +50,15 @@ class PumaDistillationTrainer(PumaTrainer):
 
     def __init__(
         self,
-        model: SentenceTransformer,
-        teacher: FrozenTeacher | str | Path | None = None,
         *args: Any,
+        teacher: FrozenTeacher | str | Path | None = None,
         loss: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, *args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        if not isinstance(model, SentenceTransformer):
+            raise ValueError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
+        super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
         backbone = puma_model(model)
         trained = [
             name
@@ -66,16 +69,19 @@ class PumaDistillationTrainer(PumaTrainer):
             raise ValueError(
                 f"{len(trained)} base weights are trainable (first: {trained[0]}), and the frozen teacher "
                 "shares them with the student. Freeze them and add an adapter: "
-                "model.add_adapter(puma_hf.lora_config())."
+                "puma_hf.add_lora(model, puma_hf.lora_config())."
             )
         self.teacher = _load_teacher(teacher, backbone)
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Features of each column, and the teacher's states `(batch_size, num_columns, hidden_size)`."""
         features, _ = super().collect_features(inputs)
-        for column in features:
-            share_image_features(self.teacher.student, column)
-        return features, torch.stack([self.teacher.states(column) for column in features], dim=1)
+        # accelerate wraps only the model's own call in autocast; the teacher is asked outside it.
+        with self.accelerator.autocast():
+            for column in features:
+                share_image_features(self.teacher.student, column)
+            states = [self.teacher.states(column) for column in features]
+        return features, torch.stack(states, dim=1)
 
 
 def _load_teacher(teacher: FrozenTeacher | str | Path | None, student: PumaModel) -> FrozenTeacher:

@@ -24,9 +24,8 @@ logger = logging.getLogger(__name__)
 
 # All linear layers of the decoder. Unlike peft's "all-linear" this leaves the vision tower and the merger be.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-# Distance of two embeddings, which are of length 1. In half precision the merged weights are rounded anew.
+# Distance of two embeddings, which are of length 1, in float32.
 MERGE_TOLERANCE = 1e-4
-HALF_MERGE_TOLERANCE = 0.1
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Names the weights an adapter was trained on; written beside it.
 BASE_FILE = "puma_base.json"
@@ -49,7 +48,7 @@ def lora_config(
             `model.config.ret_token_id` knows it.
 
     Returns:
-        A configuration for `model.add_adapter(...)` of a `SentenceTransformer` or a `PumaModel`.
+        A configuration for `add_lora(model, ...)`.
 
     Raises:
         ValueError: If `r`, `alpha` or `dropout` is out of range.
@@ -101,7 +100,8 @@ def merge_adapter(
     Raises:
         FileNotFoundError: If there is no adapter, or its base cannot be found.
         ValueError: If `base` is not what the adapter was trained on, the adapter does not fit it, or merging
-            moved an embedding by more than 1e-4 (0.1 in half precision).
+            moved an embedding by more than 1e-4. Merging and this check are done in float32; the result is
+            saved in the base's own data type.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
     Example:
@@ -125,15 +125,15 @@ def merge_adapter(
         merged: Any = model.merge_and_unload()
         after = _probe_embeddings(merged, len(processor.tokenizer))
         largest = float((after - before).norm(dim=1).max())
-        tolerance = MERGE_TOLERANCE if merged.dtype == torch.float32 else HALF_MERGE_TOLERANCE
-        if not largest <= tolerance:  # NaN is no success
+        if not largest <= MERGE_TOLERANCE:  # NaN is no success
             raise ValueError(
                 f"Merging {str(adapter_dir)!r} moved embeddings by up to {largest:.2e}, more than "
-                f"{tolerance:g}: the merged model would retrieve differently. The adapter may be damaged: "
+                f"{MERGE_TOLERANCE:g}: the merged model would retrieve differently. The adapter may be damaged: "
                 "merge an earlier checkpoint, or train it again."
             )
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         note = f"A LoRA adapter of rank {settings['r']} was trained and merged into the weights."
+        merged.to(PumaConfig.from_pretrained(folder_of_base).dtype or torch.float32)
         save_complete(merged, processor, folder, folder_of_base, note)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, folder_of_base, largest, output_dir)
     return largest
@@ -172,7 +172,7 @@ def _check_base(adapter: Path, base: Path) -> None:
 
 def _load_adapter(adapter: Path, base: Path) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(PumaModel.from_pretrained(base), str(adapter)).eval()
+        model = PeftModel.from_pretrained(PumaModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())
     except (RuntimeError, SafetensorError) as error:
@@ -241,6 +241,12 @@ def _probe_embeddings(model: Any, vocabulary_size: int) -> Tensor:
     input_ids[:, -1] = model.config.ret_token_id
     embeddings: Tensor = model(input_ids=input_ids.to(model.device)).embeddings
     return embeddings.float()
+
+
+def is_puma_model(model: SentenceTransformer) -> bool:
+    """Whether a SentenceTransformer runs a PUMA model."""
+    config = getattr(getattr(model[0], "model", None), "config", None)
+    return getattr(config, "model_type", None) == PumaConfig.model_type
 
 
 def puma_model(model: SentenceTransformer) -> PumaModel:

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformerTrainer
 
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses import add_temperature_schedule, find_scheduled_losses
-from puma_hf.trainer.lora import save_base_fingerprint
+from puma_hf.trainer.lora import is_puma_model, save_base_fingerprint
 
 
 class PumaTrainer(SentenceTransformerTrainer):
@@ -49,6 +49,11 @@ class PumaTrainer(SentenceTransformerTrainer):
             # Its usage example would encode columns of plain text; ours are structs of text and image.
             model.model_card_data.generate_widget_examples = False
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "
+                "Run `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
         self.positives = positives
         if positives is not None:
             _check_positives(positives, self.train_dataset)
@@ -63,7 +68,9 @@ class PumaTrainer(SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        save_base_fingerprint(self.model, str(output_dir or self.args.output_dir))
+        # A loss of ours may train other models too; these have no base to note.
+        if is_puma_model(self.model):
+            save_base_fingerprint(self.model, str(output_dir or self.args.output_dir))
 
 
 def _check_positives(positives: Sequence[Sequence[str]], dataset: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from puma_hf.data.items import load_mbeir_items
 from puma_hf.data.mbeir import load_mbeir
+from puma_hf.files import is_puma_directory
 from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss
 from puma_hf.losses.temperature import check_temperature
 from puma_hf.trainer.distillation import PumaDistillationTrainer
@@ -31,7 +33,10 @@ class StageSettings:
     """What both stages have in common. The defaults are LamRA's where it states them.
 
     Attributes:
-        batch_size: Rows a step and device.
+        batch_size: Rows per step and device.
+        gradient_accumulation_steps: Batches per optimizer step. In-batch negatives stay those of one batch.
+        max_length: Longest sequence in tokens; only text is cut.
+        max_pixels: Images are scaled down to so many pixels (LamRA's 300 visual tokens of 28 x 28).
         num_train_epochs: Passes over the dataset, unless `max_steps` is positive.
         max_steps: Optimizer steps.
         learning_rate: Peak of the cosine schedule.
@@ -43,10 +48,13 @@ class StageSettings:
         bf16: Train in bfloat16 autocast.
         dataloader_num_workers: Processes that prepare batches.
         logging_steps: Steps between two log lines.
-        save_steps: Steps between two checkpoints; 0 for none.
+        save_steps: Steps between two checkpoints, of which the last two are kept; 0 for none.
     """
 
     batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    max_length: int = 480
+    max_pixels: int = 300 * 28 * 28
     num_train_epochs: float = 1.0
     max_steps: int = -1
     learning_rate: float = 1e-4
@@ -58,12 +66,14 @@ class StageSettings:
     bf16: bool = False
     dataloader_num_workers: int = 0
     logging_steps: int = 10
-    save_steps: int = 0
+    save_steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "lora_r", "logging_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "max_length", "lora_r", "logging_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1. Leave it out for the default.")
+        if self.max_pixels < 28 * 28:
+            raise ValueError(f"max_pixels={self.max_pixels} must hold one visual token of 28 x 28 pixels at least.")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 for whole epochs.")
         if self.num_train_epochs <= 0:
@@ -166,7 +176,7 @@ def train(
         temperature: Temperature of InfoNCE, and of candidates of another modality than the target's.
         hard_temperature: Where the temperature of candidates of the target's modality ends.
         schedule: How it gets there.
-        num_negatives: Hard negatives a query.
+        num_negatives: Hard negatives per query.
         settings: Training settings, by default `TRAIN_SETTINGS`.
         resume: Continue from the last checkpoint in `output_dir`.
         overwrite: Allow an `output_dir` that is not empty; checkpoints in it are removed.
@@ -225,15 +235,23 @@ def _prepare_output(model_dir: str | Path, output_dir: str | Path, resume: bool,
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir {str(output_dir)!r} is a file. Choose a directory.")
     checkpoint: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume:
-        if checkpoint is None:
-            logger.warning("No checkpoint in %s: starting from the beginning.", folder)
+    if resume and checkpoint is not None:
         return checkpoint
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if resume and folder.is_dir() and any(folder.iterdir()):
+        raise FileNotFoundError(
+            f"output_dir {str(output_dir)!r} holds no checkpoint to continue from: the run may have finished. Choose "
+            "another directory, or start again with overwrite=True (--overwrite)."
+        )
+    if resume:
+        logger.warning("No checkpoint in %s: starting from the beginning.", folder)
+    # Other processes may come here after the first has begun to write.
+    if PartialState().is_main_process and folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
             f"output_dir {str(output_dir)!r} is not empty. Continue it with resume=True (--resume), or pass "
             "overwrite=True (--overwrite)."
         )
+    if not PartialState().is_main_process:
+        return None
     for stale in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", stale.name) and stale.is_dir():
             shutil.rmtree(stale)
@@ -243,7 +261,20 @@ def _prepare_output(model_dir: str | Path, output_dir: str | Path, resume: bool,
 def _load_with_lora(model_dir: str | Path, settings: StageSettings) -> SentenceTransformer:
     # A model with LoRA is initialised at random: seeded, so that a run can be repeated.
     torch.manual_seed(settings.seed)
+    if Path(model_dir, "adapter_config.json").is_file():
+        raise ValueError(f"{str(model_dir)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
+    if not is_puma_directory(Path(model_dir)):
+        raise ValueError(
+            f"{str(model_dir)!r} is no PUMA directory. Make one from a Qwen2-VL checkpoint first: puma-hf prune "
+            "SOURCE OUTPUT --num-kept-layers K."
+        )
     model = SentenceTransformer(str(model_dir), trust_remote_code=True)
+    first: Any = model[0]
+    shortest = first.processor.image_processor.size["shortest_edge"]
+    first.processing_kwargs = {
+        "text": {"max_length": settings.max_length},
+        "image": {"size": {"shortest_edge": shortest, "longest_edge": max(settings.max_pixels, shortest)}},
+    }
     ret_token_id = puma_model(model).config.ret_token_id if settings.train_ret_token else None
     add_lora(model, lora_config(r=settings.lora_r, dropout=settings.lora_dropout, ret_token_id=ret_token_id))
     return model
@@ -253,6 +284,7 @@ def _training_arguments(output_dir: str | Path, settings: StageSettings) -> Sent
     return SentenceTransformerTrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
@@ -282,8 +314,17 @@ def _run(trainer: PumaTrainer, output_dir: str | Path, checkpoint: str | None) -
             f"The {len(rows)} rows fill no batch of {batch_size}, so nothing was trained. Choose a smaller "
             "batch_size (--batch-size)."
         )
-    # A generated card would show rows of the dataset, with the paths that its images have here.
-    trainer.model.save_pretrained(str(output_dir), create_model_card=False)
-    save_base_fingerprint(trainer.model, output_dir)
-    logger.info("Saved the adapter to %s", output_dir)
+    if trainer.state.global_step < trainer.state.max_steps:
+        logger.warning(
+            "Training ended after %d of %d steps: too many rows share a right answer to fill every batch. Choose a "
+            "smaller batch_size (--batch-size).",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+        )
+    if trainer.is_world_process_zero():
+        # A generated card would show rows of the dataset, with the paths that its images have here.
+        trainer.model.save_pretrained(str(output_dir), create_model_card=False)
+        save_base_fingerprint(trainer.model, output_dir)
+        logger.info("Saved the adapter to %s", output_dir)
+    trainer.accelerator.wait_for_everyone()
     return Path(output_dir)

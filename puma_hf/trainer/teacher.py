@@ -73,7 +73,13 @@ class FrozenTeacher:
             ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
                 the student's, or its hidden size differs.
         """
-        full = PumaModel.from_pretrained(source, dtype=student.dtype, revision=revision or "main")
+        full = PumaModel.from_pretrained(
+            source,
+            dtype=student.dtype,
+            revision=revision or "main",
+            # Both halves see the mask that is built for the student's kind of attention.
+            attn_implementation=student.config._attn_implementation,
+        )
         ours: Any = student.config.text_config
         theirs: Any = full.config.text_config
         if ours.hidden_size != theirs.hidden_size:

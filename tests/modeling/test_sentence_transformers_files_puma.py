@@ -55,14 +55,17 @@ def test_files_are_replaced_only_if_asked(tmp_path: Path) -> None:
     assert (tmp_path / MODULE_FILE).read_text() == Path(files.__file__).with_name(MODULE_FILE).read_text()
 
 
-def test_nothing_is_written_where_the_module_is_not_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that fetched the processor's code alone."""
+def test_a_missing_module_file_is_loud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a process that fetched the processor's code alone: better no SentenceTransformer than mean pooling."""
     alone = tmp_path / "code" / "sentence_transformers_files_puma.py"
     alone.parent.mkdir()
     shutil.copyfile(files.__file__, alone)
     monkeypatch.setattr(files, "__file__", str(alone))
-    write_sentence_transformers_files(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["code"]
+    write_sentence_transformers_files(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "modules.json", "sentence_bert_config.json"}
+    assert "lacks sentence_transformers_puma.py, which SentenceTransformer needs" in caplog.text
 
 
 def test_packages_that_are_absent_have_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

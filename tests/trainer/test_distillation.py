@@ -185,7 +185,7 @@ def test_evaluation_loss(
 
 
 def test_trainable_base_weights(make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"\d+ base weights are trainable \(first: visual\..*add_adapter"):
+    with pytest.raises(ValueError, match=r"\d+ base weights are trainable \(first: visual\..*add_lora"):
         PumaDistillationTrainer(
             model=make_student(adapter=False), teacher="unused", args=make_arguments(), train_dataset=items
         )

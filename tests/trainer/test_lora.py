@@ -261,6 +261,9 @@ def test_output_in_use(adapter: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"'.*merged' is not empty\..*--overwrite"):
         merge_adapter(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "note.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match=r"merged' holds files, but no PUMA model"):
+        merge_adapter(adapter, tmp_path / "merged", overwrite=True)
+    (tmp_path / "merged" / "config.json").write_text('{"model_type": "puma"}')
     merge_adapter(adapter, tmp_path / "merged", overwrite=True)
     assert not (tmp_path / "merged" / "note.txt").exists()
     for folder in (adapter, tmp_path):

@@ -169,6 +169,10 @@ def test_resume_continues_the_count(
 
     train(puma_dir, tmp_path / "new", data=mbeir_root, settings=StageSettings(**QUICK), resume=True)
     assert "starting from the beginning" in caplog.text
+    bare = StageSettings(**QUICK, save_steps=0)
+    train(puma_dir, tmp_path / "bare", data=mbeir_root, settings=bare)
+    with pytest.raises(FileNotFoundError, match=r"bare' holds no checkpoint to continue from: .*--overwrite"):
+        train(puma_dir, tmp_path / "bare", data=mbeir_root, settings=bare, resume=True)
 
 
 def test_overwrite_forgets_an_earlier_run(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
@@ -226,8 +230,14 @@ def test_unknown_metric(puma_dir: Path, mbeir_root: Path, tmp_path: Path, qwen_d
 
 def test_adapter_is_no_model_to_train(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
     adapter = train(puma_dir, tmp_path / "adapter", data=mbeir_root, settings=StageSettings(**QUICK))
-    with pytest.raises(ValueError, match=r"already has an adapter\. Merge it first \(puma-hf merge\)"):
+    with pytest.raises(ValueError, match=r"is an adapter\. Merge it first \(puma-hf merge\)"):
         train(adapter, tmp_path / "out", data=mbeir_root)
+
+
+def test_only_puma_directories_are_trained(qwen_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
+    for name in (qwen_dir, tmp_path / "absent", "org/name"):
+        with pytest.raises(ValueError, match=r"is no PUMA directory\. Make one .* puma-hf prune"):
+            train(name, tmp_path / "out", data=mbeir_root)
 
 
 def test_teacher_that_is_not_here(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
