@@ -305,3 +305,15 @@ def test_an_unknown_id_is_named(kind: Any, monkeypatch: pytest.MonkeyPatch) -> N
 def test_offline_without_a_cache_is_an_error_that_names_the_id() -> None:
     with pytest.raises(FileNotFoundError, match=r"'no/such' is no folder here.*HF_HUB_OFFLINE"):
         open_checkpoint("no/such")
+
+
+def test_a_hub_that_cannot_be_asked(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(sharded, tmp_path / "cache")
+    hub.install(monkeypatch)
+
+    def refuse(repo_id: str, revision: str | None = None) -> None:
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(hub, "model_info", refuse)
+    with pytest.raises(ConnectionError, match=r"'org/name' is no folder here.*connection refused.*network"):
+        open_checkpoint("org/name")

@@ -134,3 +134,23 @@ def test_arguments_are_saved_and_checkpoints_know_their_base(
     saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
     assert saved.learning_rate == 1e-2
     assert (checkpoint / BASE_FILE).is_file()
+
+
+def test_one_process_takes_one_gpu(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    arguments = make_arguments()
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match=r"sees 2 GPUs, .*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        PumaTrainer(model=make_student(), args=arguments, train_dataset=pairs)
+
+
+def test_other_models_are_saved_without_a_note_of_their_base(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
+) -> None:
+    """MAC-Loss takes modality ids as labels from any SentenceTransformer."""
+    model = make_student()
+    model[0].model.config.model_type = "another"
+    arguments = make_arguments(max_steps=1, save_strategy="steps", save_steps=1)
+    PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)).train()
+    checkpoint = Path(arguments.output_dir) / "checkpoint-1"
+    assert checkpoint.is_dir()
+    assert not (checkpoint / BASE_FILE).exists()

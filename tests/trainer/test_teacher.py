@@ -269,3 +269,17 @@ def test_teacher_with_fewer_layers_than_the_student(qwen_dir: Path, make_student
     prune(qwen_dir, tmp_path / "shallow", num_kept_layers=1)
     with pytest.raises(ValueError, match=r"differ in 12 tensors that both have \(first: language_model\.layers\.1"):
         FrozenTeacher.from_pretrained(tmp_path / "shallow", puma_model(make_student()))
+
+
+def test_dropped_layers_attend_like_the_student(qwen_dir: Path, full_model: PumaModel, puma_dir: Path) -> None:
+    """Both halves are given one mask, which is built for the student's kind of attention."""
+    student = PumaModel.from_pretrained(puma_dir, attn_implementation="eager").eval()
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, student)
+    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in teacher.dropped_layers)
+    features = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    with torch.no_grad():
+        expected = full_model(**features).pooler_output
+    torch.testing.assert_close(teacher.states(features), expected, atol=1e-5, rtol=0)
