@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEMO / "emoji", help="dataset in M-BEIR's layout")
     parser.add_argument("--output", type=Path, default=DEMO / "backbone", help="new directory for the checkpoint")
     parser.add_argument("--work", type=Path, default=DEMO / "work", help="checkpoints; run again to resume")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="queries a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--hidden-size", type=int, default=128)

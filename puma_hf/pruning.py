@@ -110,8 +110,8 @@ def prune(
         What was kept and dropped, with parameters and bytes before and after.
 
     Raises:
-        ValueError: If `num_kept_layers` is out of range, the checkpoint is not a Qwen2-VL, is damaged, or is
-            not in safetensors format.
+        ValueError: If `num_kept_layers` is out of range, `dtype` is unknown, or the checkpoint is not a Qwen2-VL, is
+            damaged, or is not in safetensors format.
         FileNotFoundError: If the source, or a shard of it, does not exist.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
@@ -127,6 +127,8 @@ def prune(
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
     """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not known to torch. Choose 'auto', 'float32', 'bfloat16' or 'float16'.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     config = PumaConfig.from_pretrained(checkpoint.folder)
     check_num_kept_layers(num_kept_layers, config.num_kept_layers or 0)

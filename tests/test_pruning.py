@@ -389,3 +389,10 @@ def test_an_error_after_the_weights_keeps_the_old_directory(
     with pytest.raises(OSError, match="disk full"):
         prune(qwen_dir, tmp_path / "out", num_kept_layers=1, overwrite=True)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", ["foo", "Tensor", ""])
+def test_an_unknown_dtype_is_refused(qwen_dir: Path, tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known to torch. Choose 'auto'"):
+        prune(qwen_dir, tmp_path / "out", num_kept_layers=2, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []

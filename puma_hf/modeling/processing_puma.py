@@ -121,7 +121,7 @@ class PumaProcessor(Qwen2VLProcessor):
                 are ignored.
             prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
             max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
-                user's text is cut; template, images and `[RET]` always remain.
+                user's text is cut; template, images and `[RET]` always remain. Tokens of videos are not counted.
             split_special_tokens: Special tokens such as `<|image_pad|>` inside a user's text raise an error
                 by default; with `True` they are broken up and read as plain text.
             images_kwargs: Overrides for the image processor, for example
@@ -241,7 +241,7 @@ class PumaProcessor(Qwen2VLProcessor):
         return str(self.apply_chat_template(messages, tokenize=False))
 
     def _num_text_tokens(self, rendered: str) -> int:
-        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return len(ids) - ids.count(self.image_token_id)
 
     def _num_visual_tokens(self, images: list[Any], images_kwargs: dict[str, Any]) -> int:
@@ -252,7 +252,8 @@ class PumaProcessor(Qwen2VLProcessor):
         return int(sum(patches) // self.image_processor.merge_size**2)
 
     def _drop_last_tokens(self, text: str, count: int) -> str:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # Not verbose: a warning about a text that is too long would be wrong for one that is about to be cut.
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoding["offset_mapping"]
         # From the first dropped token's first character on, so that no character is cut in half.
         return text[: offsets[len(offsets) - count][0]] if count < len(offsets) else ""
