@@ -203,9 +203,6 @@ class PumaModel(Qwen2VLModel):
             is_image = (input_ids == self.config.image_token_id).int()
             mm_token_type_ids = is_image + 2 * (input_ids == self.config.video_token_id).int()
         kwargs.setdefault("use_cache", False)
-        if mm_encoder_outputs is not None:
-            # transformers fills this dict in place; the caller's stays as it is.
-            kwargs["mm_encoder_outputs"] = dict(mm_encoder_outputs)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -216,6 +213,7 @@ class PumaModel(Qwen2VLModel):
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )

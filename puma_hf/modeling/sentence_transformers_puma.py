@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sentence_transformers.base.modules import Transformer
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 class PumaTransformer(Transformer):
@@ -78,9 +78,8 @@ class PumaTransformer(Transformer):
         """Save model, processor and module settings, with this module's source file beside them."""
         super().save(output_path, *args, **kwargs)
         if not type(self).__module__.startswith("transformers_modules."):
-            custom_object_save(self, output_path)
             # SentenceTransformer.save writes the class's module into modules.json. An installed package's
-            # name would not load elsewhere; the class of the file just saved does.
+            # name would not load elsewhere; the class of the file that the processor saved beside it does.
             self.__class__ = get_class_from_dynamic_module(
                 f"{__name__.rsplit('.', 1)[-1]}.PumaTransformer", output_path
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 from puma_hf.files import new_directory
 from puma_hf.hub import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
-from puma_hf.pruning import write_sentence_transformers_files
+from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
 
