@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 logger = logging.getLogger(__name__)
 
 MODULE_FILE = "sentence_transformers_puma.py"
@@ -56,8 +58,10 @@ def write_sentence_transformers_files(
         if overwrite or not (folder / name).exists():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-    if module_file.is_file() and (overwrite or not (folder / MODULE_FILE).exists()):
-        shutil.copyfile(module_file, folder / MODULE_FILE)
+    if module_file.is_file():
+        for source in (module_file, *map(Path, get_relative_import_files(module_file))):
+            if overwrite or not (folder / source.name).exists():
+                shutil.copyfile(source, folder / source.name)
     if not (folder / MODULE_FILE).exists():
         # AutoProcessor fetches only what it imports. modules.json makes SentenceTransformer say that a file is
         # missing, where without it the model would open with mean pooling, which is silently wrong.

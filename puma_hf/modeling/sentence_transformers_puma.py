@@ -9,13 +9,15 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .content_ids_puma import content_ids
+
 
 class PumaTransformer(Transformer):
     """Runs a PUMA processor and model inside a `SentenceTransformer`.
 
     `modules.json` of a PUMA directory names this class, so `SentenceTransformer(path,
-    trust_remote_code=True)` finds it where puma_hf is not installed. It stamps `modality_ids` of shape
-    `(batch_size,)` on the features of every batch, which MAC-Loss reads, and adds to them:
+    trust_remote_code=True)` finds it where puma_hf is not installed. It stamps `modality_ids` and `content_ids`,
+    both `(batch_size,)`, on the features of every batch, which MAC-Loss reads, and adds to them:
 
     - `sentence_embedding` `(batch_size, embedding_dim)`: the L2-normalised `[RET]` state;
     - `pooler_output` `(batch_size, embedding_dim)`: the `[RET]` state after the final norm, before
@@ -50,7 +52,8 @@ class PumaTransformer(Transformer):
                 unused.
 
         Returns:
-            The processor's batch as a dict, with `modality_ids` `(batch_size,)`.
+            The processor's batch as a dict, with `modality_ids` and `content_ids`, both `(batch_size,)`; equal
+            inputs have equal content ids.
         """
         if not inputs:
             return {}
@@ -63,7 +66,7 @@ class PumaTransformer(Transformer):
             split_special_tokens=text_options.get("split_special_tokens", False),
             images_kwargs=options.get("image"),
         )
-        return {**features, "modality": "message"}
+        return {**features, "content_ids": content_ids(features), "modality": "message"}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, to `features`."""

@@ -14,6 +14,7 @@ from puma_hf.modeling.sentence_transformers_files_puma import MODULE_FILE, write
 
 WRITTEN = {
     "config_sentence_transformers.json",
+    "content_ids_puma.py",
     "modules.json",
     "sentence_bert_config.json",
     MODULE_FILE,

@@ -21,6 +21,7 @@ COMPLETE = {
     "config.json",
     "config_sentence_transformers.json",
     "configuration_puma.py",
+    "content_ids_puma.py",
     "image_inputs_puma.py",
     "model.safetensors",
     "modeling_puma.py",
