@@ -1,13 +1,66 @@
-"""Single items of an M-BEIR folder, for training without labels."""
+"""Single items for training without labels: of an M-BEIR folder, or of a corpus of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 
+from puma_hf.data.corpus import COLUMNS, Item, dataset_items, file_items, folder_items
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+
+Source: TypeAlias = str | Path | MBEIR | datasets.Dataset
+
+
+def load_items(source: Source | Sequence[Source], *, split: str = "train", seed: int = 0) -> datasets.Dataset:
+    """Items for self-distillation from whatever holds texts or images: no labels, no pairs.
+
+    A source is one of
+
+    - a folder of images, with all folders below it;
+    - a .txt with one text a line;
+    - a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path below the file's own
+      folder) and `instruction`, or with the NLI columns sent0, sent1 and hard_neg, each an item of its own;
+      other columns are ignored;
+    - a `datasets.Dataset` with such columns, or with the result's column `item`;
+    - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
+
+    Equal items come once. Only the header of an image file is read here; damage further in is found when a batch
+    needs the image, with the file's name in the error.
+
+    Args:
+        source: A source, several in a list, or several paths joined with commas.
+        split: The split of M-BEIR folders; the others have none.
+        seed: Seed of the wordings of M-BEIR's instructions.
+
+    Returns:
+        A dataset with the column `item`, structs `{"text": ..., "image": absolute path, "instruction": ...}`.
+
+    Raises:
+        FileNotFoundError: If a source or an image is missing.
+        ValueError: If a source is of an unknown kind, holds nothing, or a line of it is wrong; the message
+            names the line.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.data.items import load_items
+
+    >>> load_items(["demo/emoji/mbeir_images", "demo/emoji"]).column_names
+    ['item']
+    ```
+    """
+    items: dict[Item, None] = {}
+    for one in _split_source(source):
+        found = False
+        for item in _items(one, split, seed):
+            items[item] = None
+            found = True
+        if not found:
+            raise ValueError(f"{_name(one)} holds no items. Name a source with at least one text or image.")
+    return _to_dataset(items)
 
 
 def load_mbeir_items(
@@ -41,14 +94,55 @@ def load_mbeir_items(
     ```
     """
     data = root if isinstance(root, MBEIR) else MBEIR(root)
-    items: dict[tuple[str | None, str | None, str | None], None] = {}
+    return _to_dataset(dict.fromkeys(_mbeir_items(data, split, tasks, seed)))
+
+
+def _split_source(source: Source | Sequence[Source]) -> list[Source]:
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        source = [name.strip() for name in source.split(",")]
+    if isinstance(source, (str, Path, MBEIR, datasets.Dataset)):
+        source = [source]
+    if not isinstance(source, (list, tuple)):
+        raise ValueError(
+            f"The source is a {type(source).__name__}, must be a path, a datasets.Dataset, an MBEIR, or a list of "
+            "such. Of a DatasetDict choose one split."
+        )
+    if not source or "" in [name for name in source if isinstance(name, str)]:
+        raise ValueError(f"The source is {source!r}, must name at least one file or folder, and no empty name.")
+    return list(source)
+
+
+def _items(source: Source, split: str, seed: int) -> Iterator[Item]:
+    if isinstance(source, MBEIR):
+        return _mbeir_items(source, split, None, seed)
+    if isinstance(source, datasets.Dataset):
+        return dataset_items(source)
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"A source is a {type(source).__name__}, must be a path, a datasets.Dataset or an MBEIR.")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
+    if path.is_file():
+        return file_items(path)
+    is_mbeir = (path / "query").is_dir() or (path / "cand_pool").is_dir()
+    return _mbeir_items(MBEIR(path), split, None, seed) if is_mbeir else folder_items(path)
+
+
+def _mbeir_items(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int) -> Iterator[Item]:
     for task in select_tasks(data.tasks(split), tasks):
         for row, query in enumerate(data.queries(task, split)):
             instruction = data.instruction(query, task.candidate_modality, seed, row=row)
-            items[query.text, query.image, instruction] = None
+            yield query.text, query.image, instruction
     for candidate in data.global_pool(split).values():
-        items[candidate.text, candidate.image, None] = None
+        yield candidate.text, candidate.image, None
+
+
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else f"The {type(source).__name__}"
+
+
+def _to_dataset(items: Iterable[Item]) -> datasets.Dataset:
     string = datasets.Value("string")
-    features = datasets.Features({"item": {"text": string, "image": string, "instruction": string}})
-    rows = [dict(zip(("text", "image", "instruction"), item, strict=True)) for item in items]
+    features = datasets.Features({"item": {name: string for name in COLUMNS}})
+    rows = [dict(zip(COLUMNS, item, strict=True)) for item in items]
     return datasets.Dataset.from_dict({"item": rows}, features=features)

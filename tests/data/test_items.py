@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from puma_hf.data import MBEIR
-from puma_hf.data.items import load_mbeir_items
+from puma_hf.data.items import load_items, load_mbeir_items
+from puma_hf.modeling.image_inputs_puma import load_rgb_image
 from tests.data import mbeir_builder as builder
 
 
@@ -68,3 +73,71 @@ def test_pairs_are_never_looked_at(root: Path) -> None:
         for line in range(1, builder.NUM_QUERIES + 1):
             builder.change_record(path, line, pos_cand_list=[], neg_cand_list=[])
     assert load_mbeir_items(root)["item"] == before
+
+
+# --- any source
+
+
+def test_a_folder_of_mbeir_is_known_by_its_folders(root: Path) -> None:
+    expected = load_mbeir_items(root, seed=3)[:]
+    assert load_items(root, seed=3)[:] == load_items(str(root), seed=3)[:] == load_items(MBEIR(root), seed=3)[:]
+    assert load_items(root, seed=3)[:] == expected != load_items(root, seed=4)[:]
+    assert load_items(root, split="test")[:] == load_mbeir_items(root, "test")[:] != expected
+    # Half an M-BEIR folder is not taken for a folder of images.
+    shutil.rmtree(root / "query")
+    with pytest.raises(FileNotFoundError, match=r"holds no mbeir_<dataset>_task<n>_train\.jsonl"):
+        load_items(root)
+
+
+def test_several_sources_and_equal_items(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\none\n")
+    (tmp_path / "b.csv").write_text("sent0,sent1,hard_neg\ntwo,three,four\n")
+    texts = [row["text"] for row in load_items(f"{tmp_path / 'a.txt'}, {tmp_path / 'b.csv'}")["item"]]
+    assert texts == ["one", "two", "three", "four"]
+    rows = load_items([tmp_path / "a.txt", root / "images", load_mbeir_items(root), str(tmp_path / "b.csv")])
+    assert rows.features == load_mbeir_items(root).features
+    images = len(list((root / "images").iterdir()))
+    assert sum(row["text"] is None and row["instruction"] is None for row in rows["item"]) == images
+    assert load_items(rows)[:] == rows[:]
+    # The same source twice adds nothing, and is no empty one.
+    assert load_items([rows, rows])[:] == rows[:]
+
+
+def test_a_comma_may_be_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a,b.txt").write_text("one\n")
+    assert load_items(str(tmp_path / "a,b.txt"))["item"][0]["text"] == "one"
+    with pytest.raises(FileNotFoundError, match=r"a' is neither a file nor a folder"):
+        load_items(f"{tmp_path / 'a,b.txt'},c")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], r"The source is \[\], must name at least one file or folder"),
+        ("", r"The source is \[''\], must name at least one"),
+        ("a.txt,,b.txt", r"must name at least one file or folder, and no empty name"),
+        (DatasetDict(), r"The source is a DatasetDict, must be a path.*choose one split"),
+        ([3], r"A source is a int, must be a path"),
+        (Dataset.from_dict({"text": []}), r"The Dataset holds no items\. Name a source with at least one text"),
+    ],
+)
+def test_bad_sources(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_items(source)
+
+
+def test_empty_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"a\.txt holds no items"):
+        load_items(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt' is neither a file nor a folder\. Check the path"):
+        load_items(tmp_path / "b.txt")
+
+
+def test_a_damaged_image_is_named_when_it_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    item = load_items(tmp_path)["item"][0]
+    with pytest.raises(ValueError, match=r"a\.png' cannot be read as an image"):
+        load_rgb_image(item["image"])

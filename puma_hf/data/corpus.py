@@ -1,0 +1,182 @@
+"""Single items of a corpus of one's own: a folder of images, a file of texts or images, a dataset."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from puma_hf.data.nli import NLI_COLUMNS, nli_texts
+from puma_hf.data.tables import read_table, without_decoding
+from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("text", "image", "instruction")
+IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
+
+Item = tuple[str | None, str | None, str | None]  # as COLUMNS
+
+
+def folder_items(folder: Path) -> Iterator[Item]:
+    """Every image below a folder, by name; hidden files and folders are left out.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        Items of an image each.
+
+    Raises:
+        ValueError: If there is no image, or a file is not what its name says.
+    """
+    others = 0
+    images = _Images(None)
+    found = False
+    for parent, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found = True
+                path = os.path.join(parent, name)
+                yield None, images.find(path, path), None
+            else:
+                others += 1
+    if not found:
+        raise ValueError(
+            f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
+            "cand_pool/. Name a folder of images, or a file."
+        )
+    if others:
+        logger.info("%s: left out %d files that are no images", folder, others)
+
+
+def file_items(path: Path) -> Iterator[Item]:
+    """The items of a file.
+
+    Args:
+        path: A file that `read_table` reads, with columns among text, image and instruction, or those of NLI.
+            Images are relative to its folder and inside of it.
+
+    Yields:
+        Items in the file's order.
+
+    Raises:
+        FileNotFoundError: If the file or an image is missing.
+        ValueError: If a row is wrong; the message names the line.
+    """
+    images = _Images(path.parent)
+    ignored: dict[str, None] = {}
+    for where, row in read_table(path):
+        yield from _row_items(row, where, images, ignored)
+    _log_ignored(str(path), ignored)
+
+
+def dataset_items(rows: datasets.Dataset) -> Iterator[Item]:
+    """The items of a dataset.
+
+    Args:
+        rows: With columns among text, image (paths) and instruction, those of NLI, or one column `item` of them,
+            as `load_items` makes it.
+
+    Yields:
+        Items in the dataset's order.
+
+    Raises:
+        FileNotFoundError: If an image is missing.
+        ValueError: If the columns or a row are wrong; the message names the row.
+    """
+    images = _Images(None)
+    ignored: dict[str, None] = {}
+    for number, row in enumerate(without_decoding(rows), start=1):
+        if isinstance(row.get("item"), dict):
+            ignored |= dict.fromkeys(name for name in row if name != "item")
+            row = row["item"]
+        yield from _row_items(row, f"the dataset, row {number}", images, ignored)
+    _log_ignored("The dataset", ignored)
+
+
+def _row_items(row: dict[str, Any], where: str, images: _Images, ignored: dict[str, None]) -> Iterator[Item]:
+    if "text" not in row and "image" not in row:
+        if set(NLI_COLUMNS) <= set(row):
+            ignored |= dict.fromkeys(name for name in row if name not in NLI_COLUMNS)
+            yield from ((text, None, None) for text in nli_texts(row, where))
+            return
+        raise ValueError(
+            f"{where}: no column text or image, nor {', '.join(NLI_COLUMNS)}. The columns here are "
+            f"{', '.join(map(str, row)) or 'none'}: rename those that hold them."
+        )
+    ignored |= dict.fromkeys(name for name in row if name not in COLUMNS)
+    text, instruction = (_text(row, name, where) for name in ("text", "instruction"))
+    image = row.get("image")
+    image = None if image is None or image == "" else images.find(image, where)
+    if text is None and image is None:
+        raise ValueError(f"{where}: text and image are both empty. Fill one of them or leave the line out.")
+    yield text, image, instruction
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} is {value!r}, must be a text or null.")
+    return value.strip() or None
+
+
+def _log_ignored(source: str, ignored: dict[str, None]) -> None:
+    if ignored:
+        logger.info("%s: ignored the columns %s", source, ", ".join(map(str, ignored)))
+
+
+class _Images:
+    """Turns the image of a row into the absolute path of an image file.
+
+    As with M-BEIR, a file may not name images outside of its own folder: who wrote it may be somebody else.
+    Without a folder any path will do.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else Path(os.path.realpath(folder))
+        self._found: dict[str, str] = {}
+
+    def find(self, value: Any, where: str) -> str:
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            raise ValueError(
+                f"{where}: the image is inside the dataset, must be the path of a file, which is read when a "
+                "batch needs it. Save the images to a folder, and name that or their paths."
+            )
+        path = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(path, str):
+            raise ValueError(f"{where}: image is {value!r}, must be the path of a file, or null.")
+        if path not in self._found:
+            self._found[path] = self._check(path, where)
+        return self._found[path]
+
+    def _check(self, path: str, where: str) -> str:
+        if "\0" in path:
+            raise ValueError(f"{where}: image {path!r} has a NUL byte, which no path can have.")
+        full = os.path.abspath(path)
+        if self._folder is not None:
+            full = os.path.realpath(self._folder / path)
+            if not Path(full).is_relative_to(self._folder):
+                raise ValueError(
+                    f"{where}: image {path!r} leaves {self._folder}. Images must be below the folder of the file "
+                    "that names them: move that file up, or pass a datasets.Dataset, which may name any path."
+                )
+        if not os.path.isfile(full):
+            raise FileNotFoundError(f"{where}: there is no image {full!r}. Check the path.")
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(full):
+                pass  # Reads the header alone.
+        except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
+            raise ValueError(
+                f"{where}: {full!r} cannot be read as an image ({error}). Replace it or leave it out."
+            ) from error
+        return full

@@ -1,0 +1,140 @@
+"""Rows of a file of any common kind, each with the place it was read from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from puma_hf.data.mbeir_format import location, read_jsonl
+
+Record = tuple[str, dict[str, Any]]  # where, and the columns
+
+
+def read_table(path: Path) -> Iterator[Record]:
+    """The rows of a file, one after the other.
+
+    Args:
+        path: A .txt (one text a line, the column "text"), .jsonl, .json (a list of objects, or JSON Lines), .csv,
+            .tsv (both with a header) or .parquet.
+
+    Yields:
+        How errors name the place (`<path>, line <n>`), and the row as a dictionary. Blank lines are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the kind of file is not known, or a line is not what its kind asks for.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from puma_hf.data.tables import read_table
+
+    >>> where, row = next(read_table(Path("demo/emoji/concepts.tsv")))
+    >>> row["name"]
+    'keycap: #'
+    ```
+    """
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(_READERS)}; convert it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file. Check the path.")
+    return _READERS[path.suffix.lower()](path)
+
+
+def without_decoding(rows: datasets.Dataset) -> datasets.Dataset:
+    """The dataset with its columns of images as `{"path": ..., "bytes": ...}`."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def _text_lines(path: Path) -> Iterator[Record]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = location(path, number)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(where, error) from error
+            if text:
+                yield where, {"text": text}
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, record in read_jsonl(path):
+        yield location(path, number), record
+
+
+def _json(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        is_list = next((byte for byte in iter(lambda: file.read(1), b"") if not byte.isspace()), b"") == b"["
+    if not is_list:
+        yield from _json_lines(path)
+        return
+    try:
+        records = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error}); was the download cut off?") from error
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, object {number}"
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+        yield where, record
+
+
+def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
+    def read(path: Path) -> Iterator[Record]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            while True:
+                try:
+                    row: dict[Any, Any] | None = next(reader, None)
+                except UnicodeDecodeError as error:  # a block of the file is decoded at once
+                    raise _not_utf8(f"{path}, somewhere after line {reader.line_num}", error) from error
+                except csv.Error as error:
+                    raise ValueError(f"{location(path, reader.line_num + 1)}: {error}. Mend the line.") from error
+                if row is None:
+                    return
+                where = location(path, reader.line_num)
+                names = list(reader.fieldnames or ())
+                if None in row or None in row.values():
+                    found = sum(row[name] is not None for name in names) + len(row.get(None, ()))
+                    raise ValueError(
+                        f"{where}: {found} cells, but the header has {len(names)} ({', '.join(names)}). Is a "
+                        f"quotation mark missing, or a cell with {delimiter!r} not quoted?"
+                    )
+                yield where, row
+
+    return read
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+        except Exception as error:  # the reader's errors are of many types, wrapped in one of the builder's
+            raise ValueError(f"{path} cannot be read as Parquet ({error.__cause__ or error}).") from error
+        for number, record in enumerate(without_decoding(rows), start=1):
+            yield f"{path}, row {number}", record
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{where}: not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x}). Convert the file.")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".txt": _text_lines,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".parquet": _parquet,
+}

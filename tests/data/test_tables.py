@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, Value
+
+from puma_hf.data.mbeir_format import MBEIRFormatError
+from puma_hf.data.tables import read_table
+
+ROWS = [{"text": "a red shoe", "image": "1.png"}, {"text": 'zwölf, "hats"', "image": "2.png"}]
+
+
+def read(path: Path) -> list[tuple[str, dict[str, object]]]:
+    return [(where.removeprefix(str(path)), row) for where, row in read_table(path)]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("a.csv", 'text,image\na red shoe,1.png\n"zwölf, ""hats""",2.png\n', [", line 2", ", line 3"]),
+        ("a.TSV", 'text\timage\r\na red shoe\t1.png\r\n"zwölf, ""hats"""\t2.png', [", line 2", ", line 3"]),
+        ("a.csv", '\ufefftext,image\na red shoe,1.png\n\n"zwölf, ""hats""",2.png\n', [", line 2", ", line 4"]),
+        (
+            "a.jsonl",
+            '{"text": "a red shoe", "image": "1.png"}\n\n{"text": "zwölf, \\"hats\\"", "image": "2.png"}\n',
+            [", line 1", ", line 3"],
+        ),
+        (
+            "a.json",
+            '{"text": "a red shoe", "image": "1.png"}\n{"text": "zwölf, \\"hats\\"", "image": "2.png"}\n',
+            [", line 1", ", line 2"],
+        ),
+        (
+            "a.json",
+            '\n [{"text": "a red shoe", "image": "1.png"},\n {"text": "zwölf, \\"hats\\"", "image": "2.png"}]',
+            [", object 1", ", object 2"],
+        ),
+    ],
+)
+def test_rows_and_their_places(tmp_path: Path, name: str, content: str, places: list[str]) -> None:
+    path = write(tmp_path, name, content)
+    assert read(path) == list(zip(places, ROWS, strict=True))
+
+
+def test_a_text_file_has_one_text_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "\ufefffirst, with a comma\r\n\n   \n  zwölf \n")
+    assert read(path) == [(", line 1", {"text": "first, with a comma"}), (", line 4", {"text": "zwölf"})]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    image = write(tmp_path, "1.png", "no image: nothing decodes it")
+    path = tmp_path / "a.parquet"
+    features = Features({"text": Value("string"), "image": Image()})
+    Dataset.from_dict({"text": ["a"], "image": [str(image)]}, features=features).to_parquet(path)
+    assert read(path) == [(", row 1", {"text": "a", "image": {"path": str(image), "bytes": None}})]
+
+
+def test_a_cell_of_several_lines_names_its_last(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "a.csv", 'text\n"one\ntwo"\n')) == [(", line 3", {"text": "one\ntwo"})]
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    for name, content in (("a.txt", ""), ("a.csv", "text,image\n"), ("b.csv", ""), ("a.jsonl", ""), ("a.json", "[]")):
+        assert read(write(tmp_path, name, content)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\nb\xe4d\n", r"a\.txt, line 2: not UTF-8 \(invalid continuation byte, byte 0xe4\)\. Convert"),
+        ("a.csv", b"text\nb\xe4d\n", r"a\.csv, somewhere after line 0: not UTF-8 .*0xe4\)"),
+        ("a.csv", "text,image\na\n", r"a\.csv, line 2: 1 cells, but the header has 2 \(text, image\)\. Is a quot"),
+        ("a.csv", "text,image\na,b,c,d\n", r"a\.csv, line 2: 4 cells, but the header has 2"),
+        ("a.tsv", "text\timage\na\n", r"a\.tsv, line 2: .* a cell with '\\t' not quoted"),
+        ("a.csv", "text\ngood\n" + "x" * 200_000, r"a\.csv, line 3: field larger than field limit .* Mend the line"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: broken JSON"),
+        ("a.jsonl", '{"text": "a"}\n"b"\n', r"a\.jsonl, line 2: expected a JSON object, got str"),
+        ("a.json", '[{"text": "a"}, ', r"a\.json: broken JSON .*cut off"),
+        ("a.json", '[{"text": "a"}, 3]', r"a\.json, object 2: expected a JSON object, got int"),
+        ("a.parquet", b"no parquet", r"a\.parquet cannot be read as Parquet \(.*magic bytes"),
+        ("a.docx", "", r"a\.docx ends in '\.docx', must be one of \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_json_lines_raise_the_error_of_mbeir(tmp_path: Path) -> None:
+    with pytest.raises(MBEIRFormatError, match="line 1"):
+        read(write(tmp_path, "a.jsonl", "{"))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.csv is not a file\. Check the path"):
+        read(tmp_path / "none.csv")
