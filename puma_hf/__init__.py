@@ -13,6 +13,8 @@ _PUBLIC_NAMES = {
     "PumaModel": "puma_hf.modeling",
     "PumaProcessor": "puma_hf.modeling",
     "prune": "puma_hf.pruning",
+    "CachedMultimodalMACLoss": "puma_hf.losses",
+    "JointDistillationLoss": "puma_hf.losses",
     "MultimodalMACLoss": "puma_hf.losses",
     "SelfDistillationLoss": "puma_hf.losses",
     "PumaDistillationTrainer": "puma_hf.trainer",
@@ -25,6 +27,8 @@ _PUBLIC_NAMES = {
 }
 
 __all__ = [
+    "CachedMultimodalMACLoss",
+    "JointDistillationLoss",
     "MultimodalMACLoss",
     "PumaConfig",
     "PumaDistillationTrainer",
@@ -55,7 +59,12 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from puma_hf.data import load_mbeir
     from puma_hf.evaluation import evaluate_mbeir
-    from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss
+    from puma_hf.losses import (
+        CachedMultimodalMACLoss,
+        JointDistillationLoss,
+        MultimodalMACLoss,
+        SelfDistillationLoss,
+    )
     from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
     from puma_hf.pruning import prune
     from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, add_lora, lora_config, merge_adapter

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from puma_hf.losses.multimodal_mac import MultimodalMACLoss, mac_loss
+from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
+from puma_hf.losses.contrastive import mac_loss, split_loss
+from puma_hf.losses.joint import JointDistillationLoss
+from puma_hf.losses.multimodal_mac import MultimodalMACLoss
 from puma_hf.losses.self_distillation import SelfDistillationLoss, self_distillation_loss
 from puma_hf.losses.temperature import (
     ScheduledTemperatureLoss,
@@ -13,6 +16,8 @@ from puma_hf.losses.temperature import (
 )
 
 __all__ = [
+    "CachedMultimodalMACLoss",
+    "JointDistillationLoss",
     "MultimodalMACLoss",
     "ScheduledTemperatureLoss",
     "SelfDistillationLoss",
@@ -22,4 +27,5 @@ __all__ = [
     "find_scheduled_losses",
     "mac_loss",
     "self_distillation_loss",
+    "split_loss",
 ]

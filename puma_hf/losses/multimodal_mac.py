@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,66 +17,16 @@ from sentence_transformers.util import (
 from torch import Tensor, nn
 
 from puma_hf.losses.citation import PUMA_CITATION
-from puma_hf.losses.temperature import ScheduledTemperatureLoss, ScheduleKind, check_temperature
+from puma_hf.losses.contrastive import at_least_float32, check_split_weight, describe, mac_loss, split_loss
+from puma_hf.losses.negatives import NegativeSurvey, check_margin, find_false_negatives, survey_negatives
+from puma_hf.losses.temperature import ScheduledTemperatureLoss, ScheduleKind
 from puma_hf.modeling.processing_puma import MODALITY_NAMES
 
 ModalityGrouping = Literal["target", "query"]
+MACObjective = Literal["mac", "split"]
 
-_IDS_KEY = "modality_ids"
-
-
-def mac_loss(
-    similarities: Tensor,
-    positive_index: Tensor,
-    same_modality: Tensor,
-    temperature: float,
-    hard_temperature: float,
-) -> Tensor:
-    """Cross-entropy over candidates whose temperature depends on their modality.
-
-    `- mean_i log( exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij) )`, where `tau_ij` is `hard_temperature` if
-    `same_modality[i, j]` and `temperature` otherwise: the MAC-Loss of PUMA (ACM MM 2025, arXiv 2507.08064).
-
-    Args:
-        similarities: `(batch_size, num_candidates)`.
-        positive_index: Column of each query's positive, integers of shape `(batch_size,)`.
-        same_modality: Booleans of shape `(batch_size, num_candidates)`.
-        temperature: Temperature of the inter-modality candidates.
-        hard_temperature: Temperature of the intra-modality candidates.
-
-    Returns:
-        The loss, a scalar in float32 (float64 for float64 similarities).
-
-    Raises:
-        ValueError: If a shape or dtype does not fit, or a temperature is not positive and finite.
-
-    Example:
-        >>> similarities = torch.zeros(1, 2)  # equal similarities, two candidates: log 2
-        >>> same_modality = torch.tensor([[True, False]])
-        >>> round(mac_loss(similarities, torch.tensor([0]), same_modality, 0.05, 0.04).item(), 4)
-        0.6931
-    """
-    check_temperature("temperature", temperature)
-    check_temperature("hard_temperature", hard_temperature)
-    if (
-        similarities.ndim != 2
-        or positive_index.shape != similarities.shape[:1]
-        or same_modality.shape != similarities.shape
-        or positive_index.dtype != torch.int64
-        or same_modality.dtype != torch.bool
-    ):
-        raise ValueError(
-            f"similarities are {_shape(similarities)}, positive_index {_shape(positive_index)} and "
-            f"same_modality {_shape(same_modality)}, but they must be floats (batch_size, num_candidates), "
-            "int64 (batch_size,) and bool (batch_size, num_candidates). Pass one row per query and one "
-            "column per candidate."
-        )
-    similarities = _at_least_float32(similarities)
-    # The only matrices of this size beside the similarities: the scale and the logits.
-    scale = torch.full_like(similarities, 1.0 / temperature).masked_fill_(same_modality, 1.0 / hard_temperature)
-    logits = similarities * scale
-    positive_logits = logits.gather(1, positive_index.unsqueeze(1)).squeeze(1)
-    return (torch.logsumexp(logits, dim=1) - positive_logits).mean()
+MODALITY_KEY = "modality_ids"
+CONTENT_KEY = "content_ids"
 
 
 class MultimodalMACLoss(ScheduledTemperatureLoss):
@@ -107,6 +57,14 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
             matter.
         gather_across_devices: Also use the other devices' candidates. All devices need equal batch sizes:
             train with `dataloader_drop_last=True`.
+        objective: `"mac"` is the paper's loss. `"split"` is this library's own and not in the paper: the sum
+            over all candidates keeps `temperature`, and a second sum over the intra-modality candidates alone
+            takes the scheduled hard temperature; see `split_loss`. It is meant for a pool of all modalities,
+            where MAC's low hard temperature takes the weight from the inter-modality negatives.
+        split_weight: Share of the second sum in `"split"`, in [0, 1]. 0.2 did best of 0.2 and 0.5 on the emoji.
+        false_negative_margin: Candidates whose similarity exceeds the positive's by more than this do not
+            count as negatives: they are likely to be unlabelled positives. Qwen3-Embedding uses 0.1; `None`,
+            the default and the paper's, leaves out none.
 
     Requirements:
         1. (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples.
@@ -115,6 +73,9 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         3. `add_temperature_schedule(trainer)` after building the trainer: a plain SentenceTransformerTrainer
            gives a loss no access to its step count. Without it the schedule stays at its start, and a warning
            says so.
+        4. Optional: content ids, equal for equal inputs, which a PUMA model adds as `content_ids`,
+           `(batch_size,)`. Copies of a query's positive then never count as its negatives, whether they are
+           another row's positive or an explicit negative, here or on another device.
 
     Inputs:
         +------------------------------------------+--------------------------------------------------------+
@@ -126,18 +87,28 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         +------------------------------------------+--------------------------------------------------------+
 
     Recommendations:
-        - Use `BatchSamplers.NO_DUPLICATES`: a second copy of a positive in the batch counts as a negative.
+        - With a model that adds no `content_ids` use `BatchSamplers.NO_DUPLICATES`: a second copy of a positive
+          in the batch then counts as a negative.
 
     Relations:
         - With equal temperatures this is `MultipleNegativesRankingLoss(scale=1 / temperature)`.
         - With one modality in the batch it is the same at the hard temperature.
+        - `objective="split"` is `MultipleNegativesRankingLoss` at `split_weight=0`, and with one modality in
+          the batch also at `split_weight=1`, there at the hard temperature.
 
     Attributes:
         negative_counts: Intra- and inter-modality negatives of each query in the last forward pass, two
             integer tensors of shape `(batch_size,)`; None before the first one.
+        statistics: Scalar tensors of the last forward pass in training, for logs: `"intra_negatives"`,
+            `"inter_negatives"` and `"masked_negatives"` (left out as false) are means per query;
+            `"positive_similarity"`, `"intra_similarity"` and `"inter_similarity"` are mean similarities, nan
+            where there are none. None before the first one.
+        candidates_seen: Embeddings of this device's positives in that pass, `(batch_size, embedding_dim)`,
+            detached, from which the spread of the embeddings can be read. None before the first one.
 
     Raises:
-        ValueError: If a temperature is not positive and finite, or the schedule or grouping is unknown.
+        ValueError: If a temperature is not positive and finite, the schedule, grouping or objective is unknown,
+            or the split weight or the margin is out of range.
 
     Example:
         >>> loss = MultimodalMACLoss(nn.Identity(), temperature=0.05, hard_temperature=0.04, schedule="constant")
@@ -156,16 +127,27 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         grouping: ModalityGrouping = "target",
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
+        *,
+        objective: MACObjective = "mac",
+        split_weight: float = 0.2,
+        false_negative_margin: float | None = None,
     ) -> None:
         super().__init__(temperature, hard_temperature, schedule)
-        groupings = get_args(ModalityGrouping)
-        if grouping not in groupings:
-            raise ValueError(f"grouping is {grouping!r}, but it must be one of {groupings}. Choose one of these.")
+        for name, value, known in (("grouping", grouping, ModalityGrouping), ("objective", objective, MACObjective)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}, but it must be one of {get_args(known)}. Choose one of these.")
+        check_split_weight(split_weight)
+        check_margin(false_negative_margin)
         self.model = model
         self.grouping: ModalityGrouping = grouping
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
+        self.objective: MACObjective = objective
+        self.split_weight = split_weight
+        self.false_negative_margin = false_negative_margin
         self.negative_counts: tuple[Tensor, Tensor] | None = None
+        self.statistics: dict[str, Tensor] | None = None
+        self.candidates_seen: Tensor | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss.
@@ -178,23 +160,28 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
             The loss, a scalar.
 
         Raises:
-            ValueError: If there are no modality ids, or they do not fit the columns.
+            ValueError: If there are no modality ids, they do not fit the columns, or only some columns have
+                content ids.
         """
         columns = list(sentence_features)
-        modality_ids = _read_modality_ids(columns, labels)
+        modality_ids, content_ids = read_modality_ids(columns, labels), read_content_ids(columns)
         embeddings = embed_columns(self.model, columns)
-        for features, ids in zip(columns, modality_ids, strict=True):
-            # An input module may pop the ids; wrappers such as MatryoshkaLoss come back with the same dicts.
-            features.setdefault(_IDS_KEY, ids)
+        restore_ids(columns, modality_ids, content_ids)
         self.warn_if_schedule_idles(training=self.model.training)
-        return self.compute_loss_from_embeddings(embeddings, modality_ids)
+        return self.compute_loss_from_embeddings(embeddings, modality_ids, content_ids)
 
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], modality_ids: list[Tensor]) -> Tensor:
+    def compute_loss_from_embeddings(
+        self,
+        embeddings: list[Tensor],
+        modality_ids: Sequence[Tensor],
+        content_ids: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Compute the loss of embedded columns at the current temperatures.
 
         Args:
             embeddings: Anchor, positive and negatives, each `(batch_size, embedding_dim)`.
             modality_ids: Modality ids of the same columns, each of integers `(batch_size,)`.
+            content_ids: Content ids of the same columns, likewise; `None` masks no copies of positives.
 
         Returns:
             The loss, a scalar in float32 (float64 for float64 embeddings).
@@ -202,29 +189,40 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         Raises:
             ValueError: If there are fewer than two columns, the shapes differ, or an id is not a modality.
         """
-        _check_columns(embeddings, modality_ids)
-        anchors, anchor_ids = embeddings[0], modality_ids[0].to(embeddings[0].device)
-        candidates = embeddings[1:]
-        candidate_ids = [ids.to(anchors.device) for ids in modality_ids[1:]]
-        batch_size, offset = anchors.shape[0], 0
-        reference_ids = candidate_ids[0] if self.grouping == "target" else anchor_ids
+        _check_columns(embeddings, modality_ids, content_ids)
+        anchors, device = embeddings[0], embeddings[0].device
+        candidates, positives = embeddings[1:], embeddings[1]
+        # Columns of a label matrix are strided, which collectives refuse.
+        candidate_ids = [ids.to(device).contiguous() for ids in modality_ids[1:]]
+        contents = None if content_ids is None else [ids.to(device).contiguous() for ids in content_ids[1:]]
+        positive_content = None if contents is None else contents[0]
+        reference_ids = candidate_ids[0] if self.grouping == "target" else modality_ids[0].to(device)
+        offset = 0
         if self.gather_across_devices:
             # Own anchors against everyone's candidates; gradients flow back to the devices that embedded
             # them.
             candidates = [all_gather_with_grad(column) for column in candidates]
             candidate_ids = [all_gather(ids) for ids in candidate_ids]
-            offset = get_rank() * batch_size
-        same_modality = reference_ids.unsqueeze(1) == torch.cat(candidate_ids).unsqueeze(0)
-        positive_index = torch.arange(offset, offset + batch_size, device=anchors.device)
-        self._count_negatives(same_modality, positive_index)
+            contents = None if contents is None else [all_gather(ids) for ids in contents]
+            offset = get_rank() * len(anchors)
+        positive_index = torch.arange(offset, offset + len(anchors), device=device)
+        all_contents = None if contents is None else torch.cat(contents)
+        # One row per modality, then that of each query: faster than comparing all pairs.
+        kinds = torch.arange(len(MODALITY_NAMES), device=device).unsqueeze(1)
+        same_modality = (kinds == torch.cat(candidate_ids)).index_select(0, reference_ids.long())
 
         # A trainer with bf16=True calls this under autocast, where the matrix product would be bfloat16
         # again.
-        with torch.autocast(device_type=anchors.device.type, enabled=False):
-            similarities = self.similarity_fct(_at_least_float32(anchors), _at_least_float32(torch.cat(candidates)))
-            return mac_loss(
-                similarities, positive_index, same_modality, self.temperature, self.current_hard_temperature
+        with torch.autocast(device_type=device.type, enabled=False):
+            similarities = self.similarity_fct(at_least_float32(anchors), at_least_float32(torch.cat(candidates)))
+            masked = find_false_negatives(
+                similarities, positive_index, all_contents, positive_content, self.false_negative_margin
             )
+            self._remember(survey_negatives(similarities.detach(), positive_index, same_modality, masked), positives)
+            temperatures = self.temperature, self.current_hard_temperature
+            if self.objective == "mac":
+                return mac_loss(similarities, positive_index, same_modality, *temperatures, masked)
+            return split_loss(similarities, positive_index, same_modality, *temperatures, self.split_weight, masked)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
@@ -235,6 +233,9 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
             "grouping": self.grouping,
             "similarity_fct": similarity_fct_name(self.similarity_fct),
             "gather_across_devices": self.gather_across_devices,
+            "objective": self.objective,
+            **({"split_weight": self.split_weight} if self.objective == "split" else {}),
+            "false_negative_margin": self.false_negative_margin,
         }
 
     @property
@@ -242,36 +243,94 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         """BibTeX of the paper, for the model card."""
         return PUMA_CITATION
 
-    def _count_negatives(self, same_modality: Tensor, positive_index: Tensor) -> None:
-        positive_is_intra = same_modality.gather(1, positive_index.unsqueeze(1)).squeeze(1).long()
-        intra = same_modality.sum(dim=1) - positive_is_intra
-        self.negative_counts = (intra, same_modality.shape[1] - 1 - intra)
+    def _remember(self, survey: NegativeSurvey, positives: Tensor) -> None:
+        self.negative_counts = (survey.intra_counts, survey.inter_counts)
+        if self.model.training:
+            self.statistics = {
+                "intra_negatives": survey.intra_counts.float().mean(),
+                "inter_negatives": survey.inter_counts.float().mean(),
+                "masked_negatives": survey.false_counts.float().mean(),
+                "positive_similarity": survey.positive_similarity,
+                "intra_similarity": survey.intra_similarity,
+                "inter_similarity": survey.inter_similarity,
+            }
+            self.candidates_seen = positives.detach()
 
 
-def _read_modality_ids(columns: list[dict[str, Any]], labels: Tensor | None) -> list[Tensor]:
-    missing = [index for index, features in enumerate(columns) if features.get(_IDS_KEY) is None]
-    if not missing:
-        return [features[_IDS_KEY] for features in columns]
+def read_modality_ids(columns: list[dict[str, Any]], labels: Tensor | None) -> list[Tensor]:
+    """Modality ids of each column, `(batch_size,)`: its own, or of the labels if no column has any.
+
+    Args:
+        columns: The features of each column, before a model has seen them.
+        labels: `(batch_size, num_columns)`, or `None`.
+
+    Returns:
+        One tensor of integers per column.
+
+    Raises:
+        ValueError: If there are none, only some columns have them, or the labels do not fit.
+    """
+    if (own := _read_ids(columns, MODALITY_KEY)) is not None:
+        return own
     if labels is None:
         raise ValueError(
-            f"the columns {missing} of {len(columns)} have no {_IDS_KEY!r} feature and labels is None, but "
-            "MAC-Loss needs the modality of every input. Use a PUMA model, whose input module adds it, or "
+            f"the columns {list(range(len(columns)))} of {len(columns)} have no {MODALITY_KEY!r} feature and labels is "
+            "None, but MAC-Loss needs the modality of every input. Use a PUMA model, whose input module adds it, or "
             "add a label column with one modality id per column, (batch_size, num_columns)."
-        )
-    if len(missing) < len(columns):
-        raise ValueError(
-            f"only the columns {missing} of {len(columns)} lack the {_IDS_KEY!r} feature, but either all "
-            "columns or none must have it. Use the same input module for all columns."
         )
     if labels.ndim != 2 or labels.shape[1] != len(columns) or not _is_integer(labels):
         raise ValueError(
-            f"labels are {_shape(labels)}, but as modality ids of {len(columns)} columns they must be "
+            f"labels are {describe(labels)}, but as modality ids of {len(columns)} columns they must be "
             f"integers (batch_size, {len(columns)}). Pass one id per column: anchor, positive, negatives."
         )
     return list(labels.unbind(1))
 
 
-def _check_columns(embeddings: list[Tensor], modality_ids: list[Tensor]) -> None:
+def read_content_ids(columns: list[dict[str, Any]]) -> list[Tensor] | None:
+    """Content ids of each column, `(batch_size,)`, or `None` if the model adds none.
+
+    Args:
+        columns: The features of each column, before a model has seen them.
+
+    Returns:
+        One tensor of integers per column, or `None`.
+
+    Raises:
+        ValueError: If only some of the columns have them.
+    """
+    return _read_ids(columns, CONTENT_KEY)
+
+
+def restore_ids(
+    columns: list[dict[str, Any]], modality_ids: Sequence[Tensor], content_ids: Sequence[Tensor] | None
+) -> None:
+    """Put ids that an input module popped back: wrappers such as `MatryoshkaLoss` come again with the same dicts.
+
+    Args:
+        columns: The features of each column, after the model has seen them.
+        modality_ids: What was read from them before.
+        content_ids: Likewise.
+    """
+    for key, values in ((MODALITY_KEY, modality_ids), (CONTENT_KEY, content_ids)):
+        for features, ids in zip(columns, values or [], strict=values is not None):
+            features.setdefault(key, ids)
+
+
+def _read_ids(columns: list[dict[str, Any]], key: str) -> list[Tensor] | None:
+    missing = [index for index, features in enumerate(columns) if features.get(key) is None]
+    if not missing:
+        return [features[key] for features in columns]
+    if len(missing) < len(columns):
+        raise ValueError(
+            f"only the columns {missing} of {len(columns)} lack the {key!r} feature, but either all columns or none "
+            "must have it. Use the same input module for all columns."
+        )
+    return None
+
+
+def _check_columns(
+    embeddings: list[Tensor], modality_ids: Sequence[Tensor], content_ids: Sequence[Tensor] | None
+) -> None:
     if len(embeddings) < 2 or len(modality_ids) != len(embeddings):
         raise ValueError(
             f"got {len(embeddings)} columns of embeddings and {len(modality_ids)} of modality ids, but "
@@ -285,10 +344,16 @@ def _check_columns(embeddings: list[Tensor], modality_ids: list[Tensor]) -> None
             "be the same (batch_size, embedding_dim). Give every row an anchor, a positive and the same "
             "number of negatives."
         )
-    if any(ids.shape != shape[:1] or not _is_integer(ids) for ids in modality_ids):
+    for name, columns in (("modality", modality_ids), ("content", content_ids)):
+        if columns is not None and any(ids.shape != shape[:1] or not _is_integer(ids) for ids in columns):
+            raise ValueError(
+                f"the columns of {name} ids are {[describe(ids) for ids in columns]}, but all must be "
+                f"integers ({shape[0]},), one per embedding. Pass one {name} id per input."
+            )
+    if content_ids is not None and len(content_ids) != len(embeddings):
         raise ValueError(
-            f"the columns of modality ids are {[_shape(ids) for ids in modality_ids]}, but all must be "
-            f"integers ({shape[0]},), one per embedding. Pass one modality id per input."
+            f"got {len(embeddings)} columns of embeddings and {len(content_ids)} of content ids, but there must be one "
+            "of each per column. Pass the ids of all columns, the anchor's too, or None."
         )
     # One host synchronisation for all columns.
     all_ids = torch.cat([ids.to(modality_ids[0].device) for ids in modality_ids])
@@ -303,13 +368,5 @@ def _check_columns(embeddings: list[Tensor], modality_ids: list[Tensor]) -> None
         )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -12,7 +12,9 @@ from puma_hf.losses.citation import PUMA_CITATION
 
 DistillationMetric = Literal["mse", "cosine"]
 
-_STUDENT_KEY = "pooler_output"
+STUDENT_KEY = "pooler_output"
+# Where a teacher puts its states among the features of a column.
+TEACHER_KEY = "teacher_state"
 
 
 def self_distillation_loss(student: Tensor, teacher: Tensor, metric: DistillationMetric = "mse") -> Tensor:
@@ -81,16 +83,23 @@ class SelfDistillationLoss(nn.Module):
 
     Requirements:
         1. One or more columns of inputs; their losses are averaged.
-        2. The teacher's states as labels: the distillation trainer computes or reads them.
+        2. The teacher's states: as `teacher_state` `(batch_size, hidden_size)` in the features, where
+           `PumaDistillationTrainer` puts them, or else as labels.
 
     Inputs:
-        +-----------------------+--------------------------------------------------------------+
-        | Inputs                | Labels                                                       |
-        +=======================+==============================================================+
-        | one column            | `(batch_size, hidden_size)` or `(batch_size, 1, hidden_size)` |
-        +-----------------------+--------------------------------------------------------------+
-        | n columns             | `(batch_size, n, hidden_size)`                               |
-        +-----------------------+--------------------------------------------------------------+
+        +----------------------------------------+--------------------------------------------------------------+
+        | Inputs                                 | Labels                                                       |
+        +========================================+==============================================================+
+        | n columns with `teacher_state` features | any, unused                                                  |
+        +----------------------------------------+--------------------------------------------------------------+
+        | one column without                     | `(batch_size, hidden_size)` or `(batch_size, 1, hidden_size)` |
+        +----------------------------------------+--------------------------------------------------------------+
+        | n columns without                      | `(batch_size, n, hidden_size)`                               |
+        +----------------------------------------+--------------------------------------------------------------+
+
+    Recommendations:
+        - Inside `MatryoshkaLoss`, which shortens `sentence_embedding` to the first d dimensions, the first d
+          dimensions of both states are compared. So the shortened student is pulled to the shortened teacher.
 
     Relations:
         - `sentence_transformers.losses.MSELoss` compares `sentence_embedding` instead, which is L2-normalised
@@ -119,20 +128,37 @@ class SelfDistillationLoss(nn.Module):
 
         Args:
             sentence_features: One dict of model inputs per column.
-            labels: Teacher states, `(batch_size, num_columns, hidden_size)`, or `(batch_size, hidden_size)`
-                for one column.
+            labels: If the features have no `teacher_state`: the teacher's states, `(batch_size, num_columns,
+                hidden_size)`, or `(batch_size, hidden_size)` for one column.
 
         Returns:
             The loss averaged over the columns, a scalar.
 
         Raises:
-            ValueError: If the labels are missing or misshapen, or the model returns no `pooler_output`.
+            ValueError: If the teacher's states are missing or misshapen, or the model returns no `pooler_output`.
         """
-        columns = list(sentence_features)
-        teacher = self._teacher_columns(labels, len(columns))
+        return self.compute_loss_from_outputs([self.model(features) for features in sentence_features], labels)
+
+    def compute_loss_from_outputs(self, outputs: list[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Compare the states in what the model returned for each column.
+
+        Args:
+            outputs: Features of each column with `pooler_output` and, as a rule, `teacher_state`.
+            labels: As for `forward`.
+
+        Returns:
+            The loss averaged over the columns, a scalar.
+
+        Raises:
+            ValueError: As for `forward`.
+        """
+        student = [_student_state(output) for output in outputs]
+        # A one-pass teacher's states are there only after the forward pass.
+        in_features = [output[TEACHER_KEY] for output in outputs if output.get(TEACHER_KEY) is not None]
+        teacher = in_features if len(in_features) == len(outputs) else _teacher_columns(labels, len(outputs))
         losses = [
-            self_distillation_loss(self._student_state(features), state, self.metric)
-            for features, state in zip(columns, teacher, strict=True)
+            self_distillation_loss(*_to_width(output, ours, theirs), self.metric)
+            for output, ours, theirs in zip(outputs, student, teacher, strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -145,33 +171,44 @@ class SelfDistillationLoss(nn.Module):
         """BibTeX of the paper, for the model card."""
         return PUMA_CITATION
 
-    def _student_state(self, features: dict[str, Any]) -> Tensor:
-        output = self.model(features)
-        if _STUDENT_KEY not in output:
-            raise ValueError(
-                f"the model returned the features {sorted(output)}, but self-distillation needs "
-                f"{_STUDENT_KEY!r}, the [RET] state after the final norm. Use a PUMA model, or an input "
-                "module that returns this feature."
-            )
-        state: Tensor = output[_STUDENT_KEY]
-        return state
 
-    @staticmethod
-    def _teacher_columns(labels: Tensor | None, num_columns: int) -> list[Tensor]:
-        if labels is None:
-            raise ValueError(
-                "labels is None, but self-distillation needs the teacher's [RET] states as labels. Use the "
-                "distillation trainer, or add a label column with the cached states to the dataset."
-            )
-        if labels.ndim == 2 and num_columns == 1:
-            labels = labels.unsqueeze(1)
-        if labels.ndim != 3 or labels.shape[1] != num_columns or not labels.is_floating_point():
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}, but for {num_columns} column(s) "
-                f"they must be floating-point teacher states (batch_size, {num_columns}, hidden_size). Pass "
-                "one state per sample and column, in the order of the columns."
-            )
-        return list(labels.unbind(1))
+def _student_state(output: dict[str, Any]) -> Tensor:
+    if STUDENT_KEY not in output:
+        raise ValueError(
+            f"the model returned the features {sorted(output)}, but self-distillation needs "
+            f"{STUDENT_KEY!r}, the [RET] state after the final norm. Use a PUMA model, or an input "
+            "module that returns this feature."
+        )
+    state: Tensor = output[STUDENT_KEY]
+    return state
+
+
+def _to_width(output: dict[str, Any], student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both states, cut to the width of the embedding where `MatryoshkaLoss` has shortened it."""
+    embedding = output.get("sentence_embedding")
+    width = student.shape[-1] if embedding is None else embedding.shape[-1]
+    if width >= student.shape[-1]:
+        return student, teacher
+    # States of another hidden size stay apart, to be refused; labels come shortened already.
+    fits = teacher.shape[-1] == student.shape[-1]
+    return student[..., :width], teacher[..., :width] if fits else teacher
+
+
+def _teacher_columns(labels: Tensor | None, num_columns: int) -> list[Tensor]:
+    if labels is None:
+        raise ValueError(
+            f"the features have no {TEACHER_KEY!r} and labels is None, but self-distillation needs the teacher's "
+            "[RET] states. Use PumaDistillationTrainer, or add a label column with the cached states to the dataset."
+        )
+    if labels.ndim == 2 and num_columns == 1:
+        labels = labels.unsqueeze(1)
+    if labels.ndim != 3 or labels.shape[1] != num_columns or not labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, but for {num_columns} column(s) "
+            f"they must be floating-point teacher states (batch_size, {num_columns}, hidden_size). Pass "
+            "one state per sample and column, in the order of the columns."
+        )
+    return list(labels.unbind(1))
 
 
 def _check_metric(metric: str) -> None:

@@ -14,10 +14,11 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
-from puma_hf.losses import MultimodalMACLoss, mac_loss
+from puma_hf.losses import MultimodalMACLoss
 
 MakeModel = Callable[[], SentenceTransformer]
 BATCH, DIM = 6, 8
+OWN_OPTIONS = {"objective": "mac", "false_negative_margin": None}
 TEXT, IMAGE, IMAGE_TEXT, VIDEO, VIDEO_TEXT = range(5)
 # Several queries share a target modality, one (video,text) has it alone, anchors and positives differ.
 ANCHOR_IDS = torch.tensor([TEXT, TEXT, IMAGE, IMAGE_TEXT, TEXT, VIDEO])
@@ -165,8 +166,6 @@ def test_any_similarity_fct_gets_at_least_float32() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         constant_loss(similarity_fct=dot).compute_loss_from_embeddings(*make_batch(1, dtype))
     assert seen == [torch.float32] * 6 + [torch.float64] * 2
-    low = torch.zeros(1, 2, dtype=torch.bfloat16)
-    assert mac_loss(low, torch.tensor([0]), low.bool(), 0.05, 0.04).dtype == torch.float32
 
 
 def test_autocast_does_not_reach_the_similarities() -> None:
@@ -313,9 +312,6 @@ def test_temperature_errors(name: str, value: float) -> None:
     message = rf"^{name} is {value}, but a temperature must be positive and finite\. Use"
     with pytest.raises(ValueError, match=message):
         MultimodalMACLoss(nn.Identity(), **{name: value})
-    temperatures = {"temperature": 0.05, "hard_temperature": 0.04, name: value}
-    with pytest.raises(ValueError, match=message):
-        mac_loss(torch.zeros(1, 1), torch.tensor([0]), torch.ones(1, 1, dtype=torch.bool), **temperatures)
 
 
 def test_choice_errors() -> None:
@@ -323,22 +319,8 @@ def test_choice_errors() -> None:
         MultimodalMACLoss(nn.Identity(), schedule="step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"grouping is 'task', but it must be one of \('target', 'query'\)"):
         MultimodalMACLoss(nn.Identity(), grouping="task")  # type: ignore[arg-type]
-
-
-def test_mac_loss_shape_errors() -> None:
-    similarities, index = torch.zeros(2, 3), torch.tensor([0, 1])
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    assert mac_loss(similarities, index, mask, 0.05, 0.04).item() == pytest.approx(math.log(3))
-    wrong = [
-        (similarities[0], index, mask),
-        (similarities, index[:1], mask),
-        (similarities, index, mask[:, :2]),
-        (similarities, index.float(), mask),
-        (similarities, index, mask.long()),
-    ]
-    for arguments in wrong:
-        with pytest.raises(ValueError, match=r"similarities are float32 .*must be floats.*Pass one row per query"):
-            mac_loss(*arguments, 0.05, 0.04)
+    with pytest.raises(ValueError, match=r"objective is 'infonce', but it must be one of \('mac', 'split'\)"):
+        MultimodalMACLoss(nn.Identity(), objective="infonce")  # type: ignore[arg-type]
 
 
 def test_idle_schedule_counts_only_training(make_model: MakeModel, pairs: Dataset) -> None:
@@ -355,6 +337,7 @@ def test_idle_schedule_counts_only_training(make_model: MakeModel, pairs: Datase
 def test_model_card_facts() -> None:
     loss = MultimodalMACLoss(nn.Identity(), 0.06, 0.03, "linear", "query", dot_score, True)
     assert loss.get_config_dict() == {
+        **OWN_OPTIONS,
         "temperature": 0.06,
         "hard_temperature": 0.03,
         "schedule": "linear",
@@ -363,6 +346,7 @@ def test_model_card_facts() -> None:
         "gather_across_devices": True,
     }
     assert MultimodalMACLoss(nn.Identity()).get_config_dict() == {
+        **OWN_OPTIONS,
         "temperature": 0.05,
         "hard_temperature": 0.04,
         "schedule": "cosine",

@@ -13,6 +13,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor, nn
 
 from puma_hf.losses import SelfDistillationLoss, self_distillation_loss
@@ -100,9 +101,71 @@ def test_one_column_takes_both_label_shapes(metric: Any) -> None:
     assert loss([{"states": states}], labels.unsqueeze(1)).item() == expected
 
 
+class Taught(nn.Module):
+    """Returns what a one-pass teacher has added to the features, and an embedding of the student's width."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        states = features["states"]
+        return {**features, "pooler_output": states, "sentence_embedding": nn.functional.normalize(states, dim=1)}
+
+    def get_embedding_dimension(self) -> int:
+        return 6
+
+
+def taught_columns(columns: int, width: int = 6) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {name: torch.randn(4, width, generator=generator) for name in ("states", "teacher_state")}
+        for _ in range(columns)
+    ]
+
+
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_states_in_the_features_come_before_labels(metric: Any) -> None:
+    columns = taught_columns(2)
+    expected = [self_distillation_loss(c["states"], c["teacher_state"], metric).item() for c in columns]
+    loss = SelfDistillationLoss(Taught(), metric)
+    for labels in (None, torch.tensor([1, 0, 1, 0]), torch.zeros(4, 2, 6)):
+        assert loss(columns, labels).item() == pytest.approx(sum(expected) / 2, rel=1e-6)
+    # Where not every column has them, labels count.
+    del columns[1]["teacher_state"]
+    labels = torch.zeros(4, 2, 6)
+    expected = [self_distillation_loss(c["states"], labels[:, 0], metric).item() for c in columns]
+    assert loss(columns, labels).item() == pytest.approx(sum(expected) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("as_labels", [False, True])
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_inside_matryoshka_the_first_dimensions_are_compared(metric: Any, as_labels: bool) -> None:
+    model: Any = Taught()
+    weights = {6: 1.0, 4: 0.5, 2: 0.25}
+    columns = taught_columns(2)
+    expected = sum(
+        weight * self_distillation_loss(c["states"][:, :dim], c["teacher_state"][:, :dim], metric) / 2
+        for dim, weight in weights.items()
+        for c in columns
+    )
+    labels = torch.stack([c.pop("teacher_state") for c in columns], dim=1) if as_labels else None
+    loss: Any = MatryoshkaLoss(model, SelfDistillationLoss(model, metric), list(weights), list(weights.values()))
+    torch.testing.assert_close(loss(columns, labels), expected)
+
+
+def test_a_narrow_embedding_hides_no_other_hidden_size() -> None:
+    columns = taught_columns(1)
+    columns[0]["teacher_state"] = torch.zeros(4, 8)
+    model: Any = Taught()
+    loss: Any = MatryoshkaLoss(model, SelfDistillationLoss(model), [4])
+    with pytest.raises(ValueError, match="hidden size is 4 and the teacher's 8"):
+        loss(columns, None)
+    with pytest.raises(ValueError, match="hidden size is 6 and the teacher's 8"):
+        SelfDistillationLoss(model)(columns)
+
+
 def test_module_errors() -> None:
     loss, columns = SelfDistillationLoss(Student()), [{"states": torch.zeros(2, 3)}] * 2
-    with pytest.raises(ValueError, match=r"labels is None.*Use the distillation trainer, or add a label column"):
+    with pytest.raises(
+        ValueError, match=r"no 'teacher_state' and labels is None.*Use PumaDistillationTrainer, or add a label column"
+    ):
         loss(columns)
     for labels in (torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 2, 3, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"labels are .*for 2 column\(s\).*\(batch_size, 2, hidden_size\)"):

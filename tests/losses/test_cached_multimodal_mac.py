@@ -1,0 +1,484 @@
+"""The cached loss has the value and the gradients of the plain one, however the batch is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from PIL import Image
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.losses import gradcache
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import dot_score
+from torch import Tensor, nn
+from transformers import TrainerState
+
+from puma_hf import PumaTrainer, lora_config
+from puma_hf.losses import MultimodalMACLoss, TemperatureScheduleCallback, find_scheduled_losses
+from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
+from puma_hf.losses.image_features import MiniBatches, can_keep_image_features, find_puma_model
+from puma_hf.trainer.lora import add_lora, puma_model
+from tests.tiny import HIDDEN_SIZE, tiny_tokenizer
+
+MakeModel = Callable[[], SentenceTransformer]
+MakeStudent = Callable[..., SentenceTransformer]
+Columns = list[dict[str, Any]]
+BATCH = 6
+CONSTANT: dict[str, Any] = {"temperature": 0.5, "hard_temperature": 0.3, "schedule": "constant"}
+
+
+@pytest.fixture
+def make_student(puma_dir: Path) -> MakeStudent:
+    """Builds the pruned model with an adapter as after training, the same every time."""
+
+    def make(dtype: torch.dtype = torch.float64, dropout: float = 0.0, train_tower: bool = False) -> Any:
+        torch.manual_seed(0)
+        model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+        add_lora(model, lora_config(r=4, dropout=dropout, ret_token_id=puma_model(model).config.ret_token_id))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        if train_tower:
+            puma_model(model).visual.requires_grad_(True)
+        return model.to(dtype).train()
+
+    return make
+
+
+@pytest.fixture
+def rows(images: list[Image.Image]) -> list[list[Any]]:
+    """Anchors, positives and negatives of every kind and length; all columns hold two images in one sample."""
+    small, square, wide = images
+    anchors = [
+        "a red apple on a table, and beside it a green one",
+        {"image": small},
+        {"image": [square, wide], "text": "both"},
+        {"image": wide, "text": "in green", "instruction": "Find it."},
+        "apple",
+        {"image": [small, small]},
+    ]
+    positives = [
+        {"image": wide},
+        "a table",
+        {"text": "a red apple, a table, a table, a red apple, and a table"},
+        {"image": square, "text": "red"},
+        {"image": [wide, small], "text": "a pair"},
+        "a red one",
+    ]
+    return [anchors, positives, anchors[2:] + anchors[:2]]
+
+
+def preprocess(model: SentenceTransformer, rows: list[list[Any]]) -> Columns:
+    dtype = next(model.parameters()).dtype
+    columns = [model.preprocess(column) for column in rows]
+    for features in columns:
+        features["pixel_values"] = features["pixel_values"].to(dtype)
+    return columns
+
+
+def run(loss: nn.Module, columns: Columns, labels: Tensor | None = None) -> tuple[float, dict[str, Tensor]]:
+    """Value and gradients; the columns are given as copies, as plain losses write into them."""
+    loss.zero_grad()
+    value = loss([dict(features) for features in columns], labels)
+    value.backward()
+    return value.item(), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+
+
+def check_equal(
+    one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]], tolerance: float = 1e-6
+) -> None:
+    assert one[0] == pytest.approx(other[0], abs=tolerance)
+    # A wrapper puts its own name before that of the parameters.
+    gradients = [{name.removeprefix("loss."): grad for name, grad in side[1].items()} for side in (one, other)]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
+    assert max(gradient.abs().max() for gradient in gradients[1].values()) > 100 * tolerance
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 3, 4, 5, 6, 100])
+def test_equals_the_plain_loss_at_every_mini_batch_size(
+    make_student: MakeStudent, rows: list[list[Any]], mini_batch_size: int, keep: bool
+) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    plain = MultimodalMACLoss(model, **CONSTANT)
+    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=mini_batch_size, keep_image_features=keep)
+    check_equal(run(cached, columns), run(plain, columns))
+    assert cached.negative_counts is not None
+    assert plain.negative_counts is not None
+    for ours, expected in zip(cached.negative_counts, plain.negative_counts, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("budget", [1, 30, 60, 100, 250, 10_000])
+def test_equals_the_plain_loss_at_every_budget(make_student: MakeStudent, rows: list[list[Any]], budget: int) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_num_tokens=budget)
+    check_equal(run(cached, columns), run(MultimodalMACLoss(model, **CONSTANT), columns))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equals_the_plain_loss_in_float32_on_both_padding_sides(
+    make_student: MakeStudent, rows: list[list[Any]], side: str
+) -> None:
+    model = make_student(torch.float32)
+    model[0].processor.tokenizer.padding_side = side
+    columns = preprocess(model, rows)
+    assert (columns[0]["attention_mask"][:, 0 if side == "left" else -1] == 0).any()
+    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2)
+    check_equal(run(cached, columns), run(MultimodalMACLoss(model, **CONSTANT), columns), 1e-5)
+
+
+def test_tokens_of_a_mini_batch_stay_within_the_budget(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model, budget = make_student(), 150
+    rows[1][3] = "a table " * 90
+    columns = preprocess(model, rows)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_num_tokens=budget)
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0]["input_ids"].shape)))
+    run(loss, columns)
+    hook.remove()
+    lengths = [length for features in columns for length in features["attention_mask"].sum(dim=1).tolist()]
+    assert min(lengths) < budget < max(lengths)
+    # Padding and visual tokens count; a sample above the budget is alone, the others are not all.
+    assert all(samples * width <= budget or samples == 1 for samples, width in shapes)
+    assert any(samples > 1 for samples, _ in shapes)
+    first_pass, second_pass = shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]
+    assert first_pass == second_pass
+    assert sum(samples for samples, _ in first_pass) == 3 * BATCH
+
+
+def test_the_second_pass_draws_the_dropout_of_the_first(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student(dropout=0.5)
+    columns = preprocess(model, rows)
+    # In one mini-batch the random numbers are those of the plain loss.
+    losses = [MultimodalMACLoss(model, **CONSTANT), CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=BATCH)]
+    results = []
+    for loss in losses:
+        torch.manual_seed(1)
+        results.append(run(loss, columns))
+    check_equal(results[1], results[0])
+    torch.manual_seed(2)
+    assert run(losses[1], columns)[0] != pytest.approx(results[1][0], abs=1e-3)
+
+
+def test_dropout_in_several_mini_batches(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student(dropout=0.5)
+    columns = preprocess(model, rows)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=4)
+    torch.manual_seed(1)
+    cached = run(loss, columns)
+    # The same mini-batches in one graph, which needs no second pass.
+    loss.zero_grad()
+    torch.manual_seed(1)
+    embeddings = []
+    for features in columns:
+        batches = MiniBatches(features, 4, None, "cpu")
+        parts = [model(batches.take(begin, min(begin + 4, BATCH)))["sentence_embedding"] for begin in (0, 4)]
+        embeddings.append(torch.cat(parts)[torch.tensor(batches.order).argsort()])
+    value = loss.compute_loss_from_embeddings(embeddings, [features["modality_ids"] for features in columns])
+    value.backward()
+    gradients = {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+    check_equal(cached, (value.item(), gradients))
+
+
+@pytest.mark.parametrize(("keep", "train_tower", "passes"), [(True, False, 1), (False, False, 2), (True, True, 2)])
+def test_a_frozen_tower_runs_once(
+    make_student: MakeStudent, rows: list[list[Any]], keep: bool, train_tower: bool, passes: int
+) -> None:
+    model = make_student(train_tower=train_tower)
+    columns = preprocess(model, rows)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2, keep_image_features=keep)
+    tower = puma_model(model).visual
+    patches: list[int] = []
+    hook = tower.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
+    result = run(loss, columns)
+    hook.remove()
+    assert sum(patches) == passes * sum(len(features["pixel_values"]) for features in columns)
+    assert max(patches) < max(len(features["pixel_values"]) for features in columns)  # no column at once
+    assert not tower._forward_hooks
+    assert any(".visual." in name for name in result[1]) == train_tower
+    check_equal(result, run(MultimodalMACLoss(model, **CONSTANT), columns))
+
+
+def test_image_features_that_a_teacher_shared_are_cut(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    expected = run(MultimodalMACLoss(model, **CONSTANT), columns)
+    for features in columns:
+        with torch.no_grad():
+            encoded = puma_model(model).get_image_features(features.pop("pixel_values"), features["image_grid_thw"])
+        features["mm_encoder_outputs"] = {"image": encoded}
+        # As wide as the column: only its rows may be cut.
+        features["teacher_state"] = torch.zeros(features["input_ids"].shape)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2)
+    check_equal(run(loss, columns), expected)
+
+
+def test_videos_are_cut_and_kept_too(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    config = puma_model(model).config
+    for features in columns[:2]:
+        # Without a video decoder: an image is a video of two equal frames.
+        is_image = features["input_ids"] == config.image_token_id
+        features["input_ids"] = features["input_ids"].masked_fill(is_image, config.video_token_id)
+        features["mm_token_type_ids"] = features["mm_token_type_ids"] * 2
+        features["pixel_values_videos"] = features.pop("pixel_values")
+        features["video_grid_thw"] = features.pop("image_grid_thw")
+        features["num_videos_per_sample"] = features.pop("num_images_per_sample")
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2)
+    check_equal(run(loss, columns), run(MultimodalMACLoss(model, **CONSTANT), columns))
+
+
+def test_accumulated_batches_do_not_mix(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    batches = [preprocess(model, [column[start : start + 3] for column in rows]) for start in (0, 3)]
+    results = []
+    for loss in (
+        CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2),
+        MultimodalMACLoss(model, **CONSTANT),
+    ):
+        loss.zero_grad()
+        # Both forward passes before either backward pass, and scaled as a trainer does.
+        values = [loss([dict(features) for features in columns]) / 2 for columns in batches]
+        torch.stack(values).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+        results.append((sum(value.item() for value in values), gradients))
+    check_equal(*results)
+
+
+def test_evaluation_needs_no_second_pass(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student().eval()
+    columns = preprocess(model, rows)
+    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2)
+    with torch.no_grad():
+        value = cached(columns)
+        expected = MultimodalMACLoss(model, **CONSTANT)([dict(features) for features in columns])
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert not value.requires_grad
+    assert set(columns[0]) == set(preprocess(model, rows)[0])  # the caller's features stay as they are
+
+
+@pytest.mark.parametrize("mini_batch_size", [BATCH, 2])
+def test_both_passes_run_under_the_autocast_of_the_first(
+    make_student: MakeStudent, rows: list[list[Any]], mini_batch_size: int
+) -> None:
+    model = make_student(torch.float32)
+    columns = preprocess(model, rows)
+    states: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: states.append(output["pooler_output"].detach()))
+    results = []
+    for loss in (
+        CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=mini_batch_size),
+        MultimodalMACLoss(model, **CONSTANT),
+    ):
+        loss.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss([dict(features) for features in columns])
+        value.backward()  # as trainers do, outside it
+        gradients = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
+        results.append((value.item(), torch.cat(gradients)))
+    hook.remove()
+    passes = 3 * (BATCH // mini_batch_size)
+    for first, second in zip(states[:passes], states[passes : 2 * passes], strict=True):
+        assert torch.equal(first, second)
+    # In other shapes bfloat16 rounds elsewhere, and the plain loss adds up the columns' gradients in it.
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6 if mini_batch_size == BATCH else 0.01)
+    assert nn.functional.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "split", "split_weight": 0.3},
+        {"grouping": "query"},
+        {"false_negative_margin": 0.01},
+        {"similarity_fct": dot_score},
+    ],
+)
+def test_equals_the_plain_loss_with_every_option(
+    make_student: MakeStudent, rows: list[list[Any]], changes: dict[str, Any]
+) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    settings = {**CONSTANT, **changes}
+    plain = MultimodalMACLoss(model, **settings)
+    expected = run(plain, columns)
+    assert expected[0] != pytest.approx(run(MultimodalMACLoss(model, **CONSTANT), columns)[0], abs=1e-6) or (
+        "similarity_fct" in changes  # a dot product of unit vectors
+    )
+    check_equal(run(CachedMultimodalMACLoss(model, **settings, mini_batch_size=2), columns), expected)
+
+
+def test_copies_of_the_positive_are_masked(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    rows[1][4] = rows[1][0]
+    columns = preprocess(model, rows)
+    plain = MultimodalMACLoss(model, **CONSTANT)
+    unmasked = run(plain, [{k: v for k, v in features.items() if k != "content_ids"} for features in columns])
+    expected = run(plain, columns)
+    assert expected[0] < unmasked[0] - 0.01
+    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=4)
+    check_equal(run(cached, columns), expected)
+    assert cached.statistics is not None
+    assert plain.statistics is not None
+    assert cached.statistics["masked_negatives"] == pytest.approx(2 / BATCH)
+    for name, value in plain.statistics.items():
+        torch.testing.assert_close(cached.statistics[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cached.candidates_seen, plain.candidates_seen, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.25]])
+def test_inside_matryoshka(make_student: MakeStudent, rows: list[list[Any]], weights: list[float] | None) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    dims = [HIDDEN_SIZE, 16, 8]
+    plain = MatryoshkaLoss(model, MultimodalMACLoss(model, **CONSTANT), dims, weights)
+    inner = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=4)
+    check_equal(run(MatryoshkaLoss(model, inner, dims, weights), columns), run(plain, columns))
+
+
+def test_equal_temperatures_are_the_stock_cached_loss(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    stock = CachedMultipleNegativesRankingLoss(model, scale=2.0, mini_batch_size=BATCH)
+    ours = CachedMultimodalMACLoss(model, 0.5, 0.5, mini_batch_size=4)
+    check_equal(run(ours, columns), run(stock, columns))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_wrapped_for_several_devices(make_student: MakeStudent, rows: list[list[Any]]) -> None:
+    model = make_student()
+    columns = preprocess(model, rows)
+    expected = run(MultimodalMACLoss(model, **CONSTANT), columns)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=4, gather_across_devices=True)
+    loss.model = nn.parallel.DistributedDataParallel(model)
+    value, gradients = run(loss, columns)
+    check_equal((value, {name.replace(".module.", "."): grad for name, grad in gradients.items()}), expected)
+    assert find_puma_model(loss.model) is puma_model(model)
+
+
+def test_a_compiled_model_computes_its_image_features_twice(make_student: MakeStudent) -> None:
+    model = make_student()
+    compiled = torch.compile(model)  # compiles when it is first called, which it is not
+    assert find_puma_model(compiled) is puma_model(model)
+    assert can_keep_image_features(model, puma_model(model))
+    assert not can_keep_image_features(compiled, puma_model(model))
+    assert find_puma_model(nn.Sequential(nn.Linear(1, 1))) is None
+    assert find_puma_model(nn.Identity()) is None
+
+
+def test_other_models_with_ids_in_features_or_labels(make_model: MakeModel, pairs: Dataset) -> None:
+    model = make_model()
+    names = ("anchor", "positive", "negative")
+    columns = [model.preprocess(pairs[:7][name]) for name in names]
+    expected = run(MultimodalMACLoss(model, **CONSTANT), columns)
+    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=3)
+    check_equal(run(loss, columns), expected)
+    labels = torch.stack([features.pop("modality_ids") for features in columns], dim=1)
+    check_equal(run(loss, columns, labels), expected)
+    with pytest.raises(ValueError, match=r"have no 'modality_ids' feature and labels is None"):
+        loss(columns)
+
+
+def test_the_schedule_finds_it_and_moves_it(make_model: MakeModel) -> None:
+    loss = CachedMultimodalMACLoss(make_model(), 0.08, 0.02, schedule="linear")
+    assert list(find_scheduled_losses(MatryoshkaLoss(loss.model, loss, [4])).values()) == [loss]  # type: ignore[arg-type]
+    callback = TemperatureScheduleCallback(loss)
+    callback.on_step_begin(None, TrainerState(global_step=5, max_steps=10), None)  # type: ignore[arg-type]
+    assert loss.current_hard_temperature == pytest.approx(0.05)
+
+
+def test_a_trainer_ends_with_the_weights_of_the_plain_loss(
+    puma_dir: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    cells = [
+        {
+            "text": f"apple {row}" if row % 3 else None,
+            "image": str(tmp_path / f"{row % 3}.png") if row % 3 != 1 else None,
+        }
+        for row in range(16)
+    ]
+    dataset = Dataset.from_dict({"anchor": cells, "positive": cells[5:] + cells[:5]})
+    ends = []
+    for kind in (MultimodalMACLoss, CachedMultimodalMACLoss):
+        torch.manual_seed(0)
+        model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+        add_lora(model, lora_config(r=4, dropout=0.0))
+        loss = kind(model, 0.08, 0.02) if kind is MultimodalMACLoss else kind(model, 0.08, 0.02, mini_batch_size=3)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / kind.__name__),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            optim="sgd",
+        )
+        PumaTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+        assert loss.progress == 1.0
+        ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, end in ends[0].items():
+        torch.testing.assert_close(ends[1][name], end, rtol=0, atol=1e-5)
+    assert max(end.abs().max() for name, end in ends[0].items() if "lora_B" in name) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mini_batch_size", "mini_batch_num_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "8", True])
+def test_size_errors(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}, but it must be an integer of at least 1\. Use"):
+        CachedMultimodalMACLoss(nn.Identity(), **{name: value})
+
+
+def test_a_model_without_rows_is_refused() -> None:
+    static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(), embedding_dim=4)], device="cpu")
+    with pytest.raises(ValueError, match=r"StaticEmbedding, whose features cannot be cut.*Use MultimodalMACLoss"):
+        CachedMultimodalMACLoss(static)
+
+
+def test_budgets_on_several_devices_need_a_mixin_that_waits_once(
+    make_model: MakeModel, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    columns = [model.preprocess(pairs[:4][name]) for name in ("anchor", "positive")]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.delattr(gradcache, "_ddp_replay_context", raising=False)
+    loss = CachedMultimodalMACLoss(model, mini_batch_num_tokens=64)
+    with pytest.raises(
+        ValueError, match=r"mini_batch_num_tokens is 64 on 2 devices.*Upgrade sentence-transformers, or"
+    ):
+        loss(columns)
+
+
+def test_model_card_facts() -> None:
+    loss = CachedMultimodalMACLoss(nn.Identity(), mini_batch_size=16, mini_batch_num_tokens=512)
+    ours = {"mini_batch_size": 16, "mini_batch_num_tokens": 512, "keep_image_features": True}
+    assert loss.get_config_dict() == {**MultimodalMACLoss(nn.Identity()).get_config_dict(), **ours}
+    assert "eprint={2507.08064}" in loss.citation
+    assert "eprint={2101.06983}" in loss.citation
+    assert loss.citation.count("{") == loss.citation.count("}")

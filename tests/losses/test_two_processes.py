@@ -1,0 +1,97 @@
+"""Two processes that gather their candidates compute what one process with the whole batch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.losses.two_processes import ROWS, WORLD_SIZE, compute, run
+
+MAC = "puma_hf.losses.multimodal_mac.MultimodalMACLoss"
+CACHED = "puma_hf.losses.cached_multimodal_mac.CachedMultimodalMACLoss"
+CONSTANT = {"schedule": "constant", "temperature": 0.1, "hard_temperature": 0.05}
+GATHERED = {**CONSTANT, "gather_across_devices": True}
+CASES: dict[str, dict[str, Any]] = {
+    "mac": {"loss": MAC, "arguments": GATHERED},
+    "mac, by query": {"loss": MAC, "arguments": {**GATHERED, "grouping": "query"}},
+    "mac, margin": {"loss": MAC, "arguments": {**GATHERED, "false_negative_margin": 0.02}},
+    "split": {"loss": MAC, "arguments": {**GATHERED, "objective": "split"}},
+    "cached": {"loss": CACHED, "arguments": {**GATHERED, "mini_batch_size": 3}},
+    "cached, split, margin": {
+        "loss": CACHED,
+        "arguments": {**GATHERED, "mini_batch_size": 2, "objective": "split", "false_negative_margin": 0.02},
+    },
+    "apart": {"loss": MAC, "arguments": CONSTANT},
+}
+
+
+@pytest.fixture(scope="module")
+def results(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """Of both processes, for all cases: starting them takes longer than what they compute."""
+    return run(CASES, puma_dir, tmp_path_factory.mktemp("processes"))
+
+
+def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors).mean(dim=0)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 0.1
+    assert {name.split(".")[2] for name in expected} == {"language_model", "visual"}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "apart"])
+def test_two_processes_equal_one_with_the_whole_batch(
+    puma_dir: Path, results: list[dict[str, dict[str, Any]]], name: str
+) -> None:
+    halves = [result[name] for result in results]
+    left_out = ("gather_across_devices", "mini_batch_size")
+    plain = {option: value for option, value in CASES[name]["arguments"].items() if option not in left_out}
+    whole = compute({"loss": MAC, "arguments": plain}, str(puma_dir), slice(ROWS))
+
+    torch.testing.assert_close(mean([half["loss"] for half in halves]), whole["loss"], rtol=0, atol=1e-5)
+    for half in halves:
+        assert_same_gradients(half["gradients"], whole["gradients"])
+    counts = torch.cat([half["negative_counts"] for half in halves], dim=1)
+    assert torch.equal(counts, whole["negative_counts"])
+    for key in ("intra_negatives", "inter_negatives", "masked_negatives", "positive_similarity"):
+        torch.testing.assert_close(
+            mean([half["statistics"][key] for half in halves]), whole["statistics"][key], rtol=0, atol=1e-5
+        )
+
+
+def test_copies_on_the_other_device_are_masked(results: list[dict[str, dict[str, Any]]]) -> None:
+    masked = [result["mac"]["statistics"]["masked_negatives"].item() * ROWS / WORLD_SIZE for result in results]
+    # Of rows 0, 1, 2 and 3: the positive of 5, the negative of 0, that of 4, the positive of 6. Of rows 5, 6 and 7:
+    # the positives of 0 and 3, the own negative.
+    assert masked == [4, 3]
+    for result, count in zip(results, masked, strict=True):
+        assert result["mac"]["negative_counts"].sum() == ROWS / WORLD_SIZE * (2 * ROWS - 1) - count
+
+
+def test_the_margin_masks_more(results: list[dict[str, dict[str, Any]]]) -> None:
+    for result in results:
+        masked = [result[name]["statistics"]["masked_negatives"] for name in ("mac", "mac, margin")]
+        assert masked[0] < masked[1] < 2 * ROWS - 1
+
+
+def test_without_gathering_each_device_has_its_own_candidates(
+    puma_dir: Path, results: list[dict[str, dict[str, Any]]]
+) -> None:
+    share = ROWS // WORLD_SIZE
+    halves = [
+        compute(CASES["apart"], str(puma_dir), slice(rank * share, (rank + 1) * share)) for rank in range(WORLD_SIZE)
+    ]
+    for result, half in zip(results, halves, strict=True):
+        torch.testing.assert_close(result["apart"]["loss"], half["loss"], rtol=0, atol=1e-5)
+        average = {name: mean([half["gradients"][name] for half in halves]) for name in halves[0]["gradients"]}
+        assert_same_gradients(result["apart"]["gradients"], average)
+    assert mean([half["loss"] for half in halves]) < mean([result["mac"]["loss"] for result in results]) - 0.1

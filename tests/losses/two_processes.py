@@ -1,0 +1,108 @@
+"""A contrastive loss in two processes that share their candidates, for comparison with one process.
+
+Run as `python two_processes.py JOB.json` by `run`; `compute` alone is the one process. A case is
+`{"loss": "package.module.Class", "arguments": {...}}`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from torch.nn.parallel import DistributedDataParallel
+
+from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+
+WORLD_SIZE = 2
+ROWS = 8
+COLUMNS = ("anchor", "positive", "negative")
+
+
+def make_rows() -> dict[str, list[Any]]:
+    """Inputs of three modalities in every column and half, with copies of positives near and far.
+
+    Without an image in each column of each half, DistributedDataParallel would wait for the vision tower's gradients.
+    """
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)) for _ in range(6)]
+    both = [{"image": image, "text": f"number {number}"} for number, image in enumerate(images)]
+    return {
+        "anchor": ["a red apple", images[0], both[1], "a table", "one", images[2], "two", both[3]],
+        # Row 5 has row 0's positive and row 6 row 3's: copies on the other device.
+        "positive": [images[1], "a pear", both[2], "blue", both[4], images[1], "blue", "a cat"],
+        # Row 0 has row 1's positive, row 4 row 2's on the other device, row 7 its own.
+        "negative": ["a pear", images[3], "green", both[5], both[2], images[4], images[5], "a cat"],
+    }
+
+
+def compute(case: Mapping[str, Any], model_dir: str, rows: slice, *, parallel: bool = False) -> dict[str, Any]:
+    """Loss and gradients of these rows; with `parallel` averaged over the processes, as a trainer would."""
+    model = SentenceTransformer(modules=[PumaTransformer(model_dir)], device="cpu").train()
+    module, _, name = case["loss"].rpartition(".")
+    loss = getattr(importlib.import_module(module), name)(model, **case["arguments"])
+    if parallel:
+        loss.model = DistributedDataParallel(model)
+    columns = make_rows()
+    value = loss([model.preprocess(columns[column][rows]) for column in COLUMNS], None)
+    value.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        "loss": value.detach(),
+        "gradients": gradients,
+        "statistics": dict(loss.statistics),
+        "negative_counts": torch.stack(loss.negative_counts),
+    }
+
+
+def run(cases: Mapping[str, Mapping[str, Any]], model_dir: Path, folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Each process's results by the name of the case; the rows are shared out half and half."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"cases": cases, "model": str(model_dir), "store": (folder / "store").as_uri()}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, __file__, str(job)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+def work(job_file: Path, rank: int) -> None:
+    job = json.loads(job_file.read_text())
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=job["store"], rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=120)
+    )
+    share = ROWS // WORLD_SIZE
+    rows = slice(rank * share, (rank + 1) * share)
+    results = {name: compute(case, job["model"], rows, parallel=True) for name, case in job["cases"].items()}
+    torch.save(results, job_file.with_name(f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def main(job_file: Path) -> int:
+    """Both processes: where it can, the second is a fork of the first, so that the libraries are imported once."""
+    way = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    other = multiprocessing.get_context(way).Process(target=work, args=(job_file, 1), daemon=True)
+    other.start()
+    work(job_file, 0)
+    other.join()
+    return int(other.exitcode or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
