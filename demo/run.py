@@ -2,8 +2,8 @@
 
     .venv/bin/python demo/run.py            # what `make demo` runs; about five minutes on two cores
 
-Every step is a `puma-hf` command, printed before it runs. The model is a tiny Qwen2-VL (`demo/backbone/`), the data
-are emoji in M-BEIR's layout (`demo/emoji/`). Results go to `demo/output/`.
+Every step is a `puma-hf` command, printed before it runs; both stages follow recipes in `configs/`. The model is a tiny
+Qwen2-VL (`demo/backbone/`), the data are emoji in M-BEIR's layout (`demo/emoji/`). Results go to `demo/output/`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 from picture import draw_answers
 from puma_hf.cli import app
 from puma_hf.flops import count_flops, count_parameters
+from puma_hf.recipes import load_config
+from puma_hf.trainer.config import DistillConfig, TrainConfig
 
 DEMO = Path(__file__).resolve().parent
 DATA = DEMO / "emoji"
@@ -30,12 +32,9 @@ BACKBONE = DEMO / "backbone"
 TEXT = "woman running: medium skin tone"
 IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
 
-# Chosen on the validation split. A real model needs smaller learning rates: see the defaults of the commands.
 NUM_KEPT_LAYERS = 4
-DISTILL_STEPS = 150
-TRAIN_STEPS = 60
-DISTILL = {"batch-size": 64, "learning-rate": 2e-3, "lora-r": 64}
-TRAIN = {"batch-size": 64, "learning-rate": 5e-4, "lora-r": 64}
+CONFIGS = DEMO.parent / "configs"
+DISTILL, TRAIN = CONFIGS / "demo_distill.yaml", CONFIGS / "demo_train.yaml"
 
 # Name in the table, and directory.
 MODELS = {
@@ -57,22 +56,22 @@ def command(name: str, *arguments: str | Path, **options: object) -> None:
     app(words, standalone_mode=False)
 
 
-def stage(kind: str, model: Path, output: Path, seed: int, **options: object) -> None:
-    """Train an adapter and merge it."""
+def stage(kind: str, recipe: Path, model: Path, output: Path, seed: int, **options: object) -> None:
+    """Train an adapter by a recipe of `configs/` and merge it; what is given here wins over the recipe."""
     adapter = output.with_name(f"{output.name}-lora")
-    defaults = DISTILL if kind == "distill" else TRAIN
-    command(kind, model, adapter, data=DATA, seed=seed, overwrite=True, logging_steps=40, **defaults, **options)
+    command(kind, config=recipe, model=model, output=adapter, data=DATA, seed=seed, overwrite=True, **options)
     command("merge", adapter, output, base=model, overwrite=True)
 
 
 def build_models(work: Path, backbone: Path, seed: int) -> None:
     """Make the five models of the table."""
     full, pruned, distilled = work / "full", work / "pruned", work / "distilled"
+    steps = load_config(DistillConfig, DISTILL).max_steps + load_config(TrainConfig, TRAIN).max_steps
     command("prune", backbone, full, num_kept_layers=8, overwrite=True)
     command("prune", backbone, pruned, num_kept_layers=NUM_KEPT_LAYERS, overwrite=True)
-    stage("distill", pruned, distilled, seed, teacher=backbone, max_steps=DISTILL_STEPS)
-    stage("train", distilled, work / "puma", seed, loss="mac", max_steps=TRAIN_STEPS)
-    stage("train", pruned, work / "infonce", seed, loss="infonce", max_steps=DISTILL_STEPS + TRAIN_STEPS)
+    stage("distill", DISTILL, pruned, distilled, seed, teacher=backbone)
+    stage("train", TRAIN, distilled, work / "puma", seed)
+    stage("train", TRAIN, pruned, work / "infonce", seed, loss="infonce", max_steps=steps)
 
 
 def measure(work: Path, split: str) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from puma_hf import __version__
+from puma_hf.cli_options import config_command
+from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
+
+# Switch off the progress bars of transformers and of datasets.
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 app = typer.Typer(
     name="puma-hf",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut off the longer names
 )
 
 
@@ -35,28 +42,6 @@ def options(
     """Cut a Qwen2-VL to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
-class Loss(StrEnum):
-    """Loss of the second stage."""
-
-    mac = "mac"
-    infonce = "infonce"
-
-
-class Schedule(StrEnum):
-    """How the hard temperature moves."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class Metric(StrEnum):
-    """Distance of self-distillation."""
-
-    mse = "mse"
-    cosine = "cosine"
-
-
 class Pool(StrEnum):
     """Which candidates a query is compared with."""
 
@@ -71,20 +56,6 @@ Data = Annotated[
     Path, typer.Option(help="Folder in the layout of TIGER-Lab/M-BEIR (query/, cand_pool/, ...).", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per step and device.")]
-Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Batches per optimizer step.")]
-MaxLength = Annotated[int, typer.Option(help="Longest sequence in tokens; only text is cut.")]
-MaxPixels = Annotated[int, typer.Option(help="Images are scaled down to so many pixels.")]
-MaxSteps = Annotated[int, typer.Option(help="Optimizer steps; -1 for whole epochs.")]
-Epochs = Annotated[float, typer.Option(help="Passes over the data, if --max-steps is -1.")]
-LearningRate = Annotated[float, typer.Option(help="Peak of the cosine schedule.")]
-LoraR = Annotated[int, typer.Option(help="Rank of the adapter; alpha is twice as much.")]
-Seed = Annotated[int, typer.Option(help="Seed of order, dropout and wordings.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")]
-Workers = Annotated[int, typer.Option(help="Processes that prepare batches.")]
-SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints; 0 for none.")]
-LoggingSteps = Annotated[int, typer.Option(help="Steps between two log lines.")]
 
 
 @app.command()
@@ -106,138 +77,43 @@ def prune(
     typer.echo(str(report))
 
 
-@app.command()
-def distill(
-    model: ModelDir,
-    output: OutputDir,
-    data: Data,
-    teacher: Annotated[
-        str | None, typer.Option(help="Checkpoint that was pruned; default: the one the model names.")
-    ] = None,
-    metric: Annotated[Metric, typer.Option(help="Distance between student and teacher.")] = Metric.mse,
-    max_steps: MaxSteps = -1,
-    epochs: Epochs = 1.0,
-    batch_size: BatchSize = 64,
-    accumulation: Accumulation = 1,
-    max_length: MaxLength = 480,
-    max_pixels: MaxPixels = 300 * 28 * 28,
-    learning_rate: LearningRate = 2e-4,
-    lora_r: LoraR = 64,
-    train_ret_token: Annotated[bool, typer.Option(help="Also train the embedding row of [RET].")] = True,
-    bf16: Bf16 = False,
-    workers: Workers = 0,
-    logging_steps: LoggingSteps = 10,
-    save_steps: SaveSteps = 500,
-    seed: Seed = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-) -> None:
+@config_command(app, DistillConfig)
+def distill(config: DistillConfig) -> None:
     """Stage 1: distil the full model into the pruned one, without labels. Saves a LoRA adapter.
 
-    Example: puma-hf distill puma-k14 puma-k14-lora --data M-BEIR --teacher Qwen/Qwen2-VL-2B-Instruct
+    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_distill.yaml --data M-BEIR
     """
-    from puma_hf.trainer.stages import StageSettings
     from puma_hf.trainer.stages import distill as run
 
-    settings = StageSettings(
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_length=max_length,
-        max_pixels=max_pixels,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        lora_r=lora_r,
-        train_ret_token=train_ret_token,
-        seed=seed,
-        bf16=bf16,
-        dataloader_num_workers=workers,
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-    )
-    arguments: dict[str, Any] = {"metric": metric.value, "resume": resume, "overwrite": overwrite}
-    saved = run(model, output, data=data, teacher=teacher, settings=settings, **arguments)
-    typer.echo(f"saved the adapter to {saved}; merge it with: puma-hf merge {saved} MERGED")
+    _echo_saved(run(config))
 
 
-@app.command()
-def train(
-    model: ModelDir,
-    output: OutputDir,
-    data: Data,
-    loss: Annotated[Loss, typer.Option(help="MAC-Loss, or InfoNCE to compare.")] = Loss.mac,
-    temperature: Annotated[float, typer.Option(help="Temperature of inter-modality candidates, or of InfoNCE.")] = 0.05,
-    hard_temperature: Annotated[float, typer.Option(help="Where the intra-modality temperature ends.")] = 0.04,
-    schedule: Annotated[Schedule, typer.Option(help="How it gets there.")] = Schedule.cosine,
-    num_negatives: Annotated[int, typer.Option(help="Hard negatives per query.")] = 0,
-    max_steps: MaxSteps = -1,
-    epochs: Epochs = 1.0,
-    batch_size: BatchSize = 64,
-    accumulation: Accumulation = 1,
-    max_length: MaxLength = 480,
-    max_pixels: MaxPixels = 300 * 28 * 28,
-    learning_rate: LearningRate = 1e-4,
-    lora_r: LoraR = 128,
-    bf16: Bf16 = False,
-    workers: Workers = 0,
-    logging_steps: LoggingSteps = 10,
-    save_steps: SaveSteps = 500,
-    seed: Seed = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-) -> None:
+@config_command(app, TrainConfig)
+def train(config: TrainConfig) -> None:
     """Stage 2: train on labelled pairs with MAC-Loss. Saves a LoRA adapter.
 
-    Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR
+    Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
     """
-    from puma_hf.trainer.stages import StageSettings
     from puma_hf.trainer.stages import train as run
 
-    settings = StageSettings(
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_length=max_length,
-        max_pixels=max_pixels,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        lora_r=lora_r,
-        seed=seed,
-        bf16=bf16,
-        dataloader_num_workers=workers,
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-    )
-    arguments: dict[str, Any] = {
-        "loss": loss.value,
-        "temperature": temperature,
-        "hard_temperature": hard_temperature,
-        "schedule": schedule.value,
-        "num_negatives": num_negatives,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
-    saved = run(model, output, data=data, settings=settings, **arguments)
-    typer.echo(f"saved the adapter to {saved}; merge it with: puma-hf merge {saved} MERGED")
+    _echo_saved(run(config))
 
 
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="Directory that training saved.", show_default=False)],
-    output: OutputDir,
-    base: Annotated[
-        Path | None, typer.Option(help="PUMA directory it was trained on; default: the one it names.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+@config_command(app, MergeConfig)
+def merge(config: MergeConfig) -> None:
     """Merge a trained adapter into its base, checked, and write a complete directory.
 
     Example: puma-hf merge puma-k14-lora puma-k14-distilled
     """
-    from puma_hf.trainer.lora import merge_adapter
+    from puma_hf.trainer.stages import merge as run
 
-    largest = merge_adapter(adapter, output, base=base, overwrite=overwrite)
-    typer.echo(f"merged; embeddings differ by at most {largest:.1e}\nsaved    {output}")
+    largest = run(config)
+    typer.echo(f"merged; embeddings differ by at most {largest:.1e}\nsaved    {config.output}")
+
+
+def _echo_saved(adapter: Path) -> None:
+    if _is_first_process():
+        typer.echo(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
 
 
 @app.command()
@@ -272,11 +148,19 @@ def evaluate(
     typer.echo(results.to_markdown())
 
 
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that `torchrun` or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, not a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    level = logging.INFO if _is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "sentence_transformers", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    if not _is_first_process():
+        os.environ.update(dict.fromkeys(BARS, "1"))  # read when the libraries are imported, which is later
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 from puma_hf import cli
 from puma_hf.evaluation import evaluate_mbeir
-from puma_hf.losses import MultimodalMACLoss
 from puma_hf.pruning import prune
 from puma_hf.trainer import stages
+from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from tests.data.mbeir_builder import build_mbeir
 
 COMMANDS = ("prune", "distill", "train", "merge", "evaluate")
@@ -103,28 +104,75 @@ def test_the_whole_way(
     assert "| **mean** |" in result.output
 
 
-def test_options_arrive(
-    invoke: Invoke, data: Path, tmp_path: Path, puma_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, Any] = {}
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configurations that the commands would run."""
+    found: list[Any] = []
 
-    def record(*args: Any, **kwargs: Any) -> Path:
-        seen.update(kwargs, paths=args)
-        return Path("out")
+    def record(config: Any) -> Any:
+        found.append(config)
+        return 0.0 if isinstance(config, MergeConfig) else Path("out")
 
-    monkeypatch.setattr(stages, "train", record)
-    monkeypatch.setattr(stages, "distill", record)
-    shared = ["--epochs", 2, "--learning-rate", 0.5, "--bf16", "--workers", 3, "--save-steps", 7]
-    shared += ["--seed", 5, "--overwrite"]
-    invoke("train", puma_dir, "out", "--data", data, "--loss", "infonce", "--schedule", "linear", *shared)
-    assert seen["paths"] == (puma_dir, Path("out"))
-    assert (seen["loss"], seen["schedule"], seen["overwrite"], seen["resume"]) == ("infonce", "linear", True, False)
-    settings = seen["settings"]
-    assert (settings.num_train_epochs, settings.learning_rate, settings.bf16) == (2.0, 0.5, True)
-    assert (settings.dataloader_num_workers, settings.save_steps, settings.seed) == (3, 7, 5)
-    invoke("distill", puma_dir, "out", "--data", data, "--metric", "cosine", "--no-train-ret-token", "--resume")
-    assert (seen["metric"], seen["resume"], seen["teacher"]) == ("cosine", True, None)
-    assert seen["settings"].train_ret_token is False
+    for name in ("train", "distill", "merge"):
+        monkeypatch.setattr(stages, name, record)
+    return found
+
+
+def test_options_arrive(invoke: Invoke, seen: list[Any]) -> None:
+    shared = ["--num-train-epochs", 2, "--learning-rate", 0.5, "--bf16", "--dataloader-num-workers", 3]
+    shared += ["--save-steps", 7, "--seed", 5, "--overwrite", "--report-to", "wandb", "--report-to", "tensorboard"]
+    train = ["--loss", "infonce", "--schedule", "linear", "--matryoshka-dims", 32, "--matryoshka-dims", 16]
+    result = invoke("train", "model", "out", "--data", "mbeir", *train, *shared)
+    assert result.output == "saved the adapter to out; merge it with: puma-hf merge out MERGED\n"
+    expected = TrainConfig(
+        model="model",
+        output="out",
+        data="mbeir",
+        loss="infonce",
+        schedule="linear",
+        matryoshka_dims=(32, 16),
+        num_train_epochs=2.0,
+        learning_rate=0.5,
+        bf16=True,
+        dataloader_num_workers=3,
+        save_steps=7,
+        seed=5,
+        overwrite=True,
+        report_to=("wandb", "tensorboard"),
+    )
+    invoke("distill", "model", "out", "--data", "mbeir", "--metric", "cosine", "--no-train-ret-token", "--resume")
+    distilled = DistillConfig(
+        model="model", output="out", data="mbeir", metric="cosine", train_ret_token=False, resume=True
+    )
+    invoke("merge", "adapter", "merged", "--base", "base")
+    assert seen == [expected, distilled, MergeConfig(adapter="adapter", output="merged", base="base")]
+
+
+def test_nothing_given_means_the_defaults(invoke: Invoke, seen: list[Any]) -> None:
+    paths = {"model": "m", "output": "o", "data": "d"}
+    flags = [word for name, value in paths.items() for word in (f"--{name}", value)]
+    invoke("distill", *flags)
+    invoke("train", *flags)
+    invoke("merge", "--adapter", "a", "--output", "o")
+    assert seen == [DistillConfig(**paths), TrainConfig(**paths), MergeConfig(adapter="a", output="o")]
+
+
+def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: pruned\noutput: out\ndata: mbeir\nbf16: true\nseed: 3\nmatryoshka_dims: [8]\n")
+    invoke("train", "--config", recipe)
+    from_file = TrainConfig(model="pruned", output="out", data="mbeir", bf16=True, seed=3, matryoshka_dims=(8,))
+    invoke("train", "other", "--config", recipe, "--no-bf16", "--seed", 0, "--matryoshka-dims", 4)
+    won = TrainConfig(model="other", output="out", data="mbeir", matryoshka_dims=(4,))
+    assert seen == [from_file, won]
+
+
+def test_merge_reads_a_file_too(invoke: Invoke, seen: list[Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text("adapter: a\noutput: b\n")
+    result = invoke("merge", "--config", recipe, "--overwrite")
+    assert seen == [MergeConfig(adapter="a", output="b", overwrite=True)]
+    assert result.output == "merged; embeddings differ by at most 0.0e+00\nsaved    b\n"
 
 
 def test_one_task_and_pool(invoke: Invoke, data: Path, puma_dir: Path) -> None:
@@ -139,24 +187,23 @@ def test_one_task_and_pool(invoke: Invoke, data: Path, puma_dir: Path) -> None:
 # --- defaults
 
 
-@pytest.mark.parametrize("stage", ["distill", "train"])
-def test_defaults_of_the_stages_are_the_librarys(stage: str) -> None:
-    options = options_of(stage)
-    settings = stages.DISTILL_SETTINGS if stage == "distill" else stages.TRAIN_SETTINGS
-    names = {
-        "num_train_epochs": "epochs",
-        "dataloader_num_workers": "workers",
-        "gradient_accumulation_steps": "accumulation",
-    }
-    compared = 0
-    for name, value in vars(settings).items():
-        if (option := names.get(name, name)) in options:
-            assert options[option] == value, name
-            compared += 1
-    assert compared == (14 if stage == "distill" else 13)
-    for name, parameter in inspect.signature(getattr(stages, stage)).parameters.items():
-        if parameter.default is not inspect.Parameter.empty and name != "settings":
-            assert options[name] == parameter.default, name
+CONFIGS = {"distill": DistillConfig, "train": TrainConfig, "merge": MergeConfig}
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, command: str) -> None:
+    help_text = " ".join(invoke(command, "--help").output.replace("-\n", "-").split())
+    names = set(options_of(command))
+    for entry in fields(CONFIGS[command]):
+        if entry.metadata.get("flag", True):
+            assert entry.name in names
+            assert f"--{entry.name.replace('_', '-')} " in help_text
+            assert entry.metadata["help"].split()[0] in help_text
+        else:
+            assert entry.name not in names
+    assert ("Default: 0.0002." in help_text) == (command == "distill")
+    assert ("mac|mac-split|infonce" in help_text) == (command == "train")
+    assert "--overwrite / --no-overwrite" in help_text
 
 
 def test_other_defaults_are_the_librarys() -> None:
@@ -166,23 +213,11 @@ def test_other_defaults_are_the_librarys() -> None:
     options, parameters = options_of("evaluate"), inspect.signature(evaluate_mbeir).parameters
     for name in ("split", "batch_size"):
         assert options[name] == parameters[name].default
-    mac = inspect.signature(MultimodalMACLoss).parameters
-    for name in ("temperature", "hard_temperature", "schedule"):
-        assert options_of("train")[name] == mac[name].default
 
 
-@pytest.mark.parametrize(
-    ("choices", "function", "argument"),
-    [
-        (cli.Loss, stages.train, "loss"),
-        (cli.Schedule, stages.train, "schedule"),
-        (cli.Metric, stages.distill, "metric"),
-        (cli.Pool, evaluate_mbeir, "pool"),
-    ],
-)
-def test_choices_are_the_librarys(choices: Any, function: Any, argument: str) -> None:
-    hint = next(h for name, h in get_type_hints(function).items() if name == argument)
-    assert {choice.value for choice in choices} == set(get_args(hint))
+def test_pools_are_the_librarys() -> None:
+    hint = get_type_hints(evaluate_mbeir)["pool"]
+    assert {choice.value for choice in cli.Pool} == set(get_args(hint))
 
 
 # --- errors
@@ -209,9 +244,14 @@ def test_errors_are_one_line(
         f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 is outside",
         "prune nothing out --num-kept-layers 2": "nothing",
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
-        f"distill {puma_dir} out --data nowhere --teacher {qwen_dir}": "nowhere is not a folder",
-        f"train {puma_dir} out --data {data} --temperature 0 --loss infonce": "temperature is 0.0",
+        f"distill {puma_dir} out --data nowhere --teacher {qwen_dir}": "'nowhere' is neither a file nor a folder",
+        f"train {puma_dir} out --data {data} --temperature 0 --loss infonce": "temperature=0.0 must be above 0",
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
+        f"train {puma_dir} out --data {data} --loss mack": "must be one of 'mac', 'mac-split', 'infonce'. Did you",
+        f"train {puma_dir} out": "data is missing (Folder",
+        f"train {puma_dir} out --config nowhere.yaml": "There is no file 'nowhere.yaml'.",
+        f"train {puma_dir} out --output other": "output is given twice, as 'out' and as --output 'other'.",
+        "merge": "adapter is missing (Directory that training saved). Give it as the key 'adapter' of --config, or",
         f"merge {puma_dir} out": "has no adapter_config.json",
         f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }
@@ -261,3 +301,16 @@ def test_importing_the_command_is_light() -> None:
     code = "import sys, puma_hf.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout == "[]\n"
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.ERROR)])
+def test_only_the_first_process_speaks(rank: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(cli, "app", lambda: None)
+    for name in cli.BARS:
+        monkeypatch.delenv(name, raising=False)
+    cli.main()
+    assert logging.root.level == level
+    assert all((os.environ.get(name) == "1") == (rank == "1") for name in cli.BARS)

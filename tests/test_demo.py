@@ -10,7 +10,9 @@ from PIL import Image
 
 import run
 from picture import QUERY_WIDTH, RIGHT, draw_answers
+from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
+from puma_hf.trainer import stages
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "demo" / "emoji"
@@ -65,3 +67,25 @@ def test_commands_are_printed_relative_to_the_repository(
     run.command("prune", run.BACKBONE, num_kept_layers=4, overwrite=True)
     assert capsys.readouterr().out == "\n$ puma-hf prune demo/backbone --num-kept-layers 4 --overwrite\n"
     assert called == [["prune", str(run.BACKBONE), "--num-kept-layers", "4", "--overwrite"]]
+
+
+def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(run, "app", lambda arguments, standalone_mode: called.append(arguments))
+    run.build_models(run.DEMO / "output", run.BACKBONE, seed=3)
+    trained = [words for words in called if words[0] in ("distill", "train")]
+    assert [words[1:3] for words in trained] == [
+        ["--config", str(ROOT / "configs" / "demo_distill.yaml")],
+        ["--config", str(ROOT / "configs" / "demo_train.yaml")],
+        ["--config", str(ROOT / "configs" / "demo_train.yaml")],
+    ]
+    assert all(words[words.index("--seed") + 1] == "3" for words in trained)
+    # InfoNCE alone trains as many steps as both stages together.
+    assert trained[2][-4:] == ["--loss", "infonce", "--max-steps", "210"]
+    # What the commands are given, they understand.
+    models = []
+    monkeypatch.setattr(stages, "distill", lambda config: models.append(config.model) or Path("out"))
+    monkeypatch.setattr(stages, "train", lambda config: models.append(config.model) or Path("out"))
+    for words in trained:
+        app(words, standalone_mode=False)
+    assert [Path(model).name for model in models] == ["pruned", "distilled", "pruned"]

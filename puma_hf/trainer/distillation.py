@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf.losses import SelfDistillationLoss
-from puma_hf.modeling import PumaModel
+from puma_hf.trainer.cached_teacher import Part, StatesJob, cached_teacher, quiet_collator
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.puma import PumaTrainer
-from puma_hf.trainer.teacher import FrozenTeacher, share_image_features
+from puma_hf.trainer.teacher import (
+    TeacherMode,
+    TeacherSource,
+    check_teacher_mode,
+    frozen_teacher,
+    one_pass_teacher,
+    teacher_loader,
+)
+from puma_hf.trainer.teacher_base import Teacher
+from puma_hf.trainer.teacher_cache import CacheManifest
+from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
 
 
 class PumaDistillationTrainer(PumaTrainer):
     """Trains a pruned model to reach after k layers the `[RET]` state that the full model reaches after all.
 
     No labels are needed: every column of `train_dataset` holds inputs of any modality, and one column is
-    enough. Give the model a LoRA adapter first (`add_lora`): the frozen teacher shares the student's base
-    weights, and the vision tower runs once for both.
+    enough. Give the model a LoRA adapter first (`add_lora`). The teacher's states are in the features of each
+    column as `teacher_state` `(batch_size, hidden_size)`, and labels stay free for other losses, such as those
+    that `JointDistillationLoss` adds.
 
     Args:
         args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
             `SentenceTransformer` with an adapter.
-        teacher: A [`FrozenTeacher`], or the checkpoint that was pruned; by default the one that the model's
-            configuration names.
+        teacher: The checkpoint that was pruned, as a path or Hub id; by default the one that the model's
+            configuration names. Or a `PumaModel` or `SentenceTransformer` of the same hidden size: if it is not
+            the one that was pruned, it is held whole. Or a teacher such as [`FrozenTeacher`].
+        teacher_revision: Branch, tag or commit of a teacher on the Hub.
+        teacher_mode: How the teacher is asked.
+
+            - `"frozen"`: at every step; it never moves. One copy of the weights serves teacher and student, and
+              the vision tower runs once for both.
+            - `"one_pass"`: at every step, the dropped layers alone, on the student's own states after layer k.
+              It costs less and moves with the student.
+            - `"cached"`: once, over all rows, before training; then its layers are freed. For several epochs,
+              or little memory. A path may be that of any checkpoint of the same hidden size.
+        teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that
+            was interrupted is continued, and a complete cache is read without loading the teacher.
         loss: By default `SelfDistillationLoss(model)`, the mean squared distance of the states.
         kwargs: See `args`.
 
     Raises:
-        ValueError: If there is no teacher, base weights are trainable, or the teacher is not what was pruned.
+        ValueError: If there is no teacher, base weights that it shares are trainable, the teacher is not what was
+            pruned where it must be, or the stored states are of another teacher or dataset.
 
     Example:
 
@@ -45,57 +71,125 @@ class PumaDistillationTrainer(PumaTrainer):
     >>> trainer.train()  # doctest: +SKIP
     ```
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. The figure leaves open which
+    teacher is meant; "frozen" is the default.
     """
 
     def __init__(
         self,
         *args: Any,
-        teacher: FrozenTeacher | str | Path | None = None,
+        teacher: TeacherSource | None = None,
+        teacher_revision: str | None = None,
+        teacher_mode: TeacherMode = "frozen",
+        teacher_cache: str | Path | None = None,
         loss: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if not isinstance(model, SentenceTransformer):
             raise ValueError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
+        check_teacher_mode(teacher_mode, teacher_cache, teacher)
         super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
-        backbone = puma_model(model)
-        trained = [
-            name
-            for name, parameter in backbone.named_parameters()
-            if parameter.requires_grad and ".lora_" not in name and "trainable_tokens" not in name
-        ]
-        if trained:
-            raise ValueError(
-                f"{len(trained)} base weights are trainable (first: {trained[0]}), and the frozen teacher "
-                "shares them with the student. Freeze them and add an adapter: "
-                "puma_hf.add_lora(model, puma_hf.lora_config())."
-            )
-        self.teacher = _load_teacher(teacher, backbone)
+        student = puma_model(model)
+        if teacher_mode == "frozen" and not isinstance(teacher, Teacher | SentenceTransformer | nn.Module):
+            _check_base_is_frozen(student)  # before a checkpoint is read
+        self.teacher: Teacher
+        if teacher_mode == "cached":
+            folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else teacher_cache
+            self.teacher = self._cached_teacher(teacher, teacher_revision, folder)
+        elif teacher_mode == "one_pass":
+            self.teacher = one_pass_teacher(teacher, model, revision=teacher_revision)
+        else:
+            self.teacher = frozen_teacher(teacher, student, revision=teacher_revision)
+        if self.teacher.shares_base_weights:
+            _check_base_is_frozen(student)
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """Features of each column, and the teacher's states `(batch_size, num_columns, hidden_size)`."""
-        features, _ = super().collect_features(inputs)
+        """Features of each column, with the teacher's states `(batch_size, hidden_size)` among them, and labels."""
+        features, labels = super().collect_features(inputs)
         # accelerate wraps only the model's own call in autocast; the teacher is asked outside it.
         with self.accelerator.autocast():
             for column in features:
-                share_image_features(self.teacher.student, column)
-            states = [self.teacher.states(column) for column in features]
-        return features, torch.stack(states, dim=1)
+                self.teacher.add_states(column)
+        return features, labels
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch, during which a one-pass teacher watches the student."""
+        with self.teacher.watching():
+            return super().compute_loss(*args, **kwargs)
 
-def _load_teacher(teacher: FrozenTeacher | str | Path | None, student: PumaModel) -> FrozenTeacher:
-    if isinstance(teacher, FrozenTeacher):
-        return teacher
-    if teacher is not None:
-        return FrozenTeacher.from_pretrained(teacher, student)
-    source = student.config.source_name_or_path
-    if source is None:
-        raise ValueError("The model does not name the checkpoint it was pruned from. Pass teacher=<that checkpoint>.")
-    # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
-    if "/" not in source and not Path(source).is_dir():
-        raise ValueError(
-            f"The model was pruned from a local folder named {source!r}, which is not here. Pass "
-            "teacher=<path of that folder> (--teacher)."
+    def _cached_teacher(self, teacher: TeacherSource | None, revision: str | None, folder: str | Path) -> Teacher:
+        student = puma_model(self.model)
+        load, source, revision = teacher_loader(teacher, student, revision=revision)
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        job = StatesJob(
+            parts=[part for name, dataset in datasets.items() for part in _parts(dataset, name, self)],
+            collate=quiet_collator(self.data_collator),
+            collect=self._collect_without_teacher,
+            batch_size=self.args.train_batch_size,
+            autocast=self.accelerator.autocast,
+            show_progress=not self.args.disable_tqdm,
         )
-    return FrozenTeacher.from_pretrained(source, student, revision=student.config.source_revision)
+        if not job.num_items:
+            raise ValueError("train_dataset is empty, so there is nothing to ask the teacher. Pass one with rows.")
+        mixed = self.args.bf16 or self.args.fp16
+        text_config: Any = student.config.text_config
+        expected = CacheManifest(
+            dataset=job.dataset_sha256(),
+            hidden_size=text_config.hidden_size,
+            precision=("bfloat16" if self.args.bf16 else "float16") if mixed else str(student.dtype).partition(".")[2],
+            processing=_processing(self),
+            num_items=job.num_items,
+            checkpoint=None if source is None else checkpoint_sha256(source, student, revision=revision),
+        )
+        return cached_teacher(folder, expected, load, job)
+
+    def _collect_without_teacher(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        features, _ = super().collect_features(batch)
+        device = puma_model(self.model).device
+        return [
+            {name: value.to(device) if torch.is_tensor(value) else value for name, value in column.items()}
+            for column in features
+        ]
+
+
+def _check_base_is_frozen(student: Any) -> None:
+    trained = [
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name and "trainable_tokens" not in name
+    ]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} base weights are trainable (first: {trained[0]}), and the frozen teacher "
+            "shares them with the student. Freeze them and add an adapter: "
+            "puma_hf.add_lora(model, puma_hf.lora_config())."
+        )
+
+
+def _parts(dataset: Any, name: str, trainer: PumaTrainer) -> list[Part]:
+    """Each dataset of one input column alone."""
+    if dataset is None:
+        return []
+    if isinstance(dataset, Mapping):
+        return [part for value in dataset.values() for part in _parts(value, name, trainer)]
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, but teacher_mode='cached' goes over its rows before training and "
+            "needs a datasets.Dataset or a DatasetDict of these. Load it whole, or choose teacher_mode='frozen'."
+        )
+    collator: Any = trainer.data_collator
+    others = {"dataset_name", *collator.valid_label_columns}
+    columns = [column for column in dataset.column_names if column not in others]
+    return [(dataset.select_columns([column]), column) for column in columns]
+
+
+def _processing(trainer: PumaTrainer) -> dict[str, Any]:
+    """What, besides the rows, decides what the model sees."""
+    module: Any = trainer.model[0]
+    collator: Any = trainer.data_collator
+    return {
+        "processing_kwargs": getattr(module, "processing_kwargs", None) or {},
+        "prompts": collator.prompts or {},
+        "max_length": collator.max_length,
+    }

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -29,6 +33,7 @@ MERGE_TOLERANCE = 1e-4
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Names the weights an adapter was trained on; written beside it.
 BASE_FILE = "puma_base.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def lora_config(
@@ -87,15 +92,18 @@ def merge_adapter(
 ) -> float:
     """Merge a trained adapter into its base and save a complete PUMA directory.
 
+    The base is read from disk and never quantised, also if the adapter was trained on a quantised one.
+
     Args:
         adapter_dir: Directory with `adapter_config.json` and `adapter_model.safetensors`.
         output_dir: New or empty directory.
-        base: PUMA directory the adapter was trained on; by default the one its configuration names.
+        base: PUMA directory, or Hub id of one, that the adapter was trained on; by default the one its
+            configuration names.
         overwrite: Replace `output_dir` if it is not empty.
 
     Returns:
-        The largest distance of an embedding before merging to the one after it, on a fixed batch of random
-        tokens.
+        The largest distance of an embedding before merging to the one after it, on fixed batches of random
+        tokens and of random images.
 
     Raises:
         FileNotFoundError: If there is no adapter, or its base cannot be found.
@@ -119,11 +127,11 @@ def merge_adapter(
         raise ValueError(f"output_dir {str(output_dir)!r} is, or holds, the adapter itself. Choose another directory.")
     with new_directory(output_dir, overwrite=overwrite, forbidden=folder_of_base) as folder:
         _check_base(adapter, folder_of_base)
-        processor = PumaProcessor.from_pretrained(folder_of_base)
         model = _load_adapter(adapter, folder_of_base)
-        before = _probe_embeddings(model, len(processor.tokenizer))
+        probe = _probe_batches(model.config, PumaProcessor.from_pretrained(folder_of_base))
+        before = _probe_embeddings(model, probe)
         merged: Any = model.merge_and_unload()
-        after = _probe_embeddings(merged, len(processor.tokenizer))
+        after = _probe_embeddings(merged, probe)
         largest = float((after - before).norm(dim=1).max())
         if not largest <= MERGE_TOLERANCE:  # NaN is no success
             raise ValueError(
@@ -134,7 +142,8 @@ def merge_adapter(
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         note = f"A LoRA adapter of rank {settings['r']} was trained and merged into the weights."
         merged.to(PumaConfig.from_pretrained(folder_of_base).dtype or torch.float32)
-        save_complete(merged, processor, folder, folder_of_base, note)
+        # A fresh processor: one that was used would save the padding it used.
+        save_complete(merged, PumaProcessor.from_pretrained(folder_of_base), folder, folder_of_base, note)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, folder_of_base, largest, output_dir)
     return largest
 
@@ -147,12 +156,18 @@ def _find_base(adapter: Path, base: str | Path | None) -> Path:
     if base is None:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path") or ""
-    if not str(base) or not Path(base).is_dir():
-        raise FileNotFoundError(
-            f"The adapter's base {str(base)!r} is not a directory. Name the PUMA directory it was trained "
-            "on: base=... (--base)."
-        )
-    return Path(base)
+    if str(base) and Path(base).is_dir():
+        return Path(base)
+    reason = ""
+    if _HUB_ID.fullmatch(str(base)):
+        try:
+            return Path(snapshot_download(str(base)))
+        except (OSError, HfHubHTTPError) as error:
+            reason = f", and not on the Hub ({str(error).strip().splitlines()[0]})"
+    raise FileNotFoundError(
+        f"The adapter's base {str(base)!r} is not a directory{reason}. Name the PUMA directory it was trained "
+        "on: base=... (--base)."
+    )
 
 
 def _check_base(adapter: Path, base: Path) -> None:
@@ -231,16 +246,24 @@ def save_complete(model: PumaModel, processor: PumaProcessor, folder: Path, like
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-@torch.inference_mode()
-def _probe_embeddings(model: Any, vocabulary_size: int) -> Tensor:
+def _probe_batches(config: PumaConfig, processor: PumaProcessor) -> list[dict[str, Tensor]]:
+    """8 random token sequences, and 2 random images."""
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, vocabulary_size, (8, 24), generator=generator)
-    special = [model.config.image_token_id, model.config.video_token_id]
-    input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
-    # The row of [RET] may have been trained too.
-    input_ids[:, -1] = model.config.ret_token_id
-    embeddings: Tensor = model(input_ids=input_ids.to(model.device)).embeddings
-    return embeddings.float()
+    input_ids = torch.randint(0, len(processor.tokenizer), (8, 24), generator=generator)
+    input_ids[torch.isin(input_ids, torch.tensor([config.image_token_id, config.video_token_id]))] = 0
+    if config.ret_token_id is not None:  # its row may have been trained too
+        input_ids[:, -1] = config.ret_token_id
+    pixels = torch.randint(0, 256, (2, 56, 84, 3), generator=generator, dtype=torch.uint8)
+    alone, captioned = (Image.fromarray(image.numpy()) for image in pixels)
+    pictures = processor.process_inputs([{"image": alone}, {"image": captioned, "text": "a picture"}])
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    return [{"input_ids": input_ids}, {name: pictures[name] for name in names}]
+
+
+@torch.inference_mode()
+def _probe_embeddings(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+    on_device = ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches)
+    return torch.cat([model(**batch).embeddings for batch in on_device]).float()
 
 
 def is_puma_model(model: SentenceTransformer) -> bool:

@@ -1,182 +1,175 @@
-"""The frozen teacher: `[RET]` states of the full model, from the student's weights and the dropped layers."""
+"""Choosing a teacher: where its weights come from, and how often it is asked."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
-from transformers import Qwen2VLModel
+from sentence_transformers import SentenceTransformer
+from torch import nn
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.lora import has_adapter
+from puma_hf.trainer.frozen_teacher import FrozenTeacher
+from puma_hf.trainer.full_model import check_hidden_size, different_base_weights, load_full_model
+from puma_hf.trainer.lora import puma_model
+from puma_hf.trainer.one_pass_teacher import OnePassTeacher
+from puma_hf.trainer.quantization import is_quantized
+from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
+from puma_hf.trainer.whole_teacher import WholeTeacher, place_ret_row
 
-logger = logging.getLogger(__name__)
+TeacherMode = Literal["frozen", "one_pass", "cached"]
+TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
+
+__all__ = [
+    "FrozenTeacher",
+    "TeacherMode",
+    "TeacherSource",
+    "check_teacher_mode",
+    "frozen_teacher",
+    "one_pass_teacher",
+    "teacher_loader",
+]
 
 
-class FrozenTeacher:
-    """The full, untouched model, which tells `[RET]` states to the student that was cut from it.
+def check_teacher_mode(mode: str, cache: str | Path | None, teacher: Any) -> None:
+    """Raise ValueError if the mode is unknown, or does not go with the other arguments."""
+    modes = get_args(TeacherMode)
+    if mode not in modes:
+        raise ValueError(f"teacher_mode is {mode!r}, but it must be one of {modes}. Choose one of these.")
+    if cache is not None and mode != "cached":
+        raise ValueError(
+            f"teacher_cache={str(cache)!r} is where teacher_mode='cached' stores states, but teacher_mode is {mode!r}. "
+            "Choose teacher_mode='cached', or leave teacher_cache out."
+        )
+    if mode == "cached" and isinstance(teacher, Teacher) and not isinstance(teacher, RunningTeacher):
+        raise ValueError(
+            f"teacher_mode='cached' asks a teacher before training, but a {type(teacher).__name__} answers only during "
+            "it. Pass the checkpoint that was pruned, a model, or a FrozenTeacher."
+        )
 
-    One copy of the weights serves both: with adapters switched off, the student's kept layers are the
-    teacher's first layers, and only the dropped ones are held besides. It never enters the optimizer or a
-    checkpoint.
+
+def frozen_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None) -> Teacher:
+    """A teacher that never moves: one copy of the weights with the student where that is possible.
 
     Args:
-        student: The pruned model, whose base weights must not be trained (LoRA leaves them alone).
-        dropped_layers: The decoder layers that pruning removed, in order.
+        teacher: Path or Hub id of the checkpoint that was pruned (by default the one that the student's configuration
+            names), a model of the student's hidden size, or a teacher, which is returned.
+        student: The pruned model.
+        revision: Branch, tag or commit of a teacher on the Hub.
 
     Raises:
-        ValueError: If the layers do not complete the student to its original depth.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.trainer import FrozenTeacher
-
-    >>> teacher = FrozenTeacher.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", student)  # doctest: +SKIP
-    >>> teacher.states(features).shape  # doctest: +SKIP
-    torch.Size([8, 1536])
-    ```
-
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. The figure leaves open
-    whether the teacher is frozen; this one is.
+        ValueError: If there is no teacher, a path is not the checkpoint that was pruned, or a model's hidden size or
+            token ids differ from the student's.
     """
-
-    def __init__(self, student: PumaModel, dropped_layers: nn.ModuleList) -> None:
-        depth = len(student.language_model.layers) + len(dropped_layers)
-        if depth != student.config.original_num_hidden_layers:
-            raise ValueError(
-                f"The student keeps {student.config.num_kept_layers} of "
-                f"{student.config.original_num_hidden_layers} layers, but {len(dropped_layers)} dropped "
-                "layers were given. Load the teacher from the checkpoint that was pruned."
-            )
-        self.student = student
-        modules: list[Any] = list(dropped_layers)
-        self._dropped_layer_types = [module.self_attn.layer_type for module in modules]
-        self.dropped_layers = dropped_layers.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, student: PumaModel, *, revision: str | None = None) -> FrozenTeacher:
-        """Load what pruning dropped from the original checkpoint (or a PUMA directory with all its layers).
-
-        Args:
-            source: Folder or Hub id.
-            student: The pruned model.
-            revision: Branch, tag or commit on the Hub.
-
-        Raises:
-            ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
-                the student's, or its hidden size differs.
-        """
-        full = PumaModel.from_pretrained(
-            source,
-            dtype=student.dtype,
-            revision=revision or "main",
-            # Both halves see the mask that is built for the student's kind of attention.
-            attn_implementation=student.config._attn_implementation,
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, PumaModel | SentenceTransformer):
+        return _teacher_of_model(_model_of(teacher), student)
+    source, revision = _source_of(teacher, student, revision)
+    if is_quantized(student):
+        raise ValueError(
+            f"The student's base is held in 4 bits, and the frozen teacher {str(source)!r} would share it. Choose "
+            "teacher_mode='cached', whose states come from the whole model, or leave load_in_4bit out."
         )
-        ours: Any = student.config.text_config
-        theirs: Any = full.config.text_config
-        if ours.hidden_size != theirs.hidden_size:
-            raise ValueError(
-                f"The teacher {str(source)!r} has hidden_size={theirs.hidden_size} and the student "
-                f"{ours.hidden_size}. States of different sizes cannot be compared: choose the checkpoint "
-                "that was pruned."
-            )
-        if different := _different_base_weights(student, full):
-            raise ValueError(
-                f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
-                f"{different[0]}), so the two cannot share one copy of the weights. Distil from the "
-                "checkpoint that was pruned, before any other training."
-            )
-        kept = len(student.language_model.layers)
-        return cls(student, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
-
-    @torch.no_grad()
-    def states(self, features: dict[str, Any]) -> Tensor:
-        """`[RET]` states of the full model after its final norm.
-
-        Args:
-            features: Features of one column, as the input module made them.
-
-        Returns:
-            `(batch_size, hidden_size)`, without gradient.
-        """
-        accepted = inspect.signature(self.student.forward).parameters
-        inputs = {key: value for key, value in features.items() if key in accepted}
-        with self._full_depth():
-            states: Tensor = self.student(**inputs, return_dict=True).pooler_output
-        return states
-
-    @contextmanager
-    def _full_depth(self) -> Iterator[None]:
-        student, decoder = self.student, self.student.language_model
-        kept, layer_types, has_sliding = (
-            decoder.layers,
-            decoder.config.layer_types,
-            decoder.has_sliding_layers,
-        )
-        training = [module for module in student.modules() if module.training]
-        adapted = has_adapter(student)
-        self.dropped_layers.to(student.device)
-        try:
-            student.eval()
-            if adapted:
-                student.disable_adapters()
-            decoder.layers = nn.ModuleList([*kept, *self.dropped_layers])
-            decoder.config.layer_types = [*layer_types, *self._dropped_layer_types]
-            decoder.has_sliding_layers = "sliding_attention" in decoder.config.layer_types
-            yield
-        finally:
-            decoder.layers, decoder.config.layer_types = kept, layer_types
-            decoder.has_sliding_layers = has_sliding
-            if adapted:
-                student.enable_adapters()
-            for module in training:
-                module.training = True
+    return FrozenTeacher.from_pretrained(source, student, revision=revision)
 
 
-def share_image_features(model: PumaModel, features: dict[str, Any]) -> None:
-    """Run the vision tower once for student and teacher, where it is frozen and its output can be passed on.
+def one_pass_teacher(
+    teacher: TeacherSource | None, model: SentenceTransformer, *, revision: str | None = None
+) -> Teacher:
+    """A teacher of the dropped layers, on the student's own states.
 
-    `pixel_values` `(num_patches, patch_dim)` in `features` gives way to `mm_encoder_outputs`.
+    Args:
+        teacher: As for `frozen_teacher`, but the student's base weights need not be the checkpoint's.
+        model: The pruned model.
+        revision: Branch, tag or commit of a teacher on the Hub.
+
+    Raises:
+        ValueError: If there is no teacher, or it has another hidden size or number of layers.
     """
-    accepts_features = "mm_encoder_outputs" in inspect.signature(Qwen2VLModel.forward).parameters
-    if features.get("pixel_values") is None or not accepts_features:
-        return
-    if any(parameter.requires_grad for parameter in model.visual.parameters()):
-        return
-    with torch.no_grad():
-        encoded = model.get_image_features(features.pop("pixel_values"), features["image_grid_thw"], return_dict=True)
-    features["mm_encoder_outputs"] = {"image": encoded}
+    student = puma_model(model)
+    if isinstance(teacher, FrozenTeacher):
+        return OnePassTeacher(model, teacher.dropped_layers)
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, PumaModel | SentenceTransformer):
+        full = _model_of(teacher)
+        check_hidden_size(student, full, type(full).__name__)
+    else:
+        source, revision = _source_of(teacher, student, revision)
+        full = load_full_model(source, student, revision=revision)
+    kept = len(student.language_model.layers)
+    return OnePassTeacher(model, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
 
 
-def _different_base_weights(student: PumaModel, full: PumaModel) -> list[str]:
-    """Names of the student's base weights that are not those of the full model."""
-    theirs = {name: parameter.detach() for name, parameter in full.named_parameters()}
-    different = []
-    for full_name, parameter in student.named_parameters():
-        if ".lora_" in full_name or "trainable_tokens" in full_name:
-            continue
-        # peft wraps the layers that it adapts.
-        name = full_name.replace(".base_layer.", ".").replace(".token_adapter.", ".")
-        other = theirs.get(name)
-        if other is None or not all(
-            torch.equal(parameter[rows].cpu(), other[rows].cpu())
-            for rows in _compared_rows(name, student, len(parameter), len(other))
-        ):
-            different.append(name)
-    return different
+def teacher_loader(
+    teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None
+) -> tuple[Callable[[], RunningTeacher], str | Path | None, str | None]:
+    """A teacher to ask once, any of the student's hidden size.
+
+    Args:
+        teacher: As for `frozen_teacher`, but a path may be that of another checkpoint.
+        student: The pruned model.
+        revision: Branch, tag or commit of a teacher on the Hub.
+
+    Returns:
+        What loads the teacher; its path or Hub id, if it comes from one, and the revision.
+    """
+    if isinstance(teacher, RunningTeacher):
+        running = teacher
+        return (lambda: running), None, None
+    if isinstance(teacher, PumaModel | SentenceTransformer):
+        model = _model_of(teacher)
+        return (lambda: _teacher_of_model(model, student)), None, None
+    source, revision = _source_of(teacher, student, revision)
+
+    def load() -> RunningTeacher:
+        full = load_full_model(source, student, revision=revision)
+        place_ret_row(full, student.config.ret_token_id)
+        return _teacher_of_model(full, student)
+
+    return load, source, revision
 
 
-def _compared_rows(name: str, student: PumaModel, ours: int, theirs: int) -> list[slice]:
-    if name != "language_model.embed_tokens.weight":
-        return [slice(None)]
-    # Pruning may have added rows, and made one that of [RET].
-    rows, ret_row = min(ours, theirs), student.config.ret_token_id
-    return [slice(rows)] if ret_row is None else [slice(min(ret_row, rows)), slice(ret_row + 1, rows)]
+def _teacher_of_model(full: PumaModel, student: PumaModel) -> RunningTeacher:
+    """One copy of the weights if the student was cut from this model, else both models whole."""
+    check_hidden_size(student, full, type(full).__name__)
+    kept = len(student.language_model.layers)
+    dropped = list(full.language_model.layers[kept:])
+    same_depth = kept + len(dropped) == student.config.original_num_hidden_layers
+    same_attention = full.config._attn_implementation == student.config._attn_implementation
+    if (
+        full is not student
+        and same_depth
+        and same_attention
+        and not is_quantized(student)
+        and not different_base_weights(student, full)
+    ):
+        return FrozenTeacher(student, nn.ModuleList(dropped).to(student.device))
+    return WholeTeacher(full, student)
+
+
+def _model_of(teacher: PumaModel | SentenceTransformer) -> PumaModel:
+    return teacher if isinstance(teacher, PumaModel) else puma_model(teacher)
+
+
+def _source_of(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str | Path, str | None]:
+    """Path or Hub id, and revision."""
+    if isinstance(teacher, str | Path):
+        return teacher, revision
+    if teacher is not None:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}, but it must be a path, a Hub id, a PumaModel, a "
+            "SentenceTransformer or a teacher. Pass one of these, or nothing for the checkpoint that was pruned."
+        )
+    source = student.config.source_name_or_path
+    if source is None:
+        raise ValueError("The model does not name the checkpoint it was pruned from. Pass teacher=<that checkpoint>.")
+    # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
+    if "/" not in source and not Path(source).is_dir():
+        raise ValueError(
+            f"The model was pruned from a local folder named {source!r}, which is not here. Pass "
+            "teacher=<path of that folder> (--teacher)."
+        )
+    return source, revision or student.config.source_revision

@@ -96,25 +96,27 @@ def test_vision_tower_runs_once_a_column(
     assert len(calls) == 2
 
 
-def test_labels_are_the_states_of_each_column(
+def test_states_are_in_the_features_and_labels_stay_free(
     qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset
 ) -> None:
     model = make_student()
     trainer = PumaDistillationTrainer(
         model=model, teacher=qwen_dir, args=make_arguments(), train_dataset=two_columns(items)
     )
-    batch: dict[str, Any] = {}
+    labels = torch.tensor([1, 0])
+    batch: dict[str, Any] = {"label": labels}
     texts = {"anchor": ["red", "an apple"], "positive": ["a table", "green"]}
     for column, inputs in texts.items():
         batch |= {f"{column}_{name}": value for name, value in model[0].preprocess(inputs).items()}
-    features, labels = trainer.collect_features(batch)
-    assert labels is not None
-    assert labels.shape == (2, 2, 32)
-    for index, inputs in enumerate(texts.values()):
-        assert torch.equal(labels[:, index], trainer.teacher.states(model[0].preprocess(inputs)))
-    loss = trainer.loss(features, labels)
+    features, found = trainer.collect_features(batch)
+    assert found is labels
+    teacher = [trainer.teacher.states(model[0].preprocess(inputs)) for inputs in texts.values()]
+    for column, states in zip(features, teacher, strict=True):
+        assert column["teacher_state"].shape == (2, 32)
+        assert torch.equal(column["teacher_state"], states)
+    loss = trainer.loss(features, found)
     student = [model(model[0].preprocess(inputs))["pooler_output"] for inputs in texts.values()]
-    expected = (torch.stack(student, dim=1) - labels).square().sum(dim=2).mean()
+    expected = (torch.stack(student) - torch.stack(teacher)).square().sum(dim=2).mean()
     torch.testing.assert_close(loss, expected)
 
 
@@ -226,11 +228,17 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
     puma_model(model).config.source_revision = "0123abc"
     asked = {}
 
-    def from_pretrained(source: str, student: Any, **options: Any) -> str:
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+
+    def from_pretrained(source: str, student: Any, **options: Any) -> FrozenTeacher:
         asked.update(source=source, **options)
-        return "the teacher"
+        return teacher
 
     monkeypatch.setattr(FrozenTeacher, "from_pretrained", from_pretrained)
     trainer = PumaDistillationTrainer(model=model, args=make_arguments(), train_dataset=items)
-    assert trainer.teacher == "the teacher"
+    assert trainer.teacher is teacher
     assert asked == {"source": "org/model", "revision": "0123abc"}
+    PumaDistillationTrainer(
+        model=model, teacher="org/other", teacher_revision="v2", args=make_arguments(), train_dataset=items
+    )
+    assert asked == {"source": "org/other", "revision": "v2"}

@@ -2,21 +2,24 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft.tuners.lora import LoraModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
-from puma_hf import lora_config, merge_adapter, prune
+from puma_hf import PumaModel, lora_config, merge_adapter, prune
 from puma_hf.trainer.lora import (
     BASE_FILE,
+    DECODER_LINEARS,
     add_lora,
     puma_model,
     save_base_fingerprint,
@@ -92,6 +95,26 @@ def test_only_decoder_linears_and_the_ret_row_are_trained(make_student: MakeStud
     if train_ret_token:
         assert trained[RET_ROW].shape == (1, HIDDEN_SIZE)
     assert {type(module).__name__ for name, module in backbone.visual.named_modules() if "lora" in name} == set()
+
+
+def test_the_recipe_covers_every_linear_of_the_decoder_and_none_beside(puma_dir: Path) -> None:
+    model = PumaModel.from_pretrained(puma_dir)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    hit = {name for name in linears if re.fullmatch(DECODER_LINEARS, name)}
+    assert hit == {name for name in linears if name.startswith("language_model.")}
+    assert len(hit) == 7 * len(model.language_model.layers) == 14
+    assert {name.split(".")[0] for name in linears - hit} == {"visual"}
+    assert any("merger" in name for name in linears - hit)
+
+
+def test_gradients_reach_the_adapter_alone(make_student: MakeStudent, images: list[Image.Image]) -> None:
+    model = make_student(disturbed=True).train()
+    features = model.preprocess([{"image": images[0], "text": "a red apple"}])
+    model(features)["sentence_embedding"].square().sum().backward()
+    with_gradient = {name for name, parameter in puma_model(model).named_parameters() if parameter.grad is not None}
+    assert all("lora_" in name or name == RET_ROW for name in with_gradient)
+    assert RET_ROW in with_gradient
+    assert len(with_gradient) == 2 * 14 + 1
 
 
 def test_adapter_of_a_bfloat16_model_is_float32(tmp_path: Path, make_student: MakeStudent) -> None:
@@ -253,6 +276,40 @@ def test_merge_that_goes_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"moved embeddings by up to [1-9]\.\d+e-0[12], more than 0\.0001"):
         merge_adapter(adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_merge_that_spoils_images_alone(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoraModel.merge_and_unload
+
+    def wrong(model: LoraModel) -> torch.nn.Module:
+        merged = right(model)
+        with torch.no_grad():
+            merged.visual.merger.mlp[2].weight.mul_(-1)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(ValueError, match=r"moved embeddings by up to \d\.\d+e[-+]0[012], more than 0\.0001"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_base_on_the_hub(adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo_id: str) -> str:
+        asked.append(repo_id)
+        if repo_id != "org/puma":
+            raise LocalEntryNotFoundError("Cannot find it.\nTry online.")
+        return str(base)
+
+    monkeypatch.setattr("puma_hf.trainer.lora.snapshot_download", download)
+    assert merge_adapter(adapter, tmp_path / "merged", base="org/puma") < 1e-6
+    message = r"base 'org/other' is not a directory, and not on the Hub \(Cannot find it\.\)\. Name the PUMA"
+    with pytest.raises(FileNotFoundError, match=message):
+        merge_adapter(adapter, tmp_path / "again", base="org/other")
+    # A path is never looked for on the Hub.
+    with pytest.raises(FileNotFoundError, match=r"nowhere/at/all' is not a directory\. Name the PUMA"):
+        merge_adapter(adapter, tmp_path / "again", base="nowhere/at/all")
+    assert asked == ["org/puma", "org/other"]
 
 
 def test_output_in_use(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from torch import Tensor, nn
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.losses.temperature import TemperatureScheduleCallback
 from puma_hf.trainer.lora import BASE_FILE
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -154,3 +158,137 @@ def test_other_models_are_saved_without_a_note_of_their_base(
     checkpoint = Path(arguments.output_dir) / "checkpoint-1"
     assert checkpoint.is_dir()
     assert not (checkpoint / BASE_FILE).exists()
+
+
+# --- twins
+
+
+def test_twins_come_together(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    def sampler(**lists: Any) -> Any:
+        model = make_student()
+        loss = MultimodalMACLoss(model)
+        trainer: Any = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=loss, **lists)
+        return trainer.get_train_dataloader().batch_sampler
+
+    keys = [row // 2 for row in range(ROWS)]
+    twins = sampler(twins=keys)
+    assert isinstance(twins, TwinBatchSampler)
+    batches = list(twins)
+    assert sorted(row for batch in batches for row in batch) == list(range(ROWS))
+    assert all(sorted(keys[row] for row in batch)[::2] == sorted({keys[row] for row in batch}) for batch in batches)
+    both = sampler(twins=keys, positives=POSITIVES)
+    assert isinstance(both, TwinBatchSampler)
+    assert [sorted(ids) for ids in both.positives] == [sorted(ids) for ids in POSITIVES]
+
+
+def test_twins_must_fit(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    arguments = {"model": model, "args": make_arguments(), "loss": MultimodalMACLoss(model)}
+    with pytest.raises(ValueError, match=r"twins has 2 rows and train_dataset 16\. Pass one key per row\."):
+        PumaTrainer(**arguments, train_dataset=pairs, twins=["a", "b"])
+    with pytest.raises(ValueError, match=r"twins belong to .* a DatasetDict\. Concatenate .* or leave twins out\."):
+        PumaTrainer(**arguments, train_dataset=DatasetDict(one=pairs), twins=["a"])
+
+
+# --- nothing to learn from
+
+
+@pytest.mark.parametrize("key", [None, "queries"])
+def test_an_empty_dataset_is_refused(
+    key: str | None, make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    model = make_student()
+    empty = pairs.select([])
+    dataset = empty if key is None else DatasetDict({"full": pairs, key: empty})
+    name = "train_dataset" if key is None else r"train_dataset\['queries'\]"
+    with pytest.raises(ValueError, match=rf"^{name} has no rows, .*the split and the filters"):
+        PumaTrainer(model=model, args=make_arguments(), train_dataset=dataset, loss=MultimodalMACLoss(model))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (ROWS, 1)])
+def test_rows_that_never_have_a_negative_are_refused(
+    rows: int,
+    batch_size: int,
+    wrapped: bool,
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+) -> None:
+    model = make_student()
+    loss: nn.Module = MatryoshkaLoss(model, MultimodalMACLoss(model), [32]) if wrapped else MultimodalMACLoss(model)
+    arguments = make_arguments(per_device_train_batch_size=batch_size)
+    few = pairs.select(range(rows))
+    message = (
+        rf"^train_dataset has {rows} row\(s\), batches have {batch_size} and .*MultimodalMACLoss compares .* never"
+    )
+    with pytest.raises(ValueError, match=message):
+        PumaTrainer(model=model, args=arguments, train_dataset=few, loss=loss)
+    # A column of negatives helps, and so does a loss that needs none.
+    negatives = few.add_column("negative_1", ["pear"] * rows)
+    PumaTrainer(model=model, args=arguments, train_dataset=negatives, loss=loss)
+    PumaTrainer(model=model, args=arguments, train_dataset=few, loss=nn.Identity())
+
+
+def test_negatives_of_other_devices_count(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_student()
+    arguments = make_arguments(per_device_train_batch_size=1)
+    monkeypatch.setattr(type(arguments), "world_size", 2)
+    PumaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        loss=MultimodalMACLoss(model, gather_across_devices=True),
+    )
+    with pytest.raises(ValueError, match="batches have 1"):
+        PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model))
+
+
+# --- epochs
+
+
+def test_a_resumed_epoch_is_shared_out_in_its_own_order(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate wraps the sampler twice then, and the epoch must get through to it."""
+    model = make_student()
+    loss = MultimodalMACLoss(model)
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=loss, positives=POSITIVES)
+    options = {"num_processes": 2, "process_index": 1, "even_batches": False, "put_on_device": False}
+    monkeypatch.setattr(trainer.accelerator, "prepare", lambda loader: prepare_data_loader(loader, **options))
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(1)
+    second = list(loader.batch_sampler)
+    loader.set_epoch(0)
+    first = list(loader.batch_sampler)
+    assert first != second
+    resumed: Any = skip_first_batches(loader, 1)
+    resumed.batch_sampler.batch_sampler.set_epoch(1)  # as the trainer reaches for it
+    assert list(resumed.batch_sampler) == second[1:]
+
+
+def test_what_an_early_end_of_an_epoch_leaves_over_is_dropped(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    """Gradients of an accumulation that was not completed are in no checkpoint."""
+    left: list[bool] = []
+
+    class Watching(PumaTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if self._batches == 0:
+                left.append(any(parameter.grad is not None for parameter in self.model.parameters()))
+            return super().training_step(*args, **kwargs)
+
+    positives = [["common"] if row < 6 else [str(row)] for row in range(ROWS)]  # three batches of four
+    model = make_student()
+    arguments = make_arguments(
+        max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2, dataloader_drop_last=True
+    )
+    trainer = Watching(
+        model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model), positives=positives
+    )
+    assert len(list(trainer.get_train_dataloader().batch_sampler)) % 2 == 1
+    trainer.train()
+    assert left == [False, False]

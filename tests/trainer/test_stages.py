@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerState
 
-from puma_hf import merge_adapter
-from puma_hf.data import MBEIR
+from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.losses import MultimodalMACLoss
+from puma_hf.recipes import load_config
+from puma_hf.trainer import stages
+from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.trainer.lora import BASE_FILE
-from puma_hf.trainer.stages import DISTILL_SETTINGS, TRAIN_SETTINGS, StageSettings, distill, train
+from puma_hf.trainer.puma import PumaTrainer
+from puma_hf.trainer.stages import distill, merge, train
 
 QUICK: dict[str, Any] = {"batch_size": 4, "max_steps": 3, "logging_steps": 1, "lora_r": 2}
 
@@ -35,120 +40,143 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
-        ({"lora_r": 0}, r"lora_r=0 must be at least 1"),
-        ({"logging_steps": 0}, r"logging_steps=0 must be at least 1"),
-        ({"max_steps": 0}, r"max_steps=0 must be at least 1, or -1 for whole epochs"),
-        ({"max_steps": -2}, r"max_steps=-2 must be at least 1"),
-        ({"num_train_epochs": 0}, r"num_train_epochs=0 must be above 0"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be above 0\. LamRA takes"),
-        ({"warmup": 1.0}, r"warmup=1\.0 is a fraction .* \[0, 1\)"),
-        ({"warmup": -0.1}, r"warmup=-0\.1 is a fraction"),
-        ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 must be in \[0, 1\)"),
-        ({"dataloader_num_workers": -1}, r"dataloader_num_workers=-1 must be 0"),
-        ({"save_steps": -1}, r"save_steps=-1 must be 0 \(no checkpoints\) or more"),
-    ],
-)
-def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        StageSettings(**settings)
+MakeConfig = Callable[..., Any]
 
 
-def test_settings_of_the_two_stages() -> None:
-    first, second = DISTILL_SETTINGS, TRAIN_SETTINGS
-    assert (first.lora_r, first.learning_rate, first.train_ret_token) == (64, 2e-4, True)
-    assert (second.lora_r, second.learning_rate, second.train_ret_token) == (128, 1e-4, False)
+@pytest.fixture
+def distill_config(puma_dir: Path, qwen_dir: Path, mbeir_root: Path, tmp_path: Path) -> MakeConfig:
+    """Builds settings of the first stage for a few quick steps."""
+
+    def make(**changes: Any) -> DistillConfig:
+        paths = {"model": puma_dir, "output": tmp_path / "out", "data": mbeir_root, "teacher": qwen_dir}
+        return DistillConfig(**{**QUICK, **paths, **changes})
+
+    return make
 
 
-def test_both_stages_one_after_the_other(qwen_dir: Path, puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
-    settings = StageSettings(**QUICK, learning_rate=1e-2, save_steps=3, train_ret_token=True)
-    saved = distill(puma_dir, tmp_path / "first", data=mbeir_root, teacher=qwen_dir, metric="cosine", settings=settings)
+@pytest.fixture
+def train_config(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> MakeConfig:
+    """Builds settings of the second stage for a few quick steps."""
+
+    def make(**changes: Any) -> TrainConfig:
+        return TrainConfig(**{**QUICK, "model": puma_dir, "output": tmp_path / "out", "data": mbeir_root, **changes})
+
+    return make
+
+
+def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_config: MakeConfig, tmp_path: Path) -> None:
+    config = distill_config(output=tmp_path / "first", metric="cosine", learning_rate=1e-2, save_steps=3)
+    saved = distill(config)
     assert saved == tmp_path / "first"
     assert state_of(saved / "checkpoint-3").global_step == 3
     assert (saved / BASE_FILE).is_file()
     assert all(0 < loss < 2 for loss in logged(saved / "checkpoint-3", "loss"))  # a cosine distance
     assert sum("token_adapter" in name for name in adapter_tensors(saved)) == 1
+    # What it was made with lies beside it, and makes it again.
+    assert load_config(DistillConfig, saved / "distill.yaml") == config
     trained = SentenceTransformer(str(saved), trust_remote_code=True, device="cpu").encode(["a red apple"])
-    assert merge_adapter(saved, tmp_path / "merged") < 1e-5
+    assert merge(MergeConfig(adapter=saved, output=tmp_path / "merged")) < 1e-5
     merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
     np.testing.assert_allclose(merged.encode(["a red apple"]), trained, atol=1e-5, rtol=0)
 
-    settings = StageSettings(**QUICK, save_steps=3)
-    saved = train(
-        tmp_path / "merged",
-        tmp_path / "second",
-        data=mbeir_root,
-        hard_temperature=0.02,
-        schedule="linear",
-        num_negatives=1,
-        settings=settings,
-    )
+    settings = {"hard_temperature": 0.02, "schedule": "linear", "num_negatives": 1, "save_steps": 3}
+    saved = train(train_config(model=tmp_path / "merged", output=tmp_path / "second", lora_alpha=3, **settings))
     assert logged(saved / "checkpoint-3", "hard_temperature") == pytest.approx([0.05, 0.04, 0.03])
     assert not any("token_adapter" in name for name in adapter_tensors(saved))
-    assert merge_adapter(saved, tmp_path / "final") < 1e-5
+    assert load_config(TrainConfig, saved / "train.yaml").hard_temperature == 0.02
+    assert json.loads((saved / "adapter_config.json").read_text())["lora_alpha"] == 3
+    assert merge(MergeConfig(adapter=saved, output=tmp_path / "final")) < 1e-5
 
 
-def test_infonce_has_one_temperature(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
-    settings = StageSettings(**QUICK, save_steps=3)
-    saved = train(puma_dir, tmp_path / "out", data=mbeir_root, loss="infonce", settings=settings)
+def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
+    saved = train(train_config(loss="infonce", save_steps=3))
     assert not logged(saved / "checkpoint-3", "temperature")
     # MAC-Loss at equal temperatures is the same loss.
-    mac = train(puma_dir, tmp_path / "mac", data=mbeir_root, hard_temperature=0.05, settings=settings)
+    mac = train(train_config(output=tmp_path / "mac", hard_temperature=0.05, save_steps=3))
     assert logged(mac / "checkpoint-3", "loss") == pytest.approx(logged(saved / "checkpoint-3", "loss"), abs=1e-4)
 
 
-def test_runs_repeat_with_their_seed(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
+def test_runs_repeat_with_their_seed(train_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.seed()  # what happened before does not count
-        settings = StageSettings(**QUICK, seed=seed)
-        return adapter_tensors(train(puma_dir, tmp_path / name, data=mbeir_root, settings=settings))
+        return adapter_tensors(train(train_config(output=tmp_path / name, seed=seed)))
 
     first, again, other = run("first", 0), run("again", 0), run("other", 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_rows_of_a_batch_share_no_answer(
-    puma_dir: Path, mbeir_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[list[frozenset[str]]] = []
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each batch that a run takes."""
+    found: list[list[int]] = []
     iterate = DistinctPositivesBatchSampler.__iter__
 
     def record(self: DistinctPositivesBatchSampler) -> Iterator[list[int]]:
         for batch in iterate(self):
-            batches.append([self.positives[row] for row in batch])
+            found.append(batch)
             yield batch
 
     monkeypatch.setattr(DistinctPositivesBatchSampler, "__iter__", record)
-    settings = StageSettings(**{**QUICK, "max_steps": -1, "batch_size": 8})
-    train(puma_dir, tmp_path / "out", data=mbeir_root, settings=settings)
+    return found
+
+
+def test_rows_of_a_batch_share_no_answer(train_config: MakeConfig, mbeir_root: Path, batches: list[list[int]]) -> None:
+    train(train_config(max_steps=-1, batch_size=8))
     assert len(batches) == 4  # 8 tasks of 4 queries
-    rows = [row for batch in batches for row in batch]
-    assert set(rows) == {
-        frozenset(query.positives)
-        for task in MBEIR(mbeir_root).tasks("train")
-        for query in MBEIR(mbeir_root).queries(task, "train")
-    }
+    positives = load_mbeir(mbeir_root, with_ids=True)["positives"]
+    rows = [frozenset(positives[row]) for batch in batches for row in batch]
     assert len(frozenset.union(*rows)) < sum(map(len, rows))  # some rows do share one
-    assert all(len(frozenset.union(*batch)) == sum(map(len, batch)) for batch in batches)
+    for batch in batches:
+        answers = [answer for row in batch for answer in set(positives[row])]
+        assert len(answers) == len(set(answers))
+
+
+def test_twin_batches(train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "twin_keys", lambda rows: [row // 2 for row in range(len(rows))])
+    make = TwinBatchSampler.__init__
+
+    def record(self: TwinBatchSampler, dataset: Any, twins: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(twins)
+        make(self, dataset, twins, *args, **kwargs)
+
+    monkeypatch.setattr(TwinBatchSampler, "__init__", record)
+    train(train_config(batches="twin", max_steps=1))
+    assert seen == [[row // 2 for row in range(32)]]
+
+
+def test_a_share_of_the_labelled_rows(
+    train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    run = stages._run
+
+    def record(trainer: PumaTrainer, *args: Any) -> Path:
+        rows: Any = trainer.train_dataset
+        assert len(trainer.positives or ()) == len(rows)
+        seen.append([str(row) for row in rows["anchor"]])
+        return run(trainer, *args)
+
+    monkeypatch.setattr(stages, "_run", record)
+    for number, (fraction, seed) in enumerate([(1.0, 0), (0.25, 0), (0.25, 0), (0.25, 1)]):
+        train(train_config(output=tmp_path / str(number), train_fraction=fraction, seed=seed, max_steps=1))
+    whole, quarter, again, other = seen
+    assert (len(whole), len(quarter)) == (32, 8)
+    assert set(quarter) <= set(whole)
+    assert quarter == again
+    assert quarter != other
 
 
 def test_resume_continues_the_count(
-    puma_dir: Path,
-    mbeir_root: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    train_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**QUICK, "save_steps": 2}
-    whole = train(puma_dir, tmp_path / "whole", data=mbeir_root, settings=StageSettings(**{**settings, "max_steps": 4}))
+    settings = {"output": tmp_path / "whole", "save_steps": 2, "max_steps": 4}
+    whole = train(train_config(**settings))
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    # As after a crash: the last checkpoint and what was saved at the end are not there.
+    # As after a crash: the last checkpoint is not whole, and what was saved at the end is not there.
     expected = adapter_tensors(whole)
-    (whole / "checkpoint-4").rename(tmp_path / "gone")
+    (whole / "checkpoint-4" / "adapter_model.safetensors").unlink()
     (whole / "adapter_model.safetensors").unlink()
     caplog.set_level(logging.INFO, logger="puma_hf")
     steps: list[int] = []
@@ -159,87 +187,164 @@ def test_resume_continues_the_count(
         return forward(self, columns, labels)
 
     monkeypatch.setattr(MultimodalMACLoss, "forward", count)
-    train(puma_dir, whole, data=mbeir_root, settings=StageSettings(**{**settings, "max_steps": 4}), resume=True)
+    train(train_config(**settings, resume=True))
     assert len(steps) == 2  # the two that were missing
     assert state_of(whole / "checkpoint-4").global_step == 4
     assert len(logged(whole / "checkpoint-4", "loss")) == 4
     assert "starting from the beginning" not in caplog.text
+    assert "other settings" not in caplog.text
     for name, tensor in adapter_tensors(whole).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
 
-    train(puma_dir, tmp_path / "new", data=mbeir_root, settings=StageSettings(**QUICK), resume=True)
+
+@pytest.mark.parametrize("steps", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.25}])
+def test_resume_of_a_finished_run_adds_no_step(train_config: MakeConfig, steps: dict[str, Any]) -> None:
+    saved = train(train_config(save_steps=2, **steps))
+    expected = adapter_tensors(saved)
+    (saved / "adapter_model.safetensors").unlink()  # killed in the last save
+    train(train_config(save_steps=2, resume=True, **steps))
+    found = adapter_tensors(saved)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert len(found) == len(expected)
+
+
+def test_resume_with_other_settings_says_so(train_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    train(train_config(save_steps=2, max_steps=2))
+    train(train_config(save_steps=2, max_steps=3, resume=True))
+    assert "Continuing with other settings than the run began with: -max_steps: 2; +max_steps: 3" in caplog.text
+
+
+def test_resume_where_nothing_was_saved(
+    train_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Killed in the first save: neither the recipe nor half a checkpoint is anything to lose.
+    begun = tmp_path / "begun"
+    (begun / "checkpoint-2").mkdir(parents=True)
+    (begun / "train.yaml").write_text("seed: 0\n")
+    train(train_config(output=begun, save_steps=0, resume=True))
     assert "starting from the beginning" in caplog.text
-    bare = StageSettings(**QUICK, save_steps=0)
-    train(puma_dir, tmp_path / "bare", data=mbeir_root, settings=bare)
-    with pytest.raises(FileNotFoundError, match=r"bare' holds no checkpoint to continue from: .*--overwrite"):
-        train(puma_dir, tmp_path / "bare", data=mbeir_root, settings=bare, resume=True)
+    assert not (begun / "checkpoint-2").exists()
+    with pytest.raises(FileNotFoundError, match=r"begun' holds no whole checkpoint to continue from: .*--overwrite"):
+        train(train_config(output=begun, resume=True))
 
 
-def test_overwrite_forgets_an_earlier_run(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    stale = output / "checkpoint-500"
+def test_a_run_that_had_only_begun_may_begin_again(train_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.yaml").write_text("seed: 0\n")
+    assert (train(train_config(max_steps=1)) / "adapter_model.safetensors").is_file()
+
+
+def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Path) -> None:
+    stale = tmp_path / "out" / "checkpoint-500"
     stale.mkdir(parents=True)
     (stale / "trainer_state.json").write_text(json.dumps({"global_step": 500}))
-    (output / "checkpoint-notes").mkdir()
+    (tmp_path / "out" / "checkpoint-notes").mkdir()
     with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Continue .*--resume.*--overwrite"):
-        train(puma_dir, output, data=mbeir_root)
-    settings = StageSettings(**QUICK, save_steps=3)
-    train(puma_dir, output, data=mbeir_root, settings=settings, overwrite=True)
+        train(train_config())
+    output = train(train_config(save_steps=3, overwrite=True))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-notes"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_output_that_is_the_model(puma_dir: Path, mbeir_root: Path, tmp_path: Path, resume: bool) -> None:
+def test_output_that_is_the_model(
+    distill_config: MakeConfig, train_config: MakeConfig, puma_dir: Path, tmp_path: Path, resume: bool
+) -> None:
     for folder in (puma_dir, puma_dir.parent):
         with pytest.raises(ValueError, match=r"is, or holds, the model itself"):
-            train(puma_dir, folder, data=mbeir_root, overwrite=True, resume=resume)
+            train(train_config(output=folder, overwrite=True, resume=resume))
         with pytest.raises(ValueError, match=r"is, or holds, the model itself"):
-            distill(puma_dir, folder, data=mbeir_root, overwrite=True, resume=resume)
+            distill(distill_config(output=folder, overwrite=True, resume=resume))
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"'.*file' is a file\. Choose a directory"):
-        train(puma_dir, tmp_path / "file", data=mbeir_root, overwrite=True, resume=resume)
+        train(train_config(output=tmp_path / "file", overwrite=True, resume=resume))
 
 
 @pytest.mark.parametrize("max_steps", [-1, 5])
-def test_dataset_smaller_than_a_batch(puma_dir: Path, mbeir_root: Path, tmp_path: Path, max_steps: int) -> None:
-    settings = StageSettings(batch_size=33, max_steps=max_steps)
+def test_dataset_smaller_than_a_batch(train_config: MakeConfig, tmp_path: Path, max_steps: int) -> None:
     with pytest.raises(ValueError, match=r"The 32 rows fill no batch of 33, so nothing was trained.*--batch-size"):
-        train(puma_dir, tmp_path / "out", data=mbeir_root, settings=settings)
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+        train(train_config(batch_size=33, max_steps=max_steps))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "triplet"}, r"loss='triplet' is unknown\. Choose 'mac' or 'infonce'"),
-        ({"temperature": 0.0, "loss": "infonce"}, r"temperature is 0\.0, but .* positive and finite"),
-        ({"hard_temperature": -1.0}, r"hard_temperature is -1\.0"),
-        ({"schedule": "sudden"}, r"schedule is 'sudden', but it must be one of"),
-        ({"num_negatives": -1}, r"num_negatives is -1"),
-    ],
-)
-def test_bad_options(puma_dir: Path, mbeir_root: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        train(puma_dir, tmp_path / "out", data=mbeir_root, settings=StageSettings(**QUICK), **options)
+def test_more_arguments_of_the_trainer(train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(trainer: PumaTrainer, config: TrainConfig, checkpoint: str | None) -> Path:
+        seen.append(trainer.args)
+        return Path(config.output)
+
+    monkeypatch.setattr(stages, "_run", stop)
+    arguments = {"lr_scheduler_type": "linear", "weight_decay": 0.1}
+    train(train_config(training_arguments=arguments, report_to=[], gradient_checkpointing=True, warmup=0.2))
+    assert (seen[0].lr_scheduler_type, seen[0].weight_decay, seen[0].report_to) == ("linear", 0.1, [])
+    assert (seen[0].gradient_checkpointing, seen[0].warmup_steps) == (True, 0.2)
+    with pytest.raises(ValueError, match=r"has 'weight_decai', which is no argument .* mean 'weight_decay'\?"):
+        train(train_config(training_arguments={"weight_decai": 1}))
 
 
-def test_unknown_metric(puma_dir: Path, mbeir_root: Path, tmp_path: Path, qwen_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"metric is 'l1', but it must be one of"):
-        distill(puma_dir, tmp_path / "out", data=mbeir_root, teacher=qwen_dir, metric="l1")  # type: ignore[arg-type]
+def test_options_that_are_not_used_are_said(train_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    train(train_config(loss="infonce", schedule="linear", max_steps=1))
+    assert "schedule='linear': not used with loss='infonce'." in caplog.text
 
 
-def test_adapter_is_no_model_to_train(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
-    adapter = train(puma_dir, tmp_path / "adapter", data=mbeir_root, settings=StageSettings(**QUICK))
+def test_adapter_is_no_model_to_train(train_config: MakeConfig, tmp_path: Path) -> None:
+    adapter = train(train_config(output=tmp_path / "adapter", max_steps=1))
     with pytest.raises(ValueError, match=r"is an adapter\. Merge it first \(puma-hf merge\)"):
-        train(adapter, tmp_path / "out", data=mbeir_root)
+        train(train_config(model=adapter))
 
 
-def test_only_puma_directories_are_trained(qwen_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
+def test_only_puma_directories_are_trained(train_config: MakeConfig, qwen_dir: Path, tmp_path: Path) -> None:
     for name in (qwen_dir, tmp_path / "absent", "org/name"):
         with pytest.raises(ValueError, match=r"is no PUMA directory\. Make one .* puma-hf prune"):
-            train(name, tmp_path / "out", data=mbeir_root)
+            train(train_config(model=name))
 
 
-def test_teacher_that_is_not_here(puma_dir: Path, mbeir_root: Path, tmp_path: Path) -> None:
+def test_teacher_that_is_not_here(distill_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"local folder named 'tiny-qwen2-vl', which is not here"):
-        distill(puma_dir, tmp_path / "out", data=mbeir_root)
+        distill(distill_config(teacher=None))
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "cached"])
+def test_teachers(distill_config: MakeConfig, tmp_path: Path, mode: str) -> None:
+    saved = distill(distill_config(teacher_mode=mode, save_steps=3))
+    assert all(loss > 0 for loss in logged(saved / "checkpoint-3", "loss"))
+    assert (saved / "teacher_cache").is_dir() == (mode == "cached")
+
+
+def test_labels_and_teacher_in_one_pass(train_config: MakeConfig, qwen_dir: Path) -> None:
+    saved = train(train_config(distillation_weight=0.5, teacher=qwen_dir, save_steps=3))
+    for term in ("distillation", "contrastive", "loss"):
+        assert len(logged(saved / "checkpoint-3", term)) == 3, term
+
+
+@pytest.mark.parametrize(("stage", "what"), [("distill", "a teacher calls"), ("train", "gradient caching .* calls")])
+def test_fsdp_runs_plain_losses_only(
+    distill_config: MakeConfig, train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str
+) -> None:
+    make = PumaTrainer.__init__
+
+    def sharded(self: PumaTrainer, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(PumaTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match=what + r" parts of the model .* Launch without FSDP: plain DDP"):
+        distill(distill_config()) if stage == "distill" else train(train_config(mini_batch_size=2))
+
+
+def test_more_than_the_pairs_have(train_config: MakeConfig, tmp_path: Path) -> None:
+    table = tmp_path / "nli.csv"
+    table.write_text("sent0,sent1,hard_neg\n" + "".join(f"a{n},b{n},c{n}\n" for n in range(8)))
+    saved = train(train_config(data=table, num_negatives=1, save_steps=3))
+    assert len(logged(saved / "checkpoint-3", "loss")) == 3
+    with pytest.raises(ValueError, match=r"num_negatives=2 must be 0 or 1: .*nli\.csv has one per pair"):
+        train(train_config(data=table, num_negatives=2, output=tmp_path / "other"))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_four_bits_need_bitsandbytes(train_config: MakeConfig, tmp_path: Path) -> None:
+    stale = tmp_path / "out" / "checkpoint-1"
+    stale.mkdir(parents=True)
+    with pytest.raises(ImportError, match=r"needs bitsandbytes, .* pip install 'puma-hf\[qlora\]'"):
+        train(train_config(load_in_4bit=True, overwrite=True))
+    assert stale.is_dir()  # nothing is removed for a run that cannot be

@@ -1,285 +1,230 @@
+"""Which teacher is chosen, and what all of them have in common."""
+
 from __future__ import annotations
 
-import copy
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
 
-from puma_hf import PumaModel, prune
+from puma_hf import PumaDistillationTrainer, PumaModel, merge_adapter, prune
 from puma_hf.trainer import FrozenTeacher
+from puma_hf.trainer.cached_teacher import CachedTeacher
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.teacher import share_image_features
-from tests.tiny import build_qwen2_vl, canonical_name
-from tests.trainer.conftest import MakeStudent
+from puma_hf.trainer.one_pass_teacher import OnePassTeacher
+from puma_hf.trainer.whole_teacher import WholeTeacher
+from tests.tiny import build_qwen2_vl
+from tests.trainer.conftest import MakeArguments, MakeStudent
 
-KINDS = ("text", "image", "mixed")
-
-
-def inputs_of(kind: str, images: list[Image.Image]) -> list[Any]:
-    return {
-        "text": ["a red apple", "an apple on a table, and nothing else at all"],
-        "image": [{"image": images[0]}, {"image": images[2]}],
-        "mixed": ["apple", {"image": images[1]}, {"image": images[0], "text": "red", "instruction": "Find."}],
-    }[kind]
+MODES = ("frozen", "one_pass", "cached")
 
 
-def full_states(full_model: PumaModel, features: dict[str, Any]) -> Tensor:
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    with torch.no_grad():
-        states: Tensor = full_model(**{name: features.get(name) for name in names}).pooler_output
-    return states
+@pytest.fixture
+def make_trainer(qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset) -> Any:
+    def make(mode: str = "frozen", *, args: dict[str, Any] | None = None, **changes: Any) -> PumaDistillationTrainer:
+        arguments: dict[str, Any] = {
+            "model": changes.pop("model", None) or make_student(),
+            "teacher": qwen_dir,
+            "teacher_mode": mode,
+            "args": make_arguments(**(args or {})),
+            "train_dataset": items,
+        }
+        return PumaDistillationTrainer(**{**arguments, **changes})
+
+    return make
 
 
-@contextmanager
-def count_calls(module: nn.Module) -> Iterator[list[int]]:
-    calls: list[int] = []
-    handle = module.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    handle.remove()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_states_are_the_full_models(
-    qwen_dir: Path,
-    full_model: PumaModel,
-    make_student: MakeStudent,
-    images: list[Image.Image],
-    kind: str,
-    side: str,
-) -> None:
-    model = make_student(disturbed=True)
-    model.tokenizer.padding_side = side
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
-    features = model[0].preprocess(inputs_of(kind, images))
-    states = teacher.states(features)
-    assert torch.equal(states, full_states(full_model, features))
-    assert not states.requires_grad
-    student = model(dict(features))["pooler_output"]
-    assert (student - states).abs().max() > 0.1
-
-
-def test_teacher_may_be_a_full_puma_directory(full_dir: Path, full_model: PumaModel, make_student: MakeStudent) -> None:
-    model = make_student()
-    features = model[0].preprocess(["a red apple"])
-    teacher = FrozenTeacher.from_pretrained(full_dir, puma_model(model))
-    assert torch.equal(teacher.states(features), full_states(full_model, features))
-
-
-def test_no_drift_and_an_untouched_student(
-    qwen_dir: Path, make_student: MakeStudent, images: list[Image.Image]
-) -> None:
-    model = make_student()
-    backbone = puma_model(model)
-    keys, layer_types = list(model.state_dict()), list(backbone.config.text_config.layer_types)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    features = model[0].preprocess(inputs_of("mixed", images))
-    start = teacher.states(features)
-    assert not any(parameter.requires_grad for parameter in teacher.dropped_layers.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
-    first = [parameter.detach().clone() for parameter in trained]
-    model.train()
-    for _ in range(3):
-        loss = (model(dict(features))["pooler_output"] - teacher.states(features)).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(first, trained, strict=True))
-    assert torch.equal(teacher.states(features), start)
-    assert list(model.state_dict()) == keys
-    assert backbone.config.text_config.layer_types == layer_types
-    assert len(backbone.language_model.layers) == 2
-    assert [p for p in model.parameters() if p.requires_grad] == trained
-    assert all(p.grad is None for p in teacher.dropped_layers.parameters())
-
-
-def modes(module: nn.Module) -> dict[str, bool]:
-    return {name: child.training for name, child in module.named_modules()}
-
-
-def test_modes_are_restored(qwen_dir: Path, make_student: MakeStudent) -> None:
-    model = make_student(dropout=0.5)
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
-    features = model[0].preprocess(["a red apple"])
-    for layer in puma_model(model).language_model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    model.train()
-    puma_model(model).visual.eval()
-    before = modes(model)
-    states = teacher.states(features)
-    assert modes(model) == before
-    assert len(set(before.values())) == 2
-    model.eval()
-    assert torch.equal(teacher.states(features), states)  # no dropout in the teacher
-    assert not any(modes(model).values())
-
-
-def test_student_is_restored_after_an_error(qwen_dir: Path, make_student: MakeStudent) -> None:
-    model = make_student(disturbed=True)
-    backbone = puma_model(model)
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    features = model[0].preprocess(["a red apple"])
-    expected = model(dict(features))["pooler_output"]
-    states = teacher.states(features)
-    model.train()
-    # Too few positions: fails inside the forward pass.
-    with pytest.raises((RuntimeError, ValueError, IndexError)):
-        teacher.states({**features, "position_ids": torch.zeros(3, 1, 1, 1, 1, dtype=torch.long)})
-    assert len(backbone.language_model.layers) == 2
-    assert len(backbone.config.text_config.layer_types) == 2
-    assert all(modes(model).values())
-    assert torch.equal(model(dict(features))["pooler_output"], expected)
-    assert torch.equal(teacher.states(features), states)
-
-
-def test_student_without_adapter(qwen_dir: Path, full_model: PumaModel, make_student: MakeStudent) -> None:
-    model = make_student(adapter=False)
-    features = model[0].preprocess(["a red apple"])
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
-    assert torch.equal(teacher.states(features), full_states(full_model, features))
-
-
-def test_dropped_layers_with_sliding_attention(qwen_dir: Path, tmp_path: Path, make_student: MakeStudent) -> None:
-    source = Path(shutil.copytree(qwen_dir, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_text())
-    config["text_config"] |= {
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "max_window_layers": 2,
-        "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2,
-    }
-    (source / "config.json").write_text(json.dumps(config))
-    prune(source, tmp_path / "full", num_kept_layers=4)
-    prune(source, tmp_path / "pruned", num_kept_layers=2)
-    model = make_student(tmp_path / "pruned")
-    features = model[0].preprocess(["a red apple on a table"])
-    teacher = FrozenTeacher.from_pretrained(source, puma_model(model))
-    full = PumaModel.from_pretrained(tmp_path / "full").eval()
-    assert torch.equal(teacher.states(features), full_states(full, features))
-    assert not puma_model(model).language_model.has_sliding_layers
-
-
-# --- one run of the vision tower
-
-
-def gradients(model: SentenceTransformer, features: dict[str, Any]) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(features)["pooler_output"].square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("kind", ["image", "mixed"])
-def test_shared_image_features_change_nothing(
-    qwen_dir: Path, make_student: MakeStudent, images: list[Image.Image], kind: str
-) -> None:
-    model = make_student(disturbed=True)
-    backbone = puma_model(model)
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    features = model[0].preprocess(inputs_of(kind, images))
-    shared = copy.copy(features)
-    with count_calls(backbone.visual) as calls:
-        share_image_features(backbone, shared)
-        assert "pixel_values" not in shared
-        assert torch.equal(teacher.states(shared), teacher.states(features))
-        assert len(calls) == 2  # once shared, once for the pass without
-    student = model(dict(features))["pooler_output"]
-    assert torch.equal(model(dict(shared))["pooler_output"], student)
-    alone, together = gradients(model, dict(features)), gradients(model, dict(shared))
-    assert alone.keys() == together.keys()
-    assert all(".lora_" in name or "trainable_tokens" in name for name in alone)
-    assert all(torch.equal(alone[name], together[name]) for name in alone)
-    assert max(gradient.abs().max() for gradient in alone.values()) > 0
-
-
-def test_images_are_not_shared_where_that_would_be_wrong(
-    make_student: MakeStudent, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_student()
-    backbone = puma_model(model)
-    text = model[0].preprocess(["a red apple"])
-    expected = dict(text)
-    share_image_features(backbone, text)
-    assert text.keys() == expected.keys()
-
-    features = model[0].preprocess([{"image": images[0]}])
-    backbone.visual.merger.requires_grad_(True)
-    share_image_features(backbone, features)
-    assert "pixel_values" in features
-    backbone.visual.merger.requires_grad_(False)
-
-    def forward(input_ids: Tensor) -> None: ...
-
-    # Older releases of transformers compute image features inside the forward pass.
-    monkeypatch.setattr("transformers.Qwen2VLModel.forward", forward)
-    share_image_features(backbone, features)
-    assert "pixel_values" in features
-
-
-# --- what is no teacher
-
-
-def test_hidden_size_differs(make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.tiny.HIDDEN_SIZE", 64)
-    other = build_qwen2_vl(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"has hidden_size=64 and the student 32\. .*choose the checkpoint"):
-        FrozenTeacher.from_pretrained(other, puma_model(make_student()))
-
-
-def test_teacher_with_other_weights(make_student: MakeStudent, tmp_path: Path) -> None:
-    other = build_qwen2_vl(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"differ in \d\d tensors that both have \(first: visual\..*before any other"):
-        FrozenTeacher.from_pretrained(other, puma_model(make_student()))
+@pytest.fixture
+def other_dir(tmp_path: Path) -> Path:
+    """Another model of the same size, complete."""
+    prune(build_qwen2_vl(tmp_path / "source", seed=1), tmp_path / "other", num_kept_layers=4)
+    return tmp_path / "other"
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["language_model.norm.weight", "visual.merger.ln_q.weight", "layers.1.mlp.up_proj", "embed_tokens"],
+    ("mode", "kind"), list(zip(MODES, (FrozenTeacher, OnePassTeacher, CachedTeacher), strict=True))
 )
-def test_every_shared_tensor_counts(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path, name: str) -> None:
-    other = Path(shutil.copytree(qwen_dir, tmp_path / "other"))
-    tensors = load_file(other / "model.safetensors")
-    full_name = next(key for key in tensors if name in canonical_name(key))
-    tensors[full_name][0] += 1e-3
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"differ in 1 tensors that both have \(first: .*{name}"):
-        FrozenTeacher.from_pretrained(other, puma_model(make_student()))
+def test_the_mode_decides(make_trainer: Any, mode: str, kind: type) -> None:
+    assert type(make_trainer(mode).teacher) is kind
 
 
-@pytest.mark.parametrize(("depth", "missing"), [(3, 1), (2, 0)])
-def test_teacher_with_too_few_layers(
-    qwen_dir: Path, make_student: MakeStudent, tmp_path: Path, depth: int, missing: int
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_pruned_model_as_an_object_shares_its_weights(full_dir: Path, make_trainer: Any, wrapped: bool) -> None:
+    full: Any = PumaModel.from_pretrained(full_dir)
+    if wrapped:
+        full = SentenceTransformer(str(full_dir), trust_remote_code=True, device="cpu")
+    trainer = make_trainer(teacher=full)
+    assert type(trainer.teacher) is FrozenTeacher
+    layers = (puma_model(full) if wrapped else full).language_model.layers
+    assert list(trainer.teacher.dropped_layers) == list(layers[2:])
+    assert type(make_trainer("one_pass", teacher=full).teacher) is OnePassTeacher
+
+
+@pytest.mark.parametrize("difference", ["weights", "attention", "depth", "dtype"])
+def test_another_model_is_held_whole(make_trainer: Any, full_dir: Path, other_dir: Path, difference: str) -> None:
+    if difference == "weights":
+        other = PumaModel.from_pretrained(other_dir)
+    elif difference == "attention":
+        other = PumaModel.from_pretrained(full_dir, attn_implementation="eager")
+    elif difference == "dtype":
+        other = PumaModel.from_pretrained(full_dir, dtype=torch.bfloat16)
+    else:
+        other = PumaModel.from_pretrained(full_dir, num_kept_layers=3)
+    trainer = make_trainer(teacher=other)
+    assert type(trainer.teacher) is WholeTeacher
+    assert trainer.teacher.model is other
+    trainer.train()
+    assert all(p.grad is None for p in other.parameters())
+
+
+def test_another_checkpoint_may_only_be_asked_once(make_trainer: Any, other_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"differ in \d+ tensors.*as an object, teacher=.*teacher_mode='cached'"):
+        make_trainer(teacher=other_dir)
+    trainer = make_trainer("cached", teacher=other_dir)
+    model = trainer.model
+    features = dict(model[0].preprocess(["apple 4"]))
+    whole = WholeTeacher(PumaModel.from_pretrained(other_dir), puma_model(model))
+    features = dict(model[0].preprocess(trainer.train_dataset["item"][4:5]))
+    trainer.teacher.add_states(features)
+    torch.testing.assert_close(features["teacher_state"], whole.states(features), atol=1e-5, rtol=0)
+    trainer.train()
+    # An original checkpoint has no [RET] yet; a cache of the same weights is the same.
+    make_trainer("cached", teacher=tmp_path / "source")
+
+
+def test_a_teacher_is_taken_as_it_is(qwen_dir: Path, make_trainer: Any, make_student: MakeStudent) -> None:
+    model = make_student()
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+    assert make_trainer(model=model, teacher=teacher).teacher is teacher
+    one_pass = make_trainer("one_pass", model=model, teacher=teacher).teacher
+    assert one_pass.dropped_layers is teacher.dropped_layers
+    assert make_trainer("one_pass", model=model, teacher=one_pass).teacher is one_pass
+    assert type(make_trainer("cached", model=model, teacher=teacher).teacher) is CachedTeacher
+
+
+# --- what is refused
+
+
+def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent) -> None:
+    with pytest.raises(
+        ValueError, match=r"teacher_mode is 'ema', but it must be one of \('frozen', 'one_pass', 'cached'\)"
+    ):
+        make_trainer("ema")
+    with pytest.raises(ValueError, match=r"teacher_cache='here' is where .* but teacher_mode is 'frozen'\. Choose"):
+        make_trainer(teacher_cache="here")
+    with pytest.raises(ValueError, match=r"teacher is a int, but it must be a path, a Hub id, a PumaModel.*or nothing"):
+        make_trainer(teacher=3)
+    model = make_student()
+    one_pass = make_trainer("one_pass", model=model).teacher
+    with pytest.raises(ValueError, match=r"a OnePassTeacher answers only during it\. Pass the checkpoint"):
+        make_trainer("cached", model=model, teacher=one_pass)
+    with pytest.raises(ValueError, match="The teacher is the student itself"):
+        make_trainer(model=model, teacher=model)
+
+
+def test_a_quantised_student_shares_its_base_with_nobody(make_trainer: Any, make_student: MakeStudent) -> None:
+    student = make_student()
+    puma_model(student).is_quantized = True  # as transformers marks one
+    with pytest.raises(ValueError, match=r"held in 4 bits.*teacher_mode='cached'"):
+        make_trainer("frozen", model=student)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("as_object", [False, True])
+def test_hidden_size_differs(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, as_object: bool
 ) -> None:
-    prune(qwen_dir, tmp_path / "shallow", num_kept_layers=depth)
-    with pytest.raises(ValueError, match=rf"keeps 2 of 4 layers, but {missing} dropped layers were given"):
-        FrozenTeacher.from_pretrained(tmp_path / "shallow", puma_model(make_student()))
+    monkeypatch.setattr("tests.tiny.HIDDEN_SIZE", 64)
+    teacher: Any = build_qwen2_vl(tmp_path / "wide")
+    if as_object:
+        teacher = PumaModel.from_pretrained(teacher)
+    with pytest.raises(ValueError, match=r"has hidden_size=64 and the student 32\. .*another of the student's"):
+        make_trainer(mode, teacher=teacher)
 
 
-def test_teacher_with_fewer_layers_than_the_student(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path) -> None:
-    prune(qwen_dir, tmp_path / "shallow", num_kept_layers=1)
-    with pytest.raises(ValueError, match=r"differ in 12 tensors that both have \(first: language_model\.layers\.1"):
-        FrozenTeacher.from_pretrained(tmp_path / "shallow", puma_model(make_student()))
+# --- what all teachers have in common
 
 
-def test_dropped_layers_attend_like_the_student(qwen_dir: Path, full_model: PumaModel, puma_dir: Path) -> None:
-    """Both halves are given one mask, which is built for the student's kind of attention."""
-    student = PumaModel.from_pretrained(puma_dir, attn_implementation="eager").eval()
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, student)
-    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in teacher.dropped_layers)
-    features = {
-        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-    }
-    with torch.no_grad():
-        expected = full_model(**features).pooler_output
-    torch.testing.assert_close(teacher.states(features), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("mode", [*MODES, "whole"])
+def test_no_teacher_is_optimised_saved_or_kept_by_the_loss(
+    make_trainer: Any, other_dir: Path, tmp_path: Path, images: list[Image.Image], mode: str
+) -> None:
+    changes = {"teacher": PumaModel.from_pretrained(other_dir)} if mode == "whole" else {}
+    trainer = make_trainer(
+        "frozen" if mode == "whole" else mode, args={"save_strategy": "steps", "save_steps": 4}, **changes
+    )
+    model = trainer.model
+    keys = list(model.state_dict())
+    parameters = {id(p) for p in model.parameters()}
+    trainer.train()
+    assert {id(p) for p in trainer.loss.parameters()} == parameters
+    assert {id(p) for p in model.parameters()} == parameters
+    assert list(model.state_dict()) == keys
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in model.parameters() if p.requires_grad}
+    trained = {name for name, p in model.named_parameters() if p.grad is not None or p.requires_grad}
+    assert trained
+    assert all(".lora_" in name or "trainable_tokens" in name for name in trained)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert all("lora_" in name or "trainable_tokens" in name for name in names)
+    assert not any("layers.2." in name or "layers.3." in name for name in names)
+    assert not list(checkpoint.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_leaves_training_is_the_pruned_model(
+    make_trainer: Any, puma_dir: Path, tmp_path: Path, images: list[Image.Image], mode: str
+) -> None:
+    trainer = make_trainer(mode, args={"save_strategy": "steps", "save_steps": 4})
+    inputs = ["a red apple", {"image": images[0]}, {"image": images[1], "text": "on a table"}]
+    untrained = trainer.model.encode(inputs)
+    trainer.train()
+    expected = trainer.model.encode(inputs)
+    assert np.abs(expected - untrained).max() > 1e-3
+    merge_adapter(tmp_path / "run" / "checkpoint-4", tmp_path / "merged")
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(merged.encode(inputs), expected, atol=1e-5, rtol=0)
+    assert len(puma_model(merged).language_model.layers) == 2
+    # Pruning to the same depth once more, saving and opening that changes nothing either.
+    prune(tmp_path / "merged", tmp_path / "again", num_kept_layers=2)
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(again.encode(inputs), expected, atol=1e-5, rtol=0)
+
+
+def test_no_drift_after_fifty_steps(make_trainer: Any, items: Dataset) -> None:
+    trainer = make_trainer(args={"max_steps": 50, "logging_steps": 50})
+    model = trainer.model
+    probe = model[0].preprocess(items["item"][:6])
+    start = trainer.teacher.states(probe)
+    untrained = model(dict(probe))["pooler_output"]
+    trainer.train()
+    assert trainer.state.global_step == 50
+    assert (model(dict(probe))["pooler_output"] - untrained).abs().max() > 0.1
+    assert (trainer.teacher.states(probe) - start).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("train_ret_token", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_only_the_adapter_gets_gradients(
+    make_trainer: Any, make_student: MakeStudent, mode: str, train_ret_token: bool
+) -> None:
+    model = make_student(train_ret_token=train_ret_token, disturbed=True)
+    trainer = make_trainer(mode, model=model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.train()
+    trainer.compute_loss(model, batch).backward()
+    names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any("lora_A" in name for name in names)
+    assert all(".lora_" in name or "trainable_tokens" in name for name in names)
+    assert any("trainable_tokens" in name for name in names) is train_ret_token
+    deep = getattr(trainer.teacher, "dropped_layers", torch.nn.ModuleList())
+    assert all(p.grad is None for p in deep.parameters())

@@ -1,0 +1,232 @@
+"""Whole checkpoints: a manifest written last tells a finished one from what a kill or a full disk left."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "puma_manifest.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# Files up to this size are compared by content too; larger ones only by their size, which a save that was cut
+# off betrays just as well.
+HASHED_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
+# What torch.save and safetensors say when a write fails: neither raises an OSError.
+_FULL_DISK_WORDS = (
+    "no space left",
+    "os error 28",
+    "disk quota",
+    "os error 122",
+    "pytorchstreamwriter",
+    "inline_container",
+    "file write failed",
+)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a run that was written to the end.
+
+    `transformers` writes a checkpoint file by file, and `get_last_checkpoint` takes any folder of the right
+    name. This one passes over checkpoints that a kill, a full disk or a rotation left unfinished, and logs why.
+
+    Args:
+        folder: Output directory of a run, with `checkpoint-<step>` folders in it.
+
+    Returns:
+        Path of the checkpoint with the highest step whose files all match its manifest, or None.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.trainer.checkpoints import last_whole_checkpoint
+
+    >>> last_whole_checkpoint("a-folder-without-checkpoints") is None
+    True
+    ```
+    """
+    for checkpoint in _checkpoints(Path(folder)):
+        reason = why_not_whole(checkpoint)
+        if reason is None:
+            return str(checkpoint)
+        logger.warning("Passing over %s: %s.", checkpoint, reason)
+    return None
+
+
+def require_whole_checkpoint(checkpoint: str | Path) -> str:
+    """The same path, if its checkpoint is whole.
+
+    Args:
+        checkpoint: A `checkpoint-<step>` folder.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is not whole. The message names the last whole one beside it.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The checkpoint {str(checkpoint)!r} is no folder. {_remedy(folder)}")
+    if (reason := why_not_whole(folder)) is not None:
+        raise ValueError(f"The checkpoint {str(checkpoint)!r} is not whole: {reason}. {_remedy(folder)}")
+    return str(checkpoint)
+
+
+def why_not_whole(checkpoint: str | Path) -> str | None:
+    """Why a checkpoint is not whole, or None if it is.
+
+    Args:
+        checkpoint: A `checkpoint-<step>` folder.
+    """
+    folder = Path(checkpoint)
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = dict(manifest["files"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}, which is written last"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST_FILE} cannot be read ({error})"
+    for name, noted in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != noted["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {noted['size']}"
+        if "sha256" in noted and _sha256(path) != noted["sha256"]:
+            return f"{name} was changed"
+    return None
+
+
+def write_manifest(checkpoint: str | Path) -> Path:
+    """Declare a checkpoint whole: note the size of each of its files, and of small ones the content.
+
+    `PumaTrainer` does so at the end of each save. Call it for a checkpoint of another trainer that is known
+    to be complete.
+
+    Args:
+        checkpoint: A `checkpoint-<step>` folder.
+
+    Returns:
+        Path of the manifest.
+    """
+    folder = Path(checkpoint)
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name.startswith(MANIFEST_FILE):
+            continue
+        _to_disk(path)
+        size = path.stat().st_size
+        files[path.relative_to(folder).as_posix()] = {"size": size}
+        if size <= HASHED_BYTES:
+            files[path.relative_to(folder).as_posix()]["sha256"] = _sha256(path)
+    manifest, temporary = folder / MANIFEST_FILE, folder / f"{MANIFEST_FILE}.unfinished"
+    temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
+    _to_disk(temporary)
+    os.replace(temporary, manifest)
+    return manifest
+
+
+def remove_manifest(checkpoint: str | Path) -> None:
+    """Take back that a checkpoint is whole, before its files are written anew.
+
+    Args:
+        checkpoint: A `checkpoint-<step>` folder, which need not exist.
+    """
+    Path(checkpoint, MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def rotate_checkpoints(newest: str | Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints of a run, those that are not whole first.
+
+    Args:
+        newest: The checkpoint that was just written, whole; it always stays.
+        limit: How many to keep; None or 0 for all.
+        best: A checkpoint that stays besides, as the best so far.
+    """
+    kept = {Path(path).resolve() for path in (newest, best) if path is not None}
+    found = _checkpoints(Path(newest).parent)
+    surplus = len(found) - max(limit or 0, len(kept))
+    if not limit or surplus <= 0:
+        return
+    # By time and not by step: a run that went back to an earlier checkpoint writes smaller steps anew.
+    others = [checkpoint for checkpoint in found if checkpoint.resolve() not in kept]
+    others.sort(key=lambda checkpoint: (why_not_whole(checkpoint) is None, checkpoint.stat().st_mtime_ns))
+    for checkpoint in others[:surplus]:
+        # First of all it stops being whole: a kill in the middle must not leave half of one that claims to be.
+        remove_manifest(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextmanager
+def explain_full_disk(folder: str | Path) -> Iterator[None]:
+    """Turn what a full disk raises inside the block into one clear OSError.
+
+    Args:
+        folder: What is being written.
+
+    Raises:
+        OSError: With errno ENOSPC. It names the folder, the last whole checkpoint beside it and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        safe = last_whole_checkpoint(Path(folder).parent)
+        kept = f"The last whole checkpoint is {safe!r}" if safe else "There is no whole checkpoint yet"
+        then = "resume from there" if safe else "start again"
+        explained = OSError(
+            f"{str(folder)!r} could not be written, as on a full disk ({error}). {kept}; the unfinished folder is "
+            f"never taken for one and can be deleted. Free some space, or lower save_total_limit, and {then}."
+        )
+        explained.errno = errno.ENOSPC
+        raise explained from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders named as checkpoints, the highest step first."""
+    if not folder.is_dir():
+        return []
+    steps = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    found = {path: int(match.group(1)) for path, match in steps.items() if match}
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _remedy(checkpoint: Path) -> str:
+    last = last_whole_checkpoint(checkpoint.parent)
+    if last is None:
+        return f"No whole checkpoint is in {str(checkpoint.parent)!r}: start again without resume_from_checkpoint."
+    return f"The last whole one is {last!r}: resume from that."
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file is on the disk: a power cut must not leave a manifest without its files."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

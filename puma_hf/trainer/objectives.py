@@ -1,0 +1,76 @@
+"""The loss of the second stage, made from its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import nn
+
+from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
+from puma_hf.losses.joint import JointDistillationLoss
+from puma_hf.losses.multimodal_mac import MultimodalMACLoss
+from puma_hf.trainer.config import TrainConfig
+
+
+def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
+    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
+
+    Args:
+        model: The model to train.
+        config: Settings of the stage.
+        num_devices: Number of processes; on one nothing is gathered.
+
+    Raises:
+        ValueError: If a Matryoshka size is larger than the embedding.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.trainer.objectives import training_loss
+
+    >>> loss = training_loss(model, config)  # doctest: +SKIP
+    ```
+    """
+    gather = config.gather_across_devices and num_devices > 1
+    loss: nn.Module = _contrastive_loss(model, config, gather)
+    if config.distillation_weight:
+        loss = JointDistillationLoss(model, loss, metric=config.metric, distillation_weight=config.distillation_weight)
+    if config.matryoshka_dims:
+        dim = int(model.get_embedding_dimension() or 0)
+        if dim < max(config.matryoshka_dims):
+            raise ValueError(
+                f"matryoshka_dims={list(config.matryoshka_dims)} must not exceed the embedding's {dim} dimensions. "
+                "Leave out the larger ones."
+            )
+        return MatryoshkaLoss(model, loss, sorted(config.matryoshka_dims, reverse=True))
+    return loss
+
+
+def _contrastive_loss(model: SentenceTransformer, config: TrainConfig, gather: bool) -> Any:
+    cache: dict[str, Any] = {}
+    if config.cached:
+        cache = {"mini_batch_num_tokens": config.mini_batch_num_tokens}
+        if config.mini_batch_size is not None:
+            cache["mini_batch_size"] = config.mini_batch_size
+    if config.loss == "infonce":
+        kind = CachedMultipleNegativesRankingLoss if cache else MultipleNegativesRankingLoss
+        return kind(model, scale=1 / config.temperature, gather_across_devices=gather, **cache)
+    mac = CachedMultimodalMACLoss if cache else MultimodalMACLoss
+    return mac(
+        model,
+        temperature=config.temperature,
+        hard_temperature=config.hard_temperature,
+        schedule=config.schedule,
+        grouping=config.grouping,
+        gather_across_devices=gather,
+        objective="split" if config.loss == "mac-split" else "mac",
+        split_weight=config.split_weight,
+        false_negative_margin=config.false_negative_margin,
+        **cache,
+    )
