@@ -25,16 +25,23 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
     over: an epoch has never more batches than `len` says, and with `drop_last` it ends at the first that
     cannot be filled. Time grows with the number of rows, whatever they share.
 
+    On several devices no two rows of a step share a right answer, for a loss may gather the candidates of all:
+    each run of `num_devices` batches, which accelerate deals out one to each device, is one such step. All its
+    batches are full, and the epoch ends with the first step that cannot be filled. Without `drop_last` that one
+    is filled with rows that came before and share no answer with it; with it, or where these do not suffice,
+    it is left out.
+
     A hard negative that a row brings along in a column of its own may still be right for another row.
 
     Args:
         dataset: The training dataset.
         positives: For each row, the ids of all its right answers, as the column "positives" of
             `load_mbeir(..., with_ids=True)` has them.
+        num_devices: Number of processes that train together; `batch_size` is that of one.
         kwargs: What the trainer passes: batch_size, drop_last, generator, seed.
 
     Raises:
-        ValueError: If `positives` has not as many rows as the dataset.
+        ValueError: If `positives` has not as many rows as the dataset, or `num_devices` is less than 1.
 
     Example:
 
@@ -50,13 +57,18 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
     ```
     """
 
-    def __init__(self, dataset: Any, positives: Sequence[Sequence[str]], **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Any, positives: Sequence[Sequence[str]], *, num_devices: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, **kwargs)
         if len(positives) != len(dataset):
             raise ValueError(
                 f"positives has {len(positives)} rows and the dataset {len(dataset)}. Pass one list of ids per row."
             )
+        if num_devices < 1:
+            raise ValueError(f"num_devices is {num_devices}, must be 1 or more: pass the number of processes.")
         self.positives: list[frozenset[str]] = [frozenset(ids) for ids in positives]
+        self.num_devices = num_devices
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = self.generator or torch.Generator()
@@ -64,23 +76,47 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         new = self._units(generator)
         waiting: deque[Unit] = deque()
         looks_left = LOOKED_AT_LAST * len(self.positives)
-        for _ in range(len(self)):
-            batch = _Batch(self.batch_size)
-            # Rows that waited go first. Only some are looked at: an answer that very many rows share would
-            # else make an epoch quadratic.
-            for _ in range(min(len(waiting), LOOKED_AT_PER_ROW * self.batch_size)):
-                self._place(waiting.popleft(), batch, waiting)
-            while batch.room and (unit := next(new, None)) is not None:
-                self._place(unit, batch, waiting)
-            if batch.room:  # no new rows are left
-                batch.too_large = CUT_AFTER
-                looks = min(len(waiting), looks_left)
-                looks_left -= looks
-                for _ in range(looks):
-                    self._place(waiting.popleft(), batch, waiting)
-            if not batch.rows or (self.drop_last and batch.room):
+        seen: list[int] = []
+        for _ in range(len(self) // self.num_devices):
+            used: set[Hashable] = set()
+            step = [_Batch(self.batch_size, used) for _ in range(self.num_devices)]
+            for batch in step:
+                looks_left -= self._fill(batch, new, waiting, looks_left)
+            short = any(batch.room for batch in step)
+            if short and self.drop_last:
                 return
-            yield batch.rows
+            if short and self.num_devices > 1:
+                self._fill_again(step, seen)
+            if not step[0].rows or (self.num_devices > 1 and any(batch.room for batch in step)):
+                return
+            yield from (batch.rows for batch in step)
+            if self.num_devices > 1:
+                if short:
+                    return
+                seen += (row for batch in step for row in batch.rows)
+
+    def _fill(self, batch: _Batch, new: Iterator[Unit], waiting: deque[Unit], looks_left: int) -> int:
+        """Fill a batch with rows that have not come yet, and return how many looks at the last ones it took."""
+        # Rows that waited go first. Only some are looked at: an answer that very many rows share would
+        # else make an epoch quadratic.
+        for _ in range(min(len(waiting), LOOKED_AT_PER_ROW * self.batch_size)):
+            self._place(waiting.popleft(), batch, waiting)
+        while batch.room and (unit := next(new, None)) is not None:
+            self._place(unit, batch, waiting)
+        if not batch.room:
+            return 0
+        batch.too_large = CUT_AFTER  # no new rows are left
+        looks = min(len(waiting), looks_left)
+        for _ in range(looks):
+            self._place(waiting.popleft(), batch, waiting)
+        return looks
+
+    def _fill_again(self, step: list[_Batch], seen: list[int]) -> None:
+        """Fill the last step with rows that came before: every device needs as many."""
+        rows = iter(seen)
+        for batch in step:
+            while batch.room and (row := next(rows, None)) is not None:
+                batch.add((row,), self._ids((row,)))
 
     def _units(self, generator: torch.Generator) -> Iterator[Unit]:
         """Rows that are to come together, in the order of the epoch; here each is on its own."""
@@ -97,18 +133,20 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
             waiting.append(rest)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.positives), self.batch_size)
-        return full + bool(rest and not self.drop_last)
+        full, rest = divmod(len(self.positives), self.batch_size * self.num_devices)
+        # A first step on several devices has no earlier rows that could fill it.
+        rest_comes = rest and not self.drop_last and (full or self.num_devices == 1)
+        return (full + bool(rest_comes)) * self.num_devices
 
 
 class _Batch:
-    """The rows of a batch so far, and what they share with no other."""
+    """The rows of a batch so far, and what those of its step share with no other."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, used: set[Hashable]) -> None:
         self.rows: list[int] = []
         self.room = size
         self.too_large = 0
-        self._used: set[Hashable] = set()
+        self._used = used
 
     def add(self, unit: Unit, ids: set[Hashable]) -> Unit:
         """Take a unit if it fits, and return what could not be taken."""

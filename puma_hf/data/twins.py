@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 
 from puma_hf.data.sampler import LOOKED_AT_PER_ROW, DistinctPositivesBatchSampler, Unit
+
+logger = logging.getLogger(__name__)
+
+_FEW_TWINS = 0.05  # share of rows with a twin of another target modality, below which a warning says so
 
 
 class TwinBatchSampler(DistinctPositivesBatchSampler):
@@ -21,8 +26,9 @@ class TwinBatchSampler(DistinctPositivesBatchSampler):
     Rows of one group, "twins", come into a batch as one unit: at most one row of each target modality, none
     that share a right answer. What is left of a group comes in later batches, never two units of a group in one.
     Rows without a twin fill up; where there are none, the last unit of a batch is cut to fit. Two rows of a
-    batch never share a right answer, as in `DistinctPositivesBatchSampler`. Every row comes at most once an
-    epoch; the order depends on the seed and the epoch alone.
+    batch, or on several devices of a step, never share a right answer, and the last step is filled, as in
+    `DistinctPositivesBatchSampler`; the rows of a unit stay on one device. But for that filling every row comes
+    at most once an epoch; the order depends on the seed and the epoch alone.
 
     Args:
         dataset: The training dataset.
@@ -31,7 +37,8 @@ class TwinBatchSampler(DistinctPositivesBatchSampler):
         modalities: For each row, its target modality; by default that of the column "positive", if the dataset
             has one like `load_mbeir`. Without, all rows of a group count as different.
         max_twins: The most rows of a group in one batch; by default as many as fit.
-        kwargs: What the trainer passes: batch_size, drop_last, generator, seed.
+        kwargs: `num_devices`, see `DistinctPositivesBatchSampler`, and what the trainer passes: batch_size,
+            drop_last, generator, seed.
 
     Raises:
         ValueError: If `twins`, `positives` or `modalities` has not as many rows as the dataset, or `max_twins`
@@ -75,6 +82,22 @@ class TwinBatchSampler(DistinctPositivesBatchSampler):
         self.max_twins = min(max_twins or self.batch_size, self.batch_size)
         counts = Counter(twins)
         self.twins = [key if counts[key] > 1 else None for key in twins]
+        self._warn_of_few_twins()
+
+    def _warn_of_few_twins(self) -> None:
+        kinds: dict[Hashable, set[Hashable]] = defaultdict(set)
+        modalities = range(len(self.twins)) if self.modalities is None else self.modalities
+        for key, modality in zip(self.twins, modalities, strict=True):
+            kinds[key].add(modality)
+        share = sum(key is not None and len(kinds[key]) > 1 for key in self.twins) / max(len(self.twins), 1)
+        if self.twins and share < _FEW_TWINS:
+            logger.warning(
+                "%.1f %% of the %d rows have a twin of another target modality, so hardly any batch differs from one "
+                "without twins. Train on tasks that ask for the same things in several modalities, or leave the twins "
+                "out (batches: mixed).",
+                100 * share,
+                len(self.twins),
+            )
 
     def _units(self, generator: torch.Generator) -> Iterator[Unit]:
         units: list[Unit] = []

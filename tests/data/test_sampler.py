@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 
 from puma_hf.data.sampler import LOOKED_AT_PER_ROW, DistinctPositivesBatchSampler
@@ -106,3 +107,57 @@ def test_rows_do_not_match() -> None:
     dataset = Dataset.from_dict({"anchor": ["a", "b"]})
     with pytest.raises(ValueError, match=r"positives has 1 rows and the dataset 2\. Pass one list of ids"):
         DistinctPositivesBatchSampler(dataset, [["x"]], batch_size=1, drop_last=False)
+
+
+# --- several devices
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("even_batches", [False, True])
+@pytest.mark.parametrize("rows", [197, 192])
+def test_no_two_rows_of_a_step_share_an_answer(drop_last: bool, even_batches: bool, rows: int) -> None:
+    positives = random_positives(rows, 120)
+    sampler = make(positives, 4, drop_last=drop_last, num_devices=3)
+    shards = [list(BatchSamplerShard(sampler, 3, rank, even_batches=even_batches)) for rank in range(3)]
+    steps = list(zip(*shards, strict=True))
+    assert 14 <= len(steps) <= len(sampler) // 3
+    for step in steps:
+        assert [len(batch) for batch in step] == [4] * 3
+        assert not clashes([row for batch in step for row in batch], positives)
+    alone = list(make(positives, 4, drop_last=drop_last))
+    apart = [[row for batch in alone[n : n + 3] for row in batch] for n in range(0, len(alone), 3)]
+    assert any(clashes(step, positives) for step in apart)  # batches of one device would not do
+
+
+def test_the_last_step_is_filled_or_dropped() -> None:
+    positives = [[f"d{row}"] for row in range(20)]
+    dropping, filling = (make(positives, 4, drop_last=drop_last, num_devices=2) for drop_last in (True, False))
+    assert len(dropping) == len(list(dropping)) == 4
+    batches = list(filling)
+    rows = [row for batch in batches for row in batch]
+    assert len(filling) == len(batches) == 6
+    assert set(rows) == set(range(20))
+    assert rows[20:] == rows[:4]
+    assert len(set(rows[16:])) == 8
+    filling.set_epoch(1)
+    assert list(filling) != batches
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_that_cannot_be_filled_are_left_out(drop_last: bool) -> None:
+    assert list(make([["same"]] * 10, 2, drop_last=drop_last, num_devices=2)) == []
+    few = make([["a"], ["b"], ["c"]], 2, drop_last=drop_last, num_devices=2)
+    assert list(few) == []
+    assert len(few) == 0
+
+
+def test_one_device_is_the_default() -> None:
+    """Pinned: published numbers depend on the order."""
+    positives = [[f"d{row % 5}"] for row in range(10)]
+    assert list(make(positives)) == list(make(positives, num_devices=1))
+    assert list(make(positives)) == [[4, 1, 7, 5], [3, 9, 0, 6], [8, 2]]
+
+
+def test_no_device() -> None:
+    with pytest.raises(ValueError, match=r"num_devices is 0, must be 1 or more"):
+        make([["a"]], num_devices=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, Features, List, Value
 
 from puma_hf.data import load_mbeir
@@ -167,6 +169,34 @@ def test_wrong_arguments() -> None:
         make([1, 1], positives=[["x"]])
     with pytest.raises(ValueError, match=r"max_twins is 0, must be 1 or more"):
         make([1, 1], max_twins=0)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_several_devices_share_no_answer_and_no_group_and_units_stay_whole(drop_last: bool) -> None:
+    twins = [number // 3 for number in range(120)]
+    positives = [[f"d{number % 70}"] for number in range(120)]
+    settings = {"modalities": [n % 3 for n in range(120)], "positives": positives, "drop_last": drop_last}
+    sampler = make(twins, 6, num_devices=2, **settings)
+    steps = list(zip(*(BatchSamplerShard(sampler, 2, rank, even_batches=False) for rank in range(2)), strict=True))
+    assert 8 <= len(steps) <= len(sampler) // 2 == 10
+    for step in steps:
+        assert [len(batch) for batch in step] == [6, 6]
+        rows = step[0] + step[1]
+        assert len({positives[row][0] for row in rows}) == 12
+        assert not {twins[row] for row in step[0]} & {twins[row] for row in step[1]}
+
+
+def test_few_twins_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="puma_hf.data.twins"):
+        make([0, 0] + [None] * 38, modalities=["text", "image"] + ["text"] * 38)  # 5 %
+        assert not caplog.records
+        make([0, 0] + [None] * 48, modalities=["text", "image"] + ["text"] * 48)
+        make([0] * 10, modalities=["text"] * 10)  # in the same modality they do not count
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "4.0 % of the 50 rows have a twin of another target modality",
+        "0.0 % of the 10 rows have a twin of another target modality",
+    ]
+    assert "leave the twins out" in caplog.text
 
 
 # --- the keys
