@@ -13,6 +13,7 @@ import typer
 
 from puma_hf import __version__
 from puma_hf.cli_options import config_command
+from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
 # Switch off the progress bars of transformers and of datasets.
@@ -153,6 +154,18 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _is_of_a_file(error: Exception) -> bool:
+    """Whether a file could not be written or read: safetensors and torch have errors of their own for that."""
+    return type(error).__name__ == "SafetensorError" or is_full_disk(error)
+
+
+def _close_progress_bars() -> None:
+    """End the lines of open progress bars, which an error would else be glued to."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, not a traceback."""
     level = logging.INFO if _is_first_process() else logging.ERROR
@@ -163,7 +176,10 @@ def main() -> None:
         os.environ.update(dict.fromkeys(BARS, "1"))  # read when the libraries are imported, which is later
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not (isinstance(error, ValueError | OSError | ImportError) or _is_of_a_file(error)):
+            raise
+        _close_progress_bars()
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
 

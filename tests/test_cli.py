@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import typer
 from click.testing import Result
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
@@ -275,6 +276,39 @@ def test_errors_of_several_lines_become_one(
 
     monkeypatch.setattr(cli, "app", fail)
     assert run_main([], monkeypatch, capsys) == (1, "error: cannot reach the Hub and so on\n")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_an_error_while_training_has_a_line_of_its_own(
+    puma_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(puma_dir), str(tmp_path / "out"), "--data", str(data), *QUICK, "--learning-rate", "1e30"]
+    code, errors = run_main([*words, "--max-steps", "4"], monkeypatch, capsys)
+    assert code == 1
+    assert "it/s" in errors or "s/it" in errors  # a bar was open
+    *_, last = errors.rstrip("\n").split("\n")
+    assert last.startswith("error: ")
+    assert "not finite" in last or "nan" in last
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while deserializing header: header too small"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_errors_of_files_are_one_line_too(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run_main([], monkeypatch, capsys) == (1, f"error: {error}\n")
 
 
 @pytest.mark.usefixtures("restored_logging")

@@ -13,6 +13,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandCon
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
+from puma_hf.losses.contrastive import SPLIT_WEIGHT
 from puma_hf.losses.image_features import MiniBatches, can_keep_image_features, find_puma_model
 from puma_hf.losses.multimodal_mac import (
     MACObjective,
@@ -131,7 +132,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         gather_across_devices: bool = False,
         *,
         objective: MACObjective = "mac",
-        split_weight: float = 0.2,
+        split_weight: float = SPLIT_WEIGHT,
         false_negative_margin: float | None = None,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from puma_hf.losses.temperature import check_temperature
 
+# Default share of the second sum of the split loss.
+SPLIT_WEIGHT = 0.2
 # Added to the logit of a candidate that is left out. Not infinite, since it is multiplied by 0 elsewhere.
 _LEFT_OUT = -1e30
 # A block of rows has at most this part of a matrix, so that several temporaries of its size stay below one matrix;
@@ -65,7 +67,7 @@ def split_loss(
     same_modality: Tensor,
     temperature: float,
     hard_temperature: float,
-    split_weight: float = 0.5,
+    split_weight: float = SPLIT_WEIGHT,
     false_negatives: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean of InfoNCE over all candidates and InfoNCE within the intra-modality group.

@@ -17,14 +17,13 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from puma_hf.losses.multimodal_mac import CONTENT_KEY
 from puma_hf.losses.self_distillation import TEACHER_KEY
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
 from puma_hf.trainer.teacher_cache import CacheManifest, StoredStates, TeacherCache
 from puma_hf.trainer.teacher_fingerprint import datasets_sha256
 
 logger = logging.getLogger(__name__)
-
-CONTENT_KEY = "content_ids"
 
 Part = tuple[Dataset, str]
 
@@ -144,6 +143,8 @@ def cached_teacher(
         job: How the states are computed.
 
     Raises:
+        NotADirectoryError: If `folder` is a file.
+        OSError: If the disk is full.
         ValueError: If the cache in `folder` is of another teacher, dataset, hidden size or processing.
         RuntimeError: If the main process left no complete cache that this process can read.
     """
@@ -170,6 +171,7 @@ def compute_states(cache: TeacherCache, expected: CacheManifest, teacher: Runnin
     A run that was killed is continued: its shards are kept, and the rest comes out as it would have.
 
     Raises:
+        OSError: If the disk is full.
         ValueError: If the cache is of another teacher, dataset, hidden size or processing.
     """
     expected = replace(expected, teacher=teacher.fingerprint())

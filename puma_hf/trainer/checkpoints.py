@@ -17,6 +17,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "puma_manifest.json"
+# Where an adapter is written before it goes to its place, and the file that makes a folder one.
+UNFINISHED = ".unfinished"
+ADAPTER_FILE = "adapter_config.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # Files up to this size are compared by content too; larger ones only by their size, which a save that was cut
 # off betrays just as well.
@@ -44,7 +47,8 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         folder: Output directory of a run, with `checkpoint-<step>` folders in it.
 
     Returns:
-        Path of the checkpoint with the highest step whose files all match its manifest, or None.
+        Path of the checkpoint that was written last of those whose files all match their manifest, or None. It need
+        not have the highest step: a run that went back to an earlier checkpoint writes smaller steps anew.
 
     Example:
 
@@ -129,7 +133,9 @@ def write_manifest(checkpoint: str | Path) -> Path:
         if size <= HASHED_BYTES:
             files[path.relative_to(folder).as_posix()]["sha256"] = _sha256(path)
     manifest, temporary = folder / MANIFEST_FILE, folder / f"{MANIFEST_FILE}.unfinished"
-    temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
+    others = [_number(other) or 0 for other in _checkpoints(folder.parent) if other.name != folder.name]
+    content = {"version": 1, "number": max(others, default=0) + 1, "files": files}
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _to_disk(temporary)
     os.replace(temporary, manifest)
     return manifest
@@ -157,9 +163,8 @@ def rotate_checkpoints(newest: str | Path, limit: int | None, best: str | None =
     surplus = len(found) - max(limit or 0, len(kept))
     if not limit or surplus <= 0:
         return
-    # By time and not by step: a run that went back to an earlier checkpoint writes smaller steps anew.
-    others = [checkpoint for checkpoint in found if checkpoint.resolve() not in kept]
-    others.sort(key=lambda checkpoint: (why_not_whole(checkpoint) is None, checkpoint.stat().st_mtime_ns))
+    others = [checkpoint for checkpoint in reversed(found) if checkpoint.resolve() not in kept]
+    others.sort(key=lambda checkpoint: why_not_whole(checkpoint) is None)
     for checkpoint in others[:surplus]:
         # First of all it stops being whole: a kill in the middle must not leave half of one that claims to be.
         remove_manifest(checkpoint)
@@ -167,48 +172,38 @@ def rotate_checkpoints(newest: str | Path, limit: int | None, best: str | None =
 
 
 @contextmanager
-def explain_full_disk(folder: str | Path) -> Iterator[None]:
+def explain_full_disk(folder: str | Path, checkpoints: str | Path | None = None) -> Iterator[None]:
     """Turn what a full disk raises inside the block into one clear OSError.
 
     Args:
         folder: What is being written.
+        checkpoints: Where the run keeps its checkpoints; by default beside `folder`.
 
     Raises:
-        OSError: With errno ENOSPC. It names the folder, the last whole checkpoint beside it and the remedy.
+        OSError: With errno ENOSPC. It names the folder, the last whole checkpoint and the remedy.
     """
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
-        safe = last_whole_checkpoint(Path(folder).parent)
+        safe = last_whole_checkpoint(Path(folder).parent if checkpoints is None else checkpoints)
         kept = f"The last whole checkpoint is {safe!r}" if safe else "There is no whole checkpoint yet"
         then = "resume from there" if safe else "start again"
         explained = OSError(
-            f"{str(folder)!r} could not be written, as on a full disk ({error}). {kept}; the unfinished folder is "
+            f"{str(folder)!r} could not be written, as on a full disk ({error}). {kept}; what is unfinished is "
             f"never taken for one and can be deleted. Free some space, or lower save_total_limit, and {then}."
         )
         explained.errno = errno.ENOSPC
         raise explained from error
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, the highest step first."""
-    if not folder.is_dir():
-        return []
-    steps = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
-    found = {path: int(match.group(1)) for path, match in steps.items() if match}
-    return sorted(found, key=lambda path: found[path], reverse=True)
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that nothing more could be written.
 
-
-def _remedy(checkpoint: Path) -> str:
-    last = last_whole_checkpoint(checkpoint.parent)
-    if last is None:
-        return f"No whole checkpoint is in {str(checkpoint.parent)!r}: start again without resume_from_checkpoint."
-    return f"The last whole one is {last!r}: resume from that."
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
+    Args:
+        error: What was raised, by Python, torch or safetensors.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -216,6 +211,60 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder to write into, whose files go into `folder` when the block ends without error.
+
+    An adapter that stands there stays as it is until the new one is on the disk.
+
+    Args:
+        folder: Where the files are to be; it may hold others.
+    """
+    target = Path(folder)
+    temporary = target / UNFINISHED
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in files:
+            _to_disk(path)
+        # What makes a folder an adapter goes last, and first if there was one: no mixture is ever taken for whole.
+        files.sort(key=lambda path: path.name == ADAPTER_FILE)
+        (target / ADAPTER_FILE).unlink(missing_ok=True)
+        for path in files:
+            place = target / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders named as checkpoints, the one that was written last first, and before it those of unknown age."""
+    if not folder.is_dir():
+        return []
+    steps = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    found = {path: (_number(path), int(match.group(1))) for path, match in steps.items() if match}
+    # By number and not by step: a run that went back to an earlier checkpoint writes smaller steps anew.
+    return sorted(found, key=lambda path: (found[path][0] is None, found[path][0] or 0, found[path][1]), reverse=True)
+
+
+def _number(checkpoint: Path) -> int | None:
+    """Its place in the order in which the run wrote checkpoints; None if its manifest cannot be read."""
+    try:
+        return int(json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8")).get("number", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _remedy(checkpoint: Path) -> str:
+    last = last_whole_checkpoint(checkpoint.parent)
+    if last is None:
+        return f"No whole checkpoint is in {str(checkpoint.parent)!r}: start again without resume_from_checkpoint."
+    return f"The last whole one is {last!r}: resume from that."
 
 
 def _to_disk(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -64,11 +64,17 @@ class _Checked:
             value = convert(entry.name, getattr(self, entry.name), hints[entry.name])
             object.__setattr__(self, entry.name, value)  # the class is frozen
             for item in value if isinstance(value, tuple) else (value,):
-                _check_bounds(entry.name, item, entry.metadata.get("bounds", {}), entry.metadata.get("remedy", ""))
+                remedy = entry.metadata.get("remedy") or _default_as_remedy(entry)
+                _check_bounds(entry.name, item, entry.metadata.get("bounds", {}), remedy)
 
     def notes(self) -> list[str]:
         """What a person should know before the run: options that this combination ignores."""
         return []
+
+
+def _default_as_remedy(entry: Field[Any]) -> str:
+    given = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
+    return f"Leave it out for the default{given}."
 
 
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, float], remedy: str) -> None:
@@ -81,7 +87,7 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, float], remedy: st
         "below": lambda bound: value < bound,
     }
     if not math.isfinite(value) or not all(kept[kind](bound) for kind, bound in bounds.items()):
-        wanted = " and ".join(f"{kind.replace('_', ' ')} {bound:g}" for kind, bound in bounds.items())
+        wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
         raise ValueError(f"{name}={value} must be {wanted}. {remedy}".rstrip())
 
 
@@ -115,7 +121,7 @@ class StageConfig(_Checked):
     lora_dropout: float = _option(0.05, "Dropout of the adapter.", at_least=0, below=1, remedy="LamRA takes 0.05.")
     train_ret_token: bool = _option(False, "Also train the embedding row of [RET].")
     load_in_4bit: bool = _option(False, "QLoRA: hold the base in 4 bits; needs bitsandbytes and CUDA.")
-    seed: int = _option(0, "Seed of LoRA's start, order, dropout and wordings.", at_least=0)
+    seed: int = _option(0, "Seed of LoRA's start, order, dropout and wordings.", at_least=0, at_most=2**32 - 1)
     bf16: bool = _option(False, "Train in bfloat16 autocast.")
     gradient_checkpointing: bool = _option(
         False, "Recompute the decoder's activations instead of keeping them: less memory, more time."
@@ -277,7 +283,7 @@ class TrainConfig(StageConfig):
         """Options that this combination ignores, one sentence each."""
         unused: dict[str, list[str]] = {}
         if self.loss == "infonce":
-            names = ["hard_temperature", "schedule", "grouping", "split_weight", "false_negative_margin"]
+            names = ["hard_temperature", "schedule", "grouping", "split_weight"]
             unused["loss='infonce'"] = names
         elif self.loss == "mac":
             unused["loss='mac'"] = ["split_weight"]

@@ -24,7 +24,7 @@ from puma_hf.trainer.teacher import (
     teacher_loader,
 )
 from puma_hf.trainer.teacher_base import Teacher
-from puma_hf.trainer.teacher_cache import CacheManifest
+from puma_hf.trainer.teacher_cache import CacheManifest, check_cache_folder
 from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
 
 
@@ -39,26 +39,30 @@ class PumaDistillationTrainer(PumaTrainer):
     Args:
         args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
             `SentenceTransformer` with an adapter.
-        teacher: The checkpoint that was pruned, as a path or Hub id; by default the one that the model's
-            configuration names. Or a `PumaModel` or `SentenceTransformer` of the same hidden size: if it is not
-            the one that was pruned, it is held whole. Or a teacher such as [`FrozenTeacher`].
+        teacher: Path or Hub id of a checkpoint of the same hidden size, by default of the one that was pruned, as the
+            model's configuration names it. Or a `PumaModel` or `SentenceTransformer`, or a teacher such as
+            [`FrozenTeacher`].
         teacher_revision: Branch, tag or commit of a teacher on the Hub.
         teacher_mode: How the teacher is asked.
 
-            - `"frozen"`: at every step; it never moves. One copy of the weights serves teacher and student, and
-              the vision tower runs once for both.
+            - `"frozen"`: at every step; it never moves. If the student still has the base weights of its teacher, one
+              copy serves both, and the vision tower runs once. Any other teacher is held whole beside the student,
+              with a warning: another model, or the original checkpoint for a student that has been trained and merged
+              since, or is held in 4 bits.
             - `"one_pass"`: at every step, the dropped layers alone, on the student's own states after layer k.
-              It costs less and moves with the student.
+              It costs less and moves with the student, and can collapse: see `OnePassTeacher`.
             - `"cached"`: once, over all rows, before training; then its layers are freed. For several epochs,
-              or little memory. A path may be that of any checkpoint of the same hidden size.
+              or little memory.
         teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that
             was interrupted is continued, and a complete cache is read without loading the teacher.
         loss: By default `SelfDistillationLoss(model)`, the mean squared distance of the states.
         kwargs: See `args`.
 
     Raises:
-        ValueError: If there is no teacher, base weights that it shares are trainable, the teacher is not what was
-            pruned where it must be, or the stored states are of another teacher or dataset.
+        FileNotFoundError: If the teacher's checkpoint is not there.
+        NotADirectoryError: If `teacher_cache` is a file.
+        ValueError: If there is no teacher, base weights that it shares are trainable, its hidden size is not the
+            student's, or the stored states are of another teacher or dataset.
 
     Example:
 
@@ -91,8 +95,6 @@ class PumaDistillationTrainer(PumaTrainer):
         check_teacher_mode(teacher_mode, teacher_cache, teacher)
         super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
         student = puma_model(model)
-        if teacher_mode == "frozen" and not isinstance(teacher, Teacher | SentenceTransformer | nn.Module):
-            _check_base_is_frozen(student)  # before a checkpoint is read
         self.teacher: Teacher
         if teacher_mode == "cached":
             folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else teacher_cache
@@ -120,6 +122,7 @@ class PumaDistillationTrainer(PumaTrainer):
 
     def _cached_teacher(self, teacher: TeacherSource | None, revision: str | None, folder: str | Path) -> Teacher:
         student = puma_model(self.model)
+        check_cache_folder(folder)  # before the dataset is read
         load, source, revision = teacher_loader(teacher, student, revision=revision)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         job = StatesJob(

@@ -72,8 +72,8 @@ class FrozenTeacher(RunningTeacher):
             raise ValueError(
                 f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
                 f"{different[0]}), so the two cannot share one copy of the weights. Distil from the "
-                "checkpoint that was pruned, before any other training; or hold another teacher whole: pass it as "
-                "an object, teacher=PumaModel.from_pretrained(...), or ask it once with teacher_mode='cached'."
+                "checkpoint that was pruned, before any other training; or give PumaDistillationTrainer this one as "
+                "teacher, which it holds whole, or asks once with teacher_mode='cached'."
             )
         kept = len(student.language_model.layers)
         return cls(student, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))

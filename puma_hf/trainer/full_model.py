@@ -8,22 +8,25 @@ from typing import Any
 import torch
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.teacher_fingerprint import base_tensors
+from puma_hf.trainer.teacher_fingerprint import base_tensors, naming_the_teacher, open_teacher
 
 
 def load_full_model(source: str | Path, student: PumaModel, *, revision: str | None = None) -> PumaModel:
     """Open a checkpoint with all its layers, in the student's data type and with its kind of attention.
 
     Raises:
+        FileNotFoundError: If there is no such checkpoint.
         ValueError: If its hidden size differs from the student's.
     """
-    full: PumaModel = PumaModel.from_pretrained(
-        source,
-        dtype=student.dtype,
-        revision=revision or "main",
-        # Both halves see the mask that is built for the student's kind of attention.
-        attn_implementation=student.config._attn_implementation,
-    )
+    checkpoint = open_teacher(source, revision=revision)
+    with naming_the_teacher(source):
+        full: PumaModel = PumaModel.from_pretrained(
+            source,
+            dtype=student.dtype,
+            revision=checkpoint.revision or revision or "main",
+            # Both halves see the mask that is built for the student's kind of attention.
+            attn_implementation=student.config._attn_implementation,
+        )
     check_hidden_size(student, full, repr(str(source)))
     return full
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 
 from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
@@ -20,6 +16,9 @@ from puma_hf.trainer.config import TrainConfig
 
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
     """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
+
+    InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone:
+    copies of positives, `false_negative_margin` and the logs are the same.
 
     Args:
         model: The model to train.
@@ -58,15 +57,13 @@ def _contrastive_loss(model: SentenceTransformer, config: TrainConfig, gather: b
         cache = {"mini_batch_num_tokens": config.mini_batch_num_tokens}
         if config.mini_batch_size is not None:
             cache["mini_batch_size"] = config.mini_batch_size
-    if config.loss == "infonce":
-        kind = CachedMultipleNegativesRankingLoss if cache else MultipleNegativesRankingLoss
-        return kind(model, scale=1 / config.temperature, gather_across_devices=gather, **cache)
+    infonce = config.loss == "infonce"
     mac = CachedMultimodalMACLoss if cache else MultimodalMACLoss
     return mac(
         model,
         temperature=config.temperature,
-        hard_temperature=config.hard_temperature,
-        schedule=config.schedule,
+        hard_temperature=config.temperature if infonce else config.hard_temperature,
+        schedule="constant" if infonce else config.schedule,
         grouping=config.grouping,
         gather_across_devices=gather,
         objective="split" if config.loss == "mac-split" else "mac",

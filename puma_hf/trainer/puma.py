@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import (
@@ -38,6 +35,7 @@ from puma_hf.trainer.checkpoints import (
 )
 from puma_hf.trainer.gradient_checkpointing import enabled_by_backbone, set_non_reentrant, spare_frozen_vision
 from puma_hf.trainer.lora import is_puma_model, puma_model, save_base_fingerprint
+from puma_hf.trainer.replay import describe_batches
 from puma_hf.trainer.sharding import whole_weights
 from puma_hf.trainer.statistics import TrainingStatistics
 
@@ -75,8 +73,8 @@ class PumaTrainer(SentenceTransformerTrainer):
     Args:
         args: Every argument of `SentenceTransformerTrainer`, and likewise in `kwargs`.
         positives: For each row of `train_dataset`, the ids of all its right answers, as
-            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a batch then share one, so
-            that no row's positive is a right answer of another.
+            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step's batches then share one,
+            on one device or over several, so that no row's positive is a right answer of another.
         twins: For each row of `train_dataset`, the key of its group, as `puma_hf.data.twins.twin_keys` makes
             them. Rows of a group then come into a batch together, see `TwinBatchSampler`.
         kwargs: See `args`.
@@ -164,10 +162,13 @@ class PumaTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """The sampler of the arguments, or for training rows that of `twins` or `positives`."""
-        if dataset is self.train_dataset and self.twins is not None:
-            return TwinBatchSampler(dataset, self.twins, self.positives, *args, **kwargs)
-        if dataset is self.train_dataset and self.positives is not None:
-            return DistinctPositivesBatchSampler(dataset, self.positives, *args, **kwargs)
+        if dataset is not self.train_dataset:
+            return super().get_batch_sampler(dataset, *args, **kwargs)
+        devices = self.args.world_size
+        if self.twins is not None:
+            return TwinBatchSampler(dataset, self.twins, self.positives, *args, num_devices=devices, **kwargs)
+        if self.positives is not None:
+            return DistinctPositivesBatchSampler(dataset, self.positives, *args, num_devices=devices, **kwargs)
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -220,6 +221,7 @@ class PumaTrainer(SentenceTransformerTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        self.check_weights()
         with self._statistics.paused(), explain_full_disk(folder):
             if self.args.should_save:
                 remove_manifest(folder)
@@ -238,6 +240,30 @@ class PumaTrainer(SentenceTransformerTrainer):
             yield
         finally:
             (self.args.save_total_limit,), self._set_aside = self._set_aside, None
+
+    def check_weights(self) -> None:
+        """Raise a ValueError if the trained tensors are not finite, before they are saved as if they were a result.
+
+        A loss tells of weights that the step before has spoilt; those of the last step no loss has seen. Weights
+        whose squares float32 cannot hold, as after steps that are far too long, are of no use either.
+        """
+        trained = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        held = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained.values()]
+        sums = [tensor.detach().float().square().sum().to(self.args.device) for tensor in held]
+        if not sums:
+            return
+        # Each process may hold another part: all stop, or none.
+        spoilt = self.accelerator.reduce((~torch.stack(sums).isfinite()).long()).bool().tolist()
+        if not any(spoilt):
+            return
+        first = next(name for name, is_spoilt in zip(trained, spoilt, strict=True) if is_spoilt)
+        safe = last_whole_checkpoint(str(self.args.output_dir))
+        kept = f"The last whole checkpoint is {safe!r}: resume from there" if safe else "Start again"
+        raise ValueError(
+            f"Optimizer step {self.state.global_step} has left {sum(spoilt)} of {len(spoilt)} trained tensors not "
+            f"finite, or too large to compute with (first: {first}), so they are not saved. {kept} with a lower "
+            "learning_rate, and with max_grad_norm above 0."
+        )
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the adapter; under FSDP2 its shards are put together first."""
@@ -307,36 +333,13 @@ class PumaTrainer(SentenceTransformerTrainer):
         others = ", or in another process, whose error then names the rows" if self.args.world_size > 1 else ""
         safe = last_whole_checkpoint(str(self.args.output_dir))
         raise ValueError(
-            f"{what} in optimizer step {self.state.global_step + 1}, {self._describe_batches(positions)}"
+            f"{what} in optimizer step {self.state.global_step + 1}, "
+            f"{describe_batches(self._loader, self.train_dataset, self._epoch, positions)}"
             f"{'' if broken else others}. The step was not done: the weights are those of the step before"
             f"{f', and the last whole checkpoint is {safe!r}' if safe else ''}. Look at these rows for empty or "
             "damaged inputs, lower learning_rate or raise the temperatures, and train in bfloat16 or float32 rather "
             "than float16."
         )
-
-    def _describe_batches(self, positions: list[int]) -> str:
-        where = f"batch {', '.join(str(position + 1) for position in positions)} of epoch {self._epoch + 1}"
-        first, again = self._replay(positions), self._replay(positions)
-        # A sampler that depends on more than the epoch gives another order now: better no rows than wrong ones.
-        return f"{where}, rows {first} of train_dataset" if first and first == again else where
-
-    def _replay(self, positions: list[int]) -> str:
-        """The rows of batches of this epoch and process, asked again of the sampler.
-
-        What it gave is not recorded while training: data loaders fetch ahead, workers more so, a resumed epoch
-        skips and processes share. The position in the epoch is certain, and so is the order of each epoch.
-        """
-        sampler = getattr(self._loader, "batch_sampler", None)
-        if sampler is None or isinstance(self._loader, DataLoaderDispatcher):
-            return ""
-        self._loader.set_epoch(self._epoch)
-        batches = list(islice(sampler, max(positions) + 1))
-        rows = [row for position in positions if position < len(batches) for row in batches[position]]
-        if not isinstance(self.train_dataset, dict):
-            return str(rows)
-        # Several datasets are numbered through.
-        keys, starts = list(self.train_dataset), [0, *accumulate(map(len, self.train_dataset.values()))]
-        return str([f"{keys[(part := bisect_right(starts, row) - 1)]}:{row - starts[part]}" for row in rows])
 
 
 class _PumaCallback(TrainerCallback):

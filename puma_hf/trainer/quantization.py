@@ -17,8 +17,8 @@ def quantization_config() -> BitsAndBytesConfig:
 
     Vision tower, merger, token embedding and norms are not quantised. `merge_adapter` always merges into the base
     as it is on disk, not quantised: its embeddings differ from those seen in training by the quantisation error.
-    Measure the merged model. A frozen teacher that shares the student's base would be quantised too and is
-    refused; a cached or separate one is not.
+    Measure the merged model. A frozen teacher is then held whole beside the student, with a warning; a cached
+    one is not held at all.
 
     Returns:
         A configuration for `from_pretrained(..., quantization_config=...)`.

@@ -181,7 +181,9 @@ class TrainingStatistics:
         seen = torch.zeros(2, len(self._names), device=accelerator.device) if self._watched is None else self._watched
         total: Any = accelerator.reduce(seen, reduction="sum")
         values = dict(zip(self._names, total[0].tolist(), strict=True))
-        for prefix in self.losses:
+        for prefix, loss in self.losses.items():
+            if loss.temperature == loss.hard_temperature:
+                continue  # InfoNCE was asked for
             if values[f"{prefix}intra_negatives"] > 0 and values[f"{prefix}inter_negatives"] == 0:
                 logger.warning(
                     "%sIn the first steps no batch held a candidate of another modality than the target's, so MAC-Loss "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +18,8 @@ from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.quantization import is_quantized
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
 from puma_hf.trainer.whole_teacher import WholeTeacher, place_ret_row
+
+logger = logging.getLogger(__name__)
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
@@ -53,26 +56,25 @@ def frozen_teacher(teacher: TeacherSource | None, student: PumaModel, *, revisio
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
     Args:
-        teacher: Path or Hub id of the checkpoint that was pruned (by default the one that the student's configuration
-            names), a model of the student's hidden size, or a teacher, which is returned.
+        teacher: Path or Hub id of a checkpoint (by default the one that was pruned, which the student's configuration
+            names), a model of the student's hidden size, or a teacher, which is returned. What does not share its
+            weights with the student is held whole beside it, and a warning says why and what that takes.
         student: The pruned model.
         revision: Branch, tag or commit of a teacher on the Hub.
 
     Raises:
-        ValueError: If there is no teacher, a path is not the checkpoint that was pruned, or a model's hidden size or
-            token ids differ from the student's.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If there is no teacher, it is the student, or its hidden size or token ids differ from the
+            student's.
     """
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, PumaModel | SentenceTransformer):
-        return _teacher_of_model(_model_of(teacher), student)
-    source, revision = _source_of(teacher, student, revision)
-    if is_quantized(student):
-        raise ValueError(
-            f"The student's base is held in 4 bits, and the frozen teacher {str(source)!r} would share it. Choose "
-            "teacher_mode='cached', whose states come from the whole model, or leave load_in_4bit out."
-        )
-    return FrozenTeacher.from_pretrained(source, student, revision=revision)
+        full, name = _model_of(teacher), f"a {type(teacher).__name__}"
+    else:
+        source, revision = _source_of(teacher, student, revision)
+        full, name = _load(source, student, revision), repr(str(source))
+    return _teacher_of_model(full, student, warn_of=name)
 
 
 def one_pass_teacher(
@@ -124,30 +126,55 @@ def teacher_loader(
         return (lambda: _teacher_of_model(model, student)), None, None
     source, revision = _source_of(teacher, student, revision)
 
-    def load() -> RunningTeacher:
-        full = load_full_model(source, student, revision=revision)
-        place_ret_row(full, student.config.ret_token_id)
-        return _teacher_of_model(full, student)
-
-    return load, source, revision
+    return (lambda: _teacher_of_model(_load(source, student, revision), student)), source, revision
 
 
-def _teacher_of_model(full: PumaModel, student: PumaModel) -> RunningTeacher:
+def _load(source: str | Path, student: PumaModel, revision: str | None) -> PumaModel:
+    """A checkpoint's full model; one without `[RET]` gets the row that pruning would give it."""
+    full = load_full_model(source, student, revision=revision)
+    place_ret_row(full, student.config.ret_token_id)
+    return full
+
+
+def _teacher_of_model(full: PumaModel, student: PumaModel, *, warn_of: str | None = None) -> RunningTeacher:
     """One copy of the weights if the student was cut from this model, else both models whole."""
     check_hidden_size(student, full, type(full).__name__)
-    kept = len(student.language_model.layers)
-    dropped = list(full.language_model.layers[kept:])
-    same_depth = kept + len(dropped) == student.config.original_num_hidden_layers
-    same_attention = full.config._attn_implementation == student.config._attn_implementation
-    if (
-        full is not student
-        and same_depth
-        and same_attention
-        and not is_quantized(student)
-        and not different_base_weights(student, full)
-    ):
-        return FrozenTeacher(student, nn.ModuleList(dropped).to(student.device))
-    return WholeTeacher(full, student)
+    if full is student:
+        return WholeTeacher(full, student)  # says why not
+    reason = _why_not_shared(full, student)
+    if reason is None:
+        kept = len(student.language_model.layers)
+        return FrozenTeacher(student, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
+    whole = WholeTeacher(full, student)
+    if warn_of is not None:
+        logger.warning(
+            "The teacher, %s, is held whole beside the student and takes %.1f MiB more: %s. "
+            "teacher_mode='cached' avoids that: it asks the teacher once, before training, and then frees it.",
+            warn_of,
+            sum(parameter.numel() * parameter.element_size() for parameter in full.parameters()) / 2**20,
+            reason,
+        )
+    return whole
+
+
+def _why_not_shared(full: PumaModel, student: PumaModel) -> str | None:
+    """Why one copy of the weights cannot serve both, or None if it can."""
+    if is_quantized(student):
+        return "the student's base is held in 4 bits and the teacher is not"
+    ours, theirs = student.config._attn_implementation, full.config._attn_implementation
+    if ours != theirs:
+        return f"its attn_implementation is {theirs!r} and the student's {ours!r}"
+    if different := different_base_weights(student, full):
+        return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
+    depth, original = len(full.language_model.layers), student.config.original_num_hidden_layers
+    if depth != original:
+        if depth == len(student.language_model.layers):
+            raise ValueError(
+                f"The teacher has {depth} layers and the student's weights: it is the student itself. Pass the "
+                f"checkpoint that was pruned, of {original} layers, or another."
+            )
+        return f"it has {depth} layers, and the student was cut from {original}"
+    return None
 
 
 def _model_of(teacher: PumaModel | SentenceTransformer) -> PumaModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from puma_hf.trainer.checkpoints import is_full_disk
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096
@@ -61,13 +65,16 @@ class TeacherCache:
     says last of all that nothing is missing.
 
     Args:
-        folder: The directory.
+        folder: The directory, which need not exist yet.
+
+    Raises:
+        NotADirectoryError: If it, or a folder above it, is a file.
 
     Source: this library's own; the teacher of PUMA (ACM MM 2025, arXiv 2507.08064), asked once.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = check_cache_folder(folder)
 
     def manifest(self) -> CacheManifest | None:
         """The manifest, or None if there is no cache yet.
@@ -104,13 +111,18 @@ class TeacherCache:
         return found
 
     def write_manifest(self, manifest: CacheManifest) -> None:
-        """Write the manifest in one step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the manifest in one step.
+
+        Raises:
+            OSError: If the disk is full.
+        """
         temporary = self.folder / f".{MANIFEST}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(manifest), indent=2) + "\n")
-            _flush(file)
-        os.replace(temporary, self.folder / MANIFEST)
+        with self._explain_full_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(manifest), indent=2) + "\n")
+                _flush(file)
+            os.replace(temporary, self.folder / MANIFEST)
 
     def write_shard(self, number: int, content_ids: Tensor, states: Tensor, dataset: str) -> None:
         """Write one shard in one step.
@@ -120,13 +132,17 @@ class TeacherCache:
             content_ids: `(num_states,)` int64.
             states: `(num_states, hidden_size)`; stored in float32.
             dataset: Fingerprint of the dataset's content, which binds the shard to its cache.
+
+        Raises:
+            OSError: If the disk is full.
         """
         temporary = self.folder / f".{self._name(number)}.tmp"
         tensors = {"content_ids": content_ids.contiguous(), "states": states.float().contiguous()}
-        save_file(tensors, temporary, metadata={"shard": str(number), "dataset": dataset})
-        with temporary.open("rb+") as file:
-            _flush(file)
-        os.replace(temporary, self.folder / self._name(number))
+        with self._explain_full_disk():
+            save_file(tensors, temporary, metadata={"shard": str(number), "dataset": dataset})
+            with temporary.open("rb+") as file:
+                _flush(file)
+            os.replace(temporary, self.folder / self._name(number))
 
     def read_shard(self, number: int, manifest: CacheManifest) -> tuple[Tensor, Tensor] | None:
         """Content ids and states of one shard, mapped into memory; None if it is missing, cut off or another's."""
@@ -148,6 +164,22 @@ class TeacherCache:
         for path in self.folder.glob(".*.tmp"):
             with suppress(FileNotFoundError):
                 path.unlink()
+
+    @contextmanager
+    def _explain_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # that of safetensors is no OSError
+            if not is_full_disk(error):
+                raise
+            explained = OSError(
+                f"The teacher states in {str(self.folder)!r} could not be written, as on a full disk "
+                f"({error}). Finished shards are kept, and the same run, started again, goes on after them. "
+                "Free some space first; or choose a directory on another disk (teacher_cache=...), to which the shards "
+                "can be moved."
+            )
+            explained.errno = errno.ENOSPC
+            raise explained from error
 
     @staticmethod
     def _name(number: int) -> str:
@@ -193,6 +225,22 @@ class StoredStates:
             )
         pairs = zip(self._shard[places].tolist(), self._row[places].tolist(), strict=True)
         return torch.stack([self._states[shard][row] for shard, row in pairs])
+
+
+def check_cache_folder(folder: str | Path) -> Path:
+    """The path of a cache, if it is a directory or can become one.
+
+    Raises:
+        NotADirectoryError: If it, or a folder above it, is a file.
+    """
+    path = Path(folder)
+    existing = next((place for place in (path, *path.parents) if place.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise NotADirectoryError(
+            f"teacher_cache={str(folder)!r} must be a directory, new or of stored teacher states, but "
+            f"{str(existing)!r} is a file. Choose another path, or move the file away."
+        )
+    return path
 
 
 def _flush(file: Any) -> None:

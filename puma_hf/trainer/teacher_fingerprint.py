@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from puma_hf.checkpoint import open_checkpoint
+from puma_hf.checkpoint import SourceCheckpoint, open_checkpoint
 from puma_hf.modeling import PumaModel
 from puma_hf.trainer.lora import weights_sha256
 
@@ -27,6 +28,31 @@ _SETTINGS = {
     ),
     "vision_config": ("hidden_act", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size"),
 }
+
+
+@contextmanager
+def naming_the_teacher(source: Any) -> Iterator[None]:
+    """Say of an OSError inside the block that it is about the teacher, and what one must be."""
+    try:
+        yield
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(
+            f"The teacher {str(source)!r} cannot be opened: {error} A teacher is the folder or the Hub id of a "
+            "checkpoint of the student's hidden size. Pass one (teacher=..., --teacher), or nothing for the checkpoint "
+            "that was pruned."
+        ) from error
+
+
+def open_teacher(source: Any, *, revision: str | None = None) -> SourceCheckpoint:
+    """Locate a teacher's checkpoint without reading its weights.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If its weights are not in safetensors format.
+    """
+    with naming_the_teacher(source):
+        return open_checkpoint(source, revision=revision)
 
 
 def base_tensors(model: PumaModel) -> dict[str, Tensor]:
@@ -64,8 +90,11 @@ def checkpoint_sha256(source: Any, student: PumaModel, *, revision: str | None =
 
     Returns:
         SHA-256, or None if not all files are on this machine.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
     """
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_teacher(source, revision=revision)
     if not all((checkpoint.folder / name).is_file() for name in checkpoint.weight_files.values()):
         return None
     digest = hashlib.sha256(weights_sha256(checkpoint.folder).encode())

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,25 @@ from transformers.trainer_callback import TrainerState
 from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.trainer import checkpoints
 from puma_hf.trainer.checkpoints import (
+    ADAPTER_FILE,
     HASHED_BYTES,
     MANIFEST_FILE,
+    UNFINISHED,
     explain_full_disk,
     last_whole_checkpoint,
     require_whole_checkpoint,
     rotate_checkpoints,
     why_not_whole,
     write_manifest,
+    written_whole,
 )
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Three whole checkpoints, the last with the highest number, and what is none."""
-    for step in (2, 10, 9):
+    """Three whole checkpoints, written in the order of their steps, and what is none."""
+    for step in (2, 9, 10):
         folder = tmp_path / f"checkpoint-{step}"
         (folder / "1_Module").mkdir(parents=True)
         (folder / "large.bin").write_bytes(b"x" * (HASHED_BYTES + 1))
@@ -58,13 +60,31 @@ def test_a_manifest_notes_every_file(run: Path) -> None:
     before = (run / "checkpoint-10" / MANIFEST_FILE).read_text()
     write_manifest(run / "checkpoint-10")  # it does not note itself
     assert (run / "checkpoint-10" / MANIFEST_FILE).read_text() == before
+    assert noted["number"] == 3
 
 
-def test_the_highest_whole_step_is_the_last(run: Path) -> None:
+def test_the_checkpoint_written_last_is_the_last(run: Path) -> None:
     assert last_whole_checkpoint(run) == str(run / "checkpoint-10")
     assert last_whole_checkpoint(str(run)) == str(run / "checkpoint-10")
     assert last_whole_checkpoint(run / "runs") is None
     assert last_whole_checkpoint(run / "missing") is None
+
+
+def test_a_run_that_went_back_goes_on_from_its_own_checkpoint(run: Path) -> None:
+    """As after resuming from checkpoint-2: checkpoint-10 is of the branch that was given up."""
+    write_manifest(run / "checkpoint-9")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-9")
+    rotate_checkpoints(run / "checkpoint-9", 2)
+    assert names(run) == ["checkpoint-10", "checkpoint-9", "checkpoint-best"]
+    rotate_checkpoints(run / "checkpoint-9", 1)
+    assert names(run) == ["checkpoint-9", "checkpoint-best"]
+
+
+def test_a_manifest_without_a_number_is_older_than_those_with_one(run: Path) -> None:
+    manifest = run / "checkpoint-10" / MANIFEST_FILE
+    manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))
+    assert why_not_whole(manifest.parent) is None
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-9")
 
 
 def without_manifest(folder: Path) -> None:
@@ -123,8 +143,8 @@ def test_a_missing_checkpoint_is_an_error_too(run: Path) -> None:
 
 
 def test_rotation_spares_the_newest_and_the_best(run: Path) -> None:
-    for number, step in enumerate((10, 2, 9)):  # written in this order
-        os.utime(run / f"checkpoint-{step}", (number, number))
+    for step in (10, 2, 9):  # written in this order
+        write_manifest(run / f"checkpoint-{step}")
     rotate_checkpoints(run / "checkpoint-9", None)
     rotate_checkpoints(run / "checkpoint-9", 3)
     assert names(run) == ["checkpoint-10", "checkpoint-2", "checkpoint-9", "checkpoint-best"]
@@ -137,8 +157,6 @@ def test_rotation_spares_the_newest_and_the_best(run: Path) -> None:
 
 
 def test_rotation_deletes_broken_ones_first(run: Path) -> None:
-    for number, step in enumerate((2, 9, 10)):
-        os.utime(run / f"checkpoint-{step}", (number, number))
     without_a_file(run / "checkpoint-9")
     rotate_checkpoints(run / "checkpoint-10", 2)
     assert names(run) == ["checkpoint-10", "checkpoint-2", "checkpoint-best"]
@@ -168,6 +186,62 @@ def test_other_errors_pass_through_a_save(tmp_path: Path) -> None:
             with explain_full_disk(tmp_path):
                 raise error
         assert caught.value is error
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A folder with an adapter, and what is none of its files."""
+    folder = tmp_path / "out"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    for name in (ADAPTER_FILE, "weights", "train.yaml"):
+        (folder / name).write_text("old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_written_whole_takes_its_place(adapter: Path) -> None:
+    (adapter / UNFINISHED).mkdir()
+    (adapter / UNFINISHED / "half").write_text("of a run that was killed")
+    with written_whole(adapter) as folder:
+        (folder / "1_Module").mkdir()
+        for name in (ADAPTER_FILE, "weights", "1_Module/config.json"):
+            (folder / name).write_text("new")
+        assert contents(adapter)["weights"] == "old"
+    expected = {ADAPTER_FILE: "new", "weights": "new", "1_Module/config.json": "new", "train.yaml": "old"}
+    assert contents(adapter) == expected
+    assert not (adapter / UNFINISHED).exists()
+
+
+def test_what_cannot_be_written_whole_changes_nothing(adapter: Path) -> None:
+    before = contents(adapter)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = r"out' could not be written, as on a full disk .*There is no whole checkpoint yet"
+    with pytest.raises(OSError, match=message):  # noqa: SIM117, PT012
+        with explain_full_disk(adapter, adapter), written_whole(adapter) as folder:
+            (folder / "weights").write_text("half")
+            raise full
+    assert contents(adapter) == before
+    assert not (adapter / UNFINISHED).exists()
+
+
+def test_no_mixture_of_two_adapters_is_one(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, moved = checkpoints.os.replace, []
+
+    def one_file_only(path: Path, place: Path) -> None:
+        if moved:
+            raise OSError(errno.EIO, "gone")
+        moved.append(path.name)
+        replace(path, place)
+
+    monkeypatch.setattr(checkpoints.os, "replace", one_file_only)
+    with pytest.raises(OSError, match="gone"), written_whole(adapter) as folder:  # noqa: PT012
+        for name in (ADAPTER_FILE, "weights"):
+            (folder / name).write_text("new")
+    assert moved == ["weights"]
+    assert not (adapter / ADAPTER_FILE).exists()
 
 
 # --- of a trainer

@@ -10,8 +10,9 @@ from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import PumaDistillationTrainer, SelfDistillationLoss, merge_adapter
+from puma_hf import PumaDistillationTrainer, PumaModel, SelfDistillationLoss, merge_adapter
 from puma_hf.trainer import FrozenTeacher
+from puma_hf.trainer.full_model import load_full_model
 from puma_hf.trainer.lora import BASE_FILE, puma_model
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
@@ -186,15 +187,17 @@ def test_evaluation_loss(
 # --- what is refused
 
 
-def test_trainable_base_weights(make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset) -> None:
+def test_trainable_base_weights(
+    qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset
+) -> None:
     with pytest.raises(ValueError, match=r"\d+ base weights are trainable \(first: visual\..*add_lora"):
         PumaDistillationTrainer(
-            model=make_student(adapter=False), teacher="unused", args=make_arguments(), train_dataset=items
+            model=make_student(adapter=False), teacher=qwen_dir, args=make_arguments(), train_dataset=items
         )
     model = make_student()
     puma_model(model).language_model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 base weights are trainable \(first: language_model\.norm\.weight\)"):
-        PumaDistillationTrainer(model=model, teacher="unused", args=make_arguments(), train_dataset=items)
+        PumaDistillationTrainer(model=model, teacher=qwen_dir, args=make_arguments(), train_dataset=items)
 
 
 def test_default_teacher(
@@ -228,15 +231,15 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
     puma_model(model).config.source_revision = "0123abc"
     asked = {}
 
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+    full = load_full_model(qwen_dir, puma_model(model))
 
-    def from_pretrained(source: str, student: Any, **options: Any) -> FrozenTeacher:
+    def load(source: str, student: Any, **options: Any) -> PumaModel:
         asked.update(source=source, **options)
-        return teacher
+        return full
 
-    monkeypatch.setattr(FrozenTeacher, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("puma_hf.trainer.teacher.load_full_model", load)
     trainer = PumaDistillationTrainer(model=model, args=make_arguments(), train_dataset=items)
-    assert trainer.teacher is teacher
+    assert list(trainer.teacher.dropped_layers) == list(full.language_model.layers[2:])
     assert asked == {"source": "org/model", "revision": "0123abc"}
     PumaDistillationTrainer(
         model=model, teacher="org/other", teacher_revision="v2", args=make_arguments(), train_dataset=items

@@ -3,12 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
 from puma_hf.losses.joint import JointDistillationLoss
@@ -26,10 +23,10 @@ def config(**values: Any) -> TrainConfig:
     [
         ({}, MultimodalMACLoss),
         ({"loss": "mac-split"}, MultimodalMACLoss),
-        ({"loss": "infonce"}, MultipleNegativesRankingLoss),
+        ({"loss": "infonce"}, MultimodalMACLoss),
         ({"mini_batch_size": 4}, CachedMultimodalMACLoss),
         ({"mini_batch_num_tokens": 64}, CachedMultimodalMACLoss),
-        ({"loss": "infonce", "mini_batch_size": 4}, CachedMultipleNegativesRankingLoss),
+        ({"loss": "infonce", "mini_batch_size": 4}, CachedMultimodalMACLoss),
         ({"matryoshka_dims": [16, 8]}, MatryoshkaLoss),
         ({"distillation_weight": 0.5}, JointDistillationLoss),
         ({"loss": "infonce", "distillation_weight": 0.5}, JointDistillationLoss),
@@ -57,8 +54,30 @@ def test_settings_reach_the_loss(sentence_transformer: SentenceTransformer) -> N
 
 
 def test_infonce_takes_the_temperature(sentence_transformer: SentenceTransformer) -> None:
-    loss: Any = training_loss(sentence_transformer, config(loss="infonce", temperature=0.1))
-    assert loss.scale == pytest.approx(10.0)
+    values = {"temperature": 0.1, "hard_temperature": 0.01, "schedule": "cosine", "false_negative_margin": 0.2}
+    loss: Any = training_loss(sentence_transformer, config(loss="infonce", **values))
+    assert loss.temperature == loss.current_hard_temperature == 0.1
+    settings = loss.get_config_dict()
+    assert (settings["hard_temperature"], settings["schedule"], settings["objective"]) == (0.1, "constant", "mac")
+    assert settings["false_negative_margin"] == 0.2
+
+
+@pytest.mark.parametrize("cache", [{}, {"mini_batch_size": 2}])
+def test_infonce_is_the_ranking_loss_where_nothing_is_copied(
+    sentence_transformer: SentenceTransformer, cache: dict[str, Any]
+) -> None:
+    model = sentence_transformer.eval()
+    image = Image.new("RGB", (56, 56), "red")
+    rows: list[list[Any]] = [["a", "b", "c"], ["red", image, "blue"]]
+    copies: list[list[Any]] = [["a", "b", "c"], ["red", "red", "blue"]]
+
+    def value(loss: Any, columns: list[list[Any]]) -> float:
+        return float(loss([model.preprocess(column) for column in columns], None).detach())
+
+    infonce = training_loss(model, config(loss="infonce", temperature=0.1, **cache))
+    ranking = MultipleNegativesRankingLoss(model, scale=10.0)
+    assert value(infonce, rows) == pytest.approx(value(ranking, rows), rel=1e-5)
+    assert value(infonce, copies) < value(ranking, copies) - 1e-3  # a copy of the positive is no negative
 
 
 @pytest.mark.parametrize("loss", ["mac", "infonce"])

@@ -178,3 +178,27 @@ def test_gradients_that_are_not_finite_stop_too(breaking: Any) -> None:
     )
     assert f"rows {trainer.rows[2] + trainer.rows[3]} of train_dataset" in message
     assert "another process" not in message
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_weights_that_the_last_step_spoils_are_not_saved(max_grad_norm: float, breaking: Any) -> None:
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
+    trainer = breaking(99, learning_rate=1e30, max_grad_norm=max_grad_norm, **changes)
+    message = (
+        r"^Optimizer step 2 has left \d+ of \d+ trained tensors not finite, or too large .*\(first: .*"
+        r"The last whole checkpoint is '.*checkpoint-1': resume from there with a lower learning_rate, and with max_gr"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_weights_are_looked_at(value: float, breaking: Any) -> None:
+    trainer = breaking(99)
+    trainer.check_weights()
+    trained = {name: tensor for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
+    name, tensor = list(trained.items())[3]
+    tensor.data.view(-1)[-1] = value
+    message = rf"step 0 has left 1 of {len(trained)} .*\(first: {re.escape(name)}\), so .* saved\. Start again with a"
+    with pytest.raises(ValueError, match=message):
+        trainer.check_weights()

@@ -90,7 +90,8 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
 
 def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
     saved = train(train_config(loss="infonce", save_steps=3))
-    assert not logged(saved / "checkpoint-3", "temperature")
+    temperatures = [logged(saved / "checkpoint-3", name) for name in ("temperature", "hard_temperature")]
+    assert temperatures == [[0.05] * len(temperatures[0])] * 2
     # MAC-Loss at equal temperatures is the same loss.
     mac = train(train_config(output=tmp_path / "mac", hard_temperature=0.05, save_steps=3))
     assert logged(mac / "checkpoint-3", "loss") == pytest.approx(logged(saved / "checkpoint-3", "loss"), abs=1e-4)
@@ -150,7 +151,7 @@ def test_a_share_of_the_labelled_rows(
     train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    run = stages._run
+    run = stages.run
 
     def record(trainer: PumaTrainer, *args: Any) -> Path:
         rows: Any = trainer.train_dataset
@@ -158,7 +159,7 @@ def test_a_share_of_the_labelled_rows(
         seen.append([str(row) for row in rows["anchor"]])
         return run(trainer, *args)
 
-    monkeypatch.setattr(stages, "_run", record)
+    monkeypatch.setattr(stages, "run", record)
     for number, (fraction, seed) in enumerate([(1.0, 0), (0.25, 0), (0.25, 0), (0.25, 1)]):
         train(train_config(output=tmp_path / str(number), train_fraction=fraction, seed=seed, max_steps=1))
     whole, quarter, again, other = seen
@@ -263,7 +264,7 @@ def test_output_that_is_the_model(
 def test_dataset_smaller_than_a_batch(train_config: MakeConfig, tmp_path: Path, max_steps: int) -> None:
     with pytest.raises(ValueError, match=r"The 32 rows fill no batch of 33, so nothing was trained.*--batch-size"):
         train(train_config(batch_size=33, max_steps=max_steps))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_more_arguments_of_the_trainer(train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +274,7 @@ def test_more_arguments_of_the_trainer(train_config: MakeConfig, monkeypatch: py
         seen.append(trainer.args)
         return Path(config.output)
 
-    monkeypatch.setattr(stages, "_run", stop)
+    monkeypatch.setattr(stages, "run", stop)
     arguments = {"lr_scheduler_type": "linear", "weight_decay": 0.1}
     train(train_config(training_arguments=arguments, report_to=[], gradient_checkpointing=True, warmup=0.2))
     assert (seen[0].lr_scheduler_type, seen[0].weight_decay, seen[0].report_to) == ("linear", 0.1, [])
@@ -321,15 +322,21 @@ def test_labels_and_teacher_in_one_pass(train_config: MakeConfig, qwen_dir: Path
 def test_fsdp_runs_plain_losses_only(
     distill_config: MakeConfig, train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str
 ) -> None:
-    make = PumaTrainer.__init__
-
-    def sharded(self: PumaTrainer, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(PumaTrainer, "__init__", sharded)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delattr(stages, "SentenceTransformer")  # nothing is loaded for a run that cannot be
     with pytest.raises(ValueError, match=what + r" parts of the model .* Launch without FSDP: plain DDP"):
         distill(distill_config()) if stage == "distill" else train(train_config(mini_batch_size=2))
+
+
+def test_too_few_rows_are_refused_before_a_teacher_is_asked(
+    distill_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = tmp_path / "out" / "checkpoint-1"
+    stale.mkdir(parents=True)
+    monkeypatch.delattr(stages, "SentenceTransformer")
+    with pytest.raises(ValueError, match=r"rows fill no batch of 999, so nothing was trained.*--batch-size"):
+        distill(distill_config(batch_size=999, teacher_mode="cached", overwrite=True))
+    assert stale.is_dir()
 
 
 def test_more_than_the_pairs_have(train_config: MakeConfig, tmp_path: Path) -> None:

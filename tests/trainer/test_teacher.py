@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import PumaDistillationTrainer, PumaModel, merge_adapter, prune
+from puma_hf import (
+    JointDistillationLoss,
+    MultimodalMACLoss,
+    PumaDistillationTrainer,
+    PumaModel,
+    add_lora,
+    lora_config,
+    merge_adapter,
+    prune,
+)
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.cached_teacher import CachedTeacher
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.one_pass_teacher import OnePassTeacher
+from puma_hf.trainer.teacher_fingerprint import base_tensors
 from puma_hf.trainer.whole_teacher import WholeTeacher
 from tests.tiny import build_qwen2_vl
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -82,9 +93,119 @@ def test_another_model_is_held_whole(make_trainer: Any, full_dir: Path, other_di
     assert all(p.grad is None for p in other.parameters())
 
 
-def test_another_checkpoint_may_only_be_asked_once(make_trainer: Any, other_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"differ in \d+ tensors.*as an object, teacher=.*teacher_mode='cached'"):
-        make_trainer(teacher=other_dir)
+def mebibytes(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20:.1f} MiB"
+
+
+def test_another_checkpoint_is_held_whole_with_a_warning(
+    make_trainer: Any, other_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "puma_hf"):
+        trainer = make_trainer(teacher=other_dir)
+    (record,) = (r for r in caplog.records if r.name == "puma_hf.trainer.teacher")
+    other = PumaModel.from_pretrained(other_dir)
+    student = puma_model(trainer.model)
+    shared = [n for n, p in student.named_parameters() if ".lora_" not in n and "trainable_tokens" not in n]
+    theirs = dict(other.named_parameters())
+    different = [
+        name
+        for name in (n.replace(".base_layer.", ".").replace(".token_adapter.", ".") for n in shared)
+        if not torch.equal(theirs[name], base_tensors(student)[name])
+    ]
+    message = record.getMessage()
+    assert f"{str(other_dir)!r}, is held whole beside the student and takes {mebibytes(other)} more" in message
+    assert f"in {len(different)} tensors (first: {different[0]})" in message
+    assert "teacher_mode='cached' avoids that" in message
+    assert type(trainer.teacher) is WholeTeacher
+    probe = trainer.model[0].preprocess(trainer.train_dataset["item"][:6])
+    expected = WholeTeacher(other, student).states(probe)
+    assert torch.equal(trainer.teacher.states(probe), expected)
+    trainer.train()
+    assert torch.equal(trainer.teacher.states(probe), expected)
+    # An original checkpoint has no [RET] yet, and gets the row that pruning gives it.
+    original = make_trainer(teacher=tmp_path / "source")
+    assert torch.equal(original.teacher.states(probe), expected)
+
+
+def test_what_shares_its_weights_gives_no_warning(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer()
+    assert not [r for r in caplog.records if r.name == "puma_hf.trainer.teacher"]
+
+
+def test_a_checkpoint_of_another_depth_is_held_whole(
+    make_trainer: Any, qwen_dir: Path, puma_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune(qwen_dir, tmp_path / "three", num_kept_layers=3)
+    assert type(make_trainer(teacher=tmp_path / "three").teacher) is WholeTeacher
+    assert "it has 3 layers, and the student was cut from 4" in caplog.text
+    with pytest.raises(ValueError, match=r"has 2 layers and the student's weights: it is the student itself\. Pass"):
+        make_trainer(teacher=puma_dir)
+
+
+@pytest.fixture
+def make_merged(make_trainer: Any, tmp_path: Path) -> Any:
+    """Builds the student after a first stage, its adapter merged, with an adapter for the second."""
+
+    def make() -> SentenceTransformer:
+        trainer = make_trainer(args={"save_strategy": "steps", "save_steps": 4})
+        trainer.train()
+        merge_adapter(tmp_path / "run" / "checkpoint-4", tmp_path / "merged")
+        model = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+        add_lora(model, lora_config(r=4))
+        return model
+
+    return make
+
+
+def test_joint_training_of_a_merged_student_with_the_original_as_teacher(
+    make_trainer: Any,
+    make_merged: Any,
+    qwen_dir: Path,
+    full_dir: Path,
+    items: Dataset,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_merged()
+    pairs = items.rename_column("item", "anchor").add_column("positive", items["item"][::-1])
+    trainer = make_trainer(
+        model=model,
+        teacher=qwen_dir,
+        train_dataset=pairs,
+        loss=JointDistillationLoss(model, MultimodalMACLoss(model), distillation_weight=0.01),
+        args={"max_steps": 4, "per_device_train_batch_size": 8},
+    )
+    # The adapter of stage 1 was in every layer that is kept, and only there.
+    assert "tensors (first: language_model.layers.0." in caplog.text
+    assert type(trainer.teacher) is WholeTeacher
+    probe = model[0].preprocess(items["item"][:4])
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    with torch.no_grad():
+        full = PumaModel.from_pretrained(full_dir).eval()
+        expected = full(**{name: probe.get(name) for name in names}).pooler_output
+    assert torch.equal(trainer.teacher.states(probe), expected)
+    student = model(model[0].preprocess(items["item"][:4]))["pooler_output"]
+    features = [probe | {"teacher_state": expected}] * 2
+    distance = (student - expected).square().sum(dim=1).mean()
+    torch.testing.assert_close(trainer.loss(features)["distillation"], 0.01 * distance)
+    trainer.train()
+    assert torch.equal(trainer.teacher.states(probe), expected)
+    log = [entry for entry in trainer.state.log_history if "distillation" in entry]
+    assert [entry["distillation"] > 0 for entry in log] == [True] * 4
+    assert log[-1]["contrastive"] < log[0]["contrastive"]
+
+
+def test_a_student_with_trained_base_weights(make_trainer: Any, make_merged: Any, make_student: MakeStudent) -> None:
+    """They are its own if the teacher is held whole."""
+    merged = make_merged()
+    puma_model(merged).language_model.norm.weight.requires_grad_(True)
+    assert not make_trainer(model=merged).teacher.shares_base_weights
+    student = make_student()
+    puma_model(student).language_model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 base weights are trainable \(first: language_model\.norm\.weight\)"):
+        make_trainer(model=student)
+
+
+def test_another_checkpoint_may_be_asked_once(make_trainer: Any, other_dir: Path, tmp_path: Path) -> None:
     trainer = make_trainer("cached", teacher=other_dir)
     model = trainer.model
     features = dict(model[0].preprocess(["apple 4"]))
@@ -127,11 +248,31 @@ def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent)
         make_trainer(model=model, teacher=model)
 
 
-def test_a_quantised_student_shares_its_base_with_nobody(make_trainer: Any, make_student: MakeStudent) -> None:
+def test_a_quantised_student_shares_its_base_with_nobody(
+    make_trainer: Any, make_student: MakeStudent, caplog: pytest.LogCaptureFixture
+) -> None:
     student = make_student()
     puma_model(student).is_quantized = True  # as transformers marks one
-    with pytest.raises(ValueError, match=r"held in 4 bits.*teacher_mode='cached'"):
-        make_trainer("frozen", model=student)
+    assert type(make_trainer("frozen", model=student).teacher) is WholeTeacher
+    assert "the student's base is held in 4 bits and the teacher is not. teacher_mode='cached'" in caplog.text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_teacher_that_is_nowhere(make_trainer: Any, tmp_path: Path, mode: str) -> None:
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"The teacher 'nowhere' cannot be opened: .* the folder or the Hub id of a .*Pass one.*pruned\.",
+    ):
+        make_trainer(mode, teacher="nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"The teacher '.*empty' cannot be opened: .* has no config\.json"):
+        make_trainer(mode, teacher=tmp_path / "empty")
+
+
+def test_a_teacher_on_a_hub_that_cannot_be_reached(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"The teacher 'org/nowhere' cannot be opened: .*Pass one \(teacher=.*"):
+        make_trainer(teacher="org/nowhere")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import puma_hf.trainer.teacher_cache as teacher_cache
 from puma_hf.trainer.teacher_cache import CacheManifest, StoredStates, TeacherCache
 
 MANIFEST = CacheManifest(
@@ -60,15 +62,61 @@ def test_a_shard_that_was_cut_off_is_none(tmp_path: Path, length: int) -> None:
     assert cache.read_shard(0, MANIFEST) is None
 
 
+FULL_DISK = (
+    r"as on a full disk \(.*No space left.*\)\. Finished shards are kept, .* goes on .*Free some space.*teacher_cache"
+)
+
+
+def test_safetensors_has_its_own_error_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError(message)
+
+    cache = TeacherCache(tmp_path)
+    cache.write_shard(0, torch.tensor([5]), torch.randn(1, 3), MANIFEST.dataset)
+    monkeypatch.setattr(teacher_cache, "save_file", fails)
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
+        cache.write_shard(1, torch.tensor([6]), torch.randn(1, 3), MANIFEST.dataset)
+    assert caught.value.errno == 28
+    assert isinstance(caught.value.__cause__, SafetensorError)
+    assert cache.read_shard(0, MANIFEST) is not None
+    # Anything else stays what it is.
+    message = "invalid header"
+    with pytest.raises(SafetensorError, match="invalid header"):
+        cache.write_shard(1, torch.tensor([6]), torch.randn(1, 3), MANIFEST.dataset)
+
+
+def test_a_folder_that_may_not_be_written_is_not_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        TeacherCache(tmp_path).write_manifest(MANIFEST)
+
+
+@pytest.mark.parametrize("below", ["", "run/cache"])
+def test_a_cache_in_place_of_a_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(
+        NotADirectoryError, match=r"teacher_cache='.*' must be a directory, .* but '.*notes' is a file\. Choose another"
+    ):
+        TeacherCache(tmp_path / "notes" / below)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_a_failed_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     cache = TeacherCache(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=FULL_DISK) as caught:
         cache.write_shard(0, torch.tensor([5]), torch.randn(1, 3), MANIFEST.dataset)
-    with pytest.raises(OSError, match="No space left"):
+    assert caught.value.errno == 28
+    assert repr(str(tmp_path)) in str(caught.value)
+    with pytest.raises(OSError, match=FULL_DISK):
         cache.write_manifest(MANIFEST)
     assert cache.read_shard(0, MANIFEST) is None
     assert cache.manifest() is None

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from puma_hf.trainer import arguments
+from puma_hf.trainer.arguments import training_arguments
+from puma_hf.trainer.config import TrainConfig
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig(model="model", output="out", data="data", **values)
+
+
+def test_values_of_a_file_become_those_of_the_trainer() -> None:
+    made = training_arguments(config(training_arguments={"weight_decay": "1e-2", "optim": "sgd", "data_seed": None}))
+    assert (made.weight_decay, str(made.optim.value), made.data_seed) == (0.01, "sgd", None)
+    assert made.save_strategy == "steps"
+    assert training_arguments(config(save_steps=0)).save_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"training_arguments": {"weight_decay": "abc"}},
+            r"^training_arguments: weight_decay='abc' must be a number, not text\. Correct it, or leave it out\.$",
+        ),
+        ({"training_arguments": {"tf32": "yes"}}, r"tf32='yes' must be true or false or null, not text"),
+        ({"training_arguments": {"weight_decai": 1}}, r"has 'weight_decai', .* Did you mean 'weight_decay'\?$"),
+        (
+            {"training_arguments": {"optim": "adamm"}},
+            r"^training_arguments=\{'optim': 'adamm'\} were refused by .*adamm.* Change or remove the value\.$",
+        ),
+        ({"report_to": "wandbb"}, r"^report_to='wandbb' must be one of .*wandb.* Did you mean 'wandb'\?$"),
+    ],
+)
+def test_what_the_trainer_would_fail_on(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_arguments(config(**values))
+
+
+def test_a_reporter_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"report_to='wandb' needs the package of that name\. Install it, or leave"):
+        training_arguments(config(report_to="wandb"))
+    assert training_arguments(config(report_to="tensorboard")).report_to == ["tensorboard"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bfloat16_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"^bf16=True needs a GPU .*Leave bf16 out, or use a GPU\.$"):
+        training_arguments(config(bf16=True))
+    assert training_arguments(config(bf16=True, training_arguments={"use_cpu": True})).bf16
