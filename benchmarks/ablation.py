@@ -40,6 +40,7 @@ TEACHERS = ("none", "frozen", "one_pass")
 FRACTIONS = (1.0, 0.25, 0.05)
 BATCHES = ("mixed", "twin")
 NO_LOSS = "(none)"
+MAIN_LOSSES = ("InfoNCE", "MAC, scheduled", "split 0.2 (ours)")
 DISTILL_STEPS = 60
 TRAIN_STEPS = {"captioner": 160, "retriever": 40}
 # One row of stage 1 is one item: k layers forward and backward (3 k) and the teacher's forward (all layers). One of
@@ -58,16 +59,18 @@ HEADER = (
 )
 
 
-def conditions(seeds: list[int]) -> list[dict[str, Any]]:
-    """Every run: the captioner first, then the retriever with all labels, then with fewer."""
-    runs: list[tuple[Any, ...]] = [
-        ("captioner", 1.0, *rest) for rest in product(seeds, TEACHERS[:1], BATCHES, LOSSES + MORE_LOSSES)
-    ]
+def conditions(seeds: list[int], everything: bool = False) -> list[dict[str, Any]]:
+    """Every run, the more telling ones first; with `everything` also the rest of the grid."""
     starts = [(backbone, 1.0, seed, teacher, "mixed", NO_LOSS) for backbone, seed, teacher in starting_points(seeds)]
-    for fraction in (1.0, 0.05, 0.25):
-        runs += [("retriever", fraction, *rest) for rest in product(seeds, TEACHERS[:2], BATCHES, LOSSES)]
-    runs += [("retriever", 1.0, *rest) for rest in product(seeds, TEACHERS[2:], BATCHES[:1], LOSSES)]
-    return [dict(zip(KEYS, run, strict=True)) for run in starts + runs]
+    runs: list[tuple[Any, ...]] = [*starts]
+    runs += [("captioner", 1.0, *rest) for rest in product(seeds, TEACHERS[:1], BATCHES, LOSSES + MORE_LOSSES)]
+    runs += [("retriever", 1.0, *rest) for rest in product(seeds, TEACHERS[:2], BATCHES, LOSSES)]
+    runs += [("retriever", 1.0, *rest) for rest in product(seeds, TEACHERS[2:], BATCHES[:1], MAIN_LOSSES[:2])]
+    few = product((0.05, 0.25), seeds, TEACHERS[:2], BATCHES[:1], MAIN_LOSSES)
+    runs += [("retriever", *rest) for rest in few]
+    if everything:
+        runs += [("retriever", *rest) for rest in product(FRACTIONS, seeds, TEACHERS, BATCHES, LOSSES)]
+    return [dict(zip(KEYS, run, strict=True)) for run in dict.fromkeys(runs)]
 
 
 def starting_points(seeds: list[int]) -> list[tuple[str, int, str]]:
@@ -163,11 +166,11 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def work_through(work: Path, seeds: list[int], part: int, parts: int) -> None:
+def work_through(work: Path, runs: list[dict[str, Any]], part: int, parts: int) -> None:
     """This process's share of the runs that no file has yet."""
     prepared = {backbone: prepare(work, backbone) for backbone in BACKBONES}
     done = {key_of(row) for row in read_results(work)}
-    todo = [condition for condition in conditions(seeds) if key_of(condition) not in done][part::parts]
+    todo = [condition for condition in runs if key_of(condition) not in done][part::parts]
     scratch = work / f"scratch-{part}"
     for number, condition in enumerate(todo, start=1):
         row = run_one(condition, work, prepared[condition["backbone"]], scratch)
@@ -180,9 +183,10 @@ def work_through(work: Path, seeds: list[int], part: int, parts: int) -> None:
 
 
 def read_results(work: Path) -> list[dict[str, Any]]:
-    """Every finished run."""
+    """Every finished run, once."""
     files = sorted(work.glob("results-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return list({key_of(row): row for row in rows}.values())
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -211,13 +215,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "output" / "ablation")
+    parser.add_argument("--all", action="store_true", help="the whole grid: several times as many runs")
     parser.add_argument("--report", action="store_true", help="only print the tables of the finished runs")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = args.work.resolve()
     if args.part is not None:
         quiet()
-        work_through(work, args.seeds, args.part, args.jobs)
+        work_through(work, conditions(args.seeds, args.all), args.part, args.jobs)
         return
     if not args.report:
         work.mkdir(parents=True, exist_ok=True)
@@ -225,7 +230,7 @@ def main() -> None:
         make_backbones(work)
         make_starts(work, args.seeds)
         command = [sys.executable, __file__, "--work", str(work), "--jobs", str(args.jobs), "--seeds"]
-        command += [str(seed) for seed in args.seeds]
+        command += [*map(str, args.seeds), *(["--all"] if args.all else [])]
         parts = [subprocess.Popen([*command, "--part", str(part)]) for part in range(args.jobs)]
         if any([process.wait() for process in parts]):
             sys.exit("A part failed; its error is above. Run again to go on.")
