@@ -30,6 +30,7 @@ class Telling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.temperature, self.hard_temperature = 0.05, 0.04
         self.statistics: dict[str, Tensor] | None = None
         self.candidates_seen: Tensor | None = None
 
@@ -322,3 +323,17 @@ def test_one_mixed_batch_is_enough(accelerator: Accelerator, caplog: pytest.LogC
         collected.collect(accelerator)
         collected.watch_modalities(accelerator, last_step=False)
     assert not caplog.records
+
+
+def test_nobody_is_told_that_infonce_is_infonce(
+    accelerator: Accelerator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "WATCHED_STEPS", 1)
+    for hard_temperature, warnings in ((0.05, 0), (0.04, 1)):
+        loss = Telling()
+        loss.hard_temperature = hard_temperature
+        collected = TrainingStatistics(loss)
+        loss.tell(intra_negatives=3.0, inter_negatives=0.0)
+        collected.read_losses()
+        collected.watch_modalities(accelerator, last_step=False)
+        assert len(caplog.records) == warnings
