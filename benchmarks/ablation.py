@@ -1,7 +1,8 @@
 """What distillation and MAC-Loss are worth on the emoji of the demo, every seed on the test split.
 
-    .venv/bin/python benchmarks/ablation.py --jobs 2        # runs what is missing, then prints the tables
-    .venv/bin/python benchmarks/ablation.py --report        # prints the tables of what is there
+    .venv/bin/python benchmarks/ablation.py --report            # prints the tables of docs/ablation.jsonl, our runs
+    .venv/bin/python benchmarks/ablation.py --fresh --jobs 2    # runs everything anew, then prints the tables
+    .venv/bin/python benchmarks/ablation.py --all --jobs 2      # runs what the whole grid still lacks
 
 Two backbones, cut to 3 of 8 layers: the demo's (`demo/backbone/`), trained as a retriever, hence a teacher worth
 following; and one that was only taught to caption (`demo/train_captioner.py`, 25 minutes on one core), which knows
@@ -9,7 +10,7 @@ nothing of retrieval and so leaves the losses everything to do. Five losses, mix
 stage 1 and its teachers, and shares of the labelled pairs; results in the local pools and in the global one.
 
 Equal compute: a run without stage 1 trains as much longer as stage 1 costs, its teacher's forward passes included. Each
-finished run is a line of `results-*.jsonl`, and a call after an interruption goes on.
+finished run is a line of `results-*.jsonl` in the working directory, and a call after an interruption goes on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ DISTILL_LEARNING_RATE = 2e-3
 TRAIN_LEARNING_RATE = {"captioner": 4e-3, "retriever": 2e-3}
 TEMPERATURE, HARD_TEMPERATURE = 0.05, 0.02
 RETRIEVER = ROOT / "demo" / "backbone"
+# The runs behind the README's tables, one a line.
+PUBLISHED = ROOT / "docs" / "ablation.jsonl"
 METRICS = ("local hit@1", "local hit@5", "global hit@1", "global hit@5", "global wrong_modality@1")
 HEADER = (
     "| stage 1 | loss | seeds | local hit@1 | local hit@5 | global hit@1 | global hit@5 | wrong modality, global |\n"
@@ -166,10 +169,10 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def work_through(work: Path, runs: list[dict[str, Any]], part: int, parts: int) -> None:
+def work_through(work: Path, runs: list[dict[str, Any]], part: int, parts: int, fresh: bool) -> None:
     """This process's share of the runs that no file has yet."""
     prepared = {backbone: prepare(work, backbone) for backbone in BACKBONES}
-    done = {key_of(row) for row in read_results(work)}
+    done = {key_of(row) for row in read_results(work, fresh)}
     todo = [condition for condition in runs if key_of(condition) not in done][part::parts]
     scratch = work / f"scratch-{part}"
     for number, condition in enumerate(todo, start=1):
@@ -182,9 +185,9 @@ def work_through(work: Path, runs: list[dict[str, Any]], part: int, parts: int) 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_results(work: Path) -> list[dict[str, Any]]:
-    """Every finished run, once."""
-    files = sorted(work.glob("results-*.jsonl"))
+def read_results(work: Path, fresh: bool) -> list[dict[str, Any]]:
+    """Every finished run, once; the published ones too, unless all is to be run anew."""
+    files = [*([] if fresh else [PUBLISHED]), *sorted(work.glob("results-*.jsonl"))]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return list({key_of(row): row for row in rows}.values())
 
@@ -216,13 +219,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "output" / "ablation")
     parser.add_argument("--all", action="store_true", help="the whole grid: several times as many runs")
+    parser.add_argument("--fresh", action="store_true", help="do not count the runs of docs/ablation.jsonl")
     parser.add_argument("--report", action="store_true", help="only print the tables of the finished runs")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = args.work.resolve()
     if args.part is not None:
         quiet()
-        work_through(work, conditions(args.seeds, args.all), args.part, args.jobs)
+        work_through(work, conditions(args.seeds, args.all), args.part, args.jobs, args.fresh)
         return
     if not args.report:
         work.mkdir(parents=True, exist_ok=True)
@@ -230,11 +234,11 @@ def main() -> None:
         make_backbones(work)
         make_starts(work, args.seeds)
         command = [sys.executable, __file__, "--work", str(work), "--jobs", str(args.jobs), "--seeds"]
-        command += [*map(str, args.seeds), *(["--all"] if args.all else [])]
+        command += [*map(str, args.seeds), *(["--all"] if args.all else []), *(["--fresh"] if args.fresh else [])]
         parts = [subprocess.Popen([*command, "--part", str(part)]) for part in range(args.jobs)]
         if any([process.wait() for process in parts]):
             sys.exit("A part failed; its error is above. Run again to go on.")
-    print(report(read_results(work)))
+    print(report(read_results(work, args.fresh)))
 
 
 if __name__ == "__main__":
