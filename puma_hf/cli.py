@@ -51,7 +51,6 @@ class Pool(StrEnum):
     both = "both"
 
 
-ModelDir = Annotated[Path, typer.Argument(help="PUMA directory.", show_default=False)]
 OutputDir = Annotated[Path, typer.Argument(help="New directory.", show_default=False)]
 Data = Annotated[
     Path, typer.Option(help="Folder in the layout of TIGER-Lab/M-BEIR (query/, cand_pool/, ...).", show_default=False)

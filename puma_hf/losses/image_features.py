@@ -36,6 +36,12 @@ def find_puma_model(model: nn.Module) -> PumaModel | None:
     return backbone if is_puma else None
 
 
+def runs_tower_once(puma: PumaModel) -> bool:
+    """Whether what the vision tower returns may be used twice: it is frozen, and the model takes it back."""
+    accepted = _ENCODED in inspect.signature(Qwen2VLModel.forward).parameters
+    return accepted and not any(parameter.requires_grad for parameter in puma.visual.parameters())
+
+
 def can_keep_image_features(model: nn.Module, puma: PumaModel) -> bool:
     """Whether what the vision tower returns may be used again: it is frozen, and can be read and given back.
 
@@ -44,8 +50,7 @@ def can_keep_image_features(model: nn.Module, puma: PumaModel) -> bool:
         puma: The `PumaModel` inside it.
     """
     compiled = any(hasattr(module, "_orig_mod") for module in model.modules())  # compiled code passes hooks by
-    accepted = _ENCODED in inspect.signature(Qwen2VLModel.forward).parameters
-    return accepted and not compiled and not any(parameter.requires_grad for parameter in puma.visual.parameters())
+    return not compiled and runs_tower_once(puma)
 
 
 def take_rows(features: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

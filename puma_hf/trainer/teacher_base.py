@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLModel
 
+from puma_hf.losses.image_features import runs_tower_once
 from puma_hf.losses.self_distillation import TEACHER_KEY
 from puma_hf.modeling import PumaModel
 
@@ -77,12 +77,9 @@ def share_image_features(model: PumaModel, features: dict[str, Any]) -> None:
     `pixel_values` and `pixel_values_videos` `(num_patches, patch_dim)` in `features` give way to
     `mm_encoder_outputs`.
     """
-    accepts_features = "mm_encoder_outputs" in inspect.signature(Qwen2VLModel.forward).parameters
     visual = {"image": "pixel_values", "video": "pixel_values_videos"}
     present = [kind for kind, key in visual.items() if features.get(key) is not None]
-    if not present or not accepts_features:
-        return
-    if any(parameter.requires_grad for parameter in model.visual.parameters()):
+    if not present or not runs_tower_once(model):
         return
     encode: dict[str, Any] = {"image": model.get_image_features, "video": model.get_video_features}
     with torch.no_grad():
