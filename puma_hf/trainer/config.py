@@ -6,13 +6,12 @@ Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 # ruff: noqa: RUF009 - the calls make dataclass fields
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from puma_hf.values import convert
+from puma_hf.settings import CheckedConfig, option, required
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
 Metric = Literal["mse", "cosine"]
@@ -45,93 +44,47 @@ SET_BY_FIELDS = {
 }
 
 
-def _option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any:
-    """A field with its help; `bounds` are at_least, at_most, above and below."""
-    return field(default=default, metadata={"help": text, "remedy": remedy, "bounds": bounds})
-
-
-def _required(text: str, *, positional: bool = False) -> Any:
-    return field(metadata={"help": text, "positional": positional})
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """A configuration whose values are checked when it is made."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for entry in fields(self):
-            value = convert(entry.name, getattr(self, entry.name), hints[entry.name])
-            object.__setattr__(self, entry.name, value)  # the class is frozen
-            for item in value if isinstance(value, tuple) else (value,):
-                remedy = entry.metadata.get("remedy") or _default_as_remedy(entry)
-                _check_bounds(entry.name, item, entry.metadata.get("bounds", {}), remedy)
-
-    def notes(self) -> list[str]:
-        """What a person should know before the run: options that this combination ignores."""
-        return []
-
-
-def _default_as_remedy(entry: Field[Any]) -> str:
-    given = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
-    return f"Leave it out for the default{given}."
-
-
-def _check_bounds(name: str, value: Any, bounds: Mapping[str, float], remedy: str) -> None:
-    if value is None or not bounds:
-        return
-    kept = {
-        "at_least": lambda bound: value >= bound,
-        "at_most": lambda bound: value <= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-    }
-    if not math.isfinite(value) or not all(kept[kind](bound) for kind, bound in bounds.items()):
-        wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
-        raise ValueError(f"{name}={value} must be {wanted}. {remedy}".rstrip())
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig(_Checked):
+class StageConfig(CheckedConfig):
     """What both stages have in common; use `DistillConfig` or `TrainConfig`. Each field says what it does."""
 
-    model: str | Path = _required("PUMA directory to train.", positional=True)
-    output: str | Path = _required("New directory for the adapter and its checkpoints.", positional=True)
-    data: str | Path = _required("Training data.")
-    split: str = _option("train", "Split of an M-BEIR folder; union_train is M-BEIR's own mixture.")
-    max_steps: int = _option(
+    model: str | Path = required("PUMA directory to train.", positional=True)
+    output: str | Path = required("New directory for the adapter and its checkpoints.", positional=True)
+    data: str | Path = required("Training data.")
+    split: str = option("train", "Split of an M-BEIR folder; union_train is M-BEIR's own mixture.")
+    max_steps: int = option(
         -1, "Optimizer steps; -1 for whole epochs.", at_least=-1, remedy="Take -1 for whole epochs."
     )
-    num_train_epochs: float = _option(1.0, "Passes over the data, if max_steps is -1.", above=0)
-    batch_size: int = _option(64, "Rows per step and device.", at_least=1)
-    gradient_accumulation_steps: int = _option(
+    num_train_epochs: float = option(1.0, "Passes over the data, if max_steps is -1.", above=0)
+    batch_size: int = option(64, "Rows per step and device.", at_least=1)
+    gradient_accumulation_steps: int = option(
         1, "Batches per optimizer step; in-batch negatives stay those of one batch.", at_least=1
     )
-    max_length: int = _option(480, "Longest sequence in tokens; only text is cut.", at_least=1)
-    max_pixels: int = _option(
+    max_length: int = option(480, "Longest sequence in tokens; only text is cut.", at_least=1)
+    max_pixels: int = option(
         300 * 28 * 28,
         "Images are scaled down to so many pixels.",
         at_least=28 * 28,
         remedy="One visual token is 28 x 28 pixels.",
     )
-    learning_rate: float = _option(1e-4, "Peak of the cosine schedule.", above=0, remedy="LamRA takes 1e-4 to 2e-4.")
-    warmup: float = _option(0.03, "Fraction of the steps that warm up.", at_least=0, below=1)
-    lora_r: int = _option(64, "Rank of the adapter.", at_least=1)
-    lora_alpha: int | None = _option(None, "Scale of the adapter; by default twice the rank, as in LamRA.", at_least=1)
-    lora_dropout: float = _option(0.05, "Dropout of the adapter.", at_least=0, below=1, remedy="LamRA takes 0.05.")
-    train_ret_token: bool = _option(False, "Also train the embedding row of [RET].")
-    load_in_4bit: bool = _option(False, "QLoRA: hold the base in 4 bits; needs bitsandbytes and CUDA.")
-    seed: int = _option(0, "Seed of LoRA's start, order, dropout and wordings.", at_least=0, at_most=2**32 - 1)
-    bf16: bool = _option(False, "Train in bfloat16 autocast.")
-    gradient_checkpointing: bool = _option(
+    learning_rate: float = option(1e-4, "Peak of the cosine schedule.", above=0, remedy="LamRA takes 1e-4 to 2e-4.")
+    warmup: float = option(0.03, "Fraction of the steps that warm up.", at_least=0, below=1)
+    lora_r: int = option(64, "Rank of the adapter.", at_least=1)
+    lora_alpha: int | None = option(None, "Scale of the adapter; by default twice the rank, as in LamRA.", at_least=1)
+    lora_dropout: float = option(0.05, "Dropout of the adapter.", at_least=0, below=1, remedy="LamRA takes 0.05.")
+    train_ret_token: bool = option(False, "Also train the embedding row of [RET].")
+    load_in_4bit: bool = option(False, "QLoRA: hold the base in 4 bits; needs bitsandbytes and CUDA.")
+    seed: int = option(0, "Seed of LoRA's start, order, dropout and wordings.", at_least=0, at_most=2**32 - 1)
+    bf16: bool = option(False, "Train in bfloat16 autocast.")
+    gradient_checkpointing: bool = option(
         False, "Recompute the decoder's activations instead of keeping them: less memory, more time."
     )
-    dataloader_num_workers: int = _option(0, "Processes that prepare batches.", at_least=0)
-    logging_steps: int = _option(10, "Steps between two log lines.", at_least=1)
-    save_steps: int = _option(500, "Steps between checkpoints, of which the last two are kept; 0 for none.", at_least=0)
-    report_to: tuple[str, ...] = _option((), "Reporters of the Trainer, such as tensorboard or wandb; default: none.")
-    resume: bool = _option(False, "Continue from the last whole checkpoint in the output.")
-    overwrite: bool = _option(False, "Use an output that is not empty; checkpoints in it are removed.")
+    dataloader_num_workers: int = option(0, "Processes that prepare batches.", at_least=0)
+    logging_steps: int = option(10, "Steps between two log lines.", at_least=1)
+    save_steps: int = option(500, "Steps between checkpoints, of which the last two are kept; 0 for none.", at_least=0)
+    report_to: tuple[str, ...] = option((), "Reporters of the Trainer, such as tensorboard or wandb; default: none.")
+    resume: bool = option(False, "Continue from the last whole checkpoint in the output.")
+    overwrite: bool = option(False, "Use an output that is not empty; checkpoints in it are removed.")
     training_arguments: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "More SentenceTransformerTrainingArguments, by name (YAML and Python only).", "flag": False},
@@ -175,25 +128,25 @@ class DistillConfig(StageConfig):
     ```
     """
 
-    data: str | Path = _required(
+    data: str | Path = required(
         "Folder in M-BEIR's layout or of images, .txt, or table with text, image or NLI columns; commas join several."
     )
-    learning_rate: float = _option(
+    learning_rate: float = option(
         2e-4, "Peak of the cosine schedule.", above=0, remedy="LamRA takes 2e-4, and found 4e-4 unstable."
     )
-    train_ret_token: bool = _option(True, "Also train the embedding row of [RET].")
-    teacher: str | Path | None = _option(
+    train_ret_token: bool = option(True, "Also train the embedding row of [RET].")
+    teacher: str | Path | None = option(
         None, "Checkpoint that was pruned, or another model of its hidden size; default: the one the model names."
     )
-    teacher_mode: TeacherMode = _option(
+    teacher_mode: TeacherMode = option(
         "frozen",
         "frozen: the untouched full model; one_pass: the dropped layers go on from the student's state; cached: the "
         "frozen teacher's states, computed once and stored.",
     )
-    teacher_cache: str | Path | None = _option(
+    teacher_cache: str | Path | None = option(
         None, "Where cached states are stored; default: teacher_cache in the output."
     )
-    metric: Metric = _option("mse", "Distance between student and teacher; mse is the paper's.")
+    metric: Metric = option("mse", "Distance between student and teacher; mse is the paper's.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,47 +173,45 @@ class TrainConfig(StageConfig):
     ```
     """
 
-    data: str | Path = _required("Folder in M-BEIR's layout, or a table of NLI pairs (sent0, sent1, hard_neg).")
-    lora_r: int = _option(128, "Rank of the adapter.", at_least=1)
-    loss: Loss = _option(
+    data: str | Path = required("Folder in M-BEIR's layout, or a table of NLI pairs (sent0, sent1, hard_neg).")
+    lora_r: int = option(128, "Rank of the adapter.", at_least=1)
+    loss: Loss = option(
         "mac",
         "mac: the paper's MAC-Loss; mac-split: ours, InfoNCE over all and InfoNCE within the target's modality; "
         "infonce: to compare.",
     )
-    temperature: float = _option(0.05, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
-    hard_temperature: float = _option(0.04, "Where the intra-modality temperature ends.", above=0)
-    schedule: Schedule = _option("cosine", "How it gets there.")
-    grouping: Grouping = _option(
-        "target", "Whose modality makes a candidate hard: the target's (paper) or the query's."
-    )
-    split_weight: float = _option(0.2, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1)
-    num_negatives: int = _option(0, "Hard negatives per query.", at_least=0)
-    train_fraction: float = _option(1.0, "Share of the labelled rows to use, drawn by seed.", above=0, at_most=1)
-    batches: Batches = _option(
+    temperature: float = option(0.05, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
+    hard_temperature: float = option(0.04, "Where the intra-modality temperature ends.", above=0)
+    schedule: Schedule = option("cosine", "How it gets there.")
+    grouping: Grouping = option("target", "Whose modality makes a candidate hard: the target's (paper) or the query's.")
+    split_weight: float = option(0.2, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1)
+    num_negatives: int = option(0, "Hard negatives per query.", at_least=0)
+    train_fraction: float = option(1.0, "Share of the labelled rows to use, drawn by seed.", above=0, at_most=1)
+    batches: Batches = option(
         "mixed", "mixed: rows in random order; twin: rows about one thing together, with targets of several modalities."
     )
-    mini_batch_size: int | None = _option(
+    mini_batch_size: int | None = option(
         None, "Gradient caching: rows per forward pass, so that batch_size may exceed the memory.", at_least=1
     )
-    mini_batch_num_tokens: int | None = _option(
+    mini_batch_num_tokens: int | None = option(
         None, "Gradient caching: tokens per forward pass, instead of rows.", at_least=1
     )
-    false_negative_margin: float | None = _option(
+    false_negative_margin: float | None = option(
         None,
         "Leave out negatives that are more similar to the query than its positive by so much; Qwen3-Embedding: 0.1.",
         at_least=0,
     )
-    gather_across_devices: bool = _option(True, "Candidates of all devices are negatives; no effect on one.")
-    matryoshka_dims: tuple[int, ...] = _option(
+    gather_across_devices: bool = option(True, "Candidates of all devices are negatives; no effect on one.")
+    matryoshka_dims: tuple[int, ...] = option(
         (), "Also train the first so many dimensions; repeat for more.", at_least=1
     )
-    distillation_weight: float = _option(0.0, "Above 0: distil in the same forward pass, weighted so.", at_least=0)
-    teacher: str | Path | None = _option(None, "Teacher, if distillation_weight is above 0.")
-    teacher_mode: TeacherMode = _option("frozen", "As in distill.")
-    teacher_cache: str | Path | None = _option(
+    distillation_weight: float = option(0.0, "Above 0: distil in the same forward pass, weighted so.", at_least=0)
+    teacher: str | Path | None = option(None, "Teacher, if distillation_weight is above 0.")
+    teacher_mode: TeacherMode = option("frozen", "As in distill.")
+    teacher_cache: str | Path | None = option(
         None, "Where cached states are stored; default: teacher_cache in the output."
     )
-    metric: Metric = _option("mse", "Distance between student and teacher.")
+    metric: Metric = option("mse", "Distance between student and teacher.")
 
     @property
     def cached(self) -> bool:
@@ -301,7 +252,7 @@ class TrainConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(_Checked):
+class MergeConfig(CheckedConfig):
     """Settings of `puma_hf.trainer.stages.merge`, which merges a trained adapter into its base.
 
     Example:
@@ -314,7 +265,7 @@ class MergeConfig(_Checked):
     ```
     """
 
-    adapter: str | Path = _required("Directory that training saved.", positional=True)
-    output: str | Path = _required("New directory for the complete model.", positional=True)
-    base: str | Path | None = _option(None, "PUMA directory it was trained on; default: the one it names.")
-    overwrite: bool = _option(False, "Replace the output if it is not empty.")
+    adapter: str | Path = required("Directory that training saved.", positional=True)
+    output: str | Path = required("New directory for the complete model.", positional=True)
+    base: str | Path | None = option(None, "PUMA directory it was trained on; default: the one it names.")
+    overwrite: bool = option(False, "Replace the output if it is not empty.")
