@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from puma_hf.data.mbeir_format import MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.mbeir_tasks import TASK_MODALITIES, MBEIRTask
-from puma_hf.evaluation.mbeir import MBEIRResults, evaluate_mbeir
+from puma_hf.evaluation.mbeir import evaluate_mbeir
+from puma_hf.evaluation.mbeir_results import MBEIRResults
 from tests.data import mbeir_builder as builder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in TASK_MODALITIES]

@@ -1,15 +1,11 @@
-"""Exact cosine search in bounded memory, and metrics of its rankings."""
+"""Exact cosine search in bounded memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-IdT = TypeVar("IdT", bound=Hashable)
 
 _ONE = 1 << 30  # cosines are compared in steps of 2^-30
 _INDEX_BITS = 32
@@ -127,105 +123,3 @@ def _check_finite(embeddings: Tensor, name: str, block_size: int) -> None:
             f"{name} has {len(rows)} of {len(embeddings)} rows with NaN or infinity, first rows "
             f"{rows[:_SHOWN_ROWS]}; look at their inputs, or encode in float32 or bfloat16 instead of float16"
         )
-
-
-def retrieval_metrics(
-    rankings: Sequence[Sequence[IdT]],
-    relevance: Sequence[Mapping[IdT, int]],
-    ks: Sequence[int] = (1, 5, 10),
-    *,
-    ndcg_k: int = 10,
-    mrr_k: int = 10,
-) -> dict[str, float]:
-    """Means over queries of the usual metrics of a ranking.
-
-    - `hit@k`: whether any relevant candidate is in the top k.  Papers on M-BEIR call this Recall@k.
-    - `recall@k`: share of the relevant candidates in the top k.
-    - `ndcg@k`: gain / log2(rank + 1) summed over the top k, over that of the ideal ranking; the gain is the
-      relevance.
-    - `mrr@k`: one over the rank of the first relevant candidate, 0 beyond k.
-
-    Args:
-        rankings: For each query, candidate ids, best first, without repetition.
-        relevance: For each query, the relevance of its relevant candidates; 0 is not relevant.
-        ks: The k of hit@k and recall@k.
-        ndcg_k: The k of nDCG.
-        mrr_k: The k of MRR.
-
-    Returns:
-        The value of each metric, between 0 and 1, by name.
-
-    Raises:
-        ValueError: If the lengths differ, there is no query, a query has nothing relevant, or a k is below 1.
-
-    Example:
-        >>> retrieval_metrics([["b", "a"]], [{"a": 1}], ks=[1, 2])["hit@2"]
-        1.0
-    """
-    if len(rankings) != len(relevance) or not rankings:
-        raise ValueError(
-            f"{len(rankings)} rankings and {len(relevance)} relevance judgements; give one of each for at "
-            "least one query"
-        )
-    if min(*ks, ndcg_k, mrr_k) < 1:
-        raise ValueError(f"ks is {list(ks)}, ndcg_k is {ndcg_k}, mrr_k is {mrr_k}; every k must be 1 or more")
-    totals: dict[str, float] = {}
-    for row, (ranking, judged) in enumerate(zip(rankings, relevance, strict=True)):
-        gains = {candidate: gain for candidate, gain in judged.items() if gain > 0}
-        if not gains:
-            raise ValueError(
-                f"query {row} has no relevant candidate; leave such queries out and say how many there are"
-            )
-        for name, value in _query_metrics(ranking, gains, ks, ndcg_k, mrr_k).items():
-            totals[name] = totals.get(name, 0.0) + value
-    return {name: total / len(rankings) for name, total in totals.items()}
-
-
-def _query_metrics(
-    ranking: Sequence[IdT], gains: Mapping[IdT, int], ks: Sequence[int], ndcg_k: int, mrr_k: int
-) -> dict[str, float]:
-    ranked = [gains.get(candidate, 0) for candidate in ranking]
-    found = {k: sum(gain > 0 for gain in ranked[:k]) for k in ks}
-    metrics = {f"hit@{k}": float(count > 0) for k, count in found.items()}
-    metrics |= {f"recall@{k}": count / len(gains) for k, count in found.items()}
-    ideal = sorted(gains.values(), reverse=True)
-    metrics[f"ndcg@{ndcg_k}"] = _discounted(ranked[:ndcg_k]) / _discounted(ideal[:ndcg_k])
-    first = next((rank for rank, gain in enumerate(ranked[:mrr_k], start=1) if gain > 0), None)
-    metrics[f"mrr@{mrr_k}"] = 0.0 if first is None else 1 / first
-    return metrics
-
-
-def _discounted(gains: Sequence[int]) -> float:
-    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
-
-
-def wrong_modality_at_1(
-    rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], modalities: Mapping[IdT, str]
-) -> float:
-    """Share of queries whose first candidate has a modality that none of their relevant candidates has.
-
-    Args:
-        rankings: For each query, candidate ids, best first.
-        relevance: For each query, the relevance of its relevant candidates; 0 is not relevant.
-        modalities: Modality of every candidate.
-
-    Returns:
-        A number between 0 and 1.
-
-    Raises:
-        ValueError: If the lengths differ or there is no query.
-
-    Example:
-        >>> wrong_modality_at_1([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"})
-        1.0
-    """
-    if len(rankings) != len(relevance) or not rankings:
-        raise ValueError(
-            f"{len(rankings)} rankings and {len(relevance)} relevance judgements; give one of each for at "
-            "least one query"
-        )
-    wrong = 0
-    for ranking, judged in zip(rankings, relevance, strict=True):
-        wanted = {modalities[candidate] for candidate, gain in judged.items() if gain > 0}
-        wrong += modalities[ranking[0]] not in wanted
-    return wrong / len(rankings)
