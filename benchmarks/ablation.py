@@ -1,8 +1,8 @@
 """What distillation and MAC-Loss are worth on the emoji of the demo, every seed on the test split.
 
-    .venv/bin/python benchmarks/ablation.py --report            # prints the tables of docs/ablation.jsonl, our runs
-    .venv/bin/python benchmarks/ablation.py --fresh --jobs 2    # runs everything anew, then prints the tables
-    .venv/bin/python benchmarks/ablation.py --all --jobs 2      # runs what the whole grid still lacks
+    .venv/bin/python benchmarks/ablation.py --report                  # prints the tables of docs/ablation.jsonl, our runs
+    .venv/bin/python benchmarks/ablation.py --fresh --all --jobs 2   # runs everything anew, then prints the tables
+    .venv/bin/python benchmarks/ablation.py --fresh --jobs 2         # the more telling half of it
 
 Two backbones, cut to 3 of 8 layers: the demo's (`demo/backbone/`), trained as a retriever, hence a teacher worth
 following; and one that was only taught to caption (`demo/train_captioner.py`, 25 minutes on one core), which knows
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "output" / "ablation")
-    parser.add_argument("--all", action="store_true", help="the whole grid: several times as many runs")
+    parser.add_argument("--all", action="store_true", help="the whole grid: twice as many runs")
     parser.add_argument("--fresh", action="store_true", help="do not count the runs of docs/ablation.jsonl")
     parser.add_argument("--report", action="store_true", help="only print the tables of the finished runs")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
