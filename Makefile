@@ -34,7 +34,7 @@ demo: $(STAMP) ## run the demo, offline and on the CPU
 	@HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py
 
 test: $(STAMP) ## run the tests, offline
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 docs: $(STAMP) ## run the examples of the docstrings and of README.md
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_docstrings.py tests/test_readme.py
