@@ -1,4 +1,4 @@
-"""Find the safetensors files of a Qwen2-VL checkpoint that a pruned model needs, locally or on the Hub."""
+"""Find the safetensors files of a checkpoint that a pruned model needs, locally or on the Hub."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SourceCheckpoint:
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> SourceCheckpoint:
-    """Locate a Qwen2-VL checkpoint without reading its weights.
+    """Locate a checkpoint without reading its weights.
 
     Args:
         source: Local folder, or Hub id such as "Qwen/Qwen2-VL-2B-Instruct".

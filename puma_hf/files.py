@@ -10,6 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
+# As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
+PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
+
 
 @contextmanager
 def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | None = None) -> Iterator[Path]:
@@ -61,7 +64,7 @@ def is_puma_directory(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == "puma"
+    return isinstance(config, dict) and config.get("model_type") in PUMA_MODEL_TYPES
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

@@ -1,8 +1,7 @@
-"""Cut an original Qwen2-VL checkpoint to its first k decoder layers and write a complete PUMA directory."""
+"""Cut an original checkpoint to its first k decoder layers and write a complete PUMA directory."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,15 +10,22 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.files import new_directory
 from puma_hf.hub import write_model_card
-from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaModel, PumaProcessor
-from puma_hf.modeling.configuration_puma import check_num_kept_layers
+from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
+from puma_hf.modeling.configuration_puma import check_num_kept_layers, config_class_of
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
@@ -27,6 +33,14 @@ logger = logging.getLogger(__name__)
 __all__ = ["PruneReport", "prune", "write_sentence_transformers_files"]
 
 CHAT_TEMPLATE = Path(__file__).parent / "modeling" / "chat_template.jinja"
+
+# What each backbone is before pruning, to count its parameters. A PUMA directory that is pruned further is none of
+# these: it has no language-model head to count.
+_ORIGINALS: dict[str, Any] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def prune(
     token: str | None = None,
     overwrite: bool = False,
 ) -> PruneReport:
-    """Keep the first `num_kept_layers` decoder layers of a Qwen2-VL and save a complete directory.
+    """Keep the first `num_kept_layers` decoder layers of a Qwen2-VL, 2.5 or 3 and save a complete directory.
 
     The result holds weights, processor with `[RET]`, chat template, prompts, a model card, and the code that
     `AutoModel` and `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are
@@ -96,8 +110,8 @@ def prune(
     that already has `[RET]` keeps its row.
 
     Args:
-        source: Folder or Hub id of an original Qwen2-VL checkpoint (safetensors, one file or shards), or of a
-            PUMA directory to prune further.
+        source: Folder or Hub id of an original Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (safetensors, one file or
+            shards), or of a PUMA directory to prune further.
         output_dir: New or empty directory.
         num_kept_layers: Number k of decoder layers to keep, 1 to the number of layers.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
@@ -110,8 +124,8 @@ def prune(
         What was kept and dropped, with parameters and bytes before and after.
 
     Raises:
-        ValueError: If `num_kept_layers` is out of range, `dtype` is unknown, or the checkpoint is not a Qwen2-VL, is
-            damaged, or is not in safetensors format.
+        ValueError: If `num_kept_layers` is out of range, `dtype` is unknown, or the checkpoint is of another
+            family, is damaged, or is not in safetensors format.
         FileNotFoundError: If the source, or a shard of it, does not exist.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
@@ -130,19 +144,20 @@ def prune(
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not known to torch. Choose 'auto', 'float32', 'bfloat16' or 'float16'.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
-    config = PumaConfig.from_pretrained(checkpoint.folder)
+    source_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    config = config_class_of(source_type).from_pretrained(checkpoint.folder)
     check_num_kept_layers(num_kept_layers, config.num_kept_layers or 0)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        model = _load_kept(checkpoint, num_kept_layers, dtype)
-        processor = _build_processor(checkpoint)
+        model = _load_kept(checkpoint, config, num_kept_layers, dtype)
+        processor = _build_processor(checkpoint, _processor_class(config))
         _place_ret_token(model, processor)
         model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
-        report = _report(checkpoint, config, model, output_dir)
-        write_model_card(folder, model.config, report.to_dict())
+        report = _report(checkpoint, _ORIGINALS.get(source_type, type(model)), config, model, output_dir)
+        write_model_card(folder, model.config, {**report.to_dict(), "backbone": config.source_name})
     logger.info("Pruned %s\n%s", source, report)
     return report
 
@@ -152,23 +167,28 @@ def _short_name(checkpoint: SourceCheckpoint) -> str:
     return checkpoint.repo_id or checkpoint.folder.resolve().name
 
 
-def _load_kept(checkpoint: SourceCheckpoint, num_kept_layers: int, dtype: str | torch.dtype) -> PumaModel:
+def _load_kept(checkpoint: SourceCheckpoint, config: Any, num_kept_layers: int, dtype: str | torch.dtype) -> PumaModel:
+    model_class = MODEL_CLASSES[type(config)]
     with kept_weights(checkpoint, num_kept_layers) as weights:
         try:
-            model: PumaModel = PumaModel.from_pretrained(weights, num_kept_layers=num_kept_layers, dtype=dtype)
+            model: PumaModel = model_class.from_pretrained(weights, num_kept_layers=num_kept_layers, dtype=dtype)
         except ValueError as error:
             # The temporary folder's name says nothing to the user.
             raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
     return model
 
 
-def _build_processor(checkpoint: SourceCheckpoint) -> PumaProcessor:
+def _processor_class(config: Any) -> type[PumaProcessor]:
+    return PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor
+
+
+def _build_processor(checkpoint: SourceCheckpoint, processor_class: type[PumaProcessor]) -> PumaProcessor:
     folder = checkpoint.folder
     arguments = {
         "image_processor": AutoImageProcessor.from_pretrained(folder),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
     }
-    if is_torchvision_available():
+    if "video_processor" in processor_class.get_attributes():
         from transformers import AutoVideoProcessor
 
         arguments["video_processor"] = AutoVideoProcessor.from_pretrained(folder)
@@ -179,7 +199,7 @@ def _build_processor(checkpoint: SourceCheckpoint) -> PumaProcessor:
             f"The tokenizer of {checkpoint.name!r} does not know {image_token!r}: its files are missing or "
             "belong to another model. Download the checkpoint again, with its tokenizer."
         )
-    return PumaProcessor(**arguments, chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    return processor_class(**arguments, chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
@@ -199,15 +219,16 @@ def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
     model.config.ret_token_id = processor.ret_token_id
 
 
-def _report(checkpoint: SourceCheckpoint, source_config: Any, model: PumaModel, output_dir: str | Path) -> PruneReport:
-    # A PUMA directory that is pruned further has no language-model head to count.
-    source_type = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    model_class: Any = PumaModel if source_type == PumaConfig.model_type else Qwen2VLForConditionalGeneration
+def _report(
+    checkpoint: SourceCheckpoint, source_class: Any, source_config: Any, model: PumaModel, output_dir: str | Path
+) -> PruneReport:
     with torch.device("meta"):
-        original = model_class(source_config)
+        original = source_class(source_config)
     before = sum(parameter.numel() for parameter in original.parameters())
     after = sum(parameter.numel() for parameter in model.parameters())
-    source_dtype = source_config.dtype if isinstance(source_config.dtype, torch.dtype) else model.dtype
+    # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
+    named = (source_config.dtype, source_config.text_config.dtype)
+    source_dtype = next((dtype for dtype in named if isinstance(dtype, torch.dtype)), model.dtype)
     return PruneReport(
         source=checkpoint.name,
         output_dir=str(output_dir),

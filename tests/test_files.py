@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from puma_hf import files
-from puma_hf.files import new_directory
+from puma_hf.files import PUMA_MODEL_TYPES, new_directory
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -161,3 +161,9 @@ def test_a_failed_replacement_restores_what_was_there(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         write(target, overwrite=True)
     assert listing(tmp_path) == before
+
+
+def test_the_model_types_are_those_of_the_configurations() -> None:
+    from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
+
+    assert tuple(kind.model_type for kind in CONFIG_CLASSES) == PUMA_MODEL_TYPES

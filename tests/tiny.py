@@ -1,4 +1,4 @@
-"""A tiny Qwen2-VL checkpoint with tokenizer and image processor, in each of the layouts found in the wild."""
+"""Tiny checkpoints of each backbone with tokenizer and image processor, in each of the layouts found in the wild."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
@@ -57,8 +65,51 @@ def tiny_tokenizer(extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFas
     return fast
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int = NUM_LAYERS, **changes: Any) -> Qwen2VLConfig:
+# By model_type: configuration, whole model, vision tower, what is special in the text tower.
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        {"embed_dim": 32, "hidden_size": HIDDEN_SIZE, "patch_size": 8, "mlp_ratio": 2},
+        {"mrope_section": [1, 1, 2]},
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        # The first block sees windows of 2 x 2 image tokens, the second all of them.
+        {
+            "hidden_size": 32,
+            "out_hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 64,
+            "patch_size": 8,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        {"mrope_section": [1, 1, 2]},
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        # DeepStack adds to the states after three of the four decoder layers.
+        {
+            "depth": 3,
+            "hidden_size": 32,
+            "out_hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        {"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    ),
+}
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast, *, family: str = "qwen2_vl", num_layers: int = NUM_LAYERS, **changes: Any
+) -> Any:
     token_id = tokenizer.convert_tokens_to_ids
+    config_class, _, vision, rope = FAMILIES[family]
     text = {
         "vocab_size": changes.pop("vocab_size", len(tokenizer) + PADDING_ROWS),
         "hidden_size": HIDDEN_SIZE,
@@ -67,23 +118,17 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int = NUM_LAY
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        # Half of a head's 8 dimensions, split over time, height and width.
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        # The sections are half of a head's 8 dimensions, split over time, height and width.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
         "bos_token_id": None,
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
     }
-    vision = {
-        "depth": 2,
-        "embed_dim": 32,
-        "hidden_size": HIDDEN_SIZE,
-        "num_heads": 2,
-        "patch_size": 8,
-        "mlp_ratio": 2,
-    }
-    return Qwen2VLConfig(
+    if family == "qwen3_vl":
+        text["head_dim"] = HIDDEN_SIZE // 4
+    return config_class(
         text_config=text,
-        vision_config=vision,
+        vision_config={"depth": 2, "num_heads": 2, **vision},
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
@@ -93,8 +138,9 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int = NUM_LAY
     )
 
 
-def build_qwen2_vl(
+def build_checkpoint(
     folder: Path,
+    family: str,
     *,
     extra_tokens: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
@@ -104,15 +150,21 @@ def build_qwen2_vl(
     """Write a complete original checkpoint with random weights into `folder`."""
     tokenizer = tiny_tokenizer(extra_tokens)
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer, **changes))
+    model = FAMILIES[family][1](tiny_config(tokenizer, family=family, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)  # no bias stays 0, no norm weight 1
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    size = {"shortest_edge": 16 * 16, "longest_edge": 256 * 256}
-    Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size).save_pretrained(folder)
+    patch = FAMILIES[family][2]["patch_size"]
+    size = {"shortest_edge": 4 * patch * patch, "longest_edge": 256 * 256}
+    Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=size).save_pretrained(folder)
     return folder
+
+
+def build_qwen2_vl(folder: Path, **options: Any) -> Path:
+    """`build_checkpoint` of the family that most tests use."""
+    return build_checkpoint(folder, "qwen2_vl", **options)
 
 
 def canonical_name(name: str) -> str:

@@ -1,25 +1,35 @@
-"""What travels to the Hub: configuration, model, processor, sentence-transformers module; registered here."""
+"""What travels to the Hub: configurations, models, processors, sentence-transformers module; registered here."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .configuration_puma import PumaConfig
-from .modeling_puma import PumaModel, PumaModelOutput
-from .processing_puma import MODALITY_IDS, MODALITY_NAMES, RET_TOKEN, PumaProcessor
+from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
+from .modeling_puma import PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
+from .processing_puma import MODALITY_IDS, MODALITY_NAMES, RET_TOKEN, PumaImageTextProcessor, PumaProcessor
 
-AutoConfig.register("puma", PumaConfig, exist_ok=True)
-AutoModel.register(PumaConfig, PumaModel, exist_ok=True)
-AutoProcessor.register(PumaConfig, PumaProcessor, exist_ok=True)
-# save_pretrained then copies the source files beside the weights.
-PumaConfig.register_for_auto_class()
-PumaModel.register_for_auto_class("AutoModel")
-PumaProcessor.register_for_auto_class("AutoProcessor")
+for _config, _model, _processor in (
+    (PumaConfig, PumaModel, PumaProcessor),
+    (PumaQwen25VLConfig, PumaQwen25VLModel, PumaImageTextProcessor),
+    (PumaQwen3VLConfig, PumaQwen3VLModel, PumaImageTextProcessor),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, _processor, exist_ok=True)
+    # save_pretrained then copies the source files beside the weights.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _processor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "MODALITY_IDS",
     "MODALITY_NAMES",
     "RET_TOKEN",
     "PumaConfig",
+    "PumaImageTextProcessor",
     "PumaModel",
     "PumaModelOutput",
     "PumaProcessor",
+    "PumaQwen3VLConfig",
+    "PumaQwen3VLModel",
+    "PumaQwen25VLConfig",
+    "PumaQwen25VLModel",
 ]

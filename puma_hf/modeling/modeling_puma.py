@@ -1,18 +1,24 @@
-"""The PUMA model: the first k decoder layers of a Qwen2-VL, read as an embedder at the last token."""
+"""PUMA models: the first k decoder layers of a Qwen2-VL, 2.5 or 3, read as an embedder at the last token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLModel
+from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
 from transformers.utils.generic import ModelOutput
 
-from .configuration_puma import PumaConfig
+from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
 
-# The three layouts in which Qwen2-VL checkpoints are found, mapped to this model's own names
+# To mypy the mixin is a model; methods that it does not define are the backbone's.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _MixinBase
+else:
+    _MixinBase = object
+
+# The three layouts in which checkpoints of these families are found, mapped to this model's own names
 # (`language_model.*`, `visual.*`). Without a mapping a foreign layout loads as random weights.
 CHECKPOINT_KEY_MAPPING = {
     r"^model\.language_model\.": "language_model.",
@@ -76,38 +82,10 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
-class PumaModel(Qwen2VLModel):
-    """A Qwen2-VL cut to its first `config.num_kept_layers` decoder layers that embeds text, images and video.
+class PumaModelMixin(_MixinBase):
+    """What makes a backbone a PUMA model: loading without the dropped layers, and the `[RET]` embedding."""
 
-    Kept: the vision tower, the token embedding, the first k decoder layers, the final norm. Dropped: the
-    deeper layers and the language-model head. `embedding = L2(final_norm(h_k)[last token])`, and every prompt
-    of `PumaProcessor` ends in `[RET]`.
-
-    `from_pretrained` opens a PUMA directory or an original Qwen2-VL checkpoint, whose dropped tensors are
-    never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers
-    model.
-
-    Raises (from `from_pretrained`):
-        ValueError: If the checkpoint is not a Qwen2-VL, lacks a tensor, or has one of another shape.
-        ImportError: If "flash_attention_2" is asked for and flash-attn is not installed.
-
-    Example:
-
-    ```python
-    >>> from puma_hf import PumaModel
-
-    >>> model = PumaModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", num_kept_layers=14)  # doctest: +SKIP
-    >>> model.config.num_kept_layers, model.config.original_num_hidden_layers  # doctest: +SKIP
-    (14, 28)
-    ```
-
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
-    """
-
-    config_class = PumaConfig
-    config: PumaConfig
-
-    def __init__(self, config: PumaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         # What pruning drops is expected in an original checkpoint: neither read nor reported.
         text_config: Any = config.text_config
@@ -117,7 +95,7 @@ class PumaModel(Qwen2VLModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a PUMA directory, or the first `num_kept_layers` layers of an original Qwen2-VL checkpoint.
+        """Load a PUMA directory, or the first `num_kept_layers` layers of an original checkpoint.
 
         Takes every argument of `PreTrainedModel.from_pretrained`, and `num_kept_layers`. Only safetensors
         files are read: pickled checkpoints can run code when opened.
@@ -143,6 +121,7 @@ class PumaModel(Qwen2VLModel):
                 ) from error
             raise
         model, info = loaded
+        family = model.config_class.source_name
         source = str(pretrained_model_name_or_path)
         if info["mismatched_keys"] and not allow_mismatch:
             name, found, needed = sorted(info["mismatched_keys"])[0]
@@ -154,10 +133,10 @@ class PumaModel(Qwen2VLModel):
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
-                f"{source!r} lacks {len(missing)} of the tensors that a Qwen2-VL with "
+                f"{source!r} lacks {len(missing)} of the tensors that a {family} with "
                 f"{model.config.num_kept_layers} layers needs (first: {', '.join(missing[:3])}). The "
                 "checkpoint is incomplete or of another architecture: download it again, or choose a "
-                "Qwen2-VL checkpoint."
+                f"{family} checkpoint."
             )
         # Saved files carry this model's own names, whatever layout was read.
         model._weight_conversions = []
@@ -199,9 +178,10 @@ class PumaModel(Qwen2VLModel):
         Returns:
             A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`.
         """
+        config: Any = self.config
         if mm_token_type_ids is None and input_ids is not None:
-            is_image = (input_ids == self.config.image_token_id).int()
-            mm_token_type_ids = is_image + 2 * (input_ids == self.config.video_token_id).int()
+            is_image = (input_ids == config.image_token_id).int()
+            mm_token_type_ids = is_image + 2 * (input_ids == config.video_token_id).int()
         kwargs.setdefault("use_cache", False)
         outputs = super().forward(
             input_ids=input_ids,
@@ -228,4 +208,79 @@ class PumaModel(Qwen2VLModel):
         return result.to_tuple() if return_dict is False else result
 
 
-__all__ = ["PumaModel", "PumaModelOutput", "last_token_state"]
+class PumaModel(PumaModelMixin, Qwen2VLModel):
+    """A Qwen2-VL cut to its first `config.num_kept_layers` decoder layers that embeds text, images and video.
+
+    Kept: the vision tower, the token embedding, the first k decoder layers, the final norm. Dropped: the
+    deeper layers and the language-model head. `embedding = L2(final_norm(h_k)[last token])`, and every prompt
+    of `PumaProcessor` ends in `[RET]`.
+
+    `from_pretrained` opens a PUMA directory or an original Qwen2-VL checkpoint, whose dropped tensors are
+    never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers
+    model.
+
+    Raises (from `from_pretrained`):
+        ValueError: If the checkpoint is not a Qwen2-VL, lacks a tensor, or has one of another shape.
+        ImportError: If "flash_attention_2" is asked for and flash-attn is not installed.
+
+    Example:
+
+    ```python
+    >>> from puma_hf import PumaModel
+
+    >>> model = PumaModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", num_kept_layers=14)  # doctest: +SKIP
+    >>> model.config.num_kept_layers, model.config.original_num_hidden_layers  # doctest: +SKIP
+    (14, 28)
+    ```
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation.
+    """
+
+    config_class = PumaConfig
+    config: PumaConfig
+
+
+class PumaQwen25VLModel(PumaModelMixin, Qwen2_5_VLModel):
+    """A [`PumaModel`] whose backbone is a Qwen2.5-VL.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.modeling import PumaQwen25VLModel
+
+    >>> source = "Qwen/Qwen2.5-VL-3B-Instruct"
+    >>> model = PumaQwen25VLModel.from_pretrained(source, num_kept_layers=18)  # doctest: +SKIP
+    ```
+    """
+
+    config_class = PumaQwen25VLConfig
+    config: PumaQwen25VLConfig
+
+
+class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
+    """A [`PumaModel`] whose backbone is a Qwen3-VL.
+
+    DeepStack stays as it is: the first decoder layers add features of inner layers of the vision tower to the states
+    of image tokens. transformers records `hidden_states` before that addition, so those are a layer's own output;
+    the state of `[RET]` is the same before and after.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.modeling import PumaQwen3VLModel
+
+    >>> source = "Qwen/Qwen3-VL-2B-Instruct"
+    >>> model = PumaQwen3VLModel.from_pretrained(source, num_kept_layers=14)  # doctest: +SKIP
+    ```
+    """
+
+    config_class = PumaQwen3VLConfig
+    config: PumaQwen3VLConfig
+
+
+MODEL_CLASSES: dict[Any, Any] = {
+    model_class.config_class: model_class for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel)
+}
+
+
+__all__ = ["PumaModel", "PumaModelOutput", "PumaQwen3VLModel", "PumaQwen25VLModel", "last_token_state"]

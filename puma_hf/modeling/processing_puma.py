@@ -149,6 +149,8 @@ class PumaProcessor(Qwen2VLProcessor):
             messages = _to_messages(item, prompt, f"inputs[{index}]")
             self._check_special_tokens(messages, split_special_tokens, f"inputs[{index}]")
             media = _media(messages)
+            if media["video"]:
+                self._check_video(f"inputs[{index}]")
             texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
             images += media["image"]
             videos += media["video"]
@@ -166,6 +168,12 @@ class PumaProcessor(Qwen2VLProcessor):
             return_tensors="pt",
         )
         return self._finish(batch, modalities, counts)
+
+    def _check_video(self, where: str) -> None:
+        if not is_torchvision_available():
+            raise ImportError(
+                f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
+            )
 
     def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
         positions = torch.arange(batch["input_ids"].shape[1])
@@ -257,6 +265,21 @@ class PumaProcessor(Qwen2VLProcessor):
         offsets = encoding["offset_mapping"]
         # From the first dropped token's first character on, so that no character is cut in half.
         return text[: offsets[len(offsets) - count][0]] if count < len(offsets) else ""
+
+
+class PumaImageTextProcessor(PumaProcessor):
+    """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Parts of the processor: never a video processor."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    def _check_video(self, where: str) -> None:
+        raise ValueError(
+            f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
+            "{'image': [...]}, or use a Qwen2-VL."
+        )
 
 
 @lru_cache(maxsize=8)
@@ -374,8 +397,4 @@ def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
                     f"{where}: a text must be a non-empty string, got {text!r}. Leave the key or input out."
                 )
         return [{"type": "text", "text": text} for text in values]
-    if kind == "video" and not is_torchvision_available():
-        raise ImportError(
-            f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
-        )
     return [{"type": kind, kind: load_rgb_image(one, where) if kind == "image" else one} for one in values]

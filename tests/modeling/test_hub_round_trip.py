@@ -17,10 +17,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoUrl
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import PumaModel, PumaProcessor
+from puma_hf import PumaModel, PumaProcessor, prune
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 from tests.modeling.fresh_process import Blocker, inputs_of_every_kind
+from tests.tiny import build_checkpoint
 
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+NAMES = ("pruned", "pushed parts", "pushed", "pushed, built", *FAMILIES)
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
 
 
@@ -78,11 +81,14 @@ def directories(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         loaded.push_to_hub("org/loaded")
         built = SentenceTransformer(modules=[PumaTransformer(str(puma_dir))], device="cpu")
         built.push_to_hub("org/built")
+    for family in FAMILIES:
+        prune(build_checkpoint(root / f"tiny-{family}", family), root / family, num_kept_layers=2)
     return {
         "pruned": puma_dir,
         "pushed parts": root / "org" / "parts",
         "pushed": root / "org" / "loaded",
         "pushed, built": root / "org" / "built",
+        **{family: root / family for family in FAMILIES},
     }
 
 
@@ -110,8 +116,15 @@ def fresh_vectors(
 
 
 @pytest.fixture(scope="module")
-def expected(sentence_transformer: SentenceTransformer, picture_paths: list[str]) -> np.ndarray:
-    vectors: np.ndarray = sentence_transformer.encode(inputs_of_every_kind(picture_paths))
+def expected(
+    sentence_transformer: SentenceTransformer, directories: dict[str, Path], picture_paths: list[str]
+) -> dict[str, np.ndarray]:
+    """The vectors of each directory, made by the classes of the installed package."""
+    inputs = inputs_of_every_kind(picture_paths)
+    vectors = dict.fromkeys(directories, sentence_transformer.encode(inputs))
+    for family in FAMILIES:
+        model = SentenceTransformer(str(directories[family]), trust_remote_code=True, device="cpu")
+        vectors[family] = model.encode(inputs)
     return vectors
 
 
@@ -121,19 +134,19 @@ def test_puma_hf_is_really_absent_there(fresh_vectors: dict[str, Any]) -> None:
         Blocker().find_spec("puma_hf.losses")
 
 
-@pytest.mark.parametrize("name", ["pruned", "pushed parts", "pushed", "pushed, built"])
+@pytest.mark.parametrize("name", NAMES)
 def test_transformers_alone_gives_the_same_vectors(
-    fresh_vectors: dict[str, Any], expected: np.ndarray, name: str
+    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], name: str
 ) -> None:
-    np.testing.assert_allclose(fresh_vectors[f"{name}: transformers"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(fresh_vectors[f"{name}: transformers"], expected[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["sentence-transformers", "one by one", "saved again", "saved again, transformers"])
-@pytest.mark.parametrize("name", ["pruned", "pushed parts", "pushed", "pushed, built"])
+@pytest.mark.parametrize("name", NAMES)
 def test_sentence_transformers_gives_the_same_vectors(
-    fresh_vectors: dict[str, Any], expected: np.ndarray, name: str, way: str
+    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], name: str, way: str
 ) -> None:
-    np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected[name], rtol=0, atol=1e-5)
 
 
 def test_the_code_in_a_directory_is_the_packages_own(directories: dict[str, Path]) -> None:

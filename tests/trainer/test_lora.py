@@ -137,7 +137,7 @@ def test_second_adapter_and_other_models_are_refused(make_student: MakeStudent) 
     with pytest.raises(ValueError, match=r"already has an adapter\. Merge it first"):
         add_lora(model, lora_config())
     other = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
-    with pytest.raises(ValueError, match=r"model_type=None, but only PUMA models .* prune"):
+    with pytest.raises(ValueError, match=r"model_type=None, but only models pruned from a Qwen2-VL .* prune"):
         add_lora(other, lora_config())
 
 

@@ -1,0 +1,336 @@
+"""Every backbone, from an original checkpoint to its embeddings; what Qwen2-VL's own tests do not see."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from puma_hf import PumaConfig, PumaModel, PumaProcessor, prune
+from puma_hf.modeling import (
+    PumaImageTextProcessor,
+    PumaQwen3VLConfig,
+    PumaQwen3VLModel,
+    PumaQwen25VLConfig,
+    PumaQwen25VLModel,
+    processing_puma,
+)
+from puma_hf.modeling.configuration_puma import config_class_of
+from tests.tiny import FAMILIES, LAYOUTS, NUM_LAYERS, build_checkpoint, copy_checkpoint, layer_of, read_weights
+
+CLASSES: dict[str, tuple[Any, Any, Any]] = {
+    "qwen2_vl": (PumaConfig, PumaModel, PumaProcessor),
+    "qwen2_5_vl": (PumaQwen25VLConfig, PumaQwen25VLModel, PumaImageTextProcessor),
+    "qwen3_vl": (PumaQwen3VLConfig, PumaQwen3VLModel, PumaImageTextProcessor),
+}
+NEW = ["qwen2_5_vl", "qwen3_vl"]
+NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def source(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp(family) / f"tiny-{family}", family)
+
+
+@pytest.fixture(scope="module")
+def pruned(source: Path) -> Path:
+    prune(source, source.parent / "pruned", num_kept_layers=2)
+    return source.parent / "pruned"
+
+
+@pytest.fixture(scope="module")
+def full_model(family: str, source: Path) -> Any:
+    """The original with all layers, as transformers itself loads it."""
+    return FAMILIES[family][1].from_pretrained(source).eval()
+
+
+@pytest.fixture(scope="module")
+def batches(pruned: Path, images: list[Image.Image]) -> list[dict[str, Tensor]]:
+    """Texts, images, both, and all of them mixed, the last with either padding; also images of many tokens."""
+    large = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    texts: list[Any] = ["a red apple", {"text": "a table", "instruction": "Find it."}]
+    alone: list[Any] = [images[0], large]
+    both: list[Any] = [{"image": images[1:], "text": "two"}, {"image": large, "text": "one", "instruction": "Find."}]
+    processor = AutoProcessor.from_pretrained(pruned)
+    made = [processor.process_inputs(inputs) for inputs in (texts, alone, both, [*both, *texts, *alone])]
+    processor.tokenizer.padding_side = "left"
+    made.append(processor.process_inputs([*both, *texts, *alone]))
+    return [{name: batch[name] for name in NAMES if name in batch} for batch in made]
+
+
+def last_positions(batch: dict[str, Tensor]) -> list[int]:
+    return [int(row.nonzero().max()) for row in batch["attention_mask"]]
+
+
+def at_ret(states: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return torch.stack([states[row, position] for row, position in enumerate(last_positions(batch))])
+
+
+@torch.inference_mode()
+def stock_states(full_model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For each k, what the final norm makes of h_k: as transformers records it, and as the next layer gets it."""
+    decoder, inputs = full_model.model.language_model, []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in decoder.layers]
+    hidden = full_model(**batch, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    recorded = [*(decoder.norm(state) for state in hidden[1:-1]), hidden[-1]]
+    passed_on = [*(decoder.norm(state) for state in inputs[1:]), hidden[-1]]
+    return list(zip(recorded, passed_on, strict=True))
+
+
+# --- exactness
+
+
+@pytest.mark.parametrize("kept", range(1, NUM_LAYERS + 1))
+def test_the_embedding_is_the_stock_models_own(
+    family: str, source: Path, full_model: Any, batches: list[dict[str, Tensor]], kept: int
+) -> None:
+    model = CLASSES[family][1].from_pretrained(source, num_kept_layers=kept).eval()
+    for batch in batches:
+        recorded, passed_on = stock_states(full_model, batch)[kept - 1]
+        with torch.inference_mode():
+            output = model(**batch)
+        pooled = at_ret(recorded, batch)
+        torch.testing.assert_close(output.pooler_output, pooled, rtol=0, atol=1e-6)
+        normalised = pooled / pooled.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(output.embeddings, normalised, rtol=0, atol=1e-6)
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(output.last_hidden_state[mask], passed_on[mask], rtol=0, atol=1e-6)
+
+
+def test_the_layers_matter(full_model: Any, batches: list[dict[str, Tensor]]) -> None:
+    """The test above could not fail if all layers gave the same state."""
+    for batch in batches:
+        states = [at_ret(recorded, batch) for recorded, _ in stock_states(full_model, batch)]
+        assert all((left - right).abs().max() > 0.1 for left, right in itertools.pairwise(states))
+
+
+@pytest.mark.parametrize("kept", range(1, NUM_LAYERS + 1))
+def test_deepstack_reaches_ret_from_the_second_layer_on(tmp_path: Path, images: list[Image.Image], kept: int) -> None:
+    source = build_checkpoint(tmp_path / "source", "qwen3_vl")
+    prune(source, tmp_path / "pruned", num_kept_layers=kept)
+    batch = AutoProcessor.from_pretrained(tmp_path / "pruned").process_inputs([images[0]])
+    model = AutoModel.from_pretrained(tmp_path / "pruned").eval()
+    with torch.inference_mode():
+        vectors = [model(**batch).embeddings]
+        # Features are added to the image's tokens after layers 0, 1 and 2; [RET] sees them in the layer after.
+        for number in range(3):
+            merger = model.visual.deepstack_merger_list[number]
+            for parameter in merger.parameters():
+                parameter.zero_()
+            vectors.append(model(**batch).embeddings)
+    changed = [not torch.equal(left, right) for left, right in itertools.pairwise(vectors)]
+    assert changed == [kept > 1, kept > 2, kept > 3]
+
+
+def test_image_features_can_be_computed_once(pruned: Path, batches: list[dict[str, Tensor]]) -> None:
+    model = AutoModel.from_pretrained(pruned).eval()
+    arguments = {**batches[3]}
+    with torch.inference_mode():
+        expected = model(**arguments).embeddings
+        given = {"image": model.get_image_features(arguments.pop("pixel_values"), arguments["image_grid_thw"])}
+        assert torch.equal(model(**arguments, mm_encoder_outputs=given).embeddings, expected)
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_every_key_layout_loads_whole(family: str, source: Path, tmp_path: Path, layout: str) -> None:
+    folder = copy_checkpoint(source, tmp_path / "copy", layout=layout, num_shards=2, head=True)
+    model, info = CLASSES[family][1].from_pretrained(folder, num_kept_layers=2, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    original = read_weights(source)
+    state = model.state_dict()
+    assert set(state) == {name for name in original if layer_of(name) < 2}
+    assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())
+
+
+def test_the_auto_classes_find_the_family(family: str, pruned: Path) -> None:
+    config_class, model_class, processor_class = CLASSES[family]
+    assert type(AutoConfig.from_pretrained(pruned)) is config_class
+    assert type(AutoModel.from_pretrained(pruned)) is model_class
+    assert type(AutoProcessor.from_pretrained(pruned)) is processor_class
+    config = json.loads((pruned / "config.json").read_text())
+    assert config["model_type"] == ("puma" if family == "qwen2_vl" else f"puma_{family}")
+    assert config["auto_map"]["AutoModel"] == f"modeling_puma.{model_class.__name__}"
+    assert (config["num_kept_layers"], config["text_config"]["num_hidden_layers"]) == (2, 2)
+    assert config["original_num_hidden_layers"] == NUM_LAYERS
+
+
+def test_sentence_transformers_agrees_alone_in_batches_and_saved(
+    pruned: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    inputs: list[Any] = ["a red apple", images[0], {"image": images[1:], "text": "both", "instruction": "Find."}]
+    with torch.inference_mode():
+        batch = AutoProcessor.from_pretrained(pruned).process_inputs(inputs)
+        expected = AutoModel.from_pretrained(pruned).eval()(**batch).embeddings.numpy()
+    model = SentenceTransformer(str(pruned), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(model.encode(inputs), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.stack([model.encode(item) for item in inputs]), expected, rtol=0, atol=1e-5)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(again.encode(inputs), model.encode(inputs))
+
+
+# --- pruning
+
+
+def test_pruning_keeps_the_weights_and_counts_them(full_model: Any, source: Path, pruned: Path, tmp_path: Path) -> None:
+    report = prune(source, tmp_path / "three", num_kept_layers=3)
+    assert report.parameters_before == sum(parameter.numel() for parameter in full_model.parameters())
+    original, kept = read_weights(source), load_file(tmp_path / "three" / "model.safetensors")
+    assert set(kept) == {name for name in original if layer_of(name) < 3}
+    assert report.parameters_after == sum(tensor.numel() for tensor in kept.values())
+    assert all(torch.equal(kept[name], original[name]) for name in kept if "embed_tokens" not in name)
+    again = prune(tmp_path / "three", tmp_path / "two", num_kept_layers=2)
+    assert again.parameters_before == report.parameters_after
+    direct, two = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "two"))
+    assert set(direct) == set(two)
+    assert all(torch.equal(direct[name], two[name]) for name in two)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_dtype_that_only_the_text_tower_names_counts(tmp_path: Path, name: str) -> None:
+    source = build_checkpoint(tmp_path / "source", name, dtype=torch.bfloat16)
+    change_config(source, lambda config: config["text_config"].update(dtype=config.pop("dtype")))
+    report = prune(source, tmp_path / "out", num_kept_layers=2, dtype="float32")
+    assert report.bytes_before == 2 * report.parameters_before
+    assert report.bytes_after == 4 * report.parameters_after
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# The depth of published checkpoints, written as these write it: flat in Qwen2.5-VL, nested in Qwen3-VL.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_window_layers": 70,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "torch_dtype": "bfloat16",
+        "vision_config": {"depth": 32, "model_type": "qwen2_5_vl", "hidden_size": 1280, "out_hidden_size": 2048},
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+        },
+        "vision_config": {"model_type": "qwen3_vl", "depth": 24, "deepstack_visual_indexes": [5, 11, 17]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_published_configurations_are_cut(tmp_path: Path, name: str) -> None:
+    content = {"model_type": name, "image_token_id": 151655, "tie_word_embeddings": True, **PUBLISHED[name]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = config_class_of(name).from_pretrained(tmp_path, num_kept_layers=9)
+    text = config.text_config
+    assert (config.num_kept_layers, text.num_hidden_layers, config.original_num_hidden_layers) == (9, 9, 36)
+    assert (text.hidden_size, config.tie_word_embeddings) == (2048, True)
+    assert len(getattr(text, "layer_types", None) or range(9)) == 9
+    section = [16, 24, 24] if name == "qwen2_5_vl" else [24, 20, 20]
+    assert text.rope_parameters["mrope_section"] == section
+    with pytest.raises(ValueError, match="1 to 36 layers"):
+        config_class_of(name).from_pretrained(tmp_path, num_kept_layers=37)
+    config.save_pretrained(tmp_path / "saved")
+    again = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(config)
+    assert again.to_diff_dict() == config.to_diff_dict()
+
+
+def test_the_backbones_own_defaults_stay(family: str) -> None:
+    """A field of the mixin, or of transformers' base class, must not win over the backbone's."""
+    ours, stock = CLASSES[family][0]().to_dict(), FAMILIES[family][0]().to_dict()
+    added = {"num_kept_layers", "original_num_hidden_layers", "source_name_or_path", "source_revision", "ret_token_id"}
+    assert set(ours) - set(stock) == added
+    assert {name for name in stock if ours[name] != stock[name]} == {"model_type"}
+
+
+# --- inputs
+
+
+def test_a_long_text_is_cut_to_what_the_images_leave(pruned: Path, images: list[Image.Image]) -> None:
+    processor = AutoProcessor.from_pretrained(pruned)
+    text = "a red apple on a table " * 40
+    batch = processor.process_inputs([{"image": images[0], "text": text}, text], max_length=120)
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert (lengths <= 120).all()
+    assert (lengths > 110).all()
+    assert at_ret(batch["input_ids"], batch).tolist() == [processor.ret_token_id] * 2
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_only_qwen2_vl_takes_videos(processor: PumaProcessor, monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    monkeypatch.setattr(processing_puma, "is_torchvision_available", lambda: available)
+    assert ("video_processor" in PumaProcessor.get_attributes()) is available
+    assert PumaImageTextProcessor.get_attributes() == ["image_processor", "tokenizer"]
+    without = PumaImageTextProcessor(processor.image_processor, processor.tokenizer, None, str(processor.chat_template))
+    message = r"inputs\[1\]: of PUMA's models only those cut from Qwen2-VL take videos\. Pass some frames as"
+    with pytest.raises(ValueError, match=message):
+        without.process_inputs(["a", {"video": "clip.mp4"}])
+
+
+# --- what cannot be loaded
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_another_familys_class_names_the_right_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    right = CLASSES[name][0]
+    for loader in (PumaConfig, PumaModel):
+        with pytest.raises(ValueError, match=rf"'{name}', but PUMA prunes Qwen2-VL .* or {right.__name__} for this"):
+            loader.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"'qwen2_vl', but PUMA prunes {right.source_name} .* or PumaConfig for this"):
+        right.from_dict({"model_type": "qwen2_vl"})
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen2_5_omni", "llama", None])
+def test_what_cannot_be_pruned_is_refused(tmp_path: Path, qwen_dir: Path, model_type: str | None) -> None:
+    source = copy_checkpoint(qwen_dir, tmp_path / "source")
+    change_config(source, lambda config: config.update(model_type=model_type))
+    message = rf"model_type={model_type!r}, but PUMA prunes Qwen2-VL, Qwen2\.5-VL and Qwen3-VL .*qwen3_vl.* Choose one"
+    with pytest.raises(ValueError, match=message):
+        prune(source, tmp_path / "out", num_kept_layers=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_missing_tensor_is_an_error_in_the_familys_name(tmp_path: Path, name: str) -> None:
+    source = copy_checkpoint(build_checkpoint(tmp_path / "whole", name), tmp_path / "copy", layout="nested")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    family = CLASSES[name][0].source_name
+    with pytest.raises(ValueError, match=rf"copy' lacks 1 of the tensors that a {family} .*choose a {family} check"):
+        prune(source, tmp_path / "out", num_kept_layers=2)
