@@ -13,6 +13,7 @@ from typing import Any, Literal
 import datasets
 
 from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query, location
+from puma_hf.data.mbeir_problems import Problems
 from puma_hf.data.mbeir_reader import MBEIR, UNION_PREFIX, seeded_random, select_tasks
 
 __all__ = ["MBEIR", "load_mbeir"]
@@ -107,14 +108,14 @@ def _select_queries(
     if not split.startswith(UNION_PREFIX):
         for task in select_tasks(data.tasks(split), names):
             path = data.query_path(split, task)
-            for row, query in enumerate(data.queries(task, split)):
-                _check_candidates(query, pool, location(path, query.line))
+            queries = data.queries(task, split)
+            _check_candidates(queries, pool, path)
+            for row, query in enumerate(queries):
                 yield query, row, path
         return
     path = data.query_path(split, None)
     queries = data.union_queries(split)
-    for query in queries:
-        _check_candidates(query, pool, location(path, query.line))
+    _check_candidates(queries, pool, path)
     tasks = [data.task_of(q, pool[_choose_positive(q, row, seed)].modality) for row, q in enumerate(queries)]
     wanted = set(select_tasks(sorted(set(tasks)), names))
     for row, (query, task) in enumerate(zip(queries, tasks, strict=True)):
@@ -122,16 +123,23 @@ def _select_queries(
             yield query, row, path
 
 
-def _check_candidates(query: Query, pool: Container[str], where: str) -> None:
+def _check_candidates(queries: Iterable[Query], pool: Container[str], path: Path) -> None:
+    with Problems(path) as problems:
+        for query in queries:
+            problems.attempt(_check_candidates_of, query, pool, location(path, query.line))
+
+
+def _check_candidates_of(query: Query, pool: Container[str], where: str) -> None:
     if not query.positives:
         raise MBEIRFormatError(
-            f"{where}: pos_cand_list of query {query.qid!r} is empty; a training row needs a positive"
+            f"{where}: pos_cand_list of query {query.qid!r} is empty; a training row needs a positive", "no positive"
         )
     for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
         unknown = [did for did in dids if did not in pool]
         if unknown:
             raise MBEIRFormatError(
-                f"{where}: {name} has dids that are not in the global pool of the split: {unknown[:3]}"
+                f"{where}: {name} has dids that are not in the global pool of the split: {unknown[:3]}",
+                "did that is in no pool",
             )
 
 

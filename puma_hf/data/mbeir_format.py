@@ -1,7 +1,7 @@
 """The records of M-BEIR's files: the dataclasses and the checks of each line.
 
-Source of the format: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
 Every error names the file, the line and what to do.
+Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from puma_hf.data.mbeir_problems import MBEIRFormatError as MBEIRFormatError  # the name has always been here
+from puma_hf.data.mbeir_problems import Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT, dataset_id_of
 
 _ID = re.compile(r"(\d+):\S+")
@@ -23,10 +25,7 @@ _LEAVES_FOLDER = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)|\0")
 _LOOKS_LIKE_FILE = re.compile(r"^(?:data:|https?://)|\.\w{2,5}$")
 
 InstructionKey = tuple[int, str, str]
-
-
-class MBEIRFormatError(ValueError):
-    """A file of an M-BEIR folder is not what the format says; the message names the file and the line."""
+Qrels = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,8 @@ class ImageFinder:
         if _LEAVES_FOLDER.search(img_path):
             raise MBEIRFormatError(
                 f"{where}: image path {img_path!r} leaves the dataset folder; write it relative to "
-                f"{self._root}, without '..'"
+                f"{self._root}, without '..'",
+                "image outside the folder",
             )
         folder, name = os.path.split(img_path)
         if folder not in self._folders:
@@ -165,16 +165,18 @@ class ImageFinder:
         if not real.is_relative_to(self._root):
             raise MBEIRFormatError(
                 f"{where}: image path {img_path!r} passes a symbolic link that leaves {self._root}; keep the "
-                "files below it, or pass image_root, the real folder of the images"
+                "files below it, or pass image_root, the real folder of the images",
+                "image outside the folder",
             )
         return str(real)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file with their line numbers; blank lines are skipped.
 
     Args:
         path: The file.
+        problems: Where broken lines are counted, which are then left out; by default the first one is raised.
 
     Yields:
         Line number, from 1, and the object.
@@ -188,16 +190,34 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise MBEIRFormatError(
-                    f"{location(path, number)}: broken JSON ({error}); each line must be one JSON object in "
-                    "UTF-8, was the download cut off?"
-                ) from error
-            if not isinstance(record, dict):
-                raise MBEIRFormatError(f"{location(path, number)}: expected a JSON object, got {type(record).__name__}")
-            yield number, record
+            if problems is None:
+                yield number, _json_object(line, location(path, number))
+                continue
+            record = problems.attempt(_json_object, line, location(path, number))
+            if record is not None:
+                yield number, record
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        if not line.endswith(b"\n"):
+            raise _cut_off(f"{where}: broken JSON ({error})") from error
+        raise MBEIRFormatError(
+            f"{where}: broken JSON ({error}); each line must be one JSON object in UTF-8, was the download cut off?",
+            "broken JSON",
+        ) from error
+    if not isinstance(record, dict):
+        raise MBEIRFormatError(f"{where}: expected a JSON object, got {type(record).__name__}", "broken JSON")
+    return record
+
+
+def _cut_off(what: str) -> MBEIRFormatError:
+    return MBEIRFormatError(
+        f"{what}; the file ends in the middle of this line, so the download was interrupted: download it again",
+        "cut last line",
+    )
 
 
 def parse_candidate(record: Mapping[str, Any], where: str, images: ImageFinder) -> Candidate:
@@ -276,7 +296,7 @@ def read_instructions(path: Path) -> tuple[dict[InstructionKey, tuple[str, ...]]
     return prompts, names
 
 
-def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> Qrels:
     """Relevance judgements: lines of `qid 0 did relevance task_id`.
 
     OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
@@ -295,23 +315,27 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
         MBEIRFormatError: If a line is malformed, contradicts another, or has an unknown qid or did.
     """
     _check_is_file(path)
-    qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        qid, did, relevance = _qrels_line(line, location(path, number))
-        if qid not in qids:
-            raise MBEIRFormatError(f"{location(path, number)}: qid {qid!r} is not in the query file of this task")
-        if did not in dids:
-            if dataset_id_of(did) == dataset_id_of(qid):
-                raise MBEIRFormatError(f"{location(path, number)}: did {did!r} is not in the candidate pool")
-            continue
-        judged = qrels.setdefault(qid, {})
-        if judged.setdefault(did, relevance) != relevance:
-            raise MBEIRFormatError(
-                f"{location(path, number)}: {qid!r} and {did!r} were judged {judged[did]} before, now {relevance}"
-            )
+    qrels: Qrels = {}
+    with Problems(path) as problems, path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                problems.attempt(_judge, qrels, line, location(path, number), qids, dids)
     return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
+
+
+def _judge(qrels: Qrels, line: bytes, where: str, qids: Container[str], dids: Container[str]) -> None:
+    qid, did, relevance = _qrels_line(line, where)
+    if qid not in qids:
+        raise MBEIRFormatError(f"{where}: qid {qid!r} is not in the query file of this task", "unknown qid")
+    if did not in dids:
+        if dataset_id_of(did) == dataset_id_of(qid):
+            raise MBEIRFormatError(f"{where}: did {did!r} is not in the candidate pool", "did that is in no pool")
+        return
+    judged = qrels.setdefault(qid, {})
+    if judged.setdefault(did, relevance) != relevance:
+        raise MBEIRFormatError(
+            f"{where}: {qid!r} and {did!r} were judged {judged[did]} before, now {relevance}", "contradiction"
+        )
 
 
 def _check_is_file(path: Path) -> None:
@@ -319,26 +343,26 @@ def _check_is_file(path: Path) -> None:
         raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
 
 
-def _qrels_line(line: str, where: str) -> tuple[str, str, int]:
-    fields = line.split()
+def _qrels_line(line: bytes, where: str) -> tuple[str, str, int]:
+    text = line.decode(errors="replace")
+    fields = text.split()
     if len(fields) != 5 or not fields[3].isdecimal() or not (_ID.fullmatch(fields[0]) and _ID.fullmatch(fields[2])):
-        raise MBEIRFormatError(
-            f"{where}: expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or "
-            f"more, got {line!r}"
-        )
+        expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
+        message = f"{where}: {expected}, got {text.removesuffix(chr(10))!r}"
+        raise MBEIRFormatError(message, "malformed line") if text.endswith("\n") else _cut_off(message)
     return fields[0], fields[2], int(fields[3])
 
 
 def _required(record: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in record:
-        raise MBEIRFormatError(f"{where}: field {key!r} is missing; the line has {sorted(record)}")
+        raise MBEIRFormatError(f"{where}: field {key!r} is missing; the line has {sorted(record)}", "missing field")
     return record[key]
 
 
 def _record_id(record: Mapping[str, Any], key: str, where: str) -> str:
     value = _required(record, key, where)
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise MBEIRFormatError(f"{where}: {key} must look like '<dataset_id>:<number>', got {value!r}")
+        raise MBEIRFormatError(f"{where}: {key} must look like '<dataset_id>:<number>', got {value!r}", "wrong id")
     return value
 
 
@@ -364,11 +388,13 @@ def _content(
     text, img_path = values
     modality = _required(record, f"{prefix}modality", where)
     if modality not in MBEIR_MODALITIES:
-        raise MBEIRFormatError(f"{where}: {prefix}modality is {modality!r}, must be one of {list(MBEIR_MODALITIES)}")
+        expected = f"must be one of {list(MBEIR_MODALITIES)}"
+        raise MBEIRFormatError(f"{where}: {prefix}modality is {modality!r}, {expected}", "wrong modality label")
     present = ",".join(name for name, value in ((IMAGE, img_path), (TEXT, text)) if value)
     if present != modality:
         raise MBEIRFormatError(
             f"{where}: {prefix}modality is {modality!r} but the line holds "
-            f"{present or 'neither text nor image'}; mend {prefix}txt, {prefix}img_path or {prefix}modality"
+            f"{present or 'neither text nor image'}; mend {prefix}txt, {prefix}img_path or {prefix}modality",
+            "wrong modality label",
         )
     return text, images.find(img_path, where) if img_path else None, modality

@@ -30,6 +30,8 @@ from puma_hf.data.mbeir_format import (
     read_jsonl,
     read_qrels,
 )
+from puma_hf.data.mbeir_origin import read_origin, verified_content_hash
+from puma_hf.data.mbeir_problems import Problems
 from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
 
 UNION_PREFIX = "union_"
@@ -39,15 +41,17 @@ _TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODAL
 class MBEIR:
     """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
-    Nothing is read before it is asked for, and nothing is kept but the instructions.
+    Nothing is read before it is asked for, and nothing is kept but the instructions. What is wrong with a file is
+    reported at once, see `Problems`.
 
     Args:
         root: The folder.
-        image_root: Folder that every `img_path` is relative to, if not `root`; images outside of it are
-            refused.
+        image_root: Folder that every `img_path` is relative to, if not the one that a nano or imported folder
+            names, or else `root`; images outside of it are refused.
 
     Raises:
-        FileNotFoundError: If `root` is not a folder.
+        FileNotFoundError: If `root` is not a folder, or the images' folder is gone.
+        MBEIRFormatError: If a nano or imported folder's own description of itself cannot be read.
 
     Example:
         >>> data = MBEIR("demo/emoji")
@@ -59,7 +63,26 @@ class MBEIR:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
-        self._images = ImageFinder(self.root if image_root is None else Path(image_root))
+        self._origin = read_origin(self.root)
+        if image_root is None:
+            image_root = self.root if self._origin is None else self._origin.image_root
+        self.image_root = Path(image_root).resolve()
+        if not self.image_root.is_dir():
+            named = "" if self._origin is None else f", which {self._origin.path} names,"
+            raise FileNotFoundError(
+                f"The images' folder {self.image_root}{named} is not there; put it back, or pass image_root, the "
+                "folder the images are in now"
+            )
+        self._images = ImageFinder(self.image_root)
+
+    @cached_property
+    def content_hash(self) -> str | None:
+        """SHA-256 of what a nano folder holds, see `puma_hf.data.nano.build_nano`; None for any other folder.
+
+        Raises:
+            MBEIRFormatError: If a file was changed after the folder was built.
+        """
+        return None if self._origin is None else verified_content_hash(self._origin)
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
         """Tasks that have queries in a split.
@@ -107,16 +130,9 @@ class MBEIR:
         """
         path = self._query_path(task, split)
         queries: dict[str, Query] = {}
-        for query in self._read_queries(path):
-            where = location(path, query.line)
-            if query.qid in queries:
-                raise MBEIRFormatError(f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}")
-            if query.modality != task.query_modality:
-                raise MBEIRFormatError(
-                    f"{where}: query_modality is {query.modality!r} but task {task.task_id} has "
-                    f"{task.query_modality!r} queries; move the line to the file of its own task"
-                )
-            queries[query.qid] = query
+        with Problems(path) as problems:
+            for query in self._read_queries(path, problems):
+                problems.attempt(_add_query, queries, query, task, location(path, query.line))
         return list(queries.values())
 
     def union_queries(self, split: str = "union_train") -> list[Query]:
@@ -134,7 +150,9 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        return list(self._read_queries(self._union_path(split)))
+        path = self._union_path(split)
+        with Problems(path) as problems:
+            return list(self._read_queries(path, problems))
 
     def local_pool(self, task: MBEIRTask, split: str = "test") -> dict[str, Candidate]:
         """Candidates of one task alone.
@@ -212,15 +230,30 @@ class MBEIR:
         Raises:
             MBEIRFormatError: If the table has no row for this dataset and these modalities.
         """
+        wordings = self.wordings(query, candidate_modality)
+        return wordings[0] if seed is None else seeded_random(seed, "instruction", query.qid, row).choice(wordings)
+
+    def wordings(self, query: Query, candidate_modality: str) -> tuple[str, ...]:
+        """All wordings of a query's instruction.
+
+        Args:
+            query: The query.
+            candidate_modality: Modality it looks for: "text", "image" or "image,text".
+
+        Returns:
+            The wordings in the table's order, at least one.
+
+        Raises:
+            MBEIRFormatError: If the table has no row for this dataset and these modalities.
+        """
         prompts, _ = self._instructions
         key = (query.dataset_id, query.modality, candidate_modality)
         if key not in prompts:
             raise MBEIRFormatError(
-                f"{self._instruction_path}: no instruction for (dataset_id, query modality, candidate "
+                f"{self.instruction_path}: no instruction for (dataset_id, query modality, candidate "
                 f"modality) = {key}, needed by query {query.qid!r}; add the row"
             )
-        wordings = prompts[key]
-        return wordings[0] if seed is None else seeded_random(seed, "instruction", query.qid, row).choice(wordings)
+        return prompts[key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
         """The task of a query from a union file, where the file name does not say it.
@@ -257,33 +290,48 @@ class MBEIR:
         return repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"
 
     @property
-    def _instruction_path(self) -> Path:
+    def instruction_path(self) -> Path:
+        """The table of instructions."""
         return self.root / "instructions" / "query_instructions.tsv"
 
     @cached_property
     def _instructions(self) -> tuple[dict[InstructionKey, tuple[str, ...]], dict[int, str]]:
-        return read_instructions(self._instruction_path)
+        return read_instructions(self.instruction_path)
 
-    def _read_queries(self, path: Path) -> Iterator[Query]:
+    def _read_queries(self, path: Path, problems: Problems) -> Iterator[Query]:
         empty = True
-        for line, record in read_jsonl(path):
+        for line, record in read_jsonl(path, problems):
             empty = False
-            yield parse_query(record, line, location(path, line), self._images)
-        if empty:
+            query = problems.attempt(parse_query, record, line, location(path, line), self._images)
+            if query is not None:
+                yield query
+        if empty and not problems:
             raise MBEIRFormatError(f"{path}, line 1: the query file is empty; download it again or remove it")
 
     def _read_pool(self, path: Path) -> dict[str, Candidate]:
         pool: dict[str, Candidate] = {}
-        for line, record in read_jsonl(path):
-            candidate = parse_candidate(record, location(path, line), self._images)
-            if candidate.did in pool:
-                raise MBEIRFormatError(
-                    f"{location(path, line)}: did {candidate.did!r} was already given; keep one line"
-                )
-            pool[candidate.did] = candidate
+        with Problems(path) as problems:
+            for line, record in read_jsonl(path, problems):
+                where = location(path, line)
+                candidate = problems.attempt(parse_candidate, record, where, self._images)
+                if candidate is not None and pool.setdefault(candidate.did, candidate) is not candidate:
+                    message = f"{where}: did {candidate.did!r} was already given; keep one line"
+                    problems.add(MBEIRFormatError(message, "duplicated id"))
         if not pool:
             raise MBEIRFormatError(f"{path}, line 1: the candidate pool is empty; download it again")
         return pool
+
+
+def _add_query(queries: dict[str, Query], query: Query, task: MBEIRTask, where: str) -> None:
+    if query.qid in queries:
+        raise MBEIRFormatError(f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}", "duplicated id")
+    if query.modality != task.query_modality:
+        raise MBEIRFormatError(
+            f"{where}: query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r} "
+            "queries; move the line to the file of its own task",
+            "query of another task",
+        )
+    queries[query.qid] = query
 
 
 def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) -> list[MBEIRTask]:

@@ -124,3 +124,13 @@ def test_broken_union_row_names_file_and_line(root: Path) -> None:
 def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_mbeir(root, **arguments)
+
+
+def test_every_broken_row_of_a_file_is_reported(root: Path) -> None:
+    path = builder.query_path(root, 1, "train")
+    builder.change_record(path, 1, pos_cand_list=[])
+    builder.change_record(path, 3, neg_cand_list=["11:9999"])
+    with pytest.raises(
+        MBEIRFormatError, match=r"task1_train\.jsonl: 2 problems \(no positive: 1, did that is in no pool: 1\):\n"
+    ):
+        load_mbeir(root)

@@ -17,6 +17,7 @@ from puma_hf.data.mbeir_format import (
     read_jsonl,
     read_qrels,
 )
+from puma_hf.data.mbeir_problems import Problems
 
 CANDIDATE = {"did": "9:1", "txt": "a dog", "img_path": "dog.png", "modality": "image,text"}
 QUERY = {
@@ -204,4 +205,52 @@ def test_broken_qrels(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "qrels.txt"
     path.write_text(f"5:1 0 5:7 1 6\n{line}\n", encoding="utf-8")
     with pytest.raises(MBEIRFormatError, match=rf"qrels\.txt, line 2: {message}"):
+        read_qrels(path, {"5:1"}, {"5:7"})
+
+
+@pytest.mark.parametrize("cut", [1, 5, 9])
+def test_a_cut_last_line_is_said(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 22}'[:-cut])
+    if cut == 9:  # between two lines nobody can tell
+        assert len(list(read_jsonl(path))) == 1
+        return
+    with pytest.raises(
+        MBEIRFormatError, match=r"line 2: broken JSON \(.*\); the file ends in the middle of this line, .* download it"
+    ):
+        list(read_jsonl(path))
+
+
+def test_a_whole_last_line_needs_no_line_break(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert len(list(read_jsonl(path))) == 2
+
+
+def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\nno\n[1]\n{"a": 4}\n{"a":')
+    problems = Problems(path)
+    assert [number for number, _ in read_jsonl(path, problems)] == [1, 4]
+    assert problems.counts == {"broken JSON": 2, "cut last line": 1}
+
+
+def test_all_of_a_qrels_file_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    lines = ["5:1 0 5:7 1 6", "5:9 0 5:7 1 6", "5:1 0 5:8 1 6", "5:1 0 5:7 2 6", "no", "5:1 0 5:9 1 6", "5:1 0 5"]
+    path.write_text("\n".join(lines))
+    with pytest.raises(MBEIRFormatError) as caught:
+        read_qrels(path, {"5:1"}, {"5:7"})
+    first, *quoted = str(caught.value).splitlines()
+    assert first == (
+        f"{path}: 6 problems (did that is in no pool: 2, unknown qid: 1, contradiction: 1, malformed line: 1, "
+        "cut last line: 1). The first 5:"
+    )
+    assert [line.partition(": ")[0] for line in quoted] == [f"- {path}, line {number}" for number in range(2, 7)]
+
+
+def test_a_cut_qrels_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    path.write_bytes(b"5:1 0 5:7 1 6\n5:1 0 \xff")
+    with pytest.raises(MBEIRFormatError, match=r"line 2: expected 'qid 0 did .*; the file ends in the middle of this"):
         read_qrels(path, {"5:1"}, {"5:7"})

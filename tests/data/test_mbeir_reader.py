@@ -153,3 +153,68 @@ def test_select_tasks() -> None:
     for names in (["toys_task5"], []):
         with pytest.raises(ValueError, match=r"tasks is \[.*\], must be some of .*'toys_task0'.*; choose"):
             select_tasks(TASKS, names)
+
+
+def test_everything_wrong_in_a_pool_is_reported_at_once(root: Path) -> None:
+    path = builder.local_pool_path(root, 8)
+    (root / "images" / "c8_0.png").unlink()
+    builder.change_record(path, 2, did=builder.did(8, 5))
+    builder.change_record(path, 3, modality="text")
+    builder.change_record(path, 4, txt=...)
+    with path.open("a") as file:
+        file.write('{"did": "11:8')
+    with pytest.raises(MBEIRFormatError) as caught:
+        MBEIR(root).local_pool(TASKS[-1])
+    first, *quoted = str(caught.value).splitlines()
+    assert first == (
+        f"{path}: 5 problems (missing image: 1, wrong modality label: 1, missing field: 1, duplicated id: 1, "
+        "cut last line: 1):"
+    )
+    assert [line.partition(": ")[0] for line in quoted] == [f"- {path}, line {number}" for number in (1, 3, 4, 6, 7)]
+
+
+def test_everything_wrong_with_queries_is_reported_at_once(root: Path) -> None:
+    path = builder.query_path(root, 1, "test")
+    builder.change_record(path, 2, query_img_path="images/q3_0.png", query_modality="image,text")
+    builder.change_record(path, 3, qid=builder.qid(1, 0))
+    builder.change_record(path, 4, qid="4")
+    with pytest.raises(
+        MBEIRFormatError, match=r"3 problems \(query of another task: 1, duplicated id: 1, wrong id: 1\):\n"
+    ):
+        MBEIR(root).queries(TASKS[1])
+    path = root / "query" / "union_train" / "mbeir_union_up_train.jsonl"
+    for line in range(1, 9):
+        builder.change_record(path, line, query_modality="audio")
+    with pytest.raises(MBEIRFormatError, match=r"8 problems \(wrong modality label: 8\). The first 5:"):
+        MBEIR(root).union_queries()
+
+
+def test_only_missing_images_are_missing_files(root: Path) -> None:
+    for image in (root / "images").glob("c4_*.png"):
+        image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"6 problems \(missing image: 6\)\. The first 5:"):
+        MBEIR(root).local_pool(TASKS[4])
+
+
+def test_a_file_of_broken_lines_is_not_called_empty(root: Path) -> None:
+    builder.query_path(root, 1, "test").write_text("no\n")
+    builder.local_pool_path(root, 1).write_text("no\n")
+    for read in (MBEIR(root).queries, MBEIR(root).local_pool):
+        with pytest.raises(MBEIRFormatError, match=r"line 1: broken JSON"):
+            read(TASKS[1])
+
+
+def test_all_wordings(root: Path) -> None:
+    data = MBEIR(root)
+    query = data.queries(TASKS[0])[0]
+    assert data.wordings(query, "image") == tuple(f"0 wording {n}." for n in range(1, 5))
+
+
+def test_a_plain_folder_is_its_own_image_root_and_has_no_hash(root: Path) -> None:
+    data = MBEIR(root)
+    assert (data.image_root, data.content_hash) == (root.resolve(), None)
+
+
+def test_no_folder_of_images(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"The images' folder .*nothing is not there; put it back, or pass"):
+        MBEIR(root, image_root=tmp_path / "nothing")

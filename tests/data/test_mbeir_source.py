@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puma_hf.data import mbeir_parquet, mbeir_source, whole_folder
+from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.mbeir_format import MBEIRFormatError
+from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir_source import open_mbeir
+from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.nano import build_nano
+from puma_hf.evaluation.mbeir import evaluate_mbeir
+from tests.data import mbeir_builder as builder
+from tests.data.parquet_builder import Layout, write_copy
+
+EMOJI = Path(__file__).parents[2] / "demo" / "emoji"
+
+
+@pytest.fixture
+def copies(root: Path, tmp_path: Path) -> Path:
+    """Copies of two tasks, with their instructions beside them."""
+    folder = tmp_path / "copies"
+    write_copy(root, folder, 1)
+    write_copy(root, folder, 7, "mteb")
+    shutil.copy(builder.instructions_path(root), folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def official(root: Path, tmp_path: Path) -> Path:
+    """A copy that is named after one of M-BEIR's own tasks."""
+    folder = write_copy(root, tmp_path / "hub", 7)
+    return folder.rename(folder.with_name("mbeir_cirr_task7"))
+
+
+class FakeHub:
+    """Stands in for `snapshot_download`: repositories are folders."""
+
+    def __init__(self, **repositories: Path) -> None:
+        self.repositories = {name.replace("__", "/"): folder for name, folder in repositories.items()}
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, name: str, **options: Any) -> str:
+        self.calls.append((name, options))
+        if name not in self.repositories:
+            raise OSError(f"404 Client Error for {name}\nand more")
+        return str(self.repositories[name])
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
+    monkeypatch.setattr(mbeir_source, "snapshot_download", hub)
+    return hub
+
+
+def test_an_mbeir_and_folders_in_its_layout_are_opened_as_they_are(root: Path, tmp_path: Path, cache: Path) -> None:
+    data = MBEIR(root)
+    assert open_mbeir(data) is data
+    assert open_mbeir(str(root), cache_dir=cache).root == root
+    nano = build_nano(data, tmp_path / "nano", num_queries=2)
+    assert open_mbeir(nano.root).content_hash == nano.content_hash
+    shutil.rmtree(root / "cand_pool")
+    assert open_mbeir(root).root == root  # its own reader says what is missing
+    assert not cache.exists()
+
+
+def test_copies_in_a_folder(root: Path, copies: Path, cache: Path) -> None:
+    data, original = open_mbeir(copies, cache_dir=cache), MBEIR(root)
+    assert data.tasks() == [MBEIRTask(1, "toys"), MBEIRTask(7, "toys")]
+    assert (data.content_hash, data.image_root) == (None, cache.resolve())
+    together = {}
+    for task in data.tasks():
+        queries, pool = original.queries(task), original.local_pool(task)
+        assert [query.qid for query in data.queries(task)] == [query.qid for query in queries]
+        assert data.qrels(task, "test", queries, pool) == original.qrels(task, "test", queries, pool)
+        assert data.wordings(queries[0], task.candidate_modality) == original.wordings(
+            queries[0], task.candidate_modality
+        )
+        together |= data.local_pool(task)
+    assert data.global_pool() == together
+    # A moved cache is still whole.
+    cache.rename(cache.with_name("moved"))
+    moved = MBEIR(cache.with_name("moved") / data.root.relative_to(cache))
+    assert list(moved.global_pool()) == list(together)
+
+
+def test_some_of_the_copies(copies: Path, cache: Path) -> None:
+    data = open_mbeir(copies, tasks=["toys_task7"], cache_dir=cache)
+    assert data.tasks() == [MBEIRTask(7, "toys")]
+    assert data.global_pool() == data.local_pool(data.tasks()[0])
+    assert data.root != open_mbeir(copies, cache_dir=cache).root
+    with pytest.raises(ValueError, match=r"tasks is \['cirr_task7'\], must be some of \['toys_task1', 'toys_task7'\]"):
+        open_mbeir(copies, tasks=["cirr_task7"], cache_dir=cache)
+
+
+def test_it_is_imported_once(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_mbeir(copies, cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(mbeir_source, "import_copy", lambda *_, **__: pytest.fail("imported again"))
+        assert open_mbeir(copies, cache_dir=cache).root == first.root
+    file = next(copies.glob("mbeir_toys_task1/query/*"))
+    os.utime(file, ns=(1, 1))  # another file
+    assert open_mbeir(copies, cache_dir=cache).root != first.root
+
+
+def test_the_default_cache_is_that_of_hugging_face(
+    copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mbeir_source.constants, "HF_HOME", str(tmp_path / "hf"))
+    assert open_mbeir(copies).root.is_relative_to(tmp_path / "hf" / "puma_hf" / "mbeir" / "datasets")
+
+
+def test_a_killed_import_goes_on(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second of two tasks, after an image: nothing of that is read, and the first is not done again."""
+    whole = open_mbeir(copies, cache_dir=cache.with_name("whole"))
+    put, done = mbeir_parquet._ImageStore.put, []
+
+    def killed(*args: Any) -> str:
+        done.append(put(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mbeir_parquet._ImageStore, "put", killed)
+        patch.setattr(whole_folder.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            open_mbeir(copies, cache_dir=cache)
+    assert len(list((cache / "tasks").glob("toys_task*"))) == 1
+    assert not (cache / "datasets").exists()
+    os.utime(cache / done[0], ns=(1, 1))
+    data = open_mbeir(copies, cache_dir=cache)
+    assert (cache / done[0]).stat().st_mtime_ns == 1
+    files = [path.relative_to(whole.root) for path in sorted(whole.root.rglob("*")) if path.is_file()]
+    assert [path.relative_to(data.root) for path in sorted(data.root.rglob("*")) if path.is_file()] == files
+    assert all((data.root / file).read_bytes() == (whole.root / file).read_bytes() for file in files)
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_a_broken_copy_is_not_imported(copies: Path, cache: Path) -> None:
+    path = next(copies.glob("mbeir_toys_task7/corpus/*"))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    for _ in range(2):
+        with pytest.raises(MBEIRFormatError, match=rf"{path} is not a whole Parquet file"):
+            open_mbeir(copies, cache_dir=cache)
+    path.write_bytes(data)
+    assert len(open_mbeir(copies, cache_dir=cache).tasks()) == 2
+
+
+def test_one_copy_with_an_official_name(official: Path, cache: Path) -> None:
+    data = open_mbeir(official, cache_dir=cache)
+    (task,) = data.tasks()
+    assert task.name == "cirr_task7"
+    assert len(data.local_pool(task)) == builder.NUM_CANDIDATES
+    # CIRR's number is 8; the builder's ids have their own, so only the table itself can be looked at.
+    row = ["image,text", "image", "cirr", "8", MBEIR_INSTRUCTIONS["mbeir_cirr_task7"]]
+    assert data.instruction_path.read_text().splitlines()[1].split("\t") == row
+
+
+def test_a_snapshot_of_the_hubs_cache_knows_its_name(official: Path, tmp_path: Path, cache: Path) -> None:
+    snapshot = tmp_path / "datasets--mteb--mbeir_cirr_task7" / "snapshots"
+    snapshot.mkdir(parents=True)
+    official.rename(snapshot / "0a1b")
+    assert open_mbeir(snapshot / "0a1b", cache_dir=cache).tasks()[0].name == "cirr_task7"
+
+
+@pytest.mark.parametrize("layout", ["mrbench", "mteb"])
+def test_a_dataset_of_the_hub(
+    root: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=write_copy(root, tmp_path, 7, layout)))
+    data = open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache, revision="abc")
+    assert [task.name for task in data.tasks()] == ["cirr_task7"]
+    options = {"repo_type": "dataset", "revision": "abc", "allow_patterns": ["*.parquet", "README.md"]}
+    assert hub.calls == [("mteb/mbeir_cirr_task7", options)]
+
+
+def test_an_organisation_of_the_hub(official: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two tasks of the same directions, so that one copy serves as both.
+    hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=official, mteb__mbeir_fashioniq_task7=official))
+    data = open_mbeir("mteb", tasks=["fashioniq_task7", "cirr_task7"], cache_dir=cache)
+    assert [task.name for task in data.tasks()] == ["cirr_task7", "fashioniq_task7"]
+    assert [name for name, _ in hub.calls] == ["mteb/mbeir_cirr_task7", "mteb/mbeir_fashioniq_task7"]
+    assert len(data.global_pool()) == builder.NUM_CANDIDATES  # the same candidates, once
+    with pytest.raises(
+        ValueError, match=r"'mybench' is no folder here, and for an organisation of the Hub tasks is \['toys_task1'\]"
+    ):
+        open_mbeir("mybench", tasks=["toys_task1"], cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("organisation", "name"), [("mteb", "InfoSeekIT2ITRetrieval"), ("MRBench", "mbeir_infoseek_task8")]
+)
+def test_the_one_copy_with_another_name(
+    organisation: str, name: str, root: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_copy(root, tmp_path, 8)
+    hub = use_hub(monkeypatch, FakeHub(**{f"{organisation}__{name}": folder}))
+    assert open_mbeir(organisation, tasks=["infoseek_task8"], cache_dir=cache).tasks()[0].name == "infoseek_task8"
+    assert open_mbeir(f"{organisation}/{name}", cache_dir=cache).tasks()[0].name == "infoseek_task8"
+    assert {name for name, _ in hub.calls} == {f"{organisation}/{name}"}
+
+
+def test_a_download_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, FakeHub())
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"'mteb/mbeir_cirr_task7' is no folder here, .* mteb/mbeir_cirr_task7 could not be downloaded "
+        r"\(404 Client Error for [^ ]*\)\. "
+        r"Check the name\. If this machine is offline, run `hf download mteb/mbeir_cirr_task7 --repo-type dataset`",
+    ):
+        open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache)
+
+
+def test_offline_and_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the Hub's own client."""
+    monkeypatch.setattr(mbeir_source.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(mbeir_source.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded \(.*\)\. .* offline, run `hf download"):
+        open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no such/folder/here", r"is neither a folder nor the name of a dataset or organisation of the Hub\. Check"),
+        ("TIGER-Lab/M-BEIR", r"is no folder here, and no copy of a task on the Hub, .*mbeir_<dataset>_task<n>"),
+    ],
+)
+def test_no_such_source(source: str, message: str, cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        open_mbeir(source, cache_dir=cache)
+
+
+def test_a_file_is_no_source(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"file' is neither a folder nor the name of a dataset"):
+        open_mbeir(tmp_path / "file", cache_dir=cache)
+
+
+def test_a_folder_of_something_else(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "some" / "thing").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"some is not M-BEIR: it has no query/ .* mbeir_<dataset>_task<n>\. N"):
+        open_mbeir(tmp_path / "some", cache_dir=cache)
+
+
+def test_a_folder_has_no_revision(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"revision is 'main', but .*mbeir is a folder; a revision is for the Hub"):
+        open_mbeir(root, revision="main")
+
+
+def test_a_dataset_of_ones_own_needs_its_instructions(copies: Path, cache: Path) -> None:
+    (copies / "query_instructions.tsv").rename(copies / "mbeir_toys_task7" / "query_instructions.tsv")
+    assert len(open_mbeir(copies, cache_dir=cache).tasks()) == 2
+    (copies / "mbeir_toys_task7" / "query_instructions.tsv").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"toys_task1 is none of M-BEIR's tasks, .* Put a query_instructions\.tsv"
+    ):
+        open_mbeir(copies, cache_dir=cache)
+
+
+def test_the_table_gives_a_dataset_its_number(root: Path, tmp_path: Path, cache: Path) -> None:
+    def strip(*tables: list[dict[str, Any]]) -> None:
+        for rows in tables:
+            for row in rows:
+                row |= {name: row[name].partition(":")[2] for name in row if name == "id" or name.endswith("-id")}
+
+    folder = write_copy(root, tmp_path / "copies", 1, change=strip)
+    shutil.copy(builder.instructions_path(root), folder)
+    (task,) = (data := open_mbeir(folder, cache_dir=cache)).tasks()
+    assert data.queries(task)[0].qid == builder.qid(1, 0)
+
+
+def test_a_did_that_means_two_things(root: Path, copies: Path, cache: Path) -> None:
+    def clash(corpus: list[dict[str, Any]], *_: object) -> None:
+        corpus[5]["id"] = builder.did(1, 0)
+
+    shutil.rmtree(copies / "mbeir_toys_task7")
+    write_copy(root, copies, 7, change=clash)
+    with pytest.raises(MBEIRFormatError, match=r"did '11:100' is something else in another task's corpus"):
+        open_mbeir(copies, cache_dir=cache)
+    assert not [path for path in (cache / "datasets").iterdir() if path.is_dir()]
+
+
+def test_without_links_files_are_copied(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(mbeir_source.os, "link", no_links)
+    data = open_mbeir(copies, cache_dir=cache)
+    assert len(data.global_pool()) == 2 * builder.NUM_CANDIDATES
+
+
+class HashEncoder:
+    """Embeds what an input holds: its text and the bytes of its image, wherever the file is."""
+
+    def encode(self, inputs: list[Any], **_: Any) -> torch.Tensor:
+        rows = []
+        for item in inputs:
+            values = item if isinstance(item, dict) else {"text": item}
+            image = Path(values["image"]).read_bytes() if values.get("image") else b""
+            generator = torch.Generator().manual_seed(zlib.crc32((values.get("text") or "").encode() + image))
+            rows.append(torch.randn(8, generator=generator))
+        return torch.stack(rows)
+
+
+def test_an_import_gives_the_same_figures_as_the_original(root: Path, tmp_path: Path, cache: Path) -> None:
+    for number, task in enumerate(builder.MODALITIES):
+        write_copy(root, tmp_path / "copies", task, ("mrbench", "mteb")[number % 2])
+    shutil.copy(builder.instructions_path(root), tmp_path / "copies")
+    data = open_mbeir(tmp_path / "copies", cache_dir=cache)
+    one, other = (
+        evaluate_mbeir(HashEncoder(), source, pool="both", show_progress_bar=False) for source in (root, data)
+    )
+    assert one.rankings == other.rankings
+    assert one.rows == other.rows
+    assert len(one.rows) == 2 * len(builder.MODALITIES)
