@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
 
+from puma_hf.data.images import IMAGE_SUFFIXES, ImageFiles
 from puma_hf.data.nli import NLI_COLUMNS, nli_texts
 from puma_hf.data.tables import read_table, without_decoding
-from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("text", "image", "instruction")
-IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
 
 Item = tuple[str | None, str | None, str | None]  # as COLUMNS
 
@@ -37,7 +34,7 @@ def folder_items(folder: Path) -> Iterator[Item]:
         ValueError: If there is no image, or a file is not what its name says.
     """
     others = 0
-    images = _Images(None)
+    images = ImageFiles(None)
     found = False
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -71,7 +68,7 @@ def file_items(path: Path) -> Iterator[Item]:
         FileNotFoundError: If the file or an image is missing.
         ValueError: If a row is wrong; the message names the line.
     """
-    images = _Images(path.parent)
+    images = ImageFiles(path.parent)
     ignored: dict[str, None] = {}
     for where, row in read_table(path):
         yield from _row_items(row, where, images, ignored)
@@ -92,7 +89,7 @@ def dataset_items(rows: datasets.Dataset) -> Iterator[Item]:
         FileNotFoundError: If an image is missing.
         ValueError: If the columns or a row are wrong; the message names the row.
     """
-    images = _Images(None)
+    images = ImageFiles(None)
     ignored: dict[str, None] = {}
     for number, row in enumerate(without_decoding(rows), start=1):
         if isinstance(row.get("item"), dict):
@@ -102,7 +99,7 @@ def dataset_items(rows: datasets.Dataset) -> Iterator[Item]:
     _log_ignored("The dataset", ignored)
 
 
-def _row_items(row: dict[str, Any], where: str, images: _Images, ignored: dict[str, None]) -> Iterator[Item]:
+def _row_items(row: dict[str, Any], where: str, images: ImageFiles, ignored: dict[str, None]) -> Iterator[Item]:
     if "text" not in row and "image" not in row:
         if set(NLI_COLUMNS) <= set(row):
             ignored |= dict.fromkeys(name for name in row if name not in NLI_COLUMNS)
@@ -133,50 +130,3 @@ def _text(row: dict[str, Any], name: str, where: str) -> str | None:
 def _log_ignored(source: str, ignored: dict[str, None]) -> None:
     if ignored:
         logger.info("%s: ignored the columns %s", source, ", ".join(map(str, ignored)))
-
-
-class _Images:
-    """Turns the image of a row into the absolute path of an image file.
-
-    As with M-BEIR, a file may not name images outside of its own folder: who wrote it may be somebody else.
-    Without a folder any path will do.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = None if folder is None else Path(os.path.realpath(folder))
-        self._found: dict[str, str] = {}
-
-    def find(self, value: Any, where: str) -> str:
-        if isinstance(value, dict) and value.get("bytes") is not None:
-            raise ValueError(
-                f"{where}: the image is inside the dataset, must be the path of a file, which is read when a "
-                "batch needs it. Save the images to a folder, and name that or their paths."
-            )
-        path = value.get("path") if isinstance(value, dict) else value
-        if not isinstance(path, str):
-            raise ValueError(f"{where}: image is {value!r}, must be the path of a file, or null.")
-        if path not in self._found:
-            self._found[path] = self._check(path, where)
-        return self._found[path]
-
-    def _check(self, path: str, where: str) -> str:
-        if "\0" in path:
-            raise ValueError(f"{where}: image {path!r} has a NUL byte, which no path can have.")
-        full = os.path.abspath(path)
-        if self._folder is not None:
-            full = os.path.realpath(self._folder / path)
-            if not Path(full).is_relative_to(self._folder):
-                raise ValueError(
-                    f"{where}: image {path!r} leaves {self._folder}. Images must be below the folder of the file "
-                    "that names them: move that file up, or pass a datasets.Dataset, which may name any path."
-                )
-        if not os.path.isfile(full):
-            raise FileNotFoundError(f"{where}: there is no image {full!r}. Check the path.")
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(full):
-                pass  # Reads the header alone.
-        except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
-            raise ValueError(
-                f"{where}: {full!r} cannot be read as an image ({error}). Replace it or leave it out."
-            ) from error
-        return full

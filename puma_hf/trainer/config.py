@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from puma_hf.data.pairs_config import PairSettings
 from puma_hf.settings import CheckedConfig, option, required
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
@@ -154,7 +155,7 @@ class DistillConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(StageConfig):
+class TrainConfig(PairSettings, StageConfig):
     """Stage 2, contrastive training on labelled pairs: settings of `puma_hf.trainer.stages.train`.
 
     The defaults are LamRA's where it states them (arXiv 2412.01720); MAC-Loss is PUMA's (ACM MM 2025, arXiv
@@ -173,7 +174,9 @@ class TrainConfig(StageConfig):
     ```
     """
 
-    data: str | Path = required("Folder in M-BEIR's layout, or a table of NLI pairs (sent0, sent1, hard_neg).")
+    data: str | Path = required(
+        "Folder in M-BEIR's layout; or pairs of your own: a table, or a folder of images with captions.csv in it."
+    )
     lora_r: int = option(128, "Rank of the adapter.", at_least=1)
     loss: Loss = option(
         "mac",
@@ -243,6 +246,8 @@ class TrainConfig(StageConfig):
         if not self.distillation_weight:
             names = ["teacher", "teacher_mode", "teacher_cache", "metric"]
             unused["distillation_weight=0"] = names
+        if not self.num_negatives:
+            unused["num_negatives=0"] = ["negatives"]
         defaults = {entry.name: entry.default for entry in fields(self)}
         sentences = []
         for reason, names in unused.items():

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.data.items import load_items
 from puma_hf.data.mbeir import load_mbeir
-from puma_hf.data.nli import load_nli
+from puma_hf.data.pairs import load_pairs
 from puma_hf.data.twins import twin_keys
 from puma_hf.files import is_puma_directory
 from puma_hf.losses import SelfDistillationLoss
@@ -79,7 +79,7 @@ def distill(config: DistillConfig) -> Path:
 def train(config: TrainConfig) -> Path:
     """Stage 2: train on labelled pairs with MAC-Loss, or with InfoNCE to compare.
 
-    No two rows of a batch share a right answer.
+    No two rows of a batch share a right answer. Of pairs of one's own (`load_pairs`) these are known by their content.
 
     Args:
         config: What to train, on what, and how; see `TrainConfig`.
@@ -140,12 +140,11 @@ def merge(config: MergeConfig) -> float:
 
 
 def _labelled_rows(config: TrainConfig) -> Dataset:
-    if Path(config.data).is_file():
-        if config.num_negatives > 1:
-            raise ValueError(f"num_negatives={config.num_negatives} must be 0 or 1: {config.data} has one per pair.")
-        rows = load_nli(config.data)
-        rows = rows if config.num_negatives else rows.remove_columns("negative_1")
-    else:
+    if _is_mbeir(Path(config.data)):
+        if given := [*config.pair_arguments(), *(["bad_pairs"] if config.bad_pairs != "raise" else [])]:
+            raise ValueError(
+                f"{', '.join(given)}: for pairs of one's own, but {config.data} is M-BEIR's. Leave them out."
+            )
         rows = load_mbeir(
             config.data,
             config.split,
@@ -154,10 +153,29 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
             seed=config.seed,
             with_ids=True,
         )
+    else:
+        rows = _pairs(config)
     if config.train_fraction == 1:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
     return rows.select(sorted(random.Random(config.seed).sample(range(len(rows)), count)))
+
+
+def _is_mbeir(path: Path) -> bool:
+    return (path / "query").is_dir() or (path / "cand_pool").is_dir()
+
+
+def _pairs(config: TrainConfig) -> Dataset:
+    arguments = config.pair_arguments()
+    if not config.num_negatives:
+        arguments["negatives"] = ()
+    rows = load_pairs(config.data, on_error=config.bad_pairs, with_ids=True, **arguments)
+    names = [name for name in rows.column_names if name.startswith("negative_")]
+    if config.num_negatives > len(names):
+        raise ValueError(
+            f"num_negatives={config.num_negatives} must be 0 to {len(names)}: {config.data} has {len(names)} a pair."
+        )
+    return rows.remove_columns(names[config.num_negatives :])
 
 
 def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:

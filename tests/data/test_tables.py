@@ -102,3 +102,31 @@ def test_json_lines_raise_the_error_of_mbeir(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.csv is not a file\. Check the path"):
         read(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "messages"),
+    [
+        ("a.csv", "text,n\na,1\nb\nc,1,2\nd,4\n", ["a", "d"], ["line 3: 1 cells", "line 4: 3 cells"]),
+        ("a.csv", "text\na\n" + "x" * 200_000 + "\nb\n", ["a", "b"], ["line 3: field larger"]),
+        ("a.csv", b"text\n\xff\n", [], ["somewhere after line 0: not UTF-8"]),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text"\n[]\n{"text": "d"}',
+            ["a", "d"],
+            ["line 2: broken JSON", "line 3: expected"],
+        ),
+        ("a.json", '[{"text": "a"}, 3, {"text": "c"}]', ["a", "c"], ["object 2: expected a JSON object, got int"]),
+        ("a.json", '[{"text": "a"}', [], ["broken JSON"]),
+        ("a.txt", b"a\n\xff\nc\n", ["a", "c"], ["line 2: not UTF-8"]),
+        ("a.parquet", b"PAR1", [], ["cannot be read as Parquet"]),
+    ],
+)
+def test_reading_goes_on_after_bad_lines(
+    tmp_path: Path, name: str, content: str | bytes, texts: list[str], messages: list[str]
+) -> None:
+    bad: list[str] = []
+    rows = read_table(write(tmp_path, name, content), lambda error: bad.append(str(error)))
+    assert [row["text"] for _, row in rows] == texts
+    assert len(bad) == len(messages)
+    assert all(message in error for message, error in zip(messages, bad, strict=True))

@@ -159,6 +159,8 @@ def test_a_mini_batch_means_gradient_caching(values: dict[str, int]) -> None:
         ({"loss": "infonce", "grouping": "query"}, ["grouping='query': not used with loss='infonce'."]),
         ({"teacher": "t"}, ["teacher='t': not used with distillation_weight=0."]),
         ({"teacher": "t", "distillation_weight": 0.5}, []),
+        ({"negatives": "wrong"}, ["negatives=('wrong',): not used with num_negatives=0."]),
+        ({"negatives": "wrong", "num_negatives": 1}, []),
         (
             {"mini_batch_size": 8, "mini_batch_num_tokens": 64},
             ["mini_batch_size=8: not used with mini_batch_num_tokens."],

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerState
@@ -344,8 +345,68 @@ def test_more_than_the_pairs_have(train_config: MakeConfig, tmp_path: Path) -> N
     table.write_text("sent0,sent1,hard_neg\n" + "".join(f"a{n},b{n},c{n}\n" for n in range(8)))
     saved = train(train_config(data=table, num_negatives=1, save_steps=3))
     assert len(logged(saved / "checkpoint-3", "loss")) == 3
-    with pytest.raises(ValueError, match=r"num_negatives=2 must be 0 or 1: .*nli\.csv has one per pair"):
+    with pytest.raises(ValueError, match=r"num_negatives=2 must be 0 to 1: .*nli\.csv has 1 a pair"):
         train(train_config(data=table, num_negatives=2, output=tmp_path / "other"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of five photos with three captions each, and a line whose image is missing."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = ["file_name,caption", "none.png,nothing"]
+    for number in range(5):
+        Image.new("RGB", (28, 28), (50 * number, 0, 0)).save(folder / f"{number}.png")
+        lines += [f"{number}.png,red {number} {word}" for word in ("plain", "square", "small")]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_training_on_photos_with_captions(
+    train_config: MakeConfig, photos: Path, batches: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"data": photos, "direction": "both", "max_steps": -1}
+    with pytest.raises(ValueError, match=r"captions\.csv: 1 of 16 rows cannot be used: 1 x image missing"):
+        train(train_config(**settings))
+    wordings = {"instruction": "Find the photo.", "reverse_instruction": "Find a caption."}
+    saved = train(train_config(**settings, **wordings, bad_pairs="drop"))
+    assert load_config(TrainConfig, saved / "train.yaml").reverse_instruction == "Find a caption."
+    assert "left out 1 of 16 rows" in caplog.text
+    assert len(batches) == 6  # 30 rows by 4, but for those that share an answer at the end
+    for batch in batches:
+        # No photo is the answer twice, nor asked about twice: then its captions would each be right.
+        for way in (0, 1):
+            asked = [row // 6 for row in batch if row % 2 == way]
+            assert len(asked) == len(set(asked))
+
+
+def test_columns_of_pairs(train_config: MakeConfig, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "run", lambda trainer, *_: seen.append(trainer.train_dataset) or Path("out"))
+    table = photos / "table.csv"
+    table.write_text(
+        "".join(f"{name},text of {name[:4]},b,c,d\n" for name in ("foto", *(f"{n}.png" for n in range(5))))
+    )
+    columns = {"anchor": "text of foto", "positive": "image=foto", "negatives": ("b", "text=c", "d")}
+    train(train_config(data=table, num_negatives=2, **columns))
+    assert seen[0].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert seen[0][0] == {
+        "anchor": {"text": "text of 0.pn", "image": None, "instruction": None},
+        "positive": {"text": None, "image": str(photos / "0.png")},
+        "negative_1": {"text": "b", "image": None},
+        "negative_2": {"text": "c", "image": None},
+    }
+
+
+@pytest.mark.parametrize("values", [{"direction": "both"}, {"bad_pairs": "drop"}])
+def test_mbeir_needs_no_columns(train_config: MakeConfig, values: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(values))}: for pairs of one's own, but .*mbeir is M-BEIR's"):
+        train(train_config(**values))
+
+
+def test_data_that_is_not_there(train_config: MakeConfig) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'none\.csv' is neither a file nor a folder"):
+        train(train_config(data="none.csv"))
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

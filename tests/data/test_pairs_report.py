@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puma_hf.data import MBEIR
+from puma_hf.data.pairs import load_pairs
+from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.data.pairs_report import PairsReport, Spread, check_pairs, pairs
+from tests.data.photos import make_photos, write_captions, write_csv
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+def kinds(report: PairsReport) -> dict[str, int]:
+    return {found.kind: found.count for found in (*report.offenders, *report.notes)}
+
+
+def test_a_clean_source(folder: Path) -> None:
+    write_captions(folder, {"a.png": "red", "deep/b.png": "a green one"})
+    report = check_pairs(folder)
+    assert report.ok
+    assert (report.num_rows, report.num_rows_left_out, report.num_pairs) == (2, 0, 2)
+    assert report.modalities == {"anchors": {"text": 2}, "positives": {"image": 2}, "negatives": {}}
+    assert (report.image_widths, report.image_heights) == (Spread(2, 4, 4, 10), Spread(2, 5, 5, 6))
+    assert report.text_lengths == {"anchors": Spread(2, 3, 3, 11)}
+    assert kinds(report) == {}
+    assert str(report) == "\n".join(
+        [
+            f"Pairs of {folder / 'captions.csv'}",
+            "  columns    anchor: caption (text)",
+            "             positive: file_name (image)",
+            "  rows       2, of which 0 cannot be used",
+            "  pairs      2",
+            "  anchors    2 text",
+            "  positives  2 image",
+            "  images     2 files (headers read); width 4 to 10, median 4; height 5 to 6, median 5",
+            "  texts      anchors: 3 to 11, median 3 characters",
+            "",
+            "All rows can be trained on.",
+        ]
+    )
+
+
+def test_everything_is_looked_at(folder: Path) -> None:
+    rows = [("none.png", "x"), ("a.png", "red"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", " ")]
+    table = write_captions(folder, [*rows, ("", "x"), *((f"{number}.png", "x") for number in range(6))])
+    report = check_pairs(table)
+    assert not report.ok
+    assert kinds(report) == {
+        "image missing": 7,
+        "image broken": 1,
+        "image refused": 1,
+        "anchor missing": 1,
+        "positive missing": 1,
+    }
+    assert (report.num_rows, report.num_rows_left_out, report.num_pairs) == (12, 11, 1)
+    page = str(report)
+    assert "  rows       12, of which 11 cannot be used\n" in page
+    assert f"Cannot be used:\n  7 x image missing\n    {table}, line 2: there is no image" in page
+    assert page.count("there is no image") == 5
+    assert "\n    and 2 more\n" in page
+    assert page.endswith("Mend these rows, or leave them out (on_error='drop', in a command --bad-pairs drop).")
+    # What it counts is what load_pairs leaves out.
+    with pytest.raises(ValueError, match=r"11 of 12 rows cannot be used: 7 x image missing"):
+        load_pairs(table)
+    assert len(load_pairs(table, on_error="drop")) == report.num_pairs
+
+
+def test_nothing_to_train_on(folder: Path) -> None:
+    report = check_pairs(write_captions(folder, {"none.png": "x"}))
+    assert not report.ok
+    assert str(report).endswith("No row can be trained on: mend them.")
+    assert (report.image_widths, report.text_lengths) == (None, {})
+
+
+def test_what_is_worth_a_look(tmp_path: Path) -> None:
+    header = ["anchor", "positive", "negative_1"]
+    rows = [
+        ("red", "apple", "pear"),
+        ("Red ", "APPLE", "pear"),  # given again
+        ("red", "cherry", "pear"),  # another positive
+        ("green", "apple", "plum"),  # another anchor of the same positive
+        ("blue", "blue", "plum"),
+        ("red", "rose", "cherry"),  # right, by line 4
+    ]
+    table = write_csv(tmp_path / "pairs.csv", header, rows)
+    report = check_pairs(table)
+    assert report.ok
+    first = {found.kind: list(found.first) for found in report.notes}
+    assert first == {
+        "pair given again": [f"{table}, line 3: the same as {table}, line 2"],
+        "anchor that is its own positive": [f"{table}, line 6: 'blue'"],
+        "negative that is a right answer of its anchor": [f"{table}, line 7: 'cherry'"],
+        "anchor with several positives": [f"{table}, line 2: 'red' has 3"],
+        "positive of several anchors": [f"{table}, line 2: 'apple' has 2"],
+    }
+    assert "Worth a look:\n  1 x pair given again\n" in str(report)
+    assert str(report).endswith("All rows can be trained on.")
+
+
+def test_copies_of_an_image_are_one(folder: Path) -> None:
+    rows = [("a.png", "red"), ("copy of a.png", "red"), ("deep/b.png", "x" * 70)]
+    report = check_pairs(write_captions(folder, rows), direction="image-to-text")
+    assert kinds(report) == {"pair given again": 1}
+    report = check_pairs(write_captions(folder, [*rows, ("a.png", "x" * 70)]), direction="both")
+    first = {found.kind: [text.split(": ")[1] for text in found.first] for found in report.notes}
+    assert first["anchor with several positives"] == ["'a.png' has 2", f"'{'x' * 57}...' has 2"]
+    assert report.num_pairs == 8
+
+
+def test_decoding_finds_more(folder: Path) -> None:
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
+    table = write_captions(folder, {"cut.png": "red", "a.png": "red"})
+    assert check_pairs(table).ok
+    report = check_pairs(table, decode=True)
+    assert kinds(report) == {"image broken": 1}
+    assert "1 files (decoded)" in str(report)
+
+
+def test_options_that_do_not_fit_are_errors(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"anchor: there is no column 'titel'"):
+        check_pairs(write_captions(folder, {"a.png": "red"}), anchor="titel")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [([], None), ([3], Spread(1, 3, 3, 3)), ([4, 1, 3, 2], Spread(4, 1, 2, 4)), ([9, 1, 5], Spread(3, 1, 5, 9))],
+)
+def test_spreads(numbers: list[int], expected: Spread | None) -> None:
+    assert Spread.of(numbers) == expected
+    assert str(Spread(2, 1, 2, 12345)) == "1 to 12,345, median 2"
+
+
+# --- the command's function
+
+
+def test_the_report_as_json(folder: Path) -> None:
+    write_captions(folder, {"a.png": "red", "none.png": "x"})
+    report = pairs(PairsConfig(data=folder, json=folder / "out" / "report.json"))
+    written: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert written["ok"] is False
+    assert written["modalities"]["anchors"] == {"text": 1}
+    assert written["offenders"][0]["kind"] == "image missing"
+    assert written["image_widths"] == {"count": 1, "smallest": 4, "median": 4, "largest": 4}
+    assert [path.name for path in (folder / "out").iterdir()] == ["report.json"]
+
+
+def test_the_layout_of_mbeir(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_captions(folder, {"a.png": "red", "deep/b.png": "green", "none.png": "x"})
+    settings: dict[str, Any] = {"data": folder, "mbeir": tmp_path / "mbeir", "test_fraction": 0.5, "val_fraction": 0.0}
+    assert not pairs(PairsConfig(**settings)).ok
+    assert "mbeir was not written, for rows cannot be used" in caplog.text
+    assert not (tmp_path / "mbeir").exists()
+    pairs(PairsConfig(**settings, bad_pairs="drop", direction="image-to-text"))
+    data = MBEIR(tmp_path / "mbeir")
+    assert [task.arrow for task in data.tasks("test")] == ["i -> t"]
+    assert len(data.queries(data.tasks("test")[0], "test")) == 1
