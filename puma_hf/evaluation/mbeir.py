@@ -5,48 +5,58 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query
+from puma_hf import __version__
+from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.data.mbeir_source import open_mbeir
 from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
+from puma_hf.evaluation.fingerprint import model_fingerprint
+from puma_hf.evaluation.fingerprint import model_name as name_of
+from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
 from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
-from puma_hf.evaluation.search import exact_search
+from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
+from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
+from puma_hf.evaluation.trec import write_qrels, write_run
 
 logger = logging.getLogger(__name__)
 
 _POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
-
-
-class Encoder(Protocol):
-    """What is asked of a model: `encode(inputs, prompt=..., batch_size=..., show_progress_bar=...)`."""
-
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed inputs as rows: a tensor or array `(len(inputs), embedding_dim)`."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BACKENDS = ("torch", "faiss")
 
 
 def evaluate_mbeir(
     model: Encoder,
-    root: str | Path | MBEIR,
+    data: str | Path | MBEIR,
     *,
     split: str = "test",
     tasks: Iterable[str] | None = None,
     pool: Literal["local", "global", "both"] = "local",
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 32,
-    block_size: int = 4096,
     instruction_seed: int | None = None,
+    output_dir: str | Path | None = None,
+    embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    search_device: str | torch.device | None = None,
+    search_backend: Literal["torch", "faiss"] = "torch",
     show_progress_bar: bool = True,
-    search_device: str | torch.device = "cpu",
     encode_kwargs: Mapping[str, Any] | None = None,
+    shard_size: int = SHARD_SIZE,
+    model_name: str | None = None,
+    data_name: str | None = None,
 ) -> MBEIRResults:
     """Measure a model on M-BEIR or any dataset in its layout.
 
@@ -54,76 +64,171 @@ def evaluate_mbeir(
     encoded with their task's instruction as `prompt`.  Inputs of one modality go together: text,
     `{"image": path}` or `{"image": path, "text": ...}`.
 
+    Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
+    it was, and comes to the same results. Started by `accelerate launch` or `torchrun`, every process embeds a share
+    and searches a share of each pool; all return the same results, which are those of one process.
+
     Args:
         model: A `SentenceTransformer` or anything with its `encode`.
-        root: Folder in M-BEIR's layout, or an `MBEIR` of it.
+        data: Folder in M-BEIR's layout or of parquet copies, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
         split: Split to evaluate.
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
-        ks: The k of hit@k and recall@k.
+        ks: The k of hit@k, recall@k and wrong_modality@k.
         batch_size: Batch size of `encode`.
-        block_size: Rows compared at a time, see `exact_search`.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
-        show_progress_bar: Whether `encode` shows its progress.
-        search_device: Device of the search.
+        output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
+            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere.
+        embedding_dtype: Data type that embeddings are stored in.
+        search_device: Device of the search; None for the GPU, if there is one and the backend is torch.
+        search_backend: "torch", or "faiss" if it is installed; the results are the same.
+        show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
         encode_kwargs: Further arguments of `encode`.
+        shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
+        model_name: What the results call the model; None for its own name.
+        data_name: What the results call the data; None for the name of the folder.
 
     Returns:
-        One row a task and pool, and the rankings.
+        One row a task and pool, the rankings, and what they were made from.
 
     Raises:
-        ValueError: If an argument is out of range, or an embedding is not finite.
+        ValueError: If an argument is out of range, an embedding is not finite, or `output_dir` holds embeddings of
+            another model or setting.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
+        ImportError: If faiss is asked for and not installed.
 
     Example:
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    if pool not in _POOLS:
-        raise ValueError(f"pool is {pool!r}, must be one of {list(_POOLS)}")
+    _check_choice("pool", pool, _POOLS)
+    _check_choice("embedding_dtype", embedding_dtype, _DTYPES)
+    _check_choice("search_backend", search_backend, _BACKENDS)
+    if search_backend == "faiss" and find_spec("faiss") is None:  # hours of embedding would come before the search
+        raise ImportError("search_backend 'faiss' needs faiss: pip install 'puma-hf[faiss]', or choose 'torch'")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
-    data = root if isinstance(root, MBEIR) else MBEIR(root)
-    chosen = select_tasks(data.tasks(split), tasks)
-    searches = read_searches(data, chosen, split, _POOLS[pool])  # reads and checks every file before encoding
-    candidates = _distinct_candidates(searches)
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
-    logger.info("Encoding %d candidates", len(candidates))
-    # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-    pool_embeddings = _encode(model, list(candidates.values()), [""] * len(candidates), options)
-    row_of = {did: row for row, did in enumerate(candidates)}
-    query_embeddings: dict[MBEIRTask, Tensor] = {}
-    results = MBEIRResults(split, [], {name: {} for name in _POOLS[pool]})
-    top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
-    for search in searches:
-        task = search.task
-        if task not in query_embeddings:
-            modality = task.candidate_modality
-            prompts = [data.instruction(query, modality, instruction_seed) for query in search.queries]
-            query_embeddings[task] = _encode(model, search.queries, prompts, options)
-        dids = list(search.pool)
-        rows = [row_of[did] for did in dids]
-        whole = rows == list(range(len(candidates)))  # no copy of the largest pool
-        found = exact_search(
-            query_embeddings[task].to(search_device),
-            pool_embeddings if whole else pool_embeddings[rows],
-            top_k,
-            block_size=block_size,
-        )
-        ranked = [[dids[index] for index in ranking] for ranking in found.indices.tolist()]
-        rankings = {query.qid: ranking for query, ranking in zip(search.queries, ranked, strict=True)}
-        results.rankings[search.pool_name][task.name] = rankings
-        results.rows.append(task_result(search, rankings, ks))
+    names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    with main_process_first():  # it imports copies of the Hub, the others read what it made
+        opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
+    chosen = select_tasks(opened.tasks(split), names)
+    made_from = {
+        **_of_model(model, model_name, encode_kwargs),
+        **_of_data(opened, data_name, instruction_seed),
+        "pool": pool,
+        "embedding_dtype": embedding_dtype,
+    }
+    with shared_folder(output_dir) as folder:
+        cache = _open_cache(model, folder / "embeddings", made_from, _DTYPES[embedding_dtype])
+        searches = read_searches(opened, chosen, split, _POOLS[pool])  # reads and checks every file before encoding
+        inputs = _Inputs(opened, searches, instruction_seed)
+        embedder = Embedder(model, cache, batch_size, show_progress_bar, encode_kwargs)
+        embedder.embed(plan_shards(inputs.items, shard_size))
+        results = MBEIRResults(split, [], {name: {} for name in _POOLS[pool]}, made_from)
+        top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
+        options = {"device": search_device or _default_device(search_backend), "backend": search_backend}
+        output = folder if output_dir is not None and connect()[0] == 0 else None
+        for search, ranked in _rankings(cache, inputs, searches, top_k, options):
+            _add(results, search, ranked, ks, output)
+        if output is not None:
+            results.to_json(output / "results.json")
+            with written_whole(output / "results.md") as file:
+                file.write(results.to_markdown())
     return results
 
 
+class _Inputs:
+    """What is embedded: every candidate once, without a prompt, and every query with its instruction.
+
+    Attributes:
+        items: All of them, the candidates of the largest pool first.
+    """
+
+    def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None) -> None:
+        keys = ContentKeys(getattr(data, "image_root", data.root))
+        candidates = _distinct_candidates(searches)
+        self.items = keys.items(candidates.values(), [""] * len(candidates))
+        self._candidates = {did: item.key for did, item in zip(candidates, self.items, strict=True)}
+        self._queries: dict[MBEIRTask, Tensor] = {}
+        for search in searches:
+            task = search.task
+            if task not in self._queries:
+                wanted = task.candidate_modality
+                prompts = [data.instruction(query, wanted, instruction_seed) for query in search.queries]
+                items = keys.items(search.queries, prompts)
+                self._queries[task] = torch.tensor([item.key for item in items])
+                self.items += items
+
+    def pool_keys(self, pool: Iterable[str]) -> Tensor:
+        """Keys `(num_candidates,)` of the candidates of a pool, in its order."""
+        return torch.tensor([self._candidates[did] for did in pool])
+
+    def query_keys(self, searches: Iterable[Search]) -> Tensor:
+        """Keys `(num_queries,)` of the queries of some searches, one after the other."""
+        return torch.cat([self._queries[search.task] for search in searches])
+
+
+def _rankings(
+    cache: EmbeddingCache, inputs: _Inputs, searches: Sequence[Search], top_k: int, options: Mapping[str, Any]
+) -> Iterator[tuple[Search, dict[str, list[tuple[str, float]]]]]:
+    """For each search the best candidates and their scores of each qid, best first.
+
+    Searches of one pool go together, so that its embeddings are read once.
+    """
+    groups: dict[int, list[Search]] = {}
+    for search in searches:
+        groups.setdefault(id(search.pool), []).append(search)
+    for group in groups.values():
+        queries = cache.rows(inputs.query_keys(group))
+        found = _search_pool(queries, cache, inputs.pool_keys(group[0].pool), top_k, options)
+        dids = list(group[0].pool)
+        rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
+        for search in group:
+            ranked = {}
+            for query, (indices, scores) in zip(search.queries, rows, strict=False):  # the next search goes on
+                ranked[query.qid] = [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
+            yield search, ranked
+
+
+def _search_pool(
+    queries: Tensor, cache: EmbeddingCache, keys: Tensor, top_k: int, options: Mapping[str, Any]
+) -> SearchResult:
+    """Search a pool, each process its slice of it."""
+    rank, count = connect()
+    start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
+    found: SearchResult | None = None
+    if stop > start:
+        scores, indices = exact_search(queries, cache.source(keys[start:stop]), top_k, **options)
+        found = SearchResult(scores.cpu(), indices.cpu() + start)
+    return merge_results([part for part in gather(found) if part is not None], top_k)
+
+
+def _add(
+    results: MBEIRResults,
+    search: Search,
+    ranked: Mapping[str, list[tuple[str, float]]],
+    ks: Sequence[int],
+    output: Path | None,
+) -> None:
+    """Add one search to the results, and write its files."""
+    rankings = {qid: [did for did, _ in ranking] for qid, ranking in ranked.items()}
+    row = task_result(search, rankings, ks)
+    results.rankings[search.pool_name][search.task.name] = rankings
+    results.rows.append(row)
+    logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
+    if output is not None:
+        write_run(output / "runs" / row.pool / f"{search.task.name}.trec", ranked)
+        write_qrels(output / "qrels" / row.pool / f"{search.task.name}.txt", search.relevance, row.task_id)
+
+
 def _distinct_candidates(searches: Sequence[Search]) -> dict[str, Candidate]:
-    """Every candidate once; the largest pool comes first, so that it is a prefix of the result."""
+    """Every candidate once."""
     distinct: dict[str, Candidate] = {}
     for search in sorted(searches, key=lambda search: -len(search.pool)):
         for did, candidate in search.pool.items():
-            if distinct.setdefault(did, candidate) != candidate:
+            known = distinct.setdefault(did, candidate)
+            if known is not candidate and known != candidate:
                 raise MBEIRFormatError(
                     f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
                     f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
@@ -131,23 +236,58 @@ def _distinct_candidates(searches: Sequence[Search]) -> dict[str, Candidate]:
     return distinct
 
 
-def _encode(
-    model: Encoder, records: Sequence[Query | Candidate], prompts: Sequence[str], options: Mapping[str, Any]
-) -> Tensor:
-    """Embeddings `(len(records), embedding_dim)`, float32, in the order of the records."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for row, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-        groups[prompt, record.modality].append(row)
-    embeddings = torch.empty(0, 0)
-    for (prompt, modality), rows in groups.items():
-        inputs = [records[row].model_input for row in rows]
-        encoded = torch.as_tensor(model.encode(inputs, prompt=prompt, **options)).float().cpu()
-        if not embeddings.numel() and encoded.ndim == 2:
-            embeddings = torch.empty(len(records), encoded.shape[1])
-        if encoded.shape != (len(rows), embeddings.shape[1]):
-            raise ValueError(
-                f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
-                f"expected ({len(rows)}, embedding_dim) with the same embedding_dim for every modality"
-            )
-        embeddings[rows] = encoded
-    return embeddings
+def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingCache:
+    """The stored embeddings in a folder, which must be of this model and these settings.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    fingerprint = made_from["model_fingerprint"]
+    if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
+        raise ValueError(
+            f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model: "
+            f"{type(model).__name__} has no weights to compare. Give it an attribute `fingerprint`, a text that "
+            "changes with the model; or choose another output_dir."
+        )
+    prompts = json.dumps(getattr(model, "prompts", None), sort_keys=True, default=str)
+    settings = {
+        "truncate_dim": made_from["truncate_dim"],
+        "encode_kwargs": made_from.get("encode_kwargs", {}),
+        "max_seq_length": getattr(model, "max_seq_length", None),
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+        "default_prompt_name": getattr(model, "default_prompt_name", None),
+        "model": fingerprint,
+    }
+    with main_process_first():
+        return EmbeddingCache(folder, settings, dtype=dtype)
+
+
+def _default_device(backend: str) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} is {value!r}, must be one of {known}")
+
+
+def _of_model(model: Encoder, name: str | None, encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the results say of the model."""
+    settings = settings_of_encode(encode_kwargs)
+    return {
+        "puma_hf": __version__,
+        "model": name or name_of(model),
+        "model_fingerprint": model_fingerprint(model),
+        "truncate_dim": settings.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
+        **({"encode_kwargs": settings} if settings else {}),
+    }
+
+
+def _of_data(data: MBEIR, name: str | None, instruction_seed: int | None) -> dict[str, Any]:
+    """What the results say of the data."""
+    content_hash = getattr(data, "content_hash", None)
+    return {
+        "data": name or data.root.resolve().name,
+        **({"content_hash": content_hash} if content_hash else {}),
+        "instructions": "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}",
+    }

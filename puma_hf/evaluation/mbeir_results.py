@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MEAN, PUBLISHED_MODELS, PUBLISHED_NOTE
 
-_SHOWN = ("hit", "ndcg", "wrong")
+# What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
+_SHOWN = {"hit", "ndcg", "wrong_modality@1"}
+# What a result was made from, in the order and the words that Markdown shows it in.
+_MADE_FROM = {
+    "model": "model",
+    "model_fingerprint": "fingerprint",
+    "truncate_dim": "first dimensions",
+    "data": "data",
+    "content_hash": "content hash",
+    "split": "split",
+    "instructions": "instructions",
+    "puma_hf": "puma-hf",
+}
+_SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,14 @@ class MBEIRResults:
         split: The split that was evaluated.
         rows: One a task and pool.
         rankings: For each pool and task name, the dids of the best candidates of each qid, best first.
+        made_from: Names of the model and the data, the model's fingerprint, how instructions were chosen, and the
+            like: plain values without paths of this machine. Empty if it is not known.
     """
 
     split: str
     rows: list[MBEIRTaskResult]
     rankings: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict, repr=False)
+    made_from: dict[str, Any] = field(default_factory=dict)
 
     def mean(self, pool: str) -> dict[str, float]:
         """Plain mean over the rows of one pool, as M-BEIR averages: each task counts the same.
@@ -89,10 +106,11 @@ class MBEIRResults:
             include_rankings: Whether to add the rankings.
 
         Returns:
-            The keys split, mean, rows and, if asked for, rankings.
+            The keys split, made_from, mean, rows and, if asked for, rankings.
         """
         values: dict[str, Any] = {
             "split": self.split,
+            "made_from": self.made_from,
             "mean": {pool: self.mean(pool) for pool in self.pools},
             "rows": [asdict(row) for row in self.rows],
         }
@@ -100,7 +118,7 @@ class MBEIRResults:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MBEIRResults:
-        """The results that `to_dict` wrote; the mean is computed anew.
+        """The results that `to_dict` wrote, or an older version without `made_from`; the mean is computed anew.
 
         Args:
             values: What `to_dict` returned, or JSON gave back.
@@ -109,7 +127,7 @@ class MBEIRResults:
             The results.
         """
         rows = [MBEIRTaskResult(**row) for row in values["rows"]]
-        return cls(values["split"], rows, values.get("rankings", {}))
+        return cls(values["split"], rows, values.get("rankings", {}), values.get("made_from", {}))
 
     def to_json(self, path: str | Path, *, include_rankings: bool = False) -> None:
         """Write the results; the file is replaced as a whole or not at all.
@@ -118,24 +136,27 @@ class MBEIRResults:
             path: The file; its folder is made if need be.
             include_rankings: Whether to write the rankings, too.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.to_dict(include_rankings=include_rankings), indent=2, allow_nan=False) + "\n"
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            draft = Path(folder, path.name)
-            draft.write_text(content, encoding="utf-8")
-            os.replace(draft, path)
+        with written_whole(path) as file:
+            file.write(content)
 
     def to_markdown(self) -> str:
         """The table in percent, one row a task and pool, and a mean for each pool; JSON has the rest.
 
+        M-BEIR's own rows, on the local pools of the test split, have the published figures of other models beside
+        them, and so has the mean if all sixteen are there.
+
         Returns:
-            A Markdown table that ends in a newline.
+            A Markdown table, and under it what it was made from; it ends in a newline.
         """
-        names = [name for name in (self.rows[0].metrics if self.rows else ()) if name.startswith(_SHOWN)]
+        names = [
+            name for name in (self.rows[0].metrics if self.rows else ()) if {name, name.partition("@")[0]} & _SHOWN
+        ]
+        published = self._published()
+        models = PUBLISHED_MODELS if published else ()
         lines = [
-            _markdown_row(["task", "dataset", "pool", "candidates", "queries", "k", "hit@k", *names]),
-            _markdown_row(["---"] * 3 + ["---:"] * (4 + len(names))),
+            _markdown_row(["task", "dataset", "pool", "candidates", "queries", "k", "hit@k", *models, *names]),
+            _markdown_row(["---"] * 3 + ["---:"] * (4 + len(models) + len(names))),
         ]
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
@@ -143,12 +164,61 @@ class MBEIRResults:
                 task = row.task
                 sizes = [f"{row.pool_size}", f"{row.num_queries}", f"{task.reported_k}"]
                 values = _percent([row.score, *(row.metrics[name] for name in names)])
-                lines.append(_markdown_row([task.arrow, row.dataset, pool, *sizes, *values]))
+                beside = _beside(published.get(task.name) if pool == "local" else None, models)
+                lines.append(_markdown_row([task.arrow, row.dataset, pool, *sizes, values[0], *beside, *values[1:]]))
             queries = sum(row.num_queries for row in rows)
             mean = self.mean(pool)
             values = [f"**{value}**" for value in _percent(mean[name] for name in ("score", *names))]
-            lines.append(_markdown_row(["", "**mean**", pool, "", f"{queries}", "", *values]))
-        return "\n".join(lines) + "\n"
+            is_theirs = pool == "local" and len(published) == len(PUBLISHED) == len(rows)
+            beside = _beside(PUBLISHED_MEAN if is_theirs else None, models)
+            lines.append(_markdown_row(["", "**mean**", pool, "", f"{queries}", "", values[0], *beside, *values[1:]]))
+        return "\n\n".join(["\n".join(lines), *self._remarks(bool(published))]) + "\n"
+
+    def _published(self) -> dict[str, tuple[float, ...]]:
+        """Published figures by task, of the tasks that were evaluated as they were for the papers."""
+        if self.split != "test" or "content_hash" in self.made_from:  # a subset is another benchmark
+            return {}
+        names = [row.task.name for row in self.rows if row.pool == "local"]
+        return {name: PUBLISHED[name] for name in names if name in PUBLISHED}
+
+    def _remarks(self, published: bool) -> list[str]:
+        remarks = [PUBLISHED_NOTE] if published else []
+        if skipped := [row for row in self.rows if row.num_skipped]:
+            where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
+            remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
+        made_from = {"split": self.split, **self.made_from}
+        words = [
+            f"{word} {str(value)[:_SHOWN_DIGITS] if word in ('fingerprint', 'content hash') else value}"
+            for name, word in _MADE_FROM.items()
+            if (value := made_from.get(name)) is not None
+        ]
+        if self.made_from:
+            remarks.append(f"Made from: {', '.join(words)}.")
+        return remarks
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[TextIO]:
+    """A file to write text into, which takes the place of `path` when the block ends without error.
+
+    Args:
+        path: The file; its folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed run leaves under this name the next run replaces.
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _beside(figures: Sequence[float] | None, models: Sequence[str]) -> list[str]:
+    """Published figures of one row, or empty cells in their places."""
+    return [""] * len(models) if figures is None else [f"{figure:.1f}" for figure in figures]
 
 
 def _markdown_row(cells: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query
 from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.mbeir_tasks import MBEIRTask
 from puma_hf.evaluation.mbeir_results import MBEIRTaskResult
-from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1
+from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
+
+logger = logging.getLogger(__name__)
 
 NDCG_K = 10
 
@@ -29,6 +32,21 @@ class Search:
 
 
 def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[Search]:
+    """Read and check the files of an evaluation; the global pool is read once.
+
+    Args:
+        data: The dataset.
+        tasks: Its tasks.
+        split: The split to evaluate.
+        pool_names: "local", "global", or both.
+
+    Returns:
+        For each pool, a search a task.
+
+    Raises:
+        MBEIRFormatError: If a file is not what the format says, or a task has no query with a relevant candidate.
+        FileNotFoundError: If a file or an image is missing.
+    """
     queries = {task: data.queries(task, split) for task in tasks}
     searches = []
     for pool_name in pool_names:
@@ -43,18 +61,37 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
                     f"{pool_name} pool; look at its qrels, or leave the task out with tasks=[...]"
                 )
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
+    skipped = [
+        f"{count} of {len(search.queries)} in {search.task.name} ({search.pool_name} pool)"
+        for search in searches
+        if (count := len(search.queries) - len(search.relevance))
+    ]
+    if skipped:
+        logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(skipped))
     return searches
 
 
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
+    """The row of one search.
+
+    Args:
+        search: The search.
+        rankings: For each qid, the dids of the best candidates, best first: at least so many as the largest k, or all.
+        ks: The k of hit@k, recall@k and wrong_modality@k; wrong_modality@1 is always there.
+
+    Returns:
+        The row; its metrics are means over the queries in `search.relevance`.
+    """
     task, judged = search.task, list(search.relevance.values())
     ranked = [rankings[qid] for qid in search.relevance]
     metrics = retrieval_metrics(ranked, judged, sorted({*ks, task.reported_k}), ndcg_k=NDCG_K)
     score = metrics[f"hit@{task.reported_k}"]
     if task.reported_k not in ks:  # every row must have the same metrics
         del metrics[f"hit@{task.reported_k}"], metrics[f"recall@{task.reported_k}"]
-    modalities = {did: candidate.modality for did, candidate in search.pool.items()}
-    metrics["wrong_modality@1"] = wrong_modality_at_1(ranked, judged, modalities)
+    # Of a pool of millions only what is looked at.
+    modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
+    for k in sorted({1, *ks}):
+        metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
     return MBEIRTaskResult(
         dataset=task.dataset,
         task_id=task.task_id,

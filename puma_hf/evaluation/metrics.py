@@ -79,33 +79,62 @@ def _discounted(gains: Sequence[int]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
-def wrong_modality_at_1(
-    rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], modalities: Mapping[IdT, str]
+def wrong_modality_at_k(
+    rankings: Sequence[Sequence[IdT]],
+    relevance: Sequence[Mapping[IdT, int]],
+    modalities: Mapping[IdT, str],
+    k: int,
 ) -> float:
-    """Share of queries whose first candidate has a modality that none of their relevant candidates has.
+    """Share of the first k candidates with a modality that none of the query's relevant candidates has.
+
+    The mean over queries. A ranking shorter than k is taken as it is: the share is one of the candidates it has.
 
     Args:
-        rankings: For each query, candidate ids, best first.
+        rankings: For each query, candidate ids, best first; at least one.
         relevance: For each query, the relevance of its relevant candidates; 0 is not relevant.
         modalities: Modality of every candidate.
+        k: How many candidates of each ranking to look at.
 
     Returns:
         A number between 0 and 1.
 
     Raises:
-        ValueError: If the lengths differ or there is no query.
+        ValueError: If the lengths differ, there is no query, a ranking is empty, a query has nothing relevant, or k is
+            below 1.
 
     Example:
-        >>> wrong_modality_at_1([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"})
-        1.0
+        >>> wrong_modality_at_k([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"}, k=2)
+        0.5
     """
     if len(rankings) != len(relevance) or not rankings:
         raise ValueError(
             f"{len(rankings)} rankings and {len(relevance)} relevance judgements; give one of each for at "
             "least one query"
         )
-    wrong = 0
-    for ranking, judged in zip(rankings, relevance, strict=True):
+    if k < 1:
+        raise ValueError(f"k is {k}, must be 1 or more")
+    total = 0.0
+    for row, (ranking, judged) in enumerate(zip(rankings, relevance, strict=True)):
         wanted = {modalities[candidate] for candidate, gain in judged.items() if gain > 0}
-        wrong += modalities[ranking[0]] not in wanted
-    return wrong / len(rankings)
+        if not wanted or not ranking:
+            raise ValueError(
+                f"query {row} has {len(wanted)} relevant and {len(ranking)} ranked candidates; leave such queries out "
+                "and say how many there are"
+            )
+        wrong = [modalities[candidate] not in wanted for candidate in ranking[:k]]
+        total += sum(wrong) / len(wrong)
+    return total / len(rankings)
+
+
+def wrong_modality_at_1(
+    rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], modalities: Mapping[IdT, str]
+) -> float:
+    """Share of queries whose first candidate has a modality that none of their relevant candidates has.
+
+    `wrong_modality_at_k` at k = 1, with the same arguments.
+
+    Example:
+        >>> wrong_modality_at_1([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"})
+        1.0
+    """
+    return wrong_modality_at_k(rankings, relevance, modalities, k=1)

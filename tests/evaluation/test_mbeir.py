@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -10,36 +9,17 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
+from puma_hf import __version__
 from puma_hf.data.mbeir_format import MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.mbeir_tasks import TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from tests.data import mbeir_builder as builder
+from tests.evaluation.fake_encoder import FakeEncoder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in TASK_MODALITIES]
-
-
-class FakeEncoder:
-    """Three small integers from a checksum of the input and the prompt: plenty of ties, even zero vectors."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str | dict[str, str]], str, dict[str, Any]]] = []
-
-    def encode(
-        self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any
-    ) -> NDArray[np.float32]:
-        self.calls.append((inputs, str(prompt), kwargs))
-        return np.array([self.embed(item, prompt) for item in inputs], dtype=np.float32)
-
-    @staticmethod
-    def embed(item: str | dict[str, str], prompt: str | None) -> list[int]:
-        if isinstance(item, str):
-            item = {"text": item}
-        content = [item.get("text", ""), Path(item.get("image", "")).name, prompt or ""]
-        return [byte % 3 - 1 for byte in zlib.crc32(repr(content).encode()).to_bytes(4, "big")[:3]]
 
 
 def brute_force(root: Path, task: MBEIRTask, pool_name: str) -> tuple[dict[str, list[str]], dict[str, float]]:
@@ -74,7 +54,9 @@ def brute_force(root: Path, task: MBEIRTask, pool_name: str) -> tuple[dict[str, 
         totals["ndcg@10"] += dcg / sum(g / math.log2(r + 2) for r, g in enumerate(ideal))  # type: ignore[assignment]
         ranks = [rank for rank, did in enumerate(ranking[:10], start=1) if did in gains]
         totals["mrr@10"] += 1 / ranks[0] if ranks else 0  # type: ignore[assignment]
-        totals["wrong_modality@1"] += pool[order[0]]["modality"] != task.candidate_modality
+        for k in (1, 5, 10):
+            first = [pool[index]["modality"] for index in order[:k]]
+            totals[f"wrong_modality@{k}"] += sum(modality != task.candidate_modality for modality in first) / len(first)  # type: ignore[assignment]
     queries = totals.pop("queries")
     return rankings, {name: total / queries for name, total in totals.items()}
 
@@ -89,9 +71,9 @@ def cosine(a: list[int], b: list[int]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 4096])
-def test_equals_brute_force_on_both_pools(root: Path, block_size: int) -> None:
-    results = evaluate_mbeir(FakeEncoder(), root, pool="both", block_size=block_size)
+@pytest.mark.parametrize("options", [{}, {"shard_size": 1}, {"search_backend": "faiss", "embedding_dtype": "float16"}])
+def test_equals_brute_force_on_both_pools(root: Path, options: dict[str, Any]) -> None:
+    results = evaluate_mbeir(FakeEncoder(), root, pool="both", show_progress_bar=False, **options)
     assert [(row.pool, row.task) for row in results.rows] == [
         (pool, task) for pool in ("local", "global") for task in TASKS
     ]
@@ -126,6 +108,13 @@ def test_seeded_instructions(root: Path) -> None:
     expected = Counter(data.instruction(query, "text", 5) for query in data.queries(TASKS[1]))
     assert len(expected) > 1
     assert {prompt: len(inputs) for inputs, prompt, _ in model.calls if prompt} == expected
+
+
+def test_a_seed_gives_the_same_results_again(root: Path) -> None:
+    """Wordings change what queries are like, so seeds differ; one seed never does."""
+    runs = [evaluate_mbeir(FakeEncoder(), root, instruction_seed=seed) for seed in (None, 5, 5, 6)]
+    assert runs[1] == runs[2]
+    assert len({json.dumps(run.rankings) for run in runs}) == 3
 
 
 def test_tensors_are_taken_too(root: Path) -> None:
@@ -194,8 +183,13 @@ def test_markdown(root: Path) -> None:
         "| task | dataset | pool | candidates | queries | k | hit@k | hit@1 | hit@5 | hit@10 | ndcg@10 "
         "| wrong_modality@1 |"
     )
-    assert len(lines) == 2 + 2 * (8 + 1)
-    assert {line.count("|") for line in lines} == {13}
+    assert len(lines) == 2 + 2 * (8 + 1) + 4
+    assert {line.count("|") for line in lines[:-4]} == {13}
+    assert lines[-3].startswith("Left out, as nothing in the pool is relevant to them: 1 of toys_task0 (local), 1 of ")
+    assert lines[-1] == (
+        f"Made from: model FakeEncoder, fingerprint fake, data mbeir, split test, instructions first wording, "
+        f"puma-hf {__version__}."
+    )
     row = results.rows[2]
     shown = [
         row.score,
@@ -218,11 +212,25 @@ def test_mean_of_a_pool_that_was_not_evaluated(root: Path) -> None:
         ({"ks": []}, r"ks is \[\], must be numbers of 1 or more"),
         ({"ks": [0]}, r"ks is \[0\], must be numbers of 1 or more"),
         ({"tasks": ["toys_task5"]}, r"tasks is \['toys_task5'\], must be some of"),
+        (
+            {"embedding_dtype": "int8"},
+            r"embedding_dtype is 'int8', must be one of \['float32', 'float16', 'bfloat16'\]",
+        ),
+        ({"search_backend": "scann"}, r"search_backend is 'scann', must be one of \['torch', 'faiss'\]"),
+        ({"shard_size": 0}, "shard_size is 0, must be 1 or more"),
     ],
 )
 def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_mbeir(FakeEncoder(), root, **arguments)
+
+
+def test_faiss_that_is_missing_is_missed_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puma_hf.evaluation.mbeir.find_spec", lambda name: None)
+    model = FakeEncoder()
+    with pytest.raises(ImportError, match=r"pip install 'puma-hf\[faiss\]'"):
+        evaluate_mbeir(model, root, search_backend="faiss")
+    assert not model.calls
 
 
 @pytest.mark.parametrize("pool", ["local", "global"])
@@ -267,5 +275,170 @@ def test_embeddings_that_are_not_finite(root: Path) -> None:
         def encode(self, inputs: list[str | dict[str, str]], prompt: str | None = None, **kwargs: Any) -> Any:
             return np.full((len(inputs), 2), np.nan)
 
-    with pytest.raises(ValueError, match="query_embeddings has 4 of 4 rows with NaN"):
+    with pytest.raises(ValueError, match=r"embeddings of 18 of 18 inputs of modality 'image' are not finite .*'11:0'"):
         evaluate_mbeir(Broken(), root)
+
+
+# --- the output
+
+
+def files(output: Path) -> dict[str, bytes]:
+    paths = [path for path in output.rglob("*") if path.is_file() and "embeddings" not in path.parts]
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_what_is_written(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    results = evaluate_mbeir(FakeEncoder(), root, tasks=["toys_task1", "toys_task8"], pool="both", output_dir=output)
+    names = {f"{pool}/toys_task{number}" for pool in ("local", "global") for number in (1, 8)}
+    expected = {f"runs/{name}.trec" for name in names} | {f"qrels/{name}.txt" for name in names}
+    written = files(output)
+    assert set(written) == expected | {"results.json", "results.md"}
+    assert MBEIRResults.from_dict(json.loads(written["results.json"])).rows == results.rows
+    assert written["results.md"].decode() == results.to_markdown()
+    # Nothing of this machine, nor of the time.
+    for content in written.values():
+        assert str(tmp_path).encode() not in content
+    assert "rankings" not in json.loads(written["results.json"])
+
+
+def test_nothing_is_written_without_an_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "temporary")
+    evaluate_mbeir(FakeEncoder(), root)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_they_were_made_from(root: Path) -> None:
+    model = FakeEncoder()
+    results = evaluate_mbeir(model, root, tasks="toys_task1", encode_kwargs={"truncate_dim": 2, "normalize": True})
+    assert results.made_from == {
+        "puma_hf": __version__,
+        "model": "FakeEncoder",
+        "model_fingerprint": "fake",
+        "truncate_dim": 2,
+        "encode_kwargs": {"normalize": True},
+        "data": root.name,
+        "instructions": "first wording",
+        "pool": "local",
+        "embedding_dtype": "float32",
+    }
+    names = {"model_name": "org/model", "data_name": "M-BEIR"}
+    seeded = evaluate_mbeir(model, root, tasks="toys_task1", instruction_seed=5, **names).made_from
+    assert (seeded["model"], seeded["data"]) == ("org/model", "M-BEIR")
+    assert seeded["instructions"] == "drawn with seed 5"
+
+
+def test_a_second_run_encodes_only_what_is_new(root: Path, tmp_path: Path) -> None:
+    first, again, other = FakeEncoder(), FakeEncoder(), FakeEncoder()
+    results = evaluate_mbeir(first, root, tasks="toys_task1", output_dir=tmp_path / "out")
+    written = files(tmp_path / "out")
+    assert evaluate_mbeir(again, root, tasks="toys_task1", output_dir=tmp_path / "out") == results
+    assert files(tmp_path / "out") == written
+    assert not again.calls
+    evaluate_mbeir(other, root, tasks="toys_task1", output_dir=tmp_path / "out", instruction_seed=5)
+    assert all(prompt and prompt != "1 wording 1." for _, prompt, _ in other.calls)  # new wordings of queries alone
+
+
+def test_a_cut_shard_is_made_anew(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = tmp_path / "out"
+    evaluate_mbeir(FakeEncoder(), root, output_dir=output)
+    written = files(output)
+    shard = max((output / "embeddings").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    model = FakeEncoder()
+    evaluate_mbeir(model, root, output_dir=output)
+    assert f"{shard} is cut or spoiled" in caplog.text
+    assert len(model.calls) == 1
+    assert files(output) == written
+
+
+def other_model(model: FakeEncoder, **attributes: Any) -> FakeEncoder:
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("attributes", "options", "message"),
+    [
+        ({"fingerprint": "other"}, {}, r"made with other settings: model is 'fake' there and 'other' here"),
+        ({"truncate_dim": 2}, {}, r"other settings: truncate_dim is None there and 2 here"),
+        ({"max_seq_length": 64}, {}, r"other settings: max_seq_length is None there and 64 here"),
+        ({"prompts": {"query": "find"}}, {}, r"other settings: prompts is '\w+' there and '\w+' here"),
+        ({"default_prompt_name": "query"}, {}, r"other settings: default_prompt_name is None there and 'query' here"),
+        ({}, {"encode_kwargs": {"truncate_dim": 2}}, r"other settings: truncate_dim is None there and 2 here"),
+        (
+            {},
+            {"encode_kwargs": {"precision": "int8"}},
+            r"other settings: encode_kwargs is \{\} there and \{'precision'",
+        ),
+        ({}, {"embedding_dtype": "float16"}, r"other settings: embedding_dtype is 'float32' there and 'float16' here"),
+    ],
+)
+def test_embeddings_of_another_model_or_setting_are_refused(
+    root: Path, tmp_path: Path, attributes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", output_dir=tmp_path / "out")
+    model = other_model(FakeEncoder(), **attributes)
+    with pytest.raises(ValueError, match=message + ".* Choose another directory"):
+        evaluate_mbeir(model, root, tasks="toys_task8", output_dir=tmp_path / "out", **options)
+    assert not model.calls
+
+
+def test_what_does_not_change_embeddings_is_not_compared(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tasks": "toys_task1", "output_dir": tmp_path / "out"}
+    evaluate_mbeir(FakeEncoder(), root, **options)
+    model = FakeEncoder()
+    evaluate_mbeir(model, root, **options, batch_size=3, search_backend="faiss", encode_kwargs={"chunk_size": 3})
+    assert not model.calls
+
+
+def test_a_model_without_fingerprint_uses_no_older_embeddings(root: Path, tmp_path: Path) -> None:
+    model = other_model(FakeEncoder(), fingerprint=None)
+    evaluate_mbeir(model, root, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"embeddings' holds embeddings, .* Give it an attribute `fingerprint`"):
+        evaluate_mbeir(model, root, output_dir=tmp_path / "out")
+
+
+# --- small and wrong data
+
+
+def test_k_larger_than_the_pool(root: Path) -> None:
+    """Everything is found, and shares are of what there is."""
+    row = evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", ks=(1, 100)).rows[0]
+    assert row.pool_size == builder.NUM_CANDIDATES
+    assert row.metrics["hit@100"] == row.metrics["recall@100"] == 1
+    everything = evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", ks=(100,), pool="global").rows[0]
+    # Tasks 1, 3 and 6 have texts as candidates, the other five have not.
+    assert everything.metrics["wrong_modality@100"] == pytest.approx(5 / 8)
+
+
+@pytest.mark.parametrize("pool", ["local", "global"])
+def test_an_empty_pool(root: Path, pool: Literal["local", "global"]) -> None:
+    path = builder.local_pool_path(root, 1) if pool == "local" else builder.global_pool_path(root, "test")
+    path.write_text("")
+    model = FakeEncoder()
+    with pytest.raises(MBEIRFormatError, match=r"_cand_pool\.jsonl.*pool is empty"):
+        evaluate_mbeir(model, root, tasks="toys_task1", pool=pool)
+    assert not model.calls
+
+
+def test_queries_without_positives_are_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", pool="both")
+    assert [row.num_skipped for row in results.rows] == [1, 1]
+    assert "left out of the means: 1 of 4 in toys_task1 (local pool), 1 of 4 in toys_task1 (global pool)" in caplog.text
+    assert len(results.rankings["local"]["toys_task1"]) == builder.NUM_QUERIES  # they are ranked all the same
+
+
+def test_an_object_that_reads_like_mbeir(root: Path) -> None:
+    class Wrapped:
+        def __init__(self) -> None:
+            self._data = MBEIR(root)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._data, name)
+
+    results = evaluate_mbeir(FakeEncoder(), Wrapped(), pool="both")  # type: ignore[arg-type]
+    assert results == evaluate_mbeir(FakeEncoder(), root, pool="both")

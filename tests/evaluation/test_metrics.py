@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1
+from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1, wrong_modality_at_k
 
 INF = math.inf
 
@@ -75,3 +75,30 @@ def test_wrong_modality() -> None:
     assert wrong_modality_at_1(rankings, relevance, modalities) == 0.5
     with pytest.raises(ValueError, match="0 rankings and 0 relevance judgements"):
         wrong_modality_at_1([], [], modalities)
+
+
+def test_wrong_modality_of_the_first_k() -> None:
+    modalities = {"a": "text", "b": "image", "c": "image,text"}
+    rankings = [["b", "a", "c"], ["c", "a", "b"], ["a"]]
+    relevance = [{"b": 1, "a": 0}, {"a": 2, "b": 1}, {"c": 1}]
+    wrong = {k: wrong_modality_at_k(rankings, relevance, modalities, k) for k in (1, 2, 3, 10)}
+    # Of the third ranking only one candidate is there, whatever k.
+    expected = {1: (0 + 1 + 1) / 3, 2: (1 / 2 + 1 / 2 + 1) / 3, 3: (2 / 3 + 1 / 3 + 1) / 3, 10: (2 / 3 + 1 / 3 + 1) / 3}
+    assert wrong == pytest.approx(expected, abs=1e-15)
+    assert wrong[1] == wrong_modality_at_1(rankings, relevance, modalities)
+
+
+@pytest.mark.parametrize(
+    ("rankings", "relevance", "k", "message"),
+    [
+        ([], [], 1, "0 rankings and 0 relevance judgements; give one of each"),
+        ([["a"]], [{"a": 1}], 0, "k is 0, must be 1 or more"),
+        ([["a"], ["a"]], [{"a": 1}, {"a": 0}], 1, "query 1 has 0 relevant and 1 ranked candidates; leave such queries"),
+        ([[]], [{"a": 1}], 1, "query 0 has 1 relevant and 0 ranked candidates"),
+    ],
+)
+def test_wrong_modality_arguments(
+    rankings: list[list[str]], relevance: list[dict[str, int]], k: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong_modality_at_k(rankings, relevance, {"a": "text"}, k)

@@ -1,0 +1,157 @@
+"""What a model is called, and a fingerprint that changes when its embeddings may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Where a checkpoint was loaded from, and by which version: the embeddings do not depend on it.
+_NOT_COMPARED = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
+_TOKENIZER_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
+_MODEL_SETTINGS = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
+
+
+def model_fingerprint(model: Any) -> str | None:
+    """SHA-256 of what a model's embeddings depend on, from the model itself: a moved directory keeps it.
+
+    It covers the weights and their data types; the settings of every module, of the configuration, the chat template,
+    the tokenizer and the image processor; and `max_seq_length`, `truncate_dim` and the prompts.
+
+    Args:
+        model: A `SentenceTransformer`, or any `torch.nn.Module`. Of anything else its attribute `fingerprint` is
+            taken, if it has one.
+
+    Returns:
+        64 hexadecimal digits, or the attribute; None if there is neither.
+
+    Example:
+        >>> first, second = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> model_fingerprint(first) == model_fingerprint(second)
+        False
+        >>> _ = second.load_state_dict(first.state_dict())
+        >>> model_fingerprint(first) == model_fingerprint(second)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        own = getattr(model, "fingerprint", None)
+        return None if own is None else str(own)
+    digest = hashlib.sha256(_as_json(model_settings(model)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """Everything of `model_fingerprint` but the weights.
+
+    Args:
+        model: A `SentenceTransformer`, or any module.
+
+    Returns:
+        Plain values, by name.
+    """
+    modules = {
+        name: {"class": type(module).__name__, **_module_settings(module)} for name, module in model.named_children()
+    }
+    own = {name: _get(model, name) for name in _MODEL_SETTINGS}
+    return {**own, "class": type(model).__name__, "modules": modules}
+
+
+def model_name(model: Any) -> str:
+    """What a result calls a model: its Hub id, or the name of its directory without the path to it.
+
+    Args:
+        model: A `SentenceTransformer` or anything else.
+
+    Returns:
+        The name; that of its class if it has no other.
+    """
+    places: list[Any] = [_get(model, "config"), model]
+    if isinstance(model, nn.Module):
+        places += [config for child in model.children() if (config := _get(_get(child, "model"), "config")) is not None]
+        places += [config for child in model.children() if (config := _get(child, "config")) is not None]
+    for place in places:
+        name = _get(place, "_name_or_path") or _get(place, "name_or_path")
+        if isinstance(name, str) and name:
+            return short_name(name)
+    return type(model).__name__
+
+
+def short_name(name: str | Path) -> str:
+    """The last part of a path; a Hub id stays as it is.
+
+    Example:
+        >>> short_name("/home/me/puma-k14/"), short_name("org/puma-k14")
+        ('puma-k14', 'org/puma-k14')
+    """
+    path = Path(name)
+    is_hub_id = isinstance(name, str) and name.count("/") <= 1 and not path.exists()
+    if is_hub_id and not path.is_absolute() and path.parts and path.parts[0] not in (".", "..", "~"):
+        return str(name)
+    return path.resolve().name
+
+
+def _module_settings(module: nn.Module) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if callable(config := _get(module, "get_config_dict")):
+        settings["settings"] = config()
+    if (config := _get(_get(module, "model"), "config") or _get(module, "config")) is not None:
+        settings["config"] = config.to_dict() if callable(_get(config, "to_dict")) else str(config)
+    processor = _get(module, "processor")
+    tokenizer = _get(processor, "tokenizer") or _get(module, "tokenizer")
+    settings["chat_template"] = _get(processor, "chat_template")
+    settings["max_seq_length"] = _get(module, "max_seq_length")
+    for name in ("image_processor", "video_processor"):
+        if callable(to_dict := _get(_get(processor, name), "to_dict")):
+            settings[name] = to_dict()
+    if tokenizer is not None:
+        settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
+        settings["vocabulary"] = _vocabulary(tokenizer)
+    return settings
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """SHA-256 of how text becomes tokens."""
+    backend = _get(tokenizer, "backend_tokenizer") or tokenizer
+    if callable(to_str := _get(backend, "to_str")):
+        content = json.loads(to_str())
+        # Every call with padding or truncation leaves its settings here.
+        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
+    else:
+        content = tokenizer.get_vocab() if callable(_get(tokenizer, "get_vocab")) else str(tokenizer)
+    return hashlib.sha256(_as_json(content).encode()).hexdigest()
+
+
+def _get(owner: Any, name: str) -> Any:
+    """An attribute, or None where there is none: some properties of wrapped models raise."""
+    try:
+        return getattr(owner, name, None)
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if not str(key).endswith(_NOT_COMPARED)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _update(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        digest.update(repr(tensor).encode())
+        return
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from puma_hf.evaluation.fingerprint import model_fingerprint, model_name, model_settings, short_name
+from tests.evaluation.fake_encoder import FakeEncoder
+
+
+def load(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shared(puma_dir: Path) -> SentenceTransformer:
+    """Copied by each test that changes it."""
+    return load(puma_dir)
+
+
+def test_a_moved_copy_has_the_same(shared: SentenceTransformer, puma_dir: Path, tmp_path: Path) -> None:
+    before = model_fingerprint(shared)
+    assert before is not None
+    assert len(before) == 64
+    shutil.copytree(puma_dir, tmp_path / "moved")
+    moved = load(tmp_path / "moved")
+    assert model_fingerprint(moved) == before
+    assert (model_name(shared), model_name(moved)) == (puma_dir.name, "moved")
+
+
+def test_use_does_not_change_it(shared: SentenceTransformer) -> None:
+    before = model_fingerprint(shared)
+    shared.encode(["a", "a longer text", {"text": "http://x/y.png"}], prompt="find it")
+    assert model_fingerprint(shared) == before
+
+
+def change_last_bit(model: Any) -> None:
+    parameter = next(model.parameters())
+    parameter.data.view(torch.int32)[(0,) * parameter.ndim] ^= 1
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "last bit of a weight": change_last_bit,
+    "data type": lambda model: model.bfloat16(),
+    "layer norm": lambda model: setattr(model[0].model.config.text_config, "rms_norm_eps", 1e-3),
+    "chat template": lambda model: setattr(model[0].processor, "chat_template", "other"),
+    "word": lambda model: model[0].processor.tokenizer.add_tokens(["neologism"]),
+    "truncation side": lambda model: setattr(model[0].processor.tokenizer, "truncation_side", "left"),
+    "pixels": lambda model: setattr(model[0], "processing_kwargs", {"image": {"size": {"longest_edge": 784}}}),
+    "image mean": lambda model: setattr(model[0].processor.image_processor, "image_mean", [0.1, 0.1, 0.1]),
+    "length": lambda model: setattr(model, "max_seq_length", 17),
+    "dimensions": lambda model: setattr(model, "truncate_dim", 8),
+    "prompts": lambda model: model.prompts.update(query="other"),
+    "default prompt": lambda model: setattr(model, "default_prompt_name", "query"),
+    "another module": lambda model: model.append(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_embeddings_changes_it(shared: SentenceTransformer, name: str) -> None:
+    changed = copy.deepcopy(shared)
+    assert model_fingerprint(changed) == model_fingerprint(shared)
+    CHANGES[name](changed)
+    assert model_fingerprint(changed) != model_fingerprint(shared)
+
+
+def test_settings(shared: SentenceTransformer) -> None:
+    assert model_settings(shared)["modules"]["0"]["class"] == "PumaTransformer"
+    config = model_settings(shared)["modules"]["0"]["config"]
+    assert config["num_kept_layers"] == 2
+
+
+def test_any_module_and_any_object() -> None:
+    torch.manual_seed(0)
+    assert model_fingerprint(nn.Linear(2, 1)) != model_fingerprint(nn.Linear(2, 1))
+    # Equal bytes in another shape.
+    flat, square = nn.Module(), nn.Module()
+    flat.register_buffer("table", torch.zeros(4))
+    square.register_buffer("table", torch.zeros(2, 2))
+    assert model_fingerprint(flat) != model_fingerprint(square)
+    assert model_fingerprint(FakeEncoder()) == "fake"
+    assert model_fingerprint(SimpleNamespace(fingerprint=7)) == "7"
+    assert model_fingerprint(object()) is None
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_name(FakeEncoder()) == "FakeEncoder"
+    assert model_name(SimpleNamespace(name_or_path="org/name")) == "org/name"
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "out/model",
+        "./out/model",
+        tmp_path / "out" / "model",
+        "out/model/",
+        "../gone",
+        "/gone/model",
+        "org/model",
+    ]
+    assert [short_name(name) for name in names] == ["model"] * 4 + ["gone", "model", "org/model"]

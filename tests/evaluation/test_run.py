@@ -1,0 +1,70 @@
+"""An evaluation from a configuration, with a real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from puma_hf.evaluation.config import EvaluateConfig
+from puma_hf.evaluation.mbeir import evaluate_mbeir
+from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.run import evaluate
+
+TASKS = ("toys_task1", "toys_task7")
+
+
+def config(puma_dir: Path, root: Path, **values: Any) -> EvaluateConfig:
+    return EvaluateConfig(model=str(puma_dir), data=root, **{"tasks": TASKS, "pool": "local", **values})
+
+
+def test_it_is_evaluate_mbeir(
+    puma_dir: Path, root: Path, tmp_path: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    output = tmp_path / "out"
+    results = evaluate(config(puma_dir, root, output=output, pool="both", instruction_seed=1))
+    expected = evaluate_mbeir(sentence_transformer, root, tasks=TASKS, pool="both", instruction_seed=1)
+    assert results == expected
+    assert MBEIRResults.from_dict(json.loads((output / "results.json").read_text())).rows == results.rows
+    assert results.made_from["model"] == puma_dir.name
+    assert results.made_from["data"] == "mbeir"
+    assert {len(row.metrics) for row in results.rows} == {11}
+
+
+def test_only_the_first_dimensions(
+    puma_dir: Path, root: Path, tmp_path: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    results = evaluate(config(puma_dir, root, output=tmp_path / "out", truncate_dim=4))
+    expected = evaluate_mbeir(sentence_transformer, root, tasks=TASKS, encode_kwargs={"truncate_dim": 4})
+    assert results.rankings == expected.rankings
+    assert results.made_from["truncate_dim"] == expected.made_from["truncate_dim"] == 4
+    with pytest.raises(ValueError, match=r"made with other settings: .*truncate_dim is 4 there and None here"):
+        evaluate(config(puma_dir, root, output=tmp_path / "out"))
+
+
+def test_nano(puma_dir: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nano = {"benchmark": "nano", "nano_queries": 2, "nano_candidates": 3}
+    results = evaluate(config(puma_dir, root, output=tmp_path / "out", **nano))
+    assert [row.num_queries for row in results.rows] == [2, 2]
+    assert results.rows[0].pool_size < 6
+    content_hash = json.loads((tmp_path / "out" / "nano" / "nano.json").read_text())["content_hash"]
+    assert results.made_from["content_hash"] == content_hash
+    assert results.made_from["data"] == "mbeir (nano)"
+    # Kept elsewhere, or nowhere: the same.
+    elsewhere = evaluate(config(puma_dir, root, nano_folder=tmp_path / "elsewhere", **nano))
+    assert (tmp_path / "elsewhere" / "nano.json").is_file()
+    assert evaluate(config(puma_dir, root, **nano)) == elsewhere == results
+    assert not caplog.messages
+
+
+def test_options_that_are_not_used_are_told(puma_dir: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate(config(puma_dir, root, nano_seed=3))
+    assert "nano_seed=3: not used with benchmark='mbeir'." in caplog.messages
+
+
+def test_data_are_looked_for_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        evaluate(EvaluateConfig(model="no/model", data=tmp_path / "gone"))
