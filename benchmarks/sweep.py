@@ -1,0 +1,118 @@
+"""What a layer sweep costs, and whether it says what evaluating each pruned model would.
+
+    .venv/bin/python benchmarks/sweep.py
+
+The time of embedding the demo's validation data at all eight depths, against embedding it with the full model alone, in
+turns; the operations of both, counted; and the largest difference between the sweep's vectors and figures and those of
+each model pruned to k layers and evaluated by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from puma_hf import prune
+from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.evaluation.layer_states import encode_all_layers
+from puma_hf.evaluation.layer_sweep import SweepInputs, open_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLIT = "val"
+
+
+def groups_of(inputs: SweepInputs) -> list[tuple[str, list[int]]]:
+    """Rows of one prompt and modality, as the sweep encodes them."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, key in enumerate(zip(inputs.prompts, inputs.modalities, strict=True)):
+        groups.setdefault(key, []).append(row)
+    return [(prompt, rows) for (prompt, _), rows in groups.items()]
+
+
+def embed(model: SentenceTransformer, inputs: SweepInputs, batch_size: int) -> Tensor:
+    """The embeddings of one model, `(len(inputs), hidden_size)`, in the sweep's order and with its groups."""
+    embeddings = torch.empty(0, 0)
+    for prompt, rows in groups_of(inputs):
+        part = [inputs.inputs[row] for row in rows]
+        encoded = model.encode(part, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
+        if not embeddings.numel():
+            embeddings = torch.empty(len(inputs.inputs), encoded.shape[1])
+        embeddings[rows] = torch.as_tensor(encoded)
+    return embeddings
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure_cost(model: SentenceTransformer, inputs: SweepInputs, repeats: int, batch_size: int) -> None:
+    """Print time and operations of the sweep against those of the full model."""
+    all_depths: list[float] = []
+    full: list[float] = []
+    for _ in range(repeats):
+        full.append(seconds(lambda: embed(model, inputs, batch_size)))
+        all_depths.append(
+            seconds(lambda: inputs.encode(model, "sweep", batch_size=batch_size, show_progress_bar=False))
+        )
+    ratios = [ours / theirs for ours, theirs in zip(all_depths, full, strict=True)]
+    print(f"{len(inputs.inputs):,} inputs, {repeats} times each, in turns")
+    print(f"full model, depth L alone   median {statistics.median(full):6.2f} s  lowest {min(full):6.2f} s")
+    print(f"sweep, depths 1 to L        median {statistics.median(all_depths):6.2f} s  lowest {min(all_depths):6.2f} s")
+    print(f"ratio of neighbours         median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    few = inputs.inputs[:batch_size]
+    one = flops(lambda: model.encode(few, prompt="", batch_size=batch_size, show_progress_bar=False))
+    every = flops(lambda: encode_all_layers(model, few, batch_size=batch_size))
+    print(f"operations of one batch     {one:,} and {every:,}: {every / one:.4f} x")
+
+
+def compare_with_pruned(model: SentenceTransformer, backbone: Path, inputs: SweepInputs, batch_size: int) -> None:
+    """Print how far the sweep is from each pruned model."""
+    swept = inputs.encode(model, "sweep", batch_size=batch_size, show_progress_bar=False)
+    for number, ours in enumerate(swept, start=1):
+        with tempfile.TemporaryDirectory() as folder:
+            prune(backbone, Path(folder, "pruned"), num_kept_layers=number)
+            pruned = SentenceTransformer(str(Path(folder, "pruned")), trust_remote_code=True, device=str(model.device))
+            theirs = embed(pruned, inputs, batch_size)
+        tables = [inputs.results(embeddings, SPLIT).mean("local") for embeddings in (ours, theirs)]
+        metric = max(abs(tables[0][name] - tables[1][name]) for name in tables[0])
+        vector = float((ours - theirs).abs().max())
+        print(f"k = {number}: vectors differ by at most {vector:.1e}, means of metrics by {metric:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", type=Path, default=ROOT / "demo" / "backbone")
+    parser.add_argument("--data", type=Path, default=ROOT / "demo" / "emoji")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--skip-pruned", action="store_true", help="leave out the comparison with each pruned model")
+    args = parser.parse_args()
+    logging.getLogger("puma_hf").setLevel(logging.WARNING)
+    data = MBEIR(args.data)
+    inputs = SweepInputs.read(data, data.tasks(SPLIT), SPLIT, ["local"])
+    with open_model(str(args.backbone)) as model:
+        measure_cost(model, inputs, args.repeats, args.batch_size)
+        if not args.skip_pruned:
+            compare_with_pruned(model, args.backbone, inputs, args.batch_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What every depth of a model would answer, from one forward pass of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from puma_hf.modeling.modeling_puma import last_token_state
+
+# Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
+_BATCHES_AT_ONCE = 16
+
+
+def decoder_of(model: SentenceTransformer) -> Any:
+    """The decoder of a PUMA model: what has the `layers` and the final `norm`.
+
+    Args:
+        model: A `SentenceTransformer` of a PUMA directory.
+
+    Returns:
+        Its `language_model`.
+
+    Raises:
+        ValueError: If it is another kind of model, or has modules after the PUMA model.
+    """
+    decoder = getattr(getattr(model[0], "model", None), "language_model", None)
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or len(model) > 1:
+        names = [type(module).__name__ for module in model]
+        raise ValueError(
+            f"The model is made of {names}, must be a PUMA model alone, whose decoder layers are known. Make one with "
+            "`puma-hf prune`, or pass the original Qwen2-VL."
+        )
+    return decoder
+
+
+class _Watch:
+    """Hooks that keep the last token's state after each decoder layer, and nothing else."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+        self.decoder = decoder_of(model)
+        self.mask: Tensor | None = None
+        self.states: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [
+            self.model[0].register_forward_pre_hook(self._begin),
+            *(layer.register_forward_hook(self._keep) for layer in self.decoder.layers),
+            self.model[0].register_forward_hook(self._finish),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.mask, self.states = None, []
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.mask, self.states = args[0].get("attention_mask"), []
+
+    def _keep(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Picking rows copies them, so a layer's other positions are free to go.
+        self.states.append(last_token_state(output[0] if isinstance(output, tuple) else output, self.mask))
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], features: dict[str, Any]) -> dict[str, Any]:
+        norm: nn.Module = self.decoder.norm
+        device = next(norm.parameters()).device
+        normed = norm(torch.stack([state.to(device) for state in self.states], dim=1))
+        embeddings = nn.functional.normalize(normed.float(), dim=-1)
+        return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
+
+
+def encode_all_layers(
+    model: SentenceTransformer,
+    inputs: Sequence[Any],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    progress: Any = None,
+) -> Tensor:
+    """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
+
+    The embedding at depth k is `L2(final_norm(h_k)[RET])`, where h_k is what layer k hands on: pruning drops the deeper
+    layers and changes nothing else. Of each layer only the last unmasked token's state is kept, so memory grows by
+    `L * hidden_size` numbers an input, not by the length of the sequence.
+
+    Args:
+        model: A `SentenceTransformer` of a PUMA directory of L layers.
+        inputs: Inputs of `model.encode`.
+        prompt: Their instruction; None for none.
+        batch_size: Inputs per forward pass.
+        progress: Anything with `update(number)`, such as a tqdm bar.
+
+    Returns:
+        `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers.
+
+    Raises:
+        ValueError: If the model is no PUMA model, or an embedding is not finite.
+
+    Example:
+        >>> encode_all_layers(model, ["a red apple", {"image": "apple.png"}]).shape  # doctest: +SKIP
+        torch.Size([28, 2, 1536])
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, for the embedding.
+    """
+    num_layers = len(decoder_of(model).layers)
+    step = batch_size * _BATCHES_AT_ONCE
+    embeddings = torch.empty(0, 0, 0)
+    truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut the layers, which lie side by side
+    try:
+        with _Watch(model).watching():
+            for start in range(0, len(inputs), step):
+                part = list(inputs[start : start + step])
+                # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+                encoded = model.encode(part, prompt=prompt or "", batch_size=batch_size, show_progress_bar=False)
+                rows = torch.as_tensor(encoded).unflatten(1, (num_layers, -1)).transpose(0, 1)
+                if not embeddings.numel():
+                    embeddings = torch.empty(num_layers, len(inputs), rows.shape[2])
+                embeddings[:, start : start + step] = rows
+                _check_finite(rows)
+                if progress is not None:
+                    progress.update(len(part))
+    finally:
+        model.truncate_dim = truncate_dim
+    return embeddings
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    spoilt = (~torch.isfinite(embeddings).all(dim=2)).sum(dim=1)
+    if spoilt.any():
+        first = int(spoilt.nonzero()[0])
+        raise ValueError(
+            f"After layer {first + 1} of {len(embeddings)}, {int(spoilt[first])} of {embeddings.shape[1]} embeddings "
+            "hold NaN or infinity. Look at their inputs, or use float32 or bfloat16 instead of float16."
+        )
+
+
+def progress_bar(total: int, name: str, *, show: bool) -> Any:
+    """A bar over inputs, with the time left.
+
+    Args:
+        total: Number of inputs.
+        name: What is encoded.
+        show: Whether to show it.
+
+    Returns:
+        The bar, a context manager.
+    """
+    return tqdm(total=total, desc=name, unit="input", disable=not show)

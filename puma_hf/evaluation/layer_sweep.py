@@ -1,0 +1,288 @@
+"""Measure every depth of a model in one pass: how to choose k.
+
+Source: PUMA, ACM MM 2025, arXiv 2507.08064 prunes to the first k layers; measuring all k at once is this library's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from puma_hf.checkpoint import open_checkpoint
+from puma_hf.data.mbeir_format import MBEIRFormatError
+from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.data.mbeir_source import open_mbeir
+from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.nano import build_nano
+from puma_hf.evaluation.alignment import linear_cka, mean_cosine
+from puma_hf.evaluation.fingerprint import short_name
+from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
+from puma_hf.evaluation.layer_states import encode_all_layers, progress_bar
+from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
+from puma_hf.evaluation.search import exact_search
+from puma_hf.evaluation.sweep_config import SweepConfig, parse_parameters
+from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
+from puma_hf.modeling.configuration_puma import config_class_of
+from puma_hf.pruning import prune
+
+logger = logging.getLogger(__name__)
+
+_POOLS = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
+_KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """What is embedded, and which rows of the embeddings are searched.
+
+    Args:
+        inputs: All distinct candidates, then the queries of each task.
+        prompts: The instruction of each; empty for candidates.
+        modalities: The modality of each.
+        searches: The tasks and pools.
+        row_of: The row of each candidate, by did.
+        first_query: The row of each task's first query.
+    """
+
+    inputs: list[Any]
+    prompts: list[str]
+    modalities: list[str]
+    searches: list[Search]
+    row_of: dict[str, int]
+    first_query: dict[MBEIRTask, int]
+
+    @classmethod
+    def read(cls, data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pools: Sequence[str]) -> SweepInputs:
+        """Read and check every file, before anything is embedded.
+
+        Args:
+            data: The dataset.
+            tasks: Its tasks.
+            split: Its split.
+            pools: "local", "global" or both.
+
+        Returns:
+            The inputs.
+
+        Raises:
+            MBEIRFormatError: If a file is not what the format says, or a did means two things.
+        """
+        searches = read_searches(data, tasks, split, pools)
+        candidates = {did: candidate for search in searches for did, candidate in search.pool.items()}
+        for search in searches:
+            for did, candidate in search.pool.items():
+                if candidates[did] != candidate:
+                    raise MBEIRFormatError(
+                        f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
+                        f"another pool: {candidate} and {candidates[did]}; a did must mean the same in every pool"
+                    )
+        records: list[Any] = list(candidates.values())
+        prompts = [""] * len(records)
+        first_query = {}
+        for search in {search.task: search for search in searches}.values():
+            first_query[search.task] = len(records)
+            records += search.queries
+            prompts += [data.instruction(query, search.task.candidate_modality) for query in search.queries]
+        return cls(
+            inputs=[record.model_input for record in records],
+            prompts=prompts,
+            modalities=[record.modality for record in records],
+            searches=searches,
+            row_of={did: row for row, did in enumerate(candidates)},
+            first_query=first_query,
+        )
+
+    def num_judged(self, pool: str) -> int:
+        """Queries to which something in this pool is relevant: those that the figures are means of."""
+        return sum(len(search.relevance) for search in self.searches if search.pool_name == pool)
+
+    def encode(self, model: SentenceTransformer, name: str, *, batch_size: int, show_progress_bar: bool) -> Tensor:
+        """The embeddings of all depths, `(num_layers, len(inputs), hidden_size)`, from one pass."""
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
+            groups[key].append(row)
+        embeddings = torch.empty(0, 0, 0)
+        with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
+            for (prompt, _), rows in groups.items():
+                inputs = [self.inputs[row] for row in rows]
+                encoded = encode_all_layers(model, inputs, prompt=prompt, batch_size=batch_size, progress=progress)
+                if not embeddings.numel():
+                    shape = (len(encoded), len(self.inputs), encoded.shape[2])
+                    logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, math.prod(shape) * 4 / 1e6)
+                    embeddings = torch.empty(shape)
+                embeddings[:, rows] = encoded
+        return embeddings
+
+    def results(self, embeddings: Tensor, split: str) -> MBEIRResults:
+        """M-BEIR's table for one depth; `embeddings` is `(len(inputs), hidden_size)`."""
+        rows = []
+        for search in self.searches:
+            first, dids = self.first_query[search.task], list(search.pool)
+            queries = embeddings[first : first + len(search.queries)]
+            pool = embeddings[[self.row_of[did] for did in dids]]
+            found = exact_search(queries, pool, max(*_KS, NDCG_K, search.task.reported_k))
+            ranked = [[dids[index] for index in ranking] for ranking in found.indices.tolist()]
+            rankings = {query.qid: ranking for query, ranking in zip(search.queries, ranked, strict=True)}
+            rows.append(task_result(search, rankings, _KS))
+        return MBEIRResults(split=split, rows=rows)
+
+
+def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
+    """Measure every depth of a model, and of those it is compared with, in one forward pass of each.
+
+    Args:
+        config: The model, the data, and what to decide by.
+        show_progress_bar: Whether to show the progress.
+
+    Returns:
+        Quality, closeness to the full model, and costs of every k; it recommends one.
+
+    Raises:
+        ValueError: If a model is no Qwen2-VL, or the budget is below its first layer.
+        MBEIRFormatError: If a file of the data is not what the format says.
+        FileNotFoundError: If a model, a file or an image is missing.
+        ImportError: If `output` is given and matplotlib is not installed.
+
+    Example:
+        >>> from puma_hf.evaluation.sweep_config import SweepConfig
+        >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
+        >>> print(report.recommendation.reason)  # doctest: +SKIP
+    """
+    if config.output is not None:
+        from puma_hf.evaluation.sweep_plot import load_matplotlib
+
+        load_matplotlib()  # better now than after an hour
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    budget = None if config.max_params is None else parse_parameters(config.max_params)
+    with ExitStack() as stack:
+        data = _open_data(config, stack)
+        tasks = select_tasks(data.tasks(config.split), config.tasks or None)
+        inputs = SweepInputs.read(data, tasks, config.split, _POOLS[config.pool])
+        sources = [str(config.model), *config.compare]
+        swept: list[SweptModel] = []
+        teacher: Tensor | None = None
+        for source, name in zip(sources, _names(sources), strict=True):
+            with open_model(source, trust_remote_code=config.trust_remote_code) as model:
+                costs = layer_costs(model)
+                if budget is not None and not config.compare and costs.parameters[0] > budget:
+                    raise ValueError(
+                        f"max_params={config.max_params!r} must be at least {costs.parameters[0]:,}, the parameters of "
+                        f"{name} cut to k = 1. Raise the budget, or sweep a smaller model."
+                    )
+                embeddings = inputs.encode(
+                    model, name, batch_size=config.batch_size, show_progress_bar=show_progress_bar
+                )
+                device = model.device
+            if teacher is None:
+                teacher, tokens = embeddings[-1].clone(), (costs.text_tokens, costs.image_tokens)
+            rows = _rows(inputs, embeddings, teacher.to(device), costs, config.split)
+            swept.append(SweptModel(name, rows))
+        report = SweepReport(
+            models=tuple(swept),
+            data=short_name(config.data),
+            data_hash=data.content_hash,
+            split=config.split,
+            tasks=tuple(task.name for task in tasks),
+            num_queries=inputs.num_judged(_POOLS[config.pool][0]),
+            num_candidates=len(inputs.row_of),
+            pool=_POOLS[config.pool][0],
+            metric=config.metric,
+            text_tokens=tokens[0],
+            image_tokens=tokens[1],
+            keep=config.keep,
+            max_params=budget,
+        )
+    if config.output is not None:
+        report.save(config.output)
+    return report
+
+
+def _rows(
+    inputs: SweepInputs, embeddings: Tensor, teacher: Tensor, costs: LayerCosts, split: str
+) -> tuple[SweepRow, ...]:
+    rows = []
+    for number, depth in enumerate(embeddings):
+        results = inputs.results(depth, split)
+        on_device = depth.to(teacher.device)
+        cka = linear_cka(on_device, teacher)
+        rows.append(
+            SweepRow(
+                k=number + 1,
+                parameters=costs.parameters[number],
+                bytes=costs.bytes[number],
+                flops_text=costs.flops_text[number],
+                flops_image=costs.flops_image[number],
+                cka=None if math.isnan(cka) else cka,
+                cosine=mean_cosine(on_device, teacher) if depth.shape == teacher.shape else None,
+                quality={pool: results.mean(pool) for pool in results.pools},
+                scores={
+                    pool: {row.task.name: row.score for row in results.rows if row.pool == pool}
+                    for pool in results.pools
+                },
+            )
+        )
+    return tuple(rows)
+
+
+@contextmanager
+def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
+    """A PUMA directory as it is; an original Qwen2-VL with `[RET]`, its processor and all its layers.
+
+    Args:
+        source: Folder or Hub id.
+        trust_remote_code: Whether to run the code of a Hub repository; a local directory's is run.
+
+    Yields:
+        The model. An original checkpoint is given what it lacks in a temporary directory, gone when the block ends.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is no Qwen2-VL.
+    """
+    checkpoint = open_checkpoint(source)
+    model_type = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    config_class = config_class_of(model_type)
+    if model_type == config_class.model_type:
+        yield SentenceTransformer(source, trust_remote_code=trust_remote_code or Path(source).is_dir())
+        return
+    with TemporaryDirectory(prefix="puma-hf-") as folder:
+        logger.info("%s is an original checkpoint: it gets [RET] in a temporary copy of all its layers", source)
+        full = Path(folder, short_name(source))
+        prune(source, full, num_kept_layers=config_class.from_pretrained(checkpoint.folder).num_kept_layers)
+        yield SentenceTransformer(str(full), trust_remote_code=True)
+
+
+def _open_data(config: SweepConfig, stack: ExitStack) -> MBEIR:
+    tasks = config.tasks or None
+    data = open_mbeir(config.data, split=config.split, tasks=tasks)
+    if not config.nano_queries and not config.nano_candidates:
+        return data
+    folder = stack.enter_context(TemporaryDirectory(prefix="puma-hf-"))
+    return build_nano(
+        data,
+        Path(folder, "nano"),
+        split=config.split,
+        tasks=tasks,
+        num_queries=config.nano_queries,
+        num_candidates=config.nano_candidates,
+        seed=config.nano_seed,
+    )
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """A short name of each, or all of it where two would be called the same."""
+    short = [short_name(source) for source in sources]
+    return [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
