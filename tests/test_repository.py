@@ -215,6 +215,7 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     data = {"puma_hf/py.typed", "puma_hf/hub_card.md", "puma_hf/modeling/chat_template.jinja"}
+    data.add("puma_hf/evaluation/retrieval_metric/README.md")
     assert data | {f"puma_hf/{source}" for source in SOURCES} <= names
     assert {name.partition("/")[0] for name in names} == {
         "puma_hf",

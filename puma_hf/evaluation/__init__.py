@@ -1,16 +1,67 @@
-"""Exact retrieval, its metrics, and M-BEIR's table."""
+"""Exact retrieval and its metrics, M-BEIR's table, how to choose k, and what other tools' evaluations need."""
 
-from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1
-from puma_hf.evaluation.search import SearchResult, exact_search
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Name -> module. Resolved on first use: the command reads `config` for its options, and --help is to be quick.
+_NAMES = {
+    "EvaluateConfig": "puma_hf.evaluation.config",
+    "MBEIREvaluator": "puma_hf.evaluation.evaluator",
+    "MBEIRResults": "puma_hf.evaluation.mbeir_results",
+    "MBEIRTaskResult": "puma_hf.evaluation.mbeir_results",
+    "SearchResult": "puma_hf.evaluation.search",
+    "SweepConfig": "puma_hf.evaluation.sweep_config",
+    "SweepReport": "puma_hf.evaluation.sweep_report",
+    "evaluate": "puma_hf.evaluation.run",
+    "evaluate_mbeir": "puma_hf.evaluation.mbeir",
+    "exact_search": "puma_hf.evaluation.search",
+    "mbeir_prompts": "puma_hf.evaluation.mteb",
+    "mbeir_scores": "puma_hf.evaluation.mteb",
+    "merge_results": "puma_hf.evaluation.search",
+    "puma_model_meta": "puma_hf.evaluation.mteb",
+    "retrieval_metrics": "puma_hf.evaluation.metrics",
+    "sweep": "puma_hf.evaluation.layer_sweep",
+    "wrong_modality_at_1": "puma_hf.evaluation.metrics",
+}
 
 __all__ = [
+    "EvaluateConfig",
+    "MBEIREvaluator",
     "MBEIRResults",
     "MBEIRTaskResult",
     "SearchResult",
+    "SweepConfig",
+    "SweepReport",
+    "evaluate",
     "evaluate_mbeir",
     "exact_search",
+    "mbeir_prompts",
+    "mbeir_scores",
+    "merge_results",
+    "puma_model_meta",
     "retrieval_metrics",
+    "sweep",
     "wrong_modality_at_1",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'puma_hf.evaluation' has no attribute {name!r}")
+
+
+if TYPE_CHECKING:
+    from puma_hf.evaluation.config import EvaluateConfig
+    from puma_hf.evaluation.evaluator import MBEIREvaluator
+    from puma_hf.evaluation.layer_sweep import sweep
+    from puma_hf.evaluation.mbeir import evaluate_mbeir
+    from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
+    from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1
+    from puma_hf.evaluation.mteb import mbeir_prompts, mbeir_scores, puma_model_meta
+    from puma_hf.evaluation.run import evaluate
+    from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
+    from puma_hf.evaluation.sweep_config import SweepConfig
+    from puma_hf.evaluation.sweep_report import SweepReport

@@ -1,0 +1,235 @@
+"""M-BEIR's figures while a model trains: an evaluator for sentence-transformers' trainers.
+
+Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
+from torch import Tensor, nn
+
+from puma_hf.data.mbeir_format import Candidate, Query
+from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.data.mbeir_source import open_mbeir
+from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
+from puma_hf.evaluation.processes import main_process_first
+from puma_hf.evaluation.search import exact_search
+
+logger = logging.getLogger(__name__)
+
+_POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
+
+
+class MBEIREvaluator(BaseEvaluator):
+    """M-BEIR's table as `evaluator=` of a `PumaTrainer` or a `SentenceTransformerTrainer`.
+
+    The figures are those of `evaluate_mbeir`. Embeddings stay in memory, so give it little data: a nano benchmark (see
+    `build_nano`), or a few tasks. Files are read and checked once, when it is made: wrong data are found before the
+    training, not after its first hours.
+
+    A call returns, by name, for each pool that is measured:
+
+    - `local_score`: M-BEIR's mean of what papers report, hit@10 on the two fashion datasets and else hit@5;
+    - `local_hit@1`, `local_ndcg@10`, `local_wrong_modality@1` ...: the means of the other metrics;
+    - `local_<task>_score`: the score of one task, such as `local_cirr_task7_score`.
+
+    With a name `val` they are `val_local_score` and so on; a trainer puts `eval_` before them. `primary_metric` is the
+    first: for `load_best_model_at_end`, pass `metric_for_best_model=f"eval_{evaluator.primary_metric}"`.
+
+    With several processes, the trainer calls it on one of them and shares the embedding out over all; under FSDP and
+    DeepSpeed it calls it on each, and each embeds everything.
+
+    Args:
+        data: Folder in M-BEIR's layout, a nano folder, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
+        split: Split to evaluate.
+        tasks: Names such as "webqa_task1"; None for all of the split.
+        pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
+        ks: The k of hit@k, recall@k and wrong_modality@k.
+        batch_size: Batch size of `encode`.
+        instruction_seed: None for the first wording of each instruction, a number to draw one a query.
+        name: Put before the names of the metrics, and into that of the CSV file.
+        write_csv: Whether to add a line a call to `M-BEIR_evaluation[_<name>]_results.csv` in `output_path`.
+        show_progress_bar: Whether `encode` shows its progress.
+        encode_kwargs: Further arguments of `encode`, such as `{"truncate_dim": 256}`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MBEIRFormatError: If a file is not what the format says; the message names file and line.
+        FileNotFoundError: If a file or an image is missing.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.evaluation.evaluator import MBEIREvaluator
+
+    >>> evaluator = MBEIREvaluator("demo/emoji", split="test", tasks=["emoji_task1"], name="emoji")
+    >>> evaluator.primary_metric
+    'emoji_local_score'
+    >>> trainer = PumaTrainer(model=model, args=args, evaluator=evaluator, loss=loss)  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(
+        self,
+        data: str | Path | MBEIR,
+        *,
+        split: str = "val",
+        tasks: Iterable[str] | None = None,
+        pool: Literal["local", "global", "both"] = "local",
+        ks: Sequence[int] = (1, 5, 10),
+        batch_size: int = 32,
+        instruction_seed: int | None = None,
+        name: str = "",
+        write_csv: bool = True,
+        show_progress_bar: bool = False,
+        encode_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if pool not in _POOLS:
+            raise ValueError(f"pool is {pool!r}, must be one of {list(_POOLS)}")
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
+        self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
+        self.instruction_seed, self.write_csv = instruction_seed, write_csv
+        self.csv_file = f"M-BEIR_evaluation{f'_{name}' if name else ''}_results.csv"
+        self.primary_metric = f"{f'{name}_' if name else ''}{_POOLS[pool][0]}_score"
+        self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
+        names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+        # Every process makes an evaluator; an import from the Hub is for one of them.
+        with main_process_first() if _is_distributed() else nullcontext():
+            self._data = open_mbeir(data, split=split, tasks=names)
+        self.tasks = select_tasks(self._data.tasks(split), names)
+        self._searches = read_searches(self._data, self.tasks, split, _POOLS[pool])
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Measure a model; its training mode is as before afterwards.
+
+        Args:
+            model: A `SentenceTransformer` or anything with its `encode`.
+            output_path: Folder of the CSV file; None for no file.
+            epoch: Where the training is, for the CSV file; -1 if there is none.
+            steps: Likewise.
+
+        Returns:
+            Values between 0 and 1 by name.
+
+        Raises:
+            ValueError: If an embedding is not finite or of a wrong shape.
+        """
+        with _mode_kept(model), torch.no_grad():
+            figures = _figures(self._evaluate(model))
+        where = f" after {steps} steps" if steps != -1 else ""
+        logger.info("M-BEIR%s%s: %s", f" ({self.name})" if self.name else "", where, figures)
+        if output_path is not None and self.write_csv:
+            _add_line(Path(output_path, self.csv_file), {"epoch": epoch, "steps": steps, **figures})
+        metrics: dict[str, float] = self.prefix_name_to_metrics(figures, self.name)
+        if hasattr(model, "model_card_data"):
+            self.store_metrics_in_model_card_data(model, metrics, epoch, steps)  # type: ignore[arg-type]
+        return metrics
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What a model card says of the evaluation."""
+        seed = self.instruction_seed
+        return {
+            "split": self.split,
+            "pool": self.pool,
+            "tasks": [task.name for task in self.tasks],
+            "instructions": "first wording" if seed is None else f"drawn with seed {seed}",
+        }
+
+    def _evaluate(self, model: Any) -> MBEIRResults:
+        candidates: dict[str, Tensor] = {}
+        results = MBEIRResults(self.split, [])
+        queries: dict[Any, Tensor] = {}
+        top_k = max(*self.ks, NDCG_K, *(task.reported_k for task in self.tasks))
+        for search in self._searches:
+            new = [candidate for did, candidate in search.pool.items() if did not in candidates]
+            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+            rows = self._encode(model, new, [""] * len(new))
+            candidates |= {candidate.did: row for candidate, row in zip(new, rows, strict=True)}
+            if search.task not in queries:
+                queries[search.task] = self._encode(model, search.queries, self._prompts(search))
+            pool = torch.stack([candidates[did] for did in search.pool])
+            found = exact_search(queries[search.task], pool, top_k).indices.tolist()
+            dids = list(search.pool)
+            rankings = {
+                query.qid: [dids[index] for index in ranking]
+                for query, ranking in zip(search.queries, found, strict=True)
+            }
+            results.rows.append(task_result(search, rankings, self.ks))
+        return results
+
+    def _prompts(self, search: Search) -> list[str]:
+        wanted = search.task.candidate_modality
+        return [self._data.instruction(query, wanted, self.instruction_seed) for query in search.queries]
+
+    def _encode(self, model: Any, records: Sequence[Query | Candidate], prompts: Sequence[str]) -> Tensor:
+        """Embeddings `(len(records), embedding_dim)` in the order of the records; one modality goes together."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for row, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+            groups.setdefault((prompt, record.modality), []).append(row)
+        embeddings = torch.empty(len(records), 0)
+        for (prompt, modality), rows in groups.items():
+            inputs = [records[row].model_input for row in rows]
+            encoded = torch.as_tensor(model.encode(inputs, prompt=prompt, **self._options)).float().cpu()
+            if encoded.ndim == 2 and not embeddings.numel():
+                embeddings = torch.empty(len(records), encoded.shape[1])
+            if encoded.shape != (len(rows), embeddings.shape[1]):
+                raise ValueError(
+                    f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
+                    f"expected ({len(rows)}, embedding_dim) with the same embedding_dim for every modality"
+                )
+            embeddings[rows] = encoded
+        return embeddings
+
+
+def _figures(results: MBEIRResults) -> dict[str, float]:
+    """The means of each pool, the score first, and the score of each task."""
+    figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
+    return figures | {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
+
+
+@contextmanager
+def _mode_kept(model: Any) -> Iterator[None]:
+    """`encode` puts a model into evaluation mode; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _add_line(path: Path, values: Mapping[str, float]) -> None:
+    """Add a line to a CSV file; one with other columns, of another evaluation, is set aside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = None
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), None)
+    if header not in (None, list(values)):
+        aside = path.with_suffix(".old.csv")
+        logger.warning("%s has the columns of another evaluation; it is now %s", path, aside.name)
+        os.replace(path, aside)
+        header = None
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if header is None:
+            writer.writerow(values)
+        writer.writerow(values.values())
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

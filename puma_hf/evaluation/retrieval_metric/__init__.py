@@ -1,0 +1,1 @@
+"""A metric for `evaluate.load`: this folder's path, or a copy of the folder on the Hub."""

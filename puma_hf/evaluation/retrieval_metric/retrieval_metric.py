@@ -1,0 +1,120 @@
+"""Metrics of rankings as an `evaluate.Metric`.
+
+`evaluate` reads the imports of this file line by line: `import a, b` would not do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
+
+_DESCRIPTION = """
+hit@k, recall@k, nDCG@k and MRR@k of rankings, the means over queries, as M-BEIR's table has them. What papers on M-BEIR
+call Recall@k is hit@k: whether any relevant candidate is in the top k.
+"""
+
+_INPUTS = """
+Args:
+    predictions: For each query, the ids of candidates, best first, without repetition.
+    references: For each query, the ids of its relevant candidates, or graded: {"id": ..., "relevance": ...} for each
+        judged candidate, where 0 is not relevant.
+    ks: The k of hit@k and recall@k, (1, 5, 10) by default.
+    ndcg_k: The k of nDCG, 10 by default.
+    mrr_k: The k of MRR, 10 by default.
+    modalities: The modality of every candidate by id; adds the mean share of the first k that have a modality which
+        none of the query's relevant candidates has.
+
+Returns:
+    The value of each metric, between 0 and 1, by name: hit@k and recall@k for each k, ndcg@k, mrr@k, and
+    wrong_modality@k for each k if modalities are given.
+
+Examples:
+    >>> import evaluate
+    >>> from puma_hf.evaluation.metric_path import metric_path
+    >>> metric = evaluate.load(metric_path())
+    >>> rankings = [["b", "a", "c"], ["c", "a", "b"]]
+    >>> metric.compute(predictions=rankings, references=[["a"], ["c", "b"]], ks=[1, 2])["recall@2"]
+    0.75
+    >>> graded = [[{"id": "a", "relevance": 2}, {"id": "b", "relevance": 1}], [{"id": "c", "relevance": 1}]]
+    >>> round(metric.compute(predictions=rankings, references=graded)["ndcg@10"], 4)
+    0.9299
+    >>> modalities = {"a": "image", "b": "text", "c": "image"}
+    >>> metric.compute(predictions=rankings, references=[["a"], ["c"]], modalities=modalities)["wrong_modality@1"]
+    0.5
+"""
+
+_CITATION = """
+@inproceedings{wei2024uniir,
+  title = {{UniIR}: Training and Benchmarking Universal Multimodal Information Retrievers},
+  author = {Wei, Cong and Chen, Yang and Chen, Haonan and Hu, Hexiang and Zhang, Ge and Fu, Jie and Ritter, Alan and
+            Chen, Wenhu},
+  booktitle = {ECCV},
+  year = {2024}
+}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class RetrievalMetric(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        string = datasets.Value("string")
+        rankings = datasets.Sequence(string)
+        judgement = {"id": string, "relevance": datasets.Value("int64")}
+        # The first that fits is taken, and to a string everything does.
+        graded = datasets.Features({"predictions": rankings, "references": [judgement]})
+        plain = datasets.Features({"predictions": rankings, "references": datasets.Sequence(string)})
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=[graded, plain],
+            reference_urls=["https://arxiv.org/abs/2311.17136"],
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[Sequence[str]],
+        references: Sequence[Sequence[Any]],
+        ks: Sequence[int] = (1, 5, 10),
+        ndcg_k: int = 10,
+        mrr_k: int = 10,
+        modalities: Mapping[str, str] | None = None,
+    ) -> dict[str, float]:
+        relevance = [_relevance(row, judged) for row, judged in enumerate(references)]
+        for row, ranking in enumerate(predictions):
+            _check_distinct(row, "predictions", ranking)
+        metrics = retrieval_metrics(predictions, relevance, ks, ndcg_k=ndcg_k, mrr_k=mrr_k)
+        if modalities is not None:
+            _check_known(predictions, relevance, modalities)
+            metrics |= {f"wrong_modality@{k}": wrong_modality_at_k(predictions, relevance, modalities, k) for k in ks}
+        return metrics
+
+
+def _relevance(row: int, judged: Sequence[Any]) -> dict[str, int]:
+    pairs = [(item["id"], item["relevance"]) if isinstance(item, Mapping) else (item, 1) for item in judged]
+    _check_distinct(row, "references", [candidate for candidate, _ in pairs])
+    return dict(pairs)
+
+
+def _check_distinct(row: int, name: str, candidates: Sequence[str]) -> None:
+    if len(set(candidates)) < len(candidates):
+        repeated = Counter(candidates).most_common(1)[0][0]
+        raise ValueError(f"{name}[{row}] has {repeated!r} more than once; give each candidate once")
+
+
+def _check_known(
+    rankings: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, int]], modalities: Mapping[str, str]
+) -> None:
+    used = {candidate for candidates in (*rankings, *relevance) for candidate in candidates}
+    unknown = sorted(used.difference(modalities))
+    if unknown:
+        raise ValueError(
+            f"modalities lacks {len(unknown)} of {len(used)} candidates, first {unknown[:5]}; it must have that of "
+            "every candidate that is ranked or judged"
+        )

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.evaluation import SequentialEvaluator
+
+from puma_hf import MultimodalMACLoss, PumaTrainer, evaluate_mbeir
+from puma_hf.data.mbeir_format import MBEIRFormatError
+from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.nano import build_nano
+from puma_hf.evaluation.evaluator import MBEIREvaluator
+from tests.data import mbeir_builder as builder
+from tests.evaluation.fake_encoder import FakeEncoder
+
+CSV = "M-BEIR_evaluation_toys_results.csv"
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("pool", ["local", "global", "both"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_figures_are_those_of_the_evaluation(root: Path, pool: Any, seed: int | None) -> None:
+    evaluator = MBEIREvaluator(root, split="test", pool=pool, ks=(1, 2), instruction_seed=seed)
+    metrics = evaluator(FakeEncoder())
+    table = evaluate_mbeir(FakeEncoder(), root, pool=pool, ks=(1, 2), instruction_seed=seed, show_progress_bar=False)
+    expected = {f"{name}_{metric}": value for name in table.pools for metric, value in table.mean(name).items()}
+    expected |= {f"{row.pool}_{row.task.name}_score": row.score for row in table.rows}
+    assert metrics == expected
+    assert evaluator.primary_metric == ("global_score" if pool == "global" else "local_score")
+    first = "global" if pool == "global" else "local"
+    assert {f"{first}_hit@2", f"{first}_ndcg@10", f"{first}_wrong_modality@2", f"{first}_toys_task7_score"} < set(
+        metrics
+    )
+    assert 0 < metrics[f"{first}_ndcg@10"] < 1
+    assert evaluator(FakeEncoder()) == metrics  # nothing is left over from a call
+
+
+def test_tasks_and_arguments_of_encode(root: Path) -> None:
+    encoder = FakeEncoder()
+    evaluator = MBEIREvaluator(
+        root, split="test", tasks=["toys_task7"], batch_size=7, encode_kwargs={"truncate_dim": 2}
+    )
+    metrics = evaluator(encoder)
+    assert [name for name in metrics if "task" in name] == ["local_toys_task7_score"]
+    assert metrics["local_toys_task7_score"] == metrics["local_score"]
+    assert {prompt for _, prompt, _ in encoder.calls} == {"", "7 wording 1."}
+    options = {"batch_size": 7, "show_progress_bar": False, "truncate_dim": 2}
+    assert all(kwargs == options for _, _, kwargs in encoder.calls)
+    assert sum(len(inputs) for inputs, _, _ in encoder.calls) == builder.NUM_CANDIDATES + builder.NUM_QUERIES
+    assert MBEIREvaluator(root, split="test", tasks="toys_task7").tasks == evaluator.tasks
+
+
+def test_every_candidate_is_embedded_once(root: Path) -> None:
+    encoder = FakeEncoder()
+    MBEIREvaluator(root, split="test", pool="both")(encoder)
+    candidates = sum(len(inputs) for inputs, prompt, _ in encoder.calls if not prompt)
+    assert candidates == builder.NUM_CANDIDATES * len(builder.MODALITIES)
+
+
+def test_data_may_be_opened_already_or_be_a_nano_benchmark(root: Path, tmp_path: Path) -> None:
+    data = MBEIR(root)
+    whole = MBEIREvaluator(root, split="test")(FakeEncoder())
+    assert MBEIREvaluator(data, split="test")(FakeEncoder()) == whole
+    build_nano(data, tmp_path / "nano", num_queries=2, num_candidates=4)
+    nano = MBEIREvaluator(tmp_path / "nano", split="test")
+    assert {len(search.pool) for search in nano._searches} == {4}
+    assert set(nano(FakeEncoder())) == set(whole)
+
+
+def test_each_call_adds_a_line(root: Path, tmp_path: Path) -> None:
+    evaluator = MBEIREvaluator(root, split="test", tasks=["toys_task0"], name="toys")
+    metrics = evaluator(FakeEncoder(), str(tmp_path / "eval"), 0.5, 20)
+    evaluator(FakeEncoder(), str(tmp_path / "eval"), 1.0, 40)
+    rows = read_csv(tmp_path / "eval" / CSV)
+    figures = {name.removeprefix("toys_"): value for name, value in metrics.items() if name != "toys_toys"}
+    assert rows == [{"epoch": 0.5, "steps": 20, **figures}, {"epoch": 1.0, "steps": 40, **figures}]
+    assert list(rows[0])[:3] == ["epoch", "steps", "local_score"]
+    evaluator(FakeEncoder())
+    MBEIREvaluator(root, split="test", write_csv=False)(FakeEncoder(), str(tmp_path / "none"))
+    assert len(read_csv(tmp_path / "eval" / CSV)) == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_line_of_other_columns_does_not_get_under_the_old_ones(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for tasks in (["toys_task0"], ["toys_task1"]):
+        MBEIREvaluator(root, split="test", tasks=tasks, name="toys")(FakeEncoder(), str(tmp_path))
+    assert "columns of another evaluation; it is now M-BEIR_evaluation_toys_results.old.csv" in caplog.text
+    assert "local_toys_task1_score" in read_csv(tmp_path / CSV)[0]
+    assert "local_toys_task0_score" in read_csv(tmp_path / CSV.replace(".csv", ".old.csv"))[0]
+
+
+def test_the_mode_of_every_part_is_kept(root: Path) -> None:
+    class Model(FakeEncoder, torch.nn.Module):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            FakeEncoder.__init__(self)
+            self.frozen = torch.nn.Linear(1, 1).eval()
+            self.trained = torch.nn.Linear(1, 1)
+
+        def encode(self, *args: Any, **kwargs: Any) -> Any:
+            self.eval()
+            return FakeEncoder.encode(self, *args, **kwargs)
+
+    model = Model()
+    evaluator = MBEIREvaluator(root, split="test")
+    evaluator(model)
+    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        model.eval()
+        raise RuntimeError("out of memory")
+
+    model.encode = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluator(model)
+    assert model.trained.training
+
+
+def test_several_evaluators(root: Path, tmp_path: Path) -> None:
+    names = ("one", "two")
+    both = SequentialEvaluator([MBEIREvaluator(root, split="test", name=name) for name in names])
+    metrics = both(FakeEncoder(), str(tmp_path))
+    assert metrics["sequential_score"] == metrics["one_local_score"] == metrics["two_local_score"]
+    assert len(list(tmp_path.glob("*.csv"))) == 2
+
+
+def test_it_waits_for_no_other_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer calls it on the main process alone: what would wait for the others would wait for ever."""
+    expected = MBEIREvaluator(root, split="test")
+    metrics = expected(FakeEncoder())
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it waits for the other processes")
+
+    for name in ("all_gather", "all_gather_object", "barrier", "broadcast", "broadcast_object_list", "all_reduce"):
+        monkeypatch.setattr(torch.distributed, name, fail)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    assert expected(FakeEncoder()) == metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pool": "all"}, r"pool is 'all', must be one of \['local', 'global', 'both'\]"),
+        ({"ks": ()}, r"ks is \[\], must be numbers of 1 or more"),
+        ({"ks": (0, 1)}, r"ks is \[0, 1\], must be numbers of 1 or more"),
+        ({"tasks": ["toys_task9"]}, "toys_task9"),
+    ],
+)
+def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MBEIREvaluator(root, split="test", **arguments)
+
+
+def test_wrong_data_are_found_before_the_training(root: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        MBEIREvaluator(root)  # there is no split named val
+    builder.append_line(builder.qrels_path(root, 0, "test"), "11:1000 0 11:99999 1 0")
+    with pytest.raises(MBEIRFormatError, match="11:99999"):
+        MBEIREvaluator(root, split="test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            torch.ones(1, 3),
+            r"encode returned \(1, 3\) for \d+ inputs of modality 'image', expected \(\d+, embedding_dim\)",
+        ),
+        (torch.full((6, 3), math.nan), "6 of 6 rows with NaN or infinity"),
+    ],
+)
+def test_wrong_embeddings(root: Path, rows: torch.Tensor, message: str) -> None:
+    class Wrong:
+        def encode(self, inputs: list[Any], **kwargs: Any) -> torch.Tensor:
+            return rows if len(inputs) == builder.NUM_CANDIDATES else torch.ones(len(inputs), 3)
+
+    with pytest.raises(ValueError, match=message):
+        MBEIREvaluator(root, split="test", tasks=["toys_task0"])(Wrong())
+
+
+# --- in a training
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The same dataset with pictures that the tiny model's processor takes."""
+    root = builder.build_mbeir(tmp_path / "mbeir")
+    for number, path in enumerate(sorted((root / "images").iterdir())):
+        Image.new("RGB", (16, 16), (number * 2 % 256, number * 37 % 256, 255 - number * 2)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("trainer_class", [SentenceTransformerTrainer, PumaTrainer])
+def test_the_best_checkpoint_is_loaded(
+    trainer_class: type[SentenceTransformerTrainer], small: Path, puma_dir: Path, tmp_path: Path
+) -> None:
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+    evaluator = MBEIREvaluator(small, split="test", tasks=["toys_task1", "toys_task7"], name="toys", ks=(1, 2))
+    rows = {"anchor": [f"text of q1_{n % 4}" for n in range(8)], "positive": [f"text of c1_{n % 4}" for n in range(8)]}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=3e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_toys_local_ndcg@10",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=0,
+    )
+    model.model_card_data.generate_widget_examples = False
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        evaluator=evaluator,
+        loss=MultimodalMACLoss(model),
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_toys_local_score" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    lines = read_csv(tmp_path / "run" / "eval" / CSV)
+    assert [line["steps"] for line in lines] == [1, 2]
+    for entry, line in zip(logged, lines, strict=True):
+        assert {name: entry[f"eval_toys_{name}"] for name in line if name not in ("epoch", "steps")} == {
+            name: value for name, value in line.items() if name not in ("epoch", "steps")
+        }
+    figures = [line["local_ndcg@10"] for line in lines]
+    assert len(set(figures)) > 1
+    assert trainer.state.best_metric == max(figures)
+    assert evaluator(model)["toys_local_ndcg@10"] == max(figures)
+    model.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "local_score" in card

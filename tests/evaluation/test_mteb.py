@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.evaluation.metrics import retrieval_metrics
+from puma_hf.evaluation.mteb import (
+    MTEB_TASKS,
+    PumaEncoder,
+    _meta_class,
+    mbeir_prompts,
+    mbeir_scores,
+    puma_model_meta,
+)
+
+CATEGORIES = ("i2i", "it2it")
+TEXT = "a picture"
+INSTRUCTION = "Find the same picture."
+NUM_IMAGES = 12
+BLANK = Image.new("RGB", (24, 24), (127, 127, 127))
+
+
+@pytest.fixture(scope="module")
+def mteb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The library, with its cache in a temporary folder and the network out of reach."""
+
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"mteb asked the network for {args}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTEB_CACHE", str(tmp_path_factory.mktemp("mteb")))
+        patch.setattr(socket.socket, "connect", no_network)
+        import mteb
+
+        yield mteb
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """So different, in size and in colour, that even random weights tell them apart."""
+    generator = np.random.default_rng(0)
+    sizes = [(16 + 16 * (number // 3), 16 + 16 * (number % 3), 3) for number in range(NUM_IMAGES)]
+    return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+
+
+def make_task(mteb: Any, pictures: list[Image.Image], category: str, **changes: Any) -> Any:
+    """A task of MIEB's kind from data in memory: candidate n is right for query n, and has the same picture."""
+    query_kind, candidate_kind = category.split("2")
+    metadata = mteb.TaskMetadata(
+        **{
+            "name": f"Local{category.upper()}Retrieval",
+            "description": "The same picture again.",
+            "reference": None,
+            "dataset": {"path": "local/pictures", "revision": "1"},
+            "type": "Any2AnyRetrieval",
+            "category": category,
+            "eval_splits": ["test"],
+            "eval_langs": ["eng-Latn"],
+            "main_score": "ndcg_at_10",
+            "date": ("2026-01-01", "2026-01-02"),
+            "domains": ["Constructed"],
+            "task_subtypes": ["Image Text Retrieval"],
+            "license": "apache-2.0",
+            "annotations_creators": "derived",
+            "dialect": [],
+            "modalities": ["image", "text"] if "t" in category.replace("2", "") else ["image"],
+            "sample_creation": "created",
+            "bibtex_citation": "",
+            "prompt": {"query": INSTRUCTION},
+            **changes,
+        }
+    )
+
+    def rows(kind: str, letter: str) -> Dataset:
+        columns: dict[str, Any] = {"id": [f"{letter}{number}" for number in range(len(pictures))]}
+        features: dict[str, Any] = {"id": Value("string")}
+        if "i" in kind:
+            columns["image"], features["image"] = pictures, ImageFeature()
+        if "t" in kind:
+            columns["text"], features["text"] = [TEXT for _ in pictures], Value("string")
+        return Dataset.from_dict(columns, features=Features(features))
+
+    class LocalTask(mteb.abstasks.retrieval.AbsTaskRetrieval):  # type: ignore[misc]
+        def load_data(self, *args: Any, **kwargs: Any) -> None:
+            split = {
+                "queries": rows(query_kind, "q"),
+                "corpus": rows(candidate_kind, "c"),
+                "relevant_docs": {f"q{number}": {f"c{number}": 1} for number in range(len(pictures))},
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    LocalTask.metadata = metadata
+    return LocalTask()
+
+
+@pytest.fixture(scope="module")
+def runs(mteb: Any, puma_dir: Path, pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Scores of the pictures, of blank ones in their place, and what the model was given each time."""
+    cache = mteb.ResultCache(tmp_path_factory.mktemp("results"))
+    before = set(puma_dir.rglob("*"))
+    seen: list[tuple[list[Any], dict[str, Any]]] = []
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        encode = SentenceTransformer.encode
+
+        def record(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append((inputs, kwargs))
+            return encode(self, inputs, *args, **kwargs)
+
+        patch.setattr(SentenceTransformer, "encode", record)
+        for category in CATEGORIES:
+            for name, images in (("whole", pictures), ("blank", [BLANK] * NUM_IMAGES)):
+                task = make_task(mteb, images, category, name=f"{category}{name}")
+                results[category, name] = mteb.evaluate(
+                    puma_model_meta(puma_dir), task, cache=cache, encode_kwargs={"batch_size": 5}, co2_tracker=False
+                )
+    assert set(puma_dir.rglob("*")) == before
+    return SimpleNamespace(results=results, seen=seen, cache=cache)
+
+
+def figures(result: Any) -> dict[str, float]:
+    (task_result,) = result.task_results
+    (scores,) = task_result.scores["test"]
+    return dict(scores)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_scores_fall_when_the_images_are_blanked(runs: Any, category: str) -> None:
+    whole, blank = (figures(runs.results[category, name]) for name in ("whole", "blank"))
+    assert whole["main_score"] == whole["ndcg_at_10"] > blank["ndcg_at_10"] + 0.3
+    assert blank["hit_rate_at_1"] <= 1 / NUM_IMAGES  # candidates that are all the same: a guess
+    assert whole["hit_rate_at_1"] >= 4 / NUM_IMAGES
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_scores_equal_ours(
+    runs: Any, category: str, pictures: list[Image.Image], sentence_transformer: SentenceTransformer
+) -> None:
+    inputs = [{"image": picture, **({"text": TEXT} if category == "it2it" else {})} for picture in pictures]
+    queries = sentence_transformer.encode(inputs, prompt=INSTRUCTION, convert_to_tensor=True)
+    candidates = sentence_transformer.encode(inputs, prompt="", convert_to_tensor=True)
+    rankings = (queries @ candidates.T).argsort(dim=1, descending=True).tolist()
+    ours = retrieval_metrics(rankings, [{row: 1} for row in range(NUM_IMAGES)])
+    theirs = figures(runs.results[category, "whole"])
+    for k in (1, 5, 10):
+        assert theirs[f"hit_rate_at_{k}"] == pytest.approx(ours[f"hit@{k}"], abs=1e-5)
+    assert theirs["ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-5)
+
+
+def test_the_model_is_given_images_texts_and_instructions(runs: Any) -> None:
+    kinds = {(frozenset(item), options["prompt"]) for inputs, options in runs.seen for item in inputs}
+    image, both = frozenset({"image"}), frozenset({"image", "text"})
+    assert kinds == {(image, INSTRUCTION), (image, ""), (both, INSTRUCTION), (both, "")}
+    assert {len(inputs) for inputs, _ in runs.seen} == {5, 2}
+    assert all(options["batch_size"] == 5 for _, options in runs.seen)
+    assert all(isinstance(item["image"], Image.Image) for inputs, _ in runs.seen for item in inputs)
+    assert all(item.get("text", TEXT) == TEXT for inputs, _ in runs.seen for item in inputs)
+
+
+def test_results_are_filed_by_the_weights_and_do_not_name_the_directory(runs: Any, puma_dir: Path) -> None:
+    files = [path for path in runs.cache.cache_path.rglob("*") if path.is_file()]
+    revision = puma_model_meta(puma_dir).revision
+    assert {path.parent.name for path in files} == {revision}
+    assert {path.parent.parent.name for path in files} == {"local__tiny-puma"}
+    assert not [path for path in files if str(puma_dir.parent) in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.usefixtures("mteb")
+def test_a_changed_directory_is_another_revision(puma_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / puma_dir.name
+    shutil.copytree(puma_dir, copy)
+    (copy / "README.md").write_text("A note.", encoding="utf-8")
+    first = puma_model_meta(puma_dir)
+    assert puma_model_meta(copy).revision == first.revision
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert puma_model_meta(copy).revision != first.revision
+    assert puma_model_meta(copy, "mine").revision == "mine"
+
+
+def test_the_entry(mteb: Any) -> None:
+    meta = puma_model_meta("org/puma", "abc", prompts={"CIRRIT2IRetrieval": "Find it."})
+    assert isinstance(meta, mteb.models.ModelMeta)
+    assert (meta.name, meta.revision, meta.modalities) == ("org/puma", "abc", ["text", "image"])
+    assert meta.use_instructions
+    assert meta.experiment_name  # other instructions are another experiment, and filed apart
+    assert puma_model_meta("org/puma", "abc").experiment_name is None
+    # torchvision is what mteb asks of models with images
+    assert "image" in mteb.models.ModelMeta._resolve_extras_groups(meta)
+    assert meta._resolve_extras_groups() == []
+    json.dumps(meta.to_dict(), default=str)
+
+
+@pytest.mark.usefixtures("mteb")
+def test_opening_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        opened.append((args, kwargs))
+        return SimpleNamespace()
+
+    monkeypatch.setattr("puma_hf.evaluation.mteb.SentenceTransformer", record)
+    prompts = {"CIRRIT2IRetrieval": "Find it."}
+    model = puma_model_meta("org/puma", "abc", prompts=prompts).load_model(device="cpu", embed_dim=64)
+    assert isinstance(model, PumaEncoder)
+    assert model.prompts == prompts
+    assert (model.mteb_model_meta.name, model.mteb_model_meta.embed_dim) == ("org/puma", 64)
+    puma_model_meta("org/puma", trust_remote_code=True).load_model()
+    expected = {"revision": "abc", "truncate_dim": 64, "trust_remote_code": False, "device": "cpu"}
+    assert opened[0] == (("org/puma",), expected)
+    assert opened[1] == (("org/puma",), {"revision": None, "truncate_dim": None, "trust_remote_code": True})
+
+
+@pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "/missing/folder"])
+def test_a_name_that_is_nothing(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id of the form 'organisation/name'"):
+        puma_model_meta(name)
+
+
+def test_without_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
+    _meta_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(ImportError, match=r"mteb is not installed; run `pip install 'puma-hf\[mteb\]'`"):
+        puma_model_meta("org/puma")
+
+
+# --- what a batch becomes
+
+
+class Echo:
+    """Embeds an input as the sizes of what it holds."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[Any], dict[str, Any]]] = []
+
+    def encode(self, inputs: list[Any], **kwargs: Any) -> torch.Tensor:
+        self.calls.append((inputs, kwargs))
+        rows = [[len(item.get("text", "")), item["image"].width if "image" in item else 0, 1] for item in inputs]
+        return torch.tensor(rows, dtype=torch.bfloat16)
+
+
+def encode(batches: list[dict[str, Any]], prompt: Any = None, kind: Any = None, **prompts: str) -> tuple[Any, Echo]:
+    echo: Any = Echo()
+    task = SimpleNamespace(name="Task", prompt=prompt)
+    encoder = PumaEncoder(echo, prompts)
+    embeddings = encoder.encode(
+        batches, task_metadata=task, hf_split="test", hf_subset="default", prompt_type=kind, show_progress_bar=False
+    )
+    return embeddings, echo
+
+
+def test_parts_that_are_missing_are_left_out() -> None:
+    batches = [{"id": ["1", "2"], "text": ["", "abc"], "image": [BLANK, None]}, {"text": ["http://x/y.png"]}]
+    embeddings, echo = encode(batches)
+    assert [inputs for inputs, _ in echo.calls] == [
+        [{"image": BLANK}, {"text": "abc"}],
+        [{"text": "http://x/y.png"}],  # never a bare string, which might be opened as a file
+    ]
+    assert embeddings.dtype == torch.float32
+    assert embeddings.tolist() == [[0, 24, 1], [3, 0, 1], [14, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"text": [""], "image": [None]}, "an input of Task has neither text nor image"),
+        ({"audio": ["x"], "id": ["1"]}, r"the inputs of Task have the columns \['audio', 'id'\]; PUMA takes text"),
+    ],
+)
+def test_inputs_of_nothing(batch: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode([batch])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "prompts", "expected"),
+    [
+        ({"query": "Q", "document": "D"}, "query", {}, "Q"),
+        ({"query": "Q", "document": "D"}, "document", {}, ""),
+        ({"query": "Q"}, None, {}, ""),
+        ("P", "query", {}, "P"),
+        ("P", "document", {}, ""),
+        ("P", None, {}, "P"),
+        (None, "query", {}, ""),
+        ({"query": "Q"}, "query", {"Task": "mine"}, "mine"),
+        ({"query": "Q"}, "query", {"Task": ""}, ""),
+        ({"query": "Q"}, "query", {"Other": "mine"}, "Q"),
+        ({"query": "Q"}, "document", {"Task": "mine"}, ""),
+    ],
+)
+def test_instructions(mteb: Any, prompt: Any, kind: str | None, prompts: dict[str, str], expected: str) -> None:
+    _, echo = encode([{"text": ["a"]}], prompt, kind and mteb.types.PromptType(kind), **prompts)
+    assert [options["prompt"] for _, options in echo.calls] == [expected]
+
+
+def test_similarity_is_the_cosine() -> None:
+    encoder = PumaEncoder(Echo())  # type: ignore[arg-type]
+    first, second = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[6.0, 8.0], [4.0, -3.0]])
+    assert encoder.similarity(first, second).tolist() == pytest.approx(np.array([[1.0, 0.0], [0.0, 0.0]]), abs=1e-6)
+    assert encoder.similarity_pairwise(first, second).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+# --- M-BEIR's rows
+
+
+def test_every_row_of_mbeir_is_a_task_of_mieb(mteb: Any) -> None:
+    assert {f"mbeir_{task.name}" for task in MTEB_TASKS.values()} == set(MBEIR_INSTRUCTIONS)
+    tasks = mteb.get_tasks(list(MTEB_TASKS))
+    assert len(tasks) == 16
+    for task in tasks:
+        ours = MTEB_TASKS[task.metadata.name]
+        assert task.metadata.category == ours.arrow.replace(" -> ", "2")
+        assert ours.dataset in task.metadata.dataset["path"].lower()
+        assert task.metadata.main_score == "ndcg_at_10"
+    mieb = {task.metadata.name for task in mteb.get_benchmark("MIEB(eng)").tasks}
+    assert set(MTEB_TASKS) <= mieb
+
+
+def test_which_prompts_differ_from_the_first_wordings(mteb: Any) -> None:
+    wordings = mbeir_prompts()
+    theirs = {task.metadata.name: task.metadata.prompt["query"] for task in mteb.get_tasks(list(MTEB_TASKS))}
+    assert {name for name, prompt in theirs.items() if prompt != wordings[name]} == {
+        "EDIST2ITRetrieval",
+        "Fashion200kI2TRetrieval",
+        "InfoSeekIT2ITRetrieval",
+        "InfoSeekIT2TRetrieval",
+        "MSCOCOT2IRetrieval",
+    }
+    assert theirs["Fashion200kI2TRetrieval"] == wordings["Fashion200kT2IRetrieval"]
+
+
+def test_what_papers_report_is_read_from_the_results(runs: Any) -> None:
+    assert mbeir_scores(runs.results["i2i", "whole"]) == {}
+    (measured,) = runs.results["i2i", "whole"].task_results
+    (scores,) = measured.scores["test"]
+    names = ["CIRRIT2IRetrieval", "FashionIQIT2IRetrieval"]
+    result = SimpleNamespace(task_results=[SimpleNamespace(task_name=name, scores=measured.scores) for name in names])
+    expected = {"cirr_task7": scores["hit_rate_at_5"], "fashioniq_task7": scores["hit_rate_at_10"]}
+    assert mbeir_scores(result) == expected
