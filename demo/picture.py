@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_format import Candidate, Query
+from puma_hf.evaluation.trec import read_run
 
 CELL = 188
 DRAWING = 96
@@ -19,11 +19,11 @@ MARGIN = 10
 RIGHT, WRONG, LINE, INK, MUTED = "#1a8f3c", "#c9ccd1", "#e5e7eb", "#111827", "#6b7280"
 
 
-def draw_answers(result_file: Path, data_dir: Path, split: str, output: Path, pool: str = "local") -> Path:
+def draw_answers(results: Path, data_dir: Path, split: str, output: Path, pool: str = "local") -> Path:
     """Write the picture.
 
     Args:
-        result_file: JSON that `puma-hf evaluate --output` wrote.
+        results: Directory that `puma-hf evaluate --output` wrote.
         data_dir: Dataset in M-BEIR's layout.
         split: Split that was evaluated.
         output: PNG file.
@@ -32,9 +32,9 @@ def draw_answers(result_file: Path, data_dir: Path, split: str, output: Path, po
     Returns:
         `output`. The query of each task is the first one of its file: nothing was picked.
     """
-    rankings = json.loads(result_file.read_text())["rankings"][pool]
+    runs = {path.stem: read_run(path) for path in (results / "runs" / pool).glob("*.trec")}
     data = MBEIR(data_dir)
-    tasks = [task for task in data.tasks(split) if task.name in rankings]
+    tasks = [task for task in data.tasks(split) if task.name in runs]
     canvas = Image.new("RGB", (QUERY_WIDTH + 5 * CELL + 2 * MARGIN, HEADER + len(tasks) * CELL + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, 8), "the first query of each task", INK, _font(16))
@@ -46,7 +46,7 @@ def draw_answers(result_file: Path, data_dir: Path, split: str, output: Path, po
         candidates = data.local_pool(task, split) if pool == "local" else data.global_pool(split)
         draw.line((0, top, canvas.width, top), LINE)
         _draw_query(canvas, query, f"{task.arrow}", data.instruction(query, task.candidate_modality), top)
-        for column, did in enumerate(rankings[task.name][query.qid][:5]):
+        for column, did in enumerate(list(runs[task.name][query.qid])[:5]):
             left = QUERY_WIDTH + MARGIN + column * CELL
             _draw_candidate(canvas, candidates[did], did in query.positives, left, top)
     canvas.save(output)

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -74,22 +75,19 @@ def build_models(work: Path, backbone: Path, seed: int) -> None:
     stage("train", TRAIN, pruned, work / "infonce", seed, loss="infonce", max_steps=steps)
 
 
+def results_folder(work: Path, model: str, split: str) -> Path:
+    """Where `puma-hf evaluate` writes what it found for a model."""
+    return work / f"{model}-{split}"
+
+
 def measure(work: Path, split: str) -> dict[str, dict[str, float]]:
     """Evaluate each model; one row of figures a model."""
     rows = {}
     for name, folder in MODELS.items():
-        result_file = work / f"{folder}-{split}.json"
-        command(
-            "evaluate",
-            work / folder,
-            data=DATA,
-            split=split,
-            pool="both",
-            batch_size=64,
-            output=result_file,
-            rankings=True,
-        )
-        means = json.loads(result_file.read_text())["mean"]
+        output = results_folder(work, folder, split)
+        shutil.rmtree(output, ignore_errors=True)  # embeddings of another run's model would be refused
+        command("evaluate", work / folder, data=DATA, split=split, pool="both", batch_size=64, output=output)
+        means = json.loads((output / "results.json").read_text())["mean"]
         model = SentenceTransformer(str(work / folder), trust_remote_code=True)
         rows[name] = {
             "layers": model[0].config.num_kept_layers,
@@ -141,7 +139,7 @@ def main() -> None:
     (work / f"table-{args.split}.json").write_text(json.dumps(rows, indent=2) + "\n")
     print("\nReloading in a fresh process where puma_hf cannot be imported, and searching there:", flush=True)
     subprocess.run([sys.executable, str(DEMO / "fresh_process.py"), str(work / "puma")], check=True)
-    picture = draw_answers(work / f"puma-{args.split}.json", DATA, args.split, work / "answers.png")
+    picture = draw_answers(results_folder(work, "puma", args.split), DATA, args.split, work / "answers.png")
     print(f"\n{table(rows)}\n")
     print("Hit rates are means over eight tasks, in percent.")
     print("Wrong modality: share of first answers that are not of the kind asked for.")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from puma_hf import __version__
 from puma_hf.cli_options import config_command
+from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.evaluation.config import EvaluateConfig
+from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
@@ -43,18 +45,7 @@ def options(
     """Cut a Qwen2-VL to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
-class Pool(StrEnum):
-    """Which candidates a query is compared with."""
-
-    local = "local"
-    global_ = "global"
-    both = "both"
-
-
 OutputDir = Annotated[Path, typer.Argument(help="New directory.", show_default=False)]
-Data = Annotated[
-    Path, typer.Option(help="Folder in the layout of TIGER-Lab/M-BEIR (query/, cand_pool/, ...).", show_default=False)
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
 
@@ -116,36 +107,42 @@ def _echo_saved(adapter: Path) -> None:
         typer.echo(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="PUMA directory or any SentenceTransformer.", show_default=False)],
-    data: Data,
-    split: Annotated[str, typer.Option(help="Split to evaluate.")] = "test",
-    pool: Annotated[Pool, typer.Option(help="Each task's own pool, that of all tasks, or both.")] = Pool.both,
-    task: Annotated[list[str] | None, typer.Option(help="Such as webqa_task1; repeat for more. Default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass.")] = 32,
-    output: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
-    rankings: Annotated[bool, typer.Option("--rankings", help="Write each query's answers into the JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code of a Hub repository; a local directory's is run.")
-    ] = False,
-) -> None:
-    """Measure hit@k, recall@k and nDCG@10 on a dataset in M-BEIR's layout.
+@config_command(app, EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
 
-    Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results.json
+    Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
     """
-    from sentence_transformers import SentenceTransformer
+    from puma_hf.evaluation.run import evaluate as run
 
-    from puma_hf.evaluation import evaluate_mbeir
+    results = run(config)
+    if _is_first_process():
+        typer.echo(results.to_markdown())
 
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {str(output)!r} is a directory. Name a JSON file.")
-    encoder = SentenceTransformer(model, trust_remote_code=trust_remote_code or Path(model).is_dir())
-    arguments: dict[str, Any] = {"split": split, "pool": pool.value, "tasks": task, "batch_size": batch_size}
-    results = evaluate_mbeir(encoder, data, **arguments)
-    if output is not None:
-        results.to_json(output, include_rankings=rankings)
-    typer.echo(results.to_markdown())
+
+@config_command(app, SweepConfig)
+def sweep(config: SweepConfig) -> None:
+    """Choose k: measure every depth of a model in one pass, with its parameters and operations.
+
+    Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
+    """
+    from puma_hf.evaluation.layer_sweep import sweep as run
+
+    typer.echo(run(config).to_markdown())
+
+
+@config_command(app, PairsConfig)
+def pairs(config: PairsConfig) -> None:
+    """Look through pairs of your own before training: what there is, and what is wrong with it.
+
+    Example: puma-hf pairs photos/captions.csv --direction both
+    """
+    from puma_hf.data.pairs_report import pairs as run
+
+    report = run(config)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _is_first_process() -> bool:

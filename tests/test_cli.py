@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,13 +18,17 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
-from puma_hf.evaluation import evaluate_mbeir
+from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.evaluation.config import EvaluateConfig
+from puma_hf.evaluation.mbeir import evaluate_mbeir
+from puma_hf.evaluation.sweep_config import SweepConfig
+from puma_hf.evaluation.trec import read_run
 from puma_hf.pruning import prune
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from tests.data.mbeir_builder import build_mbeir
 
-COMMANDS = ("prune", "distill", "train", "merge", "evaluate")
+COMMANDS = ("prune", "distill", "train", "merge", "evaluate", "sweep", "pairs")
 QUICK = ["--batch-size", "4", "--max-steps", "2", "--logging-steps", "1", "--lora-r", "2"]
 
 Invoke = Callable[..., Result]
@@ -95,13 +99,13 @@ def test_the_whole_way(
     invoke("train", "distilled", "mac-lora", "--data", data, "--num-negatives", 1, *QUICK)
     result = invoke("merge", "mac-lora", "mac", "--base", "distilled")
     assert result.exit_code == 0
-    result = invoke("evaluate", "mac", "--data", data, "--output", "results.json", "--rankings")
+    result = invoke("evaluate", "mac", "--data", data, "--output", "results")
     assert result.exit_code == 0
-    results = json.loads(Path("results.json").read_text())
+    results = json.loads(Path("results", "results.json").read_text())
     assert results["split"] == "test"
     assert set(results["mean"]) == {"local", "global"}
     assert len(results["rows"]) == 16
-    assert len(results["rankings"]["local"]["toys_task0"]["11:1000"]) == 6
+    assert len(read_run("results/runs/local/toys_task0.trec")["11:1000"]) == 6
     assert "| **mean** |" in result.output
 
 
@@ -177,7 +181,7 @@ def test_merge_reads_a_file_too(invoke: Invoke, seen: list[Any], tmp_path: Path)
 
 
 def test_one_task_and_pool(invoke: Invoke, data: Path, puma_dir: Path) -> None:
-    words = ["--pool", "local", "--task", "toys_task1", "--task", "toys_task3", "--batch-size", "8"]
+    words = ["--pool", "local", "--tasks", "toys_task1", "--tasks", "toys_task3", "--batch-size", "8"]
     output = invoke("evaluate", puma_dir, "--data", data, *words).output
     assert "| t -> t | toys | local |" in output
     assert "| i -> t | toys | local |" in output
@@ -188,7 +192,14 @@ def test_one_task_and_pool(invoke: Invoke, data: Path, puma_dir: Path) -> None:
 # --- defaults
 
 
-CONFIGS = {"distill": DistillConfig, "train": TrainConfig, "merge": MergeConfig}
+CONFIGS = {
+    "distill": DistillConfig,
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "pairs": PairsConfig,
+}
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -204,21 +215,23 @@ def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, comm
             assert entry.name not in names
     assert ("Default: 0.0002." in help_text) == (command == "distill")
     assert ("mac|mac-split|infonce" in help_text) == (command == "train")
-    assert "--overwrite / --no-overwrite" in help_text
+    assert ("--overwrite / --no-overwrite" in help_text) == (command in ("distill", "train", "merge"))
 
 
 def test_other_defaults_are_the_librarys() -> None:
     options, parameters = options_of("prune"), inspect.signature(prune).parameters
     for name in ("dtype", "revision", "overwrite"):
         assert options[name] == parameters[name].default
-    options, parameters = options_of("evaluate"), inspect.signature(evaluate_mbeir).parameters
-    for name in ("split", "batch_size"):
-        assert options[name] == parameters[name].default
+    parameters = inspect.signature(evaluate_mbeir).parameters
+    for entry in fields(EvaluateConfig):
+        if entry.name in parameters and entry.name not in ("tasks", "pool"):  # () and None; the command shows both
+            assert entry.default in (MISSING, parameters[entry.name].default), entry.name
 
 
-def test_pools_are_the_librarys() -> None:
-    hint = get_type_hints(evaluate_mbeir)["pool"]
-    assert {choice.value for choice in cli.Pool} == set(get_args(hint))
+def test_choices_are_the_librarys() -> None:
+    library, command = get_type_hints(evaluate_mbeir), get_type_hints(EvaluateConfig)
+    for name in ("pool", "embedding_dtype", "search_backend"):
+        assert get_args(library[name]) == get_args(command[name])
 
 
 # --- errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import run
 from picture import QUERY_WIDTH, RIGHT, draw_answers
 from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
+from puma_hf.evaluation.trec import write_run
 from puma_hf.trainer import stages
 
 ROOT = Path(__file__).parents[1]
@@ -35,15 +35,13 @@ def test_the_table_has_a_row_a_model_and_relates_it_to_the_full_one() -> None:
 
 def test_the_picture_frames_right_answers_only(tmp_path: Path) -> None:
     data = MBEIR(DATA)
-    rankings: dict[str, dict[str, list[str]]] = {}
     for task in data.tasks("test"):
         query = data.queries(task, "test")[0]
         wrong = [did for did in data.local_pool(task, "test") if did not in query.positives][:4]
         # Right first, four wrong ones behind.
-        rankings[task.name] = {query.qid: [query.positives[0], *wrong]}
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps({"rankings": {"local": rankings}}))
-    output = draw_answers(results, DATA, "test", tmp_path / "answers.png")
+        ranking = [(did, -float(place)) for place, did in enumerate([query.positives[0], *wrong])]
+        write_run(tmp_path / "runs" / "local" / f"{task.name}.trec", {query.qid: ranking})
+    output = draw_answers(tmp_path, DATA, "test", tmp_path / "answers.png")
     with Image.open(output) as image:
         green = tuple(int(RIGHT[start : start + 2], 16) for start in (1, 3, 5))
         columns = {x for x in range(QUERY_WIDTH, image.width) if image.getpixel((x, image.height - 60)) == green}
