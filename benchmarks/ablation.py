@@ -1,7 +1,7 @@
 """What distillation and MAC-Loss are worth on the emoji of the demo, every seed on the test split.
 
-    .venv/bin/python benchmarks/ablation.py --report                  # prints the tables of docs/ablation.jsonl, our runs
-    .venv/bin/python benchmarks/ablation.py --fresh --all --jobs 2   # runs everything anew, then prints the tables
+    .venv/bin/python benchmarks/ablation.py --report                  # the tables of docs/ablation.jsonl, our runs
+    .venv/bin/python benchmarks/ablation.py --fresh --all --jobs 2   # everything anew, then the tables
     .venv/bin/python benchmarks/ablation.py --fresh --jobs 2         # the more telling half of it
 
 Two backbones, cut to 3 of 8 layers: the demo's (`demo/backbone/`), trained as a retriever, hence a teacher worth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -42,23 +43,24 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Cut a Qwen2-VL to its first k layers and make it a retrieval embedder for text, images, and both."""
+    """Cut a Qwen2-VL, 2.5 or 3 to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
-OutputDir = Annotated[Path, typer.Argument(help="New directory.", show_default=False)]
+_SOURCE_HELP = "Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
+OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
 
 @app.command()
 def prune(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a Qwen2-VL checkpoint.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP, show_default=False)],
     output: OutputDir,
     num_kept_layers: Annotated[int, typer.Option(help="Decoder layers to keep, from the input.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Keep the first layers of a Qwen2-VL and write a directory that AutoModel and SentenceTransformer open.
+    """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
 
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
     """
@@ -162,8 +164,17 @@ def _close_progress_bars() -> None:
             bar.close()
 
 
+def _in_few_lines(error: Exception) -> str:
+    """An error in one line, but for a report of several offenders: those have a line each."""
+    first, *offenders = str(error).split("\n- ")
+    return "\n- ".join(" ".join(part.split()) for part in (first, *offenders))
+
+
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, not a traceback."""
+    """Entry point: errors that a user can mend are told in a line or a few, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character that it cannot show must not end the work
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "sentence_transformers", "datasets"):
@@ -176,7 +187,7 @@ def main() -> None:
         if not (isinstance(error, ValueError | OSError | ImportError) or _is_of_a_file(error)):
             raise
         _close_progress_bars()
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {_in_few_lines(error)}", err=True)
         sys.exit(1)
 
 

@@ -73,11 +73,8 @@ class PruneReport:
 
     def __str__(self) -> str:
         kept, total = self.num_kept_layers, self.original_num_hidden_layers
-        dropped = (
-            f"decoder layers {kept} to {total - 1} and the language-model head"
-            if kept < total
-            else "language-model head"
-        )
+        deeper = f"decoder layers {kept} to {total - 1}" if kept < total - 1 else f"decoder layer {kept}"
+        dropped = f"{deeper} and the language-model head" if kept < total else "language-model head"
         return (
             f"kept     vision tower, token embedding, decoder layers 0 to {kept - 1} of {total}, final norm\n"
             f"dropped  {dropped}\n"
@@ -157,8 +154,13 @@ def prune(
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
         report = _report(checkpoint, _ORIGINALS.get(source_type, type(model)), config, model, output_dir)
-        write_model_card(folder, model.config, {**report.to_dict(), "backbone": config.source_name})
-    logger.info("Pruned %s\n%s", source, report)
+        facts: dict[str, Any] = {**report.to_dict(), "backbone": config.source_name}
+        if source_type not in _ORIGINALS:  # what a PUMA directory had is not what the original has
+            facts |= {"parameters_before": None, "bytes_before": None}
+        write_model_card(folder, model.config, facts)
+    logger.info(
+        "Pruned %s to %d of %d layers: %s", source, num_kept_layers, report.original_num_hidden_layers, output_dir
+    )
     return report
 
 

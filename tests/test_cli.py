@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
+from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir
@@ -289,6 +291,33 @@ def test_errors_of_several_lines_become_one(
 
     monkeypatch.setattr(cli, "app", fail)
     assert run_main([], monkeypatch, capsys) == (1, "error: cannot reach the Hub and so on\n")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_report_of_several_offenders_keeps_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        with Problems(Path("pool.jsonl")) as problems:
+            for line in (3, 8):
+                problems.add(MBEIRFormatError(f"pool.jsonl, line {line}: no did\n there", "missing field"))
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run_main([], monkeypatch, capsys) == (
+        1,
+        "error: pool.jsonl: 2 problems (missing field: 2):\n"
+        "- pool.jsonl, line 3: no did there\n- pool.jsonl, line 8: no did there\n",
+    )
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_terminal_that_lacks_a_character_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(cli, "app", lambda: typer.echo("モ é"))
+    cli.main()
+    screen.seek(0)
+    assert screen.read() == "\\u30e2 é\n"
 
 
 @pytest.mark.usefixtures("restored_logging")

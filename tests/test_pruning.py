@@ -71,7 +71,7 @@ def test_an_untied_head_counts_before_and_is_gone_after(tmp_path: Path) -> None:
 def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path, tmp_path: Path) -> None:
     with caplog.at_level(logging.INFO, logger="puma_hf.pruning"):
         report = prune(qwen_dir, tmp_path / "out", num_kept_layers=2)
-    assert str(report) in caplog.text
+    assert f"Pruned {qwen_dir} to 2 of 4 layers: {tmp_path / 'out'}" in caplog.text
     text = str(report)
     assert "decoder layers 0 to 1 of 4" in text
     assert "decoder layers 2 to 3 and the language-model head" in text
@@ -79,6 +79,7 @@ def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path,
     assert f"({report.parameters_after / report.parameters_before:.0%})" in text
     whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360)
     assert "dropped  language-model head\n" in str(whole)
+    assert "dropped  decoder layer 3 and the language-model head\n" in str(PruneReport("a", "b", 3, 4, 100, 80, 4, 4))
 
 
 # --- the weights

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import datasets
 
 from puma_hf.data.corpus import COLUMNS, Item, dataset_items, file_items, folder_items
+from puma_hf.data.mbeir import mixed_queries
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
 
 Source: TypeAlias = str | Path | MBEIR | datasets.Dataset
@@ -73,7 +74,7 @@ def load_mbeir_items(
 
     Args:
         root: Folder in M-BEIR's layout, or an `MBEIR` of it.
-        split: "train" or another split with a global pool.
+        split: "train", "union_train" or another split with a global pool.
         tasks: Names such as "webqa_task1"; None for all. Candidates are those of the whole pool.
         seed: Seed of the wordings.
 
@@ -129,11 +130,17 @@ def _items(source: Source, split: str, seed: int) -> Iterator[Item]:
 
 
 def _mbeir_items(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int) -> Iterator[Item]:
-    for task in select_tasks(data.tasks(split), tasks):
-        for row, query in enumerate(data.queries(task, split)):
-            instruction = data.instruction(query, task.candidate_modality, seed, row=row)
-            yield query.text, query.image, instruction
-    for candidate in data.global_pool(split).values():
+    pool = data.global_pool(split)
+    mixed = mixed_queries(data, split, pool, seed)
+    found = data.task_files(split) if mixed else data.tasks(split)
+    wanted = select_tasks(sorted({*found, *(task for *_, task in mixed)}), tasks)
+    rows = [
+        (query, row, task) for task in found if task in wanted for row, query in enumerate(data.queries(task, split))
+    ]
+    rows += [(query, row, task) for query, row, _, task in mixed if task in wanted]
+    for query, row, task in rows:
+        yield query.text, query.image, data.instruction(query, task.candidate_modality, seed, row=row)
+    for candidate in pool.values():
         yield candidate.text, candidate.image, None
 
 

@@ -14,7 +14,8 @@ import datasets
 
 from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query, location
 from puma_hf.data.mbeir_problems import Problems
-from puma_hf.data.mbeir_reader import MBEIR, UNION_PREFIX, seeded_random, select_tasks
+from puma_hf.data.mbeir_reader import MBEIR, seeded_random, select_tasks
+from puma_hf.data.mbeir_tasks import MBEIRTask
 
 __all__ = ["MBEIR", "load_mbeir"]
 
@@ -45,8 +46,8 @@ def load_mbeir(
 
     Args:
         root: Folder in M-BEIR's layout, or an `MBEIR` of it.
-        split: "train" (the files of each task), "union_train" (M-BEIR's mixture, smaller datasets repeated),
-            or any other split.
+        split: "train" (the files of each task or dataset), "union_train" (M-BEIR's mixture, smaller datasets
+            repeated), or any other split.
         tasks: Names such as "webqa_task1"; None for all.
         num_negatives: Number of columns `negative_1`, `negative_2`, ...
         missing_negatives: What to do with a query without hard negatives if `num_negatives` > 0.
@@ -105,22 +106,46 @@ def _select_queries(
     data: MBEIR, split: str, names: Iterable[str] | None, pool: Mapping[str, Candidate], seed: int
 ) -> Iterator[tuple[Query, int, Path]]:
     """Each query of the wanted tasks with its row number and its file; candidates are checked."""
-    if not split.startswith(UNION_PREFIX):
-        for task in select_tasks(data.tasks(split), names):
+    mixed = mixed_queries(data, split, pool, seed)
+    tasks = data.task_files(split) if mixed else data.tasks(split)
+    wanted = select_tasks(sorted({*tasks, *(task for *_, task in mixed)}), names)
+    for task in tasks:
+        if task in wanted:
             path = data.query_path(split, task)
             queries = data.queries(task, split)
             _check_candidates(queries, pool, path)
             for row, query in enumerate(queries):
                 yield query, row, path
-        return
-    path = data.query_path(split, None)
-    queries = data.union_queries(split)
-    _check_candidates(queries, pool, path)
-    tasks = [data.task_of(q, pool[_choose_positive(q, row, seed)].modality) for row, q in enumerate(queries)]
-    wanted = set(select_tasks(sorted(set(tasks)), names))
-    for row, (query, task) in enumerate(zip(queries, tasks, strict=True)):
+    for query, row, path, task in mixed:
         if task in wanted:
             yield query, row, path
+
+
+def mixed_queries(
+    data: MBEIR, split: str, pool: Mapping[str, Candidate], seed: int
+) -> list[tuple[Query, int, Path, MBEIRTask]]:
+    """The queries of files that do not tell their task, which then the positive tells.
+
+    Args:
+        data: The dataset.
+        split: The split.
+        pool: The split's global pool.
+        seed: Seed of the choice of a positive.
+
+    Returns:
+        Each query with its row number, its file and its task.
+
+    Raises:
+        MBEIRFormatError: If a query has no positive, or a candidate is not in the pool.
+    """
+    rows = []
+    for path in data.mixed_paths(split):
+        queries = data.mixed_queries(path)
+        _check_candidates(queries, pool, path)
+        for row, query in enumerate(queries):
+            task = data.task_of(query, pool[_choose_positive(query, row, seed)].modality)
+            rows.append((query, row, path, task))
+    return rows
 
 
 def _check_candidates(queries: Iterable[Query], pool: Container[str], path: Path) -> None:

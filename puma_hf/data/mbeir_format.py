@@ -10,22 +10,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from puma_hf.data.mbeir_problems import MBEIRFormatError as MBEIRFormatError  # the name has always been here
-from puma_hf.data.mbeir_problems import Problems
+from puma_hf.data.mbeir_problems import Problems, check_is_file
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT, dataset_id_of
 
-_ID = re.compile(r"(\d+):\S+")
+RECORD_ID = re.compile(r"(\d+):\S+")
 # Absolute, of another drive, climbing with `..`, or holding a NUL byte: none can be a file of the dataset.
 _LEAVES_FOLDER = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)|\0")
 _LOOKS_LIKE_FILE = re.compile(r"^(?:data:|https?://)|\.\w{2,5}$")
-
-InstructionKey = tuple[int, str, str]
-Qrels = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +140,15 @@ class ImageFinder:
                 "image outside the folder",
             )
         folder, name = os.path.split(img_path)
-        if folder not in self._folders:
-            self._folders[folder] = self._inside(self._root / folder, img_path, where)
-        full = os.path.join(self._folders[folder], name)
         try:
+            if folder not in self._folders:
+                self._folders[folder] = self._inside(self._root / folder, img_path, where)
+            full = os.path.join(self._folders[folder], name)
             mode = os.lstat(full).st_mode
             if stat.S_ISLNK(mode):
                 full = self._inside(Path(full), img_path, where)
                 mode = os.lstat(full).st_mode
-        except OSError:
+        except (OSError, UnicodeEncodeError):  # JSON may hold half a character, which no name of a file can
             mode = 0
         if not stat.S_ISREG(mode):
             raise FileNotFoundError(
@@ -185,7 +182,7 @@ def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[i
         FileNotFoundError: If the file is missing.
         MBEIRFormatError: If a line is not a JSON object in UTF-8.
     """
-    _check_is_file(path)
+    check_is_file(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -201,9 +198,9 @@ def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[i
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not line.endswith(b"\n"):
-            raise _cut_off(f"{where}: broken JSON ({error})") from error
+            raise cut_off(f"{where}: broken JSON ({error})") from error
         raise MBEIRFormatError(
             f"{where}: broken JSON ({error}); each line must be one JSON object in UTF-8, was the download cut off?",
             "broken JSON",
@@ -213,7 +210,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _cut_off(what: str) -> MBEIRFormatError:
+def cut_off(what: str) -> MBEIRFormatError:
     return MBEIRFormatError(
         f"{what}; the file ends in the middle of this line, so the download was interrupted: download it again",
         "cut last line",
@@ -262,97 +259,6 @@ def parse_query(record: Mapping[str, Any], line: int, where: str, images: ImageF
     return Query(qid, text, image, modality, positives, negatives, line)
 
 
-def read_instructions(path: Path) -> tuple[dict[InstructionKey, tuple[str, ...]], dict[int, str]]:
-    """M-BEIR's table of instructions.
-
-    Args:
-        path: `query_instructions.tsv`: query modality, candidate modality, dataset name, dataset id, prompts.
-
-    Returns:
-        Prompts by (dataset_id, query modality, candidate modality), and the name of each dataset id.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        MBEIRFormatError: If a row is malformed or a key comes twice.
-    """
-    _check_is_file(path)
-    prompts: dict[InstructionKey, tuple[str, ...]] = {}
-    names: dict[int, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if number == 1 or not line.strip():  # line 1 is the header
-            continue
-        cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
-        wordings = tuple(cell for cell in cells[4:] if cell)
-        if not wordings or not cells[3].isdecimal():
-            raise MBEIRFormatError(
-                f"{location(path, number)}: expected query modality, candidate modality, dataset name, a "
-                f"dataset id and at least one prompt, separated by tabs, got {line!r}"
-            )
-        key = (int(cells[3]), cells[0], cells[1])
-        if key in prompts:
-            raise MBEIRFormatError(f"{location(path, number)}: instruction key {key} was already given; keep one row")
-        prompts[key] = wordings
-        names[key[0]] = cells[2].lower()
-    return prompts, names
-
-
-def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> Qrels:
-    """Relevance judgements: lines of `qid 0 did relevance task_id`.
-
-    OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
-    dataset than its query's that is absent from the pool is left out.  Any other unknown did is an error.
-
-    Args:
-        path: The qrels file.
-        qids: Known queries.
-        dids: Candidates of the pool to be searched.
-
-    Returns:
-        For each qid, the relevance of each did, positive ones only.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        MBEIRFormatError: If a line is malformed, contradicts another, or has an unknown qid or did.
-    """
-    _check_is_file(path)
-    qrels: Qrels = {}
-    with Problems(path) as problems, path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                problems.attempt(_judge, qrels, line, location(path, number), qids, dids)
-    return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
-
-
-def _judge(qrels: Qrels, line: bytes, where: str, qids: Container[str], dids: Container[str]) -> None:
-    qid, did, relevance = _qrels_line(line, where)
-    if qid not in qids:
-        raise MBEIRFormatError(f"{where}: qid {qid!r} is not in the query file of this task", "unknown qid")
-    if did not in dids:
-        if dataset_id_of(did) == dataset_id_of(qid):
-            raise MBEIRFormatError(f"{where}: did {did!r} is not in the candidate pool", "did that is in no pool")
-        return
-    judged = qrels.setdefault(qid, {})
-    if judged.setdefault(did, relevance) != relevance:
-        raise MBEIRFormatError(
-            f"{where}: {qid!r} and {did!r} were judged {judged[did]} before, now {relevance}", "contradiction"
-        )
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
-
-
-def _qrels_line(line: bytes, where: str) -> tuple[str, str, int]:
-    text = line.decode(errors="replace")
-    fields = text.split()
-    if len(fields) != 5 or not fields[3].isdecimal() or not (_ID.fullmatch(fields[0]) and _ID.fullmatch(fields[2])):
-        expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-        message = f"{where}: {expected}, got {text.removesuffix(chr(10))!r}"
-        raise MBEIRFormatError(message, "malformed line") if text.endswith("\n") else _cut_off(message)
-    return fields[0], fields[2], int(fields[3])
-
-
 def _required(record: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in record:
         raise MBEIRFormatError(f"{where}: field {key!r} is missing; the line has {sorted(record)}", "missing field")
@@ -361,7 +267,7 @@ def _required(record: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _record_id(record: Mapping[str, Any], key: str, where: str) -> str:
     value = _required(record, key, where)
-    if not isinstance(value, str) or not _ID.fullmatch(value):
+    if not isinstance(value, str) or not RECORD_ID.fullmatch(value):
         raise MBEIRFormatError(f"{where}: {key} must look like '<dataset_id>:<number>', got {value!r}", "wrong id")
     return value
 

@@ -166,7 +166,10 @@ def _record(
     if text is not None and not isinstance(text, str):
         raise MBEIRFormatError(f"{where}: text is {text!r}, must be a string or null")
     text = text if text and text.strip() else None
-    present = ",".join(name for name, value in ((IMAGE, row.get("image")), (TEXT, text)) if value is not None)
+    cell = row.get("image")
+    if isinstance(cell, dict) and not any(value is not None for value in cell.values()):
+        cell = None  # some writers have a struct of nothing for a row without an image
+    present = ",".join(name for name, value in ((IMAGE, cell), (TEXT, text)) if value is not None)
     label = row.get("modality")
     label = present if label is None else ",".join(sorted(part.strip() for part in str(label).split(",")))
     if label != present or label not in MBEIR_MODALITIES:
@@ -178,7 +181,7 @@ def _record(
         raise MBEIRFormatError(
             f"{where}: a query of {label}, but this task has queries of {modality}", "query of another task"
         )
-    image = None if row.get("image") is None else images.put(row["image"], where)
+    image = None if cell is None else images.put(cell, where)
     return {"id": _full_id(row["id"], dataset_id, where, "id"), "text": text, "image": image, "modality": label}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, ParamSpec, TypeVar
 
+_LFS_POINTER = b"version https://git-lfs.github.com/"
 SHOWN: Final = 5  # how many of the wrong lines a report quotes
 
 Arguments = ParamSpec("Arguments")
@@ -116,3 +117,19 @@ class Problems:
         lines = "".join(f"\n- {error}" for error in self._shown)
         message = f"{self.path}: {total} problems ({kinds}){'.' if first else ''}{first}:{lines}"
         return FileNotFoundError(message) if self._all_files_missing else MBEIRFormatError(message, "several")
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse a file that is not there, or of which there is only a note of Git LFS.
+
+    Args:
+        path: A file of the layout.
+
+    Raises:
+        FileNotFoundError: If it is missing, or a clone without Git LFS left a pointer in its place.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise FileNotFoundError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there")

@@ -1,9 +1,12 @@
 """M-BEIR's official folder layout.
 
-    query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl        query/union_train/mbeir_union_up_train.jsonl
-    cand_pool/local/mbeir_<dataset>_task<n>_cand_pool.jsonl    (or ..._task<n>_<split>_cand_pool.jsonl, as
-    MSCOCO has) cand_pool/global/mbeir_union_<split>_cand_pool.jsonl
-    qrels/<split>/mbeir_<dataset>_task<n>_<split>_qrels.txt instructions/query_instructions.tsv
+    query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl
+    query/train/mbeir_<dataset>_train.jsonl                    (all tasks of a dataset)
+    query/union_train/mbeir_union_up_train.jsonl
+    cand_pool/local/mbeir_<dataset>_task<n>_cand_pool.jsonl    (or ..._task<n>_<split>_cand_pool.jsonl: MSCOCO)
+    cand_pool/global/mbeir_union_<split>_cand_pool.jsonl
+    qrels/<split>/mbeir_<dataset>_task<n>_<split>_qrels.txt
+    instructions/query_instructions.tsv
     and images, at the img_path of each record
 
 Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
@@ -20,21 +23,20 @@ from pathlib import Path
 from puma_hf.data.mbeir_format import (
     Candidate,
     ImageFinder,
-    InstructionKey,
     MBEIRFormatError,
     Query,
     location,
     parse_candidate,
     parse_query,
-    read_instructions,
     read_jsonl,
-    read_qrels,
 )
 from puma_hf.data.mbeir_origin import read_origin, verified_content_hash
 from puma_hf.data.mbeir_problems import Problems
+from puma_hf.data.mbeir_tables import InstructionKey, read_instructions, read_qrels
 from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
 
 UNION_PREFIX = "union_"
+_NAMES_TASK = re.compile(r"(\w+)_task(\d+)")
 _TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODALITIES.items()}
 
 
@@ -97,22 +99,47 @@ class MBEIR:
             FileNotFoundError: If the split has no query files.
             MBEIRFormatError: If a file name has an unknown task number.
         """
-        folder = self.root / "query" / split
-        pattern = re.compile(rf"mbeir_(\w+)_task(\d+)_{re.escape(split)}\.jsonl")
+        found = self.task_files(split)
+        if not found:
+            raise FileNotFoundError(
+                f"{self.root / 'query' / split} holds no mbeir_<dataset>_task<n>_{split}.jsonl; the splits here are "
+                f"{sorted(path.name for path in (self.root / 'query').glob('*'))}"
+            )
+        return found
+
+    def task_files(self, split: str) -> list[MBEIRTask]:
+        """As `tasks`, but without an error if there are none."""
         found = []
-        for path in sorted(folder.glob("mbeir_*.jsonl")):
-            match = pattern.fullmatch(path.name)
+        for name in self._query_stems(split):
+            match = _NAMES_TASK.fullmatch(name)
             if match is None:
                 continue
             if int(match[2]) not in TASK_MODALITIES:
+                path = self.root / "query" / split / f"mbeir_{name}_{split}.jsonl"
                 raise MBEIRFormatError(f"{path}: task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}")
             found.append(MBEIRTask(int(match[2]), match[1]))
-        if not found:
-            raise FileNotFoundError(
-                f"{folder} holds no mbeir_<dataset>_task<n>_{split}.jsonl; the splits here are "
-                f"{sorted(path.name for path in (self.root / 'query').glob('*'))}"
-            )
         return sorted(found)
+
+    def mixed_paths(self, split: str) -> list[Path]:
+        """Query files whose names do not tell the task: M-BEIR's own of "train", one a dataset, or a union.
+
+        Args:
+            split: A folder below `query/`.
+
+        Returns:
+            The files by name. A dataset that also has files of its tasks is left out, for these hold the same.
+        """
+        if split.startswith(UNION_PREFIX):
+            return [self._union_path(split)]
+        known = {task.dataset for task in self.task_files(split)}
+        names = [name for name in self._query_stems(split) if not _NAMES_TASK.fullmatch(name) and name not in known]
+        return [self.root / "query" / split / f"mbeir_{name}_{split}.jsonl" for name in names]
+
+    def _query_stems(self, split: str) -> list[str]:
+        """What stands between `mbeir_` and the split in the names of the query files."""
+        pattern = re.compile(rf"mbeir_(\w+)_{re.escape(split)}\.jsonl")
+        files = sorted((self.root / "query" / split).glob("mbeir_*.jsonl"))
+        return [match[1] for file in files if (match := pattern.fullmatch(file.name))]
 
     def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
         """Queries of one task.
@@ -128,7 +155,7 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong, a qid comes twice or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        path = self._query_path(task, split)
+        path = self.query_path(split, task)
         queries: dict[str, Query] = {}
         with Problems(path) as problems:
             for query in self._read_queries(path, problems):
@@ -150,7 +177,10 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        path = self._union_path(split)
+        return self.mixed_queries(self._union_path(split))
+
+    def mixed_queries(self, path: Path) -> list[Query]:
+        """Queries of a file of `mixed_paths`, in its order; errors as of `union_queries`."""
         with Problems(path) as problems:
             return list(self._read_queries(path, problems))
 
@@ -277,11 +307,8 @@ class MBEIR:
         number = query.dataset_id
         return MBEIRTask(task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}")
 
-    def query_path(self, split: str, task: MBEIRTask | None) -> Path:
-        """File of the queries of a task, or of a union split if there is no task."""
-        return self._union_path(split) if task is None else self._query_path(task, split)
-
-    def _query_path(self, task: MBEIRTask, split: str) -> Path:
+    def query_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of the queries of a task."""
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
 
     def _union_path(self, split: str) -> Path:
@@ -357,6 +384,5 @@ def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) ->
 
 
 def seeded_random(seed: int, *key: object) -> random.Random:
-    """A generator that depends on the seed and the key alone: the same in every process and on every "
-    "machine."""
+    """A generator that depends on the seed and the key alone: the same in every process and on every machine."""
     return random.Random(":".join(map(str, (seed, *key))))  # a string seed is hashed with SHA-512

@@ -14,10 +14,11 @@ from huggingface_hub import constants, snapshot_download
 
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.data.mbeir_copies import ParquetCopy, copy_names, find_copy, has_parquet, task_of_name
-from puma_hf.data.mbeir_format import MBEIRFormatError, read_instructions, read_jsonl
+from puma_hf.data.mbeir_format import MBEIRFormatError, read_jsonl
 from puma_hf.data.mbeir_origin import IMPORT_FILE, NANO_FILE, file_hash, text_hash, write_origin
 from puma_hf.data.mbeir_parquet import import_copy
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.data.mbeir_tables import read_instructions
 from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, MBEIRTask
 from puma_hf.data.mbeir_writer import MBEIRWriter, json_line
 from puma_hf.data.whole_folder import make_folder

@@ -19,8 +19,11 @@ POSITIVE_NAMES = ("positive", "pos", "answer", "sent1", "sentence2", "document",
 IMAGE_NAMES = ("image", "file_name", "filename", "image_path", "img_path", "path", "filepath", "img")
 CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 INSTRUCTION_NAME = "instruction"
+# Beside two texts these may say that a row is no right pair, as in collections for classifiers.
+SCORE_NAMES = ("label", "score", "relevance", "similarity")
 _NEGATIVE = re.compile(r"((?:negative|hard_negative|hard_neg|neg)(?:_?(\d+))?)(?:_(?:text|image|image_path))?")
 _IMAGE_NAME = re.compile(r"(?:.*_)?(?:image|img|file_?name|(?:image|img)_(?:path|file)|filepath|path)")
+_ANOTHER_IMAGE = re.compile(r".+_(?:image|img)(?:_path|_file)?|(?:image|img)_?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,9 @@ def find_columns(
         The columns.
 
     Raises:
-        ValueError: If a given column is not there, or one that is needed is neither given nor found.
+        ValueError: If a given column is not there, or one that is needed is neither given nor found; if both sides
+            are guessed, and a column such as `label` may say that some rows are wrong pairs, or there are images
+            that may belong to either side.
 
     Example:
 
@@ -118,6 +123,8 @@ def find_columns(
     second = None if positive is None else _given(positive, "positive", kinds)
     first = first or _guess(ANCHOR_NAMES, kinds)
     second = second or _guess(POSITIVE_NAMES, kinds)
+    if anchor is None and positive is None and first is not None and second is not None:
+        _check_no_scores(second, kinds)
     taken = set((first or Part()).columns + (second or Part()).columns)
     caption = _first(CAPTION_NAMES, "text", kinds, taken)
     image = _first(IMAGE_NAMES, "image", kinds, taken) or _only_image(kinds, taken)
@@ -131,8 +138,46 @@ def find_columns(
     if instruction is None and INSTRUCTION_NAME in kinds:
         instruction = INSTRUCTION_NAME
     wrong = _negatives(negatives, kinds)
+    if anchor is None and positive is None:
+        _check_other_images(rows, kinds, first, second)
     used = {name for part in (first, second, *wrong) for name in part.columns} | {instruction}
     return PairColumns(first, second, wrong, instruction, tuple(name for name in kinds if name not in used))
+
+
+def _check_other_images(rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, Kind], *sides: Part) -> None:
+    """Refuse to guess if there are images of which the names do not tell the side.
+
+    They may be half of a composed query: image, question, answer; or image, caption, target_image.
+    """
+    used = {name for part in sides for name in part.columns}
+    has_image = any(part.kind != "text" for part in sides)
+    for name, kind in kinds.items():
+        # Of an image that is taken there may be the name in other columns as well.
+        doubtful = not has_image or _ANOTHER_IMAGE.fullmatch(name.lower())
+        if kind != "image" or name in used or _NEGATIVE.fullmatch(name) or not doubtful:
+            continue
+        if any(_is_image(row.get(name)) for row in rows):
+            raise ValueError(
+                f"The column {name!r} holds images, but its name does not tell whose: anchor {sides[0]}; positive "
+                f"{sides[1]}. Name the columns of each side, such as anchor={{'text': ..., 'image': {name!r}}} and "
+                "positive=... (in a command --anchor text=...,image=... --positive ...)."
+            )
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower().endswith(IMAGE_SUFFIXES) and "://" not in value
+    return value is not None
+
+
+def _check_no_scores(positive: Part, kinds: Mapping[str, Kind]) -> None:
+    found = [name for name in SCORE_NAMES if name in kinds]
+    if found and not positive.columns[0].startswith("pos"):  # "positive" leaves no doubt
+        raise ValueError(
+            f"There is a column {found[0]!r}, which may say that some rows are no right pairs, and every row is taken "
+            "for one. Leave wrong pairs out and remove the column, or name the columns (anchor=..., positive=..., in a "
+            "command --anchor, --positive)."
+        )
 
 
 def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> Kind:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import chain
 
 from puma_hf.data.images import ContentHashes
 from puma_hf.data.pair_rows import Cell, Pair
@@ -42,6 +43,10 @@ class PairIds:
         for pair in pairs:
             positives[self.of(pair.anchor)][self.of(pair.positive)] = None
         self._positives = {anchor: list(ids) for anchor, ids in positives.items()}
+        counts = Counter(chain.from_iterable(self._positives.values()))
+        self._telling = {
+            anchor: [one for one in ids if counts[one] > 1] or ids[:1] for anchor, ids in self._positives.items()
+        }
 
     def of(self, cell: Cell) -> str:
         """The id of what a cell holds."""
@@ -57,3 +62,12 @@ class PairIds:
     def positives(self, anchor: Cell) -> list[str]:
         """The ids of all right answers of an anchor, in the order of the pairs."""
         return self._positives[self.of(anchor)]
+
+    def telling_positives(self, pair: Pair) -> list[str]:
+        """The positive's id, and as many of the anchor's others as tell which rows must be kept apart.
+
+        Two rows have one of these in common exactly if their anchors have a right answer in common. Of the answers
+        that no other anchor has, one stands for all: an anchor with a thousand answers has a thousand rows, which
+        would take a million ids.
+        """
+        return list(dict.fromkeys([self.of(pair.positive), *self._telling[self.of(pair.anchor)]]))

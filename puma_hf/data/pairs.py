@@ -62,7 +62,7 @@ def load_pairs(
             log that.
         with_ids: Whether to add the columns `qid`, `did` and `positives`, ids by content as `PairIds` makes them,
             which a batch sampler uses to keep rows with the same right answer apart: five captions of one image.
-            Remove them before training.
+            `positives` has as many of an anchor's right answers as that takes. Remove them before training.
 
     Returns:
         A dataset with the columns anchor, positive, negative_1 .. negative_n, of structs as `load_mbeir` makes
@@ -125,7 +125,7 @@ def _to_dataset(reading: PairReading, with_ids: bool) -> datasets.Dataset:
         if ids is not None:
             columns["qid"].append(ids.of(pair.anchor))
             columns["did"].append(ids.of(pair.positive))
-            columns["positives"].append(ids.positives(pair.anchor))
+            columns["positives"].append(ids.telling_positives(pair))
     return datasets.Dataset.from_dict(columns, features=features)
 
 

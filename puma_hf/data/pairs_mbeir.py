@@ -57,7 +57,8 @@ def write_mbeir(
 
     An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
     are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
-    directly or through others, come into one split, so nothing of val or test was trained on. Instructions are those
+    directly or through others, come into one split: no anchor and no positive of val or test is trained on, but a
+    positive may be a negative or the image of a captioned candidate elsewhere. Instructions are those
     of the rows, as the wordings of their task; a task without any has a plain sentence.
 
     Images are hard links where the file system allows, else copies: the folder holds all it needs, but do not edit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,19 @@ def _json(path: Path, bad_line: BadLine) -> Iterator[Record]:
 def _separated(delimiter: str) -> Callable[[Path, BadLine], Iterator[Record]]:
     def read(path: Path, bad_line: BadLine) -> Iterator[Record]:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            # Strict: else a quotation mark that is never closed swallows the rest of the file.
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            try:
+                names = list(reader.fieldnames or ())
+            except UnicodeDecodeError as error:
+                bad_line(_not_utf8(f"{path}, somewhere after line 0", error))
+                return
+            except csv.Error as error:  # the next line must not be taken for the header
+                bad_line(ValueError(f"{path}: the header cannot be read ({error}). Mend it."))
+                return
+            if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+                bad_line(ValueError(f"{path}: the header has {twice[0]!r} twice. Rename one of the columns."))
+                return
             while True:
                 try:
                     row: dict[Any, Any] | None = next(reader, None)
@@ -128,12 +141,15 @@ def _separated(delimiter: str) -> Callable[[Path, BadLine], Iterator[Record]]:
                     bad_line(_not_utf8(f"{path}, somewhere after line {reader.line_num}", error))
                     return
                 except csv.Error as error:
-                    bad_line(ValueError(f"{location(path, reader.line_num + 1)}: {error}. Mend the line."))
+                    bad_line(
+                        ValueError(
+                            f"{location(path, reader.line_num + 1)}: {error}. Mend the line, or its quotation marks."
+                        )
+                    )
                     continue
                 if row is None:
                     return
                 where = location(path, reader.line_num)
-                names = list(reader.fieldnames or ())
                 if None in row or None in row.values():
                     found = sum(row[name] is not None for name in names) + len(row.get(None, ()))
                     bad_line(

@@ -77,9 +77,16 @@ def _check_rows(first: Tensor, second: Tensor) -> None:
         )
 
 
+def _mean(rows: Tensor) -> Tensor:
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(_BLOCK):
+        total += block.double().sum(dim=0)
+    return total / len(rows)
+
+
 def _product(first: Tensor, second: Tensor) -> Tensor:
     """`first^T second` of the centred columns, `(dim, other_dim)`, float64."""
-    means = first.double().mean(dim=0), second.double().mean(dim=0)
+    means = _mean(first), _mean(second)
     total = torch.zeros(first.shape[1], second.shape[1], dtype=torch.float64, device=first.device)
     for one, other in zip(first.split(_BLOCK), second.split(_BLOCK), strict=True):
         total += (one.double() - means[0]).T @ (other.double() - means[1])

@@ -33,9 +33,10 @@ _SHOWN_ROWS = 5
 class EmbeddingCache:
     """A directory of embeddings, each found by the key of the content that it belongs to.
 
-    A shard is named by a hash of its keys, written under another name and moved into place whole. Several processes
-    may write at once: the same keys make the same file. Shards are opened as they are needed; in memory are the keys
-    only. Where a key is in several shards, the one with the lowest name counts, in whatever order they were written.
+    A shard is named by a hash of the settings and its keys, written under another name and moved into place whole.
+    Several processes may write at once: the same keys make the same file. Shards are opened as they are needed; in
+    memory are the keys only. Where a key is in several shards, the one with the lowest name counts, in whatever order
+    they were written.
 
     Args:
         folder: The directory, which need not exist yet.
@@ -115,7 +116,7 @@ class EmbeddingCache:
         """
         keys = _check_keys(keys)
         stored = self._check_embeddings(keys, embeddings)
-        name = _shard_name(keys)
+        name = self._shard_name(keys)
         tensors = {"keys": keys.contiguous(), "embeddings": stored}
         # As bytes, since the file then fails as files do: safetensors' own error is no OSError.
         self._write_whole(name, save(tensors, metadata={**self._metadata, "shard": name}))
@@ -195,6 +196,11 @@ class EmbeddingCache:
         if name not in self._known:
             self._known.add(name)
             self._index.add(name, keys)
+
+    def _shard_name(self, keys: Tensor) -> str:
+        # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
+        content = self._metadata["settings"].encode() + keys.contiguous().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:32] + _SUFFIX
 
     def _refuse(self, name: str, reason: str) -> None:
         path = self.folder / name
@@ -322,10 +328,6 @@ def _check_folder(folder: str | Path) -> Path:
             "path, or move the file away."
         )
     return path
-
-
-def _shard_name(keys: Tensor) -> str:
-    return hashlib.sha256(keys.contiguous().numpy().tobytes()).hexdigest()[:32] + _SUFFIX
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:

@@ -25,7 +25,17 @@ SHARD_SIZE = 1024
 _BATCHES_AT_ONCE = 8  # so many batches a call: `encode` sorts by length, and the progress bar moves
 _SHOWN = 5
 # Arguments of `encode` that say how it runs, not what comes out.
-_HOW_IT_RUNS = ("batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device", "pool")
+_HOW_IT_RUNS = (
+    "batch_size",
+    "chunk_size",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "device",
+    "pool",
+    "show_progress_bar",
+)
+# Arguments that would take the instruction's place, or make something else than comparable embeddings.
+_REFUSED = ("output_value", "precision", "prompt", "prompt_name")
 
 
 class Encoder(Protocol):
@@ -197,8 +207,28 @@ def record_id(record: Query | Candidate) -> str:
     return record.qid if isinstance(record, Query) else record.did
 
 
+def check_encode_kwargs(encode_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse arguments of `encode` that an evaluation cannot pass on.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    refused = sorted(set(encode_kwargs or {}).intersection(_REFUSED))
+    if refused:
+        raise ValueError(
+            f"encode_kwargs has {refused}: each task's instruction is the prompt, and what is compared are float "
+            "embeddings of whole inputs (int8 would be scaled anew in every call). Leave them out; embedding_dtype "
+            "stores embeddings in fewer bytes."
+        )
+
+
 def settings_of_encode(encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those arguments of `encode` that change what comes out, as plain values."""
+    """Those arguments of `encode` that change what comes out, as plain values.
+
+    Raises:
+        ValueError: If one cannot be passed on.
+    """
+    check_encode_kwargs(encode_kwargs)
     given = dict(encode_kwargs or {})
     kept = {name: value for name, value in given.items() if name not in _HOW_IT_RUNS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True, default=str))

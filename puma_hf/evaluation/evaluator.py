@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from puma_hf.data.mbeir_format import Candidate, Query
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
 from puma_hf.data.mbeir_source import open_mbeir
+from puma_hf.evaluation.encoding import check_encode_kwargs
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
+from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, read_searches, task_result
 from puma_hf.evaluation.processes import main_process_first
 from puma_hf.evaluation.search import exact_search
 
 logger = logging.getLogger(__name__)
-
-_POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 
 
 class MBEIREvaluator(BaseEvaluator):
@@ -95,21 +94,22 @@ class MBEIREvaluator(BaseEvaluator):
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if pool not in _POOLS:
-            raise ValueError(f"pool is {pool!r}, must be one of {list(_POOLS)}")
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}, must be one of {list(POOLS)}")
         if not ks or min(ks) < 1:
             raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
+        check_encode_kwargs(encode_kwargs)
         self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
         self.instruction_seed, self.write_csv = instruction_seed, write_csv
         self.csv_file = f"M-BEIR_evaluation{f'_{name}' if name else ''}_results.csv"
-        self.primary_metric = f"{f'{name}_' if name else ''}{_POOLS[pool][0]}_score"
+        self.primary_metric = f"{f'{name}_' if name else ''}{POOLS[pool][0]}_score"
         self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
         names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
         # Every process makes an evaluator; an import from the Hub is for one of them.
         with main_process_first() if _is_distributed() else nullcontext():
             self._data = open_mbeir(data, split=split, tasks=names)
         self.tasks = select_tasks(self._data.tasks(split), names)
-        self._searches = read_searches(self._data, self.tasks, split, _POOLS[pool])
+        self._searches = read_searches(self._data, self.tasks, split, POOLS[pool])
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 # Where a checkpoint was loaded from, and by which version: the embeddings do not depend on it.
 _NOT_COMPARED = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
 _TOKENIZER_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
+# Packages of code that changes while its version does not: that of a checkpoint, and ours, of which it is a copy.
+_CODE_OF_MODELS = ("transformers_modules.", "puma_hf.")
 _MODEL_SETTINGS = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
 
 
@@ -21,7 +24,8 @@ def model_fingerprint(model: Any) -> str | None:
     """SHA-256 of what a model's embeddings depend on, from the model itself: a moved directory keeps it.
 
     It covers the weights and their data types; the settings of every module, of the configuration, the chat template,
-    the tokenizer and the image processor; and `max_seq_length`, `truncate_dim` and the prompts.
+    the tokenizer and the image processor; the code that came with the checkpoint; and `max_seq_length`,
+    `truncate_dim` and the prompts.
 
     Args:
         model: A `SentenceTransformer`, or any `torch.nn.Module`. Of anything else its attribute `fingerprint` is
@@ -114,7 +118,23 @@ def _module_settings(module: nn.Module) -> dict[str, Any]:
     if tokenizer is not None:
         settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
         settings["vocabulary"] = _vocabulary(tokenizer)
+    settings["code"] = _code([*module.modules(), processor, tokenizer])
     return settings
+
+
+def _code(parts: Iterable[Any]) -> list[str]:
+    """SHA-256 of each file of a model's own code, with those that they import from beside them."""
+    todo = {type(part).__module__ for part in parts}
+    digests: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        place = getattr(sys.modules.get(name), "__file__", None)
+        if name in digests or place is None or not name.startswith(_CODE_OF_MODELS):
+            continue
+        digests[name] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+        used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
+        todo |= {other for other in used if other.rpartition(".")[0] == name.rpartition(".")[0]}
+    return sorted({*digests.values()})
 
 
 def _vocabulary(tokenizer: Any) -> str:

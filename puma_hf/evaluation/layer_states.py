@@ -13,9 +13,6 @@ from tqdm.auto import tqdm
 
 from puma_hf.modeling.modeling_puma import last_token_state
 
-# Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
-_BATCHES_AT_ONCE = 16
-
 
 def decoder_of(model: SentenceTransformer) -> Any:
     """The decoder of a PUMA model: what has the `layers` and the final `norm`.
@@ -34,7 +31,7 @@ def decoder_of(model: SentenceTransformer) -> Any:
         names = [type(module).__name__ for module in model]
         raise ValueError(
             f"The model is made of {names}, must be a PUMA model alone, whose decoder layers are known. Make one with "
-            "`puma-hf prune`, or pass the original Qwen2-VL."
+            "`puma-hf prune`, or pass the original checkpoint."
         )
     return decoder
 
@@ -83,7 +80,6 @@ def encode_all_layers(
     *,
     prompt: str | None = None,
     batch_size: int = 32,
-    progress: Any = None,
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
@@ -96,7 +92,6 @@ def encode_all_layers(
         inputs: Inputs of `model.encode`.
         prompt: Their instruction; None for none.
         batch_size: Inputs per forward pass.
-        progress: Anything with `update(number)`, such as a tqdm bar.
 
     Returns:
         `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers.
@@ -111,24 +106,15 @@ def encode_all_layers(
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, for the embedding.
     """
     num_layers = len(decoder_of(model).layers)
-    step = batch_size * _BATCHES_AT_ONCE
-    embeddings = torch.empty(0, 0, 0)
     truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut the layers, which lie side by side
     try:
         with _Watch(model).watching():
-            for start in range(0, len(inputs), step):
-                part = list(inputs[start : start + step])
-                # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-                encoded = model.encode(part, prompt=prompt or "", batch_size=batch_size, show_progress_bar=False)
-                rows = torch.as_tensor(encoded).unflatten(1, (num_layers, -1)).transpose(0, 1)
-                if not embeddings.numel():
-                    embeddings = torch.empty(num_layers, len(inputs), rows.shape[2])
-                embeddings[:, start : start + step] = rows
-                _check_finite(rows)
-                if progress is not None:
-                    progress.update(len(part))
+            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+            encoded = model.encode(list(inputs), prompt=prompt or "", batch_size=batch_size, show_progress_bar=False)
     finally:
         model.truncate_dim = truncate_dim
+    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers, -1)).transpose(0, 1)
+    _check_finite(embeddings)
     return embeddings
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,19 +30,23 @@ from puma_hf.data.nano import build_nano
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
-from puma_hf.evaluation.layer_states import encode_all_layers, progress_bar
+from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, progress_bar
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
 from puma_hf.evaluation.search import exact_search
 from puma_hf.evaluation.sweep_config import SweepConfig, parse_parameters
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
+from puma_hf.flops import count_parameters
 from puma_hf.modeling.configuration_puma import config_class_of
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.pruning import prune
 
 logger = logging.getLogger(__name__)
 
 _POOLS = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _KS = (1, 5, 10)
+# Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
+_BATCHES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -105,26 +110,38 @@ class SweepInputs:
             first_query=first_query,
         )
 
-    def num_judged(self, pool: str) -> int:
-        """Queries to which something in this pool is relevant: those that the figures are means of."""
-        return sum(len(search.relevance) for search in self.searches if search.pool_name == pool)
+    def num_judged(self, pool: str) -> tuple[int, ...]:
+        """Queries of each task to which something in this pool is relevant: those that the figures are means of."""
+        return tuple(len(search.relevance) for search in self.searches if search.pool_name == pool)
 
     def encode(self, model: SentenceTransformer, name: str, *, batch_size: int, show_progress_bar: bool) -> Tensor:
         """The embeddings of all depths, `(num_layers, len(inputs), hidden_size)`, from one pass."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
             groups[key].append(row)
-        embeddings = torch.empty(0, 0, 0)
+        embeddings = self._room(model, name)
+        step = batch_size * _BATCHES_AT_ONCE  # what is copied is small
         with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
             for (prompt, _), rows in groups.items():
-                inputs = [self.inputs[row] for row in rows]
-                encoded = encode_all_layers(model, inputs, prompt=prompt, batch_size=batch_size, progress=progress)
-                if not embeddings.numel():
-                    shape = (len(encoded), len(self.inputs), encoded.shape[2])
-                    logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, math.prod(shape) * 4 / 1e6)
-                    embeddings = torch.empty(shape)
-                embeddings[:, rows] = encoded
+                for start in range(0, len(rows), step):
+                    part = rows[start : start + step]
+                    inputs = [self.inputs[row] for row in part]
+                    embeddings[:, part] = encode_all_layers(model, inputs, prompt=prompt, batch_size=batch_size)
+                    progress.update(len(part))
         return embeddings
+
+    def _room(self, model: SentenceTransformer, name: str) -> Tensor:
+        decoder = decoder_of(model)
+        shape = (len(decoder.layers), len(self.inputs), decoder.config.hidden_size)
+        size = math.prod(shape) * 4
+        logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, size / 1e6)
+        try:
+            return torch.empty(shape)
+        except RuntimeError as error:  # torch's own says how many bytes, not what for
+            raise ValueError(
+                f"The embeddings of {shape[1]:,} inputs at {shape[0]} depths take {size / 1e9:,.1f} GB, which must fit "
+                "into memory. Choose fewer candidates or tasks."
+            ) from error
 
     def results(self, embeddings: Tensor, split: str) -> MBEIRResults:
         """M-BEIR's table for one depth; `embeddings` is `(len(inputs), hidden_size)`."""
@@ -151,7 +168,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         Quality, closeness to the full model, and costs of every k; it recommends one.
 
     Raises:
-        ValueError: If a model is no Qwen2-VL, or the budget is below its first layer.
+        ValueError: If a model is no Qwen2-VL, 2.5 or 3, the budget is below the first layer, or this is one of several
+            processes.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed.
@@ -161,42 +179,44 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
-    if config.output is not None:
+    _check_one_process()
+    if config.output is not None:  # better now than after an hour
         from puma_hf.evaluation.sweep_plot import load_matplotlib
 
-        load_matplotlib()  # better now than after an hour
+        load_matplotlib()
         Path(config.output).mkdir(parents=True, exist_ok=True)
+        if not os.access(config.output, os.W_OK):
+            raise PermissionError(f"output={str(config.output)!r} may not be written to. Name another directory.")
     budget = None if config.max_params is None else parse_parameters(config.max_params)
     with ExitStack() as stack:
         data = _open_data(config, stack)
         tasks = select_tasks(data.tasks(config.split), config.tasks or None)
         inputs = SweepInputs.read(data, tasks, config.split, _POOLS[config.pool])
         sources = [str(config.model), *config.compare]
+        _check_sources(sources, budget)
         swept: list[SweptModel] = []
         teacher: Tensor | None = None
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
-                if budget is not None and not config.compare and costs.parameters[0] > budget:
-                    raise ValueError(
-                        f"max_params={config.max_params!r} must be at least {costs.parameters[0]:,}, the parameters of "
-                        f"{name} cut to k = 1. Raise the budget, or sweep a smaller model."
-                    )
                 embeddings = inputs.encode(
                     model, name, batch_size=config.batch_size, show_progress_bar=show_progress_bar
                 )
-                device = model.device
+                # Not every accelerator knows float64.
+                device = model.device if model.device.type == "cuda" else torch.device("cpu")
             if teacher is None:
                 teacher, tokens = embeddings[-1].clone(), (costs.text_tokens, costs.image_tokens)
             rows = _rows(inputs, embeddings, teacher.to(device), costs, config.split)
             swept.append(SweptModel(name, rows))
+        judged = inputs.num_judged(_POOLS[config.pool][0])
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
             data_hash=data.content_hash,
             split=config.split,
             tasks=tuple(task.name for task in tasks),
-            num_queries=inputs.num_judged(_POOLS[config.pool][0]),
+            num_queries=sum(judged),
+            task_queries=judged,
             num_candidates=len(inputs.row_of),
             pool=_POOLS[config.pool][0],
             metric=config.metric,
@@ -206,7 +226,11 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             max_params=budget,
         )
     if config.output is not None:
-        report.save(config.output)
+        try:
+            report.save(config.output)
+        except OSError:
+            logger.error("The files could not be written. What was measured:\n%s", report.to_markdown())
+            raise
     return report
 
 
@@ -237,9 +261,38 @@ def _rows(
     return tuple(rows)
 
 
+def _check_one_process() -> None:
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"The sweep was started in {count} processes, must be in one: each would do all the work and write the "
+            "same files. Start it without torchrun or accelerate launch."
+        )
+
+
+def _check_sources(sources: Sequence[str], budget: int | None) -> None:
+    """Find what is wrong with the last model before the first is embedded; no weights are read."""
+    smallest = {}
+    for source in sources:
+        folder = open_checkpoint(source).folder
+        config_class = config_class_of(_model_type(folder))
+        config = config_class.from_pretrained(folder, num_kept_layers=1)
+        with torch.device("meta"):
+            smallest[source] = count_parameters(MODEL_CLASSES[config_class](config))
+    least = min(smallest, key=lambda source: smallest[source])
+    if budget is not None and smallest[least] > budget:
+        raise ValueError(
+            f"max_params={budget:,} must be at least {smallest[least]:,}, the parameters of {short_name(least)} cut to "
+            "k = 1. Raise the budget, or sweep a smaller model."
+        )
+
+
+def _model_type(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+
+
 @contextmanager
 def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
-    """A PUMA directory as it is; an original Qwen2-VL with `[RET]`, its processor and all its layers.
+    """A PUMA directory as it is; an original checkpoint with `[RET]`, its processor and all its layers.
 
     Args:
         source: Folder or Hub id.
@@ -250,10 +303,10 @@ def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[Sent
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is no Qwen2-VL.
+        ValueError: If it is no Qwen2-VL, 2.5 or 3.
     """
     checkpoint = open_checkpoint(source)
-    model_type = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = _model_type(checkpoint.folder)
     config_class = config_class_of(model_type)
     if model_type == config_class.model_type:
         yield SentenceTransformer(source, trust_remote_code=trust_remote_code or Path(source).is_dir())

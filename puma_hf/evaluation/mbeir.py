@@ -26,16 +26,16 @@ from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encod
 from puma_hf.evaluation.fingerprint import model_fingerprint
 from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
-from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
+from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, read_searches, task_result
 from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
 
 logger = logging.getLogger(__name__)
 
-_POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BACKENDS = ("torch", "faiss")
+_NAMES_AN_EVALUATION = ("split", "data", "content_hash", "instructions")  # of the same embeddings
 
 
 def evaluate_mbeir(
@@ -78,12 +78,13 @@ def evaluate_mbeir(
         batch_size: Batch size of `encode`.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
-            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere.
+            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere. Results of another evaluation
+            that are there are replaced, with a warning before the work begins.
         embedding_dtype: Data type that embeddings are stored in.
         search_device: Device of the search; None for the GPU, if there is one and the backend is torch.
         search_backend: "torch", or "faiss" if it is installed; the results are the same.
         show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
-        encode_kwargs: Further arguments of `encode`.
+        encode_kwargs: Further arguments of `encode`, but for the prompt and the precision.
         shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
         model_name: What the results call the model; None for its own name.
         data_name: What the results call the data; None for the name of the folder.
@@ -102,7 +103,7 @@ def evaluate_mbeir(
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    _check_choice("pool", pool, _POOLS)
+    _check_choice("pool", pool, POOLS)
     _check_choice("embedding_dtype", embedding_dtype, _DTYPES)
     _check_choice("search_backend", search_backend, _BACKENDS)
     if search_backend == "faiss" and find_spec("faiss") is None:  # hours of embedding would come before the search
@@ -121,14 +122,16 @@ def evaluate_mbeir(
     }
     with shared_folder(output_dir) as folder:
         cache = _open_cache(model, folder / "embeddings", made_from, _DTYPES[embedding_dtype])
-        searches = read_searches(opened, chosen, split, _POOLS[pool])  # reads and checks every file before encoding
+        searches = read_searches(opened, chosen, split, POOLS[pool])  # reads and checks every file before encoding
+        output = folder if output_dir is not None and connect()[0] == 0 else None
+        if output is not None:
+            _tell_what_is_replaced(output / "results.json", {"split": split, **made_from}, searches)
         inputs = _Inputs(opened, searches, instruction_seed)
         embedder = Embedder(model, cache, batch_size, show_progress_bar, encode_kwargs)
         embedder.embed(plan_shards(inputs.items, shard_size))
-        results = MBEIRResults(split, [], {name: {} for name in _POOLS[pool]}, made_from)
+        results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
         top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
         options = {"device": search_device or _default_device(search_backend), "backend": search_backend}
-        output = folder if output_dir is not None and connect()[0] == 0 else None
         for search, ranked in _rankings(cache, inputs, searches, top_k, options):
             _add(results, search, ranked, ks, output)
         if output is not None:
@@ -220,6 +223,30 @@ def _add(
     if output is not None:
         write_run(output / "runs" / row.pool / f"{search.task.name}.trec", ranked)
         write_qrels(output / "qrels" / row.pool / f"{search.task.name}.txt", search.relevance, row.task_id)
+
+
+def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Sequence[Search]) -> None:
+    """Warn, hours before it happens, if results of another evaluation are in the way."""
+    try:
+        found = MBEIRResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # nothing there, or nothing of ours
+        return
+    there = {"split": found.split, **found.made_from}
+    reasons = [
+        f"{name} is {there.get(name)!r} there and {settings.get(name)!r} here"
+        for name in _NAMES_AN_EVALUATION
+        if there.get(name) != settings.get(name)
+    ]
+    lost = {(row.pool, row.task) for row in found.rows} - {(search.pool_name, search.task) for search in searches}
+    if lost:
+        reasons.append(f"it has {len(lost)} rows that this one will not have")
+    if reasons:
+        logger.warning(
+            "%s is of another evaluation (%s) and is replaced when this one is done, as are run files of the same "
+            "tasks; to keep it, choose another output_dir",
+            path,
+            "; ".join(reasons),
+        )
 
 
 def _distinct_candidates(searches: Sequence[Search]) -> dict[str, Candidate]:

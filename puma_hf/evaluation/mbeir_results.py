@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +28,7 @@ _MADE_FROM = {
     "puma_hf": "puma-hf",
 }
 _SHOWN_DIGITS = 12
+_STALE_SECONDS = 3600.0  # a draft that old is that of a process that died
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,12 @@ def written_whole(path: str | Path) -> Iterator[TextIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed run leaves under this name the next run replaces.
-    draft = path.with_name(f".{path.name}.tmp")
+    # Another run may be writing the same file: with one draft for both, they would mix.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
             yield file

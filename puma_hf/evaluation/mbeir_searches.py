@@ -18,6 +18,7 @@ from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 logger = logging.getLogger(__name__)
 
 NDCG_K = 10
+POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 
 
 @dataclass(frozen=True)

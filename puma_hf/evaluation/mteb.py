@@ -11,6 +11,7 @@ M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -246,12 +247,16 @@ def _unit(embeddings: Any) -> Tensor:
 
 
 def _revision(folder: Path) -> str:
-    """SHA-256 of the files that the model in a directory is made of."""
+    """SHA-256 of the files that the model in a directory, and in the folders of its modules, is made of."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    places = {"", *(module["path"] for module in modules)}
+    for path in sorted(path for place in places for path in (folder / place).glob("*")):
         if path.is_file() and path.suffix in _MODEL_FILES:
             with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+                name = path.relative_to(folder).as_posix()
+                digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.processes import main_process_first, own_device, shared_folder
+from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
 
     Raises:
         FileNotFoundError: If the data, the split or an image is missing.
-        ValueError: If the data are wrong, or the output holds embeddings of another model or setting.
+        ValueError: If the data are wrong, the output holds embeddings of another model or setting, or `truncate_dim`
+            is more than the model has.
 
     Example:
         >>> from puma_hf.evaluation.config import EvaluateConfig
@@ -83,10 +86,33 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
 
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:
-    return SentenceTransformer(
+    _refuse_unpruned(config.model)
+    model = SentenceTransformer(
         config.model,
         device=own_device(),
         revision=config.revision,
         truncate_dim=config.truncate_dim,
         trust_remote_code=config.trust_remote_code or Path(config.model).is_dir(),
     )
+    dim = model.get_embedding_dimension()
+    if config.truncate_dim is not None and dim is not None and dim < config.truncate_dim:
+        raise ValueError(
+            f"truncate_dim={config.truncate_dim}, but the embeddings of {config.model!r} have {dim} dimensions. Choose "
+            "fewer, or leave it out."
+        )
+    return model
+
+
+def _refuse_unpruned(model: str) -> None:
+    """Raise a ValueError for an original checkpoint, which sentence-transformers would read its own way."""
+    try:
+        found = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # on the Hub, or no model: sentence-transformers says so
+    sources = [config_class.source_model_type for config_class in CONFIG_CLASSES]
+    is_original = isinstance(found, dict) and found.get("model_type") in sources
+    if is_original and not Path(model, "modules.json").is_file():
+        raise ValueError(
+            f"{model!r} is an original {found['model_type']} checkpoint, must be an embedder. Make one of it first: "
+            f"puma-hf prune {model} OUTPUT --num-kept-layers K (all of its layers for the whole model)."
+        )

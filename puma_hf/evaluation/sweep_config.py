@@ -61,7 +61,7 @@ class SweepConfig(CheckedConfig):
     """
 
     model: str | Path = required(
-        "The full model: folder or Hub id of an original Qwen2-VL, or of a PUMA directory.", positional=True
+        "The full model: folder or Hub id of an original Qwen2-VL, 2.5 or 3, or of a PUMA directory.", positional=True
     )
     data: str | Path = required("Folder in M-BEIR's layout, or what else evaluate takes as --data.")
     split: str = option("val", "Split to measure on; choose k on val, and report test.")

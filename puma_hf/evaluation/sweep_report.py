@@ -68,6 +68,7 @@ class SweepReport:
         split: Its split.
         tasks: Names of the tasks.
         num_queries: Queries of all tasks to which something in the pool is relevant.
+        task_queries: How many of them each task has.
         num_candidates: Distinct candidates.
         pool: The pool whose quality decides.
         metric: The metric that decides.
@@ -83,6 +84,7 @@ class SweepReport:
     split: str
     tasks: tuple[str, ...]
     num_queries: int
+    task_queries: tuple[int, ...]
     num_candidates: int
     pool: str
     metric: str
@@ -146,13 +148,16 @@ class SweepReport:
 
     @property
     def margin(self) -> float:
-        """Half of the 95 % interval of the full model's quality, if other queries had been drawn; an upper estimate.
+        """About half of the 95 % interval of the full model's quality, if other queries had been drawn.
 
-        Values between 0 and 1 vary most if they are 0 or 1. Differences between depths, which answer the same queries,
-        vary less.
+        A query counts as 0 or 1, which vary most. Tasks weigh the same, so a small one adds much; and two hits and two
+        misses are added (Agresti and Coull, 1998), for no figure is sure because all queries were alike. Differences
+        between depths, which answer the same queries, vary less.
         """
-        mean = self.quality(self.full)
-        return 1.96 * math.sqrt(mean * (1 - mean) / self.num_queries)
+        counts = [count for count in self.task_queries if count]
+        number = len(counts) ** 2 / sum(1 / count for count in counts) + 4  # as many queries, were all in one task
+        mean = (self.quality(self.full) * (number - 4) + 2) / number
+        return 1.96 * math.sqrt(mean * (1 - mean) / number)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that JSON can hold, the same for the same figures.
@@ -175,10 +180,11 @@ class SweepReport:
             The report.
         """
         fields = {name: value for name, value in values.items() if name not in ("knees", "recommendation")}
+        lists = {name: tuple(fields[name]) for name in ("tasks", "task_queries")}
         models = [
             SweptModel(model["name"], tuple(SweepRow(**row) for row in model["rows"])) for model in fields.pop("models")
         ]
-        return cls(models=tuple(models), tasks=tuple(fields.pop("tasks")), **fields)
+        return cls(models=tuple(models), **fields | lists)
 
     def to_markdown(self) -> str:
         """The tables, one a model, and the recommendation.

@@ -283,8 +283,8 @@ def puma_model(model: SentenceTransformer) -> PumaModel:
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type != PumaConfig.model_type:
         raise ValueError(
-            f"The model has model_type={model_type!r}, but only models pruned from a Qwen2-VL ('puma') can be trained here. "
-            "Make one with puma_hf.prune (puma-hf prune)."
+            f"The model has model_type={model_type!r}, but only models pruned from a Qwen2-VL ('puma') can be "
+            "trained here. Make one with puma_hf.prune (puma-hf prune)."
         )
     puma: PumaModel = backbone
     return puma

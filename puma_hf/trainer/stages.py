@@ -166,6 +166,11 @@ def _is_mbeir(path: Path) -> bool:
 
 
 def _pairs(config: TrainConfig) -> Dataset:
+    if config.split != "train":
+        raise ValueError(
+            f"split={config.split!r} is a part of M-BEIR, and {config.data} holds pairs of one's own, which have no "
+            "splits. Leave it out, or write them in M-BEIR's layout first (puma-hf pairs --mbeir)."
+        )
     arguments = config.pair_arguments()
     if not config.num_negatives:
         arguments["negatives"] = ()

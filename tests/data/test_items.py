@@ -46,6 +46,22 @@ def test_tasks_select_queries_but_not_candidates(root: Path) -> None:
         load_mbeir_items(root, tasks=["nothing"])
 
 
+@pytest.mark.parametrize("split", ["train", "union_train"])
+def test_files_that_do_not_tell_their_tasks(root: Path, split: str) -> None:
+    def texts() -> set[tuple[str | None, str | None]]:
+        return {(row["text"], row["image"]) for row in load_mbeir_items(root, split)["item"]}
+
+    expected = {(row["text"], row["image"]) for row in load_mbeir_items(root)["item"]}
+    folder = root / "query" / "train"
+    lines = [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    for path in folder.iterdir():
+        path.unlink()
+    builder.write_lines(folder / f"mbeir_{builder.DATASET}_train.jsonl", lines)
+    assert texts() == expected
+    some = load_mbeir_items(root, split, tasks=["toys_task3"])["item"]
+    assert sum(row["instruction"] is not None for row in some) == builder.NUM_QUERIES
+
+
 def test_equal_items_come_once(root: Path) -> None:
     path = builder.global_pool_path(root, "train")
     before = load_mbeir_items(root)

@@ -63,6 +63,33 @@ def test_union_split(root: Path) -> None:
     assert chosen["qid"][:] == [builder.qid(0, n) for n in (0, 1, 2, 3, 0)]
 
 
+def _name_files_as_m_beir_does(root: Path) -> None:
+    """All training queries of a dataset in one file, whose name has no task."""
+    folder = root / "query" / "train"
+    lines = [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    for path in folder.iterdir():
+        path.unlink()
+    builder.write_lines(folder / f"mbeir_{builder.DATASET}_train.jsonl", lines)
+
+
+def test_training_files_of_m_beir_hold_all_tasks_of_a_dataset(root: Path) -> None:
+    by_task = load_mbeir(root, with_ids=True)
+    _name_files_as_m_beir_does(root)
+    rows = load_mbeir(root, with_ids=True)
+    assert sorted(rows["qid"]) == sorted(by_task["qid"])
+    chosen = load_mbeir(root, tasks=["toys_task3"], with_ids=True)
+    assert chosen["qid"][:] == [builder.qid(3, number) for number in range(builder.NUM_QUERIES)]
+    with pytest.raises(ValueError, match=r"must be some of \['toys_task0', "):
+        load_mbeir(root, tasks=["toys_task5"])
+
+
+def test_a_dataset_with_files_of_its_tasks_comes_once(root: Path) -> None:
+    before = load_mbeir(root)
+    lines = builder.query_path(root, 0, "train").read_text().splitlines()
+    builder.write_lines(root / "query" / "train" / f"mbeir_{builder.DATASET}_train.jsonl", lines)
+    assert load_mbeir(root)[:] == before[:]
+
+
 def test_a_positive_is_never_a_negative(root: Path) -> None:
     dids = [builder.did(1, 0), builder.did(1, 3)]
     builder.change_record(builder.query_path(root, 1, "train"), 1, neg_cand_list=dids)

@@ -164,6 +164,13 @@ def test_an_image_that_is_a_path_alone(root: Path, tmp_path: Path) -> None:
         imported(folder, 4, tmp_path / "to")
 
 
+def test_a_struct_of_nothing_is_no_image(root: Path, tmp_path: Path) -> None:
+    folder = write_copy(root, tmp_path, 1, "mteb", set_row(0, 1, image={"bytes": None, "path": None}))
+    assert {candidate.image for candidate in imported(folder, 1, tmp_path / "to").local_pool(task(1)).values()} == {
+        None
+    }
+
+
 def test_a_score_between_numbers(root: Path, tmp_path: Path) -> None:
     folder = write_copy(root, tmp_path, 1, "mteb", set_row(2, 0, score=0.5))
     with pytest.raises(MBEIRFormatError, match=r"row 1: score is 0\.5, must be a whole number"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from puma_hf.data.mbeir_problems import SHOWN, MBEIRFormatError, Problems
+from puma_hf.data.mbeir_problems import SHOWN, MBEIRFormatError, Problems, check_is_file
 
 PATH = Path("pool.jsonl")
 
@@ -93,3 +93,14 @@ def test_any_other_error_passes() -> None:
     problems.add(wrong(1))
     with pytest.raises(KeyError), problems:
         raise KeyError
+
+
+def test_a_file_that_is_not_there_or_a_note_of_git_lfs(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"pool\.jsonl is missing; M-BEIR's layout needs it"):
+        check_is_file(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(FileNotFoundError, match=r"pool\.jsonl is a pointer of Git LFS, .* run `git lfs pull`"):
+        check_is_file(path)
+    path.write_text("{}\n")
+    check_is_file(path)

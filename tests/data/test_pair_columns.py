@@ -108,9 +108,46 @@ def test_no_negatives_on_purpose() -> None:
         (["a", "b"], {"anchor": {}}, r"anchor=\{\} must be a column"),
         (["a", "b"], {"anchor": 3}, r"anchor=3 must be a column"),
         (["a", "b"], {"anchor": "a", "positive": "b", "negatives": ["c"]}, r"negatives: there is no column 'c'"),
+        (["sentence1", "sentence2", "label"], {}, r"There is a column 'label', .* some rows are no right pairs"),
+        (["query", "document", "relevance"], {}, r"There is a column 'relevance'"),
         (["a", "b"], {"anchor": "a", "positive": "a"}, r"anchor and positive are both a \(text\)\. Name two"),
     ],
 )
 def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_columns(row(*columns), **given)
+
+
+def test_scores_beside_columns_that_leave_no_doubt() -> None:
+    assert "ignored: label" in str(find_columns(row("sentence1", "sentence2", "label"), anchor="sentence1"))
+    assert "ignored: score" in str(find_columns(row("anchor", "positive", "score")))
+    assert "ignored: label" in str(find_columns(row("image", "caption", "label")))
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"image": "a.png", "question": "what?", "answer": "a shoe"}, "image"),
+        ({"image": {"bytes": b"", "path": None}, "question": "what?", "answer": "a shoe"}, "image"),
+        ({"image": "a.png", "caption": "in red", "target_image": "b.png"}, "target_image"),
+        ({"image": "a.png", "caption": "in red", "image_2": "b.png"}, "image_2"),
+    ],
+)
+def test_images_of_either_side_are_not_ignored(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"The column '{name}' holds images, but its name does not tell whose"):
+        find_columns([values])
+    given = {"text": next(one for one in ("question", "caption") if one in values), "image": "image"}
+    assert find_columns([values], anchor=given, positive="answer" if "answer" in values else name)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image": {"bytes": b"", "path": None}, "caption": "red", "filename": "a.png", "img_id": "1"},
+        {"query": "red", "document": "a shoe", "path": "notes/a.txt"},
+        {"query": "red", "document": "a shoe", "url": "https://shop/a.png"},
+        {"query": "red", "positive": "a shoe", "negative_image": "b.png"},
+    ],
+)
+def test_other_names_of_files_do_not_matter(values: dict[str, Any]) -> None:
+    assert find_columns([values])

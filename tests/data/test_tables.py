@@ -80,6 +80,10 @@ def test_a_file_without_rows(tmp_path: Path) -> None:
         ("a.csv", "text,image\na,b,c,d\n", r"a\.csv, line 2: 4 cells, but the header has 2"),
         ("a.tsv", "text\timage\na\n", r"a\.tsv, line 2: .* a cell with '\\t' not quoted"),
         ("a.csv", "text\ngood\n" + "x" * 200_000, r"a\.csv, line 3: field larger than field limit .* Mend the line"),
+        ("a.csv", 'text,image\n"an open quote,1\nb,2\nc,3\n', r"a\.csv, line 2: unexpected end of data\. .* quotation"),
+        ("a.csv", '"text"s,image\na,b\n', r"a\.csv: the header cannot be read \(',' expected after '\"'\)\. Mend it"),
+        ("a.csv", "text,text\na,b\n", r"a\.csv: the header has 'text' twice"),
+        ("a.tsv", 'text\timage\n"A" is a letter\t1\n', r"a\.tsv, line 2: '\t' expected after '\"'"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: broken JSON"),
         ("a.jsonl", '{"text": "a"}\n"b"\n', r"a\.jsonl, line 2: expected a JSON object, got str"),
         ("a.json", '[{"text": "a"}, ', r"a\.json: broken JSON .*cut off"),
@@ -130,3 +134,13 @@ def test_reading_goes_on_after_bad_lines(
     assert [row["text"] for _, row in rows] == texts
     assert len(bad) == len(messages)
     assert all(message in error for message, error in zip(messages, bad, strict=True))
+
+
+def test_unnamed_columns_may_come_twice(tmp_path: Path) -> None:
+    assert [row["text"] for _, row in read_table(write(tmp_path, "a.csv", "text,,\na,,\n"))] == ["a"]
+
+
+def test_without_its_header_a_table_has_no_rows(tmp_path: Path) -> None:
+    bad: list[ValueError] = []
+    assert list(read_table(write(tmp_path, "a.csv", '"text"s\na\nb\n'), bad.append)) == []
+    assert len(bad) == 1

@@ -34,6 +34,7 @@ def make_report(*models: SweptModel, **changes: Any) -> SweepReport:
         "split": "val",
         "tasks": ("toys_task0",),
         "num_queries": 400,
+        "task_queries": (400,),
         "num_candidates": 2000,
         "pool": "local",
         "metric": "score",

@@ -151,6 +151,15 @@ def test_a_cut_shard_that_another_process_made_anew_is_taken(tmp_path: Path) -> 
     assert bool(cache.has(KEYS).all())
 
 
+def test_what_is_being_read_is_not_replaced_by_a_run_of_other_settings(tmp_path: Path) -> None:
+    cache = filled(tmp_path, KEYS)
+    (tmp_path / "manifest.json").unlink()  # as if both had begun in one moment
+    other = EmbeddingCache(tmp_path, {"model": "another"})
+    other.write(KEYS, embeddings_of(KEYS) + 1)
+    torch.testing.assert_close(cache.rows(KEYS), embeddings_of(KEYS), rtol=0, atol=0)
+    torch.testing.assert_close(other.rows(KEYS), embeddings_of(KEYS) + 1, rtol=0, atol=0)
+
+
 def test_foreign_shards_count_as_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     filled(tmp_path / "other", KEYS)
     EmbeddingCache(tmp_path / "third", {**SETTINGS, "model": "beef"}).write(KEYS, embeddings_of(KEYS))

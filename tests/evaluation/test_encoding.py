@@ -169,8 +169,14 @@ def test_another_size_than_before(cache: EmbeddingCache) -> None:
 def test_what_encode_depends_on() -> None:
     given = {"batch_size": 4, "device": "cpu", "pool": object(), "truncate_dim": 8, "normalize_embeddings": True}
     assert settings_of_encode(given) == {"truncate_dim": 8, "normalize_embeddings": True}
-    assert settings_of_encode(None) == {}
+    assert settings_of_encode(None) == settings_of_encode({"show_progress_bar": True}) == {}
     assert settings_of_encode({"dtype": torch.float16}) == {"dtype": "torch.float16"}
+
+
+@pytest.mark.parametrize("name", ["precision", "prompt", "prompt_name", "output_value"])
+def test_arguments_that_cannot_be_passed_on(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"encode_kwargs has \['{name}'\]: each task's instruction is the prompt"):
+        settings_of_encode({name: "int8", "batch_size": 3})
 
 
 def test_record_ids() -> None:

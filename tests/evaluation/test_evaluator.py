@@ -164,6 +164,7 @@ def test_it_waits_for_no_other_process(root: Path, monkeypatch: pytest.MonkeyPat
         ({"ks": ()}, r"ks is \[\], must be numbers of 1 or more"),
         ({"ks": (0, 1)}, r"ks is \[0, 1\], must be numbers of 1 or more"),
         ({"tasks": ["toys_task9"]}, "toys_task9"),
+        ({"encode_kwargs": {"precision": "int8"}}, r"encode_kwargs has \['precision'\]"),
     ],
 )
 def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:

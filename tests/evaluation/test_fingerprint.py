@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +72,28 @@ def test_what_changes_embeddings_changes_it(shared: SentenceTransformer, name: s
     assert model_fingerprint(changed) == model_fingerprint(shared)
     CHANGES[name](changed)
     assert model_fingerprint(changed) != model_fingerprint(shared)
+
+
+@pytest.mark.parametrize("changed", ["modeling.py", "helper.py"])
+def test_the_code_that_came_with_a_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    (tmp_path / "modeling.py").write_text(
+        "import torch\n\nfrom .helper import half\n\n\nclass Toy(torch.nn.Linear):\n    share = half(1)\n"
+    )
+    (tmp_path / "helper.py").write_text("def half(number):\n    return number / 2\n")
+    name = "transformers_modules.toy"
+    package = ModuleType(name)
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, name, package)
+    for part in ("helper", "modeling"):
+        monkeypatch.setitem(sys.modules, f"{name}.{part}", ModuleType(part))  # so that it is taken out again
+        del sys.modules[f"{name}.{part}"]
+    toy = importlib.import_module(f"{name}.modeling").Toy(2, 1)
+    model = nn.Sequential(toy)
+    before = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("# other\n")
+    assert model_fingerprint(model) != before
 
 
 def test_settings(shared: SentenceTransformer) -> None:

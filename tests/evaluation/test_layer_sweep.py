@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_equals_evaluating_each_pruned_model(
 
 def test_vectors_and_closeness(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
     inputs = SweepInputs.read(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"])
-    embeddings = inputs.encode(models[-1], "full", batch_size=5, show_progress_bar=False)
+    embeddings = inputs.encode(models[-1], "full", batch_size=1, show_progress_bar=False)  # several parts a group
     assert embeddings.shape[:2] == (NUM_LAYERS, len(inputs.inputs)) == (4, 8 * (6 + 4))
     for number, model in enumerate(models):
         one_by_one = [
@@ -114,6 +115,7 @@ def test_what_was_measured(report: SweepReport, data: Path) -> None:
         8 * 6,
         None,
     )  # one query a task has no answer
+    assert report.task_queries == (3,) * 8
     assert (report.text_tokens, report.image_tokens) == (64, 256)
 
 
@@ -177,13 +179,49 @@ def test_two_models_of_one_name_keep_their_paths(other: Path, tmp_path: Path) ->
     assert layer_sweep._names(["/a/full", "/b/full"]) == ["/a/full", "/b/full"]
 
 
-def test_a_budget_below_the_first_layer_is_refused_at_once(
-    qwen_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_wrong_with_any_model_is_told_before_the_first_is_opened(
+    qwen_dir: Path, other: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SweepInputs, "encode", lambda *_args, **_kwargs: pytest.fail("encoded all the same"))
+    monkeypatch.setattr(layer_sweep, "open_model", lambda *_args, **_kwargs: pytest.fail("opened all the same"))
     config = SweepConfig(model=qwen_dir, data=data, split="test", max_params="1k", **ALL)
-    with pytest.raises(ValueError, match=r"max_params='1k' must be at least \d+,\d{3}, the parameters of tiny"):
+    with pytest.raises(ValueError, match=r"max_params=1,000 must be at least \d+,\d{3}, the parameters of tiny"):
         sweep(config)
+    with pytest.raises(ValueError, match=r"max_params=1,000 must be at least \d+,\d{3}, the parameters of "):
+        sweep(replace(config, compare=(str(other),)))
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder"):
+        sweep(replace(config, compare=("nowhere",)))
+
+
+def test_the_budget_is_compared_with_the_real_size(qwen_dir: Path, report: SweepReport) -> None:
+    smallest = report.models[0].rows[0].parameters
+    layer_sweep._check_sources([str(qwen_dir)], smallest)
+    with pytest.raises(ValueError, match="must be at least"):
+        layer_sweep._check_sources([str(qwen_dir)], smallest - 1)
+
+
+def test_several_processes_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"in 2 processes, must be in one: .*without torchrun or accelerate launch"):
+        sweep(SweepConfig(model="nowhere", data=data))
+
+
+def test_embeddings_that_do_not_fit(
+    data: Path, models: list[SentenceTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = SweepInputs.read(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"])
+
+    def full(_shape: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ValueError, match=r"80 inputs at 4 depths take 0\.0 GB, which must fit.*Choose fewer"):
+        inputs._room(models[-1], "tiny")
+
+
+def test_an_output_that_may_not_be_written_to(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_args: False)  # the tests may run as root, who may do all
+    with pytest.raises(PermissionError, match=r"output=.* may not be written to. Name another"):
+        sweep(SweepConfig(model="nowhere", data=data, output=tmp_path / "out"))
 
 
 def test_errors_before_the_model_is_opened(

@@ -341,6 +341,24 @@ def test_a_second_run_encodes_only_what_is_new(root: Path, tmp_path: Path) -> No
     assert all(prompt and prompt != "1 wording 1." for _, prompt, _ in other.calls)  # new wordings of queries alone
 
 
+def test_results_that_will_be_replaced_are_told_of(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(**options: Any) -> str:
+        caplog.clear()
+        evaluate_mbeir(FakeEncoder(), root, output_dir=tmp_path, show_progress_bar=False, **options)
+        return "\n".join(
+            record.getMessage() for record in caplog.records if "another evaluation" in record.getMessage()
+        )
+
+    assert told(tasks=["toys_task1"]) == told(tasks=["toys_task1"]) == ""
+    assert told(tasks=["toys_task1", "toys_task7"], pool="both") == ""  # holds all that was there
+    assert "results.json is of another evaluation (it has 2 rows that" in told(tasks=["toys_task1"], pool="both")
+    assert "(instructions is 'first wording' there and 'drawn with seed 3' here)" in told(
+        tasks=["toys_task1"], pool="both", instruction_seed=3
+    )
+
+
 def test_a_cut_shard_is_made_anew(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
     evaluate_mbeir(FakeEncoder(), root, output_dir=output)
@@ -371,8 +389,8 @@ def other_model(model: FakeEncoder, **attributes: Any) -> FakeEncoder:
         ({}, {"encode_kwargs": {"truncate_dim": 2}}, r"other settings: truncate_dim is None there and 2 here"),
         (
             {},
-            {"encode_kwargs": {"precision": "int8"}},
-            r"other settings: encode_kwargs is \{\} there and \{'precision'",
+            {"encode_kwargs": {"normalize_embeddings": True}},
+            r"other settings: encode_kwargs is \{\} there and \{'normalize_embeddings'",
         ),
         ({}, {"embedding_dtype": "float16"}, r"other settings: embedding_dtype is 'float32' there and 'float16' here"),
     ],

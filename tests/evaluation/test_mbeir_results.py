@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with written_whole(path) as file:
         file.write("one\n")
-    (path.parent / ".file.txt.tmp").write_text("what a killed run left")
+    stale, other = path.with_name(".file.txt.1.tmp"), path.with_name(".file.txt.2.tmp")
+    stale.write_text("what a killed run left")
+    os.utime(stale, (time.time() - 7200, time.time() - 7200))
+    other.write_text("what another run is writing")
     with written_whole(path) as file:
         file.write("two\n")
         assert path.read_text() == "one\n"
+    assert not stale.exists()
+    assert other.read_text() == "what another run is writing"
+    other.unlink()
     with pytest.raises(UnicodeEncodeError), written_whole(path) as file:
         file.write("three\n\ud800")
     assert path.read_bytes() == b"two\n"

@@ -195,6 +195,16 @@ def test_a_changed_directory_is_another_revision(puma_dir: Path, tmp_path: Path)
     weights.write_bytes(content)
     assert puma_model_meta(copy).revision != first.revision
     assert puma_model_meta(copy, "mine").revision == "mine"
+    # Modules of sentence-transformers may have folders of their own.
+    before = puma_model_meta(copy).revision
+    (copy / "2_Dense").mkdir()
+    (copy / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    assert puma_model_meta(copy).revision == before
+    modules = json.loads((copy / "modules.json").read_text())
+    (copy / "modules.json").write_text(json.dumps([*modules, {"idx": 1, "path": "2_Dense"}]))
+    listed = puma_model_meta(copy).revision
+    (copy / "2_Dense" / "model.safetensors").write_bytes(b"others!")
+    assert len({before, listed, puma_model_meta(copy).revision}) == 3
 
 
 def test_the_entry(mteb: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,19 @@ def test_knees_and_recommendation() -> None:
     assert report.recommend("1.15B").k == 1
     assert report.recommend(1.15e9).model == "distilled"
     assert "score 79.0" in best.reason
-    # 1.96 * sqrt(0.8 * 0.2 / 400)
-    assert report.margin == pytest.approx(0.0392)
+    assert report.margin == pytest.approx(1.96 * math.sqrt((322 / 404) * (82 / 404) / 404))
     assert best.reason.endswith("With 400 queries a score is known to about 3.9 points either way: choose with more "
                                 "queries if that decides.")  # fmt: skip
+
+
+def test_the_margin_knows_small_tasks_and_is_never_nothing() -> None:
+    one, even, uneven = (make_report(task_queries=counts).margin for counts in ((400,), (200, 200), (390, 10)))
+    assert one == even
+    assert uneven == pytest.approx(1.96 * math.sqrt((33.2 / 43) * (9.8 / 43) / 43), rel=1e-3)  # as of 39 queries
+    assert make_report(task_queries=(400, 0)).margin == one
+    for quality in (0.0, 1.0):
+        report = make_report(make_model("full", [quality]), task_queries=(16,))
+        assert report.margin == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 20))
 
 
 def test_the_budget_and_the_share_that_were_asked_for() -> None:

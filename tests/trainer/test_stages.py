@@ -398,6 +398,13 @@ def test_columns_of_pairs(train_config: MakeConfig, photos: Path, monkeypatch: p
     }
 
 
+def test_pairs_have_no_splits(train_config: MakeConfig, tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("query,positive\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"split='val' is a part of M-BEIR, and .*pairs\.csv holds pairs .*--mbeir"):
+        train(train_config(data=table, split="val"))
+
+
 @pytest.mark.parametrize("values", [{"direction": "both"}, {"bad_pairs": "drop"}])
 def test_mbeir_needs_no_columns(train_config: MakeConfig, values: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(values))}: for pairs of one's own, but .*mbeir is M-BEIR's"):

@@ -1,0 +1,109 @@
+"""Time and memory of exact search in a pool on disk that need not fit into memory.
+
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/search.py
+    .venv/bin/python benchmarks/search.py --candidates 20000 --dim 64 --backend faiss
+
+Random embeddings are written block by block into an `EmbeddingCache` and searched there. The peak is that of the whole
+process, less what the libraries take: writing the pool, the queries, the search. A sample of the queries is searched
+again one candidate after the other in float64, with NumPy and none of the code that is measured; ids must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from puma_hf.evaluation.candidate_source import CandidateSource
+from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.evaluation.search import exact_search
+
+SHARD_SIZE = 4096
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+
+
+def write_pool(folder: str, candidates: int, dim: int, dtype: torch.dtype) -> CandidateSource:
+    """A cache of random embeddings; shards that are there from an earlier run are kept."""
+    cache = EmbeddingCache(folder, {"benchmark": "random", "dim": dim}, dtype=dtype)
+    keys = torch.arange(candidates)
+    for number, shard in enumerate(keys.split(SHARD_SIZE)):
+        if not bool(cache.has(shard).all()):
+            cache.write(shard, torch.randn(len(shard), dim, generator=torch.Generator().manual_seed(number)))
+    return cache.source(keys)
+
+
+def brute_force(queries: NDArray[np.float64], source: CandidateSource, top_k: int) -> list[list[int]]:
+    """Cosines in float64, in steps of 2^-30, ties to the lower row."""
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    best: list[list[tuple[int, int]]] = [[] for _ in queries]
+    for start, block in source.blocks(SHARD_SIZE):
+        rows = block.double().numpy()
+        steps = np.rint(queries @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T * 2**30).astype(np.int64)
+        for query, row in enumerate(steps):
+            order = np.argsort(-row, kind="stable")[:top_k]
+            found = [(-int(row[index]), start + int(index)) for index in order]
+            best[query] = sorted(best[query] + found)[:top_k]
+    return [[index for _, index in found] for found in best]
+
+
+def peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--backend", choices=["torch", "faiss"], default="torch")
+    parser.add_argument("--score-dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--block-size", type=int, default=4096)
+    parser.add_argument("--pool-dtype", choices=["float32", "float16", "bfloat16"], default="float16")
+    parser.add_argument("--sample", type=int, default=10, help="queries to search again by brute force")
+    parser.add_argument("--folder", help="where the pool is kept for further runs; a temporary folder if left out")
+    args = parser.parse_args()
+    if args.backend == "faiss":
+        import faiss  # noqa: F401 (it belongs to the libraries)
+    libraries = peak_mib()
+    queries = torch.randn(args.queries, args.dim, generator=torch.Generator().manual_seed(-1))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or temporary
+        start = time.perf_counter()
+        source = write_pool(folder, args.candidates, args.dim, DTYPES[args.pool_dtype])
+        written = time.perf_counter() - start
+        size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
+        start = time.perf_counter()
+        result = exact_search(
+            queries,
+            source,
+            args.top_k,
+            block_size=args.block_size,
+            score_dtype=DTYPES.get(args.score_dtype, "auto"),
+            backend=args.backend,
+        )
+        seconds, peak = time.perf_counter() - start, peak_mib() - libraries
+        sample = torch.linspace(0, args.queries - 1, min(args.sample, args.queries)).long()
+        expected = brute_force(queries[sample].double().numpy(), source, args.top_k)
+    same = sum(ids == other for ids, other in zip(result.indices[sample].tolist(), expected, strict=True))
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; pool written in {written:.0f} s\n")
+    print("| pool | on disk | queries | top k | backend | scores | s | peak above the libraries | as brute force |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        f"| {args.candidates:,} x {args.dim} | {size:,.0f} MiB | {args.queries:,} | {args.top_k} | {args.backend} "
+        f"| {args.score_dtype} | {seconds:.1f} | {peak:.0f} MiB | {same} of {len(sample)} queries |"
+    )
+    if same < len(sample):
+        raise SystemExit("The search and the brute force differ")
+
+
+if __name__ == "__main__":
+    main()
