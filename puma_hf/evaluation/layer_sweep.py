@@ -22,7 +22,6 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.checkpoint import open_checkpoint
-from puma_hf.data.mbeir_format import MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
 from puma_hf.data.mbeir_source import open_mbeir
 from puma_hf.data.mbeir_tasks import MBEIRTask
@@ -32,7 +31,7 @@ from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
 from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, progress_bar
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, Search, read_searches, task_result
+from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.search import exact_search
 from puma_hf.evaluation.sweep_config import SweepConfig, parse_parameters
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
@@ -43,7 +42,6 @@ from puma_hf.pruning import prune
 
 logger = logging.getLogger(__name__)
 
-_POOLS = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _KS = (1, 5, 10)
 # Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
 _BATCHES_AT_ONCE = 16
@@ -86,14 +84,7 @@ class SweepInputs:
             MBEIRFormatError: If a file is not what the format says, or a did means two things.
         """
         searches = read_searches(data, tasks, split, pools)
-        candidates = {did: candidate for search in searches for did, candidate in search.pool.items()}
-        for search in searches:
-            for did, candidate in search.pool.items():
-                if candidates[did] != candidate:
-                    raise MBEIRFormatError(
-                        f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
-                        f"another pool: {candidate} and {candidates[did]}; a did must mean the same in every pool"
-                    )
+        candidates = distinct_candidates(searches)
         records: list[Any] = list(candidates.values())
         prompts = [""] * len(records)
         first_query = {}
@@ -191,7 +182,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     with ExitStack() as stack:
         data = _open_data(config, stack)
         tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        inputs = SweepInputs.read(data, tasks, config.split, _POOLS[config.pool])
+        inputs = SweepInputs.read(data, tasks, config.split, POOLS[config.pool])
         sources = [str(config.model), *config.compare]
         _check_sources(sources, budget)
         swept: list[SweptModel] = []
@@ -208,7 +199,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
                 teacher, tokens = embeddings[-1].clone(), (costs.text_tokens, costs.image_tokens)
             rows = _rows(inputs, embeddings, teacher.to(device), costs, config.split)
             swept.append(SweptModel(name, rows))
-        judged = inputs.num_judged(_POOLS[config.pool][0])
+        judged = inputs.num_judged(POOLS[config.pool][0])
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
@@ -218,7 +209,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             num_queries=sum(judged),
             task_queries=judged,
             num_candidates=len(inputs.row_of),
-            pool=_POOLS[config.pool][0],
+            pool=POOLS[config.pool][0],
             metric=config.metric,
             text_tokens=tokens[0],
             image_tokens=tokens[1],

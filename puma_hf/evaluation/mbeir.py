@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from puma_hf import __version__
-from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
 from puma_hf.data.mbeir_source import open_mbeir
 from puma_hf.data.mbeir_tasks import MBEIRTask
@@ -26,7 +25,7 @@ from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encod
 from puma_hf.evaluation.fingerprint import model_fingerprint
 from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, read_searches, task_result
+from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
@@ -150,7 +149,7 @@ class _Inputs:
 
     def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None) -> None:
         keys = ContentKeys(getattr(data, "image_root", data.root))
-        candidates = _distinct_candidates(searches)
+        candidates = distinct_candidates(searches)
         self.items = keys.items(candidates.values(), [""] * len(candidates))
         self._candidates = {did: item.key for did, item in zip(candidates, self.items, strict=True)}
         self._queries: dict[MBEIRTask, Tensor] = {}
@@ -247,20 +246,6 @@ def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Se
             path,
             "; ".join(reasons),
         )
-
-
-def _distinct_candidates(searches: Sequence[Search]) -> dict[str, Candidate]:
-    """Every candidate once."""
-    distinct: dict[str, Candidate] = {}
-    for search in sorted(searches, key=lambda search: -len(search.pool)):
-        for did, candidate in search.pool.items():
-            known = distinct.setdefault(did, candidate)
-            if known is not candidate and known != candidate:
-                raise MBEIRFormatError(
-                    f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
-                    f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
-                )
-    return distinct
 
 
 def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingCache:

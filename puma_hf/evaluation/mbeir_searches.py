@@ -72,6 +72,30 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
     return searches
 
 
+def distinct_candidates(searches: Sequence[Search]) -> dict[str, Candidate]:
+    """Every candidate of some searches once, those of the largest pool first.
+
+    Args:
+        searches: What `read_searches` returned.
+
+    Returns:
+        The candidates by did.
+
+    Raises:
+        MBEIRFormatError: If a did means two things.
+    """
+    distinct: dict[str, Candidate] = {}
+    for search in sorted(searches, key=lambda search: -len(search.pool)):
+        for did, candidate in search.pool.items():
+            known = distinct.setdefault(did, candidate)
+            if known is not candidate and known != candidate:
+                raise MBEIRFormatError(
+                    f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
+                    f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
+                )
+    return distinct
+
+
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
     """The row of one search.
 
