@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BACKENDS = ("torch", "faiss")
+# Whose releases may change the last digits of an embedding.
+_LIBRARIES = ("torch", "transformers", "sentence-transformers")
 _NAMES_AN_EVALUATION = ("split", "data", "content_hash", "instructions")  # of the same embeddings
 
 
@@ -288,6 +291,7 @@ def _of_model(model: Encoder, name: str | None, encode_kwargs: Mapping[str, Any]
     settings = settings_of_encode(encode_kwargs)
     return {
         "puma_hf": __version__,
+        **{library: version(library) for library in _LIBRARIES},
         "model": name or name_of(model),
         "model_fingerprint": model_fingerprint(model),
         "truncate_dim": settings.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
+import transformers
 
 from puma_hf import __version__
 from puma_hf.data.mbeir_format import MBEIRFormatError
@@ -315,6 +317,9 @@ def test_what_they_were_made_from(root: Path) -> None:
     results = evaluate_mbeir(model, root, tasks="toys_task1", encode_kwargs={"truncate_dim": 2, "normalize": True})
     assert results.made_from == {
         "puma_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "sentence-transformers": sentence_transformers.__version__,
         "model": "FakeEncoder",
         "model_fingerprint": "fake",
         "truncate_dim": 2,
