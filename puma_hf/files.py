@@ -81,3 +81,19 @@ def _move_into_place(temporary: Path, target: Path) -> None:
         parked.parent.rmdir()
         raise
     shutil.rmtree(parked.parent)
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its folder is made if need be.
+
+    Args:
+        path: The file, which is replaced if it is there.
+        content: What it is to hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

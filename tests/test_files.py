@@ -3,11 +3,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from puma_hf import files
-from puma_hf.files import PUMA_MODEL_TYPES, new_directory
+from puma_hf.files import PUMA_MODEL_TYPES, new_directory, write_bytes_whole
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -167,3 +168,13 @@ def test_the_model_types_are_those_of_the_configurations() -> None:
     from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 
     assert tuple(kind.model_type for kind in CONFIG_CLASSES) == PUMA_MODEL_TYPES
+
+
+def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "image.png"
+    write_bytes_whole(path, b"old")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_bytes_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in path.parent.iterdir()] == ["image.png"]

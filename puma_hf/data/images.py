@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from puma_hf.files import write_bytes_whole
 from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image
 
 IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
@@ -109,13 +110,7 @@ class ImageFiles:
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         path = self._save_to / f"{digest}.{kind}"
         if not self._dry and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}-{os.getpid()}")
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_bytes_whole(path, content)
         self.sizes[str(path)] = size
         return str(path)
 

@@ -75,7 +75,7 @@ def load_mbeir(
         raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
     data = root if isinstance(root, MBEIR) else MBEIR(root)
     pool = data.global_pool(split)
-    columns: dict[str, list[Any]] = {name: [] for name in _features(num_negatives, with_ids)}
+    columns: dict[str, list[Any]] = {name: [] for name in training_features(num_negatives, with_ids)}
     dropped = 0
     for query, row, path in _select_queries(data, split, tasks, pool, seed):
         positive = pool[_choose_positive(query, row, seed)]
@@ -99,7 +99,7 @@ def load_mbeir(
             columns["positives"].append(list(query.positives))
     if dropped:
         logger.warning("Dropped %d queries of %s without negatives", dropped, split)
-    return datasets.Dataset.from_dict(columns, features=_features(num_negatives, with_ids))
+    return datasets.Dataset.from_dict(columns, features=training_features(num_negatives, with_ids))
 
 
 def _select_queries(
@@ -187,7 +187,13 @@ def _cell(record: Query | Candidate) -> dict[str, str | None]:
     return {"text": record.text, "image": record.image}
 
 
-def _features(num_negatives: int, with_ids: bool) -> datasets.Features:
+def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
+    """The columns of training rows.
+
+    Args:
+        num_negatives: Number of columns `negative_1`, `negative_2`, ...
+        with_ids: Whether there are `qid`, `did` and `positives`.
+    """
     string = datasets.Value("string")
     features: dict[str, Any] = {"anchor": {"text": string, "image": string, "instruction": string}}
     for name in ("positive", *(f"negative_{number}" for number in range(1, num_negatives + 1))):

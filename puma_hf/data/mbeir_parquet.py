@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import warnings
 from collections import defaultdict
@@ -23,6 +22,7 @@ from puma_hf.data.mbeir_copies import ParquetCopy
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
+from puma_hf.files import write_bytes_whole
 
 IMAGE_FOLDER = "images"  # below the image root
 
@@ -227,11 +227,5 @@ class _ImageStore:
         name = f"{IMAGE_FOLDER}/{digest[:2]}/{digest[2:]}{_SUFFIXES.get(kind, f'.{kind.lower()}')}"
         path = self._root / name
         if not path.is_file() or path.stat().st_size != len(data):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                partial.write_bytes(data)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_bytes_whole(path, data)
         return name

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import datasets
 
+from puma_hf.data.mbeir import training_features
 from puma_hf.data.pair_columns import Given
 from puma_hf.data.pair_ids import PairIds
 from puma_hf.data.pair_rows import Cell, Direction, PairOptions, PairReading, PairSource, read_pairs
@@ -115,7 +116,7 @@ def load_pairs(
 def _to_dataset(reading: PairReading, with_ids: bool) -> datasets.Dataset:
     num_negatives = len(reading.columns.negatives)
     ids = PairIds(reading.pairs) if with_ids else None
-    features = pair_features(num_negatives, with_ids)
+    features = training_features(num_negatives, with_ids)
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for pair in reading.pairs:
         columns["anchor"].append({**_struct(pair.anchor), "instruction": pair.instruction})
@@ -127,22 +128,6 @@ def _to_dataset(reading: PairReading, with_ids: bool) -> datasets.Dataset:
             columns["did"].append(ids.of(pair.positive))
             columns["positives"].append(ids.telling_positives(pair))
     return datasets.Dataset.from_dict(columns, features=features)
-
-
-def pair_features(num_negatives: int, with_ids: bool) -> datasets.Features:
-    """The columns of training rows.
-
-    Args:
-        num_negatives: Number of columns `negative_1`, `negative_2`, ...
-        with_ids: Whether there are `qid`, `did` and `positives`.
-    """
-    string = datasets.Value("string")
-    features: dict[str, Any] = {"anchor": {"text": string, "image": string, "instruction": string}}
-    for name in ("positive", *(f"negative_{number}" for number in range(1, num_negatives + 1))):
-        features[name] = {"text": string, "image": string}
-    if with_ids:
-        features |= {"qid": string, "did": string, "positives": datasets.List(string)}
-    return datasets.Features(features)
 
 
 def _struct(cell: Cell) -> dict[str, str | None]:

@@ -234,7 +234,7 @@ def test_a_full_disk_is_not_the_files_fault(root: Path, tmp_path: Path, monkeypa
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(mbeir_parquet.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left on device"):
         imported(write_copy(root, tmp_path, 4), 4, tmp_path / "to")
     assert not [file for file in (tmp_path / "to" / "images").rglob("*") if file.is_file()]
