@@ -20,10 +20,9 @@ from puma_hf import (
     add_lora,
     load_mbeir,
     lora_config,
-    merge_adapter,
 )
 from puma_hf.data.items import load_mbeir_items
-from puma_hf.trainer.lora import save_base_fingerprint
+from puma_hf.trainer.lora import merge_adapter, save_base_fingerprint
 
 BATCH_SIZE = 64
 LORA_R = 16

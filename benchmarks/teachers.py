@@ -78,6 +78,9 @@ TEXT_TOKENS = 34
 class InputModule(nn.Module):
     """The forward pass of `PumaTransformer`, without a processor."""
 
+    fast_path = None
+    _plain = PumaTransformer._plain
+
     def __init__(self, model: PumaModel) -> None:
         super().__init__()
         self.model = model

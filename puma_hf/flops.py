@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +28,34 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None) -> int:
+@contextmanager
+def plain_forward(model: SentenceTransformer) -> Iterator[None]:
+    """Within the block, a PUMA model computes every layer for every token, as `AutoModel` does.
+
+    Args:
+        model: A SentenceTransformer; of another kind it stays as it is.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.flops import plain_forward
+
+    >>> with plain_forward(model):  # doctest: +SKIP
+    ...     slow = model.encode(["a red apple"])
+    ```
+    """
+    module: Any = model[0]
+    if not hasattr(module, "fast_path"):
+        yield
+        return
+    fast_path, module.fast_path = module.fast_path, None
+    try:
+        yield
+    finally:
+        module.fast_path = fast_path
+
+
+def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None, *, fast: bool = False) -> int:
     """Floating-point operations of embedding one input: every matrix product, convolution and attention.
 
     A multiplication and an addition count as two. Elementwise operations are not counted; they are a small
@@ -36,6 +65,8 @@ def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None
         model: A SentenceTransformer on any device.
         item: One input, such as a string or `{"image": path}`.
         prompt: Its instruction.
+        fast: Whether to count what `encode` spends, with the savings of a PUMA model's `fast_path`, instead of every
+            layer for every token.
 
     Returns:
         The count.
@@ -52,6 +83,7 @@ def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None
     features = model.preprocess([item], prompt=prompt)
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    way = nullcontext() if fast else plain_forward(model)
+    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(features)
     return int(counter.get_total_flops())

@@ -49,6 +49,9 @@ VISION_CONFIG = {"depth": 32, "embed_dim": 1280, "hidden_size": HIDDEN_SIZE, "nu
 class InputModule(nn.Module):
     """The forward pass of `PumaTransformer`, without a processor."""
 
+    fast_path = None
+    _plain = PumaTransformer._plain
+
     def __init__(self, model: PumaModel) -> None:
         super().__init__()
         self.model = model

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
-from puma_hf.flops import count_flops, count_parameters
+from puma_hf.flops import count_flops, count_parameters, plain_forward
 from tests.tiny import HIDDEN_SIZE, build_qwen2_vl
 
 HEADS, KEY_VALUE_HEADS, INTERMEDIATE = 4, 2, 64
@@ -49,6 +50,25 @@ def test_instruction_counts(sentence_transformer: SentenceTransformer) -> None:
     expected = 2 * decoder_layer(tokens)
     assert count_flops(sentence_transformer, "apple", prompt="Find it.") == expected
     assert expected > count_flops(sentence_transformer, "apple")
+
+
+def test_the_fast_path_spends_the_last_layer_on_ret_alone(sentence_transformer: SentenceTransformer) -> None:
+    tokens = sentence_transformer[0].preprocess(["a red apple"])["input_ids"].shape[1]
+    keys_and_values = 2 * matrix(tokens, HIDDEN_SIZE, KEY_VALUE_HEADS * HEAD_DIM)
+    one_token = 2 * matrix(1, HIDDEN_SIZE, HIDDEN_SIZE) + 3 * matrix(1, HIDDEN_SIZE, INTERMEDIATE)
+    attention = 2 * HEADS * matrix(1, HEAD_DIM, tokens)
+    expected = decoder_layer(tokens) + keys_and_values + one_token + attention
+    assert count_flops(sentence_transformer, "a red apple", fast=True) == expected
+
+
+def test_the_fast_path_is_back_after_a_plain_forward(sentence_transformer: SentenceTransformer) -> None:
+    before = sentence_transformer[0].fast_path
+    with plain_forward(sentence_transformer):
+        assert sentence_transformer[0].fast_path is None
+        with suppress(RuntimeError), plain_forward(sentence_transformer):
+            raise RuntimeError
+        assert sentence_transformer[0].fast_path is None
+    assert sentence_transformer[0].fast_path is before is not None
 
 
 def test_image_by_hand(sentence_transformer: SentenceTransformer, images: list[Image.Image]) -> None:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf.evaluation.layer_states import decoder_of
+from puma_hf.flops import plain_forward
 
 TEXT_TOKENS = 64
 _SIDE = 16  # tokens along each side of a square image
@@ -86,7 +87,8 @@ def flops_by_depth(model: SentenceTransformer, features: dict[str, Any]) -> tupl
     spent = [0] * len(layers)
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    way = plain_forward(model)
+    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
 
         def begin(layer: nn.Module, args: Any) -> None:
             spent[index[layer]] -= counter.get_total_flops()

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from puma_hf.flops import plain_forward
 from puma_hf.modeling.modeling_puma import last_token_state
 
 
@@ -53,7 +54,8 @@ class _Watch:
             self.model[0].register_forward_hook(self._finish),
         ]
         try:
-            yield
+            with plain_forward(self.model):  # the fast path calls no layer as a whole
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+import torch
 from sentence_transformers.base.modules import Transformer
+from torch.nn.functional import normalize
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .content_ids_puma import content_ids
+from .fast_path_puma import FastPath, can_pack, fast_vision, packed_states
+from .packer_puma import Packer
+from .packing_puma import PackedBatch
+
+# Given by teachers and losses that have computed a part already; the fast path starts from tokens and pixels.
+_MODEL_INPUTS = {"position_ids", "inputs_embeds", "mm_encoder_outputs"}
+_PLAIN = FastPath(**dict.fromkeys((switch.name for switch in fields(FastPath)), False))
 
 
 class PumaTransformer(Transformer):
@@ -23,6 +33,11 @@ class PumaTransformer(Transformer):
     - `pooler_output` `(batch_size, embedding_dim)`: the `[RET]` state after the final norm, before
       normalisation, which self-distillation compares.
 
+    Attributes:
+        fast_path (`FastPath`, *optional*): The savings made in evaluation mode without gradients, as in `encode`: no
+            padding, shared instructions computed once, the last layer for `[RET]` alone. The vectors are the same to
+            rounding. `None` runs the plain forward pass of the model, as training does.
+
     Example:
 
     ```python
@@ -33,6 +48,8 @@ class PumaTransformer(Transformer):
     (2, 1536)
     ```
     """
+
+    fast_path: FastPath | None = FastPath()
 
     def preprocess(
         self,
@@ -57,25 +74,70 @@ class PumaTransformer(Transformer):
         """
         if not inputs:
             return {}
+        features = self.packer(
+            prompt, processing_kwargs=processing_kwargs, max_length=kwargs.get("max_length")
+        ).process(inputs)
+        return {**features, "content_ids": content_ids(features), "modality": "message"}
+
+    def packer(
+        self, prompt: str | None = None, *, processing_kwargs: Any = None, max_length: int | None = None
+    ) -> Packer:
+        """What prepares inputs for `embed_batch`, without the weights: it may run in other processes.
+
+        Args:
+            prompt: Instruction, as in `preprocess`.
+            processing_kwargs: As in `preprocess`.
+            max_length: Longest sequence in tokens.
+
+        Returns:
+            A function from a list of inputs to a batch.
+        """
         options = self._merge_processing_kwargs(processing_kwargs)
         text_options = options.get("text", {})
-        features = self.processor.process_inputs(
-            list(inputs),
+        model: Any = self.model
+        fast_path = self.fast_path or _PLAIN
+        packing = fast_path.packing and can_pack(model)
+        return Packer(
+            processor=self.processor,
+            image_token_id=model.config.image_token_id,
+            merge_size=model.config.vision_config.spatial_merge_size,
+            dtype=model.visual.dtype,
             prompt=prompt,
-            max_length=kwargs.get("max_length") or text_options.get("max_length"),
+            max_length=max_length or text_options.get("max_length"),
             split_special_tokens=text_options.get("split_special_tokens", False),
             images_kwargs=options.get("image"),
+            packing=packing,
+            shared_prefix=packing and fast_path.shared_prefix,
         )
-        return {**features, "content_ids": content_ids(features), "modality": "message"}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, to `features`."""
+        is_plain = self.fast_path is None or self.model.training or torch.is_grad_enabled() or bool(kwargs)
+        if is_plain or not _MODEL_INPUTS.isdisjoint(features):
+            outputs = self._plain(features, **kwargs)
+        else:
+            outputs = self.embed_batch(self.packer().pack(features))
+        features.update(outputs)
+        return features
+
+    def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
+        """Embed a batch that a `packer` made, on the model's device, in evaluation mode and without gradients.
+
+        Returns:
+            `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`.
+        """
+        fast_path = self.fast_path or _PLAIN
+        if isinstance(batch, dict):
+            with fast_vision(self.model.visual, fast_path):
+                return self._plain(batch)
+        pooled = packed_states(self.model, batch.to(self.model.device), fast_path)
+        return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
+
+    def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         accepted = inspect.signature(self.model.forward).parameters
         inputs = {key: value for key, value in {**features, **kwargs}.items() if key in accepted}
         outputs = self.model(**inputs, return_dict=True)
-        features["sentence_embedding"] = outputs.embeddings
-        features["pooler_output"] = outputs.pooler_output
-        return features
+        return {"sentence_embedding": outputs.embeddings, "pooler_output": outputs.pooler_output}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save model, processor and module settings, with this module's source file beside them."""

@@ -115,7 +115,7 @@ def merge_adapter(
     Example:
 
     ```python
-    >>> from puma_hf import merge_adapter
+    >>> from puma_hf.trainer import merge_adapter
 
     >>> merge_adapter("puma-2b-k14-lora", "puma-2b-k14-distilled")  # doctest: +SKIP
     1.2e-07

@@ -124,7 +124,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def merge(config: MergeConfig) -> float:
-    """Merge a trained adapter into its base, checked; `puma_hf.merge_adapter` with its settings in one object.
+    """Merge a trained adapter into its base, checked; `puma_hf.trainer.merge_adapter` with its settings in one object.
 
     Args:
         config: What to merge; see `MergeConfig`.

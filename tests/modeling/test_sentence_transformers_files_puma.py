@@ -13,10 +13,15 @@ from puma_hf.modeling import sentence_transformers_files_puma as files
 from puma_hf.modeling.sentence_transformers_files_puma import MODULE_FILE, write_sentence_transformers_files
 
 WRITTEN = {
+    "attention_puma.py",
     "config_sentence_transformers.json",
     "content_ids_puma.py",
+    "fast_path_puma.py",
     "modules.json",
+    "packer_puma.py",
+    "packing_puma.py",
     "sentence_bert_config.json",
+    "shared_prefix_puma.py",
     MODULE_FILE,
 }
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import PumaDistillationTrainer, PumaModel, SelfDistillationLoss, merge_adapter
-from puma_hf.trainer import FrozenTeacher
+from puma_hf import PumaDistillationTrainer, PumaModel, SelfDistillationLoss
+from puma_hf.trainer import FrozenTeacher, merge_adapter
 from puma_hf.trainer.full_model import load_full_model
 from puma_hf.trainer.lora import BASE_FILE, puma_model
 from tests.trainer.conftest import MakeArguments, MakeStudent

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
-from puma_hf import PumaModel, lora_config, merge_adapter, prune
+from puma_hf import PumaModel, lora_config, prune
+from puma_hf.trainer import merge_adapter
 from puma_hf.trainer.lora import (
     BASE_FILE,
     DECODER_LINEARS,

@@ -20,10 +20,9 @@ from puma_hf import (
     PumaModel,
     add_lora,
     lora_config,
-    merge_adapter,
     prune,
 )
-from puma_hf.trainer import FrozenTeacher
+from puma_hf.trainer import FrozenTeacher, merge_adapter
 from puma_hf.trainer.cached_teacher import CachedTeacher
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.one_pass_teacher import OnePassTeacher

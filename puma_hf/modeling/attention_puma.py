@@ -1,0 +1,232 @@
+"""Attention within each of many sequences that lie one after another: no padding, and no mask over all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences of one length that lie one after another, and the prefix that they share.
+
+    Args:
+        count: How many sequences.
+        num_queries: Queries of each: all of its tokens, or one.
+        num_keys: Keys of each, besides those of the prefix.
+        first_query: Where the queries of the first sequence begin.
+        first_key: Where its keys begin.
+        first_prefix_key: Where the prefix begins.
+        num_prefix_keys: Its length, 0 for none.
+    """
+
+    count: int
+    num_queries: int
+    num_keys: int
+    first_query: int
+    first_key: int
+    first_prefix_key: int = 0
+    num_prefix_keys: int = 0
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which queries look at which keys.
+
+    Args:
+        blocks: The sequences, those of one length and prefix together.
+        query_ends: `(num_sequences + 1,)` int32, where the queries of each sequence end, a 0 before them.
+        key_ends: `(num_sequences + 1,)` int32, likewise for keys, those of the prefix before each sequence's own.
+        key_index: `(num_keys,)` int64, which keys these are; `None` if all, in their order.
+        max_queries: Queries of the longest sequence.
+        max_keys: Keys of the longest sequence.
+    """
+
+    blocks: tuple[Block, ...]
+    query_ends: Tensor
+    key_ends: Tensor
+    key_index: Tensor | None
+    max_queries: int
+    max_keys: int
+
+    def to(self, device: Any, non_blocking: bool = False) -> Sequences:
+        """The same with its tensors on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Sequences:
+        """The same with its tensors in pinned memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Sequences:
+        index = None if self.key_index is None else function(self.key_index)
+        ends = {"query_ends": function(self.query_ends), "key_ends": function(self.key_ends)}
+        return replace(self, **ends, key_index=index)
+
+
+def sequences_of(blocks: Sequence[Block]) -> Sequences:
+    """Lay out sequences.
+
+    Args:
+        blocks: In the order of their queries, and in that of their keys.
+
+    Returns:
+        The same with what a kernel for sequences of any length asks for.
+    """
+    queries, keys, index = [0], [0], []
+    for block in blocks:
+        prefix = torch.arange(block.first_prefix_key, block.first_prefix_key + block.num_prefix_keys)
+        own = torch.arange(block.first_key, block.first_key + block.count * block.num_keys).view(block.count, -1)
+        index.append(torch.cat([prefix.expand(block.count, -1), own], dim=1).flatten())
+        for _ in range(block.count):
+            queries.append(queries[-1] + block.num_queries)
+            keys.append(keys[-1] + block.num_prefix_keys + block.num_keys)
+    return Sequences(
+        blocks=tuple(blocks),
+        query_ends=torch.tensor(queries, dtype=torch.int32),
+        key_ends=torch.tensor(keys, dtype=torch.int32),
+        key_index=torch.cat(index) if any(block.num_prefix_keys for block in blocks) else None,
+        max_queries=max(block.num_queries for block in blocks),
+        max_keys=max(block.num_prefix_keys + block.num_keys for block in blocks),
+    )
+
+
+def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
+    """Blocks of sequences with these lengths; neighbours of one length are one block."""
+    blocks: list[Block] = []
+    start = 0
+    for length in lengths:
+        if blocks and blocks[-1].num_keys == length:
+            blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
+        else:
+            blocks.append(Block(1, length, length, start, start))
+        start += length
+    return tuple(blocks)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float, causal: bool) -> Tensor:
+    """Attention of each sequence's queries to its keys.
+
+    On CUDA in half precision, from torch 2.11 on, one kernel for sequences of any length does it; elsewhere one call
+    for each block of sequences of one length. Neither waits for the device.
+
+    Args:
+        query: `(num_queries, num_heads, head_dim)`, all sequences one after another.
+        key: `(num_keys, num_key_value_heads, head_dim)`.
+        value: `(num_keys, num_key_value_heads, head_dim)`.
+        sequences: Which queries look at which keys.
+        scale: What products of queries and keys are multiplied with.
+        causal: Whether a sequence's last query stands at its last key and none looks ahead.
+
+    Returns:
+        `(num_queries, num_heads, head_dim)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from puma_hf.modeling.attention_puma import attend, blocks_of_lengths, sequences_of
+
+    >>> states = torch.randn(5, 1, 2)
+    >>> sequences = sequences_of(blocks_of_lengths([2, 3]))
+    >>> attended = attend(states, states, states, sequences, scale=1.0, causal=True)
+    >>> bool((attended[2] == states[2]).all())  # the first token of a sequence sees itself
+    True
+    ```
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _varlen_options():
+        return _varlen(query, key, value, sequences, scale, causal)
+    attended = torch.empty_like(query)
+    for block in sequences.blocks:
+        end = block.first_query + block.count * block.num_queries
+        queries = _per_sequence(query, block.first_query, block.count, block.num_queries)
+        keys, values = (_with_prefix(tensor, block) for tensor in (key, value))
+        mask = _lower_right(block, query.device) if causal and block.num_prefix_keys else None
+        part = scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal and mask is None and block.num_queries > 1,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        attended[block.first_query : end] = part.transpose(1, 2).flatten(0, 1)
+    return attended
+
+
+def _per_sequence(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
+    """`(count, num_heads, length, head_dim)`, a view."""
+    parts: Tensor = tensor[start : start + count * length].unflatten(0, (count, length))
+    return parts.transpose(1, 2)
+
+
+def _with_prefix(tensor: Tensor, block: Block) -> Tensor:
+    own = _per_sequence(tensor, block.first_key, block.count, block.num_keys)
+    if not block.num_prefix_keys:
+        return own
+    prefix = _per_sequence(tensor, block.first_prefix_key, 1, block.num_prefix_keys)
+    return torch.cat([prefix.expand(block.count, -1, -1, -1), own], dim=2)
+
+
+def _lower_right(block: Block, device: torch.device) -> Tensor | None:
+    """Which keys, those of the prefix first, each query of a sequence may see; `None` for all."""
+    if block.num_queries == 1:
+        return None
+    end = block.num_prefix_keys + block.num_queries
+    return _triangle(2 ** (end - 1).bit_length(), device)[block.num_prefix_keys : end, :end]
+
+
+@lru_cache(maxsize=16)
+def _triangle(size: int, device: torch.device) -> Tensor:
+    """Of which every such mask is a part, so that few of them serve all lengths."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> frozenset[str]:
+    """What `varlen_attn` can be told; nothing if it is not there or, as in torch 2.10, takes no scale and window."""
+    if varlen_attn is None:
+        return frozenset()
+    options = frozenset(inspect.signature(varlen_attn).parameters)
+    return options if {"scale", "window_size"} <= options else frozenset()
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, causal: bool) -> Tensor:
+    if sequences.key_index is not None:
+        key, value = key[sequences.key_index], value[sequences.key_index]
+    options: dict[str, Any] = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in _varlen_options():
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    attended: Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        sequences.query_ends,
+        sequences.key_ends,
+        sequences.max_queries,
+        sequences.max_keys,
+        scale=scale,
+        # Causal; where a sequence has more keys than queries, its last query still stands at its last key.
+        window_size=(-1, 0) if causal else (-1, -1),
+        **options,
+    )
+    return attended
+
+
+__all__ = ["Block", "Sequences", "attend", "blocks_of_lengths", "sequences_of"]

@@ -1,0 +1,247 @@
+"""The same embeddings with less work: no padding, shared prefixes once, and the last layer for `[RET]` alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
+from transformers.vision_utils import get_vision_window_index
+
+from .attention_puma import Sequences, attend, blocks_of_lengths, sequences_of
+from .packing_puma import PackedBatch, PackedImages
+
+# "flash" in a name makes the vision towers pass all images in one call, with the ends of each.
+_ATTENTION_NAME = "puma_flash_blocks"
+# A vision tower is changed while it computes, so one thread after another may do so.
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """Which savings `PumaTransformer` makes when it embeds; the vectors are the same with each and without.
+
+    Args:
+        packing: Inputs lie one after another, without padding. The next two need it.
+        shared_prefix: First tokens that several inputs of a batch share, such as an instruction, are computed once.
+        last_token_only: The last layer computes queries and what follows for `[RET]` alone.
+        batched_vision: The vision tower attends to images of one size in one call (on CUDA to all of them), and does
+            not wait for the device in each layer.
+        linear_patch_embedding: The vision tower embeds patches with a matrix product, not a convolution.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import replace
+    >>> from puma_hf.modeling.fast_path_puma import FastPath
+
+    >>> replace(FastPath(), packing=False).packing
+    False
+    ```
+    """
+
+    packing: bool = True
+    shared_prefix: bool = True
+    last_token_only: bool = True
+    batched_vision: bool = True
+    linear_patch_embedding: bool = True
+
+
+def can_pack(model: Any) -> bool:
+    """Whether the decoder is one that `packed_states` knows: on one device, without sliding windows and hooks."""
+    decoder = model.language_model
+    sliding = any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in decoder.layers)
+    # Whoever hooks into a layer, or shards its weights (FSDP, ZeRO-3), counts on its being called as a whole.
+    called = (model, decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers))
+    hooked = any(map(_has_hooks, called))
+    return not (sliding or hooked) and len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    # Those of transformers for output_hidden_states stay once they are there, and do nothing unless asked.
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def packed_states(model: Any, batch: PackedBatch, fast_path: FastPath) -> Tensor:
+    """The `[RET]` states of a packed batch.
+
+    Args:
+        model: A PUMA model.
+        batch: On its device.
+        fast_path: Which savings to make.
+
+    Returns:
+        `(num_inputs, hidden_size)`, after the final norm, in the order of the inputs.
+    """
+    decoder = model.language_model
+    hidden = decoder.embed_tokens(batch.input_ids)
+    images = batch.images
+    added: list[Tensor] = []
+    if images is not None:
+        features, added = _image_features(model.visual, images, fast_path)
+        hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
+    # One position's cosines and sines serve all heads.
+    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], batch.position_ids))
+    *inner_layers, last_layer = decoder.layers
+    for number, layer in enumerate(inner_layers):
+        hidden = decoder_layer(layer, hidden, (cos, sin), batch.sequences)
+        if images is not None and number < len(added):  # DeepStack
+            hidden = hidden.index_add(0, images.token_index, added[number].to(hidden.dtype))
+    if fast_path.last_token_only:
+        states = decoder_layer(last_layer, hidden, (cos, sin), batch.last_sequences, batch.last_index)
+    else:
+        states = decoder_layer(last_layer, hidden, (cos, sin), batch.sequences)[batch.last_index]
+    normed: Tensor = decoder.norm(states)[batch.order]
+    return normed
+
+
+def decoder_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    angles: tuple[Tensor, Tensor],
+    sequences: Sequences,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """One decoder layer on tokens that lie one after another.
+
+    Args:
+        layer: A decoder layer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+        hidden: `(num_tokens, hidden_size)`.
+        angles: Cosines and sines of the positions, `(num_tokens, 1, head_dim)` each.
+        sequences: Which queries look at which keys.
+        wanted: `(num_wanted,)` the tokens whose states are wanted, whose queries `sequences` has; `None` for all.
+
+    Returns:
+        `(num_wanted, hidden_size)`.
+    """
+    attention: Any = layer.self_attn
+    query, key, value, residual = before_attention(layer, hidden, angles, wanted)
+    attended = attend(query, key, value, sequences, scale=attention.scaling, causal=wanted is None)
+    return after_attention(layer, attended, residual)
+
+
+def before_attention(
+    layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], wanted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values, `(num_tokens, num_heads, head_dim)`, and what the layer's output is added to."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    shape = (-1, attention.head_dim)
+    cos, sin = angles
+    key, value = (projection(normed).unflatten(-1, shape) for projection in (attention.k_proj, attention.v_proj))
+    if hasattr(attention, "k_norm"):
+        key = attention.k_norm(key)
+    key = key * cos + rotate_half(key) * sin
+    if wanted is not None:
+        hidden, normed, cos, sin = hidden[wanted], normed[wanted], cos[wanted], sin[wanted]
+    query = attention.q_proj(normed).unflatten(-1, shape)
+    if hasattr(attention, "q_norm"):
+        query = attention.q_norm(query)
+    return query * cos + rotate_half(query) * sin, key, value, hidden
+
+
+def after_attention(layer: Any, attended: Tensor, residual: Tensor) -> Tensor:
+    """The layer's output `(num_tokens, hidden_size)`."""
+    hidden: Tensor = residual + layer.self_attn.o_proj(attended.flatten(1))
+    output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return output
+
+
+def _image_features(visual: Any, images: PackedImages, fast_path: FastPath) -> tuple[Tensor, list[Tensor]]:
+    """`(num_visual_tokens, hidden_size)`, and as much again for each of DeepStack's layers."""
+    device = images.pixel_values.device
+    known = _known_layout(visual, images) if fast_path.batched_vision else {}
+    grid = images.grid_thw if device.type == "meta" else images.grid_thw.to(device)
+    with fast_vision(visual, fast_path):
+        output = visual(images.pixel_values, grid_thw=grid, **known)
+    return output.pooler_output, list(getattr(output, "deepstack_features", None) or [])
+
+
+def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
+    """What the vision tower would work out from the grid, waiting for the device, if it were not given."""
+    known: dict[str, Any] = {
+        "position_ids": images.patch_positions,
+        "cu_seqlens": images.sequences.query_ends,
+        "max_seqlen": images.sequences.max_queries,
+        "sequences": (images.sequences,),
+    }
+    if hasattr(visual, "window_size"):  # Qwen2.5-VL's, most of whose blocks see windows of an image
+        device = images.pixel_values.device
+        index, ends = get_vision_window_index(
+            images.grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )
+        windows = sequences_of(blocks_of_lengths(ends.diff().tolist())).to(device)
+        known |= {
+            "window_index": index.to(device),
+            "cu_window_seqlens": windows.query_ends,
+            "max_window_seqlen": windows.max_queries,
+            "sequences": (images.sequences, windows),
+        }
+    return known
+
+
+@contextmanager
+def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
+    """A vision tower that batches its attention and embeds patches with a matrix product, within the block."""
+    with _LOCK:
+        undo: list[Callable[[], None]] = []
+        if fast_path.batched_vision:
+            ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _vision_attention)
+            config, implementation = visual.config, visual.config._attn_implementation
+            config._attn_implementation = _ATTENTION_NAME
+            undo.append(lambda: setattr(config, "_attn_implementation", implementation))
+        projection = visual.patch_embed.proj
+        # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
+        hooked = projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
+        if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and not hooked:
+            # An attribute of the instance goes before the method of its class.
+            visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)
+            undo.append(lambda: delattr(visual.patch_embed, "forward"))
+        try:
+            yield
+        finally:
+            for step in undo:
+                step()
+
+
+def _embed_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:
+    """A convolution whose kernel covers a patch and whose step is a patch, as the product that it is."""
+    weight = projection.weight.flatten(1)
+    return linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
+
+
+def _vision_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    sequences: tuple[Sequences, ...] = (),
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each vision block; `(1, num_heads, num_patches, head_dim)` each."""
+    found = next((known for known in sequences if known.query_ends is cu_seq_lens_q), None)
+    if found is None:  # of a batch that was not packed
+        found = sequences_of(blocks_of_lengths(cu_seq_lens_q.diff().tolist())).to(query.device)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(query, key, value, found, scale=scaling, causal=False)[None], None
+
+
+__all__ = [
+    "FastPath",
+    "after_attention",
+    "before_attention",
+    "can_pack",
+    "decoder_layer",
+    "fast_vision",
+    "packed_states",
+]
