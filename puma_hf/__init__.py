@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from puma_hf.lazy import resolver
 
 __version__ = "0.1.0"
 
@@ -21,8 +22,8 @@ _PUBLIC_NAMES = {
     "PumaTrainer": "puma_hf.trainer",
     "add_lora": "puma_hf.trainer",
     "lora_config": "puma_hf.trainer",
-    "merge_adapter": "puma_hf.trainer",
     "load_mbeir": "puma_hf.data",
+    "embed": "puma_hf.embedding.embed",
     "evaluate_mbeir": "puma_hf.evaluation",
 }
 
@@ -38,18 +39,15 @@ __all__ = [
     "SelfDistillationLoss",
     "__version__",
     "add_lora",
+    "embed",
     "evaluate_mbeir",
     "load_mbeir",
     "lora_config",
-    "merge_adapter",
     "prune",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC_NAMES:
-        return getattr(import_module(_PUBLIC_NAMES[name]), name)
-    raise AttributeError(f"module 'puma_hf' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _PUBLIC_NAMES)
 
 
 def __dir__() -> list[str]:
@@ -58,6 +56,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from puma_hf.data import load_mbeir
+    from puma_hf.embedding.embed import embed
     from puma_hf.evaluation import evaluate_mbeir
     from puma_hf.losses import (
         CachedMultimodalMACLoss,
@@ -67,4 +66,4 @@ if TYPE_CHECKING:
     )
     from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
     from puma_hf.pruning import prune
-    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, add_lora, lora_config, merge_adapter
+    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, add_lora, lora_config

@@ -14,6 +14,7 @@ import typer
 from puma_hf import __version__
 from puma_hf.cli_options import config_command
 from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.embedding.config import EmbedConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.trainer.checkpoints import is_full_disk
@@ -107,6 +108,19 @@ def merge(config: MergeConfig) -> None:
 def _echo_saved(adapter: Path) -> None:
     if _is_first_process():
         typer.echo(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
+
+
+@config_command(app, EmbedConfig)
+def embed(config: EmbedConfig) -> None:
+    """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
+
+    Example: puma-hf embed photos --model puma-k14-mac --output embeddings
+    """
+    from puma_hf.embedding.run import embed_corpus as run
+
+    report = run(config)
+    if _is_first_process():
+        typer.echo(str(report))
 
 
 @config_command(app, EvaluateConfig)

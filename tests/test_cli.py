@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from puma_hf import cli
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.embedding.config import EmbedConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.sweep_config import SweepConfig
@@ -30,7 +31,7 @@ from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from tests.data.mbeir_builder import build_mbeir
 
-COMMANDS = ("prune", "distill", "train", "merge", "evaluate", "sweep", "pairs")
+COMMANDS = ("prune", "distill", "train", "merge", "embed", "evaluate", "sweep", "pairs")
 QUICK = ["--batch-size", "4", "--max-steps", "2", "--logging-steps", "1", "--lora-r", "2"]
 
 Invoke = Callable[..., Result]
@@ -198,6 +199,7 @@ CONFIGS = {
     "distill": DistillConfig,
     "train": TrainConfig,
     "merge": MergeConfig,
+    "embed": EmbedConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "pairs": PairsConfig,

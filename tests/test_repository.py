@@ -35,7 +35,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "flash_attn": "flash-att
 MUST_NOT_IMPORT = {
     "losses/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
-    "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
+    "evaluation/": ("puma_hf.trainer", "puma_hf.embedding", "puma_hf.cli", "puma_hf.hub"),
+    "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
     "trainer/": ("puma_hf.cli",),
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from puma_hf.lazy import resolver
 
 # Name -> module. Resolved on first use: the command reads `config` for its options, and --help is to be quick.
 _NAMES = {
@@ -47,10 +48,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    raise AttributeError(f"module 'puma_hf.evaluation' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:

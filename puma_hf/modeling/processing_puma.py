@@ -143,11 +143,11 @@ class PumaProcessor(Qwen2VLProcessor):
         if not inputs:
             raise ValueError("inputs is empty: pass at least one input.")
         limit = self.tokenizer.model_max_length if max_length is None else max_length
-        images_kwargs = self._image_options(images_kwargs)
+        images_kwargs, special_tokens = self._image_options(images_kwargs), self._special_token_pattern
         texts, images, videos, modalities, counts = [], [], [], [], []
         for index, item in enumerate(inputs):
             messages = _to_messages(item, prompt, f"inputs[{index}]")
-            self._check_special_tokens(messages, split_special_tokens, f"inputs[{index}]")
+            _check_special_tokens(messages, special_tokens, split_special_tokens, f"inputs[{index}]")
             media = _media(messages)
             if media["video"]:
                 self._check_video(f"inputs[{index}]")
@@ -191,17 +191,6 @@ class PumaProcessor(Qwen2VLProcessor):
         if any(videos for _, videos in counts):
             batch["num_videos_per_sample"] = torch.tensor([videos for _, videos in counts])
         return batch
-
-    def _check_special_tokens(self, messages: list[dict[str, Any]], split: bool, where: str) -> None:
-        """Refuse, or with `split` break up in place, special tokens inside the user's text."""
-        for item in _text_items(messages):
-            found = self._special_token_pattern.search(item["text"])
-            if found and not split:
-                raise ValueError(
-                    f"{where}: the text contains the special token {found.group()!r}, which the model would "
-                    "not read as text. Remove it, or pass split_special_tokens=True to read it as plain text."
-                )
-            item["text"] = self._special_token_pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
 
     @property
     def _special_token_pattern(self) -> re.Pattern[str]:
@@ -285,6 +274,17 @@ class PumaImageTextProcessor(PumaProcessor):
 @lru_cache(maxsize=8)
 def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool, where: str) -> None:
+    """Refuse, or with `split` break up in place, special tokens inside the user's text."""
+    for item in _text_items(messages):
+        if (found := pattern.search(item["text"])) and not split:
+            raise ValueError(
+                f"{where}: the text contains the special token {found.group()!r}, which the model would "
+                "not read as text. Remove it, or pass split_special_tokens=True to read it as plain text."
+            )
+        item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
 
 
 def _text_items(messages: list[dict[str, Any]], roles: tuple[str, ...] = ()) -> list[dict[str, Any]]:

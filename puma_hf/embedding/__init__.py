@@ -1,0 +1,40 @@
+"""Embed many inputs at the speed of the arithmetic: planned batches, worker processes, shards on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from puma_hf.lazy import resolver
+
+# `embed` itself is in `puma_hf`: here the module of that name would hide it.
+_NAMES = {
+    "BrokenInput": "puma_hf.embedding.results",
+    "BrokenInputError": "puma_hf.embedding.results",
+    "EmbedConfig": "puma_hf.embedding.config",
+    "EmbedReport": "puma_hf.embedding.run",
+    "EmbedResult": "puma_hf.embedding.results",
+    "embed_corpus": "puma_hf.embedding.run",
+    "iterate_embeddings": "puma_hf.embedding.embed",
+    "open_embeddings": "puma_hf.embedding.store",
+}
+
+__all__ = [
+    "BrokenInput",
+    "BrokenInputError",
+    "EmbedConfig",
+    "EmbedReport",
+    "EmbedResult",
+    "embed_corpus",
+    "iterate_embeddings",
+    "open_embeddings",
+]
+
+__getattr__ = resolver(__name__, _NAMES)
+
+
+if TYPE_CHECKING:
+    from puma_hf.embedding.config import EmbedConfig
+    from puma_hf.embedding.embed import iterate_embeddings
+    from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+    from puma_hf.embedding.run import EmbedReport, embed_corpus
+    from puma_hf.embedding.store import open_embeddings

@@ -1,0 +1,295 @@
+"""Embed inputs of any modality: planned batches, prepared ahead of the device, broken inputs by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from puma_hf.embedding.batches import plan_batches
+from puma_hf.embedding.config import OnError, Precision
+from puma_hf.embedding.device import Rows, Runner
+from puma_hf.embedding.features import take
+from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_tokens
+from puma_hf.embedding.measure import Measure, Rates
+from puma_hf.embedding.precision import Collector, check_precision
+from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a batch by default. A GPU is busy only with many; a CPU is with few, and its caches hold no more.
+CUDA_BATCH_TOKENS = 16_384
+CPU_BATCH_TOKENS = 4_096
+_MOST_WORKERS = 8
+_INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
+_LETTERS = "abcdefghijklmnop"
+_SHOWN = 3
+
+
+def embed(
+    model: Any,
+    inputs: Sequence[Any],
+    *,
+    prompt: str | None = None,
+    max_batch_tokens: int | None = None,
+    num_workers: int | None = None,
+    on_error: OnError = "raise",
+    load: Callable[[Any], Any] | None = None,
+    truncate_dim: int | None = None,
+    precision: Precision = "float32",
+    ranges: Any = None,
+    processing_kwargs: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    sort: bool = True,
+    show_progress_bar: bool | None = None,
+) -> EmbedResult:
+    """Embed a list of inputs: the rows of `model.encode`, sooner.
+
+    Batches are sorted by length and cut at a budget of tokens, texts and images together. Worker processes load,
+    decode and tokenise ahead of the device, and memory grows with the result alone.
+
+    Args:
+        model: A PUMA model as a `SentenceTransformer`. It is switched to evaluation mode.
+        inputs: Strings, images, dicts or chats, as `PumaProcessor.process_inputs` takes them.
+        prompt: Instruction for inputs that bring none of their own; by default the model's default prompt.
+        max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 4,096 elsewhere.
+        num_workers: Processes that prepare inputs. Default: on CUDA up to 8, elsewhere 0, which is this process.
+        on_error: What to do about an input that cannot be read: "raise"; "skip", which leaves its row out; or "zero".
+        load: Your own loader, such as from a URL to bytes; called in a worker on every input.
+        truncate_dim: Keep the first so many dimensions, scaled to unit length; by default the model's own.
+        precision: Numbers of the result. int8 and uint8 are scaled by `ranges`, or else by all rows of this call,
+            which makes them incomparable with those of another call.
+        ranges: `(2, embedding_dim)`, lowest and highest value of each dimension, for int8 and uint8.
+        processing_kwargs: As in `encode`: `{"image": {"size": ...}, "text": {"max_length": ...}}`.
+        max_length: Longest sequence in tokens; texts are cut.
+        sort: Whether to sort by length, inside windows of 4,096 inputs.
+        show_progress_bar: Whether to show inputs a second and the time left; by default if this logger is at INFO.
+
+    Returns:
+        Rows `(num_rows, embedding_dim)` in the order of the inputs, which inputs they belong to, and what is broken.
+
+    Raises:
+        BrokenInputError: If an input is broken and `on_error` is "raise"; its `done` has the rows made so far.
+        ValueError: If the model is no PUMA model, or an argument is out of range.
+        RuntimeError: If a worker process dies, or the device is out of memory.
+
+    Example:
+
+    ```python
+    >>> from sentence_transformers import SentenceTransformer
+    >>> from puma_hf.embedding.embed import embed
+
+    >>> model = SentenceTransformer("org/puma", trust_remote_code=True)  # doctest: +SKIP
+    >>> embed(model, ["a red apple", {"image": "apple.png"}]).embeddings.shape  # doctest: +SKIP
+    (2, 1536)
+    ```
+
+    Source: ours; what is computed is PUMA, ACM MM 2025, arXiv 2507.08064.
+    """
+    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Sized):
+        raise ValueError(
+            f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single input in [ ]; pass a stream "
+            "to iterate_embeddings."
+        )
+    if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
+        raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
+    check_precision(precision, ranges)
+    errors: list[BrokenInput] = []
+    batches = iterate_embeddings(
+        model,
+        inputs,
+        prompt=prompt,
+        max_batch_tokens=max_batch_tokens,
+        num_workers=num_workers,
+        on_error=on_error,
+        report=errors.append,
+        load=load,
+        truncate_dim=truncate_dim,
+        processing_kwargs=processing_kwargs,
+        max_length=max_length,
+        sort=sort,
+        show_progress_bar=show_progress_bar,
+    )
+    rows = Collector(len(inputs), _dim(model, truncate_dim), precision, ranges)
+    try:
+        for indices, embeddings in batches:
+            rows.add(indices, embeddings)
+    except BrokenInputError as error:
+        raise BrokenInputError(error.broken, rows.result(is_complete=False)) from None
+    if errors:
+        logger.warning(
+            "%d of %d inputs are broken: %s", len(errors), len(inputs), " | ".join(e.message for e in errors[:_SHOWN])
+        )
+    return rows.result(errors)
+
+
+def iterate_embeddings(
+    model: Any,
+    inputs: Iterable[Any],
+    *,
+    prompt: str | None = None,
+    max_batch_tokens: int | None = None,
+    num_workers: int | None = None,
+    on_error: OnError = "raise",
+    report: Callable[[BrokenInput], None] | None = None,
+    load: Callable[[Any], Any] | None = None,
+    truncate_dim: int | None = None,
+    processing_kwargs: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    sort: bool = True,
+    show_progress_bar: bool | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embed a list or a stream batch by batch, in memory that does not depend on its length.
+
+    Args:
+        model: As in `embed`.
+        inputs: The inputs; any iterable, read once, at most a window of 4,096 ahead.
+        prompt: As in `embed`.
+        max_batch_tokens: As in `embed`.
+        num_workers: As in `embed`.
+        on_error: As in `embed`; "zero" yields rows of zeros.
+        report: Called with each broken input that "skip" and "zero" pass over.
+        load: As in `embed`.
+        truncate_dim: As in `embed`.
+        processing_kwargs: As in `embed`.
+        max_length: As in `embed`.
+        sort: As in `embed`; with `False` rows come in the order of the inputs, but for broken ones.
+        show_progress_bar: As in `embed`.
+
+    Returns:
+        An iterator over indices `(batch_size,)`, int64, into the inputs, and float32 rows
+        `(batch_size, embedding_dim)`, both on the CPU. Every input comes once, the longest of a window first.
+
+    Raises:
+        BrokenInputError: While iterating, after all that was embedded before has been yielded.
+        ValueError: As in `embed`.
+        RuntimeError: As in `embed`.
+
+    Example:
+
+    ```python
+    >>> for indices, rows in iterate_embeddings(model, captions):  # doctest: +SKIP
+    ...     index.add_with_ids(rows.numpy(), indices.numpy())
+    ```
+    """
+    _check(model, max_batch_tokens, num_workers, on_error)
+    dim = _dim(model, truncate_dim)
+    if prompt is None and model.default_prompt_name is not None:
+        prompt = model.prompts.get(model.default_prompt_name)
+    on_cuda = torch.device(model.device).type == "cuda"
+    budget = max_batch_tokens or (CUDA_BATCH_TOKENS if on_cuda else CPU_BATCH_TOKENS)
+    total = len(inputs) if isinstance(inputs, Sized) else None
+    packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
+    measure = Measure(
+        packer.processor, images_kwargs=packer.images_kwargs, max_length=packer.max_length, open_files=load is None
+    )
+    prepared = iterate_prepared(
+        plan_batches(inputs, measure, first_rates(packer), budget, sort=sort, padded=not packer.packing),
+        Preparer(packer, measure, budget, load, sort),
+        num_workers=default_num_workers(on_cuda, total) if num_workers is None else num_workers,
+        pin_memory=on_cuda,
+    )
+    if show_progress_bar is None:
+        show_progress_bar = logger.isEnabledFor(logging.INFO)
+    progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
+    runner = Runner(model.eval(), None if truncate_dim is None and model.truncate_dim is None else dim)
+    return _run(prepared, runner, _Broken(on_error, report, dim), progress)
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """What to do about broken inputs."""
+
+    on_error: OnError
+    report: Callable[[BrokenInput], None] | None
+    dim: int
+
+    def rows(self, broken: Sequence[BrokenInput]) -> list[Rows]:
+        """Report them; their rows, if they have any."""
+        if broken and self.on_error == "raise":
+            raise BrokenInputError(broken[0])
+        for one in broken if self.report else ():
+            self.report(one)  # type: ignore[misc]
+        if not broken or self.on_error == "skip":
+            return []
+        return [(tuple(one.index for one in broken), torch.zeros(len(broken), self.dim))]
+
+
+def _run(
+    prepared: Generator[Prepared, None, None], runner: Runner, broken: _Broken, new_progress: Callable[[], Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    with closing(prepared), new_progress() as progress:
+        for indices, embeddings in _all_rows(prepared, runner, broken, progress):
+            progress.update(len(indices))
+            yield torch.tensor(indices, dtype=torch.int64), embeddings
+
+
+def _all_rows(prepared: Iterable[Prepared], runner: Runner, broken: _Broken, progress: Any) -> Iterator[Rows]:
+    for one in prepared:
+        for part in one.parts:
+            yield from runner.put(part.indices, part.batch)
+        if one.broken and broken.on_error == "raise":
+            yield from runner.take()
+        rows = broken.rows(one.broken)
+        progress.update(len(one.broken) - sum(len(indices) for indices, _ in rows))
+        yield from rows
+    yield from runner.take()
+
+
+def first_rates(packer: Any) -> Rates:
+    """What every input costs besides its own content, as the packer counts it for some that share nothing else.
+
+    Raises:
+        ValueError: If the prompt or the settings allow no input at all.
+    """
+    try:
+        features = packer.process(list(_LETTERS))
+    except ValueError as error:
+        raise ValueError(f"no input can be embedded with this prompt and these settings: {error}") from error
+    half = len(_LETTERS) // 2
+    few, many = (num_tokens(packer.pack(take(features, 0, count))) for count in (half, 2 * half))
+    return Rates(tokens_per_input=(many - few) / half - 1)
+
+
+def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
+    """Processes that prepare inputs: none where the model itself needs the processors.
+
+    Args:
+        on_cuda: Whether the model is on a GPU.
+        num_inputs: Inputs in all, if that is known.
+    """
+    if not on_cuda:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    useful = _MOST_WORKERS if num_inputs is None else num_inputs // _INPUTS_PER_WORKER
+    return max(0, min(_MOST_WORKERS, cores - 1, useful))
+
+
+def _check(model: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
+    if not (isinstance(model, torch.nn.Sequential) and len(model) and hasattr(model[0], "packer")):
+        raise ValueError(
+            f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
+            "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
+            "version of puma_hf has written. Use model.encode with any other."
+        )
+    for name, value, least in (("max_batch_tokens", max_batch_tokens, 1), ("num_workers", num_workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
+
+
+def _dim(model: Any, truncate_dim: int | None) -> int:
+    """Dimensions of an embedding after truncation."""
+    full = [module.get_embedding_dimension() for module in model if hasattr(module, "get_embedding_dimension")][-1]
+    if truncate_dim is not None and not 1 <= truncate_dim <= full:
+        raise ValueError(f"truncate_dim is {truncate_dim}, must be 1 to {full}, the dimensions of this model.")
+    return int(min(full, truncate_dim or model.truncate_dim or full))

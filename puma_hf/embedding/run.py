@@ -1,0 +1,354 @@
+"""Embed a corpus to disk, as a function of one configuration: it opens the corpus, the model and the directory."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from puma_hf.embedding.config import EmbedConfig
+from puma_hf.embedding.embed import iterate_embeddings
+from puma_hf.embedding.precision import Collector, quantize, ranges_of
+from puma_hf.embedding.records import Corpus, Record, open_corpus
+from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
+from puma_hf.embedding.store import ERRORS, MANIFEST, RANGES, EmbeddingStore
+from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
+from puma_hf.evaluation.processes import broadcast, connect, gather, own_device, shared_folder
+from puma_hf.files import is_puma_directory
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SEED = 0  # of the inputs that int8 and uint8 are scaled by
+_SHOWN = 5
+_PLACE = re.compile(r"^inputs\[\d+\]: ")  # in a shard, which says nothing to who knows ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedReport:
+    """What a run of `embed_corpus` has done; `str()` tells it in a few lines.
+
+    Args:
+        output: The directory.
+        num_items: Inputs of the corpus.
+        num_rows: Embeddings in the directory.
+        num_errors: Inputs that could not be embedded.
+        num_shards: Shards in the directory.
+        num_new_shards: Those of them that this run has made.
+        num_new_items: Inputs of these.
+        embedding_dim: Dimensions of an embedding.
+        precision: What is stored of them.
+        seconds: Time from the first input to the last.
+    """
+
+    output: str
+    num_items: int
+    num_rows: int
+    num_errors: int
+    num_shards: int
+    num_new_shards: int
+    num_new_items: int
+    embedding_dim: int
+    precision: str
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
+        lines = [
+            f"embedded {self.num_new_items:,} inputs{rate}; {self.num_items - self.num_new_items:,} already were",
+            f"saved    {self.num_rows:,} embeddings of {self.embedding_dim} dimensions as {self.precision} in "
+            f"{self.num_shards} {'shard' if self.num_shards == 1 else 'shards'}: {self.output}",
+        ]
+        if self.num_errors:
+            inputs = "1 input" if self.num_errors == 1 else f"{self.num_errors:,} inputs"
+            lines.append(f"broken   {inputs}, see {Path(self.output, ERRORS)}")
+        return "\n".join(lines)
+
+
+def embed_corpus(config: EmbedConfig) -> EmbedReport:
+    """Embed a corpus into a directory of shards; a run that was stopped goes on where it was.
+
+    Shards are of consecutive inputs, and each is written whole or not at all. A shard is made again if its inputs
+    changed: ids, texts, instructions, or path, size or time of change of an image. Started by `accelerate launch` or
+    `torchrun`, the processes share the shards, and all return the same report. `open_embeddings` reads the result.
+
+    Args:
+        config: What to embed, with which model, and where to; see `EmbedConfig`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError: If the corpus is missing.
+        ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no PUMA
+            model, or the directory holds embeddings of another model or setting.
+        OSError: If the disk is full; finished shards are kept.
+
+    Example:
+        >>> from puma_hf.embedding.config import EmbedConfig
+        >>> from puma_hf.embedding.run import embed_corpus
+        >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
+        >>> print(embed_corpus(config))  # doctest: +SKIP
+    """
+    for note in config.notes():
+        logger.warning(note)
+    rank, _ = connect()
+    corpus = open_corpus(config.data, split=config.split, pool=config.pool)
+    # Wrong lines are found here, before the model is loaded.
+    survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if rank == 0 else None
+    num_items = broadcast(survey.num_items if survey is not None else 0)
+    model = _open_model(config)
+    with shared_folder(config.output) as folder, _disk_explained(folder):
+        store = EmbeddingStore(folder, _settings(config, model), config.format)
+        gather(None)  # all have looked before anyone writes
+        if rank == 0 and not (folder / MANIFEST).is_file():
+            store.begin()
+        if config.is_scaled and survey is not None and not store.load_ranges():
+            ranges = _find_ranges(model, survey.sample, config)
+            store.save_ranges(ranges)
+            store.ranges = ranges
+        store.ranges = broadcast(store.ranges)
+        return _Run(config, corpus, model, store).run(num_items)
+
+
+class _Run:
+    """The work of one process, and what all of them come to."""
+
+    def __init__(self, config: EmbedConfig, corpus: Corpus, model: SentenceTransformer, store: EmbeddingStore) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.model = model
+        self.store = store
+        self.rank, self.count = connect()
+        self.new: list[ShardInfo] = []
+
+    def run(self, num_items: int) -> EmbedReport:
+        """Make what is missing, and finish the directory."""
+        start = time.monotonic()
+        size = self.config.shard_size
+        mine = sum(min(size, num_items - first) for first in range(self.rank * size, num_items, self.count * size))
+        shares = "" if self.count == 1 else f", process 1 of {self.count}"
+        with tqdm(total=mine, desc=f"Embedding{shares}", unit="item", disable=self.rank > 0, smoothing=0.1) as progress:
+            found = self._work(progress)
+        seconds = time.monotonic() - start
+        shards = sorted((info for part in gather(found) for info in part), key=lambda info: info.shard)
+        new = [info for part in gather(self.new) for info in part]
+        self._check_whole(shards)
+        dim = _embedding_dim(self.model, self.config)
+        if self.rank == 0:
+            described = {
+                "model": short_name(self.config.model),
+                "data": short_name(self.config.data),
+                "embedding_dim": dim,
+                "dtype": str(quantize(np.ones((1, dim), np.float32), self.config.precision, self.store.ranges).dtype),
+                "ranges": RANGES if self.config.is_scaled else None,
+            }
+            self.store.finish(shards, described)
+        return EmbedReport(
+            output=str(self.config.output),
+            num_items=sum(info.num_items for info in shards),
+            num_rows=sum(info.num_rows for info in shards),
+            num_errors=sum(info.num_errors for info in shards),
+            num_shards=len(shards),
+            num_new_shards=len(new),
+            num_new_items=sum(info.num_items for info in new),
+            embedding_dim=dim,
+            precision=self.config.precision,
+            seconds=max(gather(seconds)),
+        )
+
+    def _work(self, progress: Any) -> list[ShardInfo]:
+        """All shards of this process, one after the other: the next one is read, and the last written, meanwhile."""
+        found: list[ShardInfo] = []
+        writes: list[Future[ShardInfo]] = []
+        with ThreadPoolExecutor(1) as writer:
+            for wanted, records, there in _ahead(self._my_shards()):
+                if there is not None:
+                    progress.total -= len(records)  # so that the rate, and the time left, are those of the work
+                    progress.refresh()
+                    found.append(there)
+                    continue
+                before = progress.n
+                result = _embed(self.model, records, self.config, progress)
+                progress.update(before + len(records) - progress.n)  # what was left out
+                self._check_finite(result, records)
+                self.new += [write.result() for write in writes]  # one at a time waits in memory
+                writes = [writer.submit(self._write, wanted, records, result)]
+            self.new += [write.result() for write in writes]
+        return found + self.new
+
+    def _my_shards(self) -> Iterator[tuple[ShardInfo, list[Record], ShardInfo | None]]:
+        """Every so-many-th shard of the corpus: what it will say of itself, its inputs, and itself if it is there."""
+        for number, records in self._my_records():
+            key = self.corpus.input_hash(records)
+            wanted = self.store.info(number, records[0].row, len(records), key, self.config.on_error)
+            yield wanted, records, self.store.finished(wanted)
+
+    def _my_records(self) -> Iterator[tuple[int, list[Record]]]:
+        """The number and the inputs of each of these shards; the lines of the others are not kept."""
+        records: list[Record] = []
+        number = 0
+        for row, line in enumerate(self.corpus.lines()):
+            if row // self.config.shard_size != number:
+                if records:
+                    yield number, records
+                number, records = row // self.config.shard_size, []
+            if number % self.count == self.rank:
+                records.append(self.corpus.record(row, line))
+        if records:
+            yield number, records
+
+    def _write(self, wanted: ShardInfo, records: Sequence[Record], result: EmbedResult) -> ShardInfo:
+        rows = [records[place] for place in result.indices.tolist()]
+        content = Shard(
+            [record.id for record in rows],
+            np.array([record.row for record in rows], np.int64),
+            quantize(result.embeddings, self.config.precision, self.store.ranges),
+        )
+        broken = [(records[error.index], _PLACE.sub("", error.message)) for error in result.errors]
+        errors = [BrokenRecord(record.row, record.id, message) for record, message in broken]
+        return self.store.write(wanted, content, errors)
+
+    def _check_finite(self, result: EmbedResult, records: Sequence[Record]) -> None:
+        bad = (~np.isfinite(result.embeddings).all(axis=1)).nonzero()[0].tolist()
+        if bad:
+            names = [records[result.indices[place]].id for place in bad[:_SHOWN]]
+            raise ValueError(
+                f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first {names}. Look at "
+                "these inputs, or load the weights as bfloat16 or float32 instead of float16."
+            )
+
+    def _check_whole(self, shards: Sequence[ShardInfo]) -> None:
+        """All processes must have read the same corpus."""
+        ends = [info.first_row + info.num_items for info in shards]
+        starts = [info.first_row for info in shards]
+        if starts != [0, *ends[:-1]]:
+            raise ValueError(
+                f"{self.corpus.path} changed while it was read. Run the same command again: finished shards are kept."
+            )
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each made while the one before is worked on."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, items, end)
+            yield item
+
+
+def _embed(
+    model: SentenceTransformer, records: Sequence[Record], config: EmbedConfig, progress: Any = None
+) -> EmbedResult:
+    """Embed records in float32; an error names the record."""
+    errors: list[BrokenInput] = []
+    batches = iterate_embeddings(
+        model,
+        [record.model_input for record in records],
+        prompt=config.prompt,
+        max_batch_tokens=config.max_batch_tokens,
+        num_workers=config.num_workers,
+        on_error=config.on_error,
+        report=errors.append,
+        truncate_dim=config.truncate_dim,
+        show_progress_bar=False,
+    )
+    rows = Collector(len(records), _embedding_dim(model, config), "float32")
+    try:
+        for indices, embeddings in batches:
+            rows.add(indices, embeddings)
+            if progress is not None:
+                progress.update(len(indices))
+    except BrokenInputError as error:
+        record, message = records[error.index], _PLACE.sub("", error.broken.message)
+        raise ValueError(
+            f"Input {record.id!r} (row {record.row}) cannot be embedded: {message} Mend it and run the same command "
+            "again, which goes on after the finished shards; or pass on_error='skip' (--on-error skip) to leave out "
+            "what is broken, 'zero' to have zeros in its place."
+        ) from error
+    return rows.result(errors)
+
+
+def _embedding_dim(model: SentenceTransformer, config: EmbedConfig) -> int:
+    return config.truncate_dim or int(model.get_embedding_dimension() or 0)
+
+
+def _find_ranges(model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig) -> NDArray[np.float32]:
+    """The least and the largest value of every dimension among the embeddings of a sample, `(2, embedding_dim)`."""
+    logger.info("Scaling %s by %d inputs", config.precision, len(sample))
+    # What is broken is told with its shard.
+    rows = _embed(model, sample, replace(config, on_error="skip")).embeddings
+    if len(rows) < 2:
+        raise ValueError(
+            f"precision={config.precision!r} is scaled by the embeddings of 2 inputs or more, and of {len(sample)} "
+            f"drawn {len(rows)} could be embedded. Take float32, float16 or binary, or a larger calibration_size."
+        )
+    return ranges_of(rows, config.precision)
+
+
+def _open_model(config: EmbedConfig) -> SentenceTransformer:
+    is_folder = Path(config.model).is_dir()
+    if is_folder and not is_puma_directory(Path(config.model)):
+        raise ValueError(
+            f"model={config.model!r} is no PUMA model. Make one of an original checkpoint with puma-hf prune, or of an "
+            "adapter with puma-hf merge."
+        )
+    model = SentenceTransformer(
+        config.model,
+        device=own_device(),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code or is_folder,
+        model_kwargs={"dtype": config.dtype},
+    ).eval()
+    dim = model.get_embedding_dimension()
+    if config.truncate_dim is not None and dim is not None and dim < config.truncate_dim:
+        raise ValueError(
+            f"truncate_dim={config.truncate_dim}, but the embeddings of {config.model!r} have {dim} dimensions. Choose "
+            "fewer, or leave it out."
+        )
+    if not config.fast:
+        first: Any = model[0]
+        first.fast_path = None
+    return model
+
+
+def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
+    """What the embeddings, and the cut into shards, depend on besides the inputs."""
+    values: dict[str, Any] = {
+        "fingerprint": model_fingerprint(model),
+        "weights_dtype": str(model.dtype).removeprefix("torch."),
+        "prompt": config.prompt,
+        "truncate_dim": config.truncate_dim,
+        "precision": config.precision,
+        "shard_size": config.shard_size,
+    }
+    return {**values, "calibration_size": config.calibration_size} if config.is_scaled else values
+
+
+@contextmanager
+def _disk_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{str(folder)!r} could not be written, the disk is full ({error.strerror}). Finished shards are kept: "
+            "make room, and run the same command again",
+        ) from error

@@ -1,0 +1,120 @@
+"""A run that is killed where it is told to, and one of two processes: as a script, so that both are real.
+
+`python -m tests.embedding.embed_worker MODEL DATA FOLDER` leaves in FOLDER the outputs `whole` (never interrupted),
+`killed` (killed five times, then finished) and `two` (two processes), and `report.json` on how they came about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from puma_hf.embedding import run
+from puma_hf.embedding.config import EmbedConfig
+from puma_hf.embedding.run import EmbedReport, embed_corpus
+from tests.evaluation.evaluation_worker import SHARES, exit_signal, in_a_fork
+
+# In the n-th call of the model, or the n-th write of a file whose name ends so: some shards are finished in between.
+KILLS = (("call", 1), (".ids.parquet", 2), (".safetensors", 2), ("call", 4), ("manifest.json", 1))
+
+
+def config(model: str, data: str, output: Path) -> EmbedConfig:
+    return EmbedConfig(
+        data=data, model=model, output=output, shard_size=5, format="safetensors", precision="int8", on_error="skip"
+    )
+
+
+def kill_in_call(number: int) -> None:
+    """Kill this process while it embeds its n-th shard."""
+    calls = 0
+    embed = run._embed
+
+    def dying_embed(*args: Any) -> Any:
+        nonlocal calls
+        result = embed(*args)
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    run._embed = dying_embed
+
+
+def kill_in_write(ending: str, number: int) -> None:
+    """Kill this process in its n-th write of such a file: half of it is on the disk, under another name."""
+    written = 0
+    replace = os.replace
+
+    def dying_replace(source: Any, target: Any) -> None:
+        nonlocal written
+        if str(target).endswith(ending):
+            written += 1
+            if written == number:
+                with open(source, "rb+") as file:
+                    file.truncate(os.path.getsize(source) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying_replace
+
+
+def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
+    for place, number in KILLS:
+
+        def dying(place: str = place, number: int = number) -> None:
+            if place == "call":
+                kill_in_call(number)
+            else:
+                kill_in_write(place, number)
+            embed_corpus(settings)
+
+        if exit_signal(in_a_fork(dying)) != signal.SIGKILL:
+            raise SystemExit(f"The run was not killed in {place} {number}.")
+    return embed_corpus(settings)
+
+
+def share(settings: EmbedConfig, rank: int, port: int) -> None:
+    """One of two processes, which know of each other what a launcher tells them."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(SHARES)), LOCAL_WORLD_SIZE=str(len(SHARES))
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+    calls: list[int] = []
+    embed = run._embed
+
+    def counting_embed(model: Any, records: Any, *args: Any) -> Any:
+        calls.append(records[0].row)
+        return embed(model, records, *args)
+
+    run._embed = counting_embed
+    report = embed_corpus(settings)
+    values = {"report": asdict(report), "calls": calls}
+    Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
+def main(model: str, data: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    whole = embed_corpus(config(model, data, folder / "whole"))
+    finished = kill_and_finish(config(model, data, folder / "killed"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = config(model, data, folder / "two")
+    for process in [in_a_fork(partial(share, settings, rank, port)) for rank in SHARES]:
+        exit_signal(process)
+    (folder / "report.json").write_text(json.dumps({"whole": asdict(whole), "finished": asdict(finished)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
+from torch import nn
+
+from puma_hf.embedding import embed as module
+from puma_hf.embedding.batches import plan_batches
+from puma_hf.embedding.embed import default_num_workers, embed, first_rates, iterate_embeddings
+from puma_hf.embedding.results import BrokenInput, BrokenInputError
+
+PROMPT = "Find an image that matches."
+
+
+def jpeg(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "jpeg")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def inputs(images: list[Any], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Forty inputs of every kind and many lengths."""
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    mixed: list[Any] = []
+    for number in range(10):
+        height, width = generator.integers(16, 120, 2)
+        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(folder / f"{number}.png")
+        mixed += [
+            "a red apple " * int(generator.integers(1, 25)),
+            str(folder / f"{number}.png") if number % 2 else jpeg(image),
+            {"text": "in green", "image": [image, images[0]], "instruction": "Find it." if number % 3 else None},
+            [{"role": "user", "content": [{"type": "text", "text": "x" * number + "y"}]}],
+        ]
+    return mixed
+
+
+@pytest.fixture(scope="module")
+def expected(sentence_transformer: Any, inputs: list[Any]) -> np.ndarray:
+    rows: np.ndarray = sentence_transformer.encode(inputs, prompt=PROMPT)
+    return rows
+
+
+# --- the same rows as encode
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_batch_tokens": 1},
+        {"max_batch_tokens": 700, "num_workers": 2},
+        {"max_batch_tokens": 700, "sort": False},
+        {"max_batch_tokens": 100_000},
+    ],
+    ids=str,
+)
+def test_rows_are_those_of_encode(
+    sentence_transformer: Any, inputs: list[Any], expected: np.ndarray, options: dict[str, Any]
+) -> None:
+    result = embed(sentence_transformer, inputs, prompt=PROMPT, **options)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+    assert result.embeddings.dtype == np.float32
+    assert result.indices.tolist() == list(range(len(inputs)))
+    assert result.errors == ()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_without_the_fast_path_rows_are_the_same(
+    sentence_transformer: Any,
+    inputs: list[Any],
+    expected: np.ndarray,
+    num_workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sentence_transformer[0], "fast_path", None)
+    result = embed(sentence_transformer, inputs, prompt=PROMPT, max_batch_tokens=2000, num_workers=num_workers)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+
+
+def test_the_same_call_gives_the_same_bits(sentence_transformer: Any, inputs: list[Any]) -> None:
+    first, second = (embed(sentence_transformer, inputs, num_workers=workers).embeddings for workers in (0, 1))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_settings_of_the_processor_are_passed_on(sentence_transformer: Any, inputs: list[Any]) -> None:
+    settings = {"image": {"size": {"shortest_edge": 256, "longest_edge": 1024}}, "text": {"max_length": 120}}
+    expected = sentence_transformer.encode(inputs, processing_kwargs=settings)
+    result = embed(sentence_transformer, inputs, processing_kwargs=settings)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+    short = embed(sentence_transformer, ["x" * 300], max_length=100).embeddings
+    expected = sentence_transformer.encode(["x" * 300], processing_kwargs={"text": {"max_length": 100}})
+    np.testing.assert_allclose(short, expected, atol=1e-5)
+
+
+def test_the_models_default_prompt_holds(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_transformer, "prompts", {"query": PROMPT})
+    monkeypatch.setattr(sentence_transformer, "default_prompt_name", "query")
+    rows = embed(sentence_transformer, ["a"]).embeddings
+    np.testing.assert_allclose(rows, sentence_transformer.encode(["a"]), atol=1e-5)
+    assert np.abs(rows - embed(sentence_transformer, ["a"], prompt="").embeddings).max() > 1e-3
+
+
+@pytest.mark.parametrize(("own", "given", "dim"), [(None, 8, 8), (8, None, 8), (8, 16, 16), (None, 32, 32)])
+def test_truncated_rows(
+    sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch, own: int | None, given: int | None, dim: int
+) -> None:
+    monkeypatch.setattr(sentence_transformer, "truncate_dim", own)
+    result = embed(sentence_transformer, ["a", "b"], truncate_dim=given)
+    expected = sentence_transformer.encode(["a", "b"], truncate_dim=given, normalize_embeddings=True)
+    assert result.embeddings.shape == (2, dim)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
+def test_precisions(sentence_transformer: Any, inputs: list[Any], precision: Any) -> None:
+    floats = embed(sentence_transformer, inputs, truncate_dim=16).embeddings
+    found = embed(sentence_transformer, inputs, truncate_dim=16, precision=precision).embeddings
+    if precision == "float16":
+        np.testing.assert_array_equal(found, floats.astype(np.float16))
+    else:
+        np.testing.assert_array_equal(found, quantize_embeddings(floats, precision=precision))
+
+
+def test_ranges_make_calls_comparable(sentence_transformer: Any) -> None:
+    ranges = np.stack([np.full(32, -0.5), np.full(32, 0.5)])
+    both = embed(sentence_transformer, ["a", "bb"], precision="int8", ranges=ranges).embeddings
+    one = embed(sentence_transformer, ["bb"], precision="int8", ranges=ranges).embeddings
+    assert np.abs(both[1].astype(int) - one[0].astype(int)).max() <= 1  # a value on the edge of a step
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_an_empty_list(sentence_transformer: Any, precision: Any) -> None:
+    result = embed(sentence_transformer, [], truncate_dim=8, precision=precision)
+    assert result.embeddings.shape == (0, 8)
+    assert result.indices.shape == (0,)
+
+
+def test_any_sequence_will_do(sentence_transformer: Any) -> None:
+    from datasets import Dataset
+
+    rows = [{"text": "a", "image": None}, {"text": "bb", "image": None}]
+    expected = sentence_transformer.encode(["a", "bb"])
+    for sequence in (("a", "bb"), np.array(["a", "bb"]), Dataset.from_list(rows), Dataset.from_list(rows)["text"]):
+        np.testing.assert_allclose(embed(sentence_transformer, sequence).embeddings, expected, atol=1e-5)
+
+
+def test_the_model_is_switched_to_evaluation(puma_dir: Path) -> None:
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu").train()
+    rows = embed(model, ["a red apple"]).embeddings
+    assert not model.training
+    assert not torch.is_inference_mode_enabled()
+    np.testing.assert_allclose(rows, model.encode(["a red apple"]), atol=1e-5)
+
+
+# --- broken inputs
+
+
+BROKEN = {3: b"no image", 11: "", 38: {"image": "missing.png"}}
+
+
+@pytest.fixture
+def with_broken(inputs: list[Any]) -> list[Any]:
+    return [BROKEN.get(index, item) for index, item in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_inputs_are_left_out(
+    sentence_transformer: Any,
+    with_broken: list[Any],
+    expected: np.ndarray,
+    num_workers: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {"prompt": PROMPT, "max_batch_tokens": 1500, "num_workers": num_workers}
+    result = embed(sentence_transformer, with_broken, on_error="skip", **options)
+    kept = [index for index in range(len(with_broken)) if index not in BROKEN]
+    assert result.indices.tolist() == kept
+    np.testing.assert_allclose(result.embeddings, expected[kept], atol=1e-5)
+    assert [error.index for error in result.errors] == list(BROKEN)
+    assert result.errors[2].message == "inputs[38]: no image file at 'missing.png'. Check the path."
+    assert "3 of 40 inputs are broken: " in caplog.text
+
+
+def test_broken_inputs_become_zeros(sentence_transformer: Any, with_broken: list[Any], expected: np.ndarray) -> None:
+    result = embed(sentence_transformer, with_broken, prompt=PROMPT, on_error="zero")
+    expected = expected.copy()
+    expected[list(BROKEN)] = 0
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+    assert result.indices.tolist() == list(range(len(with_broken)))
+    assert [error.index for error in result.errors] == list(BROKEN)
+
+
+@pytest.mark.parametrize("on_error", ["skip", "zero"])
+def test_all_may_be_broken(sentence_transformer: Any, on_error: Any) -> None:
+    result = embed(sentence_transformer, ["", " "], on_error=on_error)
+    np.testing.assert_array_equal(result.embeddings, np.zeros((2 if on_error == "zero" else 0, 32)))
+    assert len(result.errors) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_was_done_before_a_broken_input_is_not_lost(
+    sentence_transformer: Any, with_broken: list[Any], expected: np.ndarray, num_workers: int
+) -> None:
+    options: dict[str, Any] = {"prompt": PROMPT, "max_batch_tokens": 1500, "num_workers": num_workers}
+    with pytest.raises(BrokenInputError, match=r"inputs\[(3|11|38)\].*pass on_error='skip'") as error:
+        embed(sentence_transformer, with_broken, **options)
+    assert error.value.index in BROKEN
+    done = error.value.done
+    assert done is not None
+    assert not multiprocessing.active_children()
+    # All of the batches before, and the good ones of its own batch.
+    seen: list[int] = []
+    batches = iterate_embeddings(sentence_transformer, with_broken, **options)
+    with pytest.raises(BrokenInputError) as other:
+        seen.extend(index for indices, _ in batches for index in indices.tolist())
+    assert other.value.index == error.value.index
+    assert other.value.done is None
+    assert len(seen) > 2
+    assert done.indices.tolist() == sorted(seen)
+    np.testing.assert_allclose(done.embeddings, expected[done.indices], atol=1e-5)
+
+
+def test_what_was_done_is_in_the_asked_precision_where_it_can_be(sentence_transformer: Any) -> None:
+    kinds = {"ubinary": np.uint8, "float16": np.float16, "int8": np.float32}
+    for precision, kind in kinds.items():
+        with pytest.raises(BrokenInputError) as error:
+            embed(sentence_transformer, ["a", "b", ""], precision=precision)  # type: ignore[arg-type]
+        assert error.value.done is not None
+        assert error.value.done.indices.tolist() == [0, 1]
+        assert error.value.done.embeddings.dtype == kind
+
+
+def test_the_users_loader(sentence_transformer: Any, images: list[Any]) -> None:
+    store = {f"s3://{number}": jpeg(image) for number, image in enumerate(images)}
+    for num_workers in (0, 2):
+        result = embed(
+            sentence_transformer,
+            [*store, "s3://gone"],
+            load=store.__getitem__,
+            num_workers=num_workers,
+            on_error="skip",
+        )
+        np.testing.assert_allclose(result.embeddings, sentence_transformer.encode([*store.values()]), atol=1e-5)
+        assert result.errors == (BrokenInput(3, "inputs[3]: load failed with KeyError: 's3://gone'"),)
+
+
+# --- streams
+
+
+def test_a_stream_is_not_read_to_its_end(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "plan_batches", partial(plan_batches, window=8))
+    read = 0
+
+    def stream() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield "a" * (read % 5 + 1)
+
+    batches = iterate_embeddings(sentence_transformer, stream(), max_batch_tokens=200)
+    assert read == 0
+    seen: list[int] = []
+    for indices, rows in batches:
+        assert indices.dtype == torch.int64
+        assert rows.shape == (len(indices), 32)
+        assert not rows.is_inference()
+        seen += indices.tolist()
+        assert read - len(seen) <= 8
+        if len(seen) == 40:
+            break
+    assert sorted(seen) == list(range(40))
+
+
+def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inputs: list[Any]) -> None:
+    broken: list[BrokenInput] = []
+    batches = iterate_embeddings(
+        sentence_transformer,
+        iter([*inputs[:5], "", *inputs[5:9]]),
+        sort=False,
+        max_batch_tokens=300,
+        on_error="zero",
+        report=broken.append,
+    )
+    parts = [(indices.tolist(), rows) for indices, rows in batches]
+    assert [index for indices, _ in parts for index in indices if index != 5] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert len(parts) > 3
+    assert [error.index for error in broken] == [5]
+    (zeros,) = [rows for indices, rows in parts if indices == [5]]
+    assert (zeros == 0).all()
+
+
+def test_skipped_inputs_need_no_report(sentence_transformer: Any) -> None:
+    rows = list(iterate_embeddings(sentence_transformer, ["a", ""], on_error="skip"))
+    assert [indices.tolist() for indices, _ in rows] == [[0]]
+
+
+# --- progress
+
+
+@pytest.mark.parametrize(
+    ("level", "asked", "shown"),
+    [("INFO", None, True), ("WARNING", None, False), ("INFO", False, False), ("WARNING", True, True)],
+)
+def test_progress(
+    sentence_transformer: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    level: str,
+    asked: bool | None,
+    shown: bool,
+) -> None:
+    with caplog.at_level(logging.getLevelName(level), logger=module.logger.name):
+        embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=asked)
+    text = capsys.readouterr().err
+    assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == shown
+
+
+# --- what costs what
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT])
+def test_the_first_rates_are_what_another_input_costs(sentence_transformer: Any, prompt: str | None) -> None:
+    packer = sentence_transformer[0].packer(prompt)
+    rate = first_rates(packer).tokens_per_input
+    texts = list("abcdefghijklmnopqrstuvwxyzABCDEF")
+    assert rate + 1 == pytest.approx((packer(texts).num_tokens - packer(texts[:16]).num_tokens) / 16, rel=0.1)
+
+
+def test_batches_fill_the_budget(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On average at least three quarters of it, and never more."""
+    computed: list[int] = []
+    real = sentence_transformer[0].embed_batch
+
+    def embed_batch(batch: Any) -> Any:
+        computed.append(batch.num_tokens)
+        return real(batch)
+
+    monkeypatch.setattr(sentence_transformer[0], "embed_batch", embed_batch)
+    generator = np.random.default_rng(0)
+    letters = np.array([*"a red apple on a table"])
+    texts = ["".join(generator.choice(letters, length)) + "!" for length in generator.integers(5, 150, 300)]
+    embed(sentence_transformer, texts, prompt=PROMPT, max_batch_tokens=1000)
+    assert max(computed) <= 1000
+    assert np.mean(computed[:-1]) >= 750
+
+
+@pytest.mark.parametrize(
+    ("on_cuda", "num_inputs", "cores", "num_workers"),
+    [
+        (False, None, 64, 0),
+        (True, None, 64, 8),
+        (True, None, 4, 3),
+        (True, None, 1, 0),
+        (True, 63, 64, 0),
+        (True, 200, 64, 3),
+        (True, 10**6, 64, 8),
+    ],
+)
+def test_the_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch, on_cuda: bool, num_inputs: int | None, cores: int, num_workers: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert default_num_workers(on_cuda, num_inputs) == num_workers
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert default_num_workers(on_cuda, num_inputs) == num_workers
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": "a red apple"}, r"inputs must be a list of inputs, got str. Wrap a single input in \[ \]"),
+        ({"inputs": {"text": "a"}}, "inputs must be a list of inputs, got dict"),
+        ({"inputs": iter(["a"])}, "got list_iterator.*pass a stream to iterate_embeddings"),
+        ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens is 0, must be 1 or more"),
+        ({"num_workers": -1}, "num_workers is -1, must be 0 or more"),
+        ({"on_error": "ignore"}, "on_error is 'ignore', must be one of 'raise', 'skip', 'zero'"),
+        ({"truncate_dim": 33}, "truncate_dim is 33, must be 1 to 32"),
+        ({"truncate_dim": 0}, "truncate_dim is 0, must be 1 to 32"),
+        ({"precision": "int4"}, "precision is 'int4'"),
+        ({"ranges": np.zeros((2, 32))}, "ranges are for precision int8"),
+        ({"precision": "int8", "ranges": np.zeros((2, 3))}, r"ranges have shape \(2, 3\), must be \(2, 32\)"),
+        ({"max_length": 8}, "no input can be embedded with this prompt and these settings: .*max_length=8"),
+        ({"prompt": "<|image_pad|>"}, "no input can be embedded with this prompt.*special token"),
+    ],
+)
+def test_errors(sentence_transformer: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        embed(sentence_transformer, **{"inputs": ["a", "b"], **options})
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Sequential(nn.Linear(2, 2))])
+def test_another_model_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"model is a .* embed needs a PUMA model.* Use model.encode with any other"):
+        embed(model, ["a"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_on_a_gpu(puma_dir: Path, inputs: list[Any], expected: np.ndarray, num_workers: int) -> None:
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cuda")
+    result = embed(model, inputs, prompt=PROMPT, max_batch_tokens=700, num_workers=num_workers)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-3)

@@ -1,0 +1,250 @@
+"""What a corpus holds, of each kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.embedding.records import Corpus, Record, open_corpus
+from tests.data.mbeir_builder import build_mbeir
+
+
+def records(corpus: Corpus) -> list[Record]:
+    return [corpus.record(row, line) for row, line in enumerate(corpus.lines())]
+
+
+def picture(path: Path, colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+    return path
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- tables
+
+
+def test_a_table(tmp_path: Path) -> None:
+    image = picture(tmp_path / "images" / "a.png")
+    rows = [
+        {"id": "a", "text": "red", "other": 1},
+        {"id": 7, "image": "images/a.png", "text": " "},
+        {"id": "c", "image": str(image), "text": "blue", "instruction": "Find it."},
+        {"id": "d", "image": "images/gone.png"},
+    ]
+    corpus = open_corpus(table(tmp_path / "t.jsonl", rows))
+    assert records(corpus) == [
+        Record(0, "a", "red"),
+        Record(1, "7", None, str(image)),
+        Record(2, "c", "blue", str(image), "Find it."),
+        Record(3, "d", None, str(tmp_path / "images" / "gone.png")),
+    ]
+    assert records(corpus)[2].model_input == {"image": str(image), "text": "blue", "instruction": "Find it."}
+
+
+def test_a_text_that_looks_like_a_path_stays_a_text(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    corpus = open_corpus(table(tmp_path / "t.jsonl", [{"text": str(tmp_path / "a.png")}]))
+    assert records(corpus)[0].model_input == {"text": str(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.txt", "red\n\nblue\n"),
+        ("t.csv", 'text,image\nred,\n"blue",\n'),
+        ("t.tsv", "text\nred\nblue\n"),
+        ("t.json", '[{"text": "red"}, {"text": "blue"}]'),
+    ],
+)
+def test_without_ids_rows_are_numbered(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert records(open_corpus(tmp_path / name)) == [Record(0, "0", "red"), Record(1, "1", "blue")]
+
+
+def test_parquet_with_images_inside(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    cells = [{"bytes": path.read_bytes(), "path": "x.png"}, {"bytes": None, "path": "a.png"}, None]
+    parquet.write_table(
+        pyarrow.table({"id": [5, 6, 7], "image": cells, "text": [None, None, "red"], "other": [1, 2, 3]}),
+        tmp_path / "t.parquet",
+    )
+    found = records(open_corpus(tmp_path / "t.parquet"))
+    assert found == [Record(0, "5", None, path.read_bytes()), Record(1, "6", None, str(path)), Record(2, "7", "red")]
+
+
+def test_a_parquet_file_that_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as Parquet .* Was the download cut off\?"):
+        open_corpus(tmp_path / "t.parquet")
+    with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
+        open_corpus(tmp_path / "gone.parquet")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or a whole number\. Give every row one, or"),
+        ({"id": True, "text": "a"}, r"line 2: id is True, must be"),
+        ({"id": "b", "text": 3}, r"line 2: text is 3, must be a text or null"),
+        ({"id": "b", "instruction": []}, r"line 2: instruction is \[\], must be a text or null"),
+        ({"id": "b", "image": 3}, r"line 2: image is 3, must be the path of a file below"),
+        (
+            {"id": "b", "image": "https://a.org/a.png"},
+            r"line 2: image is 'https.*Download images first, or call puma_hf",
+        ),
+        ({"id": "b", "image": "../a.png"}, r"line 2: image path '\.\./a\.png' leaves the dataset folder"),
+        ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves the dataset folder"),
+    ],
+)
+def test_a_wrong_row_is_found_by_the_survey(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    corpus = open_corpus(table(tmp_path / "t.jsonl", [{"id": "a", "text": "red"}, row]))
+    with pytest.raises(ValueError, match=message):
+        corpus.survey()
+
+
+def test_ids_for_some_rows_only(tmp_path: Path) -> None:
+    corpus = open_corpus(table(tmp_path / "t.jsonl", [{"text": "red"}, {"text": "blue", "id": "b"}]))
+    with pytest.raises(ValueError, match=r"line 2: id is 'b', must be .*\. Give every row one, or none"):
+        corpus.survey()
+
+
+def test_all_wrong_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": 3}\n{"text": 4}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl: 3 problems \(wrong field: 2, broken line: 1\)"):
+        open_corpus(tmp_path / "t.jsonl").survey()
+
+
+def test_a_table_without_content(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column text or image\. The columns here are caption, id: rename those"):
+        open_corpus(table(tmp_path / "t.jsonl", [{"caption": "red", "id": 1}]))
+    with pytest.raises(ValueError, match="holds no inputs"):
+        open_corpus(table(tmp_path / "empty.jsonl", []))
+    (tmp_path / "t.docx").write_text("")
+    with pytest.raises(ValueError, match=r"ends in '\.docx', must be one of \.txt"):
+        open_corpus(tmp_path / "t.docx")
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_a_link_to_the_outside_is_refused(tmp_path: Path) -> None:
+    secret = picture(tmp_path / "secret.png")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").symlink_to(secret)
+    corpus = open_corpus(table(folder / "t.jsonl", [{"image": "a.png"}]))
+    with pytest.raises(ValueError, match="passes a symbolic link that leaves"):
+        records(corpus)
+
+
+# --- folders
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    for name in ("b/c.jpg", "b/a.PNG", "a.webp", ".hidden/x.png", ".x.png"):
+        picture(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    found = records(open_corpus(tmp_path))
+    assert [(record.row, record.id) for record in found] == [(0, "a.webp"), (1, "b/a.PNG"), (2, "b/c.jpg")]
+    assert found[1].model_input == {"image": str(tmp_path / "b" / "a.PNG")}
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no image \(.*\) and is no M-BEIR folder"):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("pool", ["global", "toys_task0", "toys_task8"])
+def test_a_pool(tmp_path: Path, pool: str) -> None:
+    root = build_mbeir(tmp_path / "mbeir")
+    data = MBEIR(root)
+    task = MBEIRTask(int(pool[-1]), "toys") if pool != "global" else None
+    expected = data.global_pool() if task is None else data.local_pool(task)
+    found = records(open_corpus(root, pool=pool))
+    assert [(record.id, record.text, record.image) for record in found] == [
+        (candidate.did, candidate.text, candidate.image) for candidate in expected.values()
+    ]
+
+
+def test_no_such_pool(tmp_path: Path) -> None:
+    root = build_mbeir(tmp_path / "mbeir")
+    with pytest.raises(ValueError, match=r"tasks is \['toys_task9'\], must be some of"):
+        open_corpus(root, pool="toys_task9")
+    with pytest.raises(FileNotFoundError, match=r"mbeir_union_dev_cand_pool\.jsonl is missing"):
+        open_corpus(root, split="dev").survey()
+
+
+# --- survey and hash
+
+
+def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
+    corpus = open_corpus(table(tmp_path / "t.jsonl", [{"text": str(row)} for row in range(100)]))
+    num_items, sample = corpus.survey(10, seed=3)
+    assert num_items == 100
+    rows = [record.row for record in sample]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 10
+    assert sample[0] == Record(rows[0], str(rows[0]), str(rows[0]))
+    assert corpus.survey(10, seed=3).sample == sample
+    assert corpus.survey(10, seed=4).sample != sample
+    assert [record.row for record in corpus.survey(500).sample] == list(range(100))
+    # Every row is drawn about as often: 200 samples of 10 out of 100 draw each about 20 times.
+    counts = [0] * 100
+    for seed in range(200):
+        for record in corpus.survey(10, seed=seed).sample:
+            counts[record.row] += 1
+    assert min(counts) > 5
+    assert max(counts) < 40
+
+
+def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    image = picture(tmp_path / "first" / "a.png")
+    rows = [{"id": "a", "text": "red"}, {"id": "b", "image": "a.png", "instruction": "Find it."}]
+    corpus = open_corpus(table(tmp_path / "first" / "t.jsonl", rows))
+    seen = {corpus.input_hash(records(corpus))}
+    for key, value in (("id", "c"), ("text", "blue"), ("instruction", "Name it."), ("image", "gone.png")):
+        changed = open_corpus(table(tmp_path / "first" / "t.jsonl", [rows[0], {**rows[1], key: value}]))
+        seen.add(changed.input_hash(records(changed)))
+    assert len(seen) == 5
+    table(tmp_path / "first" / "t.jsonl", rows)
+    first, status = corpus.input_hash(records(corpus)), image.stat()
+    assert first in seen
+    os.utime(image, ns=(0, status.st_mtime_ns + 1))
+    seen.add(corpus.input_hash(records(corpus)))
+    image.write_bytes(image.read_bytes() + b"1")
+    os.utime(image, ns=(0, status.st_mtime_ns))
+    seen.add(corpus.input_hash(records(corpus)))
+    assert len(seen) == 7
+    os.utime(picture(image), ns=(0, status.st_mtime_ns))
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = open_corpus(tmp_path / "second" / "t.jsonl")
+    assert moved.input_hash(records(moved)) == first
+    inside = [Record(0, "a", image=b"1"), Record(0, "a", image=b"2")]
+    assert corpus.input_hash(inside[:1]) != corpus.input_hash(inside[1:])
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    def peak(num_rows: int) -> int:
+        corpus = open_corpus(
+            table(tmp_path / f"{num_rows}.jsonl", [{"text": f"{row:090d}"} for row in range(num_rows)])
+        )
+        tracemalloc.start()
+        assert corpus.survey(8).num_items == num_rows
+        value = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return value
+
+    peak(10)
+    assert peak(4000) < peak(400) + 20_000  # the rows themselves are 360,000 bytes more
