@@ -171,6 +171,12 @@ def _plain(value: Any) -> Any:
 
 def _update(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others, as torchao's quantised weights are
+        parts, settings = tensor.__tensor_flatten__()
+        digest.update(repr(settings).encode())
+        for part in parts:
+            _update(digest, f"{name}.{part}", getattr(tensor, part))
+        return
     if tensor.layout is not torch.strided or tensor.is_quantized:
         digest.update(repr(tensor).encode())
         return

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from puma_hf.evaluation.fingerprint import model_fingerprint, model_name, model_settings, short_name
 from tests.evaluation.fake_encoder import FakeEncoder
@@ -130,3 +131,13 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "org/model",
     ]
     assert [short_name(name) for name in names] == ["model"] * 4 + ["gone", "model", "org/model"]
+
+
+def test_a_weight_made_of_several_tensors_counts_with_each_of_them() -> None:
+    def fingerprint(first: float, second: float) -> str | None:
+        module = nn.Module()
+        module.weight = nn.Parameter(TwoTensor(torch.full((2,), first), torch.full((2,), second)))
+        return model_fingerprint(module)
+
+    assert fingerprint(1.0, 2.0) == fingerprint(1.0, 2.0) != fingerprint(1.0, 3.0)
+    assert fingerprint(0.0, 2.0) != fingerprint(1.0, 2.0)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from examples import ray_embed
+from examples.ray_embed import Embedder, arguments, check_cpus, cpus_needed, inputs_of
+from puma_hf import embed
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "Represent the given input."
+BROKEN = b"no image"
+SCHEMA = pa.schema([("id", "string"), ("text", "string"), ("image", "binary"), ("instruction", "string")])
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def rows(images: list[Image.Image]) -> list[dict[str, Any]]:
+    """Every kind of row, and one that is broken."""
+    return [
+        {"id": "text", "text": "a red apple on a table"},
+        {"id": "bytes", "image": png(images[0])},
+        {"id": "broken", "image": BROKEN},
+        {"id": "instruction", "text": "a table", "instruction": "Find an apple."},
+        {"id": "both", "image": png(images[2]), "text": "a red apple"},
+        {"id": "longer", "text": "a red apple on a table on a red table"},
+    ]
+
+
+@pytest.fixture
+def embedder(sentence_transformer: SentenceTransformer) -> Embedder:
+    worker = object.__new__(Embedder)
+    worker.model, worker.options = sentence_transformer, {"prompt": PROMPT, "num_workers": 0}
+    return worker
+
+
+def as_dict(table: pa.Table) -> dict[Any, np.ndarray[Any, Any]]:
+    values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    return dict(zip(table["id"].to_pylist(), values, strict=True))
+
+
+def inputs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "id"} for row in rows]
+
+
+# --- what a row is
+
+
+def test_a_row_is_an_input_without_its_id_and_its_empty_cells() -> None:
+    rows = [{"id": 1, "text": "a", "image": None, "other": 2}, {"id": 2, "text": None, "image": b"b", "other": 3}]
+    assert inputs_of(pa.Table.from_pylist(rows)) == [{"text": "a"}, {"image": b"b"}]
+
+
+@pytest.mark.parametrize("columns", [{"text": ["a"]}, {"id": [1], "caption": ["a"]}, {"id": [1], "instruction": ["a"]}])
+def test_columns_that_are_missing_are_named(columns: dict[str, list[Any]]) -> None:
+    with pytest.raises(ValueError, match=rf"columns {', '.join(columns)}; it must have id, and text or image\. Rename"):
+        inputs_of(pa.table(columns))
+
+
+# --- a worker
+
+
+def test_a_worker_returns_the_rows_of_embed(embedder: Embedder, rows: list[dict[str, Any]]) -> None:
+    good = [row for row in rows if row["id"] != "broken"]
+    table = embedder(pa.Table.from_pylist(good, SCHEMA))
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    assert table["id"].to_pylist() == [row["id"] for row in good]
+    expected = embed(embedder.model, inputs(good), prompt=PROMPT, num_workers=0).embeddings
+    np.testing.assert_allclose(np.stack(list(as_dict(table).values())), expected, atol=1e-6)
+
+
+def test_a_broken_row_is_named_by_its_id(embedder: Embedder, rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"the row with id 'broken': .*cannot be read as an image"):
+        embedder(pa.Table.from_pylist(rows, SCHEMA))
+
+
+def test_a_broken_row_is_left_out_or_zero(
+    embedder: Embedder, rows: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    embedder.options["on_error"] = "skip"
+    with caplog.at_level("WARNING", ray_embed.logger.name):
+        skipped = embedder(table)
+    assert skipped["id"].to_pylist() == [row["id"] for row in rows if row["id"] != "broken"]
+    assert "the row with id 'broken' was not embedded: " in caplog.text
+    embedder.options["on_error"] = "zero"
+    zeros = as_dict(embedder(table))
+    assert not zeros.pop("broken").any()
+    assert list(zeros) == skipped["id"].to_pylist()
+    assert min(abs(row).max() for row in zeros.values()) > 0
+
+
+def test_no_rows_are_no_embeddings(embedder: Embedder) -> None:
+    table = embedder(pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}))
+    assert table.schema.types == [pa.int64(), pa.list_(pa.float32(), 32)]
+    assert table.num_rows == 0
+
+
+# --- room for the workers
+
+
+def test_the_cluster_must_have_a_cpu_beside_the_workers() -> None:
+    line = ["corpus", "--model", "m", "--output", "o", "--num-workers", "3", "--cpus-per-worker", "2"]
+    assert cpus_needed(arguments(line)) == 7
+    assert cpus_needed(arguments([*line, "--checkpoint", "done"])) == 8
+    check_cpus(7, 7)
+    with pytest.raises(ValueError, match=r"The cluster has 6 CPUs, and 7 are needed: .* Lower --num-workers or"):
+        check_cpus(7, 6)
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys, "argv", ["ray_embed.py", "corpus", "--model", "m", "--output", "o"])
+    with pytest.raises(SystemExit, match=r"needs Ray, which is not installed: pip install 'puma-hf\[ray\]'"):
+        ray_embed.main()
+
+
+# --- all of it
+
+
+@pytest.fixture
+def ray_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Nothing outside temporary folders; Ray's own is one with a short name, for it names sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        names = {"HOME": str(tmp_path), "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+        yield {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Ray's sockets")
+def test_two_workers_of_a_local_ray_write_what_embed_returns(
+    rows: list[dict[str, Any]], puma_dir: Path, embedder: Embedder, tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
+    pytest.importorskip("ray")
+    corpus, output, done = (tmp_path / name for name in ("corpus", "embeddings", "done"))
+    for folder in (corpus, done):
+        folder.mkdir()
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    for number in range(2):  # a file for each worker
+        pq.write_table(table.slice(3 * number, 3), corpus / f"{number}.parquet")
+    # An earlier run, ended when it had embedded one row.
+    pq.write_table(pa.table({"id": ["longer"]}), done / "earlier.parquet")
+    command = [sys.executable, ROOT / "examples" / "ray_embed.py", corpus, "--model", puma_dir, "--output", output]
+    command += ["--num-workers", "2", "--prompt", PROMPT, "--on-error", "skip", "--checkpoint", done.name]
+    ended = subprocess.run(
+        list(map(str, command)), env=ray_environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
+    )
+    assert ended.returncode == 0, ended.stderr
+    written = as_dict(pq.read_table(output))
+    new = [row for row in rows if row["id"] not in ("broken", "longer")]
+    assert sorted(written) == sorted(row["id"] for row in new)
+    expected = embed(embedder.model, inputs(new), prompt=PROMPT, num_workers=0).embeddings
+    np.testing.assert_allclose(np.stack([written[row["id"]] for row in new]), expected, atol=1e-5)
+    # Ray notes what is done as this test has noted it; what was skipped is tried again the next time.
+    noted = [pq.read_table(path) for path in done.glob("*.parquet")]
+    assert {part.schema.names[0] for part in noted} == {"id"}
+    assert sorted(key for part in noted for key in part["id"].to_pylist()) == sorted([*written, "longer"])
