@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a batch by default. A GPU is busy only with many; a CPU is with few, and its caches hold no more.
 CUDA_BATCH_TOKENS = 16_384
-CPU_BATCH_TOKENS = 4_096
+CPU_BATCH_TOKENS = 2_048
 _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
 _LETTERS = "abcdefghijklmnop"
@@ -60,7 +60,7 @@ def embed(
         model: A PUMA model as a `SentenceTransformer`. It is switched to evaluation mode.
         inputs: Strings, images, dicts or chats, as `PumaProcessor.process_inputs` takes them.
         prompt: Instruction for inputs that bring none of their own; by default the model's default prompt.
-        max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 4,096 elsewhere.
+        max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 2,048 elsewhere.
         num_workers: Processes that prepare inputs. Default: on CUDA up to 8, elsewhere 0, which is this process.
         on_error: What to do about an input that cannot be read: "raise"; "skip", which leaves its row out; or "zero".
         load: Your own loader, such as from a URL to bytes; called in a worker on every input.

@@ -198,7 +198,9 @@ def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
             undo.append(lambda: setattr(config, "_attn_implementation", implementation))
         projection = visual.patch_embed.proj
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
-        hooked = projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
+        hooked = (
+            projection._forward_pre_hooks or hasattr(projection, "_hf_hook") or "forward" in vars(visual.patch_embed)
+        )
         if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and not hooked:
             # An attribute of the instance goes before the method of its class.
             visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)

@@ -13,6 +13,7 @@ import torch
 from transformers import BatchFeature, Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
+from .chat_rendering_puma import render
 from .image_inputs_puma import is_image_reference, load_rgb_image
 from .sentence_transformers_files_puma import write_sentence_transformers_files
 
@@ -180,9 +181,8 @@ class PumaProcessor(Qwen2VLProcessor):
         last = (batch["attention_mask"] * positions).argmax(dim=1, keepdim=True)
         if not (batch["input_ids"].gather(1, last) == self.ret_token_id).all():
             raise ValueError(
-                f"The prompt does not end in {RET_TOKEN}, where the embedding is read. The chat template of "
-                f"this processor must end in {RET_TOKEN}: restore chat_template.jinja from the model's "
-                "directory."
+                f"The prompt does not end in {RET_TOKEN}, where the embedding is read. The chat template of this "
+                f"processor must end in {RET_TOKEN}: restore chat_template.jinja from the model's directory."
             )
         batch["modality_ids"] = torch.tensor([MODALITY_IDS[name] for name in modalities])
         # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
@@ -235,7 +235,7 @@ class PumaProcessor(Qwen2VLProcessor):
         return {**options, "size": size}
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.apply_chat_template(messages, tokenize=False))
+        return render(messages, self.chat_template, lambda chat: str(self.apply_chat_template(chat, tokenize=False)))
 
     def _num_text_tokens(self, rendered: str) -> int:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]

@@ -42,6 +42,17 @@ def embed_with_transformers(folder: str, inputs: list[Any]) -> list[list[float]]
     return vectors
 
 
+def watch(module: Any, batches: list[str]) -> None:
+    """Keep what kinds of batches a module embeds: packed ones, if it takes the fast path."""
+    embed_batch = module.embed_batch
+
+    def watched(batch: Any) -> Any:
+        batches.append(type(batch).__name__)
+        return embed_batch(batch)
+
+    module.embed_batch = watched
+
+
 def main(job: dict[str, Any]) -> None:
     sys.meta_path.insert(0, Blocker())
     from sentence_transformers import SentenceTransformer
@@ -53,6 +64,8 @@ def main(job: dict[str, Any]) -> None:
         if not (Path(folder) / "modules.json").is_file():
             continue
         model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+        results[f"{name}: batches"] = batches = []
+        watch(model[0], batches)
         results[f"{name}: sentence-transformers"] = model.encode(inputs).tolist()
         results[f"{name}: one by one"] = [model.encode(item).tolist() for item in inputs]
         saved = f"{job['output']}-{name}"

@@ -149,6 +149,12 @@ def test_sentence_transformers_gives_the_same_vectors(
     np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fast_path_is_taken_there(fresh_vectors: dict[str, Any], name: str) -> None:
+    # All inputs at once and one by one; the vectors that they are compared with come from AutoModel, too.
+    assert fresh_vectors[f"{name}: batches"] == ["PackedBatch"] * 6
+
+
 def test_the_code_in_a_directory_is_the_packages_own(directories: dict[str, Path]) -> None:
     package = Path(sys.modules["puma_hf"].__file__ or "").parent / "modeling"
     sources = {path.name: path.read_text() for path in package.glob("*_puma.py")}

@@ -12,12 +12,17 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.flops import plain_forward
+from puma_hf.modeling import sentence_transformers_puma
+from puma_hf.modeling.fast_path_puma import FastPath, packed_states
+from puma_hf.modeling.packing_puma import PackedBatch
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 
 KINDS = ("text", "image", "image and text", "two images and text", "chat")
 # What lies in a directory that both loaders open where puma_hf is not installed.
 COMPLETE = {
     "attention_puma.py",
+    "chat_rendering_puma.py",
     "chat_template.jinja",
     "config.json",
     "config_sentence_transformers.json",
@@ -213,6 +218,139 @@ def test_similarity_is_the_cosine(sentence_transformer: SentenceTransformer) -> 
 def test_bad_inputs_are_refused(sentence_transformer: SentenceTransformer, item: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         sentence_transformer.encode([item])
+
+
+# --- the fast path
+
+
+@pytest.fixture
+def fast(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PumaTransformer, list[int]]:
+    """A model of the package's own classes, and the number of inputs of every batch that was packed."""
+    packed: list[int] = []
+
+    def watched(model: Any, batch: PackedBatch, *args: Any) -> torch.Tensor:
+        packed.append(batch.num_inputs)
+        return packed_states(model, batch, *args)
+
+    monkeypatch.setattr(sentence_transformers_puma, "packed_states", watched)
+    return PumaTransformer(str(puma_dir)).eval(), packed
+
+
+def embedded(module: PumaTransformer, features: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    embedding: torch.Tensor = module(dict(features), **kwargs)["sentence_embedding"]
+    return embedding
+
+
+def test_encode_takes_the_fast_path(fast: tuple[PumaTransformer, list[int]], images: list[Image.Image]) -> None:
+    module, packed = fast
+    inputs = list(inputs_of_every_kind(images).values())
+    model = SentenceTransformer(modules=[module], device="cpu")
+    vectors = model.encode(inputs, batch_size=3, prompt="Find it.")
+    assert packed == [3, 2]
+    module.fast_path = None
+    assert_close(vectors, model.encode(inputs, batch_size=3, prompt="Find it."))
+    assert packed == [3, 2]
+
+
+def test_training_and_gradients_take_the_plain_path(fast: tuple[PumaTransformer, list[int]]) -> None:
+    module, packed = fast
+    features = module.preprocess(["a red apple", "a"])
+    assert embedded(module, features).requires_grad
+    with torch.no_grad():
+        module.train()
+        plain = embedded(module, features)
+        module.eval()
+        assert packed == []
+        assert_close(embedded(module, features), plain)
+        assert packed == [2]
+    with torch.inference_mode():
+        embedded(module, features)
+    assert packed == [2, 2]
+
+
+@torch.no_grad()
+def test_what_the_fast_path_does_not_know_takes_the_plain_path(
+    fast: tuple[PumaTransformer, list[int]], images: list[Image.Image]
+) -> None:
+    module, packed = fast
+    model: Any = module.model
+    features = module.preprocess([images[0], "a red apple"])
+    expected = embedded(module, features)
+    assert packed.pop() == 2
+    assert_close(embedded(module, features, output_hidden_states=True), expected)
+    pixels = {name: features.pop(name) for name in ("pixel_values", "image_grid_thw")}
+    given = model.get_image_features(**pixels, return_dict=True)
+    grid = {"image_grid_thw": pixels["image_grid_thw"]}
+    assert_close(embedded(module, {**features, **grid, "mm_encoder_outputs": {"image": given}}), expected)
+    types = features["mm_token_type_ids"]
+    positions, _ = model.get_rope_index(features["input_ids"], types, **grid, attention_mask=features["attention_mask"])
+    assert_close(embedded(module, {**features, **pixels, "position_ids": positions}), expected)
+    # A mistake in what is given shows, so it is used.
+    assert np.abs(embedded(module, {**features, **pixels, "position_ids": positions * 2}) - expected).max() > 1e-3
+    assert packed == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batched_vision", [True, False])
+def test_videos_take_the_plain_path(fast: tuple[PumaTransformer, list[int]], batched_vision: bool) -> None:
+    """Their frames are batched all the same."""
+    module, packed = fast
+    config: Any = module.model.config
+    row = [50, config.vision_start_token_id, *[config.video_token_id] * 12, 51, config.ret_token_id]
+    features = {
+        "input_ids": torch.tensor([row, [*[0] * 8, 52, *row[1:6], 53, row[-1]]]),
+        "attention_mask": torch.tensor([[1] * 16, [0] * 8 + [1] * 8]),
+        "pixel_values_videos": torch.randn(48 + 16, 384, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[3, 4, 4], [1, 4, 4]]),
+    }
+    module.fast_path = FastPath(batched_vision=batched_vision)
+    vectors = embedded(module, features)
+    module.fast_path = None
+    assert_close(vectors, embedded(module, features))
+    assert packed == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", [None, FastPath(), FastPath(packing=False)])
+def test_embed_batch_takes_what_a_packer_makes(
+    fast: tuple[PumaTransformer, list[int]], images: list[Image.Image], path: FastPath | None
+) -> None:
+    module, _ = fast
+    inputs = [*list(inputs_of_every_kind(images).values()), "a red apple"]
+    module.fast_path = path
+    batch = module.packer("Find it.")(inputs)
+    assert isinstance(batch, dict) is not (path == FastPath())
+    outputs = module.embed_batch(batch)
+    assert set(outputs) == {"sentence_embedding", "pooler_output"}
+    expected = module(module.preprocess(inputs, prompt="Find it."))
+    for name in outputs:
+        assert_close(outputs[name], expected[name])
+    # A batch packed earlier is embedded as it is, whatever the switches are now.
+    module.fast_path = None if path else FastPath()
+    assert_close(module.embed_batch(batch)["sentence_embedding"], outputs["sentence_embedding"])
+
+
+def test_embedding_changes_nothing_that_is_saved(
+    fast: tuple[PumaTransformer, list[int]], images: list[Image.Image], tmp_path: Path
+) -> None:
+    module, _ = fast
+    model = SentenceTransformer(modules=[module], device="cpu")
+    with plain_forward(model):
+        model.encode([images[0], "a"])
+    model.save_pretrained(str(tmp_path / "before"))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    vectors = model.encode([images[0], "a"])
+    after = model.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in after.items())
+    model[0].fast_path = FastPath(packing=False)  # a choice of this process
+    model.save_pretrained(str(tmp_path / "after"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir() if path.is_file()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "after").iterdir() if path.is_file()} == files
+    again = loaded(tmp_path / "after")
+    again_module: Any = again[0]
+    assert again_module.fast_path == type(again_module.fast_path)()
+    assert_close(again.encode([images[0], "a"]), vectors)
 
 
 # --- saving

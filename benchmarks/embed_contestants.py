@@ -1,0 +1,234 @@
+"""Ways of embedding that `embed.py` compares: the same weights, inputs and processor, another loop around them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from embed_models import Models
+from embed_workloads import Workload
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from puma_hf.embedding.batches import cut
+from puma_hf.embedding.embed import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS, embed
+from puma_hf.modeling.fast_path_puma import FastPath
+from puma_hf.modeling.modeling_puma import last_token_state
+
+Run = Callable[[], Tensor]
+Contestant = Callable[[Workload], Run]
+
+FULL, PLAIN, ENCODE, EMBED = "sentence-transformers, all layers", "sentence-transformers", "encode", "embed"
+LAMRA, VLM2VEC = "in LamRA's manner", "in VLM2Vec's manner"
+READY, READY_PLAIN = "fast path, ready tensors", "plain forward pass, ready tensors"
+LOOP_BATCH_SIZE = 16
+
+
+def contestants(
+    models: Models, kept: int, *, batch_size: int, max_batch_tokens: int | None, ready: bool
+) -> dict[str, Contestant]:
+    """All ways by name.
+
+    Args:
+        models: The weights.
+        kept: Decoder layers of the pruned model.
+        batch_size: Of `encode`, with and without the fast path.
+        max_batch_tokens: Of `embed`.
+        ready: Whether to add the passes over tensors that are made before the clock starts.
+    """
+    pruned, device = models.at(kept), models.device
+    full = models.at(models.num_layers)
+    ways: dict[str, Contestant] = {
+        FULL: partial(_encode, full, batch_size, None),
+        PLAIN: partial(_encode, pruned, batch_size, None),
+        ENCODE: partial(_encode, pruned, batch_size, FastPath()),
+        EMBED: partial(_embed, pruned, max_batch_tokens),
+        LAMRA: partial(_lamra_loop, pruned, device),
+        VLM2VEC: partial(_vlm2vec_loop, pruned, models.with_head(kept), device),
+    }
+    if ready:
+        ways[READY_PLAIN] = partial(_ready_plain, pruned, batch_size, device)
+        ways[READY] = partial(ready_batches, pruned, device)
+    return ways
+
+
+def left_out() -> str:
+    """Who does not take part, and why."""
+    name = "colpali-engine's BiQwen2 is left out"
+    if importlib.util.find_spec("colpali_engine") is None:
+        return (
+            f"{name}: the package is not installed. Release 0.3.18 needs peft < 0.21 and torchvision, and so does not "
+            "install beside puma-hf's own versions."
+        )
+    return f"{name}: it pads and pools in ways of its own, and nobody has held its vectors against these."
+
+
+def one_by_one(model: SentenceTransformer, workload: Workload, indices: list[int]) -> Tensor:
+    """What every way has to give: the plain forward pass on one input at a time, where there is nothing to pad."""
+    module: Any = model[0]
+    process = module.packer(workload.prompt).process
+    rows = []
+    with torch.inference_mode():
+        for index in indices:
+            features = _to(process([workload.inputs[index]]), model.device)
+            rows.append(_plain_forward(module, features).cpu())
+    return torch.cat(rows)
+
+
+@contextmanager
+def fast_path(model: SentenceTransformer, setting: FastPath | None) -> Iterator[Any]:
+    """The input module with these savings; `None` is the plain forward pass."""
+    module: Any = model[0]
+    before, module.fast_path = module.fast_path, setting
+    try:
+        yield module
+    finally:
+        module.fast_path = before
+
+
+def _encode(model: SentenceTransformer, batch_size: int, setting: FastPath | None, workload: Workload) -> Run:
+    def run() -> Tensor:
+        with fast_path(model, setting):
+            return model.encode(
+                workload.inputs,
+                prompt=workload.prompt,
+                batch_size=batch_size,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            ).cpu()
+
+    return run
+
+
+def _embed(model: SentenceTransformer, max_batch_tokens: int | None, workload: Workload) -> Run:
+    def run() -> Tensor:
+        with fast_path(model, FastPath()):
+            result = embed(
+                model,
+                workload.inputs,
+                prompt=workload.prompt,
+                max_batch_tokens=max_batch_tokens,
+                show_progress_bar=False,
+            )
+        return torch.as_tensor(result.embeddings)
+
+    return run
+
+
+def _lamra_loop(model: SentenceTransformer, device: str, workload: Workload) -> Run:
+    """Batches of 16 as they come, padded, through the plain forward pass."""
+    module: Any = model[0]
+    process = module.packer(workload.prompt).process
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        batches = _batches(workload.inputs, process, device)
+        return torch.cat([_plain_forward(module, _to(features, device)).cpu() for features in batches])
+
+    return run
+
+
+def _vlm2vec_loop(model: SentenceTransformer, causal: Any, device: str, workload: Workload) -> Run:
+    """One call of the processor for each input, all hidden states, and the language-model head on every token."""
+    module: Any = model[0]
+    process = module.packer(workload.prompt).process
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+    def collate(items: list[Any]) -> dict[str, Any]:
+        rows = [process([item]) for item in items]
+        features: dict[str, Any] = {}
+        for name in names:
+            values = [row[name] for row in rows if name in row]
+            if name in names[:3]:  # zeros everywhere: what is padded is masked
+                features[name] = pad_sequence([value[0] for value in values], batch_first=True)
+            elif values:
+                features[name] = torch.cat(values)
+        return features
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        vectors = []
+        for features in _batches(workload.inputs, collate, device):
+            features = _to(features, device)
+            states = causal(**features, output_hidden_states=True, return_dict=True).hidden_states[-1]
+            vectors.append(normalize(last_token_state(states, features["attention_mask"]).float(), dim=-1).cpu())
+        return torch.cat(vectors)
+
+    return run
+
+
+def ready_batches(model: SentenceTransformer, device: str, workload: Workload) -> Run:
+    """The fast path on batches that are packed before the clock starts."""
+    with fast_path(model, FastPath()) as module:
+        packer = module.packer(workload.prompt)
+    order, runs = _plan(module, workload, CUDA_BATCH_TOKENS if device == "cuda" else CPU_BATCH_TOKENS, padded=False)
+    batches = [packer([workload.inputs[index] for index in order[run]]) for run in runs]
+    if device == "cuda":
+        batches = [batch.pin_memory() for batch in batches]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with fast_path(model, FastPath()):
+            on_device = (_to(batch, device) for batch in batches)
+            vectors = [module.embed_batch(batch)["sentence_embedding"] for batch in on_device]
+        return _in_order(torch.cat(vectors).cpu(), order)
+
+    return run
+
+
+def _ready_plain(model: SentenceTransformer, batch_size: int, device: str, workload: Workload) -> Run:
+    """The plain forward pass on sentence-transformers' batches, processed before the clock starts."""
+    module: Any = model[0]
+    order = sorted(range(len(workload.inputs)), key=lambda index: -model._input_length(workload.inputs[index]))
+    process = module.packer(workload.prompt).process
+    starts = range(0, len(order), batch_size)
+    batches = [process([workload.inputs[index] for index in order[start : start + batch_size]]) for start in starts]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        vectors = [_plain_forward(module, _to(features, device)) for features in batches]
+        return _in_order(torch.cat(vectors).cpu(), order)
+
+    return run
+
+
+def _plan(module: Any, workload: Workload, max_tokens: int, padded: bool) -> tuple[list[int], list[slice]]:
+    """The longest inputs first, cut at a budget of tokens."""
+    process = module.packer(workload.prompt).process
+    sizes = [process([item])["input_ids"].shape[1] for item in workload.inputs]
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    return order, cut([sizes[index] for index in order], max_tokens, padded)
+
+
+def _batches(inputs: list[Any], collate: Any, device: str) -> Any:
+    """Consecutive batches; with a GPU workers prepare them ahead, as both projects' loops let them."""
+    workers = 4 if device == "cuda" else 0
+    return DataLoader(inputs, batch_size=LOOP_BATCH_SIZE, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+
+def _plain_forward(module: Any, features: dict[str, Any]) -> Tensor:
+    before, module.fast_path = module.fast_path, None
+    try:
+        embeddings: Tensor = module(dict(features))["sentence_embedding"]
+    finally:
+        module.fast_path = before
+    return embeddings
+
+
+def _to(batch: Any, device: Any) -> Any:
+    if isinstance(batch, dict):
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return batch.to(device, non_blocking=True)
+
+
+def _in_order(vectors: Tensor, order: list[int]) -> Tensor:
+    rows = torch.empty_like(vectors)
+    rows[torch.tensor(order)] = vectors
+    return rows

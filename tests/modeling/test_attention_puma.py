@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from puma_hf.modeling import attention_puma
+from puma_hf.modeling.attention_puma import Block, Sequences, attend, blocks_of_lengths, sequences_of
+
+HEADS, KEY_VALUE_HEADS, HEAD_DIM, SCALE = 4, 2, 8, 0.3
+# Two prefixes of 3 and 5 tokens, then sequences: three with the first, one with the second, two with none.
+PREFIXES = blocks_of_lengths([3, 5])
+WITH_PREFIX = (
+    *PREFIXES,
+    Block(2, 4, 4, 8, 8, 0, 3),
+    Block(1, 1, 1, 16, 16, 0, 3),
+    Block(1, 2, 2, 17, 17, 3, 5),
+    Block(2, 3, 3, 19, 19),
+)
+NUM_TOKENS = 25
+
+
+def states(num_tokens: int, heads: int = HEADS, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, heads, HEAD_DIM, generator=generator)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Of one sequence, head by head, written out; the last query stands at the last key."""
+    groups = query.shape[1] // key.shape[1]
+    attended = torch.empty_like(query)
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // groups].T * SCALE
+        for row in range(len(query)):
+            if causal:
+                scores[row, len(key) - len(query) + row + 1 :] = -torch.inf
+        attended[:, head] = scores.softmax(dim=-1) @ value[:, head // groups]
+    return attended
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], causal: bool) -> Tensor:
+    parts = []
+    for block in blocks:
+        prefix = slice(block.first_prefix_key, block.first_prefix_key + block.num_prefix_keys)
+        for number in range(block.count):
+            start, first_key = block.first_query + number * block.num_queries, block.first_key + number * block.num_keys
+            own = slice(first_key, first_key + block.num_keys)
+            keys, values = (torch.cat([tensor[prefix], tensor[own]]) for tensor in (key, value))
+            parts.append(softmax_attention(query[start : start + block.num_queries], keys, values, causal))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("key_value_heads", [HEADS, KEY_VALUE_HEADS, 1])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[1], [7], [3, 3, 3], [1, 1, 5, 2, 2, 1]])
+def test_equals_each_sequence_alone(lengths: list[int], causal: bool, key_value_heads: int) -> None:
+    blocks = blocks_of_lengths(lengths)
+    query = states(sum(lengths))
+    key, value = states(sum(lengths), key_value_heads, 1), states(sum(lengths), key_value_heads, 2)
+    attended = attend(query, key, value, sequences_of(blocks), scale=SCALE, causal=causal)
+    torch.testing.assert_close(attended, one_by_one(query, key, value, blocks, causal), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_prefix_is_seen_whole_and_by_its_own_sequences_alone(causal: bool) -> None:
+    query, key, value = states(NUM_TOKENS), states(NUM_TOKENS, KEY_VALUE_HEADS, 1), states(NUM_TOKENS, 2, 2)
+    attended = attend(query, key, value, sequences_of(WITH_PREFIX), scale=SCALE, causal=causal)
+    torch.testing.assert_close(attended, one_by_one(query, key, value, WITH_PREFIX, causal), rtol=0, atol=1e-6)
+    # What the first prefix holds reaches its three sequences and itself, and nothing else.
+    other = value.clone()
+    other[:3] += 1.0
+    changed = (attend(query, key, other, sequences_of(WITH_PREFIX), scale=SCALE, causal=causal) != attended).any(dim=2)
+    assert changed.all(dim=1).nonzero().flatten().tolist() == [0, 1, 2, *range(8, 17)]
+    assert changed.any(dim=1).sum() == 12
+
+
+def test_the_last_query_alone_equals_the_last_of_all() -> None:
+    blocks = WITH_PREFIX[2:]
+    ends = torch.tensor([11, 15, 16, 18, 21, 24])
+    last = tuple(
+        Block(block.count, 1, block.num_keys, first, block.first_key, block.first_prefix_key, block.num_prefix_keys)
+        for block, first in zip(blocks, (0, 2, 3, 4), strict=True)
+    )
+    query, key, value = states(NUM_TOKENS), states(NUM_TOKENS, KEY_VALUE_HEADS, 1), states(NUM_TOKENS, 2, 2)
+    whole = attend(query, key, value, sequences_of(WITH_PREFIX), scale=SCALE, causal=True)
+    alone = attend(query[ends], key, value, sequences_of(last), scale=SCALE, causal=False)
+    torch.testing.assert_close(alone, whole[ends], rtol=0, atol=1e-6)
+
+
+def test_no_query_looks_ahead() -> None:
+    query, key, value = (states(6, seed=seed) for seed in range(3))
+    sequences = sequences_of((Block(1, 2, 2, 0, 0), Block(1, 4, 4, 2, 2, 0, 2)))
+    before = attend(query, key, value, sequences, scale=SCALE, causal=True)
+    value[4] += 1.0
+    after = attend(query, key, value, sequences, scale=SCALE, causal=True)
+    assert (before != after).flatten(1).any(dim=1).tolist() == [False] * 4 + [True] * 2
+
+
+def test_gradients_are_those_of_attention_written_out() -> None:
+    """The vision tower's attention stays in place for a thread that trains meanwhile."""
+    inputs = [states(NUM_TOKENS, heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, 2, 2))]
+    weights = states(NUM_TOKENS, seed=5)
+    attended = attend(*inputs, sequences_of(WITH_PREFIX), scale=SCALE, causal=True)
+    found = torch.autograd.grad((attended * weights).sum(), inputs)
+    expected = torch.autograd.grad((one_by_one(*inputs, WITH_PREFIX, True) * weights).sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_blocks_join_neighbours_of_one_length() -> None:
+    assert blocks_of_lengths([2, 2, 3, 2]) == (Block(2, 2, 2, 0, 0), Block(1, 3, 3, 4, 4), Block(1, 2, 2, 7, 7))
+    assert blocks_of_lengths([]) == ()
+
+
+def test_what_a_kernel_is_told() -> None:
+    sequences = sequences_of(WITH_PREFIX)
+    assert sequences.query_ends.tolist() == [0, 3, 8, 12, 16, 17, 19, 22, 25]
+    assert sequences.key_ends.tolist() == [0, 3, 8, 15, 22, 26, 33, 36, 39]
+    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    assert (sequences.max_queries, sequences.max_keys) == (5, 7)
+    assert sequences.key_index is not None
+    assert sequences.key_index[8:26].tolist() == [0, 1, 2, *range(8, 12), 0, 1, 2, *range(12, 16), 0, 1, 2, 16]
+    assert sequences_of(PREFIXES).key_index is None
+
+
+def test_sequences_move_with_all_their_tensors() -> None:
+    sequences = pickle.loads(pickle.dumps(sequences_of(WITH_PREFIX)))
+    assert sequences.blocks == WITH_PREFIX
+    moved = sequences.to("meta")
+    assert {moved.query_ends.device.type, moved.key_ends.device.type, moved.key_index.device.type} == {"meta"}
+    assert sequences_of(PREFIXES).to("meta").key_index is None
+
+
+# --- the kernel of CUDA, by what its documentation says
+
+
+def varlen_by_its_documentation(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError("Expect query and key/value to have the same number of heads")
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert cu_seq_q[-1] == len(query)
+    assert cu_seq_k[-1] == len(key) == len(value)
+    assert cu_seq_q.diff().max() == max_q
+    assert cu_seq_k.diff().max() == max_k
+    assert scale == SCALE
+    assert window_size in ((-1, -1), (-1, 0))
+    bounds = zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False)
+    parts = [
+        softmax_attention(query[start:end], key[first:last], value[first:last], window_size == (-1, 0))
+        for start, end, first, last in bounds
+    ]
+    return torch.cat(parts)
+
+
+def varlen_of_torch_2_11(*args: Any, scale: float | None = None, window_size: Any = (-1, -1)) -> Tensor:
+    return varlen_by_its_documentation(*args, scale=scale, window_size=window_size)
+
+
+def varlen_of_torch_2_10(*args: Any, is_causal: bool = False) -> Tensor:
+    raise AssertionError("it cannot be told the scale")
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
+    monkeypatch.setattr(attention_puma, "varlen_attn", request.param)
+    attention_puma._varlen_options.cache_clear()
+    yield request.param
+    attention_puma._varlen_options.cache_clear()
+
+
+@pytest.mark.parametrize("varlen", [varlen_by_its_documentation, varlen_of_torch_2_11], indirect=True)
+@pytest.mark.parametrize("key_value_heads", [HEADS, KEY_VALUE_HEADS])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("blocks", [WITH_PREFIX, PREFIXES, blocks_of_lengths([1, 4, 4])])
+def test_the_kernel_for_any_length_equals_the_blocks(
+    varlen: Any, blocks: tuple[Block, ...], causal: bool, key_value_heads: int
+) -> None:
+    sequences = sequences_of(blocks)
+    num_tokens = int(sequences.query_ends[-1])
+    query = states(num_tokens)
+    key, value = states(num_tokens, key_value_heads, 1), states(num_tokens, key_value_heads, 2)
+    attended = attention_puma._varlen(query, key, value, sequences, SCALE, causal)
+    expected = attend(query, key, value, sequences, scale=SCALE, causal=causal)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
+def test_the_kernel_takes_one_query_of_each_sequence(varlen: Any) -> None:
+    sequences = sequences_of((Block(2, 1, 4, 0, 3, 0, 3), Block(1, 1, 2, 2, 11)))
+    query, key, value = states(3), states(13, KEY_VALUE_HEADS, 1), states(13, KEY_VALUE_HEADS, 2)
+    attended = attention_puma._varlen(query, key, value, sequences, SCALE, causal=False)
+    expected = attend(query, key, value, sequences, scale=SCALE, causal=False)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("varlen", [None, varlen_of_torch_2_10], indirect=True)
+def test_an_older_torch_takes_the_blocks(varlen: Any) -> None:
+    assert not attention_puma._varlen_options()
+
+
+def test_the_stand_in_takes_what_the_kernel_of_this_torch_takes() -> None:
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    parameters = inspect.signature(module.varlen_attn).parameters
+    if "window_size" not in parameters:
+        pytest.skip("this torch is older than 2.11")
+    stand_in = inspect.signature(varlen_by_its_documentation).parameters
+    ours = {name: (parameter.kind, parameter.default) for name, parameter in stand_in.items()}
+    assert ours == {name: (parameters[name].kind, parameters[name].default) for name in stand_in}
+
+
+class OnCuda:
+    """What `attend` asks of its query before it chooses."""
+
+    is_cuda = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_in_half_precision_takes_the_kernel(
+    varlen: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = object()
+    monkeypatch.setattr(attention_puma, "_varlen", lambda *args: taken)
+    query: Any = OnCuda(dtype)
+    sequences: Sequences = sequences_of(PREFIXES)
+    assert attend(query, query, query, sequences, scale=SCALE, causal=True) is taken  # type: ignore[comparison-overlap]
