@@ -26,9 +26,12 @@ Run = Callable[[], Tensor]
 Contestant = Callable[[Workload], Run]
 
 FULL, PLAIN, ENCODE, EMBED = "sentence-transformers, all layers", "sentence-transformers", "encode", "embed"
+SMALL_BATCH_SIZE = 8  # pads less than sentence-transformers' own 32
+PLAIN_SMALL = f"{PLAIN}, batches of {SMALL_BATCH_SIZE}"
 LAMRA, VLM2VEC = "in LamRA's manner", "in VLM2Vec's manner"
 READY, READY_PLAIN = "fast path, ready tensors", "plain forward pass, ready tensors"
 LOOP_BATCH_SIZE = 16
+READY_TOKENS = {"cpu": CPU_BATCH_TOKENS, "cuda": CUDA_BATCH_TOKENS}
 
 
 def contestants(
@@ -39,8 +42,8 @@ def contestants(
     Args:
         models: The weights.
         kept: Decoder layers of the pruned model.
-        batch_size: Of `encode`, with and without the fast path.
-        max_batch_tokens: Of `embed`.
+        batch_size: Of `encode`, with and without the fast path; without it also 8.
+        max_batch_tokens: Of `embed`, and of tensors made ready for the fast path; `None` for `embed`'s own.
         ready: Whether to add the passes over tensors that are made before the clock starts.
     """
     pruned, device = models.at(kept), models.device
@@ -48,6 +51,7 @@ def contestants(
     ways: dict[str, Contestant] = {
         FULL: partial(_encode, full, batch_size, None),
         PLAIN: partial(_encode, pruned, batch_size, None),
+        PLAIN_SMALL: partial(_encode, pruned, SMALL_BATCH_SIZE, None),
         ENCODE: partial(_encode, pruned, batch_size, FastPath()),
         EMBED: partial(_embed, pruned, max_batch_tokens),
         LAMRA: partial(_lamra_loop, pruned, device),
@@ -55,7 +59,7 @@ def contestants(
     }
     if ready:
         ways[READY_PLAIN] = partial(_ready_plain, pruned, batch_size, device)
-        ways[READY] = partial(ready_batches, pruned, device)
+        ways[READY] = partial(ready_batches, pruned, device, max_batch_tokens)
     return ways
 
 
@@ -164,11 +168,11 @@ def _vlm2vec_loop(model: SentenceTransformer, causal: Any, device: str, workload
     return run
 
 
-def ready_batches(model: SentenceTransformer, device: str, workload: Workload) -> Run:
+def ready_batches(model: SentenceTransformer, device: str, max_batch_tokens: int | None, workload: Workload) -> Run:
     """The fast path on batches that are packed before the clock starts."""
     with fast_path(model, FastPath()) as module:
         packer = module.packer(workload.prompt)
-    order, runs = _plan(module, workload, CUDA_BATCH_TOKENS if device == "cuda" else CPU_BATCH_TOKENS, padded=False)
+    order, runs = _plan(module, workload, max_batch_tokens or READY_TOKENS[device])
     batches = [packer([workload.inputs[index] for index in order[run]]) for run in runs]
     if device == "cuda":
         batches = [batch.pin_memory() for batch in batches]
@@ -199,12 +203,12 @@ def _ready_plain(model: SentenceTransformer, batch_size: int, device: str, workl
     return run
 
 
-def _plan(module: Any, workload: Workload, max_tokens: int, padded: bool) -> tuple[list[int], list[slice]]:
+def _plan(module: Any, workload: Workload, max_tokens: int) -> tuple[list[int], list[slice]]:
     """The longest inputs first, cut at a budget of tokens."""
     process = module.packer(workload.prompt).process
     sizes = [process([item])["input_ids"].shape[1] for item in workload.inputs]
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    return order, cut([sizes[index] for index in order], max_tokens, padded)
+    return order, cut([sizes[index] for index in order], max_tokens, padded=False)
 
 
 def _batches(inputs: list[Any], collate: Any, device: str) -> Any:

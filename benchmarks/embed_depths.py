@@ -17,7 +17,7 @@ def measure_depths(
     results: dict[str, dict[int, Measured]] = {}
     for name, workload in chosen.items():
         runs = {
-            depth: ready_batches(models.at(depth), models.device, workload)
+            depth: ready_batches(models.at(depth), models.device, None, workload)
             for depth in sorted({*depths, models.num_layers})
         }
         sample = list(range(0, len(workload.inputs), max(1, len(workload.inputs) // SAMPLE)))

@@ -160,7 +160,7 @@ def measure_random(args: argparse.Namespace, names: list[str]) -> list[Measured]
     changed = {name: with_option(base, name) for name in names}
     results = {name: Measured(name, num_bytes(model)) for name, model in changed.items()}
     for workload, inputs in chosen.items():
-        runs = {name: ready_batches(model, args.device, inputs) for name, model in changed.items()}
+        runs = {name: ready_batches(model, args.device, None, inputs) for name, model in changed.items()}
         expected: Tensor | None = None
         for name, run in runs.items():
             start = time.perf_counter()

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import mkdtemp, mkstemp
 
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
@@ -83,17 +83,31 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(parked.parent)
 
 
-def write_bytes_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; its folder is made if need be.
+
+    Several processes may write the same file at once: one of them wins.
 
     Args:
         path: The file, which is replaced if it is there.
         content: What it is to hold.
+        sync: Whether it must be on the disk when this returns; of thousands of small files, that can be copied again,
+            this would cost a wait each.
+
+    Raises:
+        OSError: If it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    handle, draft = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
     try:
-        draft.write_bytes(content)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(draft, 0o644)
         os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from puma_hf import files
-from puma_hf.files import PUMA_MODEL_TYPES, new_directory, write_bytes_whole
+from puma_hf.files import PUMA_MODEL_TYPES, new_directory, write_whole
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -170,11 +170,12 @@ def test_the_model_types_are_those_of_the_configurations() -> None:
     assert tuple(kind.model_type for kind in CONFIG_CLASSES) == PUMA_MODEL_TYPES
 
 
-def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sync", [True, False])
+def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
     path = tmp_path / "folder" / "image.png"
-    write_bytes_whole(path, b"old")
+    write_whole(path, b"old", sync=sync)
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("full")))
     with pytest.raises(OSError, match="full"):
-        write_bytes_whole(path, b"new")
+        write_whole(path, b"new", sync=sync)
     assert path.read_bytes() == b"old"
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from puma_hf.files import write_bytes_whole
+from puma_hf.files import write_whole
 from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image
 
 IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
@@ -110,7 +110,7 @@ class ImageFiles:
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         path = self._save_to / f"{digest}.{kind}"
         if not self._dry and not path.is_file():
-            write_bytes_whole(path, content)
+            write_whole(path, content, sync=False)
         self.sizes[str(path)] = size
         return str(path)
 

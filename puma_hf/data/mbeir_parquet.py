@@ -22,7 +22,7 @@ from puma_hf.data.mbeir_copies import ParquetCopy
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
-from puma_hf.files import write_bytes_whole
+from puma_hf.files import write_whole
 
 IMAGE_FOLDER = "images"  # below the image root
 
@@ -227,5 +227,5 @@ class _ImageStore:
         name = f"{IMAGE_FOLDER}/{digest[:2]}/{digest[2:]}{_SUFFIXES.get(kind, f'.{kind.lower()}')}"
         path = self._root / name
         if not path.is_file() or path.stat().st_size != len(data):
-            write_bytes_whole(path, data)
+            write_whole(path, data, sync=False)
         return name

@@ -198,9 +198,7 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong, a did comes twice or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        folder = self.root / "cand_pool" / "local"
-        own = folder / f"mbeir_{task.name}_{split}_cand_pool.jsonl"
-        return self._read_pool(own if own.is_file() else folder / f"mbeir_{task.name}_cand_pool.jsonl")
+        return self._read_pool(self.local_pool_path(task, split))
 
     def global_pool(self, split: str = "test") -> dict[str, Candidate]:
         """Candidates of all tasks.
@@ -216,11 +214,7 @@ class MBEIR:
             MBEIRFormatError: If a line is wrong, a did comes twice or the file is empty.
             FileNotFoundError: If the file or an image is missing.
         """
-        folder = self.root / "cand_pool" / "global"
-        path = folder / f"mbeir_union_{split.removeprefix(UNION_PREFIX)}_cand_pool.jsonl"
-        if path.name == "mbeir_union_val_cand_pool.jsonl" and not path.is_file():
-            path = folder / "mbeir_union_test_cand_pool.jsonl"
-        return self._read_pool(path)
+        return self._read_pool(self.global_pool_path(split))
 
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]
@@ -310,6 +304,19 @@ class MBEIR:
     def query_path(self, split: str, task: MBEIRTask) -> Path:
         """File of the queries of a task."""
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
+
+    def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
+        """File of the candidates of a task, see `local_pool`."""
+        folder = self.root / "cand_pool" / "local"
+        own = folder / f"mbeir_{task.name}_{split}_cand_pool.jsonl"
+        return own if own.is_file() else folder / f"mbeir_{task.name}_cand_pool.jsonl"
+
+    def global_pool_path(self, split: str) -> Path:
+        """File of the candidates of all tasks, see `global_pool`."""
+        folder = self.root / "cand_pool" / "global"
+        path = folder / f"mbeir_union_{split.removeprefix(UNION_PREFIX)}_cand_pool.jsonl"
+        is_shared = path.name == "mbeir_union_val_cand_pool.jsonl" and not path.is_file()
+        return folder / "mbeir_union_test_cand_pool.jsonl" if is_shared else path
 
     def _union_path(self, split: str) -> Path:
         folder, part = self.root / "query" / split, split.removeprefix(UNION_PREFIX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,17 @@ _HELD_BYTES = 256 * 2**20  # of images that a window of a stream keeps in memory
 
 
 @dataclass(frozen=True)
+class Unsendable:
+    """Stands for an input that cannot go to a worker process.
+
+    Args:
+        reason: Why.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """Inputs to be embedded together.
 
@@ -31,6 +43,26 @@ class Batch:
     indices: tuple[int, ...]
     inputs: tuple[Any, ...]
     rates: Rates
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without fail: in a thread of `DataLoader` an error would be lost, and it would wait forever."""
+        try:
+            inputs = pickle.dumps(self.inputs, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # such as of an image that PIL has opened but not read, and cannot
+            inputs = pickle.dumps(tuple(map(_sendable, self.inputs)), pickle.HIGHEST_PROTOCOL)
+        return _unpickled, (self.indices, inputs, self.rates)
+
+
+def _sendable(item: Any) -> Any:
+    try:
+        pickle.dumps(item)
+    except Exception as error:
+        return Unsendable(f"{type(error).__name__}: {error}")
+    return item
+
+
+def _unpickled(indices: tuple[int, ...], inputs: bytes, rates: Rates) -> Batch:
+    return Batch(indices, pickle.loads(inputs), rates)
 
 
 def cut(sizes: Sequence[float], max_tokens: float, padded: bool = False) -> list[slice]:

@@ -52,7 +52,7 @@ class EmbedConfig(CheckedConfig):
         "raise", "On an input that cannot be read: raise; skip, which leaves it out; or zero, which stores zeros."
     )
     format: FileFormat = option("parquet", "Files to write; safetensors has the ids in a Parquet file beside.")
-    shard_size: int = option(10_000, "Inputs a file; those of two are in memory at a time.", at_least=1)
+    shard_size: int = option(10_000, "Inputs a file; those of up to three are in memory at a time.", at_least=1)
     max_batch_tokens: int | None = option(None, "Tokens of a batch; default: by device.", at_least=1)
     num_workers: int | None = option(None, "Processes that read and prepare inputs; default: by device.", at_least=0)
     dtype: WeightsDtype = option("auto", "Data type of the weights; auto is what they are stored in.")

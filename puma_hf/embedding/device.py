@@ -86,5 +86,5 @@ def _copy_back(rows: Tensor) -> tuple[Tensor, Any]:
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(rows.device))  # by default that of the current device
     return host, event

@@ -94,13 +94,8 @@ def embed(
 
     Source: ours; what is computed is PUMA, ACM MM 2025, arXiv 2507.08064.
     """
-    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Sized):
-        raise ValueError(
-            f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single input in [ ]; pass a stream "
-            "to iterate_embeddings."
-        )
-    if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
-        raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
+    if not isinstance(inputs, Sized):
+        raise ValueError(_not_a_list(inputs))
     check_precision(precision, ranges)
     errors: list[BrokenInput] = []
     batches = iterate_embeddings(
@@ -180,7 +175,7 @@ def iterate_embeddings(
     ...     index.add_with_ids(rows.numpy(), indices.numpy())
     ```
     """
-    _check(model, max_batch_tokens, num_workers, on_error)
+    _check(model, inputs, max_batch_tokens, num_workers, on_error)
     dim = _dim(model, truncate_dim)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
@@ -273,13 +268,25 @@ def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
     return max(0, min(_MOST_WORKERS, cores - 1, useful))
 
 
-def _check(model: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
+def _not_a_list(inputs: Any) -> str:
+    return (
+        f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single input in [ ]; pass a stream to "
+        "iterate_embeddings."
+    )
+
+
+def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
     if not (isinstance(model, torch.nn.Sequential) and len(model) and hasattr(model[0], "packer")):
         raise ValueError(
             f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
             "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
-            "version of puma_hf has written. Use model.encode with any other."
+            "version of puma_hf has written (PumaModel and PumaProcessor.from_pretrained(old).save_pretrained(new) "
+            "write an older one anew). Use model.encode with any other."
         )
+    if isinstance(inputs, str | bytes | Mapping):
+        raise ValueError(_not_a_list(inputs))
+    if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
+        raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
     for name, value, least in (("max_batch_tokens", max_batch_tokens, 1), ("num_workers", num_workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from puma_hf.embedding.batches import AIM, Batch, cut
+from puma_hf.embedding.batches import AIM, Batch, Unsendable, cut
 from puma_hf.embedding.features import take
 from puma_hf.embedding.measure import Measure, Rates, is_known, parts_of
 from puma_hf.embedding.results import BrokenInput
@@ -82,6 +82,10 @@ class Preparer(Dataset[Prepared]):
 
     def _loaded(self, batch: Batch, broken: list[BrokenInput]) -> Iterator[tuple[int, Any]]:
         for index, item in zip(batch.indices, batch.inputs, strict=True):
+            if isinstance(item, Unsendable):
+                message = f"inputs[{index}]: cannot be sent to a worker process ({item.reason}). If it is whole, pass "
+                broken.append(BrokenInput(index, message + "a path or bytes in its place, or num_workers=0."))
+                continue
             try:
                 yield index, item if self.load is None else self.load(item)
             except MemoryError:

@@ -145,7 +145,8 @@ class Measure:
     def rates(self, parts: Sequence[Parts], known: Rates) -> Rates:
         """Rates for these inputs, from a few of them, evenly spaced; the known ones where there is nothing to see."""
         texts = _spread([text for one in parts for text in one.texts], _SAMPLED_TEXTS)
-        texts = [text[:_SAMPLED_CHARACTERS] for text in texts]
+        # Half a character, which JSON may hold, is an error for the tokenizer; the processor will say so.
+        texts = [text[:_SAMPLED_CHARACTERS].encode(errors="replace").decode() for text in texts]
         if num_bytes := sum(map(_num_bytes, texts)):
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             known = replace(known, bytes_per_token=num_bytes / max(1, sum(map(len, encoded))))
@@ -165,7 +166,7 @@ class Measure:
     def _image_tokens(self, size: tuple[int, int]) -> float:
         try:
             patches = self._image_processor.get_number_of_image_patches(*size, self._images_kwargs)
-        except ValueError:  # too long for its width; the processor will say so
+        except (ValueError, ZeroDivisionError):  # too long for its width, or empty; the processor will say so
             return 1.0
         return float(patches // self._image_processor.merge_size**2)
 

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from puma_hf.data.images import IMAGE_SUFFIXES
 from puma_hf.data.mbeir_format import ImageFinder, location, parse_candidate, read_jsonl
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
-from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 CONTENT = ("text", "image", "instruction")
 GLOBAL_POOL = "global"
 _ROWS_AT_ONCE = 64  # of a Parquet file: images may be inside
+_HASH_BYTES = 16
 
 
 class Line(NamedTuple):
@@ -143,22 +144,18 @@ class Corpus(ABC):
             raise ValueError(f"{self.path} holds no inputs. Name one with at least one text or image.")
         return Survey(num_items, [self.record(row, line) for row, line in sorted(sample, key=lambda pair: pair[0])])
 
-    def input_hash(self, records: Sequence[Record]) -> str:
-        """A name for what these records are: ids, texts, instructions, and of each image path, size and time of change.
+    def content_hash(self, record: Record) -> str:
+        """A name for what a model sees of a record: text, instruction, and of an image path, size and time of change.
 
         Paths are taken below the corpus, so that a folder may be moved.
         """
-        digest = blake2b(digest_size=16)
-        for record in records:
-            content = [record.id, record.text, record.instruction, self._image_state(record.image)]
-            digest.update(json.dumps(content).encode() + b"\n")
-        return digest.hexdigest()
+        return _hash([record.text, record.instruction, self._image_state(record.image)])
 
     def _image_state(self, image: str | bytes | None) -> list[Any] | None:
         if image is None:
             return None
         if isinstance(image, bytes):
-            return [blake2b(image, digest_size=16).hexdigest()]
+            return [blake2b(image, digest_size=_HASH_BYTES).hexdigest()]
         name = image.removeprefix(self._images.root + os.sep)
         try:
             status = os.stat(image)
@@ -287,12 +284,12 @@ class PoolCorpus(Corpus):
     """
 
     def __init__(self, path: Path, split: str, pool: str) -> None:
-        data = _PoolPaths(path)
-        if pool == GLOBAL_POOL:
-            data.global_pool(split)
-        else:
-            data.local_pool(select_tasks(data.tasks(split), [pool])[0], split)
-        super().__init__(data.path, data.image_root)
+        data = MBEIR(path)
+        tasks = {} if pool == GLOBAL_POOL else {task.name: task for task in data.tasks(split)}
+        if pool != GLOBAL_POOL and pool not in tasks:
+            raise ValueError(f"pool={pool!r} must be {GLOBAL_POOL!r} or a task here: {', '.join(tasks)}. Choose one.")
+        file = data.local_pool_path(tasks[pool], split) if tasks else data.global_pool_path(split)
+        super().__init__(file, data.image_root)
 
     def lines(self, problems: Problems | None = None) -> Iterator[Line]:
         return (Line(location(self.path, line), record) for line, record in read_jsonl(self.path, problems))
@@ -302,14 +299,9 @@ class PoolCorpus(Corpus):
         return Record(row, candidate.did, candidate.text, candidate.image)
 
 
-class _PoolPaths(MBEIR):
-    """Finds the file of a pool as `MBEIR` does, but does not read it: a pool may be larger than memory."""
-
-    path: Path
-
-    def _read_pool(self, path: Path) -> dict[str, Any]:
-        self.path = path
-        return {}
+def input_hash(records: Sequence[Record], content_hashes: Sequence[str]) -> str:
+    """A name for what these records are: their ids, and the hash of each one's content."""
+    return _hash([[record.id, content] for record, content in zip(records, content_hashes, strict=True)])
 
 
 def open_corpus(data: str | Path, *, split: str = "test", pool: str = GLOBAL_POOL) -> Corpus:
@@ -345,6 +337,10 @@ def open_corpus(data: str | Path, *, split: str = "test", pool: str = GLOBAL_POO
         raise FileNotFoundError(f"{str(data)!r} is neither a file nor a folder. Check the path.")
     is_mbeir = (path / "query").is_dir() or (path / "cand_pool").is_dir()
     return PoolCorpus(path, split, pool) if is_mbeir else ImageFolder(path)
+
+
+def _hash(values: Sequence[Any]) -> str:
+    return blake2b(json.dumps(values).encode(), digest_size=_HASH_BYTES).hexdigest()
 
 
 def _parquet_lines(path: Path) -> Iterator[Line]:

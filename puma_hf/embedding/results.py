@@ -54,7 +54,8 @@ class BrokenInputError(ValueError):
         return self.broken.index
 
     def __str__(self) -> str:
+        reason = self.broken.message.rstrip(".")
         return (
-            f"{self.broken.message} Repair or remove this input, or pass on_error='skip' to leave out what is "
-            "broken, 'zero' to have zeros in its place."
+            f"{reason}. Repair or remove this input, or pass on_error='skip' to leave out what is broken, 'zero' to "
+            "have zeros in its place."
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +18,13 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from puma_hf.embedding.config import EmbedConfig
-from puma_hf.embedding.embed import iterate_embeddings
-from puma_hf.embedding.precision import Collector, quantize, ranges_of
-from puma_hf.embedding.records import Corpus, Record, open_corpus
-from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+from puma_hf.embedding.precision import quantize, ranges_of
+from puma_hf.embedding.record_embeddings import embed_records, embedding_dim, expect_less
+from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
+from puma_hf.embedding.results import EmbedResult
 from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
 from puma_hf.embedding.store import ERRORS, MANIFEST, RANGES, EmbeddingStore
+from puma_hf.embedding.unfinished import UnfinishedShard
 from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
 from puma_hf.evaluation.processes import broadcast, connect, gather, own_device, shared_folder
 from puma_hf.files import is_puma_directory
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
-_SHOWN = 5
-_PLACE = re.compile(r"^inputs\[\d+\]: ")  # in a shard, which says nothing to who knows ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class EmbedReport:
         num_errors: Inputs that could not be embedded.
         num_shards: Shards in the directory.
         num_new_shards: Those of them that this run has made.
-        num_new_items: Inputs of these.
+        num_new_items: Inputs of these that this run has embedded.
         embedding_dim: Dimensions of an embedding.
         precision: What is stored of them.
         seconds: Time from the first input to the last.
@@ -69,22 +67,26 @@ class EmbedReport:
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
         lines = [
-            f"embedded {self.num_new_items:,} inputs{rate}; {self.num_items - self.num_new_items:,} already were",
+            f"embedded {_inputs(self.num_new_items)}{rate}; {self.num_items - self.num_new_items:,} already were",
             f"saved    {self.num_rows:,} embeddings of {self.embedding_dim} dimensions as {self.precision} in "
             f"{self.num_shards} {'shard' if self.num_shards == 1 else 'shards'}: {self.output}",
         ]
         if self.num_errors:
-            inputs = "1 input" if self.num_errors == 1 else f"{self.num_errors:,} inputs"
-            lines.append(f"broken   {inputs}, see {Path(self.output, ERRORS)}")
+            lines.append(f"broken   {_inputs(self.num_errors)}, see {Path(self.output, ERRORS)}")
         return "\n".join(lines)
+
+
+def _inputs(count: int) -> str:
+    return "1 input" if count == 1 else f"{count:,} inputs"
 
 
 def embed_corpus(config: EmbedConfig) -> EmbedReport:
     """Embed a corpus into a directory of shards; a run that was stopped goes on where it was.
 
     Shards are of consecutive inputs, and each is written whole or not at all. A shard is made again if its inputs
-    changed: ids, texts, instructions, or path, size or time of change of an image. Started by `accelerate launch` or
-    `torchrun`, the processes share the shards, and all return the same report. `open_embeddings` reads the result.
+    changed: ids, texts, instructions, or path, size or time of change of an image. What an error leaves of a shard is
+    kept beside it, and the next run embeds the rest. Started by `accelerate launch` or `torchrun`, the processes share
+    the shards, and all return the same report. `open_embeddings` reads the result.
 
     Args:
         config: What to embed, with which model, and where to; see `EmbedConfig`.
@@ -125,6 +127,15 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         return _Run(config, corpus, model, store).run(num_items)
 
 
+class _Work(NamedTuple):
+    """A shard of the corpus: what it will say of itself, its inputs and a hash of each, and itself if it is there."""
+
+    wanted: ShardInfo
+    records: list[Record]
+    content_hashes: list[str]
+    there: ShardInfo | None
+
+
 class _Run:
     """The work of one process, and what all of them come to."""
 
@@ -135,6 +146,7 @@ class _Run:
         self.store = store
         self.rank, self.count = connect()
         self.new: list[ShardInfo] = []
+        self.num_kept = 0  # inputs of these that an earlier run has embedded
 
     def run(self, num_items: int) -> EmbedReport:
         """Make what is missing, and finish the directory."""
@@ -147,8 +159,9 @@ class _Run:
         seconds = time.monotonic() - start
         shards = sorted((info for part in gather(found) for info in part), key=lambda info: info.shard)
         new = [info for part in gather(self.new) for info in part]
+        num_kept = sum(gather(self.num_kept))
         self._check_whole(shards)
-        dim = _embedding_dim(self.model, self.config)
+        dim = embedding_dim(self.model, self.config)
         if self.rank == 0:
             described = {
                 "model": short_name(self.config.model),
@@ -165,7 +178,7 @@ class _Run:
             num_errors=sum(info.num_errors for info in shards),
             num_shards=len(shards),
             num_new_shards=len(new),
-            num_new_items=sum(info.num_items for info in new),
+            num_new_items=sum(info.num_items for info in new) - num_kept,
             embedding_dim=dim,
             precision=self.config.precision,
             seconds=max(gather(seconds)),
@@ -176,27 +189,26 @@ class _Run:
         found: list[ShardInfo] = []
         writes: list[Future[ShardInfo]] = []
         with ThreadPoolExecutor(1) as writer:
-            for wanted, records, there in _ahead(self._my_shards()):
-                if there is not None:
-                    progress.total -= len(records)  # so that the rate, and the time left, are those of the work
-                    progress.refresh()
-                    found.append(there)
+            for work in _ahead(self._my_shards()):
+                if work.there is not None:
+                    expect_less(progress, len(work.records))
+                    found.append(work.there)
                     continue
-                before = progress.n
-                result = _embed(self.model, records, self.config, progress)
-                progress.update(before + len(records) - progress.n)  # what was left out
-                self._check_finite(result, records)
+                unfinished = UnfinishedShard(self.store.folder, work.wanted, work.content_hashes)
+                result = embed_records(self.model, work.records, self.config, progress, unfinished)
+                self.num_kept += unfinished.num_kept
                 self.new += [write.result() for write in writes]  # one at a time waits in memory
-                writes = [writer.submit(self._write, wanted, records, result)]
+                writes = [writer.submit(self._write, work, result, unfinished)]
             self.new += [write.result() for write in writes]
         return found + self.new
 
-    def _my_shards(self) -> Iterator[tuple[ShardInfo, list[Record], ShardInfo | None]]:
-        """Every so-many-th shard of the corpus: what it will say of itself, its inputs, and itself if it is there."""
+    def _my_shards(self) -> Iterator[_Work]:
+        """Every so-many-th shard of the corpus."""
         for number, records in self._my_records():
-            key = self.corpus.input_hash(records)
+            hashes = [self.corpus.content_hash(record) for record in records]
+            key = input_hash(records, hashes)
             wanted = self.store.info(number, records[0].row, len(records), key, self.config.on_error)
-            yield wanted, records, self.store.finished(wanted)
+            yield _Work(wanted, records, hashes, self.store.finished(wanted))
 
     def _my_records(self) -> Iterator[tuple[int, list[Record]]]:
         """The number and the inputs of each of these shards; the lines of the others are not kept."""
@@ -212,25 +224,19 @@ class _Run:
         if records:
             yield number, records
 
-    def _write(self, wanted: ShardInfo, records: Sequence[Record], result: EmbedResult) -> ShardInfo:
+    def _write(self, work: _Work, result: EmbedResult, unfinished: UnfinishedShard) -> ShardInfo:
+        records = work.records
         rows = [records[place] for place in result.indices.tolist()]
         content = Shard(
             [record.id for record in rows],
             np.array([record.row for record in rows], np.int64),
             quantize(result.embeddings, self.config.precision, self.store.ranges),
         )
-        broken = [(records[error.index], _PLACE.sub("", error.message)) for error in result.errors]
+        broken = [(records[error.index], error.message) for error in result.errors]
         errors = [BrokenRecord(record.row, record.id, message) for record, message in broken]
-        return self.store.write(wanted, content, errors)
-
-    def _check_finite(self, result: EmbedResult, records: Sequence[Record]) -> None:
-        bad = (~np.isfinite(result.embeddings).all(axis=1)).nonzero()[0].tolist()
-        if bad:
-            names = [records[result.indices[place]].id for place in bad[:_SHOWN]]
-            raise ValueError(
-                f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first {names}. Look at "
-                "these inputs, or load the weights as bfloat16 or float32 instead of float16."
-            )
+        info = self.store.write(work.wanted, content, errors)
+        unfinished.remove()
+        return info
 
     def _check_whole(self, shards: Sequence[ShardInfo]) -> None:
         """All processes must have read the same corpus."""
@@ -252,47 +258,11 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _embed(
-    model: SentenceTransformer, records: Sequence[Record], config: EmbedConfig, progress: Any = None
-) -> EmbedResult:
-    """Embed records in float32; an error names the record."""
-    errors: list[BrokenInput] = []
-    batches = iterate_embeddings(
-        model,
-        [record.model_input for record in records],
-        prompt=config.prompt,
-        max_batch_tokens=config.max_batch_tokens,
-        num_workers=config.num_workers,
-        on_error=config.on_error,
-        report=errors.append,
-        truncate_dim=config.truncate_dim,
-        show_progress_bar=False,
-    )
-    rows = Collector(len(records), _embedding_dim(model, config), "float32")
-    try:
-        for indices, embeddings in batches:
-            rows.add(indices, embeddings)
-            if progress is not None:
-                progress.update(len(indices))
-    except BrokenInputError as error:
-        record, message = records[error.index], _PLACE.sub("", error.broken.message)
-        raise ValueError(
-            f"Input {record.id!r} (row {record.row}) cannot be embedded: {message} Mend it and run the same command "
-            "again, which goes on after the finished shards; or pass on_error='skip' (--on-error skip) to leave out "
-            "what is broken, 'zero' to have zeros in its place."
-        ) from error
-    return rows.result(errors)
-
-
-def _embedding_dim(model: SentenceTransformer, config: EmbedConfig) -> int:
-    return config.truncate_dim or int(model.get_embedding_dimension() or 0)
-
-
 def _find_ranges(model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig) -> NDArray[np.float32]:
     """The least and the largest value of every dimension among the embeddings of a sample, `(2, embedding_dim)`."""
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
     # What is broken is told with its shard.
-    rows = _embed(model, sample, replace(config, on_error="skip")).embeddings
+    rows = embed_records(model, sample, replace(config, on_error="skip")).embeddings
     if len(rows) < 2:
         raise ValueError(
             f"precision={config.precision!r} is scaled by the embeddings of 2 inputs or more, and of {len(sample)} "

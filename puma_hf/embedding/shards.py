@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from puma_hf.embedding.config import FileFormat
+from puma_hf.files import write_whole
 
 _KEY = "puma_hf"  # where the files have their description
 _IDS_SUFFIX = ".ids.parquet"
@@ -216,23 +214,3 @@ def _description(path: Path) -> str:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
     return str((metadata or {})[_KEY])
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and on the disk when this returns.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise

@@ -27,8 +27,9 @@ from puma_hf.embedding.shards import (
     read_shard,
     shard_files,
     write_shard,
-    write_whole,
 )
+from puma_hf.embedding.unfinished import LEFTOVERS
+from puma_hf.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ FORMAT = "puma_hf embeddings of a corpus"
 FORMAT_VERSION = 1
 
 _SHARD_FILE = re.compile(r"shard-(\d{5,})\.(?:parquet|safetensors|ids\.parquet)")
-_DRAFTS = (".shard-*.tmp", f".{MANIFEST}-*.tmp", f".{ERRORS}-*.tmp", f".{RANGES}-*.tmp")
+_DRAFTS = (".shard-*.tmp", f".{MANIFEST}-*.tmp", f".{ERRORS}-*.tmp", f".{RANGES}-*.tmp", *LEFTOVERS)
 
 
 class EmbeddingStore:

@@ -6,8 +6,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from puma_hf.evaluation.embedding_index import EmbeddingIndex
+from puma_hf.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -264,18 +263,7 @@ class EmbeddingCache:
 
     def _write_whole(self, name: str, content: bytes) -> None:
         with _explained(self.folder):
-            handle, temporary = tempfile.mkstemp(prefix=f".{name}-", suffix=".tmp", dir=self.folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, self.folder / name)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                raise
+            write_whole(self.folder / name, content)
 
 
 class CachedCandidates:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+# Tokens of the longest sequence that gets a mask of its size.
+_LONGEST_MASK = 2048
 
 varlen_attn: Any
 try:
@@ -119,8 +122,8 @@ def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
 def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float, causal: bool) -> Tensor:
     """Attention of each sequence's queries to its keys.
 
-    On CUDA in half precision, from torch 2.11 on, one kernel for sequences of any length does it; elsewhere one call
-    for each block of sequences of one length. Neither waits for the device.
+    On NVIDIA GPUs from Ampere on, in half precision and with torch 2.11, one kernel for sequences of any length does
+    it; elsewhere one call for each block of sequences of one length. Neither waits for the device.
 
     Args:
         query: `(num_queries, num_heads, head_dim)`, all sequences one after another.
@@ -146,16 +149,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
     True
     ```
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _varlen_options():
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen(query.device, query.shape[-1]):
         return _varlen(query, key, value, sequences, scale, causal)
     attended = torch.empty_like(query)
     for block in sequences.blocks:
         end = block.first_query + block.count * block.num_queries
         queries = _per_sequence(query, block.first_query, block.count, block.num_queries)
         keys, values = (_with_prefix(tensor, block) for tensor in (key, value))
-        mask = _lower_right(block, query.device) if causal and block.num_prefix_keys else None
+        hidden = causal and block.num_prefix_keys > 0 and block.num_queries > 1
+        # A mask of long sequences would be large: there, queries in the places of the prefix make it a triangle.
+        added = block.num_prefix_keys if hidden and block.num_prefix_keys + block.num_queries > _LONGEST_MASK else 0
+        mask = _lower_right(block, query.device) if hidden and not added else None
         part = scaled_dot_product_attention(
-            queries,
+            pad(queries, (0, 0, added, 0)) if added else queries,
             keys,
             values,
             attn_mask=mask,
@@ -163,7 +169,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        attended[block.first_query : end] = part.transpose(1, 2).flatten(0, 1)
+        attended[block.first_query : end] = part[:, :, added:].transpose(1, 2).flatten(0, 1)
     return attended
 
 
@@ -181,10 +187,8 @@ def _with_prefix(tensor: Tensor, block: Block) -> Tensor:
     return torch.cat([prefix.expand(block.count, -1, -1, -1), own], dim=2)
 
 
-def _lower_right(block: Block, device: torch.device) -> Tensor | None:
-    """Which keys, those of the prefix first, each query of a sequence may see; `None` for all."""
-    if block.num_queries == 1:
-        return None
+def _lower_right(block: Block, device: torch.device) -> Tensor:
+    """Which keys, those of the prefix first, each query of a sequence may see."""
     end = block.num_prefix_keys + block.num_queries
     return _triangle(2 ** (end - 1).bit_length(), device)[block.num_prefix_keys : end, :end]
 
@@ -193,6 +197,15 @@ def _lower_right(block: Block, device: torch.device) -> Tensor | None:
 def _triangle(size: int, device: torch.device) -> Tensor:
     """Of which every such mask is a part, so that few of them serve all lengths."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+@lru_cache(maxsize=16)
+def _has_varlen(device: torch.device, head_dim: int) -> bool:
+    """Whether the kernel for sequences of any length is there and takes such heads."""
+    if torch.version.hip is not None or not _varlen_options():
+        return False
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
 
 
 @lru_cache(maxsize=1)

@@ -54,13 +54,22 @@ class FastPath:
 
 
 def can_pack(model: Any) -> bool:
-    """Whether the decoder is one that `packed_states` knows: on one device, without sliding windows and hooks."""
+    """Whether the decoder is one that `packed_states` knows: on one device, without sliding windows, as it was made."""
     decoder = model.language_model
     sliding = any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in decoder.layers)
-    # Whoever hooks into a layer, or shards its weights (FSDP, ZeRO-3), counts on its being called as a whole.
-    called = (model, decoder, *decoder.layers, *(layer.self_attn for layer in decoder.layers))
-    hooked = any(map(_has_hooks, called))
-    return not (sliding or hooked) and len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
+    # Each part that would not be called, and what it calls itself.
+    parts = [(model, "language_model"), (decoder, "layers"), *((layer, "self_attn") for layer in decoder.layers)]
+    parts += [(layer.self_attn, "q_proj") for layer in decoder.layers]
+    as_made = all(_is_as_made(module, child) for module, child in parts)
+    return as_made and not sliding and len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
+
+
+def _is_as_made(module: nn.Module, child: str) -> bool:
+    """Whether nobody counts on a module's being called as a whole: by a hook, a wrapper or another `forward`.
+
+    FSDP and ZeRO-3 put a layer's weights together, and offloading brings them, when it is called.
+    """
+    return child in module._modules and "forward" not in vars(module) and not _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -199,7 +208,9 @@ def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
         projection = visual.patch_embed.proj
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
         hooked = (
-            projection._forward_pre_hooks or hasattr(projection, "_hf_hook") or "forward" in vars(visual.patch_embed)
+            _has_hooks(projection)
+            or hasattr(projection, "_hf_hook")
+            or any("forward" in vars(module) for module in (projection, visual.patch_embed))
         )
         if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and not hooked:
             # An attribute of the instance goes before the method of its class.

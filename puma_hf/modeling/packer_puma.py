@@ -67,7 +67,7 @@ class Packer:
 
     def pack(self, features: dict[str, Any]) -> PackedBatch | dict[str, Any]:
         """The batch without padding; the features themselves where that cannot be, as with videos."""
-        if not self.packing or features.get("pixel_values_videos") is not None:
+        if not self.packing or features.get("pixel_values_videos") is not None or _has_holes(features):
             return features
         return pack(
             features,
@@ -76,6 +76,15 @@ class Packer:
             dtype=self.dtype,
             shared_prefix=self.shared_prefix,
         )
+
+
+def _has_holes(features: dict[str, Any]) -> bool:
+    """Whether tokens are masked between others, or all of an input's: positions count those, packing would not."""
+    if features.get("attention_mask") is None:
+        return False
+    kept = features["attention_mask"].cpu().bool()
+    runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(dim=1)
+    return bool((runs != 1).any())
 
 
 __all__ = ["Packer"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers.base.modules import Transformer
 from torch.nn.functional import normalize
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 from .content_ids_puma import content_ids
 from .fast_path_puma import FastPath, can_pack, fast_vision, packed_states
@@ -128,19 +130,29 @@ class PumaTransformer(Transformer):
         """
         fast_path = self.fast_path or _PLAIN
         if isinstance(batch, dict):
-            with fast_vision(self.model.visual, fast_path):
+            # A model that is wrapped, as by torch.compile, stays as it is: compiled code notices every change.
+            with fast_vision(self.model.visual, fast_path if self.model is self._unwrapped() else _PLAIN):
                 return self._plain(batch)
         pooled = packed_states(self.model, batch.to(self.model.device), fast_path)
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
 
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = inspect.signature(self._unwrapped().forward).parameters
         inputs = {key: value for key, value in {**features, **kwargs}.items() if key in accepted}
         outputs = self.model(**inputs, return_dict=True)
         return {"sentence_embedding": outputs.embeddings, "pooler_output": outputs.pooler_output}
 
+    def _unwrapped(self) -> Any:
+        """The model within what torch.compile, or PEFT's `get_peft_model`, put around it."""
+        model: Any = getattr(self.model, "_orig_mod", self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save model, processor and module settings, with this module's source file beside them."""
+        # Before the processor, which warns where it is missing.
+        Path(output_path).mkdir(parents=True, exist_ok=True)
+        for source in map(Path, (__file__, *get_relative_import_files(__file__))):
+            shutil.copyfile(source, Path(output_path) / source.name)
         super().save(output_path, *args, **kwargs)
         if not type(self).__module__.startswith("transformers_modules."):
             # SentenceTransformer.save writes the class's module into modules.json. An installed package's

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from puma_hf.embedding import run
 from puma_hf.embedding.config import EmbedConfig
@@ -37,7 +39,7 @@ def config(model: str, data: str, output: Path) -> EmbedConfig:
 def kill_in_call(number: int) -> None:
     """Kill this process while it embeds its n-th shard."""
     calls = 0
-    embed = run._embed
+    embed = run.embed_records
 
     def dying_embed(*args: Any) -> Any:
         nonlocal calls
@@ -47,7 +49,7 @@ def kill_in_call(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    run._embed = dying_embed
+    run.embed_records = dying_embed
 
 
 def kill_in_write(ending: str, number: int) -> None:
@@ -90,13 +92,13 @@ def share(settings: EmbedConfig, rank: int, port: int) -> None:
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
     calls: list[int] = []
-    embed = run._embed
+    embed = run.embed_records
 
     def counting_embed(model: Any, records: Any, *args: Any) -> Any:
         calls.append(records[0].row)
         return embed(model, records, *args)
 
-    run._embed = counting_embed
+    run.embed_records = counting_embed
     report = embed_corpus(settings)
     values = {"report": asdict(report), "calls": calls}
     Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
@@ -105,6 +107,7 @@ def share(settings: EmbedConfig, rank: int, port: int) -> None:
 
 def main(model: str, data: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and whoever is killed with it never gives it back
     whole = embed_corpus(config(model, data, folder / "whole"))
     finished = kill_and_finish(config(model, data, folder / "killed"))
     with socket.socket() as probe:

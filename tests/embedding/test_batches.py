@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from puma_hf.embedding import batches
-from puma_hf.embedding.batches import AIM, Batch, cut, plan_batches
+from puma_hf.embedding.batches import AIM, Batch, Unsendable, cut, plan_batches
 from puma_hf.embedding.measure import Measure, Rates
 
 
@@ -117,3 +119,11 @@ def test_each_window_has_its_own_rates(processor: Any) -> None:
     planned = list(plan_batches(inputs, Measure(processor), Rates(), 10_000, window=3))
     assert len(planned) == 2
     assert planned[0].rates.bytes_per_token > 2 * planned[1].rates.bytes_per_token == 2.0
+
+
+def test_a_batch_can_always_be_pickled() -> None:
+    rates = Rates(tokens_per_input=3.0)
+    whole = Batch((4, 2), ("a", {"image": b"b"}), rates)
+    assert pickle.loads(pickle.dumps(whole)) == whole
+    found = pickle.loads(pickle.dumps(Batch((4, 2), ("a", threading.Lock()), rates)))
+    assert found == Batch((4, 2), ("a", Unsendable("TypeError: cannot pickle '_thread.lock' object")), rates)

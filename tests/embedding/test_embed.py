@@ -170,6 +170,13 @@ def test_the_model_is_switched_to_evaluation(puma_dir: Path) -> None:
 
 
 BROKEN = {3: b"no image", 11: "", 38: {"image": "missing.png"}}
+# What must not stop the plan, either.
+ODD = [
+    "half a character \ud800",
+    {"image": np.zeros((0, 5, 3), np.uint8)},
+    Image.new("RGB", (1000, 2)),
+    {"image": "\0"},
+]
 
 
 @pytest.fixture
@@ -202,6 +209,13 @@ def test_broken_inputs_become_zeros(sentence_transformer: Any, with_broken: list
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
     assert result.indices.tolist() == list(range(len(with_broken)))
     assert [error.index for error in result.errors] == list(BROKEN)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_input_stops_the_others(sentence_transformer: Any, num_workers: int) -> None:
+    result = embed(sentence_transformer, ["a", *ODD, "b"], on_error="skip", num_workers=num_workers)
+    np.testing.assert_allclose(result.embeddings, sentence_transformer.encode(["a", "b"]), atol=1e-5)
+    assert [error.index for error in result.errors] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("on_error", ["skip", "zero"])
@@ -405,6 +419,12 @@ def test_the_number_of_workers(
 def test_errors(sentence_transformer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         embed(sentence_transformer, **{"inputs": ["a", "b"], **options})
+
+
+@pytest.mark.parametrize("inputs", ["a red apple", b"a", {"text": "a"}, [{"role": "user", "content": "a"}]])
+def test_one_input_is_no_stream_of_inputs(sentence_transformer: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=r"Wrap (a single input|it) in \[ \]"):
+        iterate_embeddings(sentence_transformer, inputs)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Sequential(nn.Linear(2, 2))])

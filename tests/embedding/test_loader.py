@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -219,6 +220,22 @@ def test_workers_give_the_same_in_the_same_order(preparer: Any, images: list[Any
         assert indices(one) == indices(other)
         assert all(same(a.batch, b.batch) for a, b in zip(one.parts, other.parts, strict=True))
         assert torch.equal(one.parts[0].batch.images.pixel_values, other.parts[0].batch.images.pixel_values)
+
+
+def test_what_cannot_go_to_a_worker_is_broken_there(preparer: Any, images: list[Any]) -> None:
+    """`DataLoader` alone would wait for it forever."""
+    cut_off = Image.open(io.BytesIO(png(64, 64)[:-40]))  # pickling reads what PIL has only opened
+    batches = [batch_of("a", images[0]), batch_of("b", cut_off, images[1], {"image": threading.Lock()}, first=2)]
+    prepared = prepare(batches, preparer(), 1)
+    assert [[*part.indices] for one in prepared for part in one.parts] == [[0, 1], [2, 4]]
+    assert prepared[0].broken == ()
+    first, second = prepared[1].broken
+    assert first.message.startswith("inputs[3]: cannot be sent to a worker process (")
+    assert second == BrokenInput(
+        5,
+        "inputs[5]: cannot be sent to a worker process (TypeError: cannot pickle '_thread.lock' object). If it is "
+        "whole, pass a path or bytes in its place, or num_workers=0.",
+    )
 
 
 def test_only_batches_on_their_way_are_asked_for(preparer: Any) -> None:

@@ -137,6 +137,11 @@ def test_the_sample_is_spread_and_small(processor: Any, monkeypatch: pytest.Monk
     assert opened == [str(number).encode() for number in range(0, 100, 7)]
 
 
+def test_half_a_character_in_the_sample_is_no_error(processor: Any) -> None:
+    found, expected = (Measure(processor).rates([parts_of(text)], Rates()) for text in ("a red \ud800", "a red ?"))
+    assert found.bytes_per_token == pytest.approx(expected.bytes_per_token, rel=0.5)
+
+
 @pytest.mark.parametrize("items", [[], [None], ["https://host/a.png"]])
 def test_without_a_sample_rates_stay(processor: Any, items: list[Any]) -> None:
     known = Rates(3.0, 2.5, 77.0)

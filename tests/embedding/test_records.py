@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.embedding.records import Corpus, Record, open_corpus
+from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from tests.data.mbeir_builder import build_mbeir
 
 
@@ -180,7 +180,7 @@ def test_a_pool(tmp_path: Path, pool: str) -> None:
 
 def test_no_such_pool(tmp_path: Path) -> None:
     root = build_mbeir(tmp_path / "mbeir")
-    with pytest.raises(ValueError, match=r"tasks is \['toys_task9'\], must be some of"):
+    with pytest.raises(ValueError, match=r"pool='toys_task9' must be 'global' or a task here: toys_task0, "):
         open_corpus(root, pool="toys_task9")
     with pytest.raises(FileNotFoundError, match=r"mbeir_union_dev_cand_pool\.jsonl is missing"):
         open_corpus(root, split="dev").survey()
@@ -209,30 +209,36 @@ def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
     assert max(counts) < 40
 
 
+def hash_of(corpus: Corpus) -> str:
+    found = records(corpus)
+    return input_hash(found, [corpus.content_hash(record) for record in found])
+
+
 def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     image = picture(tmp_path / "first" / "a.png")
     rows = [{"id": "a", "text": "red"}, {"id": "b", "image": "a.png", "instruction": "Find it."}]
     corpus = open_corpus(table(tmp_path / "first" / "t.jsonl", rows))
-    seen = {corpus.input_hash(records(corpus))}
+    seen = {hash_of(corpus)}
     for key, value in (("id", "c"), ("text", "blue"), ("instruction", "Name it."), ("image", "gone.png")):
         changed = open_corpus(table(tmp_path / "first" / "t.jsonl", [rows[0], {**rows[1], key: value}]))
-        seen.add(changed.input_hash(records(changed)))
+        seen.add(hash_of(changed))
     assert len(seen) == 5
     table(tmp_path / "first" / "t.jsonl", rows)
-    first, status = corpus.input_hash(records(corpus)), image.stat()
+    first, status = hash_of(corpus), image.stat()
     assert first in seen
     os.utime(image, ns=(0, status.st_mtime_ns + 1))
-    seen.add(corpus.input_hash(records(corpus)))
+    seen.add(hash_of(corpus))
     image.write_bytes(image.read_bytes() + b"1")
     os.utime(image, ns=(0, status.st_mtime_ns))
-    seen.add(corpus.input_hash(records(corpus)))
+    seen.add(hash_of(corpus))
     assert len(seen) == 7
     os.utime(picture(image), ns=(0, status.st_mtime_ns))
     (tmp_path / "first").rename(tmp_path / "second")
-    moved = open_corpus(tmp_path / "second" / "t.jsonl")
-    assert moved.input_hash(records(moved)) == first
-    inside = [Record(0, "a", image=b"1"), Record(0, "a", image=b"2")]
-    assert corpus.input_hash(inside[:1]) != corpus.input_hash(inside[1:])
+    assert hash_of(open_corpus(tmp_path / "second" / "t.jsonl")) == first
+    assert corpus.content_hash(Record(0, "a", image=b"1")) != corpus.content_hash(Record(0, "a", image=b"2"))
+    # The content is what the model sees: neither the id nor the row.
+    assert corpus.content_hash(Record(0, "a", "red")) == corpus.content_hash(Record(1, "b", "red"))
+    assert corpus.content_hash(Record(0, "a", "red")) != corpus.content_hash(Record(0, "a", instruction="red"))
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:

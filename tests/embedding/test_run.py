@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.embedding import run, shards
+from puma_hf.embedding import record_embeddings, run
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.embedding.store import open_embeddings
@@ -195,7 +195,7 @@ def test_a_full_disk_is_told_and_finished_shards_are_kept(config: Any, monkeypat
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(shards.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"could not be written, the disk is full .*Finished shards are kept: make room"):
         embed_corpus(config())
     with pytest.raises(ValueError, match="has not finished"):
@@ -204,33 +204,72 @@ def test_a_full_disk_is_told_and_finished_shards_are_kept(config: Any, monkeypat
     assert embed_corpus(config()).num_new_shards == 2
 
 
-def test_what_the_embeddings_must_be(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = run._embed
-
-    def broken(*args: Any) -> Any:
-        result = embed(*args)
-        result.embeddings[1] = np.nan
-        return result
-
-    monkeypatch.setattr(run, "_embed", broken)
-    with pytest.raises(
-        ValueError, match=r"The embeddings of 1 of 4 inputs have NaN or infinity, first \['t0'\]\. Look"
-    ):
-        embed_corpus(config())
-
-
 # --- broken inputs
 
 
+def broken_image(table: Path, name: str) -> bytes:
+    """Cut an image off; what it was."""
+    whole = (table.parent / name).read_bytes()
+    (table.parent / name).write_bytes(whole[: len(whole) // 2])
+    return whole
+
+
 def test_a_broken_input_is_raised_by_its_id_and_the_run_goes_on_when_it_is_mended(config: Any, table: Path) -> None:
-    image = table.parent / "2.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[: len(whole) // 2])
+    whole = broken_image(table, "2.png")
     with pytest.raises(ValueError, match=r"Input 'i2' \(row 4\) cannot be embedded: '.*2\.png'.*\(--on-error skip\)"):
         embed_corpus(config())
-    image.write_bytes(whole)
+    (table.parent / "2.png").write_bytes(whole)
     report = embed_corpus(config())
     assert (report.num_new_shards, report.num_rows) == (2, 10)
+
+
+def test_a_broken_input_costs_nothing_of_its_shard(
+    config: Any, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"shard_size": 6, "precision": "int8"}
+    replace_line(table, 9, text=None)
+    with pytest.raises(ValueError, match=r"Input 't6' .* goes on where this one ended"):
+        embed_corpus(config(**options))
+    output = Path(config().output)
+    assert {".unfinished-00001.safetensors", "shard-00000.parquet"} <= set(os.listdir(output))
+    with pytest.raises(ValueError, match="has not finished"):
+        open_embeddings(output)
+    # Another line is changed, a new one comes before, and the broken one is out: two are new.
+    lines = table.read_text().splitlines()
+    lines[6:] = ['{"id": "new", "text": "a new line"}', *lines[6:9]]
+    table.write_text("\n".join(lines) + "\n")
+    replace_line(table, 8, text="another text")
+    inputs: list[Any] = []
+    iterate = record_embeddings.iterate_embeddings
+
+    def counting(model: Any, given: Any, **options: Any) -> Any:
+        inputs.extend(given)
+        return iterate(model, given, **options)
+
+    monkeypatch.setattr(record_embeddings, "iterate_embeddings", counting)
+    report = embed_corpus(config(**options))
+    assert [item["text"] for item in inputs] == ["a new line", "another text"]
+    assert (report.num_new_shards, report.num_new_items, report.num_rows) == (1, 2, 10)
+    assert not [name for name in os.listdir(output) if name.startswith(".")]
+    # As a run that was never interrupted, given the same ranges.
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("manifest.json", "ranges.safetensors"):
+        (again / name).write_bytes((output / name).read_bytes())
+    embed_corpus(config(**options, output=again))
+    assert read(again)[0] == read(output)[0]
+    assert np.abs(read(again)[1].astype(int) - read(output)[1]).max() <= 1  # a value on the edge of a step
+
+
+def test_embeddings_that_are_not_finite_make_no_ranges(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = record_embeddings.iterate_embeddings
+    monkeypatch.setattr(
+        record_embeddings, "iterate_embeddings", lambda *a, **k: ((i, rows * np.nan) for i, rows in iterate(*a, **k))
+    )
+    with pytest.raises(ValueError, match="of 10 of 10 inputs have NaN or infinity"):
+        embed_corpus(config(precision="int8"))
+    monkeypatch.undo()
+    assert np.isfinite(open_embeddings(embed_corpus(config(precision="int8")).output).ranges).all()
 
 
 @pytest.mark.parametrize("on_error", ["skip", "zero"])

@@ -12,7 +12,6 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from puma_hf.embedding import shards
 from puma_hf.embedding.config import FileFormat
 from puma_hf.embedding.shards import (
     BrokenRecord,
@@ -24,7 +23,6 @@ from puma_hf.embedding.shards import (
     read_shard,
     shard_files,
     write_shard,
-    write_whole,
 )
 
 FORMATS: tuple[FileFormat, ...] = ("parquet", "safetensors")
@@ -152,16 +150,3 @@ def test_when_a_shard_is_what_was_wanted() -> None:
     broken = replace(made, num_rows=2, num_errors=1)
     assert broken.is_of(INFO)
     assert not broken.is_of(replace(INFO, on_error="zero"))
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "file", b"old")
-
-    def full(source: object, target: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shards.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(tmp_path / "file", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"

@@ -105,7 +105,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_longer_corpus_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(store_in(tmp_path), num_shards=4)
-    for name in ("shard-notes.txt", ".shard-00000.parquet-x.tmp", "shard-1.parquet"):
+    drafts = (".shard-00000.parquet-x.tmp", ".unfinished-00003.safetensors", "..unfinished-00003.safetensors-x.tmp")
+    for name in ("shard-notes.txt", "shard-1.parquet", *drafts):
         (tmp_path / name).write_text("")
     with caplog.at_level("INFO"):
         fill(store_in(tmp_path), num_shards=2)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from puma_hf.evaluation import embedding_cache
 from puma_hf.evaluation.candidate_source import CandidateSource
 from puma_hf.evaluation.embedding_cache import MANIFEST, EmbeddingCache
 from puma_hf.evaluation.search import exact_search
@@ -284,11 +283,11 @@ def test_a_full_disk_is_explained_and_finished_shards_are_kept(tmp_path: Path, m
         return fsync
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_cache.os, "fsync", failing(errno.ENOSPC))
+        patch.setattr(os, "fsync", failing(errno.ENOSPC))
         with pytest.raises(OSError, match=r"the disk is full .* Finished shards are kept, and the same run") as info:
             cache.write(KEYS + 1, embeddings_of(KEYS))
         assert info.value.errno == errno.ENOSPC
-        patch.setattr(embedding_cache.os, "fsync", failing(errno.EIO))
+        patch.setattr(os, "fsync", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output error"):  # anything else is told as it is
             cache.write(KEYS + 1, embeddings_of(KEYS))
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left

@@ -79,6 +79,21 @@ def test_a_prefix_is_seen_whole_and_by_its_own_sequences_alone(causal: bool) -> 
     assert changed.any(dim=1).sum() == 12
 
 
+def test_long_sequences_after_a_prefix_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = sequences_of(WITH_PREFIX)
+    num_tokens = int(sequences.query_ends[-1])
+    query, key, value = (
+        states(num_tokens),
+        states(num_tokens, KEY_VALUE_HEADS, 1),
+        states(num_tokens, KEY_VALUE_HEADS, 2),
+    )
+    expected = attend(query, key, value, sequences, scale=SCALE, causal=True)
+    monkeypatch.setattr(attention_puma, "_LONGEST_MASK", 0)
+    monkeypatch.delattr(attention_puma, "_lower_right")
+    attended = attend(query, key, value, sequences, scale=SCALE, causal=True)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-6)
+
+
 def test_the_last_query_alone_equals_the_last_of_all() -> None:
     blocks = WITH_PREFIX[2:]
     ends = torch.tensor([11, 15, 16, 18, 21, 24])
@@ -229,15 +244,53 @@ class OnCuda:
     """What `attend` asks of its query before it chooses."""
 
     is_cuda = True
+    device = torch.device("cuda", 0)
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, head_dim: int = 128) -> None:
+        self.dtype, self.shape = dtype, (1, 1, head_dim)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What this torch says of its GPU: by default all that the kernel asks for."""
+    said: dict[str, Any] = {"capability": (8, 0), "built": True, "hip": None}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said["capability"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: said["built"])
+    attention_puma._has_varlen.cache_clear()
+    yield said
+    attention_puma._has_varlen.cache_clear()
+
+
+@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
+@pytest.mark.parametrize(
+    ("said", "head_dim", "expected"),
+    [
+        ({}, 128, True),
+        ({}, 80, True),
+        ({"capability": (7, 5)}, 128, False),
+        ({"built": False}, 128, False),
+        ({"hip": "7.0"}, 128, False),
+        ({}, 12, False),
+        ({}, 512, False),
+    ],
+)
+def test_gpus_and_heads_that_the_kernel_takes(
+    varlen: Any,
+    gpu: dict[str, Any],
+    said: dict[str, Any],
+    head_dim: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu.update(said)
+    monkeypatch.setattr(torch.version, "hip", gpu["hip"])
+    assert attention_puma._has_varlen(OnCuda.device, head_dim) is expected
 
 
 @pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cuda_in_half_precision_takes_the_kernel(
-    varlen: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    varlen: Any, gpu: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = object()
     monkeypatch.setattr(attention_puma, "_varlen", lambda *args: taken)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers.models.qwen3_vl.modeling_qwen3_vl
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -173,7 +175,7 @@ def calls_of(modules_to_watch: dict[str, nn.Module], run: Callable[[], Any]) -> 
     return seen
 
 
-def test_each_switch_saves_what_it_says(modules: dict[str, PumaTransformer]) -> None:
+def test_each_switch_saves_what_it_says(modules: dict[str, PumaTransformer], monkeypatch: pytest.MonkeyPatch) -> None:
     module = modules["qwen2_vl"]
     (features,) = prepared(module, mixed_inputs(16, seed=6), "left", sizes=(16,))
     first, last = module.model.language_model.layers[0], module.model.language_model.layers[-1]
@@ -182,31 +184,36 @@ def test_each_switch_saves_what_it_says(modules: dict[str, PumaTransformer]) -> 
         "keys": last.self_attn.k_proj,
         "queries": last.self_attn.q_proj,
         "last": last.mlp.down_proj,
-        "convolution": module.model.visual.patch_embed.proj,
     }
+    # Not watched by a hook, for the sake of which it would be called.
+    convolved: list[int] = []
+    convolve = nn.Conv3d.forward
+
+    def counted(self: nn.Conv3d, patches: Tensor) -> Tensor:
+        convolved.append(len(patches))
+        return convolve(self, patches)
+
+    monkeypatch.setattr(nn.Conv3d, "forward", counted)
     num_tokens, padded = int(features["attention_mask"].sum()), features["input_ids"].numel()
     shared = padded - num_tokens
     assert shared > 0
     patches = len(features["pixel_values"])
-    seen = {
-        switches: {
-            name: sum(counts)
-            for name, counts in calls_of(watched, lambda s=switches: embed(module, [features], FastPath(*s))).items()
-        }
-        for switches in COMBINATIONS
-    }
+    seen = {}
+    for switches in COMBINATIONS:
+        convolved.clear()
+        calls = calls_of(watched, lambda s=switches: embed(module, [features], FastPath(*s)))
+        seen[switches] = {name: sum(counts) for name, counts in calls.items()} | {"convolution": sum(convolved)}
     fewer = seen[(True, True, False, False, False)]["first"]
     assert fewer < num_tokens
     for (packing, prefix, last_only, _, linear), counts in seen.items():
         tokens = padded if not packing else fewer if prefix else num_tokens
         wanted = 16 if packing and last_only else tokens
-        # A convolution's output has one place for each patch.
         assert counts == {
             "first": tokens,
             "keys": tokens,
             "queries": wanted,
             "last": wanted,
-            "convolution": 0 if linear else counts["convolution"],
+            "convolution": 0 if linear else patches,
         }
         assert linear or counts["convolution"] >= patches
 
@@ -282,13 +289,17 @@ def test_threads_take_turns_in_the_vision_tower(modules: dict[str, PumaTransform
     assert state_of(visual) == before
 
 
-@pytest.mark.parametrize("hook", ["pre hook", "device hook"])
+@pytest.mark.parametrize("hook", ["pre hook", "hook", "device hook", "forward"])
 def test_a_projection_that_must_be_called_is_called(tmp_path: Path, hook: str) -> None:
     """ZeRO-3 gathers its weights, and offloading brings them, when it is."""
     module: Any = made_of(tmp_path, "qwen2_vl", 1)
     projection = module.model.visual.patch_embed.proj
     if hook == "pre hook":
         projection.register_forward_pre_hook(lambda *_: None)
+    elif hook == "hook":
+        projection.register_forward_hook(lambda *_: None)
+    elif hook == "forward":
+        projection.forward = projection.forward
     else:
         projection._hf_hook = object()
     with fast_vision(module.model.visual, FastPath()):
@@ -315,6 +326,57 @@ def test_a_hook_sees_every_call(tmp_path: Path, kind: str, name: str) -> None:
     assert len(calls) == 2
     handle.remove()
     assert can_pack(module.model)
+
+
+@pytest.mark.parametrize("name", ["", "language_model", "language_model.layers.1", "language_model.layers.0.self_attn"])
+def test_another_forward_is_called(tmp_path: Path, name: str) -> None:
+    """accelerate's offloading, among others, puts one in the place of a module's own."""
+    module: Any = made_of(tmp_path, "qwen2_vl", 2)
+    batches = prepared(module, ["a red apple", "a"], "right", sizes=(2,))
+    part = module.model.get_submodule(name)
+    calls, forward = [], part.forward
+
+    @functools.wraps(forward)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    part.forward = counted
+    assert not can_pack(module.model)
+    assert largest_difference(embed(module, batches, FastPath()), embed(module, batches, None)) <= 1e-5
+    assert len(calls) == 2
+
+
+def test_a_model_that_peft_wraps_embeds_as_the_wrapper_does(tmp_path: Path) -> None:
+    module: Any = made_of(tmp_path, "qwen2_vl", 2)
+    batches = prepared(module, ["a red apple", "a"], "right", sizes=(2,))
+    before = embed(module, batches, FastPath())
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    module.model = get_peft_model(module.model, adapter)
+    module.eval()
+    assert not can_pack(module.model)
+    vectors = embed(module, batches, FastPath())
+    assert largest_difference(vectors, before) > 1e-3
+    assert largest_difference(vectors, embed(module, batches, None)) <= 1e-5
+
+
+def test_a_compiled_model_is_called(tmp_path: Path) -> None:
+    module: Any = made_of(tmp_path, "qwen2_vl", 2)
+    batches = prepared(module, ["a red apple", "a"], "right", sizes=(2,))
+    before = embed(module, batches, FastPath())
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    module.model = torch.compile(module.model, backend=backend)
+    first = embed(module, batches, FastPath())
+    compiled = len(graphs)
+    assert compiled
+    assert largest_difference(first, before) <= 1e-5
+    embed(module, batches, FastPath())
+    assert len(graphs) == compiled
 
 
 def test_a_model_under_fsdp_embeds_as_before(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.flops import plain_forward
 from puma_hf.modeling.packer_puma import Packer
 
 INPUTS = ["a red apple", "a red apple on a table"]
@@ -97,3 +98,16 @@ def test_features_come_back_where_they_cannot_be_packed(module: Any, packing: bo
     assert packer.pack(features) is features
     features["pixel_values_videos"] = None
     assert isinstance(packer.pack(features), dict) is not packing
+
+
+@pytest.mark.parametrize("masked", [slice(3, 5), slice(None)])
+def test_holes_in_the_mask_go_the_plain_way(module: Any, masked: slice) -> None:
+    """No processor makes them, but a mask of one's own may have them; positions then count what is masked."""
+    features = module.preprocess(INPUTS)
+    features["attention_mask"][0, masked] = 0
+    with torch.inference_mode(), plain_forward(SentenceTransformer(modules=[module])):
+        expected = module(dict(features))["sentence_embedding"]
+    assert module.packer().pack(features) is features
+    with torch.inference_mode():
+        vectors = module(dict(features))["sentence_embedding"]
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-6)

@@ -43,6 +43,15 @@ def test_model_and_processor_saved_apart_are_a_sentence_transformer(
     np.testing.assert_allclose(model.encode(["a red apple"]), expected, rtol=0, atol=1e-6)
 
 
+def test_a_loaded_model_is_saved_without_a_false_warning(
+    puma_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Loaded from a directory, the processor's code lies apart from the module's."""
+    SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu").save(str(tmp_path / "copy"))
+    assert "lacks" not in caplog.text
+    assert {path.name for path in puma_dir.glob("*.py")} == {path.name for path in (tmp_path / "copy").glob("*.py")}
+
+
 def test_a_saved_processor_leaves_the_prompts_that_are_there(processor: PumaProcessor, tmp_path: Path) -> None:
     write_sentence_transformers_files(tmp_path, {"find": "Finde es: ä"})
     processor.save_pretrained(tmp_path)
