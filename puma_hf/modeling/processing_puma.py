@@ -116,10 +116,9 @@ class PumaProcessor(Qwen2VLProcessor):
         """Turn a list of inputs, of one or of many modalities, into one padded batch.
 
         Args:
-            inputs: Each one a string, an image (PIL, path, URL, bytes, array), a dict with any of the keys
-                "text", "image", "video" (a value or a list of values) and "instruction", or a list of chat
-                messages. In a dict media come before the text, whatever the order of its keys; `None` values
-                are ignored.
+            inputs: Each one a string, an image (PIL, path, URL, bytes, array), a dict with any of the keys "text",
+                "image", "video" (a value or a list of values) and "instruction", or a list of chat messages. In a dict
+                media come before the text, whatever the order of its keys; `None` values are ignored.
             prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
             max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
                 user's text is cut; template, images and `[RET]` always remain. Tokens of videos are not counted.
@@ -159,12 +158,11 @@ class PumaProcessor(Qwen2VLProcessor):
             modalities.append(_messages_modality(messages))
         batch = self(
             text=texts,
-            # Arrays with a stated layout: whether Pillow images are read right with one depends on the
-            # version of transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-
-            # first.
+            # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
+            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
             images=[np.asarray(image) for image in images] or None,
             videos=videos or None,
-            text_kwargs={"padding": True},
+            text_kwargs={"padding": True, "return_mm_token_type_ids": False},  # all at once below, row by row there
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
             return_tensors="pt",
         )
@@ -177,13 +175,15 @@ class PumaProcessor(Qwen2VLProcessor):
             )
 
     def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
-        positions = torch.arange(batch["input_ids"].shape[1])
+        ids = batch["input_ids"]
+        positions = torch.arange(ids.shape[1])
         last = (batch["attention_mask"] * positions).argmax(dim=1, keepdim=True)
-        if not (batch["input_ids"].gather(1, last) == self.ret_token_id).all():
+        if not (ids.gather(1, last) == self.ret_token_id).all():
             raise ValueError(
                 f"The prompt does not end in {RET_TOKEN}, where the embedding is read. The chat template of this "
                 f"processor must end in {RET_TOKEN}: restore chat_template.jinja from the model's directory."
             )
+        batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
         batch["modality_ids"] = torch.tensor([MODALITY_IDS[name] for name in modalities])
         # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
         if any(images for images, _ in counts):
