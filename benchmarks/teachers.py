@@ -75,19 +75,14 @@ FULL: dict[str, Any] = {
 TEXT_TOKENS = 34
 
 
-class InputModule(nn.Module):
+class InputModule(PumaTransformer):
     """The forward pass of `PumaTransformer`, without a processor."""
 
     fast_path = None
-    _plain = PumaTransformer._plain
 
     def __init__(self, model: PumaModel) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.model = model
-
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        module: Any = self
-        return PumaTransformer.forward(module, features, **kwargs)
 
 
 def build(shapes: dict[str, Any], num_layers: int, device: str, dtype: torch.dtype) -> PumaModel:

@@ -46,19 +46,14 @@ TEXT_CONFIG = {
 VISION_CONFIG = {"depth": 32, "embed_dim": 1280, "hidden_size": HIDDEN_SIZE, "num_heads": 16, "mlp_ratio": 4}
 
 
-class InputModule(nn.Module):
+class InputModule(PumaTransformer):
     """The forward pass of `PumaTransformer`, without a processor."""
 
     fast_path = None
-    _plain = PumaTransformer._plain
 
     def __init__(self, model: PumaModel) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.model = model
-
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        module: Any = self
-        return PumaTransformer.forward(module, features, **kwargs)
 
 
 def build_model(
