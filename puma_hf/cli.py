@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +19,10 @@ from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.sweep_config import SweepConfig
+from puma_hf.export_config import ExportConfig
+from puma_hf.parity.config import CheckConfig
+from puma_hf.push_config import PushConfig
+from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
@@ -159,6 +165,67 @@ def pairs(config: PairsConfig) -> None:
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
+
+
+@config_command(app, IndexConfig)
+def index(config: IndexConfig) -> None:
+    """Make an index of pictures and texts to search in; run again, it takes in what changed.
+
+    Example: puma-hf index photos --model puma-k14-mac --output photos-index
+    """
+    from puma_hf.search.build import build_index as run
+
+    report = run(config)
+    if _is_first_process():
+        typer.echo(str(report))
+
+
+@config_command(app, SearchConfig)
+def search(config: SearchConfig) -> None:
+    """Search an index by words, by a picture, or by both.
+
+    Example: puma-hf search photos-index "a red apple" --for image --html answers.html
+    """
+    from puma_hf.search.query import search as run
+
+    answers = run(config)
+    typer.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
+
+
+@config_command(app, ExportConfig)
+def export(config: ExportConfig) -> None:
+    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM.
+
+    Example: puma-hf export puma-k14-mac puma-k14-stock
+    """
+    from puma_hf.export import export as run
+
+    typer.echo(str(run(config.source, config.output, revision=config.revision, overwrite=config.overwrite)))
+
+
+@config_command(app, CheckConfig)
+def check(config: CheckConfig) -> None:
+    """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
+
+    Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
+    """
+    from puma_hf.parity.check import check as run
+
+    report = run(**asdict(config))
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@config_command(app, PushConfig)
+def push(config: PushConfig) -> None:
+    """Publish a directory on the Hub, after it was loaded where puma_hf is not installed.
+
+    Example: puma-hf push puma-k14-mac org/puma-k14 --dry-run
+    """
+    from puma_hf.push import push_configured as run
+
+    typer.echo(str(run(config)))
 
 
 def _is_first_process() -> bool:

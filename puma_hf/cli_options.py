@@ -26,7 +26,8 @@ def config_command(app: typer.Typer, kind: type[Config]) -> Callable[[Callable[[
 
     Args:
         app: Where the command goes, under the function's name, with its docstring as help.
-        kind: A dataclass whose fields have "help" in their metadata, and may have "positional" and "flag".
+        kind: A dataclass whose fields have "help" in their metadata, and may have "positional" and "flag":
+            `False` for none, or a name of its own.
     """
     entries = [entry for entry in fields(kind) if entry.metadata.get("flag", True)]  # type: ignore[arg-type]
     positional = [entry for entry in entries if entry.metadata.get("positional")]
@@ -66,7 +67,8 @@ def _argument(entry: Field[Any]) -> Any:
 
 
 def _flag(entry: Field[Any], hint: Any) -> Any:
-    name = entry.name.replace("_", "-")
+    flag = entry.metadata.get("flag", True)
+    name = flag if isinstance(flag, str) else entry.name.replace("_", "-")
     names = (f"--{name}/--no-{name}",) if hint is bool else (f"--{name}",)
     plain, metavar = _plain(hint)
     text = entry.metadata["help"]

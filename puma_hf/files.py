@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
@@ -14,12 +14,33 @@ from tempfile import mkdtemp, mkstemp
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
 
+def is_puma_directory(folder: Path) -> bool:
+    """Whether a folder holds a PUMA model, judged by its `config.json`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in PUMA_MODEL_TYPES
+
+
 @contextmanager
-def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | None = None) -> Iterator[Path]:
+def new_directory(
+    output_dir: str | Path,
+    *,
+    overwrite: bool,
+    forbidden: Path | None = None,
+    is_ours: Callable[[Path], bool] = is_puma_directory,
+) -> Iterator[Path]:
     """A hidden sibling of `output_dir` to write into, renamed into place when the block ends without error.
 
+    Args:
+        output_dir: The directory to make.
+        overwrite: Whether to replace it if it is not empty.
+        forbidden: A folder that is being read.
+        is_ours: Tells what may be replaced.
+
     Raises:
-        FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is no PUMA directory.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is not ours.
         ValueError: If it is, or holds, the folder that is being read.
         NotADirectoryError: If it is a file.
         PermissionError: If its parent cannot be written.
@@ -33,7 +54,7 @@ def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | 
         raise FileExistsError(
             f"output_dir {str(output_dir)!r} is not empty. Choose another, or pass overwrite=True (--overwrite)."
         )
-    if target.is_dir() and any(target.iterdir()) and not is_puma_directory(target):
+    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise FileExistsError(
             f"output_dir {str(output_dir)!r} holds files, but no PUMA model: overwriting would delete what is not "
             "ours. Choose another directory, or empty it yourself."
@@ -56,15 +77,6 @@ def new_directory(output_dir: str | Path, *, overwrite: bool, forbidden: Path | 
             with suppress(OSError):  # somebody else may have put something there
                 parent.rmdir()
         raise
-
-
-def is_puma_directory(folder: Path) -> bool:
-    """Whether a folder holds a PUMA model, judged by its `config.json`."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in PUMA_MODEL_TYPES
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

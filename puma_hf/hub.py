@@ -13,6 +13,7 @@ from puma_hf.modeling import PumaConfig
 _HERE = Path(__file__).parent
 # The wheel carries the template inside the package; a checkout has it at the root of the repository.
 CARD_TEMPLATES = (_HERE / "hub_card.md", _HERE.parent / "hub_card.md")
+TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers", "custom_code")
 
 
 def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
@@ -23,30 +24,35 @@ def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any])
         config: Its configuration.
         facts: Parameters and bytes before and after, as in `PruneReport.to_dict()`.
     """
-    template = next(path for path in CARD_TEMPLATES if path.is_file())
     is_hub_id = bool(config.source_name_or_path and "/" in config.source_name_or_path)
     card_data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         base_model=config.source_name_or_path if is_hub_id else None,
-        tags=[
-            "puma",
-            "multimodal-retrieval",
-            "layer-pruning",
-            "sentence-transformers",
-            "transformers",
-            "custom_code",
-        ],
+        tags=list(TAGS),
     )
     text_config: Any = config.text_config
-    card = ModelCard.from_template(
+    content = fill_template(
         card_data,
-        template_path=str(template),
         source=config.source_name_or_path,
         embedding_dim=text_config.hidden_size,
         **{key: value for key, value in facts.items() if key not in ("source", "output_dir")},
     )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / "README.md").write_text(content, encoding="utf-8")
+
+
+def fill_template(card_data: ModelCardData, **values: Any) -> str:
+    """The text of a card, metadata included.
+
+    Args:
+        card_data: The metadata.
+        values: What `hub_card.md` has names for; those that are left out, or None, leave no trace.
+
+    Returns:
+        The text, which huggingface_hub could read again.
+    """
+    template = next(path for path in CARD_TEMPLATES if path.is_file())
+    return str(ModelCard.from_template(card_data, template_path=str(template), **values))
 
 
 def with_training_note(card: str, note: str) -> str:

@@ -55,12 +55,21 @@ def pytest_unconfigure() -> None:
     _CACHES.cleanup()
 
 
-@pytest.fixture
-def docs_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where examples run: paths such as demo/... hold, but what they write stays out of the repository."""
+@pytest.fixture(scope="session")
+def docs_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of demo/ and configs/, made once."""
+    folder = tmp_path_factory.mktemp("sources")
     for name in ("demo", "configs"):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    return folder
+
+
+@pytest.fixture
+def docs_directory(docs_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where examples run: paths such as demo/... hold, but what they write stays out of the repository."""
+    for source in docs_sources.iterdir():
+        (tmp_path / source.name).symlink_to(source)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

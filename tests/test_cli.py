@@ -26,12 +26,30 @@ from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.evaluation.trec import read_run
+from puma_hf.export_config import ExportConfig
+from puma_hf.parity.config import CheckConfig
 from puma_hf.pruning import prune
+from puma_hf.push_config import PushConfig
+from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from tests.data.mbeir_builder import build_mbeir
 
-COMMANDS = ("prune", "distill", "train", "merge", "embed", "evaluate", "sweep", "pairs")
+COMMANDS = (
+    "prune",
+    "distill",
+    "train",
+    "merge",
+    "embed",
+    "evaluate",
+    "sweep",
+    "pairs",
+    "index",
+    "search",
+    "export",
+    "check",
+    "push",
+)
 QUICK = ["--batch-size", "4", "--max-steps", "2", "--logging-steps", "1", "--lora-r", "2"]
 
 Invoke = Callable[..., Result]
@@ -203,6 +221,11 @@ CONFIGS = {
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "pairs": PairsConfig,
+    "index": IndexConfig,
+    "search": SearchConfig,
+    "export": ExportConfig,
+    "check": CheckConfig,
+    "push": PushConfig,
 }
 
 
@@ -211,15 +234,15 @@ def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, comm
     help_text = " ".join(invoke(command, "--help").output.replace("-\n", "-").split())
     names = set(options_of(command))
     for entry in fields(CONFIGS[command]):
-        if entry.metadata.get("flag", True):
+        if flag := entry.metadata.get("flag", True):
             assert entry.name in names
-            assert f"--{entry.name.replace('_', '-')} " in help_text
+            assert f"--{flag if isinstance(flag, str) else entry.name.replace('_', '-')} " in help_text
             assert entry.metadata["help"].split()[0] in help_text
         else:
             assert entry.name not in names
     assert ("Default: 0.0002." in help_text) == (command == "distill")
     assert ("mac|mac-split|infonce" in help_text) == (command == "train")
-    assert ("--overwrite / --no-overwrite" in help_text) == (command in ("distill", "train", "merge"))
+    assert ("--overwrite / --no-overwrite" in help_text) == (command in ("distill", "train", "merge", "export"))
 
 
 def test_other_defaults_are_the_librarys() -> None:

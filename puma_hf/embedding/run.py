@@ -113,7 +113,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     # Wrong lines are found here, before the model is loaded.
     survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if rank == 0 else None
     num_items = broadcast(survey.num_items if survey is not None else 0)
-    model = _open_model(config)
+    model = open_model(config)
     with shared_folder(config.output) as folder, _disk_explained(folder):
         store = EmbeddingStore(folder, _settings(config, model), config.format)
         gather(None)  # all have looked before anyone writes
@@ -271,7 +271,12 @@ def _find_ranges(model: SentenceTransformer, sample: Sequence[Record], config: E
     return ranges_of(rows, config.precision)
 
 
-def _open_model(config: EmbedConfig) -> SentenceTransformer:
+def open_model(config: EmbedConfig) -> SentenceTransformer:
+    """The model of a configuration, in evaluation mode.
+
+    Raises:
+        ValueError: If it is no PUMA model, or has fewer dimensions than `truncate_dim`.
+    """
     is_folder = Path(config.model).is_dir()
     if is_folder and not is_puma_directory(Path(config.model)):
         raise ValueError(

@@ -233,14 +233,23 @@ class StoredEmbeddings:
         Raises:
             DamagedShardError: If one is gone, or no longer what it was.
         """
-        for number, entry in enumerate(self.manifest["shards"]):
-            shard = read_shard(self.folder, number, self.manifest["settings"]["file_format"])
-            if shard.content_hash != entry["content_hash"]:
-                raise DamagedShardError(
-                    f"{', '.join(entry['files'])} in {str(self.folder)!r} changed after the run that made it. Delete "
-                    "it, and run puma-hf embed again."
-                )
-            yield shard
+        for number in range(len(self.manifest["shards"])):
+            yield self.shard(number)
+
+    def shard(self, number: int) -> Shard:
+        """One of the shards, checked by its hash.
+
+        Raises:
+            DamagedShardError: If it is gone, or no longer what it was.
+        """
+        entry = self.manifest["shards"][number]
+        shard = read_shard(self.folder, number, self.manifest["settings"]["file_format"])
+        if shard.content_hash != entry["content_hash"]:
+            raise DamagedShardError(
+                f"{', '.join(entry['files'])} in {str(self.folder)!r} changed after the run that made it. Delete "
+                "it, and run puma-hf embed again."
+            )
+        return shard
 
     def ids(self) -> Iterator[str]:
         """The ids of all rows, one after the other; no embedding is read.

@@ -1,0 +1,87 @@
+"""Whether a directory loads where puma_hf is not installed, as it will for whoever downloads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_SCRIPT = Path(__file__).with_name("fresh_load.py")
+# Largest difference of an entry between the two loaders: one packs inputs, the other pads them.
+_TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
+_COARSE_TOLERANCE = 3e-2  # numbers of 16 bits or fewer
+
+
+@dataclass(frozen=True)
+class LoadCheck:
+    """What both loaders made of a directory.
+
+    Args:
+        embedding_dim: Dimensions of an embedding.
+        dtype: Data type that the weights were loaded in.
+        difference: Largest difference of an entry between AutoModel's and SentenceTransformer's embeddings.
+    """
+
+    embedding_dim: int
+    dtype: str
+    difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"loads without puma_hf by AutoModel and SentenceTransformer: {self.embedding_dim} dimensions in "
+            f"{self.dtype}, largest difference {self.difference:.1e}"
+        )
+
+
+def check_loads(directory: str | Path, *, offline: bool = True) -> LoadCheck:
+    """Load a directory by AutoModel and SentenceTransformer in a fresh process, and compare what they embed.
+
+    The process cannot import puma_hf, runs only the code that lies in the directory, and keeps that in a new cache.
+
+    Args:
+        directory: The directory, or a Hub id.
+        offline: Whether the process must not ask the Hub.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: If it does not load, or the two differ; the message has the reason.
+    """
+    with TemporaryDirectory(prefix="puma-hf-load-") as temporary:
+        work = Path(temporary)
+        name = str(Path(directory).resolve()) if Path(directory).is_dir() else str(directory)
+        job = {"directory": name, "output": str(work / "found.json")}
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        if offline:
+            environment["HF_HUB_OFFLINE"] = "1"
+        process = subprocess.run(
+            [sys.executable, "-P", str(_SCRIPT), str(work / "job.json")],
+            cwd=work,  # nothing lies there that an import could find
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if process.returncode != 0:
+            lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"the process ended with {process.returncode}"
+            raise ValueError(
+                f"{str(directory)!r} does not load where puma_hf is not installed ({reason}). Write the directory "
+                "again with puma-hf prune or merge."
+            )
+        found = json.loads((work / "found.json").read_text(encoding="utf-8"))
+    tolerance = _TOLERANCES.get(found["dtype"], _COARSE_TOLERANCE)
+    if not found["same_shape"] or not found["finite"] or not found["difference"] <= tolerance:
+        raise ValueError(
+            f"AutoModel and SentenceTransformer read {str(directory)!r} differently: largest difference "
+            f"{found['difference']}, allowed {tolerance:g}, all finite: {found['finite']}. A file of the two may be of "
+            "another model: write the directory again."
+        )
+    return LoadCheck(found["shape"][1], found["dtype"], found["difference"])

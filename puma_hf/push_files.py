@@ -1,0 +1,182 @@
+"""What of a directory goes to the Hub: the files that load, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME
+from puma_hf.files import is_puma_directory
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+
+_PROCESSOR_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "video_preprocessor_config.json",
+        "vocab.json",
+    }
+)
+_SENTENCE_TRANSFORMERS_FILES = frozenset(
+    {"config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"}
+)
+_EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE", "results.json", "sweep.json"}
+# What our own commands write beside a model, and nobody needs who loads it.
+_LEFT_OUT = ("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json")
+_LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|__pycache__")
+_SECRET_NAMES = (
+    *(".env*", "*token*", "*secret*", "*credential*", "*password*", "*.key", "*.pem", "*.p12", "*.pfx"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", ".git", ".ssh", ".aws"),
+)
+_PICKLES = (*PICKLE_SUFFIXES, ".pickle", ".joblib", ".npy", ".npz")
+_SECRET_TEXTS = re.compile(rb"hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+# Large, and made of words that a tokenizer learnt.
+_NOT_SEARCHED = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
+
+
+@dataclass(frozen=True)
+class PushFiles:
+    """The files of a directory that make it load, and what stays here.
+
+    Args:
+        directory: The directory.
+        names: Files to upload, in order; the card is not among them, as it is written anew.
+        left_out: Files and folders that training and evaluation left there, and that nobody needs who loads it.
+        is_adapter: Whether the directory holds a LoRA adapter alone.
+    """
+
+    directory: Path
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+    is_adapter: bool
+
+
+def files_to_push(directory: str | Path) -> PushFiles:
+    """Choose the files of a PUMA directory, or of a LoRA adapter's, that the Hub gets.
+
+    Args:
+        directory: The directory.
+
+    Returns:
+        The files; what is not needed and known to be harmless is named apart.
+
+    Raises:
+        FileNotFoundError: If it is no such directory, or lacks weights.
+        ValueError: If it holds a pickle, something that looks like a secret, a link, or a file that is not known; all
+            are named.
+    """
+    folder = Path(directory)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and not is_puma_directory(folder):
+        raise FileNotFoundError(
+            f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter. Name one that puma-hf prune, "
+            "distill, train or merge wrote."
+        )
+    allowed = {*_EITHER, *_weight_files(folder, is_adapter), *_code_files(folder)}
+    chosen, left_out, bad = [], [], []
+    for path in sorted(folder.iterdir()):
+        if problem := _problem(path):
+            bad.append(f"{path.name}: {problem}")
+        elif path.name == CARD and path.is_file():
+            continue  # it is written anew
+        elif path.is_file() and path.name in allowed:
+            chosen.append(path.name)
+        elif _is_left_out(path):
+            left_out.append(path.name)
+        else:
+            bad.append(f"{path.name}: not part of a model, so loading does not need it")
+    if bad:
+        raise ValueError(
+            f"{str(directory)!r} holds {len(bad)} entries that must not be published. Move them elsewhere and push "
+            "again:\n- " + "\n- ".join(bad)
+        )
+    return PushFiles(folder, tuple(chosen), tuple(left_out), is_adapter)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a repository has a name that a push of ours gives: an older one may then be removed."""
+    shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name)
+    adapter = name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "puma_base.json")
+    return bool(shard) or adapter or name in _EITHER or name == "config.json" or name.endswith("_puma.py")
+
+
+def _problem(path: Path) -> str | None:
+    """Why an entry must not be published, whatever it is for; None if nothing speaks against it."""
+    name = path.name.lower()
+    if path.is_symlink():
+        return "a link, which may lead out of the directory; copy what it points to"
+    if path.name not in _EITHER and any(fnmatch(name, pattern) for pattern in _SECRET_NAMES):
+        return "looks like a secret"
+    if name.endswith(_PICKLES):
+        return "a pickle, which can run code when opened"
+    is_searched = path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_SEARCHED
+    if is_searched and _SECRET_TEXTS.search(path.read_bytes()):
+        return "holds what looks like an access token or a private key"
+    return None
+
+
+def _is_left_out(path: Path) -> bool:
+    if path.is_file():
+        return path.name in _LEFT_OUT
+    holds_results = any((path / name).is_file() for name in ("results.json", "sweep.json"))
+    return holds_results or _LEFT_OUT_FOLDERS.fullmatch(path.name) is not None
+
+
+def _weight_files(folder: Path, is_adapter: bool) -> set[str]:
+    """The names of the weights and of the configuration that tells how to read them."""
+    if is_adapter:
+        names = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+        optional = {"puma_base.json"}
+    elif (folder / INDEX_NAME).is_file():
+        names = {"config.json", INDEX_NAME, *_read_json(folder / INDEX_NAME).get("weight_map", {}).values()}
+        optional = set()
+    else:
+        names, optional = {"config.json", SINGLE_NAME}, set()
+    if absent := sorted(name for name in names if not (folder / name).is_file()):
+        raise FileNotFoundError(f"{str(folder)!r} lacks {', '.join(absent)}. Write the directory again.")
+    return names | optional
+
+
+def _code_files(folder: Path) -> set[str]:
+    """Python files that a loader runs: those named in the settings, and what they import; and copies of ours."""
+    own = {path.name for path in (Path(__file__).parent / "modeling").glob("*_puma.py")}
+    named = set(_named_modules(folder))
+    files = [folder / f"{name}.py" for name in named if (folder / f"{name}.py").is_file()]
+    imported = [Path(name).name for path in files for name in get_relative_import_files(path)]
+    return {*own, *imported, *(path.name for path in files)}
+
+
+def _named_modules(folder: Path) -> Iterator[str]:
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            for value in (_read_json(folder / name).get("auto_map") or {}).values():
+                for reference in value if isinstance(value, list) else [value]:
+                    if isinstance(reference, str):
+                        yield reference.partition(".")[0]
+    if (folder / "modules.json").is_file():
+        for module in _read_json(folder / "modules.json"):
+            yield module["type"].partition(".")[0]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}). Write the directory again.") from error

@@ -1,0 +1,44 @@
+"""Search a corpus by text, by picture, or by both: an index on disk, exact answers, a page to show them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from puma_hf.lazy import resolver
+
+# `search`, the function of a SearchConfig, is in `puma_hf.search.query`: here it would have the package's own name.
+_NAMES = {
+    "Answer": "puma_hf.search.answers",
+    "Answers": "puma_hf.search.answers",
+    "Index": "puma_hf.search.index",
+    "IndexConfig": "puma_hf.search.config",
+    "IndexReport": "puma_hf.search.build",
+    "Query": "puma_hf.search.query",
+    "SearchConfig": "puma_hf.search.config",
+    "Searcher": "puma_hf.search.query",
+    "build_index": "puma_hf.search.build",
+    "open_index": "puma_hf.search.index",
+}
+
+__all__ = [
+    "Answer",
+    "Answers",
+    "Index",
+    "IndexConfig",
+    "IndexReport",
+    "Query",
+    "SearchConfig",
+    "Searcher",
+    "build_index",
+    "open_index",
+]
+
+__getattr__ = resolver(__name__, _NAMES)
+
+
+if TYPE_CHECKING:
+    from puma_hf.search.answers import Answer, Answers
+    from puma_hf.search.build import IndexReport, build_index
+    from puma_hf.search.config import IndexConfig, SearchConfig
+    from puma_hf.search.index import Index, open_index
+    from puma_hf.search.query import Query, Searcher

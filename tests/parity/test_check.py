@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from puma_hf import PumaModel, lora_config, prune
+from puma_hf.export import export
+from puma_hf.parity import check as check_module
+from puma_hf.parity.check import _base_of, _Forms, check
+from puma_hf.parity.inputs import check_inputs
+from puma_hf.trainer import merge_adapter
+from puma_hf.trainer.lora import add_lora, save_base_fingerprint
+from tests.tiny import build_checkpoint
+
+FORMS = [
+    "padded on the right",
+    "one input at a time",
+    "SentenceTransformer",
+    "puma_hf.embed",
+    "truncated to 16",
+    "fast path off",
+    "saved and loaded again",
+    "in bfloat16",
+    "exported, stock classes",
+    "exported, stock inputs too",
+]
+ADAPTER_FORM = "adapter on its base"
+
+
+@pytest.fixture(scope="module")
+def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the pruned model that changes its embeddings. Read only."""
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    torch.manual_seed(0)
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+    add_lora(model, lora_config(r=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(str(folder))
+    save_base_fingerprint(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What it was merged into. Read only."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    merge_adapter(adapter, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forms(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> _Forms:
+    """The forms of the pruned model, its reference made. Read only."""
+    forms = _Forms(puma_dir, tmp_path_factory.mktemp("scratch"), check_inputs(), "cpu")
+    assert all(row.ok for row in forms.by_auto_model())
+    return forms
+
+
+def differing(report: Any) -> list[str]:
+    return [row.form for row in report.rows if not row.ok]
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Change one number of one tensor."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    full_name = next(key for key in tensors if key.endswith(name))
+    tensors[full_name][3, 3] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_sound_model(puma_dir: Path) -> None:
+    report = check(puma_dir)
+    assert report.ok, str(report)
+    assert [row.form for row in report.rows] == FORMS
+    assert report.num_inputs == 10
+    rows = {row.form: row for row in report.rows}
+    assert rows["saved and loaded again"].largest == 0
+    assert rows["in bfloat16"].largest > 0
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen2_5_vl", 1), ("qwen3_vl", 3)])
+def test_other_backbones(family: str, kept: int, tmp_path: Path) -> None:
+    original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=kept)
+    prune(original, tmp_path / "puma", num_kept_layers=kept)
+    report = check(tmp_path / "puma", seed=kept)
+    assert report.ok, str(report)
+
+
+def test_an_adapter_is_merged_and_compared(adapter: Path) -> None:
+    report = check(adapter)
+    assert report.ok, str(report)
+    assert [row.form for row in report.rows] == [*FORMS, ADAPTER_FORM]
+
+
+def test_a_spoiled_merge_is_caught(adapter: Path, merged: Path, tmp_path: Path) -> None:
+    spoiled = Path(shutil.copytree(merged, tmp_path / "spoiled"))
+    spoil(spoiled, "layers.1.mlp.up_proj.weight")
+    report = check(adapter, merged=spoiled)
+    # In itself the spoiled model is sound; it is only not what was trained.
+    assert differing(report) == [ADAPTER_FORM]
+    assert str(report).endswith(f"{ADAPTER_FORM}: other embeddings than they should")
+
+
+def test_a_base_is_not_the_merged_model(forms: _Forms, adapter: Path, puma_dir: Path) -> None:
+    row = forms.not_merged(adapter, puma_dir)
+    assert (row.form, row.ok, row.measure) == (ADAPTER_FORM, False, "difference")
+
+
+def test_what_rounding_hides_is_compared_by_cosine(adapter: Path, puma_dir: Path, merged: Path, tmp_path: Path) -> None:
+    model = PumaModel.from_pretrained(merged, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "merged")
+    for path in merged.iterdir():
+        if not (tmp_path / "merged" / path.name).exists():
+            shutil.copyfile(path, tmp_path / "merged" / path.name)
+    rounded = _Forms(tmp_path / "merged", tmp_path, check_inputs(), "cpu")
+    assert all(row.ok for row in rounded.by_auto_model())
+    row = rounded.not_merged(adapter, puma_dir)
+    assert (row.ok, row.measure) == (True, "1 - cosine")
+    assert row.largest > 1e-8
+
+
+def test_a_spoiled_export_is_caught(forms: _Forms, puma_dir: Path, tmp_path: Path) -> None:
+    stock = tmp_path / "stock"
+    export(puma_dir, stock)
+    assert [row.ok for row in forms.exported(stock)] == [True, True]
+    template = (stock / "chat_template.jinja").read_text()
+    (stock / "chat_template.jinja").write_text(template.replace("Summarize", "Describe"))
+    assert [row.ok for row in forms.exported(stock)] == [True, False]
+    (stock / "chat_template.jinja").write_text(template)
+    spoil(stock, "layers.0.mlp.up_proj.weight")
+    assert [row.ok for row in forms.exported(stock)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        # SentenceTransformer's own vectors are what two others are compared with.
+        ({"encode": (0,)}, ["SentenceTransformer", "puma_hf.embed", "fast path off"]),
+        # Of AutoModel: padded on the right, the first input alone, in bfloat16. Then: truncated, plain, saved.
+        (
+            {"embed_features": (1, 2, 12), "encode": (1, 2, 4), "embed_stock": (0, 1)},
+            [form for form in FORMS if form not in ("SentenceTransformer", "puma_hf.embed")],
+        ),
+    ],
+)
+def test_every_row_can_fail(
+    puma_dir: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, tuple[int, ...]], expected: list[str]
+) -> None:
+    for name, wrong in calls.items():
+        monkeypatch.setattr(check_module, name, _negated(getattr(check_module, name), wrong))
+    assert differing(check(puma_dir)) == expected
+
+
+def _negated(function: Callable[..., Tensor], calls: tuple[int, ...]) -> Callable[..., Tensor]:
+    """The function, whose result is negated in some of its calls."""
+    counter = count()
+
+    def changed(*args: Any, **options: Any) -> Tensor:
+        result = function(*args, **options)
+        return -result if next(counter) in calls else result
+
+    return changed
+
+
+# --- arguments
+
+
+def test_what_cannot_be_checked(puma_dir: Path, qwen_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"directory '.*nowhere' is not there\. Name a PUMA directory"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"directory '.*' holds no PUMA model, by its config\.json\. Name one that"):
+        check(qwen_dir)
+    with pytest.raises(ValueError, match=r"merged and base given, but '.*' is no adapter \(it has no adapter_config"):
+        check(puma_dir, merged=puma_dir, base=puma_dir)
+    with pytest.raises(ValueError, match=r"merged '.*' holds no PUMA model"):
+        check(adapter, merged=qwen_dir)
+    with pytest.raises(ValueError, match=r"exported '.*' is not what puma-hf export wrote"):
+        check(puma_dir, exported=qwen_dir)
+    export(puma_dir, tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"It is an export: name the PUMA directory, and this one as --exported\."):
+        check(tmp_path / "stock")
+
+
+def test_a_base_that_is_gone(adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/moved/away"}))
+    for options in ({}, {"merged": merged}):
+        with pytest.raises(FileNotFoundError, match=r"base '/moved/away' is not a directory\. .*--base"):
+            check(copy, **options)
+    assert _base_of(copy, puma_dir) == puma_dir
+
+
+def test_models_that_do_not_belong_together(forms: _Forms, tmp_path: Path) -> None:
+    original = build_checkpoint(tmp_path / "original", "qwen2_vl", seed=1)
+    prune(original, tmp_path / "other", num_kept_layers=1)
+    export(tmp_path / "other", tmp_path / "stock")
+    assert [row.ok for row in forms.exported(tmp_path / "stock")] == [False, False]

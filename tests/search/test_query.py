@@ -1,0 +1,180 @@
+"""Ask an index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from puma_hf.search.build import build_index
+from puma_hf.search.config import IndexConfig, SearchConfig
+from puma_hf.search.index import open_index
+from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, search
+from tests.search.small_corpus import write_picture
+
+
+@pytest.fixture(scope="module")
+def searcher(index_dir: Path, sentence_transformer: SentenceTransformer) -> Searcher:
+    return Searcher(open_index(index_dir), sentence_transformer)
+
+
+def inputs(corpus: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in corpus.read_text().splitlines()]
+    return [
+        {
+            name: str(corpus.parent / line[name]) if name == "image" else line[name]
+            for name in ("image", "text")
+            if name in line
+        }
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize(("target", "rows"), [("any", range(8)), ("text", [0, 2, 3, 5, 6]), ("image", [1, 4, 7])])
+@pytest.mark.parametrize("query", [{"text": "a table"}, {"image": "b.png"}, {"text": "red", "image": "i0.png"}])
+def test_answers_are_those_of_all_cosines(
+    searcher: Searcher, corpus: Path, target: Any, rows: Any, query: dict[str, str]
+) -> None:
+    if "image" in query:
+        query = {**query, "image": str(corpus.parent / query["image"])}
+    everything = searcher.model.encode([query, *inputs(corpus)])
+    cosines = everything[1:] @ everything[0]
+    order = sorted(rows, key=lambda row: -cosines[row])
+    found = searcher.search(Query(**query), target=target, top_k=4)
+    ids = [json.loads(line)["id"] for line in corpus.read_text().splitlines()]
+    assert [answer.id for answer in found.answers] == [ids[row] for row in order[:4]]
+    np.testing.assert_allclose([answer.score for answer in found.answers], cosines[order[:4]], atol=1e-5)
+    assert [answer.rank for answer in found.answers] == list(range(1, len(found.answers) + 1))
+    assert found.num_candidates == len(rows)
+
+
+def test_an_item_finds_itself(searcher: Searcher, corpus: Path) -> None:
+    with Image.open(corpus.parent / "i1.png") as picture:
+        best = searcher.search(Query(image=picture), top_k=1).answers[0]
+    assert (best.id, best.modality, best.text) == ("i1", "image", None)
+    assert best.image == str((corpus.parent / "i1.png").resolve())
+    assert best.score == pytest.approx(1, abs=1e-5)
+
+
+def test_an_instruction_changes_the_query(searcher: Searcher) -> None:
+    plain, told = (searcher.search(Query(text="on", instruction=text)) for text in (None, "Find a picture."))
+    assert told.instruction == "Find a picture."
+    assert [answer.score for answer in plain.answers] != [answer.score for answer in told.answers]
+
+
+def test_faiss_finds_the_same(searcher: Searcher) -> None:
+    pytest.importorskip("faiss")
+    query = Query(text="an apple")
+    assert Searcher(searcher.index, searcher.model, backend="faiss").search(query) == searcher.search(query)
+
+
+def test_words_that_name_a_file_are_words(searcher: Searcher, corpus: Path) -> None:
+    found = searcher.search(Query(text=str(corpus.parent / "i1.png")), top_k=1)
+    assert found.image is None
+    assert found.answers[0].score < 0.9999
+
+
+# --- bad queries
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "nothing to look for. Give words, a picture, or both"),
+        ({"text": "\t"}, "nothing to look for"),
+        ({"text": "x" * 10**6}, "text of a query has 1,000,000 characters, must be at most 100,000"),
+        ({"text": "x", "instruction": "x" * (MAX_QUERY_LENGTH + 1)}, "instruction of a query has 100,001 characters"),
+    ],
+)
+def test_a_query_that_is_none(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Query(**values)
+
+
+def test_a_picture_that_cannot_be_read(searcher: Searcher, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"image of the query: .*a.png' cannot be read as an image"):
+        searcher.search(Query(image=tmp_path / "a.png"))
+    with pytest.raises(FileNotFoundError, match=r"image of the query: no image file at .* Check the path"):
+        searcher.search(Query(image=str(tmp_path / "gone.png")))
+
+
+def test_words_that_the_model_does_not_take(searcher: Searcher) -> None:
+    with pytest.raises(ValueError, match=r"^The query cannot be embedded: (?!.*inputs\[).*<\|image_pad\|>"):
+        searcher.search(Query(text="<|image_pad|>"))
+
+
+# --- from a configuration
+
+
+def test_one_question(index_dir: Path, searcher: Searcher, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "answers.html"
+    found = search(SearchConfig(index=index_dir, query="a <b>table</b>", target="image", top=2, html=page))
+    assert found == searcher.search(Query(text="a <b>table</b>"), target="image", top_k=2)
+    assert "a &lt;b&gt;table&lt;/b&gt;" in page.read_text()
+    assert page.read_text().count("<img src=") == 2
+
+
+def test_vectors_of_another_model_are_refused(index_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(puma_dir, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights[min(weights)] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"was made by another model than 'other', and vectors of two models cannot"):
+        search(SearchConfig(index=index_dir, query="a", model=str(other)))
+
+
+def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(index_dir, tmp_path / "index"))
+    description = json.loads((moved / "index.json").read_text())
+    (moved / "index.json").write_text(json.dumps({**description, "model": str(tmp_path / "gone")}))
+    with pytest.raises(FileNotFoundError, match=r"The model .*gone' of the index .* is gone. Pass model \(--model\)"):
+        search(SearchConfig(index=moved, query="a"))
+    assert search(SearchConfig(index=moved, query="a", model=str(puma_dir), top=1)).answers
+
+
+def test_what_is_wrong_is_told_before_the_model_is_loaded(
+    index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puma_hf.search.query.open_model", None)
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        search(SearchConfig(index=index_dir, image=tmp_path / "gone.png"))
+    with pytest.raises(FileNotFoundError, match="is no index"):
+        search(SearchConfig(index=tmp_path, query="a"))
+
+
+def test_pictures_of_an_index_that_has_none(puma_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    build_index(IndexConfig(data=tmp_path / "t.jsonl", model=str(puma_dir), output=tmp_path / "index"))
+    message = r"has no image to find, only 2 of text. Look for 'any' \(--for any\), or index a corpus that holds images"
+    with pytest.raises(ValueError, match=message):
+        search(SearchConfig(index=tmp_path / "index", query="a", target="image"))
+
+
+def test_an_empty_index(puma_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
+    report = build_index(IndexConfig(data=tmp_path / "photos", model=str(puma_dir), output=tmp_path / "index"))
+    assert "indexed  no items" in str(report)
+    with pytest.raises(ValueError, match="is empty: nothing of its corpus could be embedded"):
+        search(SearchConfig(index=tmp_path / "index", query="a"))
+
+
+@pytest.mark.parametrize("values", [{"precision": "int8"}, {"precision": "binary"}, {"truncate_dim": 8}])
+def test_small_vectors(puma_dir: Path, corpus: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    build_index(IndexConfig(data=corpus, model=str(puma_dir), output=tmp_path / "index", **values))
+    (best,) = search(SearchConfig(index=tmp_path / "index", image=corpus.parent / "i1.png", top=1)).answers
+    assert best.id == "i1"
+
+
+def test_a_picture_outside(searcher: Searcher, tmp_path: Path) -> None:
+    found = searcher.search(Query(image=write_picture(tmp_path / "q.png", 7), text="red"))
+    assert (found.query, found.image) == ("red", str(tmp_path / "q.png"))

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2VLForConditionalGeneration,
+)
+
+from puma_hf import PumaModel, prune
+from puma_hf.export import LINEAGE_KEY, export, is_export
+from puma_hf.parity.forms import embed_features, embed_stock, features_of, open_auto_model, open_stock, stock_features
+from puma_hf.parity.inputs import check_inputs
+from tests.tiny import HIDDEN_SIZE, build_checkpoint, build_qwen2_vl, canonical_name, read_weights
+
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+# Family, layers kept, and what is special about the original.
+SHAPES = (
+    ("qwen2_vl", 1, {"tie_word_embeddings": False}),
+    ("qwen2_5_vl", 2, {}),
+    ("qwen3_vl", 3, {}),
+)
+
+
+@pytest.fixture(scope="module")
+def exported(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the pruned model. Read only."""
+    folder = tmp_path_factory.mktemp("exported") / "stock"
+    export(puma_dir, folder)
+    return folder
+
+
+@pytest.fixture
+def source(puma_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the pruned model that a test may spoil."""
+    return Path(shutil.copytree(puma_dir, tmp_path / "source"))
+
+
+def settings_of(folder: Path, name: str = "config.json") -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / name).read_text())
+    return content
+
+
+def largest_difference(puma: Path, stock: Path) -> float:
+    """Of the embeddings by AutoModel to those by stock classes and files alone."""
+    inputs = check_inputs(3)
+    expected = embed_features(open_auto_model(puma, torch.float32, "cpu"), features_of(puma, inputs))
+    found = embed_stock(open_stock(stock, torch.float32, "cpu"), stock_features(stock, inputs))
+    assert found.shape == (len(inputs), HIDDEN_SIZE)
+    return float((found - expected).abs().max())
+
+
+def test_the_same_embeddings(puma_dir: Path, exported: Path) -> None:
+    assert largest_difference(puma_dir, exported) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "kept", "changes"), SHAPES)
+def test_other_shapes(family: str, kept: int, changes: dict[str, object], tmp_path: Path) -> None:
+    original = build_checkpoint(tmp_path / "original", family, seed=kept, **changes)
+    prune(original, tmp_path / "puma", num_kept_layers=kept)
+    report = export(tmp_path / "puma", tmp_path / "stock")
+    assert (report.model_type, report.num_layers) == (family, kept)
+    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
+    # In the layout that was published for the family, which the original of these tests has, too.
+    names = set(load_file(original / "model.safetensors"))
+    assert set(load_file(tmp_path / "stock" / "model.safetensors")) - names <= {"lm_head.weight"}
+
+
+def test_nothing_of_puma_is_in_it(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == FILES
+    for path in exported.glob("*.json"):
+        text = path.read_text()
+        assert "auto_map" not in text, path.name
+        assert "Puma" not in text, path.name
+        assert "is_local" not in text, path.name
+    assert settings_of(exported, "tokenizer_config.json")["processor_class"] == "Qwen2VLProcessor"
+    assert settings_of(exported, "preprocessor_config.json")["processor_class"] == "Qwen2VLProcessor"
+
+
+def test_the_configuration_is_the_stock_classes_own(exported: Path, puma_dir: Path) -> None:
+    config = AutoConfig.from_pretrained(exported)
+    assert type(config).__name__ == "Qwen2VLConfig"
+    assert config.architectures == ["Qwen2VLForConditionalGeneration"]
+    text = config.text_config
+    assert (text.num_hidden_layers, len(text.layer_types)) == (2, 2)
+    written = settings_of(exported)
+    assert written["tie_word_embeddings"] is True
+    assert written["text_config"]["tie_word_embeddings"] is True  # type: ignore[index]
+    puma = settings_of(puma_dir)
+    fields = ("num_kept_layers", "original_num_hidden_layers", "source_name_or_path", "source_revision", "ret_token_id")
+    assert written[LINEAGE_KEY] == {name: puma[name] for name in fields}
+    assert not set(fields) & set(written)
+
+
+def test_weights_are_the_same_bit_for_bit_under_published_names(exported: Path, puma_dir: Path) -> None:
+    found = load_file(exported / "model.safetensors")
+    assert {name.split(".")[0] for name in found} == {"model", "visual"}
+    assert {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"} <= set(found)
+    expected = read_weights(puma_dir)
+    assert {canonical_name(name) for name in found} == set(expected)
+    assert all(torch.equal(tensor, expected[canonical_name(name)]) for name, tensor in found.items())
+
+
+def test_the_stock_class_finds_every_tensor_and_ties_its_head(exported: Path) -> None:
+    model, info = AutoModelForImageTextToText.from_pretrained(exported, output_loading_info=True)
+    assert isinstance(model, Qwen2VLForConditionalGeneration)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_the_tokenizer_reads_ret_as_one_token(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a red apple"}], tokenize=False)
+    assert tokenizer(text)["input_ids"][-1] == settings_of(exported)[LINEAGE_KEY]["ret_token_id"]  # type: ignore[index]
+
+
+def test_shards_and_dtype_stay(tmp_path: Path) -> None:
+    prune(build_qwen2_vl(tmp_path / "original", dtype=torch.bfloat16), tmp_path / "puma", num_kept_layers=2)
+    for file in (tmp_path / "puma").glob("*.safetensors"):
+        file.unlink()
+    PumaModel.from_pretrained(tmp_path / "original", num_kept_layers=2).save_pretrained(tmp_path / "more")
+    model = PumaModel.from_pretrained(tmp_path / "more")
+    model.resize_token_embeddings(settings_of(tmp_path / "puma")["text_config"]["vocab_size"])  # type: ignore[index]
+    model.save_pretrained(tmp_path / "puma", max_shard_size="40KB")
+    report = export(tmp_path / "puma", tmp_path / "stock")
+    shards = sorted(path.name for path in (tmp_path / "stock").glob("*.safetensors"))
+    assert len(shards) > 1
+    index = settings_of(tmp_path / "stock", "model.safetensors.index.json")
+    assert index["metadata"] == {"total_size": report.num_bytes}
+    assert sorted(set(index["weight_map"].values())) == shards  # type: ignore[attr-defined]
+    assert report.num_bytes == 2 * report.num_parameters
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "stock").dtype == torch.bfloat16
+    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
+
+
+def test_report(puma_dir: Path, tmp_path: Path, model: PumaModel) -> None:
+    report = export(puma_dir, tmp_path / "stock")
+    assert report.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert str(report).startswith("exported qwen2_vl of 2 decoder layers, ")
+    assert str(report).endswith(f"puma-hf check {puma_dir} --exported {tmp_path / 'stock'}")
+
+
+# --- what is refused, leaving nothing behind
+
+
+def test_what_is_no_puma_model(qwen_dir: Path, exported: Path, tmp_path: Path) -> None:
+    for folder in (qwen_dir, exported):
+        with pytest.raises(ValueError, match=r"model_type='qwen2_vl', but what is exported is a PUMA model \(puma, "):
+            export(folder, tmp_path / "stock")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter\. Merge it first \(puma-hf merge\)"):
+        export(tmp_path / "adapter", tmp_path / "stock")
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor a Hub id"):
+        export(tmp_path / "missing", tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+
+
+def test_output_in_use(puma_dir: Path, tmp_path: Path) -> None:
+    export(puma_dir, tmp_path / "stock")
+    assert is_export(tmp_path / "stock")
+    assert not is_export(puma_dir)
+    assert not is_export(tmp_path)
+    (tmp_path / "stock" / "stray.txt").write_text("old")
+    with pytest.raises(FileExistsError, match=r"is not empty\. .*--overwrite"):
+        export(puma_dir, tmp_path / "stock")
+    export(puma_dir, tmp_path / "stock", overwrite=True)
+    assert {path.name for path in (tmp_path / "stock").iterdir()} == FILES
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"mine' holds files, but no PUMA model"):
+        export(puma_dir, tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="is, or holds, the source itself"):
+        export(puma_dir, puma_dir, overwrite=True)
+
+
+def test_damaged_weights(source: Path, tmp_path: Path) -> None:
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"'model.safetensors' is not a whole safetensors file"):
+        export(source, tmp_path / "stock")
+    file.write_bytes(content)
+    tensors = load_file(file)
+    tensors["language_model.norm.weight"] = torch.ones(HIDDEN_SIZE + 1)
+    save_file(tensors, file)
+    message = rf"\(1 differ, first: model\.norm\.weight, \({HIDDEN_SIZE + 1},\) instead of \({HIDDEN_SIZE},\)\)"
+    with pytest.raises(ValueError, match=message):
+        export(source, tmp_path / "stock")
+    del tensors["language_model.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"first: model\.norm\.weight, \(\) instead of \({HIDDEN_SIZE},\)"):
+        export(source, tmp_path / "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_shard_that_lacks_a_tensor(source: Path, tmp_path: Path) -> None:
+    names = [*load_file(source / "model.safetensors"), "language_model.gone"]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'model.safetensors' of '.*source' is damaged, or lacks a tensor .*gone"):
+        export(source, tmp_path / "stock")
+
+
+def test_missing_parts(source: Path, qwen_dir: Path, tmp_path: Path) -> None:
+    template = (source / "chat_template.jinja").read_bytes()
+    (source / "chat_template.jinja").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no chat_template\.jinja, which ends every prompt in \[RET\]"):
+        export(source, tmp_path / "stock")
+    (source / "chat_template.jinja").write_bytes(template)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(qwen_dir / name, source / name)
+    with pytest.raises(ValueError, match=r"tokenizer of '.*source' does not know \[RET\], where embeddings are read"):
+        export(source, tmp_path / "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_settings_of_a_video_processor_are_kept(source: Path, tmp_path: Path) -> None:
+    settings = settings_of(source, "processor_config.json")
+    settings["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", "auto_map": {}, "fps": 2}
+    (source / "processor_config.json").write_text(json.dumps(settings))
+    export(source, tmp_path / "stock")
+    expected = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2}
+    assert settings_of(tmp_path / "stock", "video_preprocessor_config.json") == expected

@@ -1,0 +1,78 @@
+"""Scripts take the place of the real one, which takes seconds; tests/test_push.py runs that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puma_hf.load_check import LoadCheck, check_loads
+
+FOUND = {"shape": [3, 64], "same_shape": True, "finite": True, "difference": 1e-6, "dtype": "float32"}
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "script.py"
+    monkeypatch.setattr("puma_hf.load_check._SCRIPT", path)
+    return path
+
+
+def write(script: Path, **changes: Any) -> None:
+    found = repr(json.dumps(FOUND | changes))
+    script.write_text(f"import json, sys\njob = json.load(open(sys.argv[1]))\nopen(job['output'], 'w').write({found})")
+
+
+def test_what_was_found(script: Path, tmp_path: Path) -> None:
+    write(script)
+    found = check_loads(tmp_path)
+    assert found == LoadCheck(64, "float32", 1e-6)
+    assert str(found).endswith("64 dimensions in float32, largest difference 1.0e-06")
+
+
+def test_the_reason_is_the_last_line(script: Path, tmp_path: Path) -> None:
+    script.write_text("import sys\nprint('noise', file=sys.stderr)\nraise OSError('no tokenizer')")
+    with pytest.raises(ValueError, match=r"does not load where puma_hf is not installed \(OSError: no tokenizer\)"):
+        check_loads(tmp_path)
+    script.write_text("import os\nos._exit(9)")
+    with pytest.raises(ValueError, match=r"\(the process ended with 9\)"):
+        check_loads(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"difference": 2e-4},
+        {"difference": float("nan")},
+        {"finite": False},
+        {"same_shape": False, "difference": None},
+        {"difference": 0.1, "dtype": "bfloat16"},
+    ],
+)
+def test_loaders_that_differ_are_refused(script: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    write(script, **changes)
+    with pytest.raises(ValueError, match=r"AutoModel and SentenceTransformer read .* differently"):
+        check_loads(tmp_path)
+
+
+def test_sixteen_bits_may_differ_more(script: Path, tmp_path: Path) -> None:
+    write(script, difference=2e-3, dtype="bfloat16")
+    assert check_loads(tmp_path).difference == 2e-3
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_the_process_is_fresh(script: Path, tmp_path: Path, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    seen = tmp_path / "seen.json"
+    write(script)
+    names = "('HF_HUB_OFFLINE', 'HF_MODULES_CACHE')"
+    code = f"import os\nseen = [os.environ[name] for name in {names}] + [os.listdir('.'), sys.path]\n"
+    script.write_text(f"{script.read_text()}\n{code}json.dump(seen, open({str(seen)!r}, 'w'))")
+    check_loads(tmp_path, offline=offline)
+    setting, modules, here, paths = json.loads(seen.read_text())
+    assert setting == ("1" if offline else "0")
+    assert not Path(modules).exists()  # it is gone with the rest
+    assert sorted(here) == ["found.json", "job.json"]
+    assert str(tmp_path) not in paths
