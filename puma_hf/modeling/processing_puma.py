@@ -50,10 +50,9 @@ def modality_of(has_text: bool, has_image: bool, has_video: bool) -> str:
 class PumaProcessor(Qwen2VLProcessor):
     r"""Turns queries and candidates of any modality into model inputs, each ending in the token `[RET]`.
 
-    [`~PumaProcessor.process_inputs`] is the way in. The instruction stands before the user's text in the user
-    turn, as in LamRA and in the paper's figure, and the prompt closes with "Summarize above image and
-    sentence in one word: " (the nouns follow the parts that are present). Works without torchvision; only
-    video needs it.
+    [`~PumaProcessor.process_inputs`] is the way in. The instruction stands before the user's text in the user turn, as
+    in LamRA and in the paper's figure, and the prompt closes with "Summarize above image and sentence in one word: "
+    (the nouns follow the parts that are present). Works without torchvision; only video needs it.
 
     Args:
         image_processor: A Qwen2-VL image processor.
@@ -162,8 +161,9 @@ class PumaProcessor(Qwen2VLProcessor):
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
             images=[np.asarray(image) for image in images] or None,
             videos=videos or None,
-            text_kwargs={"padding": True, "return_mm_token_type_ids": False},  # all at once below, row by row there
+            text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
+            return_mm_token_type_ids=False,  # all at once in _finish, row by row there
             return_tensors="pt",
         )
         return self._finish(batch, modalities, counts)
