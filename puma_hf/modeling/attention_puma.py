@@ -65,18 +65,10 @@ class Sequences:
     max_queries: int
     max_keys: int
 
-    def to(self, device: Any, non_blocking: bool = False) -> Sequences:
+    def to(self, device: Any) -> Sequences:
         """The same with its tensors on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Sequences:
-        """The same with its tensors in pinned memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Any) -> Sequences:
-        index = None if self.key_index is None else function(self.key_index)
-        ends = {"query_ends": function(self.query_ends), "key_ends": function(self.key_ends)}
-        return replace(self, **ends, key_index=index)
+        index = None if self.key_index is None else self.key_index.to(device)
+        return replace(self, query_ends=self.query_ends.to(device), key_ends=self.key_ends.to(device), key_index=index)
 
 
 def sequences_of(blocks: Sequence[Block]) -> Sequences:
