@@ -67,10 +67,14 @@ class Packer:
 
     def pack(self, features: dict[str, Any]) -> PackedBatch | dict[str, Any]:
         """The batch without padding; the features themselves where that cannot be, as with videos."""
-        if not self.packing or features.get("pixel_values_videos") is not None or _has_holes(features):
+        if not self.packing or features.get("pixel_values_videos") is not None:
+            return features
+        mask = features.get("attention_mask")
+        mask = None if mask is None else mask.cpu()  # read twice, and brought from the device once
+        if mask is not None and _has_holes(mask):
             return features
         return pack(
-            features,
+            {**features, "attention_mask": mask},
             image_token_id=self.image_token_id,
             merge_size=self.merge_size,
             dtype=self.dtype,
@@ -78,11 +82,9 @@ class Packer:
         )
 
 
-def _has_holes(features: dict[str, Any]) -> bool:
+def _has_holes(mask: torch.Tensor) -> bool:
     """Whether tokens are masked between others, or all of an input's: positions count those, packing would not."""
-    if features.get("attention_mask") is None:
-        return False
-    kept = features["attention_mask"].cpu().bool()
+    kept = mask.bool()
     runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(dim=1)
     return bool((runs != 1).any())
 

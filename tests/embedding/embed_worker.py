@@ -9,22 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
-import threading
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 from puma_hf.embedding import run
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import EmbedReport, embed_corpus
-from tests.evaluation.evaluation_worker import SHARES, exit_signal, in_a_fork
+from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 # In the n-th call of the model, or the n-th write of a file whose name ends so: some shards are finished in between.
 KILLS = (("call", 1), (".ids.parquet", 2), (".safetensors", 2), ("call", 4), ("manifest.json", 1))
@@ -52,24 +48,6 @@ def kill_in_call(number: int) -> None:
     run.embed_records = dying_embed
 
 
-def kill_in_write(ending: str, number: int) -> None:
-    """Kill this process in its n-th write of such a file: half of it is on the disk, under another name."""
-    written = 0
-    replace = os.replace
-
-    def dying_replace(source: Any, target: Any) -> None:
-        nonlocal written
-        if str(target).endswith(ending):
-            written += 1
-            if written == number:
-                with open(source, "rb+") as file:
-                    file.truncate(os.path.getsize(source) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = dying_replace
-
-
 def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
     for place, number in KILLS:
 
@@ -85,12 +63,8 @@ def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
     return embed_corpus(settings)
 
 
-def share(settings: EmbedConfig, rank: int, port: int) -> None:
-    """One of two processes, which know of each other what a launcher tells them."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(SHARES)), LOCAL_WORLD_SIZE=str(len(SHARES))
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+def share(settings: EmbedConfig, rank: int) -> None:
+    """One of two processes."""
     calls: list[int] = []
     embed = run.embed_records
 
@@ -102,20 +76,13 @@ def share(settings: EmbedConfig, rank: int, port: int) -> None:
     report = embed_corpus(settings)
     values = {"report": asdict(report), "calls": calls}
     Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
-    dist.destroy_process_group()
 
 
 def main(model: str, data: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and whoever is killed with it never gives it back
     whole = embed_corpus(config(model, data, folder / "whole"))
     finished = kill_and_finish(config(model, data, folder / "killed"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = config(model, data, folder / "two")
-    for process in [in_a_fork(partial(share, settings, rank, port)) for rank in SHARES]:
-        exit_signal(process)
+    in_two_processes(partial(share, config(model, data, folder / "two")))
     (folder / "report.json").write_text(json.dumps({"whole": asdict(whole), "finished": asdict(finished)}))
 
 

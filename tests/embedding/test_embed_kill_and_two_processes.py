@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from puma_hf.embedding.store import open_embeddings
-from tests.evaluation.evaluation_worker import SHARES
+from tests.forks import SHARES, run_worker
 
-ROOT = Path(__file__).parents[2]
 NUM_ROWS, SHARD_SIZE, BROKEN = 43, 5, 17
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -27,12 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, puma_dir: Path) -> Path:
     rows: list[dict[str, Any]] = [{"text": f"apple {row} " * (row % 4 + 1)} for row in range(NUM_ROWS)]
     rows[BROKEN] = {"image": "gone.png"}
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = dict(os.environ)
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "tests.embedding.embed_worker", puma_dir, folder / "data.jsonl", folder]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
+    run_worker("tests.embedding.embed_worker", puma_dir, folder / "data.jsonl", folder)
     return folder
 
 

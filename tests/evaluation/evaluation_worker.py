@@ -10,26 +10,23 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from tests.evaluation.fake_encoder import FakeEncoder
+from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 NUM_KILLS = 3
 SHARD_SIZE = 2
-SHARES = (0, 1)
 
 
 class DyingEncoder(FakeEncoder):
@@ -54,46 +51,6 @@ def run(data: Path, output: Path, encoder: DyingEncoder) -> MBEIRResults:
     )
 
 
-def kill_in_write(number: int) -> None:
-    """Kill this process in its n-th write of a file: its name is still to be given."""
-    written = 0
-    replace = os.replace
-
-    def dying_replace(source: Any, target: Any) -> None:
-        nonlocal written
-        if str(target).endswith(".safetensors"):
-            written += 1
-            if written == number:
-                with open(source, "rb+") as file:  # half of it reached the disk
-                    file.truncate(os.path.getsize(source) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = dying_replace
-
-
-def in_a_fork(action: Callable[[], object]) -> int:
-    """Start it in a process of its own, which shares the imported libraries; the id of the process."""
-    process = os.fork()
-    if process == 0:
-        try:
-            action()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1 if sys.exc_info()[0] else 0)
-    return process
-
-
-def exit_signal(process: int) -> int:
-    _, status = os.waitpid(process, 0)
-    if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status)
-    if os.WEXITSTATUS(status):
-        raise SystemExit("A process ended with an error, see above.")
-    return 0
-
-
 def kill_and_finish(data: Path, output: Path, num_calls: int) -> tuple[list[str], int]:
     """Kill it at random points, then let it end; the points, and the calls that the last run needed."""
     generator = random.Random(4)
@@ -103,7 +60,7 @@ def kill_and_finish(data: Path, output: Path, num_calls: int) -> tuple[list[str]
 
         def dying(number: int = number, in_write: bool = in_write) -> None:
             if in_write:
-                kill_in_write(number)
+                kill_in_write(".safetensors", number)
             run(data, output, DyingEncoder(-1 if in_write else number))
 
         if exit_signal(in_a_fork(dying)) != signal.SIGKILL:
@@ -114,12 +71,8 @@ def kill_and_finish(data: Path, output: Path, num_calls: int) -> tuple[list[str]
     return points, len(encoder.calls)
 
 
-def share(data: Path, output: Path, rank: int, port: int) -> None:
-    """One of two processes, which know of each other what a launcher tells them."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(SHARES)), LOCAL_WORLD_SIZE=str(len(SHARES))
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+def share(data: Path, output: Path, rank: int) -> None:
+    """One of two processes."""
     encoder = DyingEncoder()
     results = run(data, output, encoder)
     values = {"results": results.to_dict(include_rankings=True), "calls": len(encoder.calls)}
@@ -127,7 +80,6 @@ def share(data: Path, output: Path, rank: int, port: int) -> None:
     # Without an output they need a folder, too, and leave nothing of it.
     again = evaluate_mbeir(DyingEncoder(), data, tasks="toys_task1", show_progress_bar=False)
     output.with_name(f"temporary-{rank}.json").write_text(json.dumps(again.to_dict(include_rankings=True)))
-    dist.destroy_process_group()
 
 
 def main(data: Path, folder: Path) -> None:
@@ -135,11 +87,7 @@ def main(data: Path, folder: Path) -> None:
     encoder = DyingEncoder()
     results = run(data, folder / "whole", encoder)
     points, calls_left = kill_and_finish(data, folder / "killed", len(encoder.calls))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for process in [in_a_fork(partial(share, data, folder / "two", rank, port)) for rank in SHARES]:
-        exit_signal(process)
+    in_two_processes(partial(share, data, folder / "two"))
     report = {
         "results": results.to_dict(include_rankings=True),
         "calls": len(encoder.calls),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import pytest
 
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from tests.data.mbeir_builder import build_mbeir
-from tests.evaluation.evaluation_worker import NUM_KILLS, SHARES
-
-ROOT = Path(__file__).parents[2]
+from tests.evaluation.evaluation_worker import NUM_KILLS
+from tests.forks import SHARES, run_worker
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -25,12 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluations")
     data, temporary = build_mbeir(folder / "mbeir"), folder / "tmp"
     temporary.mkdir()
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "tests.evaluation.evaluation_worker", str(data), str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
+    run_worker("tests.evaluation.evaluation_worker", data, folder, TMPDIR=str(temporary))
     return folder
 
 

@@ -1,0 +1,89 @@
+"""Runs in processes of their own, for tests of kills and of several processes: real ones, with the imports shared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+SHARES = (0, 1)
+
+
+def run_worker(module: str, *arguments: str | Path, **variables: str) -> None:
+    """Run a module of the tests as a script, which may fork: nothing of pytest is in it."""
+    environment = {**os.environ, **variables}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def in_a_fork(action: Callable[[], object]) -> int:
+    """Start it in a process of its own, which shares the imported libraries; the id of the process."""
+    process = os.fork()
+    if process == 0:
+        # tqdm's own lock is shared by forks, and whoever is killed with it never gives it back.
+        tqdm.set_lock(threading.RLock())
+        try:
+            action()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1 if sys.exc_info()[0] else 0)
+    return process
+
+
+def exit_signal(process: int) -> int:
+    """Wait for a process: the signal that ended it, 0 for none."""
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status)
+    if os.WEXITSTATUS(status):
+        raise SystemExit("A process ended with an error, see above.")
+    return 0
+
+
+def in_two_processes(share: Callable[[int], object]) -> None:
+    """Call it in two processes, with the number of each, which know of each other what a launcher tells them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def launched(rank: int) -> None:
+        count = str(len(SHARES))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+        share(rank)
+        dist.destroy_process_group()
+
+    for process in [in_a_fork(lambda rank=rank: launched(rank)) for rank in SHARES]:  # type: ignore[misc]
+        exit_signal(process)
+
+
+def kill_in_write(ending: str, number: int) -> None:
+    """Kill this process in its n-th write of a file whose name ends so: its name is still to be given."""
+    written = 0
+    replace = os.replace
+
+    def dying_replace(source: Any, target: Any) -> None:
+        nonlocal written
+        if str(target).endswith(ending):
+            written += 1
+            if written == number:
+                with open(source, "rb+") as file:  # half of it reached the disk
+                    file.truncate(os.path.getsize(source) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying_replace
