@@ -17,7 +17,9 @@ _NAMES = {
     "SearchConfig": "puma_hf.search.config",
     "Searcher": "puma_hf.search.query",
     "build_index": "puma_hf.search.build",
+    "copy_index": "puma_hf.search.portable",
     "open_index": "puma_hf.search.index",
+    "open_searcher": "puma_hf.search.query",
 }
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "SearchConfig",
     "Searcher",
     "build_index",
+    "copy_index",
     "open_index",
+    "open_searcher",
 ]
 
 __getattr__ = resolver(__name__, _NAMES)
@@ -41,4 +45,5 @@ if TYPE_CHECKING:
     from puma_hf.search.build import IndexReport, build_index
     from puma_hf.search.config import IndexConfig, SearchConfig
     from puma_hf.search.index import Index, open_index
-    from puma_hf.search.query import Query, Searcher
+    from puma_hf.search.portable import copy_index
+    from puma_hf.search.query import Query, Searcher, open_searcher

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from puma_hf.embedding.run import EmbedReport, embed_corpus
@@ -21,15 +17,16 @@ from puma_hf.embedding.shards import read_info
 from puma_hf.embedding.store import MANIFEST, StoredEmbeddings, open_embeddings
 from puma_hf.evaluation.processes import connect, gather
 from puma_hf.files import write_whole
-from puma_hf.search.config import IndexConfig
+from puma_hf.search.ann import ANN_DRAFTS, require_faiss, write_ann
+from puma_hf.search.config import AnnKind, IndexConfig
 from puma_hf.search.index import DESCRIPTION, FORMAT, FORMAT_VERSION, manifest_hash, open_index, read_description
 from puma_hf.search.items import Item, items_file, write_items
+from puma_hf.search.pictures import IMAGES, keep_picture
 from puma_hf.search.reuse import keep_embeddings
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = "images"  # folder of those that were inside of the corpus
-_DRAFTS = (".items-*.tmp", f".{DESCRIPTION}-*.tmp", f"{_IMAGES}/.*.tmp")
+_DRAFTS = (".items-*.tmp", f".{DESCRIPTION}-*.tmp", f"{IMAGES}/.*.tmp", ANN_DRAFTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,8 @@ def build_index(config: IndexConfig) -> IndexReport:
     The index is a directory of embeddings as `embed_corpus` writes it, a file of ids, texts and paths of pictures
     beside each of its shards, and `index.json`, written last. Pictures stay where they are, but for those inside of a
     Parquet file, which are copied. Run it again when items were added, removed or changed: the model sees what is new,
-    the rest is kept (with int8 and uint8, of shards whose inputs are the same).
+    the rest is kept (with int8 and uint8, of shards whose inputs are the same). A file for approximate search is made
+    of the stored embeddings, so `ann` can be added, changed or removed later without the model seeing anything again.
 
     Args:
         config: What to index, with which model, and where to; see `IndexConfig`.
@@ -67,6 +65,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         FileNotFoundError: If the corpus is missing.
         ValueError: If the corpus has wrong lines, the model is no PUMA model, or the directory is of another model or
             setting.
+        ImportError: If approximate search is wanted, and faiss is not installed.
         OSError: If the disk is full; finished shards are kept.
 
     Example:
@@ -81,19 +80,27 @@ def build_index(config: IndexConfig) -> IndexReport:
             f"data={str(config.data)!r} is a directory of embeddings, which hold nothing to show. Name the corpus that "
             "they were made of, and this directory as output: its embeddings are kept."
         )
-    read_description(output)  # somebody else's file of that name is not written over
+    before = read_description(output)  # somebody else's file of that name is not written over
+    if _ann_kind(config, before) != "none":
+        require_faiss()
     rank, _ = connect()
     if rank == 0:
         keep_embeddings(config)
     gather(None)
     embedded = embed_corpus(config)
     if rank == 0:
-        _write(config, output)
+        _write(config, output, before)
     gather(None)
     return IndexReport(embedded=embedded, counts=open_index(output).counts)
 
 
-def _write(config: IndexConfig, folder: Path) -> None:
+def _ann_kind(config: IndexConfig, described: Mapping[str, Any] | None) -> AnnKind:
+    """What is asked for, or what is there."""
+    before = (described or {}).get("ann")
+    return config.ann or (before["kind"] if before else "none")
+
+
+def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) -> None:
     stored = open_embeddings(folder)
     corpus = open_corpus(config.data, split=config.split, pool=config.pool)
     counts: Counter[str] = Counter()
@@ -105,6 +112,7 @@ def _write(config: IndexConfig, folder: Path) -> None:
     for file in [*folder.glob("items-*.parquet"), *(draft for pattern in _DRAFTS for draft in folder.glob(pattern))]:
         if file not in {items_file(folder, shard) for shard in range(len(hashes))}:
             file.unlink(missing_ok=True)  # of a longer corpus, or of a run that was killed
+    ann = write_ann(stored, _ann_kind(config, before), manifest_hash(folder), (before or {}).get("ann"))
     is_folder = Path(config.model).is_dir()
     values = {
         "format": FORMAT,
@@ -116,6 +124,7 @@ def _write(config: IndexConfig, folder: Path) -> None:
         "data": str(Path(config.data).resolve()),
         "counts": dict(sorted(counts.items())),
         "items": hashes,
+        "ann": ann,
     }
     content = (json.dumps(values, indent=2) + "\n").encode()
     write_whole(folder / DESCRIPTION, content)
@@ -148,9 +157,4 @@ def _image(record: Record, folder: Path) -> str | None:
     image: Any = record.image
     if not isinstance(image, bytes):
         return image  # type: ignore[no-any-return]
-    with Image.open(io.BytesIO(image)) as opened:
-        kind = (opened.format or "image").lower()
-    name = f"{_IMAGES}/{blake2b(image, digest_size=16).hexdigest()}.{kind}"
-    if not (folder / name).is_file():
-        write_whole(folder / name, image, sync=False)
-    return name
+    return keep_picture(folder, image)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from puma_hf.embedding.store import StoredEmbeddings
+from puma_hf.embedding.shards import DamagedShardError, shard_files
+from puma_hf.embedding.store import MANIFEST, StoredEmbeddings
 
 KEPT_BYTES = 2**30  # of embeddings, as they are stored, that stay in memory from one search to the next
+
+
+class Rows(Protocol):
+    """Rows of a shard as they are stored; an array is one."""
+
+    def __getitem__(self, places: NDArray[np.int64], /) -> NDArray[Any]:
+        """Those at these places, `(len(places), embedding_width)`."""
 
 
 class ShardReader:
@@ -30,19 +42,76 @@ class ShardReader:
         self._kept: dict[int, NDArray[Any]] = {}
         self._room = kept_bytes
 
-    def read(self, shard: int) -> NDArray[Any]:
-        """The rows of a shard as they are stored, `(num_rows, embedding_width)`.
+    def read(self, shard: int) -> Rows:
+        """The rows of a shard.
 
         Raises:
             DamagedShardError: If it is gone, or no longer what it was.
         """
-        if shard in self._kept:
-            return self._kept[shard]
-        rows = self.stored.shard(shard).embeddings
+        kept = self._kept.get(shard)
+        if kept is not None:
+            return kept
+        with self.explained(shard):
+            rows = self.stored.shard(shard).embeddings
         if rows.nbytes <= self._room:
             self._room -= rows.nbytes
             self._kept[shard] = rows
         return rows
+
+    @contextmanager
+    def explained(self, shard: int) -> Iterator[None]:
+        """Tell what to do of an index, whose embeddings can be made only by its own command."""
+        try:
+            yield
+        except DamagedShardError as error:
+            folder = self.stored.folder
+            if self._is_newer():
+                message = f"The index {str(folder)!r} was made anew while it was open. Open it again."
+            else:
+                names = ", ".join(self.stored.manifest["shards"][shard]["files"])
+                message = (
+                    f"{names} in {str(folder)!r} is gone, or changed after the run that made it. Delete it, and run "
+                    "puma-hf index again, which makes it anew."
+                )
+            raise DamagedShardError(message) from error
+
+    def _is_newer(self) -> bool:
+        """Whether a later run has written to the index."""
+        try:
+            return bool(json.loads((self.stored.folder / MANIFEST).read_bytes()) != self.stored.manifest)
+        except (OSError, ValueError):
+            return False
+
+
+class RowReader(ShardReader):
+    """Reads single rows of safetensors files, whose other rows stay on the disk; of Parquet, whole shards.
+
+    That a file is of the run that made the index is checked, but its bytes are not: to hash them is to read all.
+    """
+
+    def read(self, shard: int) -> Rows:
+        file_format = self.stored.manifest["settings"]["file_format"]
+        if file_format != "safetensors":
+            return super().read(shard)
+        return _RowsOnDisk(self, shard, shard_files(self.stored.folder, shard, file_format)[-1])
+
+
+class _RowsOnDisk:
+    def __init__(self, reader: RowReader, shard: int, path: Path) -> None:
+        self._reader, self._shard, self._path = reader, shard, path
+
+    def __getitem__(self, places: NDArray[np.int64], /) -> NDArray[Any]:
+        expected = self._reader.stored.manifest["shards"][self._shard]["content_hash"]
+        with self._reader.explained(self._shard):
+            try:
+                with safe_open(self._path, framework="np") as file:
+                    described = json.loads((file.metadata() or {})["puma_hf"])  # as `write_shard` writes it
+                    if described["content_hash"] != expected:
+                        raise DamagedShardError(f"{self._path.name} is of another run")
+                    rows = file.get_slice("embeddings")
+                    return np.concatenate([rows[place : place + 1] for place in places.tolist()])
+            except (SafetensorError, OSError, KeyError) as error:
+                raise DamagedShardError(str(error)) from error
 
 
 class StoredCandidates:
@@ -92,5 +161,5 @@ class StoredCandidates:
             rows[torch.from_numpy(where)] = found
         return rows
 
-    def _floats(self, rows: NDArray[Any], places: NDArray[np.int64]) -> Tensor:
+    def _floats(self, rows: Rows, places: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self._reader.stored.to_float(rows[places]))

@@ -14,14 +14,17 @@ from puma_hf.embedding.config import EmbedConfig, OnError
 from puma_hf.settings import CheckedConfig, option, required
 
 Target = Literal["any", "text", "image"]
-Backend = Literal["torch", "faiss"]
+Backend = Literal["torch", "faiss", "ann"]
+RESCORE_MULTIPLIER = 10
+AnnKind = Literal["none", "hnsw", "int8", "binary"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
     """Settings of `puma_hf.search.build.build_index`; `puma-hf index --help` explains every field.
 
-    They are those of `EmbedConfig`: an index is a directory of embeddings, and what is needed to show an answer.
+    They are those of `EmbedConfig`, since an index is a directory of embeddings and what is needed to show an answer;
+    and `ann`.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
@@ -41,6 +44,12 @@ class IndexConfig(EmbedConfig):
         "and settings, made by puma-hf embed, are kept."
     )
     on_error: OnError = option("skip", "On an input that cannot be read: raise; or skip, which leaves it out.")
+    ann: AnnKind | None = option(
+        None,
+        "Add a file for approximate search in large indexes (--backend ann; needs pip install 'puma-hf[faiss]'): hnsw "
+        "is quickest; int8 misses least; binary is smallest; none removes it. By default it stays what it is. "
+        "With --format safetensors a search reads only the rows that it rescores.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,8 +94,24 @@ class SearchConfig(CheckedConfig):
     json: bool = option(False, "Print the answers as JSON.")
     html: str | Path | None = option(None, "File for a page of the answers, with small pictures inside.")
     model: str | None = option(None, "The model that made the index, if it is no longer where it was.")
-    backend: Backend = option("torch", "Both are exact; faiss needs pip install 'puma-hf[faiss]'.")
+    backend: Backend = option(
+        "torch",
+        "torch and faiss are exact; ann is approximate, for an index made with --ann. Both faiss and ann need pip "
+        "install 'puma-hf[faiss]'.",
+    )
+    rescore_multiplier: int = option(
+        RESCORE_MULTIPLIER,
+        "ann compares the embeddings of so many times as many items as answers are shown.",
+        at_least=1,
+    )
     trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")
+
+    def notes(self) -> list[str]:
+        """Options that this combination ignores, one sentence each."""
+        default = type(self).__dataclass_fields__["rescore_multiplier"].default
+        if self.rescore_multiplier == default or self.backend == "ann":
+            return []
+        return [f"rescore_multiplier={self.rescore_multiplier}: not used with backend={self.backend!r}."]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from puma_hf.modeling.image_inputs_puma import load_rgb_image
 from puma_hf.search.answers import Answer, Answers
 
 THUMBNAIL_SIZE = 320  # pixels of the longer side
+_ICON_SIZE = 128  # pixels of the longer side; JPEG would leave clouds around the lines of an icon, and save little
 _TEXT_LENGTH = 600  # characters of a text
 
 _PAGE = """<!DOCTYPE html>
@@ -25,8 +26,8 @@ _PAGE = """<!DOCTYPE html>
 body {{ font-family: system-ui, sans-serif; line-height: 1.4; margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; }}
 h1 {{ font-size: 1.25rem; overflow-wrap: anywhere; }}
 header img {{ max-height: 10rem; max-width: 100%; }}
-ol {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); list-style: none;
-  padding: 0; }}
+ol {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr));
+  list-style: none; padding: 0; }}
 li {{ border: 1px solid #8886; border-radius: .5rem; overflow-wrap: anywhere; padding: .75rem; }}
 li img {{ background: #fff; display: block; height: 11rem; margin-bottom: .5rem; object-fit: contain; width: 100%; }}
 p {{ margin: .25rem 0; }}
@@ -90,10 +91,11 @@ def thumbnail(image: Any, size: int = THUMBNAIL_SIZE) -> str:
         FileNotFoundError: If there is no such file.
     """
     small = load_rgb_image(image, "picture").copy()
+    kind = "png" if max(small.size) <= _ICON_SIZE else "jpeg"
     small.thumbnail((size, size))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    small.save(buffer, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _item(answer: Answer) -> str:

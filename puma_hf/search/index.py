@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from puma_hf.embedding.store import MANIFEST, StoredEmbeddings, open_embeddings
 from puma_hf.modeling.processing_puma import MODALITY_IDS, MODALITY_NAMES
-from puma_hf.search.candidates import KEPT_BYTES, ShardReader, StoredCandidates
+from puma_hf.search.ann import Ann
+from puma_hf.search.candidates import KEPT_BYTES, RowReader, ShardReader, StoredCandidates
 from puma_hf.search.config import Target
 from puma_hf.search.items import Item, read_items, read_modalities
 
@@ -43,7 +44,11 @@ class Index:
         self.stored = stored
         self.description = description
         self._reader = ShardReader(stored, kept_bytes)
+        # One reader where both would read whole shards, so that none is in memory twice.
+        reads_rows = stored.manifest["settings"]["file_format"] == "safetensors"
+        self._row_reader = RowReader(stored, kept_bytes) if reads_rows else self._reader
         self._modalities: NDArray[np.int8] | None = None
+        self._ann: Ann | None = None
 
     def __len__(self) -> int:
         """Number of items."""
@@ -58,6 +63,13 @@ class Index:
     def counts(self) -> dict[str, int]:
         """Items of each modality that there are some of."""
         return dict(self.description["counts"])
+
+    @property
+    def model(self) -> str:
+        """Name of the model: an absolute path, or a Hub id."""
+        name = str(self.description["model"])
+        # A portable copy has its model inside, and says where from its own folder.
+        return str((self.folder / name).resolve()) if name.startswith(".") else name
 
     def candidates(self, target: Target = "any") -> StoredCandidates:
         """The embeddings that a search may find.
@@ -94,6 +106,37 @@ class Index:
                 f"index a corpus that holds {target}s."
             )
         return StoredCandidates(self._reader, positions)
+
+    @property
+    def ann(self) -> Ann:
+        """What proposes candidates of an approximate search; read from the disk when it is first asked for.
+
+        Raises:
+            ImportError: If faiss is not installed.
+            ValueError: If there is none, or its file is damaged.
+        """
+        if self._ann is None:
+            entry = self.description.get("ann")
+            if entry is None:
+                raise ValueError(
+                    f"The index {str(self.folder)!r} has nothing for approximate search. Run puma-hf index again with "
+                    "--ann hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend torch)."
+                )
+            self._ann = Ann(self.folder, entry, len(self), self.description["manifest_hash"])
+        return self._ann
+
+    def nearest(self, query: NDArray[np.float32], candidates: StoredCandidates, count: int) -> StoredCandidates:
+        """Those of some candidates that an approximate search proposes.
+
+        Args:
+            query: `(embedding_dim,)`.
+            candidates: What may be found.
+            count: How many to propose.
+
+        Returns:
+            At most `count` of them.
+        """
+        return StoredCandidates(self._row_reader, self.ann.propose(query, candidates.positions, count))
 
     def items(self, positions: Sequence[int]) -> list[Item]:
         """Items by their rows, counted over all shards, in this order.

@@ -144,5 +144,5 @@ def _read(folder: Path, shard: int, content_hash: str, columns: list[str]) -> An
         reason = str(error)
     raise DamagedItemsError(
         f"{str(path)!r} is missing or not what the index was made with ({reason}). Run puma-hf index again, which "
-        "makes it anew."
+        "makes it anew; or open the index again, if that has been done meanwhile."
     )

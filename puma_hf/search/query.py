@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.embedding.config import EmbedConfig
@@ -17,10 +20,14 @@ from puma_hf.evaluation.fingerprint import model_fingerprint, model_name
 from puma_hf.evaluation.search import exact_search
 from puma_hf.files import write_whole
 from puma_hf.modeling.image_inputs_puma import load_rgb_image
+from puma_hf.search.ann import require_faiss
 from puma_hf.search.answers import Answer, Answers
-from puma_hf.search.config import Backend, SearchConfig, Target
+from puma_hf.search.candidates import StoredCandidates
+from puma_hf.search.config import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.search.html import to_html
 from puma_hf.search.index import Index, open_index
+
+logger = logging.getLogger(__name__)
 
 MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far less
 
@@ -80,10 +87,13 @@ class Searcher:
     Args:
         index: The index.
         model: The model, as a `SentenceTransformer`.
-        backend: "torch", or "faiss" (`pip install 'puma-hf[faiss]'`); both are exact.
+        backend: "torch", or "faiss" (`pip install 'puma-hf[faiss]'`), which are exact; or "ann", for which the index
+            needs a file of its own (`puma-hf index --ann`).
+        rescore_multiplier: With "ann", so many times as many items as answers are wanted are compared exactly.
 
     Raises:
-        ValueError: If the index was made by another model.
+        ImportError: If faiss is asked for and not installed.
+        ValueError: If the index was made by another model, or has nothing for approximate search.
 
     Example:
         >>> from puma_hf.search import Query, Searcher, open_index
@@ -91,19 +101,58 @@ class Searcher:
         >>> print(searcher.search(Query(text="a red apple"), target="image"))  # doctest: +SKIP
     """
 
-    def __init__(self, index: Index, model: SentenceTransformer, *, backend: Backend = "torch") -> None:
+    def __init__(
+        self,
+        index: Index,
+        model: SentenceTransformer,
+        *,
+        backend: Backend = "torch",
+        rescore_multiplier: int = RESCORE_MULTIPLIER,
+    ) -> None:
+        if rescore_multiplier < 1:
+            raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 10.")
         if model_fingerprint(model) != index.fingerprint:
             raise ValueError(
                 f"The index {str(index.folder)!r} was made by another model than {model_name(model)!r}, and vectors of "
-                f"two models cannot be compared. Search with {index.description['model']!r} as it was then, its "
+                f"two models cannot be compared. Search with {index.model!r} as it was then, its "
                 f"weights in {index.stored.manifest['settings']['weights_dtype']}, or make an index with this one."
             )
         self.index = index
         self.model = model
         self.backend: Backend = backend
+        self.rescore_multiplier = rescore_multiplier
+        _check_backend(index, backend)
+
+    def embed(self, query: Query) -> NDArray[np.float32]:
+        """The embedding of a query, for an index elsewhere: in a database, say.
+
+        Args:
+            query: What to look for.
+
+        Returns:
+            `(1, embedding_dim)`, of length 1.
+
+        Raises:
+            FileNotFoundError: If the picture is no file.
+            ValueError: If the query cannot be embedded.
+        """
+        try:
+            return embed(
+                self.model,
+                [query.model_input()],
+                num_workers=0,
+                truncate_dim=self.index.stored.manifest["settings"]["truncate_dim"],
+                show_progress_bar=False,
+            ).embeddings
+        except BrokenInputError as error:
+            reason = error.broken.message.removeprefix("inputs[0]: ")
+            raise ValueError(f"The query cannot be embedded: {reason}") from error
 
     def search(self, query: Query, *, target: Target = "any", top_k: int = 10) -> Answers:
-        """Compare a query with all candidates.
+        """Compare a query with all candidates, or with those that approximate search proposes.
+
+        A score is the cosine of the query's embedding in float32 and of the item's as it is stored: of an index in
+        int8 the middle of each step counts, of a binary one the sign of each dimension.
 
         Args:
             query: What to look for.
@@ -118,20 +167,9 @@ class Searcher:
             ValueError: If the query cannot be embedded, there is no such candidate, or a file of the index is damaged.
         """
         candidates = self.index.candidates(target)
-        try:
-            rows = embed(
-                self.model,
-                [query.model_input()],
-                num_workers=0,
-                truncate_dim=self.index.stored.manifest["settings"]["truncate_dim"],
-                show_progress_bar=False,
-            ).embeddings
-        except BrokenInputError as error:
-            reason = error.broken.message.removeprefix("inputs[0]: ")
-            raise ValueError(f"The query cannot be embedded: {reason}") from error
-        found = exact_search(torch.from_numpy(rows), candidates, top_k, backend=self.backend)
-        items = self.index.items(candidates.positions[found.indices[0].numpy()].tolist())
-        scores = found.scores[0].tolist()
+        rows = self.embed(query)
+        scores, positions = self._find(rows, candidates, top_k)
+        items = self.index.items(positions)
         return Answers(
             query=query.text,
             image=_name_of(query.image),
@@ -143,6 +181,28 @@ class Searcher:
                 for rank, (score, item) in enumerate(zip(scores, items, strict=True), 1)
             ),
         )
+
+    def _find(
+        self, rows: NDArray[np.float32], candidates: StoredCandidates, top_k: int
+    ) -> tuple[list[float], list[int]]:
+        """Scores and rows of the best items for the embedding of one query, `(1, embedding_dim)`."""
+        backend: Literal["torch", "faiss"] = "torch" if self.backend == "ann" else self.backend
+        if self.backend == "ann" and top_k >= 1:
+            proposed = self.index.nearest(rows[0], candidates, self.rescore_multiplier * top_k)
+            # A graph may not lead to enough of them, which is rare; then all are compared.
+            candidates = proposed if len(proposed) >= min(top_k, len(candidates)) else candidates
+        found = exact_search(torch.from_numpy(rows), candidates, top_k, backend=backend)
+        return found.scores[0].tolist(), candidates.positions[found.indices[0].numpy()].tolist()
+
+
+def _check_backend(index: Index, backend: str) -> None:
+    """Refuse a backend that does not exist, or that lacks what it needs, before a question is asked."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
+    if backend == "faiss":
+        require_faiss()
+    if backend == "ann" and len(index):
+        _ = index.ann
 
 
 def search(config: SearchConfig) -> Answers:
@@ -158,6 +218,7 @@ def search(config: SearchConfig) -> Answers:
 
     Raises:
         FileNotFoundError: If the index, its model or the picture is missing.
+        ImportError: If faiss is asked for and not installed.
         ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
             or if the query cannot be embedded.
 
@@ -166,36 +227,74 @@ def search(config: SearchConfig) -> Answers:
         >>> from puma_hf.search.query import search
         >>> print(search(SearchConfig(index="index", query="a red apple", target="image")))  # doctest: +SKIP
     """
+    for note in config.notes():
+        logger.warning(note)
     index = open_index(config.index)
     index.candidates(config.target)
+    _check_backend(index, config.backend)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     query.model_input()  # what is wrong is told before the model is loaded
-    searcher = Searcher(index, _open_model(index, config), backend=config.backend)
+    searcher = open_searcher(
+        index,
+        model=config.model,
+        backend=config.backend,
+        rescore_multiplier=config.rescore_multiplier,
+        trust_remote_code=config.trust_remote_code,
+    )
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:
         write_whole(Path(config.html), to_html(answers, picture=config.image).encode("utf-8", "backslashreplace"))
     return answers
 
 
-def _open_model(index: Index, config: SearchConfig) -> SentenceTransformer:
-    """The model of the index, in the data type that it was made with."""
-    described = index.description
-    name = config.model or described["model"]
+def open_searcher(
+    index: str | Path | Index,
+    *,
+    model: str | None = None,
+    backend: Backend = "torch",
+    rescore_multiplier: int = RESCORE_MULTIPLIER,
+    trust_remote_code: bool = False,
+) -> Searcher:
+    """Open an index and its model, in the data type that it was made with.
+
+    An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
+
+    Args:
+        index: The index, or its directory.
+        model: Where its model is, if it is no longer where the index says.
+        backend: As in `Searcher`, and so the next one.
+        rescore_multiplier: How many times as many items are compared.
+        trust_remote_code: Run the code of a Hub repository.
+
+    Returns:
+        A searcher to ask as often as is wanted.
+
+    Raises:
+        FileNotFoundError: If there is no index, or its model is gone.
+        ValueError: If the index is unfinished, damaged, or of another model.
+
+    Example:
+        >>> from puma_hf.search.query import Query, open_searcher
+        >>> searcher = open_searcher("index")  # doctest: +SKIP
+        >>> print(searcher.search(Query(text="a red apple")))  # doctest: +SKIP
+    """
+    opened = index if isinstance(index, Index) else open_index(index)
+    name = model or opened.model
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"The model {name!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it is now."
+            f"The model {name!r} of the index {str(opened.folder)!r} is gone. Pass model (--model), where it is now."
         )
-    return open_model(
-        EmbedConfig(
-            data=described["data"],
-            model=name,
-            output=index.folder,
-            truncate_dim=index.stored.manifest["settings"]["truncate_dim"],
-            dtype=described["dtype"],
-            revision=described["revision"],
-            trust_remote_code=config.trust_remote_code,
-        )
+    described = opened.description
+    config = EmbedConfig(
+        data=described["data"],
+        model=name,
+        output=opened.folder,
+        truncate_dim=opened.stored.manifest["settings"]["truncate_dim"],
+        dtype=described["dtype"],
+        revision=described["revision"] if name == opened.model else None,
+        trust_remote_code=trust_remote_code,
     )
+    return Searcher(opened, open_model(config), backend=backend, rescore_multiplier=rescore_multiplier)
 
 
 def _name_of(image: Any) -> str | None:

@@ -174,3 +174,27 @@ def test_another_model(make: Make, corpus: Path, index_dir: Path, tmp_path: Path
         ValueError, match=r"are of another model or setting: fingerprint is .* weights_dtype is 'float32' there"
     ):
         make(corpus, shard_size=3, dtype="bfloat16")
+
+
+def test_another_precision(make: Make, corpus: Path, index_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(index_dir, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"precision is 'float32' there, 'int8' here. Choose another directory, or delete this one"
+    ):
+        make(corpus, shard_size=3, precision="int8")
+    assert len(open_index(tmp_path / "out")) == 8
+
+
+def test_hundreds_of_small_pictures_and_a_broken_one(make: Make, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    for number in range(300):
+        (data / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(data / str(number % 3) / f"{number // 3}.png")
+    (data / "1" / "50.png").write_bytes(b"\x89PNG\r\n\x1a\n, and then something else")
+    report = make(data, shard_size=128)
+    assert (report.counts, report.embedded.num_errors) == ({"image": 299}, 1)
+    (broken,) = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert broken["id"] == "1/50.png"
+    ids = [item.id for item in items(tmp_path / "out")]
+    assert len(set(ids)) == 299
+    assert {"0/50.png", "2/50.png"} < set(ids)  # two of one name

@@ -95,5 +95,14 @@ def test_shards_are_read_once_as_far_as_they_fit(stored: Stored, monkeypatch: py
 def test_a_shard_that_changed(stored: Stored, tmp_path: Path) -> None:
     opened = stored()
     (tmp_path / "shard-00000.parquet").write_bytes((tmp_path / "shard-00002.parquet").read_bytes())
-    with pytest.raises(DamagedShardError, match=r"shard-00000.parquet in .* changed after the run that made it"):
+    with pytest.raises(DamagedShardError, match=r"shard-00000.parquet in .* Delete it, and run puma-hf index again"):
+        list(candidates(opened).blocks(100))
+
+
+def test_a_shard_of_a_run_that_came_later(stored: Stored, tmp_path: Path) -> None:
+    opened = stored()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    stored("float16")
+    with pytest.raises(DamagedShardError, match=r"was made anew while it was open. Open it again"):
         list(candidates(opened).blocks(100))

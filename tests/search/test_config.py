@@ -14,7 +14,7 @@ from puma_hf.search.config import IndexConfig, SearchConfig
 
 def test_an_index_takes_what_embed_takes() -> None:
     names = [entry.name for entry in fields(IndexConfig)]
-    assert names == [entry.name for entry in fields(EmbedConfig)]
+    assert names == [*(entry.name for entry in fields(EmbedConfig)), "ann"]
     config = IndexConfig(data="d", model="m", output="o")
     assert config.on_error == "skip"
     assert EmbedConfig(data="d", model="m", output="o").on_error == "raise"
@@ -47,3 +47,11 @@ def test_a_page_is_a_file(tmp_path: Path) -> None:
 
 def test_a_picture_alone_is_a_query() -> None:
     assert SearchConfig(index="i", image="a.png").query is None
+
+
+def test_what_only_approximate_search_uses() -> None:
+    (note,) = SearchConfig(index="i", query="a", rescore_multiplier=3).notes()
+    assert note == "rescore_multiplier=3: not used with backend='torch'."
+    assert SearchConfig(index="i", query="a", rescore_multiplier=3, backend="ann").notes() == []
+    with pytest.raises(ValueError, match="rescore_multiplier=0 must be at least 1"):
+        SearchConfig(index="i", query="a", rescore_multiplier=0)

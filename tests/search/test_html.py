@@ -59,13 +59,15 @@ def test_a_description_cannot_leave_its_attribute(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
-    for name in ("a.png", "q.png"):
-        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    for name, size in (("a.png", (4, 4)), ("q.png", (400, 4))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
     found = answers(Answer(1, 0.5, "a", "image", None, str(tmp_path / "a.png")), image="q.png")
     page = to_html(found, picture=tmp_path / "q.png")
     parsed = Page(page)
-    assert len(parsed.sources()) == 2
-    assert all(source.startswith("data:image/jpeg;base64,") for source in parsed.sources())
+    assert [source.partition(",")[0] for source in parsed.sources()] == [
+        "data:image/jpeg;base64",
+        "data:image/png;base64",
+    ]
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|url\(|<link|@import", page)
     assert "The best 1 of 9 items" in parsed.text
@@ -99,3 +101,8 @@ def test_a_thumbnail(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert small.size == expected
     assert small.getpixel((5, 5)) == (255, 255, 255)  # transparent is white
     assert original.size == size
+
+
+@pytest.mark.parametrize(("length", "kind"), [(128, "png"), (129, "jpeg")])
+def test_icons_are_shown_without_loss(length: int, kind: str) -> None:
+    assert thumbnail(Image.new("RGB", (8, length), "red"), 100).startswith(f"data:image/{kind};base64,")

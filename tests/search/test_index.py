@@ -90,3 +90,10 @@ def test_items_of_another_index(copy: Path) -> None:
         index.items([0])
     with pytest.raises(DamagedItemsError, match=r"items-00000.parquet"):
         index.candidates("image")
+
+
+def test_the_name_of_its_model(copy: Path, puma_dir: Path) -> None:
+    assert open_index(copy).model == str(puma_dir.resolve())
+    for name, expected in (("./model", str((copy / "model").resolve())), ("org/puma", "org/puma")):
+        edit(copy / DESCRIPTION, model=name)
+        assert open_index(copy).model == expected

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from puma_hf.search.build import build_index
 from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.search.index import open_index
-from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, search
+from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, open_searcher, search
 from tests.search.small_corpus import write_picture
 
 
@@ -178,3 +178,15 @@ def test_small_vectors(puma_dir: Path, corpus: Path, tmp_path: Path, values: dic
 def test_a_picture_outside(searcher: Searcher, tmp_path: Path) -> None:
     found = searcher.search(Query(image=write_picture(tmp_path / "q.png", 7), text="red"))
     assert (found.query, found.image) == ("red", str(tmp_path / "q.png"))
+
+
+def test_open_and_ask(index_dir: Path, puma_dir: Path, searcher: Searcher) -> None:
+    query = Query(text="a table")
+    for index in (index_dir, open_index(index_dir)):
+        opened = open_searcher(index, model=str(puma_dir))
+        assert opened.search(query) == searcher.search(query)
+    row = searcher.embed(query)
+    assert row.shape == (1, searcher.index.stored.embedding_dim)
+    np.testing.assert_allclose(row[0], searcher.model.encode("a table"), atol=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"is gone. Pass model \(--model\), where it is now"):
+        open_searcher(index_dir, model=str(puma_dir / "nowhere"))

@@ -1,0 +1,34 @@
+"""Pictures that an index holds itself, named by their content: two of one name are no problem, equal ones are one."""
+
+from __future__ import annotations
+
+import io
+from hashlib import blake2b
+from pathlib import Path
+
+from PIL import Image
+
+from puma_hf.files import write_whole
+
+IMAGES = "images"  # folder of them
+
+
+def keep_picture(folder: Path, content: bytes) -> str:
+    """Write a picture below an index, if it is not there yet.
+
+    Args:
+        folder: The index.
+        content: The bytes of the picture's file.
+
+    Returns:
+        Its path below the index.
+
+    Raises:
+        OSError: If it is no picture, or the disk is full.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        kind = (opened.format or "image").lower()
+    name = f"{IMAGES}/{blake2b(content, digest_size=16).hexdigest()}.{kind}"
+    if not (folder / name).is_file():
+        write_whole(folder / name, content, sync=False)
+    return name

@@ -1,0 +1,114 @@
+"""Copy an index so that it holds all it needs: its pictures, and its model or the name of one on the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from puma_hf.embedding.shards import read_info, read_shard, shard_files, write_shard
+from puma_hf.embedding.store import MANIFEST
+from puma_hf.evaluation.fingerprint import short_name
+from puma_hf.files import new_directory
+from puma_hf.push_files import files_to_push
+from puma_hf.search.ann import ANN_FILE
+from puma_hf.search.index import DESCRIPTION, Index
+from puma_hf.search.items import Item, read_items, read_seen_hashes, write_items
+from puma_hf.search.pictures import keep_picture
+
+MODEL_FOLDER = "model"
+_ROWS_AT_ONCE = 1000
+
+
+def copy_index(index: Index, folder: str | Path, *, model: str | None = None) -> Path:
+    """Copy an index into a folder that can be moved to any machine: no path in it leads outside.
+
+    Embeddings are copied as they are, and every picture becomes a file of the copy, named by its content. What could
+    not be embedded is kept as a number alone, because the reasons may name paths.
+
+    Args:
+        index: The index.
+        folder: Where to, a new or empty directory. It is written whole or not at all.
+        model: What the copy calls its model, such as a Hub id. By default a model in a local directory is copied into
+            `folder/model`, and a Hub id stays.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If the folder is not empty.
+        FileNotFoundError: If a picture, or the model, is gone.
+        ValueError: If a picture can no longer be read, or the model's directory holds what should not be published.
+        OSError: If the disk is full.
+
+    Example:
+        >>> from puma_hf.search.index import open_index
+        >>> from puma_hf.search.portable import copy_index
+        >>> copy_index(open_index("index"), "portable", model="org/puma-k14")  # doctest: +SKIP
+    """
+    with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
+        described = {**index.description, **_model_of(index, draft, model)}
+        described["data"] = short_name(described["data"])
+        described["items"] = [_copy_shard(index, shard, draft) for shard in range(len(index.description["items"]))]
+        ann = index.description.get("ann")
+        others = [MANIFEST, index.stored.manifest.get("ranges"), ANN_FILE if ann and ann["content_hash"] else None]
+        for name in filter(None, others):
+            shutil.copyfile(index.folder / name, draft / name)
+        (draft / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _model_of(index: Index, draft: Path, model: str | None) -> dict[str, Any]:
+    """What the copy says of its model, which is copied if it lies here."""
+    revision = index.description["revision"]
+    if model is not None:
+        return {"model": model, "revision": revision if model == index.model else None}
+    if not Path(index.model).is_absolute():
+        return {"model": index.model, "revision": revision}
+    source = Path(index.model)
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"The model {index.model!r} of the index {str(index.folder)!r} is gone. Pass model: where it is on the Hub."
+        )
+    (draft / MODEL_FOLDER).mkdir()
+    for name in files_to_push(source).names:
+        shutil.copyfile(source / name, draft / MODEL_FOLDER / name)
+    return {"model": f"./{MODEL_FOLDER}", "revision": None}
+
+
+def _copy_shard(index: Index, shard: int, draft: Path) -> str:
+    """Copy embeddings and items of a shard; the hash of the items."""
+    file_format = index.stored.manifest["settings"]["file_format"]
+    info, errors = read_info(index.folder, shard, file_format)
+    if errors:
+        unnamed = [error._replace(message="could not be embedded") for error in errors]
+        write_shard(draft, file_format, info, read_shard(index.folder, shard, file_format), unnamed)
+    else:
+        for path in shard_files(index.folder, shard, file_format):
+            shutil.copyfile(path, draft / path.name)
+    content_hash = index.description["items"][shard]
+    items = [_with_own_picture(item, draft) for item in _items(index, shard, info.num_rows)]
+    return write_items(draft, shard, items, read_seen_hashes(index.folder, shard, content_hash))
+
+
+def _items(index: Index, shard: int, count: int) -> Iterator[Item]:
+    content_hash = index.description["items"][shard]
+    for start in range(0, count, _ROWS_AT_ONCE):
+        yield from read_items(index.folder, shard, content_hash, range(start, min(start + _ROWS_AT_ONCE, count)))
+
+
+def _with_own_picture(item: Item, draft: Path) -> Item:
+    if item.image is None:
+        return item
+    remedy = "Run puma-hf index again, which leaves out what is gone, and copy it then."
+    try:
+        return replace(item, image=keep_picture(draft, Path(item.image).read_bytes()))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{item.image!r}, the picture of item {item.id!r}, is gone. {remedy}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{item.image!r}, the picture of item {item.id!r}, cannot be copied ({error}). {remedy}"
+        ) from error

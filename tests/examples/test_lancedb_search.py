@@ -1,0 +1,79 @@
+"""The example of LanceDB: its answers are those of our own exact search, before and after the corpus has changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from puma_hf.search.config import Target
+from puma_hf.search.index import manifest_hash, open_index
+from puma_hf.search.query import Query, Searcher
+
+pytest.importorskip("lancedb")
+
+from examples import lancedb_search  # it imports the database
+
+Run = Callable[..., list[tuple[float, str]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Ask the database: score and id of each answer."""
+
+    def ask(index: Path, *words: str) -> list[tuple[float, str]]:
+        folder = tmp_path / "database"
+        lancedb_search.main([str(index), str(folder), *words])
+        lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+        return [(float(line[0]), line[2]) for line in lines]
+
+    return ask
+
+
+def expected(
+    index: Path, model: SentenceTransformer, query: Query, target: Target = "any", top_k: int = 10
+) -> list[tuple[float, str]]:
+    answers = Searcher(open_index(index), model).search(query, target=target, top_k=top_k).answers
+    return [(pytest.approx(answer.score, abs=2e-4), answer.id) for answer in answers]
+
+
+def test_answers_are_ours(
+    run: Run, make_index: Callable[[], Path], corpus: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    index = make_index()
+    apple, picture = Query(text="a red apple"), corpus.parent / "i1.png"
+    assert run(index, "a red apple") == expected(index, sentence_transformer, apple)
+    assert run(index, "a red apple", "--for", "image", "--top", "2") == expected(
+        index, sentence_transformer, apple, "image", 2
+    )
+    assert run(index, "--image", str(picture), "--for", "text") == expected(
+        index, sentence_transformer, Query(image=picture), "text"
+    )
+
+
+def test_after_a_change_nothing_is_there_twice(
+    run: Run, make_index: Callable[[], Path], corpus: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    assert len(run(make_index(), "on")) == 8
+    lines = corpus.read_text().splitlines(keepends=True)
+    changed = json.dumps({"id": "t4", "text": "a table on an apple"}) + "\n"
+    new = json.dumps({"id": "new", "text": "apple on a red table"}) + "\n"
+    corpus.write_text("".join([new, *lines[1:6], changed]))
+    index = make_index()
+    found = run(index, "on")
+    assert found == expected(index, sentence_transformer, Query(text="on"))
+    assert sorted(name for _, name in found) == ["b", "i0", "new", "t1", "t2", "t3", "t4"]
+    assert run(index, "on") == found
+
+
+def test_vectors_of_another_model(run: Run, make_index: Callable[[], Path]) -> None:
+    index = make_index()
+    run(index, "on")
+    manifest, described = index / "manifest.json", json.loads((index / "index.json").read_text())
+    manifest.write_text(manifest.read_text().replace(open_index(index).fingerprint, "0" * 64))
+    (index / "index.json").write_text(json.dumps({**described, "manifest_hash": manifest_hash(index)}))
+    with pytest.raises(SystemExit, match=r"The table 'items' .*is of another model than"):
+        run(index, "on")
