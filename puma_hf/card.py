@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
-from puma_hf.card_results import CardResults, MeasuredModel, read_results
-from puma_hf.checkpoint import is_kept
-from puma_hf.evaluation.fingerprint import short_name
+from puma_hf.card_facts import read_facts
+from puma_hf.card_results import CardResults, MeasuredModel, SourceFile, read_results
+from puma_hf.card_sections import cost_values, not_measured, training_section, usage_values
+from puma_hf.card_table import card_table, made_from
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.published import PUBLISHED
 from puma_hf.files import is_puma_directory, write_whole
 from puma_hf.hub import TAGS, fill_template
-from puma_hf.modeling.configuration_puma import config_class_of
 
-_MERGE_NOTE = re.compile(r"^- A LoRA adapter of rank \d+ was trained and merged into the weights\.$", re.MULTILINE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -34,12 +32,29 @@ class CardOptions:
         base_model: Hub id of what it was made from; by default the one its configuration names.
         license: Its licence in the Hub's spelling.
         datasets: Hub ids of what it was trained on.
+        base_license: The licence of what it was made from.
+        data_license: That of the data.
     """
 
     repo_id: str | None = None
     base_model: str | None = None
     license: str | None = None
     datasets: tuple[str, ...] = ()
+    base_license: str | None = None
+    data_license: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card and where its figures come from.
+
+    Args:
+        text: The card.
+        files: The result files that it cites, by the name it calls them.
+    """
+
+    text: str
+    files: dict[str, Path]
 
 
 def write_card(
@@ -77,6 +92,24 @@ def render_card(
     directory: str | Path, *, results: Iterable[str | Path] | None = None, options: CardOptions | None = None
 ) -> str:
     """The text that `write_card` writes; see there."""
+    return make_card(directory, results=results, options=options).text
+
+
+def make_card(
+    directory: str | Path,
+    *,
+    results: Iterable[str | Path] | None = None,
+    options: CardOptions | None = None,
+    travelling: bool = False,
+) -> Card:
+    """The card that `write_card` writes, and the files that it cites.
+
+    Args:
+        directory: As for `write_card`.
+        results: As for `write_card`.
+        options: As for `write_card`.
+        travelling: Whether the result files go into the model's repository, and are called as they will be there.
+    """
     folder = Path(directory)
     options = options or CardOptions()
     if not (folder / "adapter_config.json").is_file() and not is_puma_directory(folder):
@@ -86,15 +119,16 @@ def render_card(
         )
     adapter = _read(folder / "adapter_config.json")
     base = Path(str(adapter.get("base_model_name_or_path"))) if adapter else folder
-    values = _facts(base) if (base / "config.json").is_file() else {}
+    facts = read_facts(base) if (base / "config.json").is_file() else {}
     model = MeasuredModel(
         folder,
-        values.get("num_kept_layers", 0),
-        values.get("original_num_hidden_layers", 0),
-        values.get("parameters_after", 0),
+        facts.get("num_kept_layers", 0),
+        facts.get("original_num_hidden_layers", 0),
+        facts.get("parameters_after", 0),
     )
     found = read_results(model, results)
-    named = options.base_model or (None if adapter else values.get("source"))
+    found = found.travelling() if travelling else found
+    named = options.base_model or (None if adapter else facts.get("source"))
     base_model = named if named and _HUB_ID.fullmatch(named) else None
     eval_results = list(_eval_results(found)) or None
     card_data = ModelCardData(
@@ -108,65 +142,21 @@ def render_card(
         model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
         eval_results=eval_results,
     )
-    return fill_template(
+    text = fill_template(
         card_data,
         model_id=options.repo_id,
         title=None if options.repo_id else folder.resolve().name,
         puma_hf_version=__version__,
         is_adapter=bool(adapter),
-        instructions=_instructions(folder),
-        costs=_costs(found),
-        training=_training(folder, found),
-        results="\n\n".join(_with_source(*evaluation) for evaluation in found.evaluations) or None,
-        not_measured=_not_measured(found),
+        **usage_values(folder, found, facts.get("embedding_dim")),
+        **(cost_values(model, found) if not adapter else {}),
+        training=training_section(folder, found, is_adapter=bool(adapter)),
+        results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
+        not_measured=not_measured(found, is_counted=not adapter),
         licences=_licences(options, base_model),
-        **{**values, "source": named},
+        **{**facts, "source": named},
     )
-
-
-def _instructions(folder: Path) -> list[str]:
-    prompts = _read(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return sorted({prompt for prompt in prompts.values() if prompt})
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What the configuration and the headers of the weights say."""
-    config = _read(folder / "config.json")
-    kept, total = int(config["num_kept_layers"]), int(config["original_num_hidden_layers"])
-    tensors = dict(_tensors(folder))
-    layer = sum(count for name, (count, _) in tensors.items() if is_kept(name, kept) and not is_kept(name, kept - 1))
-    after = sum(count for count, _ in tensors.values())
-    text = config.get("text_config", {})
-    # All decoder layers are of one size, and the head has the shape of the token embedding.
-    head = 0 if config.get("tie_word_embeddings") else int(text["vocab_size"]) * int(text["hidden_size"])
-    before = after + (total - kept) * layer + head
-    size = sum(size for _, size in tensors.values())
-    return {
-        "backbone": config_class_of(config["model_type"]).source_name,
-        "source": config.get("source_name_or_path"),
-        "source_revision": config.get("source_revision"),
-        "num_kept_layers": kept,
-        "original_num_hidden_layers": total,
-        "parameters_before": before,
-        "parameters_after": after,
-        "bytes_before": before * (size // after) if size % after == 0 else None,  # of one data type
-        "bytes_after": size,
-        "dtype": config.get("dtype"),
-        "embedding_dim": text.get("hidden_size"),
-    }
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Parameters and bytes of each tensor, from the headers of the safetensors files: nothing is loaded."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for length in entry["shape"]:
-                    count *= length
-                yield name, (count, entry["data_offsets"][1] - entry["data_offsets"][0])
+    return Card(text, found.files)
 
 
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
@@ -190,73 +180,25 @@ def _eval_results(found: CardResults) -> Iterator[EvalResult]:
             )
 
 
-def _with_source(source: object, results: MBEIRResults) -> str:
-    return f"{results.to_markdown()}\nFrom {source}, written by `puma-hf evaluate` and checked to be of these weights."
-
-
-def _costs(found: CardResults) -> list[str]:
-    """Counted operations; the sweep holds the untrained cut, whose operations are the same."""
-    return [
-        f"Operations: {row.flops_text:,} for a text of {report.text_tokens} tokens (all layers: {full.flops_text:,}), "
-        f"{row.flops_image:,} for an image of {report.image_tokens} visual tokens (all layers: {full.flops_image:,}); "
-        f"counted by `puma-hf sweep` ({source})"
-        for source, report, row, full in found.costs
+def _with_source(found: CardResults, source: SourceFile, results: MBEIRResults) -> str:
+    seed = next((recipe["seed"] for _, recipe in found.recipes if recipe.get("seed") is not None), None)
+    how = made_from(results)
+    lines = [
+        f"From {source}, written by `puma-hf evaluate` and checked to be of these weights"
+        f"{f' ({how})' if how else ''}. All metrics are in that file."
     ]
-
-
-def _training(folder: Path, found: CardResults) -> str | None:
-    """The stages, from their recipes; where those are missing, how many there were."""
-    lines = [_stage(source, recipe) for source, recipe in reversed(found.recipes)]
-    card = folder / "README.md"
-    merges = len(_MERGE_NOTE.findall(card.read_text(encoding="utf-8"))) if card.is_file() else 0
-    for _ in range(merges - len(lines)):
-        lines.insert(0, "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand.")
-    return "\n".join(lines) or None
-
-
-def _stage(source: object, recipe: Mapping[str, Any]) -> str:
-    data = short_name(str(recipe["data"])) if recipe.get("data") else "unknown data"
-    settings = ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
-    if recipe.get("loss"):
-        what = f"Trained with the loss `{recipe['loss']}`"
-        settings = ["temperature", "hard_temperature", "schedule", "grouping", "num_negatives", *settings]
-        settings += ["matryoshka_dims"]
-        if recipe.get("distillation_weight"):
-            what += f" and distillation of weight {recipe['distillation_weight']}"
-    else:
-        teacher = short_name(str(recipe["teacher"])) if recipe.get("teacher") else "the model with all its layers"
-        what = f"Distilled without labels; teacher: `{teacher}`, metric `{recipe.get('metric')}`"
-    told = ", ".join(f"{name} {recipe[name]}" for name in settings if recipe.get(name) not in (None, []))
-    return f"- {what}, on `{data}`, split {recipe.get('split')}: {told}. From {source}."
-
-
-def _not_measured(found: CardResults) -> list[str]:
-    rows = [row for _, results in found.evaluations for row in results.rows]
-    there = {row.task.name for row in rows}
-    absent = [name for name in PUBLISHED if name not in there]
-    lines = []
-    if len(absent) == len(PUBLISHED):
-        lines.append("M-BEIR: none of its 16 rows.")
-    elif absent:
-        lines.append(f"Of M-BEIR's 16 rows: {', '.join(absent)}.")
-    if rows:
-        pools = {row.pool for row in rows}
-        lines += [f"The {pool} pools." for pool in ("local", "global") if pool not in pools]
-        lines.append("How much the figures would vary with another seed of the training.")
-    if not found.costs:
-        lines.append("Operations per text and image.")
-    lines.append("Speed and memory, other data types than that of the weights, video.")
-    lines.append("The paper's numbers belong to the authors' checkpoints, not to this one.")
-    return lines
+    lines += [] if seed is None else [f"One model was trained, with seed {seed}."]
+    return f"{card_table(results)}\n\n{' '.join(lines)}"
 
 
 def _licences(options: CardOptions, base_model: str | None) -> list[str]:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "the model it was made from"
-    data = [f"[{name}](https://huggingface.co/datasets/{name})" for name in options.datasets]
+    data = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in options.datasets)
+    of_data = options.data_license or ("each under its own licence" if data else None)
     return [
         f"This model: {options.license}" if options.license else "This model: not stated by who published it",
-        f"Base: that of {base} applies to what was kept of it",
-        f"Data: {', '.join(data)}, each under its own licence" if data else "Data: not stated by who published it",
+        f"Base: {options.base_license or 'not stated here'}, of {base}; it also holds for the weights kept from it",
+        f"Data: {of_data}{f' ({data})' if data else ''}" if of_data else "Data: not stated by who published it",
         "The code in this repository: Apache-2.0",
     ]
 

@@ -6,14 +6,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]
 
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
+
+if TYPE_CHECKING:
+    from puma_hf.evaluation.layer_costs import LayerCosts
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +32,18 @@ class SourceFile:
     Args:
         name: Its name and its folder's, as the card shows it.
         sha256: SHA-256 of its content.
+        path: Where it lies.
     """
 
     name: str
     sha256: str
+    path: Path
 
     @classmethod
     def of(cls, path: Path) -> SourceFile:
         """The file's name and hash."""
         path = path.resolve()
-        return cls(f"{path.parent.name}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(f"{path.parent.name}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest(), path)
 
     def __str__(self) -> str:
         return f"`{self.name}`, SHA-256 {self.sha256[:_SHOWN_DIGITS]}"
@@ -57,6 +62,31 @@ class CardResults:
     evaluations: list[tuple[SourceFile, MBEIRResults]] = field(default_factory=list)
     costs: list[tuple[SourceFile, SweepReport, SweepRow, SweepRow]] = field(default_factory=list)
     recipes: list[tuple[SourceFile, dict[str, Any]]] = field(default_factory=list)
+
+    def travelling(self) -> CardResults:
+        """The same, with the result files under the names that they have in the model's repository.
+
+        Recipes keep their names: they hold paths of this machine, so they are cited and stay here.
+        """
+
+        def renamed(source: SourceFile, stem: str, number: int) -> SourceFile:
+            return replace(source, name=f"{stem}-{number}.json" if number > 1 else f"{stem}.json")
+
+        evaluations = [
+            (renamed(source, "results", number), results)
+            for number, (source, results) in enumerate(self.evaluations, start=1)
+        ]
+        costs = [
+            (renamed(source, "sweep", number), report, row, full)
+            for number, (source, report, row, full) in enumerate(self.costs, start=1)
+        ]
+        return CardResults(evaluations, costs, self.recipes)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The result files by name, without the recipes."""
+        sources = [one[0] for one in self.evaluations] + [one[0] for one in self.costs]
+        return {source.name: source.path for source in sources}
 
 
 @dataclass
@@ -78,14 +108,24 @@ class MeasuredModel:
 
     def fingerprint(self, truncate_dim: int | None) -> str | None:
         """Its fingerprint as an evaluation writes it; the model is loaded once."""
-        from sentence_transformers import SentenceTransformer
-
         from puma_hf.evaluation.fingerprint import model_fingerprint
+
+        model = self._loaded()
+        model.truncate_dim = truncate_dim
+        return model_fingerprint(model)
+
+    def costs(self) -> LayerCosts:
+        """Its operations, counted on the model itself; the model is loaded once."""
+        from puma_hf.evaluation.layer_costs import layer_costs
+
+        return layer_costs(self._loaded())
+
+    def _loaded(self) -> Any:
+        from sentence_transformers import SentenceTransformer
 
         if self._model is None:
             self._model = SentenceTransformer(str(self.directory), trust_remote_code=True, device="cpu")
-        self._model.truncate_dim = truncate_dim
-        return model_fingerprint(self._model)
+        return self._model
 
 
 def read_results(model: MeasuredModel, paths: Iterable[str | Path] | None) -> CardResults:

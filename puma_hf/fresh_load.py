@@ -29,7 +29,8 @@ def _load_both(directory: str) -> dict[str, Any]:
     encoded = model.encode(inputs, convert_to_tensor=True, show_progress_bar=False).float()
     del model
     processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-    backbone: Any = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    loaded: Any = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+    backbone, info = loaded[0].eval(), loaded[1]
     with torch.inference_mode():
         embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
     return {
@@ -37,6 +38,7 @@ def _load_both(directory: str) -> dict[str, Any]:
         "same_shape": embeddings.shape == encoded.shape,
         "finite": bool(encoded.isfinite().all() and embeddings.isfinite().all()),
         "difference": float((embeddings - encoded).abs().max()) if embeddings.shape == encoded.shape else None,
+        "unread": sorted(info["unexpected_keys"]),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from puma_hf.card import CardOptions, render_card
+from puma_hf.card import CardOptions, make_card
+from puma_hf.card_results import RESULT_NAMES
 from puma_hf.load_check import LoadCheck, check_loads
+from puma_hf.push_base import AdapterBase, check_base_on_hub, read_base
 from puma_hf.push_config import PushConfig
+from puma_hf.push_contents import holds_secret
+from puma_hf.push_errors import told
 from puma_hf.push_files import ADAPTER_CONFIG, CARD, PushFiles, files_to_push, is_model_file
 
 logger = logging.getLogger(__name__)
@@ -74,140 +71,187 @@ class PushReport:
         return "\n".join(lines)
 
 
-def push(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
+def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
     """Upload what loads of a directory to the Hub, after it was loaded where puma_hf is not installed.
 
     Args:
         directory: A PUMA directory, or that of a LoRA adapter.
         repo_id: Repository, such as "org/name"; it is made if need be.
         token: Hub token; by default that of `hf auth login` or of HF_TOKEN.
-        settings: private, revision, create_pr, dry_run, message, results, base_model, license and datasets, as in
-            `PushConfig`.
+        settings: private, revision, create_pr, dry_run, message, results, base_model, license, base_license,
+            data_license and datasets, as in `PushConfig`.
 
     Returns:
         What was uploaded; `print` shows it.
 
     Raises:
-        FileNotFoundError: If the directory is none of ours.
-        ValueError: If it holds what must not be published, does not load, or the repository holds something else.
+        FileNotFoundError: If the directory is none of ours, or lacks a file.
+        ValueError: If it holds what must not be published, does not load, or changes meanwhile; if the repository
+            holds something else, or the Hub refuses what was sent.
         PermissionError: If there is no token, or it may not write there.
         ConnectionError: If the Hub cannot be reached, or the network went in the middle.
 
     Example:
 
     ```python
-    >>> from puma_hf.push import push
+    >>> from puma_hf.push import push_to_hub
 
-    >>> print(push("puma-k14-mac", "org/puma-k14", dry_run=True))  # doctest: +SKIP
+    >>> print(push_to_hub("puma-k14-mac", "org/puma-k14", dry_run=True))  # doctest: +SKIP
     ```
     """
     return push_configured(PushConfig(directory=directory, repo_id=repo_id, **settings), token=token)
 
 
 def push_configured(config: PushConfig, *, token: str | None = None) -> PushReport:
-    """What `push` does, with its settings as one object; see there."""
+    """What `push_to_hub` does, with its settings as one object; see there."""
+    token = _checked_token(token)
     files = files_to_push(config.directory)
-    local_base = _check_base(config, files) if files.is_adapter else None
+    base = read_base(files, config.base_model) if files.is_adapter else None
     hub = None if config.dry_run else HfApi(token=token)
-    there: list[str] | None = None
-    commit = None
+    there = None
     if hub is not None:  # before the slow part: a token is soon mended
-        with _told(config):
+        with told(config.repo_id, token):
             _check_rights(hub, config)
-            there, commit = _look_up(hub, config)
-    removed = _check_content(there or [], config, files)
-    options = CardOptions(config.repo_id, config.base_model, config.license, config.datasets)
-    card = render_card(config.directory, results=config.results or None, options=options)
+            there = _look_up(hub, config)
+            if base is not None:
+                check_base_on_hub(hub, base)
+    _check_content(there.files if there else (), config, files, files.names)
     with TemporaryDirectory(prefix="puma-hf-push-") as temporary:
-        staged = _stage(files, card, Path(temporary), local_base)
-        loaded = check_loads(staged, offline=not files.is_adapter or local_base is not None)
-        contents = _contents(files, card, config)
-    url = None
-    if hub is not None:
-        with _told(config):
-            url = _upload(hub, config, contents, removed, commit, is_new=there is None)
-        logger.info("Pushed %s to %s", config.directory, url)
-    sizes = tuple(
-        (name, len(content) if isinstance(content, bytes) else content.stat().st_size)
-        for name, content in contents.items()
+        staged = _stage(files, Path(temporary), base)
+        before = _state_of_weights(staged)
+        offline = base is None or base.local is not None
+        loaded = check_loads(staged, offline=offline, token=token, shown_as=config.directory)
+        card = _write_card(config, files, staged)
+        if base is not None:
+            (staged / ADAPTER_CONFIG).write_bytes(base.config(base.name))
+        names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
+        sizes = tuple((name, (staged / name).stat().st_size) for name in names)
+        removed = _check_content(there.files if there else (), config, files, names)
+        url = None
+        if hub is not None:
+            with told(config.repo_id, token):
+                additions = [CommitOperationAdd(name, str(staged / name)) for name in names]  # this hashes them
+                if _state_of_weights(staged) != before:
+                    raise ValueError(
+                        f"The weights in {str(config.directory)!r} changed while they were checked. Wait until nothing "
+                        "writes there, and push again."
+                    )
+                url = _upload(hub, config, [*additions, *map(CommitOperationDelete, removed)], there)
+            logger.info("Pushed %s to %s", config.directory, url)
+    left_out = tuple(sorted({*files.left_out, *(set(files.names) - set(names))}))
+    return PushReport(config.repo_id, sizes, left_out, tuple(removed), card, loaded, url)
+
+
+def _checked_token(token: str | None) -> str | None:
+    token = None if token is None else token.strip()
+    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+        # The HTTP client would refuse it in words that show it.
+        raise ValueError("The Hub token is empty, or holds a blank or a control character. Copy it again, in one line.")
+    return token
+
+
+def _write_card(config: PushConfig, files: PushFiles, staged: Path) -> str:
+    """Write the card, and the result files that it cites, to what is sent; others are of another model and stay."""
+    options = CardOptions(
+        repo_id=config.repo_id,
+        base_model=config.base_model,
+        license=config.license,
+        datasets=config.datasets,
+        base_license=config.base_license,
+        data_license=config.data_license,
     )
-    return PushReport(config.repo_id, sizes, files.left_out, tuple(removed), card, loaded, url)
-
-
-def _check_base(config: PushConfig, files: PushFiles) -> Path | None:
-    """The base of an adapter where it lies on this machine; raise if others could not find it."""
-    settings = json.loads((files.directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = str(settings.get("base_model_name_or_path") or "")
-    local = Path(base) if base and Path(base).is_dir() else None
-    if config.base_model is None and (local is not None or base.count("/") != 1):
+    card = make_card(config.directory, results=config.results or None, options=options, travelling=True)
+    for name in set(RESULT_NAMES) & set(files.names):
+        (staged / name).unlink()
+        if not any(path.samefile(files.directory / name) for path in card.files.values()):
+            logger.warning("%s stays here: it was not measured on these weights.", name)
+    for name, path in card.files.items():
+        shutil.copyfile(path, staged / name)
+    (staged / CARD).write_text(card.text, encoding="utf-8")
+    if leaks := [name for name in (CARD, *card.files) if holds_secret(staged / name)]:
         raise ValueError(
-            f"The adapter {str(config.directory)!r} belongs to {base!r}, which nobody else has. Push that first, and "
-            "name it: base_model='org/base' (--base-model)."
+            f"{', '.join(leaks)} of {str(config.directory)!r} would hold what looks like an access token or a private "
+            "key, which a result file or a recipe beside it must have. Remove it there, and push again."
         )
-    return local
+    return card.text
 
 
-def _stage(files: PushFiles, card: str, folder: Path, local_base: Path | None) -> Path:
-    """The files as they will be downloaded: links to them, but for those that are written anew."""
+def _stage(files: PushFiles, folder: Path, base: AdapterBase | None) -> Path:
+    """The files as they will be downloaded; what is loaded there is what is sent.
+
+    Weights are links, as they are large, and all else is a copy, so that nothing changes between check and upload.
+    """
     for name in files.names:
-        (folder / name).symlink_to((files.directory / name).resolve())
-    (folder / CARD).write_text(card, encoding="utf-8")
-    if local_base is not None:  # its name may be relative to the current directory
-        content = _with_base(files, str(local_base.resolve()))
-        (folder / ADAPTER_CONFIG).unlink()
-        (folder / ADAPTER_CONFIG).write_bytes(content)
+        if name.endswith(".safetensors"):
+            (folder / name).symlink_to((files.directory / name).resolve())
+        else:
+            shutil.copyfile(files.directory / name, folder / name)
+    if base is not None:  # a name on this machine may be relative to the current directory
+        (folder / ADAPTER_CONFIG).write_bytes(base.config(base.name if base.local is None else base.local.resolve()))
     return folder
 
 
-def _contents(files: PushFiles, card: str, config: PushConfig) -> dict[str, Path | bytes]:
-    """What goes to the Hub under which name, the card first."""
-    contents: dict[str, Path | bytes] = {CARD: card.encode()}
-    contents |= {name: files.directory / name for name in files.names}
-    if files.is_adapter and config.base_model is not None:
-        contents[ADAPTER_CONFIG] = _with_base(files, config.base_model)
-    return contents
-
-
-def _with_base(files: PushFiles, base: str) -> bytes:
-    settings = json.loads((files.directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return (json.dumps({**settings, "base_model_name_or_path": base}, indent=2) + "\n").encode()
+def _state_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    stats = {path.name: path.stat() for path in folder.glob("*.safetensors")}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def _check_rights(hub: HfApi, config: PushConfig) -> None:
-    """Raise if there is no token, or its owner is no member of the organisation."""
+    """Raise if there is no token, it cannot write, or its owner is no member of the organisation."""
     user = hub.whoami()
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise PermissionError(
+            f"The token of {user['name']!r} may only read. Make one that may write to {config.repo_id!r} at "
+            "huggingface.co/settings/tokens."
+        )
     namespace = config.repo_id.partition("/")[0]
-    members = {user["name"], *(entry["name"] for entry in user.get("orgs", []))}
+    members = {user["name"], *(entry["name"] for entry in user.get("orgs", []) if entry.get("roleInOrg") != "read")}
     if namespace not in members and not config.create_pr:
         raise PermissionError(
-            f"{user['name']!r} is no member of {namespace!r} and may not write to {config.repo_id!r}. Choose one of "
-            f"{', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
+            f"{user['name']!r} is no member of {namespace!r} who may write, so not to {config.repo_id!r} either. "
+            f"Choose one of {', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
         )
 
 
-def _look_up(hub: HfApi, config: PushConfig) -> tuple[list[str] | None, str | None]:
-    """Files of the repository and its commit on the branch; None if there is no repository or no such branch."""
+@dataclass(frozen=True)
+class _Repository:
+    """What is on the Hub: the files of the branch, its commit, and whether the branch is yet to be made."""
+
+    files: tuple[str, ...]
+    commit: str | None
+    is_new_branch: bool
+
+
+def _look_up(hub: HfApi, config: PushConfig) -> _Repository | None:
+    """The repository; None if there is none."""
     try:
         info: Any = hub.repo_info(config.repo_id)
     except RepositoryNotFoundError:
         if config.create_pr:
             raise ValueError(f"{config.repo_id!r} does not exist, so no pull request can be opened there.") from None
-        return None, None
+        return None
     if config.private is not None and bool(info.private) != config.private:
         there, wanted = ("private", "public") if info.private else ("public", "private")
         raise ValueError(
             f"{config.repo_id!r} exists and is {there}, asked for was {wanted}. Change it in its settings, or "
             "choose another name."
         )
+    is_new_branch = False
     if config.revision is not None:
-        with suppress(RevisionNotFoundError):  # then it is made from main, whose files it has
+        try:
             info = hub.repo_info(config.repo_id, revision=config.revision)
-    return [entry.rfilename for entry in info.siblings or []], info.sha
+        except RevisionNotFoundError:  # then it is made from main, whose files it has
+            is_new_branch = True
+    if is_new_branch and config.create_pr:
+        raise ValueError(
+            f"{config.repo_id!r} has no branch {config.revision!r} to open a pull request against. Leave revision out."
+        )
+    return _Repository(tuple(entry.rfilename for entry in info.siblings or []), info.sha, is_new_branch)
 
 
-def _check_content(there: list[str], config: PushConfig, files: PushFiles) -> list[str]:
+def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles, names: Iterable[str]) -> list[str]:
     """Model files of an earlier push that this one no longer has; raise if the repository holds something else."""
-    others = sorted(set(there) - _NEUTRAL - set(files.names))
+    others = sorted(set(there) - _NEUTRAL - set(names))
     is_ours = any(name.endswith("_puma.py") for name in there)
     same_kind = (ADAPTER_CONFIG in there) == files.is_adapter
     foreign = [name for name in others if not is_model_file(name)] if is_ours and same_kind else others
@@ -222,74 +266,18 @@ def _check_content(there: list[str], config: PushConfig, files: PushFiles) -> li
     return others
 
 
-def _upload(
-    hub: HfApi,
-    config: PushConfig,
-    contents: dict[str, Path | bytes],
-    removed: list[str],
-    commit: str | None,
-    *,
-    is_new: bool,
-) -> str:
-    if is_new:
+def _upload(hub: HfApi, config: PushConfig, operations: list[Any], there: _Repository | None) -> str:
+    if there is None:
         hub.create_repo(config.repo_id, private=config.private)
-    if config.revision not in (None, "main"):
+    is_new_branch = config.revision not in (None, "main") if there is None else there.is_new_branch
+    if is_new_branch:
         hub.create_branch(config.repo_id, branch=str(config.revision), exist_ok=True)
-    operations: list[Any] = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in contents.items()
-    ]
-    operations += [CommitOperationDelete(name) for name in removed]
     info: Any = hub.create_commit(
         config.repo_id,
         operations,
         commit_message=config.message or "Upload a PUMA embedding model",
         revision=config.revision,
         create_pr=config.create_pr,
-        parent_commit=commit,  # what was looked at is what is changed
+        parent_commit=None if there is None else there.commit,  # what was looked at is what is changed
     )
     return str(info.pr_url or info.commit_url)
-
-
-@contextmanager
-def _told(config: PushConfig) -> Iterator[None]:
-    """Errors of the Hub in words that say what to do."""
-    name = repr(config.repo_id)
-    try:
-        yield
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(
-            f"There is no Hub token to push to {name} with. Log in with `hf auth login`, or set HF_TOKEN to a token "
-            "that may write."
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError(f"HF_HUB_OFFLINE is set, so {name} cannot be reached. Unset it to push.") from error
-    except HfHubHTTPError as error:
-        raise _refusal(error, name) from error
-    except (ValueError, PermissionError, MemoryError):
-        raise
-    except Exception as error:
-        # The HTTP client's own errors differ between versions of huggingface_hub.
-        raise ConnectionError(
-            f"The connection to the Hub failed while pushing to {name} ({type(error).__name__}: {error}). A commit is "
-            "made whole or not at all, so the repository is as it was, or empty if it is new. Run it again: large "
-            "files that arrived are not sent again."
-        ) from error
-
-
-def _refusal(error: HfHubHTTPError, name: str) -> OSError:
-    status = error.response.status_code
-    reason = (error.server_message or str(error)).strip().splitlines()[0]
-    if status == 401:
-        return PermissionError(f"The Hub does not know the token ({reason}). Log in again with `hf auth login`.")
-    if status in (403, 404):
-        return PermissionError(
-            f"The token may not write to {name} ({reason}). Make one that may at huggingface.co/settings/tokens, or "
-            "propose the change with create_pr=True (--create-pr)."
-        )
-    if status in (409, 412):
-        return ConnectionError(f"{name} changed while this push ran ({reason}). Run it again.")
-    return ConnectionError(
-        f"The Hub refused the push to {name} with status {status} ({reason}). The repository is as it was, or empty if "
-        "it is new. Run it again."
-    )

@@ -36,7 +36,7 @@ class PushConfig(CheckedConfig):
     repo_id: str = required("Repository on the Hub, such as org/name; it is made if need be.", positional=True)
     private: bool | None = option(None, "Make the repository private; default: as the organisation has it.")
     revision: str | None = option(None, "Branch to push to, made if need be; default: main.")
-    create_pr: bool = option(False, "Open a pull request instead of writing to main.")
+    create_pr: bool = option(False, "Open a pull request instead of writing to the branch.")
     dry_run: bool = option(False, "Check and load everything, list files, bytes and the card, and upload nothing.")
     message: str | None = option(None, "Message of the commit.")
     results: tuple[str, ...] = option(
@@ -44,6 +44,8 @@ class PushConfig(CheckedConfig):
     )
     base_model: str | None = option(None, "Hub id of what the model was made from, or that an adapter belongs to.")
     license: str | None = option(None, "Licence of the model in the Hub's spelling, such as apache-2.0.")
+    base_license: str | None = option(None, "Licence of what it was made from, for the card.")
+    data_license: str | None = option(None, "Licence of the data it was trained on, for the card.")
     datasets: tuple[str, ...] = option((), "Hub id of a dataset it was trained on.")
 
     def __post_init__(self) -> None:
@@ -53,8 +55,3 @@ class PushConfig(CheckedConfig):
             for given in value if isinstance(value, tuple) else (value,):
                 if given is not None and (not _HUB_ID.fullmatch(given) or "--" in given or ".." in given):
                     raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
-        if self.create_pr and self.revision not in (None, "main"):
-            raise ValueError(
-                f"create_pr opens a pull request against main, and revision={self.revision!r} names another branch. "
-                "Leave out one of them."
-            )

@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME
+from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
 from puma_hf.files import is_puma_directory
+from puma_hf.push_contents import content_problem, holds_secret
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -39,16 +40,16 @@ _SENTENCE_TRANSFORMERS_FILES = frozenset(
 )
 _EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE", "results.json", "sweep.json"}
 # What our own commands write beside a model, and nobody needs who loads it.
-_LEFT_OUT = ("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json")
-_LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|__pycache__")
+_LEFT_OUT = (
+    *("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json"),
+    ".gitattributes",  # the Hub has its own
+)
+_LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|__pycache__|\.cache")  # the last is what a download leaves
 _SECRET_NAMES = (
     *(".env*", "*token*", "*secret*", "*credential*", "*password*", "*.key", "*.pem", "*.p12", "*.pfx"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", ".git", ".ssh", ".aws"),
 )
 _PICKLES = (*PICKLE_SUFFIXES, ".pickle", ".joblib", ".npy", ".npz")
-_SECRET_TEXTS = re.compile(rb"hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
-# Large, and made of words that a tokenizer learnt.
-_NOT_SEARCHED = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def files_to_push(directory: str | Path) -> PushFiles:
 
     Raises:
         FileNotFoundError: If it is no such directory, or lacks weights.
-        ValueError: If it holds a pickle, something that looks like a secret, a link, or a file that is not known; all
-            are named.
+        ValueError: If it holds a pickle, under whatever name, something that looks like a secret, a link, or a file
+            that is not known; all are named.
     """
     folder = Path(directory)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -98,6 +99,7 @@ def files_to_push(directory: str | Path) -> PushFiles:
             continue  # it is written anew
         elif path.is_file() and path.name in allowed:
             chosen.append(path.name)
+            bad += [f"{path.name}: {problem}"] if (problem := content_problem(path)) else []
         elif _is_left_out(path):
             left_out.append(path.name)
         else:
@@ -114,7 +116,8 @@ def is_model_file(name: str) -> bool:
     """Whether a file of a repository has a name that a push of ours gives: an older one may then be removed."""
     shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name)
     adapter = name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "puma_base.json")
-    return bool(shard) or adapter or name in _EITHER or name == "config.json" or name.endswith("_puma.py")
+    results = re.fullmatch(r"(results|sweep)-\d+\.json", name)
+    return bool(shard or results) or adapter or name in _EITHER or name == "config.json" or name.endswith("_puma.py")
 
 
 def _problem(path: Path) -> str | None:
@@ -126,8 +129,9 @@ def _problem(path: Path) -> str | None:
         return "looks like a secret"
     if name.endswith(_PICKLES):
         return "a pickle, which can run code when opened"
-    is_searched = path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_SEARCHED
-    if is_searched and _SECRET_TEXTS.search(path.read_bytes()):
+    if not path.is_file() and not path.is_dir():
+        return "neither a file nor a folder"
+    if path.is_file() and holds_secret(path):
         return "holds what looks like an access token or a private key"
     return None
 
@@ -145,7 +149,7 @@ def _weight_files(folder: Path, is_adapter: bool) -> set[str]:
         names = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
         optional = {"puma_base.json"}
     elif (folder / INDEX_NAME).is_file():
-        names = {"config.json", INDEX_NAME, *_read_json(folder / INDEX_NAME).get("weight_map", {}).values()}
+        names = {"config.json", INDEX_NAME, *open_checkpoint(folder).weight_files.values()}
         optional = set()
     else:
         names, optional = {"config.json", SINGLE_NAME}, set()
@@ -157,25 +161,50 @@ def _weight_files(folder: Path, is_adapter: bool) -> set[str]:
 def _code_files(folder: Path) -> set[str]:
     """Python files that a loader runs: those named in the settings, and what they import; and copies of ours."""
     own = {path.name for path in (Path(__file__).parent / "modeling").glob("*_puma.py")}
-    named = set(_named_modules(folder))
-    files = [folder / f"{name}.py" for name in named if (folder / f"{name}.py").is_file()]
-    imported = [Path(name).name for path in files for name in get_relative_import_files(path)]
+    files = [folder / f"{name}.py" for name in set(_named_modules(folder)) if (folder / f"{name}.py").is_file()]
+    try:
+        imported = [Path(name).name for path in files for name in get_relative_import_files(path)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(folder)!r} lacks {Path(str(error.filename)).name}, which its code imports. "
+            "Write the directory again."
+        ) from error
     return {*own, *imported, *(path.name for path in files)}
 
 
 def _named_modules(folder: Path) -> Iterator[str]:
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            for value in (_read_json(folder / name).get("auto_map") or {}).values():
-                for reference in value if isinstance(value, list) else [value]:
-                    if isinstance(reference, str):
-                        yield reference.partition(".")[0]
+            yield from _referred_to(folder / name)
     if (folder / "modules.json").is_file():
-        for module in _read_json(folder / "modules.json"):
-            yield module["type"].partition(".")[0]
+        try:
+            modules = [str(module["type"]) for module in read_json(folder / "modules.json")]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(folder / 'modules.json')!r} does not list modules with their type. Write the directory again."
+            ) from error
+        yield from (module.partition(".")[0] for module in modules)
 
 
-def _read_json(path: Path) -> Any:
+def _referred_to(path: Path) -> Iterator[str]:
+    """The modules that `auto_map` names."""
+    settings = read_json(path)
+    auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(auto_map or {}, dict):
+        raise ValueError(f"{str(path)!r} must hold names with values, and so must its auto_map. Write it again.")
+    for value in (auto_map or {}).values():
+        for reference in value if isinstance(value, list) else [value]:
+            if isinstance(reference, str):
+                if "--" in reference:
+                    raise ValueError(
+                        f"{str(path)!r} runs code of another repository ({reference}), which may change or go. Write "
+                        "the directory again with puma-hf prune or merge, or name the file that lies in it."
+                    )
+                yield reference.partition(".")[0]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a directory holds; a ValueError names the file that is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

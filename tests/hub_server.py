@@ -36,19 +36,28 @@ class Repository:
 
 
 class HubServer:
-    """Attributes: repositories by id; requests, as (method, path); fail, paths that end the connection or a status."""
+    """Attributes: repositories by id; requests, as (method, path); fail, paths that end the connection or a status.
+
+    A connection that is to end does so in the middle of the request.
+    """
 
     def __init__(self) -> None:
+        self.url = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """A new Hub at the same address."""
+        self.user: dict[str, Any] = {"name": "me", "type": "user", "orgs": [{"name": "org"}], "auth": {}}
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.large: dict[str, bytes] = {}
         self.fail: dict[str, int | None] = {}
-        self.url = ""
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer, which is written in two parts, waits for 40 ms
 
     def log_message(self, *args: Any) -> None: ...
 
@@ -60,20 +69,21 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         url = urlparse(self.path)
         path = unquote(url.path).strip("/")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
         self.hub.requests.append((self.command, path))
-        for part, status in self.hub.fail.items():
-            if part in path:
-                if status is None:
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-                    return None
-                return self.answer({"error": "refused by the test"}, status)
+        failure = next((status for part, status in self.hub.fail.items() if part in path), 0)
+        self.body = self.rfile.read(length // 2 if failure is None else length)
+        if failure is None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return None
+        if failure:
+            return self.answer({"error": "refused by the test"}, failure)
         needs_token = self.command == "POST" or path.startswith("api/whoami")
         if needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}" and "lfs/" not in path:
             return self.answer({"error": "Invalid user token."}, 401)
         if path == "api/whoami-v2":
-            return self.answer({"name": "me", "type": "user", "orgs": [{"name": "org"}], "auth": {}})
+            return self.answer(self.hub.user)
         if path == "api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if path == "api/repos/create":
@@ -129,7 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()
             ]
             return self.answer(listed)
-        siblings = [{"rfilename": path} for path in sorted(files)]
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(files)]
+        for one in siblings:
+            data = files[one["rfilename"]]
+            if "blobs" in query and one["rfilename"].endswith(".safetensors"):
+                one["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}
         return self.answer(
             {"id": name, "sha": repository.sha(branch), "private": repository.private, "siblings": siblings}
         )

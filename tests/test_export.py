@@ -18,7 +18,15 @@ from puma_hf import PumaModel, prune
 from puma_hf.export import LINEAGE_KEY, export, is_export
 from puma_hf.parity.forms import embed_features, embed_stock, features_of, open_auto_model, open_stock, stock_features
 from puma_hf.parity.inputs import check_inputs
-from tests.tiny import HIDDEN_SIZE, build_checkpoint, build_qwen2_vl, canonical_name, read_weights
+from tests.tiny import (
+    HIDDEN_SIZE,
+    build_checkpoint,
+    build_qwen2_vl,
+    canonical_name,
+    read_weights,
+    tiny_config,
+    tiny_tokenizer,
+)
 
 FILES = {
     "README.md",
@@ -79,6 +87,18 @@ def test_other_shapes(family: str, kept: int, changes: dict[str, object], tmp_pa
     # In the layout that was published for the family, which the original of these tests has, too.
     names = set(load_file(original / "model.safetensors"))
     assert set(load_file(tmp_path / "stock" / "model.safetensors")) - names <= {"lm_head.weight"}
+
+
+def test_another_number_of_heads(tmp_path: Path) -> None:
+    original = build_qwen2_vl(tmp_path / "original")
+    config = tiny_config(tiny_tokenizer())
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 2, 1
+    config.text_config.rope_parameters["mrope_section"] = [2, 2, 4]  # half of a head's 16 dimensions
+    torch.manual_seed(0)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(original)
+    prune(original, tmp_path / "puma", num_kept_layers=2)
+    export(tmp_path / "puma", tmp_path / "stock")
+    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
 
 
 def test_nothing_of_puma_is_in_it(exported: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from puma_hf.load_check import LoadCheck, check_loads
 
-FOUND = {"shape": [3, 64], "same_shape": True, "finite": True, "difference": 1e-6, "dtype": "float32"}
+FOUND: dict[str, Any] = {"shape": [3, 64], "same_shape": True, "finite": True, "difference": 1e-6, "dtype": "float32"}
+FOUND["unread"] = []
 
 
 @pytest.fixture
@@ -36,8 +37,23 @@ def test_the_reason_is_the_last_line(script: Path, tmp_path: Path) -> None:
     script.write_text("import sys\nprint('noise', file=sys.stderr)\nraise OSError('no tokenizer')")
     with pytest.raises(ValueError, match=r"does not load where puma_hf is not installed \(OSError: no tokenizer\)"):
         check_loads(tmp_path)
+    script.write_text("raise OSError('no tokenizer,\\nand no vocabulary')\n")
+    with pytest.raises(ValueError, match=r"\(OSError: no tokenizer, and no vocabulary\)"):
+        check_loads(tmp_path)
     script.write_text("import os\nos._exit(9)")
     with pytest.raises(ValueError, match=r"\(the process ended with 9\)"):
+        check_loads(tmp_path)
+
+
+def test_errors_call_a_copy_by_the_name_of_what_it_was_made_from(script: Path, tmp_path: Path) -> None:
+    script.write_text("import json, sys\nraise OSError(json.load(open(sys.argv[1]))['directory'] + ' is empty')")
+    with pytest.raises(ValueError, match=r"^'mine' does not load .*\(OSError: mine is empty\)"):
+        check_loads(tmp_path, shown_as="mine")
+
+
+def test_tensors_that_nobody_reads_are_refused(script: Path, tmp_path: Path) -> None:
+    write(script, unread=["a.weight", "b.weight"])
+    with pytest.raises(ValueError, match=r"holds 2 tensors that no loader reads \(first: a\.weight\)"):
         check_loads(tmp_path)
 
 
@@ -65,14 +81,16 @@ def test_sixteen_bits_may_differ_more(script: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("offline", [True, False])
 def test_the_process_is_fresh(script: Path, tmp_path: Path, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
     seen = tmp_path / "seen.json"
     write(script)
-    names = "('HF_HUB_OFFLINE', 'HF_MODULES_CACHE')"
-    code = f"import os\nseen = [os.environ[name] for name in {names}] + [os.listdir('.'), sys.path]\n"
+    names = "('HF_HUB_OFFLINE', 'HF_MODULES_CACHE', 'HF_TOKEN')"
+    code = f"import os\nseen = [os.environ.get(name) for name in {names}] + [os.listdir('.'), sys.path]\n"
     script.write_text(f"{script.read_text()}\n{code}json.dump(seen, open({str(seen)!r}, 'w'))")
-    check_loads(tmp_path, offline=offline)
-    setting, modules, here, paths = json.loads(seen.read_text())
+    check_loads(tmp_path, offline=offline, token="given")
+    setting, modules, token, here, paths = json.loads(seen.read_text())
     assert setting == ("1" if offline else "0")
+    assert token == (None if offline else "given")  # code that asks nobody needs none
     assert not Path(modules).exists()  # it is gone with the rest
     assert sorted(here) == ["found.json", "job.json"]
     assert str(tmp_path) not in paths

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,26 +13,47 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import fresh_load, lora_config
+from puma_hf.card_results import MeasuredModel
+from puma_hf.evaluation.layer_costs import LayerCosts
 from puma_hf.load_check import LoadCheck
-from puma_hf.push import push
+from puma_hf.push import push_to_hub as push
 from puma_hf.trainer.lora import add_lora, save_base_fingerprint
 from tests.hub_server import TOKEN, HubServer, Repository, hub_server
+from tests.test_card_results import PRINT, write_results
+from tests.warm_process import WarmProcess, warm_process
 
 LOADED = LoadCheck(64, "float32", 1e-7)
+COSTS = LayerCosts((1, 2), (1, 2), (10, 20), (30, 40), 64, 256)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with hub_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+    """Imports while the first tests run. Its caches are new, and it knows no Hub but the double."""
+    folder = tmp_path_factory.mktemp("warm")
+    variables = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    with warm_process(folder, **variables, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0") as process:
+        yield process
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the double speaks LFS alone
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield server
+def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    server.reset()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the double speaks LFS alone
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return server
 
 
 @pytest.fixture
@@ -45,59 +65,47 @@ def folder(puma_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """Takes the place of the fresh process, which takes seconds; keeps what it was given."""
+    """Takes the place of the fresh process and of counting, which take time; keeps what it was given."""
     given = []
 
-    def check(directory: Path, *, offline: bool) -> LoadCheck:
+    def check(directory: Path, **options: Any) -> LoadCheck:
         content = {path.name: path.read_bytes() for path in directory.iterdir()}
-        given.append(SimpleNamespace(content=content, offline=offline))
+        given.append(SimpleNamespace(content=content, **options))
         return LOADED
 
     monkeypatch.setattr("puma_hf.push.check_loads", check)
+    monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
     return given
 
 
 @pytest.fixture
-def adapter(puma_dir: Path, tmp_path: Path) -> Path:
-    """A trained adapter of `puma_dir`, as training saves it."""
+def really_loads(warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process in which the directory is opened has its imports behind it; all else is as it is."""
+    monkeypatch.setattr("puma_hf.load_check.subprocess.run", warm.run)
+    monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
+
+
+@pytest.fixture(scope="module")
+def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained adapter of `puma_dir`, as training saves it. Read only."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
     add_lora(model, lora_config(r=4))
-    folder = tmp_path / "adapters" / "puma-lora"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("adapters") / "puma-lora"
     model.save_pretrained(str(folder), create_model_card=False)
     save_base_fingerprint(model, folder)
     return folder
 
 
-def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
-    folder: Path, hub: HubServer, loads: list[Any], tmp_path: Path
-) -> None:
-    report = push(folder, "org/puma", token=TOKEN, message="first")
-    repository = hub.repositories["org/puma"]
-    files = repository.branches["main"]
-    assert files.keys() == {path.name for path in folder.iterdir()}
-    for path in folder.iterdir():
-        if path.name != "README.md":
-            assert files[path.name] == path.read_bytes(), path.name
-    assert files["README.md"].decode() == report.card
-    assert report.url == f"{hub.url}/org/puma/commit/{repository.sha('main')}"
-    assert repository.messages == ["first"]
-    assert not repository.private
-
-    job = {"directory": "org/puma", "output": str(tmp_path / "found.json")}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [sys.executable, "-P", str(fresh_load.__file__), str(tmp_path / "job.json")]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    assert json.loads((tmp_path / "found.json").read_text())["difference"] < 1e-4
-    assert any(method == "GET" and path.endswith("/model.safetensors") for method, path in hub.requests)
-
-
 def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     (folder / "results.md").write_text("x")
-    report = push(folder, "org/puma", dry_run=True)
+    report = push(folder, "org/puma", dry_run=True, license="mit", base_license="apache-2.0", data_license="cc-by-4.0")
+    for line in ("- This model: mit", "- Base: apache-2.0, of", "- Data: cc-by-4.0"):
+        assert line in report.card
     assert hub.requests == []
     assert report.url is None
     shown = str(report)
@@ -110,17 +118,8 @@ def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubSe
     assert "dry run" in shown
     assert report.card in shown
     assert str(LOADED) in shown
-    assert loads[0].content.keys() == {name for name, _ in report.files}
-    assert loads[0].content["README.md"].decode() == report.card
+    assert {*loads[0].content, "README.md"} == {name for name, _ in report.files}
     assert loads[0].offline
-
-
-def test_a_directory_that_does_not_load_is_refused_with_the_reason(folder: Path, hub: HubServer) -> None:
-    code = (folder / "modeling_puma.py").read_text()
-    (folder / "modeling_puma.py").write_text(code + "\nimport puma_hf\n")  # here it can be imported, elsewhere not
-    with pytest.raises(ValueError, match=r"does not load where puma_hf is not installed \(.*puma_hf"):
-        push(folder, "org/puma", token=TOKEN)
-    assert hub.repositories == {}
 
 
 def test_stray_files_are_refused_before_anything_else(folder: Path, hub: HubServer, loads: list[Any]) -> None:
@@ -141,6 +140,17 @@ def test_visibility_of_an_old_one_is_not_changed(folder: Path, hub: HubServer, l
     with pytest.raises(ValueError, match="exists and is public, asked for was private"):
         push(folder, "org/puma", token=TOKEN, private=True)
     assert loads == []
+
+
+def test_a_pull_request_against_a_branch(folder: Path, hub: HubServer, loads: list[Any]) -> None:
+    push(folder, "org/puma", token=TOKEN)
+    repository = hub.repositories["org/puma"]
+    with pytest.raises(ValueError, match="'org/puma' has no branch 'v2' to open a pull request against"):
+        push(folder, "org/puma", token=TOKEN, revision="v2", create_pr=True)
+    repository.branches["v2"] = {**repository.branches["main"], "LICENSE": b"of v2"}
+    push(folder, "org/puma", token=TOKEN, revision="v2", create_pr=True)
+    assert repository.branches["refs/pr/1"] == repository.branches["v2"]
+    assert len(loads) == 2
 
 
 def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[Any]) -> None:
@@ -206,8 +216,20 @@ def test_a_wrong_token(folder: Path, hub: HubServer, loads: list[Any]) -> None:
 
 
 def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    with pytest.raises(PermissionError, match=r"'me' is no member of 'they' and may not write to 'they/puma'. Choose"):
+    with pytest.raises(
+        PermissionError, match=r"'me' is no member of 'they' who may write, .*'they/puma' .*Choose one of me, org, or"
+    ):
         push(folder, "they/puma", token=TOKEN)
+    hub.user["orgs"] = [{"name": "they", "roleInOrg": "read"}]
+    with pytest.raises(PermissionError, match=r"'me' is no member of 'they' who may write"):
+        push(folder, "they/puma", token=TOKEN)
+    hub.user["auth"] = {"accessToken": {"role": "read"}}
+    with pytest.raises(
+        PermissionError, match=r"The token of 'me' may only read\. Make one that may write to 'me/puma'"
+    ):
+        push(folder, "me/puma", token=TOKEN)
+    assert loads == []
+    hub.reset()
     hub.fail = {"api/repos/create": 403}
     with pytest.raises(PermissionError, match="The token may not write to 'org/puma'"):
         push(folder, "org/puma", token=TOKEN)
@@ -232,11 +254,144 @@ def test_the_network_goes_in_the_middle(
     assert "model.safetensors" in hub.repositories["org/puma"].branches["main"]
 
 
-@pytest.mark.parametrize(("status", "words"), [(412, "changed while this push ran"), (500, "with status 500")])
-def test_the_hub_refuses_the_commit(folder: Path, hub: HubServer, loads: list[Any], status: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (400, ValueError, "with status 400 .*refused by the test.*Mend what the Hub names"),
+        (412, ConnectionError, "'org/puma' changed while this push ran"),
+        (429, ConnectionError, "with status 429 .*Run it again later"),
+        (500, ConnectionError, "with status 500 .*Run it again later"),
+    ],
+)
+def test_the_hub_refuses_the_commit(
+    folder: Path, hub: HubServer, loads: list[Any], status: int, kind: type[Exception], words: str
+) -> None:
     hub.fail = {"/commit/": status}
-    with pytest.raises(ConnectionError, match=words):
+    with pytest.raises(kind, match=words):
         push(folder, "org/puma", token=TOKEN)
+    assert hub.repositories["org/puma"].branches["main"] == {}
+
+
+def test_the_hub_refuses_a_large_file(folder: Path, hub: HubServer, loads: list[Any]) -> None:
+    hub.fail = {"lfs/": 403}  # huggingface_hub wraps this into an error that does not tell the reason
+    with pytest.raises(PermissionError, match=r"The token may not write to 'org/puma' \(.*\)\. Make one"):
+        push(folder, "org/puma", token=TOKEN)
+    assert hub.repositories["org/puma"].branches["main"] == {}
+
+
+def test_errors_of_the_code_are_not_called_errors_of_the_network(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise KeyError("oid")
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(KeyError, match="oid"):
+        push(folder, "org/puma", token=TOKEN)
+
+
+@pytest.mark.parametrize("token", ["", "hf_a b", "hf_a\nb", "hf_é"])
+def test_a_token_with_a_blank_is_refused_and_not_shown(folder: Path, token: str) -> None:
+    with pytest.raises(ValueError, match="The Hub token is empty, or holds a blank") as caught:
+        push(folder, "org/puma", token=token)
+    assert "hf_" not in str(caught.value)
+
+
+def test_the_end_of_a_line_does_not_belong_to_a_token(folder: Path, hub: HubServer, loads: list[Any]) -> None:
+    push(folder, "org/puma", token=f"{TOKEN}\n")
+    assert "org/puma" in hub.repositories
+
+
+# --- what changes meanwhile
+
+
+def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """While the directory is loaded, something happens."""
+
+    def check(directory: Path, **options: Any) -> LoadCheck:
+        change()
+        return LOADED
+
+    monkeypatch.setattr("puma_hf.push.check_loads", check)
+
+
+def test_what_was_checked_is_uploaded(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = (folder / "chat_template.jinja").read_bytes()
+
+    def change() -> None:
+        (folder / "chat_template.jinja").write_text("other")
+        (folder / ".env").write_text("HF_TOKEN=x")
+
+    changing(monkeypatch, change)
+    push(folder, "org/puma", token=TOKEN)
+    files = hub.repositories["org/puma"].branches["main"]
+    assert files["chat_template.jinja"] == config
+    assert ".env" not in files
+
+
+def test_weights_that_change_are_not_uploaded(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = folder / "model.safetensors"
+    changing(monkeypatch, lambda: save_file({name: 2 * one for name, one in load_file(weights).items()}, weights))
+    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Wait until"):
+        push(folder, "org/puma", token=TOKEN)
+    assert hub.repositories == {}
+
+
+def test_a_repository_that_changes_is_left_alone(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder, "org/puma", token=TOKEN)
+    files = hub.repositories["org/puma"].branches["main"]
+    changing(monkeypatch, lambda: files.update({"notes.md": b"of somebody else"}))
+    with pytest.raises(ConnectionError, match="'org/puma' changed while this push ran"):
+        push(folder, "org/puma", token=TOKEN, message="second")
+    assert files["notes.md"] == b"of somebody else"
+
+
+# --- results
+
+
+def test_the_results_that_the_card_cites_travel_with_it(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+    beside = write_results(folder.parent / "puma-test" / "results.json")
+    write_results(folder / "results.json", truncate_dim=16)
+    report = push(folder, "org/puma", token=TOKEN)
+    files = hub.repositories["org/puma"].branches["main"]
+    assert files["results.json"] == (folder / "results.json").read_bytes()
+    assert files["results-2.json"] == beside.read_bytes()
+    assert "From `results.json`, SHA-256" in report.card
+    assert "From `results-2.json`, SHA-256" in report.card
+    assert "puma-test" not in report.card
+    beside.unlink()
+    assert push(folder, "org/puma", token=TOKEN).removed == ("results-2.json",)
+
+
+def test_results_of_another_model_stay_here(
+    folder: Path, hub: HubServer, loads: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+    write_results(folder / "results.json", model_fingerprint="0" * 64)
+    with caplog.at_level(logging.WARNING):
+        report = push(folder, "org/puma", token=TOKEN)
+    assert "results.json" not in hub.repositories["org/puma"].branches["main"]
+    assert report.left_out == ("results.json",)
+    assert "results.json stays here: it was not measured on these weights." in caplog.text
+
+
+def test_a_token_in_a_result_file_beside_the_model_is_found(
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+    write_results(folder.parent / "puma-test" / "results.json", data="hf_" + "a1B2" * 9)
+    with pytest.raises(ValueError, match=r"README\.md, results\.json of '.*puma' would hold what looks like an access"):
+        push(folder, "org/puma", token=TOKEN)
+    assert hub.repositories == {}
 
 
 def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,16 +403,122 @@ def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pyt
         push(folder, "org/puma", token=TOKEN)
 
 
-def test_an_adapter_alone_names_its_base(adapter: Path, puma_dir: Path, hub: HubServer) -> None:
+# --- the base of an adapter
+
+
+@pytest.fixture
+def base_on_hub(puma_dir: Path, hub: HubServer) -> Repository:
+    hub.repositories["org/puma"] = Repository()
+    hub.repositories["org/puma"].branches["main"] = {path.name: path.read_bytes() for path in puma_dir.iterdir()}
+    return hub.repositories["org/puma"]
+
+
+def test_an_adapter_needs_a_base_that_others_have(adapter: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"which nobody else has. Push that first, and name it: base_model"):
         push(adapter, "org/puma-lora", token=TOKEN)
+    with pytest.raises(ValueError, match=r"base 'org/puma' is not on the Hub, or this token cannot see it"):
+        push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
+    assert (loads, hub.repositories) == ([], {})
+
+
+def test_a_base_of_other_weights_is_refused(
+    adapter: Path, hub: HubServer, loads: list[Any], base_on_hub: Repository
+) -> None:
+    base_on_hub.branches["main"]["model.safetensors"] += b"x"
+    with pytest.raises(
+        ValueError, match=r"not trained on the weights in 'org/puma' on the Hub \(SHA-256 \w{12} instead"
+    ):
+        push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
+    assert (loads, list(hub.repositories)) == ([], ["org/puma"])
+
+
+def test_a_base_that_is_not_noted_is_taken_with_a_warning(
+    adapter: Path,
+    hub: HubServer,
+    loads: list[Any],
+    base_on_hub: Repository,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (copy / "puma_base.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        push(copy, "org/puma-lora", token=TOKEN, base_model="org/puma")
+    assert "Whether org/puma holds the weights that the adapter was trained on is not known." in caplog.text
+
+
+def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
+    adapter: Path, hub: HubServer, loads: list[Any], base_on_hub: Repository, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/puma"}))
+    push(copy, "org/puma-lora", token=TOKEN)
+    assert (loads[0].offline, loads[0].token) == (False, TOKEN)
+    (copy / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config\.json must hold names with values, not list"):
+        push(copy, "org/puma-lora", token=TOKEN)
+
+
+# --- real loads, at the end: until then their process has imported what it needs
+
+
+@pytest.mark.usefixtures("really_loads")
+def test_a_directory_that_does_not_load_is_refused_with_the_reason(folder: Path, hub: HubServer) -> None:
+    code = (folder / "modeling_puma.py").read_text()
+    (folder / "modeling_puma.py").write_text(code + "\nimport puma_hf\n")  # here it can be imported, elsewhere not
+    with pytest.raises(ValueError, match=r"puma' does not load where puma_hf is not installed \(.*puma_hf"):
+        push(folder, "org/puma", token=TOKEN)
+    (folder / "modeling_puma.py").write_text(code)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "language_model.extra": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds 1 tensors that no loader reads \(first: language_model\.extra\)"):
+        push(folder, "org/puma", token=TOKEN)
+    tensors["language_model.norm.weight"] = torch.ones(5)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"'{folder}' has 1 tensors of another shape .*norm\.weight, \(5,\) instead"):
+        push(folder, "org/puma", token=TOKEN)
+    assert hub.repositories == {}
+
+
+@pytest.mark.usefixtures("really_loads")
+def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
+    folder: Path, adapter: Path, puma_dir: Path, hub: HubServer, warm: WarmProcess, tmp_path: Path
+) -> None:
+    report = push(folder, "org/puma", token=TOKEN, message="first")
+    repository = hub.repositories["org/puma"]
+    files = repository.branches["main"]
+    assert files.keys() == {path.name for path in folder.iterdir()}
+    for path in folder.iterdir():
+        if path.name != "README.md":
+            assert files[path.name] == path.read_bytes(), path.name
+    assert files["README.md"].decode() == report.card
+    assert report.url == f"{hub.url}/org/puma/commit/{repository.sha('main')}"
+    assert repository.messages == ["first"]
+    assert not repository.private
     report = push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
-    assert report.loaded.difference < 1e-4
-    files = hub.repositories["org/puma-lora"].branches["main"]
+    _check_pushed_adapter(hub.repositories["org/puma-lora"].branches["main"], adapter, puma_dir, report.card)
+    found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
+    assert all(one["difference"] < 1e-4 for one in found.values())
+    assert found["org/puma-lora"]["shape"] == found["org/puma"]["shape"]
+    for name in ("org/puma/resolve", "org/puma-lora/resolve"):
+        assert any(method == "GET" and name in path and path.endswith(".safetensors") for method, path in hub.requests)
+
+
+def _check_pushed_adapter(files: dict[str, bytes], adapter: Path, base: Path, content: str) -> None:
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/puma"
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(puma_dir)
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert "model.safetensors" not in files
-    assert str(puma_dir).encode() not in b"".join(files[name] for name in files if not name.endswith(".safetensors"))
-    card = ModelCard(report.card)
+    assert str(base).encode() not in b"".join(files[name] for name in files if not name.endswith(".safetensors"))
+    card = ModelCard(content)
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     assert "LoRA adapter alone" in card.text
+
+
+def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:
+    job = {"directory": name, "output": str(folder / "found.json")}
+    (folder / "job.json").write_text(json.dumps(job))
+    process = warm.run([sys.executable, "-P", str(fresh_load.__file__), str(folder / "job.json")], cwd=folder)
+    assert process.returncode == 0, process.stderr
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found

@@ -22,12 +22,6 @@ def test_other_names_are_checked_too(name: str) -> None:
         PushConfig(directory="puma", repo_id="org/name", **{name: "a"})
 
 
-def test_a_pull_request_is_against_main() -> None:
-    PushConfig(directory="puma", repo_id="org/name", create_pr=True, revision="main")
-    with pytest.raises(ValueError, match="revision='v2' names another branch"):
-        PushConfig(directory="puma", repo_id="org/name", create_pr=True, revision="v2")
-
-
 @pytest.mark.parametrize(
     ("flags", "private", "results"),
     [([], None, ()), (["--private"], True, ()), (["--results", "a", "--results", "b"], None, ("a", "b"))],

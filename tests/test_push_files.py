@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from puma_hf.push_files import files_to_push, is_model_file
 
@@ -20,8 +24,9 @@ def folder(puma_dir: Path, tmp_path: Path) -> Path:
 def adapter(tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for name in ("adapter_model.safetensors", "puma_base.json", "train.yaml", "modules.json"):
+    for name in ("puma_base.json", "train.yaml", "modules.json"):
         (folder / name).write_text("[]")
+    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "checkpoint-60").mkdir()
     (folder / "checkpoint-60" / "optimizer.pt").write_bytes(b"pickle")
@@ -38,10 +43,12 @@ def test_a_pruned_directory_is_taken_whole_but_for_its_card(folder: Path) -> Non
 
 def test_what_evaluation_left_stays_here(folder: Path) -> None:
     (folder / "test").mkdir()
+    (folder / ".cache" / "huggingface").mkdir(parents=True)  # of a download
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
     for name in ("results.json", "test/results.json", "results.md"):
         (folder / name).write_text("{}")
     found = files_to_push(folder)
-    assert found.left_out == ("results.md", "test")
+    assert found.left_out == (".cache", ".gitattributes", "results.md", "test")
     assert "results.json" in found.names
 
 
@@ -70,6 +77,9 @@ def test_an_adapter_is_taken_without_its_checkpoints_and_its_recipe_with_paths(a
         ("notes.txt", "not part of a model"),
         ("train.py", "not part of a model"),
         (".DS_Store", "not part of a model"),
+        ("token", "looks like a secret"),
+        ("server.pem", "looks like a secret"),
+        ("vectors.npy", "a pickle"),
         ("model-00001-of-00002.safetensors", "not part of a model"),
     ],
 )
@@ -80,19 +90,40 @@ def test_what_does_not_load_is_refused_by_its_name(folder: Path, name: str, reas
 
 
 def test_all_offenders_are_named_at_once(folder: Path) -> None:
-    for name in (".git", "photos"):
+    for name in (".git", ".idea", "photos"):
         (folder / name).mkdir()
     (folder / "training_args.bin").write_text("x")
-    with pytest.raises(ValueError, match=r"3 entries(.|\n)*\.git: looks(.|\n)*photos: not(.|\n)*args\.bin: a pickle"):
+    with pytest.raises(
+        ValueError, match=r"4 entries(.|\n)*\.git: looks(.|\n)*\.idea: not(.|\n)*photos: not(.|\n)*args\.bin: a pickle"
+    ):
         files_to_push(folder)
 
 
 @pytest.mark.parametrize("secret", ["hf_" + "a1B2" * 9, "-----BEGIN RSA PRIVATE KEY-----"])
-@pytest.mark.parametrize("name", ["chat_template.jinja", "modeling_puma.py"])
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "modeling_puma.py", "tokenizer.json", "notes.txt", "results.md"]
+)
 def test_a_secret_inside_a_file_is_found(folder: Path, name: str, secret: str) -> None:
     with (folder / name).open("a") as file:
         file.write(f"\n# {secret}\n")
     with pytest.raises(ValueError, match=rf"{name}: holds what looks like an access token or a private key"):
+        files_to_push(folder)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "results.json", "added_tokens.json", "model.safetensors"])
+@pytest.mark.parametrize("packed", ["pickle", "zip"])
+def test_a_pickle_under_another_name_is_refused(folder: Path, name: str, packed: str) -> None:
+    content = pickle.dumps({"a": 1})
+    (folder / name).write_bytes(content)
+    if packed == "zip":
+        torch.save({"a": torch.ones(1)}, folder / name)
+    with pytest.raises(ValueError, match=rf"- {name}: a pickle or an archive under another name, which can run code"):
+        files_to_push(folder)
+
+
+def test_a_pipe_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "NOTICE")  # to read it would never end
+    with pytest.raises(ValueError, match=r"- NOTICE: neither a file nor a folder"):
         files_to_push(folder)
 
 
@@ -140,7 +171,49 @@ def test_code_of_another_name_travels_if_a_setting_names_it(folder: Path) -> Non
     assert {"own_code.py", "helper.py"} <= set(files_to_push(folder).names)
 
 
+def test_code_that_imports_a_missing_file_is_refused(folder: Path) -> None:
+    (folder / "packer_puma.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks packer_puma\.py, which its code imports"):
+        files_to_push(folder)
+
+
+def test_code_of_another_repository_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "org/puma--modeling_puma.PumaModel"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"runs code of another repository \(org/puma--modeling_puma\.PumaModel\)"):
+        files_to_push(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("modules.json", '{"type": 1}', "does not list modules with their type"),
+        ("modules.json", '[{"path": ""}]', "does not list modules with their type"),
+        ("processor_config.json", "[]", "must hold names with values"),
+        ("tokenizer_config.json", '{"auto_map": "a.B"}', "so must its auto_map"),
+    ],
+)
+def test_settings_of_another_shape_are_named(folder: Path, name: str, content: str, words: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}' .*{words}"):
+        files_to_push(folder)
+
+
+def test_an_index_that_leads_out_of_the_directory_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match="names shards outside its own folder"):
+        files_to_push(folder)
+
+
 def test_names_that_a_push_gives() -> None:
-    ours = ("config.json", "model-00001-of-00003.safetensors", "modeling_puma.py", "tokenizer.json")
+    ours = (
+        "results-2.json",
+        "sweep.json",
+        "config.json",
+        "model-00001-of-00003.safetensors",
+        "modeling_puma.py",
+        "tokenizer.json",
+    )
     assert all(map(is_model_file, ours))
     assert not any(map(is_model_file, ("notes.md", "train.py", "pytorch_model.bin", "other.safetensors")))

@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 # Largest 1 - cosine where weights are rounded to bfloat16.
 COSINE_TOLERANCE = 1e-2
 
-Measure = Literal["difference", "1 - cosine"]
+Measure = Literal["difference", "1 - cosine", "relative difference"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class ParityRow:
     Attributes:
         form: What was compared.
         compared_with: With what.
-        measure: "difference" is that of two numbers at the same place of two embeddings.
+        measure: "difference" is that of two numbers at the same place of two embeddings; "relative difference" that of
+            two weights, as a share of the largest of their tensor.
         largest: The largest over all inputs; NaN if an embedding is.
         bound: What it may be.
-        worst: What the input with the largest difference is.
+        worst: What the input with the largest difference is; of weights the tensor's name.
     """
 
     form: str
@@ -73,10 +74,17 @@ class ParityReport:
         return {"directory": self.directory, "num_inputs": self.num_inputs, "ok": self.ok, "rows": rows}
 
     def __str__(self) -> str:
-        titles = ("form", "compared with", "measure", "largest", "bound", "worst input", "")
+        titles = ("form", "compared with", "measure", "largest", "bound", "worst", "")
         cells = [titles] + [
             (
-                *(row.form, row.compared_with, row.measure, f"{row.largest:.1e}", f"{row.bound:.0e}", row.worst),
+                *(
+                    row.form,
+                    row.compared_with,
+                    row.measure,
+                    f"{row.largest:.1e}",
+                    f"{row.bound:.0e}" if row.bound else "0",
+                    row.worst,
+                ),
                 row.verdict,
             )
             for row in self.rows
@@ -84,7 +92,7 @@ class ParityReport:
         widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
         wrong = [row.form for row in self.rows if not row.ok]
-        verdict = f"{', '.join(wrong)}: other embeddings than they should" if wrong else "all forms agree"
+        verdict = f"{', '.join(wrong)}: not what they should be" if wrong else "all forms agree"
         return "\n".join([*(line.rstrip() for line in lines), f"{self.directory}, {self.num_inputs} inputs: {verdict}"])
 
 

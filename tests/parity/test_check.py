@@ -33,8 +33,10 @@ FORMS = [
     "in bfloat16",
     "exported, stock classes",
     "exported, stock inputs too",
+    "exported, weights",
 ]
 ADAPTER_FORM = "adapter on its base"
+MERGED_WEIGHTS = "merged, weights"
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,12 @@ def differing(report: Any) -> list[str]:
     return [row.form for row in report.rows if not row.ok]
 
 
-def spoil(folder: Path, name: str) -> None:
+def spoil(folder: Path, name: str, place: tuple[int, ...] = (3, 3)) -> None:
     """Change one number of one tensor."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     full_name = next(key for key in tensors if key.endswith(name))
-    tensors[full_name][3, 3] += 0.5
+    tensors[full_name][place] += 0.5
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -92,9 +94,16 @@ def test_a_sound_model(puma_dir: Path) -> None:
     assert rows["in bfloat16"].largest > 0
 
 
-@pytest.mark.parametrize(("family", "kept"), [("qwen2_5_vl", 1), ("qwen3_vl", 3)])
-def test_other_backbones(family: str, kept: int, tmp_path: Path) -> None:
-    original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=kept)
+@pytest.mark.parametrize(
+    ("family", "kept", "changes"),
+    [
+        ("qwen2_vl", 1, {"tie_word_embeddings": False}),
+        ("qwen2_5_vl", 1, {}),
+        ("qwen3_vl", 3, {"tie_word_embeddings": False}),
+    ],
+)
+def test_other_backbones(family: str, kept: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=kept, **changes)
     prune(original, tmp_path / "puma", num_kept_layers=kept)
     report = check(tmp_path / "puma", seed=kept)
     assert report.ok, str(report)
@@ -103,7 +112,7 @@ def test_other_backbones(family: str, kept: int, tmp_path: Path) -> None:
 def test_an_adapter_is_merged_and_compared(adapter: Path) -> None:
     report = check(adapter)
     assert report.ok, str(report)
-    assert [row.form for row in report.rows] == [*FORMS, ADAPTER_FORM]
+    assert [row.form for row in report.rows] == [*FORMS, ADAPTER_FORM, MERGED_WEIGHTS]
 
 
 def test_a_spoiled_merge_is_caught(adapter: Path, merged: Path, tmp_path: Path) -> None:
@@ -111,12 +120,52 @@ def test_a_spoiled_merge_is_caught(adapter: Path, merged: Path, tmp_path: Path) 
     spoil(spoiled, "layers.1.mlp.up_proj.weight")
     report = check(adapter, merged=spoiled)
     # In itself the spoiled model is sound; it is only not what was trained.
-    assert differing(report) == [ADAPTER_FORM]
-    assert str(report).endswith(f"{ADAPTER_FORM}: other embeddings than they should")
+    assert differing(report) == [ADAPTER_FORM, MERGED_WEIGHTS]
+    assert report.rows[-1].worst == "language_model.layers.1.mlp.up_proj.weight"
+    assert str(report).endswith(f"{ADAPTER_FORM}, {MERGED_WEIGHTS}: not what they should be")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "is_seen"),
+    [
+        ("layers.0.self_attn.q_proj.weight", (3, 3), True),
+        ("layers.1.input_layernorm.weight", (3,), True),
+        ("language_model.norm.weight", (3,), True),
+        ("embed_tokens.weight", ("ret", 3), True),
+        ("embed_tokens.weight", (-1, 3), False),  # beyond the vocabulary: no input reaches it
+        ("visual.merger.mlp.2.bias", (3,), True),
+    ],
+)
+def test_one_wrong_number_anywhere_in_a_merge_is_caught(
+    adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path, name: str, place: tuple[Any, ...], is_seen: bool
+) -> None:
+    spoiled = Path(shutil.copytree(merged, tmp_path / "spoiled"))
+    ret = json.loads((puma_dir / "config.json").read_text())["ret_token_id"]
+    spoil(spoiled, name, tuple(ret if one == "ret" else one for one in place))
+    forms = _Forms(spoiled, tmp_path, check_inputs(), "cpu")
+    assert all(row.ok for row in forms.by_auto_model())
+    by_inputs, by_weights = forms.not_merged(adapter, puma_dir)
+    assert (by_inputs.ok, by_weights.ok) == (not is_seen, False)
+    assert by_weights.worst.endswith(name)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_that_lost_a_matrix_is_not_what_was_merged(
+    forms: _Forms, adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path, part: str
+) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    tensors = load_file(copy / "adapter_model.safetensors")
+    name = next(name for name in tensors if part in name and "layers.1.mlp.down_proj" in name)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, copy / "adapter_model.safetensors", {"format": "pt"})
+    of_merged = _Forms(merged, tmp_path, check_inputs(), "cpu")
+    assert all(row.ok for row in of_merged.by_auto_model())
+    rows = list(of_merged.not_merged(copy, puma_dir))
+    assert [row.ok for row in rows] == [False, False]
+    assert rows[1].worst == "language_model.layers.1.mlp.down_proj.weight"
 
 
 def test_a_base_is_not_the_merged_model(forms: _Forms, adapter: Path, puma_dir: Path) -> None:
-    row = forms.not_merged(adapter, puma_dir)
+    row, _ = forms.not_merged(adapter, puma_dir)
     assert (row.form, row.ok, row.measure) == (ADAPTER_FORM, False, "difference")
 
 
@@ -128,21 +177,25 @@ def test_what_rounding_hides_is_compared_by_cosine(adapter: Path, puma_dir: Path
             shutil.copyfile(path, tmp_path / "merged" / path.name)
     rounded = _Forms(tmp_path / "merged", tmp_path, check_inputs(), "cpu")
     assert all(row.ok for row in rounded.by_auto_model())
-    row = rounded.not_merged(adapter, puma_dir)
+    row, weights = rounded.not_merged(adapter, puma_dir)
     assert (row.ok, row.measure) == (True, "1 - cosine")
     assert row.largest > 1e-8
+    assert (weights.ok, weights.bound) == (True, 1e-2)
 
 
 def test_a_spoiled_export_is_caught(forms: _Forms, puma_dir: Path, tmp_path: Path) -> None:
     stock = tmp_path / "stock"
     export(puma_dir, stock)
-    assert [row.ok for row in forms.exported(stock)] == [True, True]
+    assert [row.ok for row in forms.exported(stock)] == [True, True, True]
     template = (stock / "chat_template.jinja").read_text()
     (stock / "chat_template.jinja").write_text(template.replace("Summarize", "Describe"))
-    assert [row.ok for row in forms.exported(stock)] == [True, False]
+    assert [row.ok for row in forms.exported(stock)] == [True, False, True]
     (stock / "chat_template.jinja").write_text(template)
     spoil(stock, "layers.0.mlp.up_proj.weight")
-    assert [row.ok for row in forms.exported(stock)] == [False, False]
+    assert [row.ok for row in forms.exported(stock)] == [False, False, False]
+    export(puma_dir, stock, overwrite=True)
+    spoil(stock, "embed_tokens.weight", (-1, 0))
+    assert [row.ok for row in forms.exported(stock)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +206,7 @@ def test_a_spoiled_export_is_caught(forms: _Forms, puma_dir: Path, tmp_path: Pat
         # Of AutoModel: padded on the right, the first input alone, in bfloat16. Then: truncated, plain, saved.
         (
             {"embed_features": (1, 2, 12), "encode": (1, 2, 4), "embed_stock": (0, 1)},
-            [form for form in FORMS if form not in ("SentenceTransformer", "puma_hf.embed")],
+            [form for form in FORMS if form not in ("SentenceTransformer", "puma_hf.embed", "exported, weights")],
         ),
     ],
 )
@@ -209,4 +262,4 @@ def test_models_that_do_not_belong_together(forms: _Forms, tmp_path: Path) -> No
     original = build_checkpoint(tmp_path / "original", "qwen2_vl", seed=1)
     prune(original, tmp_path / "other", num_kept_layers=1)
     export(tmp_path / "other", tmp_path / "stock")
-    assert [row.ok for row in forms.exported(tmp_path / "stock")] == [False, False]
+    assert [row.ok for row in forms.exported(tmp_path / "stock")] == [False, False, False]

@@ -51,10 +51,15 @@ def test_report() -> None:
     assert not report.ok
     first, middle, last, end = str(report).splitlines()
     assert first.split("  ")[0] == "form"
-    assert middle.endswith("1.0e-07  1e-05  text         ok")
-    assert last.endswith("2.0e-03  1e-05  image        DIFFERS")
-    assert end == "puma, 10 inputs: merged: other embeddings than they should"
+    assert middle.endswith("1.0e-07  1e-05  text   ok")
+    assert last.endswith("2.0e-03  1e-05  image  DIFFERS")
+    assert end == "puma, 10 inputs: merged: not what they should be"
     assert [row["ok"] for row in report.to_dict()["rows"]] == [True, False]
     agreed = ParityReport("puma", 10, (good,))
     assert agreed.ok
     assert str(agreed).endswith("puma, 10 inputs: all forms agree")
+
+
+def test_a_bound_of_nothing_is_shown_as_such() -> None:
+    row = ParityRow("exported, weights", "weights", "relative difference", 0.0, 0, "all tensors")
+    assert str(ParityReport("puma", 10, (row,))).splitlines()[1].endswith("0.0e+00  0      all tensors  ok")
