@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from puma_hf import __version__
+from puma_hf.app.config import AppConfig
 from puma_hf.cli_options import config_command
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.embedding.config import EmbedConfig
@@ -190,6 +191,23 @@ def search(config: SearchConfig) -> None:
 
     answers = run(config)
     typer.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
+
+
+@config_command(app, AppConfig, name="app")
+def show(config: AppConfig) -> None:
+    """Search an index on a page in the browser, or write that page as a Space of the Hub.
+
+    Example: puma-hf app photos-index
+    """
+    from puma_hf.app.launch import launch as run
+
+    run(config, started=lambda place: typer.echo(_started(config, place)))
+
+
+def _started(config: AppConfig, place: str) -> str:
+    if config.space is None:
+        return f"serving {config.index} at {place}; Ctrl-C ends it"
+    return f"saved the Space to {place}; look at it first with: GRADIO_SERVER_NAME=127.0.0.1 python {place}/app.py"
 
 
 @config_command(app, ExportConfig)

@@ -21,13 +21,16 @@ _CONFIG_HELP = (
 )
 
 
-def config_command(app: typer.Typer, kind: type[Config]) -> Callable[[Callable[[Config], None]], Callable[..., None]]:
+def config_command(
+    app: typer.Typer, kind: type[Config], name: str | None = None
+) -> Callable[[Callable[[Config], None]], Callable[..., None]]:
     """Make a function of one configuration a command that takes its fields as options, a YAML file, or both.
 
     Args:
-        app: Where the command goes, under the function's name, with its docstring as help.
+        app: Where the command goes, with the function's docstring as help.
         kind: A dataclass whose fields have "help" in their metadata, and may have "positional" and "flag":
             `False` for none, or a name of its own.
+        name: Of the command; that of the function if None.
     """
     entries = [entry for entry in fields(kind) if entry.metadata.get("flag", True)]  # type: ignore[arg-type]
     positional = [entry for entry in entries if entry.metadata.get("positional")]
@@ -51,7 +54,7 @@ def config_command(app: typer.Typer, kind: type[Config]) -> Callable[[Callable[[
         command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {}
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        app.command()(command)
+        app.command(name)(command)
         return command
 
     return decorate

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
+from puma_hf.app.config import AppConfig
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.embedding.config import EmbedConfig
@@ -46,6 +47,7 @@ COMMANDS = (
     "pairs",
     "index",
     "search",
+    "app",
     "export",
     "check",
     "push",
@@ -223,6 +225,7 @@ CONFIGS = {
     "pairs": PairsConfig,
     "index": IndexConfig,
     "search": SearchConfig,
+    "app": AppConfig,
     "export": ExportConfig,
     "check": CheckConfig,
     "push": PushConfig,

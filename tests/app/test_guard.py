@@ -1,0 +1,99 @@
+"""What stands before the server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from puma_hf.app.guard import LOOPBACK, Guard
+
+
+def answer(
+    path: str = "/",
+    *,
+    host: str = "127.0.0.1:7860",
+    body: tuple[bytes, ...] = (),
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    hosts: tuple[str, ...] | None = LOOPBACK,
+) -> tuple[int, dict[bytes, bytes], bytes]:
+    """What the guard sends for a request, before an application that echoes its body."""
+    sent: list[Any] = []
+    parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    parts.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        got, more = b"", True
+        while more:
+            message = await receive()
+            got, more = got + message["body"], message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": got})
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": [(b"host", host.encode()), *headers]}
+    asyncio.run(Guard(echo, max_bytes=10, hosts=hosts)(scope, receive, send))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+
+
+def test_a_request_goes_through() -> None:
+    status, headers, body = answer("/gradio_api/queue/join", body=(b"12345", b"67890"))
+    assert (status, body) == (200, b"1234567890")
+    assert headers[b"content-security-policy"].startswith(b"default-src 'self' data: blob:")
+    assert headers[b"x-content-type-options"] == b"nosniff"
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:7860"])
+def test_its_own_names(host: str) -> None:
+    assert answer(host=host)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", ""])
+def test_a_name_that_somebody_else_points_here(host: str) -> None:
+    status, headers, body = answer(host=host)
+    assert status == 403
+    assert b"start it with --host" in body
+    assert b"content-security-policy" in headers
+    assert answer(host=host, hosts=None)[0] == 200
+
+
+def test_a_request_says_that_it_is_too_large() -> None:
+    assert answer(headers=((b"content-length", b"10"),))[0] == 200
+    status, _, body = answer(headers=((b"content-length", b"11"),))
+    assert (status, body) == (413, b"File size exceeded maximum allowed size of 10 bytes.")
+
+
+def test_a_request_is_too_large_without_saying_so() -> None:
+    assert answer(body=(b"12345", b"678901"))[0] == 413
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://example.org/a.png",
+        "/gradio_api/file=http%3A//example.org/a.png",
+        "/gradio_api/file/https%253A%252F%252Fexample.org",
+        "/gradio_api/proxy=https://example.org",
+        "/gradio_api/run-history/connect",
+        "/gradio_api/component_server",
+    ],
+)
+def test_doors_that_stay_closed(path: str) -> None:
+    assert answer(path)[0] == 403
+
+
+def test_what_is_no_request_goes_through() -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    asyncio.run(Guard(app, max_bytes=1, hosts=LOOPBACK)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    assert seen == ["lifespan"]
