@@ -33,11 +33,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the demo, offline and on the CPU
 	@HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py
 
-test: $(STAMP) ## run the tests, offline
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(STAMP) ## run the tests, offline; those of the examples are in `make docs`
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not docs"
 
-docs: $(STAMP) ## run the examples of the docstrings and of README.md
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_docstrings.py tests/test_readme.py
+docs: $(STAMP) ## build the site into site/, and run every example of it, of README.md and of the docstrings
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m docs
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/python -m ruff check .
@@ -49,5 +50,5 @@ format: $(STAMP) ## mend style and format where ruff can
 	@$(BIN)/python -m ruff format .
 
 clean: ## remove caches and builds; .venv stays
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

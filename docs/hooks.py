@@ -1,0 +1,91 @@
+"""What the site needs beyond its pages: options of the commands, docstrings as Markdown, a link turned inside."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+import typer
+
+# docs/ablation.md is read on its own, beside the README, and on the site.
+_OUTSIDE = "[README](../README.md#what-the-pieces-are-worth-an-ablation)"
+_INSIDE = "[guide](train.md#which-loss)"
+_COMMANDS = "<!-- commands -->"
+
+_EXAMPLE = re.compile(r"^Example:\n(?P<body>(?:\n|[ ]{4}.*(?:\n|\Z))+)", re.MULTILINE)
+_FENCED_EXAMPLE = re.compile(r"^Example:\n\n(?=```)", re.MULTILINE)
+_FENCE_OF_PROMPTS = re.compile(r"^```python\n(?=>>> )", re.MULTILINE)
+_NAME = re.compile(r"\[`~?(?P<name>[\w.]+)`\](?![\[(])")
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """MkDocs calls this with the text of each page."""
+    if page.file.src_uri == "ablation.md":
+        return markdown.replace(_OUTSIDE, _INSIDE)
+    return markdown.replace(_COMMANDS, commands_markdown()) if _COMMANDS in markdown else markdown
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings as Markdown, and the fields of a configuration with their defaults alone."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Griffe calls this for everything that it has read."""
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+        if isinstance(obj, griffe.Attribute) and isinstance(obj.value, griffe.ExprCall):
+            obj.value = default_of(obj.value)
+
+
+def default_of(call: griffe.ExprCall) -> Any:
+    """The default of a field that a call of `puma_hf.settings` makes; None if it has none."""
+    made_by = str(call.function)
+    if made_by == "option":
+        return call.arguments[0]
+    return {"required": None, "_positional": "None"}.get(made_by, call)
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring, without its margin: its example is a block of code, and [`Name`] a plain name."""
+    text = _FENCED_EXAMPLE.sub("**Example:**\n\n", docstring)
+    text = _EXAMPLE.sub(_example, text)
+    text = _FENCE_OF_PROMPTS.sub("```pycon\n", text)
+    return _NAME.sub(r"`\g<name>`", text)
+
+
+def _example(section: re.Match[str]) -> str:
+    body = textwrap.dedent(section["body"]).strip("\n")
+    if "```" not in body and ">>> " in body:
+        words, prompt, code = body.partition(">>> ")
+        body = f"{words}\n```pycon\n{prompt}{code}\n```"
+    return f"**Example:**\n\n{body}\n\n"
+
+
+def commands_markdown() -> str:
+    """Every command with its options, in the words of `puma-hf COMMAND --help`."""
+    from puma_hf.cli import app
+
+    group: Any = typer.main.get_command(app)
+    return "\n".join(_command(name, command) for name, command in group.commands.items())
+
+
+def _command(name: str, command: Any) -> str:
+    context = command.make_context(f"puma-hf {name}", [], resilient_parsing=True)
+    words, _, example = command.help.partition("Example: ")
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    rows = [_row(*record) for option in command.params if (record := option.get_help_record(context)) is not None]
+    parts = [
+        f"## {name}",
+        " ".join(words.split()),
+        f"```console\n$ {' '.join(example.split())}\n```",
+        f"Usage: `{usage}`",
+        "\n".join(["| option | meaning |", "|---|---|", *rows]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(names: str, meaning: str) -> str:
+    left = "<br>".join(f"`{part.strip()}`" for part in names.split(" / "))
+    cells = (left, " ".join(meaning.split()))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

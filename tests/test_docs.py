@@ -1,0 +1,355 @@
+"""Every code block of the site runs, page by page and top to bottom, beside the demo's data and models.
+
+Python blocks of a page share a namespace, and the `puma-hf` lines of its shell blocks run between them, in this
+process. A block that cannot run here (it downloads, needs a GPU, or serves until it is stopped) has the line
+`<!-- not run: why -->` before its fence: it must still compile, and the options of its commands are checked against
+the command itself. A YAML block is a file, which its first line names.
+
+What the pages call their reader's own is here: `photos` with `captions.csv`, `notes.txt`, `products.jsonl` and
+`corpus.csv`; and what `make demo` leaves in `demo/output`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import puma_hf
+from puma_hf import cli, cli_options
+
+# `make docs` runs this file, with the docstrings' examples and the README's.
+pytestmark = pytest.mark.docs
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+LANGUAGES = {"python", "bash", "console", "yaml", "csv"}
+BLOCK = re.compile(
+    r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+# Commands of others that a page may show where nothing runs.
+OTHERS = {"accelerate", "cd", "curl", "git", "make", "pip", "torchrun", "vllm"}
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int
+    language: str
+    code: str
+    runs: bool
+
+
+def blocks_of(markdown: str) -> list[Block]:
+    return [
+        Block(markdown.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["mark"] is None)
+        for found in BLOCK.finditer(markdown)
+    ]
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    """The command lines of a shell block as words; of a console block those after `$`."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    commands, open_line = [], ""
+    for line in lines:
+        try:
+            commands.append(shlex.split(open_line + line, comments=True))
+        except ValueError:  # a quotation that goes on in the next line
+            open_line += line + "\n"
+        else:
+            open_line = ""
+    assert not open_line, f"line {block.line}: {open_line}"
+    return [words for words in commands if words]
+
+
+def puma_words(words: list[str]) -> list[str] | None:
+    """What follows `puma-hf`, or `puma_hf.cli` where a launcher starts it; None for other commands."""
+    if words[0] in ("puma-hf", ".venv/bin/puma-hf"):
+        return words[1:]
+    return words[words.index("puma_hf.cli") + 1 :] if "puma_hf.cli" in words else None
+
+
+def is_run(block: Block) -> bool:
+    return block.runs and block.language in ("python", "bash", "console", "yaml")
+
+
+def read(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+# --- what a page needs to run
+
+
+@pytest.fixture(scope="module")
+def demo_output(docs_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` leaves behind, by the same commands, but of a single step of training."""
+    output = tmp_path_factory.mktemp("demo") / "output"
+    data, backbone = docs_sources / "demo" / "emoji", docs_sources / "demo" / "backbone"
+    run(["prune", str(backbone), str(output / "pruned"), "--num-kept-layers", "4"])
+    shutil.copytree(output / "pruned", output / "distilled")
+    adapter, merged = str(output / "puma-lora"), str(output / "puma")
+    few = ["--max-steps", "1", "--batch-size", "4", "--lora-r", "8"]
+    run(["train", str(output / "distilled"), adapter, "--data", str(data), *few])
+    run(["merge", adapter, merged])
+    return output
+
+
+@pytest.fixture
+def page_directory(docs_sources: Path, demo_output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "demo").mkdir()
+    for name in ("emoji", "backbone"):
+        (tmp_path / "demo" / name).symlink_to(docs_sources / "demo" / name)
+    (tmp_path / "configs").symlink_to(docs_sources / "configs")
+    shutil.copytree(demo_output, tmp_path / "demo" / "output")
+    drawings = docs_sources / "demo" / "emoji" / "mbeir_images" / "emoji_images" / "noto"
+    write_readers_own(tmp_path, drawings, names_of_emoji(docs_sources / "demo" / "emoji"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names_of_emoji(folder: Path) -> dict[str, str]:
+    with open(folder / "concepts.tsv", encoding="utf-8") as file:
+        return {row["emoji"]: row["name"] for row in csv.DictReader(file, delimiter="\t")}
+
+
+def write_readers_own(folder: Path, drawings: Path, names: dict[str, str]) -> None:
+    """A few pictures with captions, texts, and tables of both."""
+    chosen = {"apple.webp": drawings / "1f34e.webp"}  # the pages name this one
+    chosen |= {path.name: path for path in sorted(drawings.glob("*.webp"))[::60] if path.stem in names}
+    photos = folder / "photos"
+    photos.mkdir()
+    for name, path in chosen.items():
+        shutil.copyfile(path, photos / name)
+    captions = [(name, names[path.stem]) for name, path in chosen.items()]
+    write_table(photos / "captions.csv", ("file_name", "caption"), captions)
+    (folder / "notes.txt").write_text("".join(f"{text}\n" for _, text in captions[:8]), encoding="utf-8")
+    rows = [{"text": text, "image": f"photos/{name}"} for name, text in captions[:8]]
+    (folder / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = [(str(number), row["text"], row["image"]) for number, row in enumerate(rows)]
+    write_table(folder / "corpus.csv", ("id", "text", "image"), corpus)
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def run(words: list[str]) -> None:
+    """One `puma-hf` command in this process, which spares starting Python anew."""
+    code = cli.app(words, standalone_mode=False)
+    assert not code, f"puma-hf {shlex.join(words)} ended with {code}"
+
+
+# --- the blocks
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    markdown = "# T\n\n```python\na = 1\n```\n<!-- not run: a GPU -->\n```bash\npuma-hf x # y\n```\n"
+    assert blocks_of(markdown) == [Block(4, "python", "a = 1\n", True), Block(8, "bash", "puma-hf x # y\n", False)]
+
+
+def test_commands_are_read_as_a_shell_reads_them() -> None:
+    bash = Block(1, "bash", "# why\nls \\\n  -a 'b c'\necho 'd\ne'  # f\n", True)
+    assert commands_of(bash) == [["ls", "-a", "b c"], ["echo", "d\ne"]]
+    console = Block(1, "console", "$ puma-hf --version\npuma-hf 0.1.0\n", True)
+    assert commands_of(console) == [["puma-hf", "--version"]]
+    assert puma_words(["torchrun", "-m", "puma_hf.cli", "train", "--seed", "1"]) == ["train", "--seed", "1"]
+    assert puma_words(["git", "clone", "puma-hf"]) is None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_is_of_a_known_language(page: str) -> None:
+    text = read(page)
+    assert {block.language for block in blocks_of(text)} <= LANGUAGES
+    assert 2 * len(blocks_of(text)) == len(re.findall(r"^\s*```", text, re.MULTILINE))
+    assert text.count("<!-- not run: ") == sum(not block.runs for block in blocks_of(text))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, blocks_of(read(page))))])
+def test_blocks_run(page: str, page_directory: Path) -> None:
+    blocks = list(filter(is_run, blocks_of(read(page))))
+    namespace: dict[str, object] = {"__name__": f"__{page}__"}
+    for block in blocks:
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), namespace)
+        elif block.language == "yaml":  # its first line is its name
+            Path(block.code.splitlines()[0].removeprefix("# ")).write_text(block.code, encoding="utf-8")
+        else:
+            for words in commands_of(block):
+                puma = puma_words(words)
+                assert puma is not None, f"{page}, line {block.line}: mark it as not run: {shlex.join(words)}"
+                run(puma)
+
+
+# --- blocks that do not run
+
+
+class Understood(Exception):
+    """The command has read its options."""
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Checks the options of a command as the command does, and stops there."""
+    load = cli_options.load_config
+
+    def stop(*arguments: Any, **values: Any) -> Any:
+        load(*arguments, **values)
+        raise Understood
+
+    def pruned(*_: Any, **__: Any) -> Any:
+        raise Understood
+
+    monkeypatch.setattr(cli_options, "load_config", stop)
+    monkeypatch.setattr("puma_hf.pruning.prune", pruned)
+
+    def parse(words: list[str]) -> None:
+        with pytest.raises(Understood):
+            cli.app(words, standalone_mode=False)
+
+    return parse
+
+
+@pytest.mark.parametrize("words", [["prune", "a", "b"], ["train", "a", "b", "--rank", "3"], ["nothing"]])
+def test_a_wrong_command_is_found(words: list[str], parse: Callable[[list[str]], None]) -> None:
+    with pytest.raises(BaseException, match=r"(?i)missing|no such"):
+        parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.usefixtures("docs_directory")
+def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]], None]) -> None:
+    for block in blocks_of(read(page)):
+        if block.language == "python":
+            compile(block.code, page, "exec")
+        elif block.language in ("bash", "console") and not block.runs:
+            for words in commands_of(block):
+                check_command(words, parse)
+
+
+@pytest.mark.usefixtures("docs_directory")
+def test_the_examples_of_the_help_are_right(parse: Callable[[list[str]], None]) -> None:
+    for command in cli.app.registered_commands:
+        _, mark, example = (command.callback.__doc__ or "").partition("Example: puma-hf ")
+        assert mark, command.callback
+        parse(shlex.split(example))
+
+
+def check_command(words: list[str], parse: Callable[[list[str]], None]) -> None:
+    puma = puma_words(words)
+    if puma is not None:
+        parse(puma)
+        return
+    assert Path(words[0]).name in OTHERS | {"python"}, f"unknown command: {shlex.join(words)}"
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for script in [word for word in words if word.endswith(".py")]:
+        assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_exist(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for found in re.findall(r"puma-hf\[([\w,-]+)\]", read(page)) for name in found.split(",")}
+    assert named <= set(extras)
+
+
+# --- the site; docs/hooks.py has its part in it
+
+
+class Requests(HTMLParser):
+    """What a browser would fetch by itself when it opens a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "link" and values.get("rel") in ("canonical", "next", "prev"):
+            return
+        address = values.get("src") or (values.get("href") if tag == "link" else None)
+        if address is not None:
+            self.found.append(address)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a warning is an error, and so is a link or an anchor that leads nowhere."""
+    mkdocs = pytest.importorskip("mkdocs.commands.build", reason="pip install 'puma-hf[docs]'")
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    mkdocs.build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
+    return folder
+
+
+def test_the_site_has_every_page(site: Path) -> None:
+    built = {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html")}
+    assert built - {"404.md"} == set(PAGES)
+    assert not (site / "hooks.py").exists()
+
+
+def test_a_page_requests_nothing_from_elsewhere(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        requests = Requests()
+        requests.feed(path.read_text(encoding="utf-8"))
+        assert requests.found
+        assert [address for address in requests.found if re.match(r"(\w+:)?//", address)] == [], path
+    assert not re.search(r"(?:url\(|@import\s*)[\"']?(?:https?:)?//", "".join(styles(site)))
+
+
+def styles(site: Path) -> Iterator[str]:
+    yield from (path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+
+
+def test_the_site_shows_no_reason_why_a_block_does_not_run(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        shown = re.sub(r"<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert "not run: " not in shown
+
+
+def test_docstrings_are_shown_as_they_are_meant(site: Path) -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html")]
+    examples = 0
+    for page in pages:
+        prose = re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
+        assert "&gt;&gt;&gt;" not in prose, "an example is not shown as code"
+        assert not re.search(r"\[<code>", prose), "a name stands in brackets"
+        assert not re.search(r">(?:option|required)</span>", page), "a field is shown with the call that makes it"
+        examples += page.count("<strong>Example:</strong>")
+    assert examples > 50
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    listed = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", read(page), re.MULTILINE)]
+    assert len(listed) == len(set(listed))
+    names = {name.rpartition(".")[2] for name in listed}
+    packages = [
+        f"puma_hf.{name}"
+        for name in ("losses", "trainer", "data", "evaluation", "embedding", "search", "app", "modeling")
+    ]
+    public = {name for package in ("puma_hf", *packages) for name in import_module(package).__all__}
+    assert public - names == {"__version__"}
+    assert {f"puma_hf.{name}" for name in puma_hf.__all__} - set(listed) == {"puma_hf.__version__"}
+
+
+def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
+    page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    for name in (entry.name or entry.callback.__name__ for entry in cli.app.registered_commands):
+        assert f'id="{name}"' in page
+    assert "--num-kept-layers" in page
+    assert "--hard-temperature" in page
