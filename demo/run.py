@@ -1,4 +1,4 @@
-"""The whole way on real images: prune, distil, merge, train with MAC-Loss, merge, evaluate, reload, search.
+"""The whole way on real images: prune, distil, merge, train with MAC-Loss, merge, evaluate, reload, index, search.
 
     .venv/bin/python demo/run.py            # what `make demo` runs; about five minutes on two cores
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -103,6 +104,15 @@ def measure(work: Path, split: str) -> dict[str, dict[str, float]]:
     return rows
 
 
+def search(work: Path) -> Path:
+    """Index the test split's candidates with the trained model, and ask once."""
+    index = work / "index"
+    shutil.rmtree(index, ignore_errors=True)  # of another run's model
+    command("index", DATA, model=work / "puma", output=index)
+    command("search", index, "red heart", **{"for": "image"}, top=3)
+    return index
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The five models as a Markdown table, hit rates in percent and relative to the full model."""
     full = rows["full model"]["local hit@5"]
@@ -139,11 +149,15 @@ def main() -> None:
     (work / f"table-{args.split}.json").write_text(json.dumps(rows, indent=2) + "\n")
     print("\nReloading in a fresh process where puma_hf cannot be imported, and searching there:", flush=True)
     subprocess.run([sys.executable, str(DEMO / "fresh_process.py"), str(work / "puma")], check=True)
+    index = search(work)
     picture = draw_answers(results_folder(work, "puma", args.split), DATA, args.split, work / "answers.png")
     print(f"\n{table(rows)}\n")
     print("Hit rates are means over eight tasks, in percent.")
     print("Wrong modality: share of first answers that are not of the kind asked for.")
-    print(f"Picture: {picture}\nDone in {time.monotonic() - started:.0f} s.")
+    print(f"Picture: {picture}")
+    program = Path(sys.executable).with_name("puma-hf")
+    print(f"Search these emoji in a browser: {os.path.relpath(program)} app {os.path.relpath(index)}")
+    print(f"Done in {time.monotonic() - started:.0f} s.")
 
 
 if __name__ == "__main__":
