@@ -41,6 +41,8 @@ def batches(index: Index, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 def update(index: Index, folder: str, name: str = "items") -> lancedb.table.Table:
     """Make the table hold what the index holds, in one transaction."""
+    if len(set(index.stored.ids())) < len(index):
+        raise SystemExit(f"Ids repeat in {index.folder}. Give every item one of its own, and make the index again.")
     schema = schema_of(index)
     database = lancedb.connect(folder)
     is_there = name in database.list_tables().tables
@@ -50,6 +52,7 @@ def update(index: Index, folder: str, name: str = "items") -> lancedb.table.Tabl
     rows = pa.RecordBatchReader.from_batches(schema, batches(index, schema))
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     merge.when_not_matched_by_source_delete().execute(rows)
+    table.optimize()  # also removes versions of the table that are older than a week
     return table
 
 

@@ -37,6 +37,8 @@ def points(index: Index) -> Iterator[PointStruct]:
 
 def update(index: Index, client: QdrantClient, name: str = "items") -> None:
     """Make the collection hold what the index holds."""
+    if len(set(index.stored.ids())) < len(index):
+        raise SystemExit(f"Ids repeat in {index.folder}. Give every item one of its own, and make the index again.")
     ours = {"model": index.model, "fingerprint": index.fingerprint}
     if not client.collection_exists(name):
         vectors = VectorParams(size=index.stored.embedding_dim, distance=Distance.COSINE)

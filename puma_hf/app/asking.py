@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from PIL import Image
 
@@ -23,6 +24,7 @@ _MEMORY_ADDRESS = re.compile(r" \(cannot identify image file <[^>]*>\)")
 _SHOWN_SIZE = 1024  # pixels of the longer side of a picture that goes back into the page
 
 NOTHING = "Nothing to look for. Give words, a picture, or both."
+GONE = "These answers are no longer remembered. Search, and choose again."
 FAILED = "The search failed for a reason that is not yours. The program that serves this page has written it down."
 
 
@@ -33,10 +35,12 @@ class Found:
     Args:
         html: The answers, or what went wrong.
         items: For each answer its text and the path of its picture, for the next question.
+        name: Of this search, which the page sends back with the place of an answer: by then another may have ended.
     """
 
     html: str
     items: tuple[tuple[str | None, str | None], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def ask(
         query = Query(text=text or None, image=image, instruction=(instruction or "").strip() or None)
         answers = searcher.search(query, target=target, top_k=top)
         items = tuple((answer.text and answer.text[:MAX_QUERY_LENGTH], answer.image) for answer in answers.answers)
-        return Found(results(answers, picture=image), items)
+        name = uuid4().hex
+        return Found(results(answers, picture=image, name=name), items, name)
     except ValueError as error:
         return Found(problem(readable(error, searcher.index.folder)))
     except Exception:  # the page goes on for everybody else

@@ -44,15 +44,17 @@ def problem(message: str) -> str:
     return f'<div class="ph-problem" role="alert">{shown(message)}</div>'
 
 
-def results(answers: Answers, *, picture: Image.Image | None = None) -> str:
+def results(answers: Answers, *, picture: Image.Image | None = None, name: str = "") -> str:
     """What was asked, and a grid of what was found.
 
     Args:
         answers: What was found.
         picture: The picture that was asked for.
+        name: Of this search.
 
     Returns:
-        HTML in which the button of each answer has its place, from 0, in `data-place`.
+        HTML in which the button of each answer has its place, from 0, in `data-place`, and the list of all of them the
+        name in `data-search`.
     """
     asked = []
     if picture is not None:
@@ -61,7 +63,8 @@ def results(answers: Answers, *, picture: Image.Image | None = None) -> str:
     count = f"{len(answers.answers):,} of {answers.num_candidates:,} {_KINDS[answers.target]}, best first"
     asked.append(f'<div><h2>{title}</h2><p class="ph-note">{count}</p></div>')
     cards = "".join(map(_card, answers.answers))
-    return f'<div class="ph-asked" role="status">{"".join(asked)}</div><ol class="ph-grid">{cards}</ol>'
+    grid = f'<ol class="ph-grid" data-search="{shown(name)}">{cards}</ol>'
+    return f'<div class="ph-asked" role="status">{"".join(asked)}</div>{grid}'
 
 
 def count_line(counts: dict[str, int], model: str) -> str:

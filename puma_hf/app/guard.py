@@ -1,10 +1,9 @@
-"""What stands before the page's server: nothing is fetched for strangers, and no request is larger than it needs."""
+"""What stands before the page's server: only what the page needs is open, and no request is larger than it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import unquote
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,9 +20,13 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 )
-# Gradio's doors that fetch from other servers, or that a page of one search has no use for.
-_CLOSED = ("/gradio_api/proxy=", "/gradio_api/run-history", "/gradio_api/component_server", "/gradio_api/stream")
-_FILE_DOORS = ("/gradio_api/file=", "/gradio_api/file/")
+# What the page asks for. Gradio has more doors, which fetch from other servers, run ffmpeg, or store what was asked.
+_API = "/gradio_api/"
+_PAGES = ("/", "/config", "/favicon.ico", "/manifest.json", "/robots.txt", "/theme.css")
+_CALLS = ("app_id", "cancel", "info", "queue/data", "queue/join", "queue/status", "upload", "upload_progress")
+_OPEN = frozenset((*_PAGES, *(_API + name for name in _CALLS)))
+_FILES = f"{_API}file="
+_OPEN_FOLDERS = ("/assets/", "/static/", f"{_API}heartbeat/", _FILES)
 
 
 class TooLarge(Exception):
@@ -76,11 +79,13 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.max_bytes:
             return self._too_large()
-        path = unquote(scope["path"])
-        while path != (again := unquote(path)):
-            path = again
-        if path.startswith(_CLOSED) or (path.startswith(_FILE_DOORS) and "://" in path):
+        path = scope["path"]
+        if path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
+            return 404, "Not served here."
+        if path.startswith(_FILES) and "://" in path:
             return 403, "Not served here."
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            return 403, "Pages of other sites may not write to this one."
         return None
 
     def _too_large(self) -> tuple[int, str]:

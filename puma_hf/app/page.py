@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puma_hf.app.asking import Found, ask, ask_again
+from puma_hf.app.asking import GONE, Found, ask, ask_again
 from puma_hf.app.cards import TITLE, count_line, shown, welcome
 from puma_hf.app.config import AppConfig
 from puma_hf.app.style import CSS, SCRIPT
@@ -54,6 +54,7 @@ def make_page(searcher: Searcher, config: AppConfig, uploads: Path) -> gr.Blocks
                 target = _choice(searcher, gr)
                 with gr.Accordion("Instruction", open=False, elem_id="ph-instruction"):
                     instruction = gr.Textbox(
+                        label="Instruction",  # which a screen reader says
                         show_label=False,
                         container=False,
                         placeholder="What is asked for, in the words that the model was trained with",
@@ -76,7 +77,7 @@ def make_page(searcher: Searcher, config: AppConfig, uploads: Path) -> gr.Blocks
         results = gr.HTML(
             welcome(hint), elem_id="ph-results", apply_default_css=False, js_on_load=SCRIPT, container=False
         )
-        remembered = gr.State((), time_to_live=_UPLOADS_LIVE)
+        remembered = gr.State(("", ()), time_to_live=_UPLOADS_LIVE)
         _connect(searcher, config.top, (text, picture, instruction, target, button), results, remembered)
     page.queue(max_size=_QUEUE_SIZE, api_open=False, default_concurrency_limit=1)
     page.state_session_capacity = _SESSIONS
@@ -100,13 +101,16 @@ def look() -> dict[str, Any]:
 
 
 def _choice(searcher: Searcher, gr: Any) -> Any:
-    """What to look for: of what the index has."""
+    """What to look for: of what the index has.
+
+    Embeddings of texts lie nearer to a text than any picture does, so that words find no picture among "Anything".
+    """
     counts = searcher.index.counts
     there = {"image": any("image" in name and counts[name] for name in counts), "text": bool(counts.get("text"))}
     names = ["any", *(name for name, is_there in there.items() if is_there)] if all(there.values()) else ["any"]
     return gr.Radio(
         [(_CHOICES[name], name) for name in names],
-        value="any",
+        value="image" if len(names) > 1 else "any",
         label="Look for",
         visible=len(names) > 1,
         elem_id="ph-target",
@@ -122,10 +126,13 @@ def _connect(searcher: Searcher, top: int, fields: tuple[Any, ...], results: Any
         found = ask(searcher, text=text, picture=picture, instruction=instruction, target=target, top=top)
         return _shown(found)
 
-    def again(items: Any, instruction: str, target: Any, event: Any) -> tuple[Any, ...]:
-        place = event._data.get("place") if isinstance(event._data, dict) else None
+    def again(remembered: Any, instruction: str, target: Any, event: Any) -> tuple[Any, ...]:
+        name, items = remembered
+        sent = event._data if isinstance(event._data, dict) else {}
+        place = sent.get("place") if sent.get("search") == name else None
         asked = ask_again(searcher, items, place, instruction=instruction, target=target, top=top)
         if asked is None:
+            gr.Warning(GONE)
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         return asked.text, asked.picture, *_shown(asked.found)
 
@@ -142,5 +149,6 @@ def _connect(searcher: Searcher, top: int, fields: tuple[Any, ...], results: Any
     results.again(again, [remembered, instruction, target], [text, picture, results, remembered], **common)
 
 
-def _shown(found: Found) -> tuple[str, tuple[tuple[str | None, str | None], ...]]:
-    return found.html, found.items
+def _shown(found: Found) -> tuple[Any, ...]:
+    """The value of the results, and what is remembered of them."""
+    return found.html, (found.name, found.items)

@@ -58,7 +58,8 @@ footer { display: none !important; }
 SCRIPT = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-place]');
-  if (button) trigger('again', {place: Number(button.dataset.place)});
+  if (!button) return;
+  trigger('again', {place: Number(button.dataset.place), search: button.closest('[data-search]').dataset.search});
 });
 watch('value', () => {
   const top = element.getBoundingClientRect().top;

@@ -43,7 +43,7 @@ class Answers:
         image: Name of the picture that was looked for, or None.
         instruction: What was asked for, or None.
         target: What answers could be: any, text, or image.
-        num_candidates: Items that were compared.
+        num_candidates: Items that could be found.
         answers: What was found.
     """
 

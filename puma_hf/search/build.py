@@ -20,7 +20,7 @@ from puma_hf.files import write_whole
 from puma_hf.search.ann import ANN_DRAFTS, require_faiss, write_ann
 from puma_hf.search.config import AnnKind, IndexConfig
 from puma_hf.search.index import DESCRIPTION, FORMAT, FORMAT_VERSION, manifest_hash, open_index, read_description
-from puma_hf.search.items import Item, items_file, write_items
+from puma_hf.search.items import Item, image_state, items_file, write_items
 from puma_hf.search.pictures import IMAGES, keep_picture
 from puma_hf.search.reuse import keep_embeddings
 
@@ -101,23 +101,28 @@ def _ann_kind(config: IndexConfig, described: Mapping[str, Any] | None) -> AnnKi
 
 
 def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) -> None:
+    # Before they are opened: another run that ends meanwhile must not get the items of this one.
+    bound_to = manifest_hash(folder)
     stored = open_embeddings(folder)
     corpus = open_corpus(config.data, split=config.split, pool=config.pool)
     counts: Counter[str] = Counter()
     hashes = []
-    for shard, (records, seen_hashes) in enumerate(_shards(corpus, stored)):
-        items = [Item(record.id, record.text, _image(record, folder)) for record in records]
+    for shard, (records, states, seen_hashes) in enumerate(_shards(corpus, stored)):
+        items = [
+            Item(record.id, record.text, _image(record, folder), state)
+            for record, state in zip(records, states, strict=True)
+        ]
         counts.update(item.modality for item in items)
         hashes.append(write_items(folder, shard, items, seen_hashes))
     for file in [*folder.glob("items-*.parquet"), *(draft for pattern in _DRAFTS for draft in folder.glob(pattern))]:
         if file not in {items_file(folder, shard) for shard in range(len(hashes))}:
             file.unlink(missing_ok=True)  # of a longer corpus, or of a run that was killed
-    ann = write_ann(stored, _ann_kind(config, before), manifest_hash(folder), (before or {}).get("ann"))
+    ann = write_ann(stored, _ann_kind(config, before), bound_to, (before or {}).get("ann"))
     is_folder = Path(config.model).is_dir()
     values = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "manifest_hash": manifest_hash(folder),
+        "manifest_hash": bound_to,
         "model": str(Path(config.model).resolve()) if is_folder else config.model,
         "revision": config.revision,
         "dtype": config.dtype,
@@ -130,18 +135,24 @@ def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) 
     write_whole(folder / DESCRIPTION, content)
 
 
-def _shards(corpus: Corpus, stored: StoredEmbeddings) -> Iterator[tuple[list[Record], list[str]]]:
-    """The records of each shard that have an embedding in it, and the hash of each; one shard at a time."""
+def _shards(corpus: Corpus, stored: StoredEmbeddings) -> Iterator[tuple[list[Record], list[str | None], list[str]]]:
+    """The records of each shard that have an embedding in it, state of picture and hash of each; a shard at a time."""
     lines = enumerate(corpus.lines())
     for shard, entry in enumerate(stored.manifest["shards"]):
         records = [corpus.record(row, line) for row, line in islice(lines, entry["num_items"])]
+        # Before the hashes, which then tell that a picture is still as it was embedded.
+        states = [image_state(record.image) if isinstance(record.image, str) else None for record in records]
         hashes = [corpus.content_hash(record) for record in records]
         if input_hash(records, hashes) != entry["input_hash"]:
             raise _changed(corpus)
         info, errors = read_info(stored.folder, shard, stored.manifest["settings"]["file_format"])
         broken = {error.row for error in errors} if info.num_rows < info.num_items else set()
         there = [place for place, record in enumerate(records) if record.row not in broken]
-        yield [records[place] for place in there], [hashes[place] for place in there]
+        yield (
+            [records[place] for place in there],
+            [states[place] for place in there],
+            [hashes[place] for place in there],
+        )
     if next(lines, None) is not None:
         raise _changed(corpus)
 

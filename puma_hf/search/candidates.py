@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,8 @@ class Rows(Protocol):
 class ShardReader:
     """Reads shards, each checked by its hash; the first ones stay in memory, as far as they fit.
 
-    Which stay is not a matter of which were used last: every search reads all of them, from first to last.
+    Which stay is not a matter of which were used last: every search reads all of them, from first to last. Threads may
+    share a reader.
 
     Args:
         stored: The embeddings.
@@ -41,6 +43,7 @@ class ShardReader:
         self.stored = stored
         self._kept: dict[int, NDArray[Any]] = {}
         self._room = kept_bytes
+        self._lock = Lock()
 
     def read(self, shard: int) -> Rows:
         """The rows of a shard.
@@ -53,9 +56,12 @@ class ShardReader:
             return kept
         with self.explained(shard):
             rows = self.stored.shard(shard).embeddings
-        if rows.nbytes <= self._room:
-            self._room -= rows.nbytes
-            self._kept[shard] = rows
+        with self._lock:
+            if (other := self._kept.get(shard)) is not None:  # another thread has read it meanwhile
+                return other
+            if rows.nbytes <= self._room:
+                self._room -= rows.nbytes
+                self._kept[shard] = rows
         return rows
 
     @contextmanager

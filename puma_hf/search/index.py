@@ -178,8 +178,9 @@ def open_index(folder: str | Path, *, kept_bytes: int = KEPT_BYTES) -> Index:
     path = Path(folder)
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no index. Name a directory that puma-hf index has written.")
-    stored = open_embeddings(path)
+    # What is written last is read first, and the hash at the end: a run may go on meanwhile.
     description = read_description(path)
+    stored = open_embeddings(path)
     if description is None:
         raise ValueError(
             f"{str(folder)!r} holds embeddings, but no {DESCRIPTION}, so nothing to show of them: puma-hf embed "

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from puma_hf.files import write_whole
 from puma_hf.modeling.processing_puma import MODALITY_IDS
 
 _KEY = b"puma_hf"  # where a file has the hash of its content
-_COLUMNS = ("id", "modality", "text", "image")
+_COLUMNS = ("id", "modality", "text", "image", "image_state")
+_SHOWN = tuple(name for name in _COLUMNS if name != "modality")
 _SEEN = "seen_hash"
 
 
@@ -32,11 +33,13 @@ class Item:
         id: Its id.
         text: Its text, or None.
         image: Path of its picture, or None; in the files of an index one without a root is below the index.
+        image_state: `image_state` of a picture elsewhere when it was embedded; None for one that the index holds.
     """
 
     id: str
     text: str | None = None
     image: str | None = None
+    image_state: str | None = field(default=None, compare=False)
 
     @property
     def modality(self) -> str:
@@ -47,6 +50,15 @@ class Item:
 
 class DamagedItemsError(ValueError):
     """A file of items is missing, cut off, or not the one that the index was made with."""
+
+
+def image_state(path: str) -> str | None:
+    """Size and time of change of a file, by which it is known again; None if it is gone."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # the latter if it is no name of a file
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def items_file(folder: Path, shard: int) -> Path:
@@ -94,11 +106,11 @@ def read_items(folder: Path, shard: int, content_hash: str, places: Sequence[int
     Raises:
         DamagedItemsError: If the file is gone, cut off, or another one.
     """
-    table = _read(folder, shard, content_hash, ["id", "text", "image"]).take(pyarrow.array(places, pyarrow.int64()))
-    return [
-        Item(row["id"], row["text"], None if row["image"] is None else os.path.join(folder, row["image"]))
-        for row in table.to_pylist()
-    ]
+    table = _read(folder, shard, content_hash, _SHOWN).take(pyarrow.array(places, pyarrow.int64()))
+    rows = [dict.fromkeys(_SHOWN) | row for row in table.to_pylist()]  # older files have no state
+    for row in rows:
+        row["image"] = None if row["image"] is None else os.path.join(folder, row["image"])
+    return [Item(**row) for row in rows]
 
 
 def read_modalities(folder: Path, shard: int, content_hash: str) -> NDArray[np.int8]:
@@ -129,17 +141,22 @@ def _storable(value: str | None) -> str | None:
 def _content_hash(path: Path) -> str | None:
     try:
         with parquet.ParquetFile(path) as file:
-            return (file.schema_arrow.metadata or {})[_KEY].decode()  # type: ignore[no-any-return]
+            return _hash_in(file)
     except (pyarrow.ArrowException, OSError, KeyError):
         return None
 
 
-def _read(folder: Path, shard: int, content_hash: str, columns: list[str]) -> Any:
+def _hash_in(file: Any) -> str:
+    return (file.schema_arrow.metadata or {})[_KEY].decode()  # type: ignore[no-any-return]
+
+
+def _read(folder: Path, shard: int, content_hash: str, columns: Sequence[str]) -> Any:
     path = items_file(folder, shard)
     reason = "it is another one"
     try:
-        if _content_hash(path) == content_hash:
-            return parquet.read_table(path, columns=columns)
+        with parquet.ParquetFile(path) as file:  # opened once: a run may put another in its place
+            if _hash_in(file) == content_hash:
+                return file.read(columns=list(columns))
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         reason = str(error)
     raise DamagedItemsError(

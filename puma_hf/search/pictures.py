@@ -29,6 +29,7 @@ def keep_picture(folder: Path, content: bytes) -> str:
     with Image.open(io.BytesIO(content)) as opened:
         kind = (opened.format or "image").lower()
     name = f"{IMAGES}/{blake2b(content, digest_size=16).hexdigest()}.{kind}"
-    if not (folder / name).is_file():
-        write_whole(folder / name, content, sync=False)
+    path = folder / name
+    if not path.is_file() or path.stat().st_size != len(content):  # cut off when the machine lost power
+        write_whole(path, content, sync=False)
     return name

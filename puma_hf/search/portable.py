@@ -16,7 +16,7 @@ from puma_hf.files import new_directory
 from puma_hf.push_files import files_to_push
 from puma_hf.search.ann import ANN_FILE
 from puma_hf.search.index import DESCRIPTION, Index
-from puma_hf.search.items import Item, read_items, read_seen_hashes, write_items
+from puma_hf.search.items import Item, image_state, read_items, read_seen_hashes, write_items
 from puma_hf.search.pictures import keep_picture
 
 MODEL_FOLDER = "model"
@@ -26,8 +26,9 @@ _ROWS_AT_ONCE = 1000
 def copy_index(index: Index, folder: str | Path, *, model: str | None = None) -> Path:
     """Copy an index into a folder that can be moved to any machine: no path in it leads outside.
 
-    Embeddings are copied as they are, and every picture becomes a file of the copy, named by its content. What could
-    not be embedded is kept as a number alone, because the reasons may name paths.
+    Embeddings are copied as they are, and every picture becomes a file of the copy, named by its content and with all
+    that its file says, such as the place that a camera wrote into it. What could not be embedded is kept as its number
+    alone, because ids and reasons may name paths.
 
     Args:
         index: The index.
@@ -41,7 +42,8 @@ def copy_index(index: Index, folder: str | Path, *, model: str | None = None) ->
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If a picture, or the model, is gone.
-        ValueError: If a picture can no longer be read, or the model's directory holds what should not be published.
+        ValueError: If a picture is no longer what was embedded or cannot be read, or the model's directory holds what
+            should not be published.
         OSError: If the disk is full.
 
     Example:
@@ -84,7 +86,7 @@ def _copy_shard(index: Index, shard: int, draft: Path) -> str:
     file_format = index.stored.manifest["settings"]["file_format"]
     info, errors = read_info(index.folder, shard, file_format)
     if errors:
-        unnamed = [error._replace(message="could not be embedded") for error in errors]
+        unnamed = [error._replace(id=str(error.row), message="could not be embedded") for error in errors]
         write_shard(draft, file_format, info, read_shard(index.folder, shard, file_format), unnamed)
     else:
         for path in shard_files(index.folder, shard, file_format):
@@ -105,10 +107,18 @@ def _with_own_picture(item: Item, draft: Path) -> Item:
         return item
     remedy = "Run puma-hf index again, which leaves out what is gone, and copy it then."
     try:
-        return replace(item, image=keep_picture(draft, Path(item.image).read_bytes()))
+        name = keep_picture(draft, Path(item.image).read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{item.image!r}, the picture of item {item.id!r}, is gone. {remedy}") from error
     except OSError as error:
         raise ValueError(
             f"{item.image!r}, the picture of item {item.id!r}, cannot be copied ({error}). {remedy}"
         ) from error
+    # Pictures of an index are named by their content; others are known by their state.
+    is_own = item.image_state is None
+    if Path(item.image).name != Path(name).name if is_own else image_state(item.image) != item.image_state:
+        raise ValueError(
+            f"{item.image!r}, the picture of item {item.id!r}, changed after it was indexed, so its embedding is of "
+            "another one. Run puma-hf index again, which embeds it anew, and copy it then."
+        )
+    return replace(item, image=name, image_state=None)

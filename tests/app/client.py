@@ -24,12 +24,12 @@ def request(
         connection.close()
 
 
-def upload(url: str, name: str, content: bytes) -> tuple[int, bytes]:
+def upload(url: str, name: str, content: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     """What the server says to a file."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
     body = head + content + f"\r\n--{BOUNDARY}--\r\n".encode()
     kind = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-    return request(url, "POST", "/gradio_api/upload", body, kind)
+    return request(url, "POST", "/gradio_api/upload", body, {**kind, **(headers or {})})
 
 
 def picture(path: str, **values: Any) -> dict[str, Any]:

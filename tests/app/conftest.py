@@ -14,7 +14,7 @@ import pytest
 from tests.search.small_corpus import TEXTS, write_picture
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import BrowserContext, Page
     from sentence_transformers import SentenceTransformer
 
     from puma_hf.search.query import Searcher
@@ -80,8 +80,11 @@ def url(searcher: Searcher, temporary: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(temporary: Path) -> Iterator[Browser]:
-    """Debian's Chromium without a window. It has an event loop running, so it ends with its module."""
+def browser(temporary: Path) -> Iterator[BrowserContext]:
+    """Debian's Chromium without a window, whose pages share what it has fetched and compiled of Gradio.
+
+    It has an event loop running, so it ends with its module.
+    """
     chromium = shutil.which("chromium")
     if chromium is None:
         reason = "there is no chromium on the PATH"
@@ -89,26 +92,34 @@ def browser(temporary: Path) -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
+        yield opened.new_context(viewport={"width": 1100, "height": 800})
         opened.close()
 
 
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
-    """The page, opened anew; whatever is done with it, it asks nobody but its own server, and nothing breaks."""
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    opened = context.new_page()
+def page(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """The page, opened anew, looking for anything.
+
+    Whatever is done with it, it asks nobody but its own server, which refuses nothing, and nothing breaks.
+    """
+    opened = browser.new_page()
     opened.set_default_timeout(15_000)
     asked: list[str] = []
     broken: list[str] = []
+    refused: list[str] = []
+    opened.on("response", lambda answer: refused.append(answer.url) if answer.status in (403, 404) else None)
     opened.on("request", lambda request: asked.append(request.url))
     opened.on("pageerror", lambda error: broken.append(str(error)))
     opened.goto(url)
     opened.wait_for_selector("#ph-words textarea")
+    assert opened.is_checked("#ph-target input[value=image]")
+    opened.check("#ph-target input[value=any]")
     yield opened
     ran = opened.evaluate("window.ran")
-    context.close()
+    opened.close()
     assert [address for address in asked if not address.startswith((f"{url}/", "data:", "blob:"))] == []
     assert asked
     assert broken == []
+    # Gradio has no progress to tell of a file that is refused.
+    assert [address for address in refused if "/upload_progress" not in address] == []
     assert ran is None

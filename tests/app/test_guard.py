@@ -13,6 +13,7 @@ from puma_hf.app.guard import LOOPBACK, Guard
 def answer(
     path: str = "/",
     *,
+    method: str = "GET",
     host: str = "127.0.0.1:7860",
     body: tuple[bytes, ...] = (),
     headers: tuple[tuple[bytes, bytes], ...] = (),
@@ -37,7 +38,7 @@ def answer(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": [(b"host", host.encode()), *headers]}
+    scope = {"type": "http", "method": method, "path": path, "headers": [(b"host", host.encode()), *headers]}
     asyncio.run(Guard(echo, max_bytes=10, hosts=hosts)(scope, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
@@ -75,18 +76,31 @@ def test_a_request_is_too_large_without_saying_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
+    ("path", "status"),
     [
-        "/gradio_api/file=http://example.org/a.png",
-        "/gradio_api/file=http%3A//example.org/a.png",
-        "/gradio_api/file/https%253A%252F%252Fexample.org",
-        "/gradio_api/proxy=https://example.org",
-        "/gradio_api/run-history/connect",
-        "/gradio_api/component_server",
+        ("/gradio_api/file=http://example.org/a.png", 403),
+        ("/gradio_api/file/https://example.org", 404),
+        ("/gradio_api/proxy=https://example.org", 404),
+        ("/gradio_api/run-history/connect", 404),
+        ("/gradio_api/queue/join/x", 404),
+        ("/docs", 404),
+        ("//", 404),
     ],
 )
-def test_doors_that_stay_closed(path: str) -> None:
-    assert answer(path)[0] == 403
+def test_doors_that_stay_closed(path: str, status: int) -> None:
+    assert answer(path)[0] == status
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/assets/a.js", "/gradio_api/file=/a.png", "/gradio_api/upload"])
+def test_doors_that_are_open(path: str) -> None:
+    assert answer(path)[0] == 200
+
+
+def test_a_page_of_another_site_writes_nothing() -> None:
+    site = ((b"sec-fetch-site", b"cross-site"),)
+    assert answer("/gradio_api/upload", method="POST", headers=site)[0] == 403
+    assert answer("/gradio_api/upload", method="POST", headers=((b"sec-fetch-site", b"same-origin"),))[0] == 200
+    assert answer("/", headers=site)[0] == 200  # a link, or a frame around the page
 
 
 def test_what_is_no_request_goes_through() -> None:

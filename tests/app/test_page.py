@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from puma_hf.app.asking import NOTHING
+from puma_hf.app.asking import GONE, NOTHING
 from puma_hf.search.index import Index
 from puma_hf.search.query import Searcher
 from tests.app.conftest import LONG, SCRIPT, TEMPLATE
@@ -37,7 +37,7 @@ def choose(page: Page, path: Path) -> None:
     page.wait_for_selector("#ph-picture img")
 
 
-def test_words(page: Page) -> None:
+def test_words_and_an_instruction(page: Page) -> None:
     assert page.title() == "Search by words and pictures"
     assert "9 items (2 pictures, 1 picture with a text, 6 texts) · tiny-puma" in page.locator("#ph-head").inner_text()
     page.fill(WORDS, "a table")
@@ -51,6 +51,14 @@ def test_words(page: Page) -> None:
     page.click("#ph-search")
     page.locator(".ph-note", has_text="3 of 3 pictures").wait_for()
     assert sorted(ids(page)) == ["b", "i0", "i1"]
+    before = page.locator(".ph-score").all_inner_texts()
+    page.click("#ph-instruction button")
+    page.get_by_role("textbox", name="Instruction").fill("Find a picture.")
+    page.click("#ph-search")
+    page.wait_for_function(
+        "before => document.querySelector('.ph-score')?.innerText != before", arg=before[0], timeout=10_000
+    )
+    assert page.locator(".ph-score").all_inner_texts() != before
 
 
 def test_a_picture_then_both(page: Page, index_dir: Path) -> None:
@@ -62,19 +70,6 @@ def test_a_picture_then_both(page: Page, index_dir: Path) -> None:
     search(page, "“a red picture”")
     assert page.locator(".ph-asked img").count() == 1
     assert page.locator(".ph-card").count() == 9
-
-
-def test_an_instruction(page: Page) -> None:
-    page.fill(WORDS, "on")
-    search(page, "“on”")
-    before = page.locator(".ph-score").all_inner_texts()
-    page.click("#ph-instruction button")
-    page.fill("#ph-instruction textarea", "Find a picture.")
-    page.click("#ph-search")
-    page.wait_for_function(
-        "before => document.querySelector('.ph-score')?.innerText != before", arg=before[0], timeout=10_000
-    )
-    assert page.locator(".ph-score").all_inner_texts() != before
 
 
 def test_nothing_then_too_much_then_something(page: Page) -> None:
@@ -90,16 +85,7 @@ def test_nothing_then_too_much_then_something(page: Page) -> None:
     assert problem.count() == 0
 
 
-def test_a_file_that_is_too_large(page: Page, tmp_path: Path) -> None:
-    (tmp_path / "big.png").write_bytes(os.urandom(300_000))
-    page.set_input_files(PICTURE, tmp_path / "big.png")
-    page.locator(".toast-body", has_text='exceed the maximum allowed size of 256.0 Kb: "big.png"').wait_for()
-    page.fill(WORDS, "a table")
-    search(page, "“a table”")
-    assert page.locator(".ph-asked img").count() == 0
-
-
-def test_a_file_that_cannot_be_read(page: Page, tmp_path: Path, index_dir: Path) -> None:
+def test_a_file_that_cannot_be_read_then_one_that_is_too_large(page: Page, tmp_path: Path, index_dir: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     choose(page, tmp_path / "a.png")
     page.click("#ph-search")
@@ -109,19 +95,35 @@ def test_a_file_that_cannot_be_read(page: Page, tmp_path: Path, index_dir: Path)
     choose(page, index_dir.parent / "i0.png")
     search(page, "This picture")
     assert ids(page)[0] == "i0"
+    page.get_by_label("Remove Image").click()
+    (tmp_path / "big.png").write_bytes(os.urandom(300_000))
+    page.set_input_files(PICTURE, tmp_path / "big.png")
+    page.locator(".toast-body", has_text='exceed the maximum allowed size of 256.0 Kb: "big.png"').wait_for()
+    page.fill(WORDS, "a table")
+    search(page, "“a table”")
+    assert page.locator(".ph-asked img").count() == 0
 
 
-@pytest.mark.parametrize("text", [SCRIPT, TEMPLATE])
-def test_a_script_is_a_text(page: Page, text: str) -> None:
-    page.fill(WORDS, text)
-    search(page, text)
-    assert page.locator(".ph-asked h2").inner_text() == f"“{text}”"
+def test_a_script_is_a_text(page: Page) -> None:
+    page.fill(WORDS, SCRIPT)
+    search(page, SCRIPT)
+    check_that_texts_are_shown(page, SCRIPT)
+    for text in (TEMPLATE, SCRIPT):
+        page.locator(".ph-card", has_text=text).locator("button").first.click()
+        page.locator(".ph-asked h2", has_text=text).wait_for()
+        check_that_texts_are_shown(page, text)
+    page.fill(WORDS, TEMPLATE)
+    search(page, TEMPLATE)
+    check_that_texts_are_shown(page, TEMPLATE)
+
+
+def check_that_texts_are_shown(page: Page, asked: str) -> None:
+    page.wait_for_function("text => document.querySelector('#ph-words textarea').value === text", arg=asked)
+    assert page.locator(".ph-asked h2").inner_text() == f"“{asked}”"
     assert SCRIPT in ids(page)
     shown = page.locator(".ph-text").all_inner_texts()
     assert {SCRIPT, TEMPLATE} <= set(shown)
     assert any(len(words) == 280 and words.endswith("…") and LONG.startswith(words[:279]) for words in shown)
-    page.locator(".ph-card", has_text=text).locator("button").first.click()
-    page.locator(".ph-asked h2", has_text=text).wait_for()
     assert page.locator(".ph-card img").count() == 3
 
 
@@ -146,6 +148,10 @@ def test_an_answer_is_the_next_query(page: Page) -> None:
     page.locator(".ph-asked h2", has_text="“a table”").wait_for()
     assert page.input_value(WORDS) == "a table"
     page.wait_for_selector("#ph-picture img", state="detached")
+    page.evaluate("document.querySelector('[data-search]').dataset.search = 'earlier'")
+    words.click()
+    page.locator(".toast-body", has_text=GONE).wait_for()
+    assert ids(page)[0] == "t1"
 
 
 def test_a_narrow_page(page: Page) -> None:
@@ -193,6 +199,7 @@ def test_only_what_the_index_has_can_be_chosen(
     (radio,) = (block for block in made.blocks.values() if isinstance(block, gr.Radio))
     assert [value for _, value in radio.choices] == choices
     assert radio.visible == (len(choices) > 1)
+    assert radio.value == ("image" if "image" in choices else "any")
 
 
 def test_the_queue_is_bounded_and_uploads_end(

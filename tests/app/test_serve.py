@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +21,7 @@ from puma_hf.app.serve import address, listen
 from puma_hf.search.query import Searcher
 from tests.app.client import ask, picture, request, search, upload
 from tests.app.conftest import MAX_UPLOAD_MB, SCRIPT, TEMPLATE
+from tests.search.small_corpus import TEXTS
 
 pytest.importorskip("gradio")
 
@@ -28,6 +31,11 @@ WRONG = "The search failed"
 def html(message: dict[str, Any]) -> str:
     assert message["success"], message
     return str(message["output"]["data"][0])
+
+
+def name_of(found: str) -> str:
+    """The name of the search that has found this."""
+    return str(re.findall(r'data-search="(\w+)"', found)[0])
 
 
 def test_a_question(url: str) -> None:
@@ -53,14 +61,53 @@ def test_a_kind_that_there_is_not(url: str) -> None:
 
 def test_answers_are_remembered_by_session_alone(url: str) -> None:
     session = uuid4().hex
-    ask(url, "search", ["a table", None, "", "any"], session=session)
-    text, image, found, _ = ask(url, "again", [None, "", "any"], {"place": 0}, session)["output"]["data"]
+    first = html(ask(url, "search", ["a table", None, "", "any"], session=session))
+    sent = {"place": 0, "search": name_of(first)}
+    text, image, found, _ = ask(url, "again", [None, "", "any"], sent, session)["output"]["data"]
     assert text
     assert image is None or image["path"]
     assert "<li " in found
-    other = ask(url, "again", [[["stolen", "/etc/hostname"]], "", "any"], {"place": 0})["output"]["data"]
+    forged = [sent["search"], [["stolen", "/etc/hostname"]]]
+    other = ask(url, "again", [forged, "", "any"], sent)["output"]["data"]
     assert "stolen" not in json.dumps(other)
     assert "<li " not in json.dumps(other)
+
+
+def test_a_place_among_earlier_answers_is_none_among_later_ones(url: str) -> None:
+    session = uuid4().hex
+    first, second = (html(ask(url, "search", [text, None, "", "text"], session=session)) for text in ("on", "a table"))
+    wrong: list[Any] = [{"place": 0, "search": name_of(first)}, {"place": 0}, {"search": name_of(second)}, [], None]
+    for sent in wrong:
+        message = ask(url, "again", [None, "", "text"], sent, session)
+        assert message["success"]
+        assert "<li " not in json.dumps(message)
+
+
+def test_two_people_get_their_own_answers(url: str) -> None:
+    wanted = {"a table": "t1", TEXTS[0]: "t0", TEXTS[2]: "t2"}
+    with ThreadPoolExecutor(6) as people:
+        found = list(people.map(lambda text: html(search(url, text, target="text")), [*wanted] * 2))
+    for text, answer in zip([*wanted] * 2, found, strict=True):
+        assert re.findall(r'ph-id" title="(.*?)"', answer)[0] == wanted[text]
+        assert f"“{text}”" in answer
+
+
+def test_what_the_page_does_not_need_is_closed(url: str, temporary: Path) -> None:
+    """Gradio would run ffmpeg on a stranger's file, and keep on the disk what somebody has asked."""
+    before = sorted(temporary.rglob("*"))
+    session = uuid4().hex
+    ask(url, "search", ["a table", None, "", "any"], session=session)
+    assert request(url, "GET", f"/gradio_api/deep_link?session_hash={session}")[0] == 404
+    for path in ("process_recording", "call/v2/search", "vibe-edit", "component_server", "stream/x"):
+        assert request(url, "POST", f"/gradio_api/{path}", b"{}", {"content-type": "application/json"})[0] == 404
+    assert sorted(temporary.rglob("*")) == before
+
+
+def test_another_site_cannot_upload(url: str, temporary: Path) -> None:
+    before = sorted(temporary.rglob("*"))
+    assert upload(url, "cross.png", b"x", {"sec-fetch-site": "cross-site"})[0] == 403
+    assert sorted(temporary.rglob("*")) == before
+    assert upload(url, "cross.png", b"x", {"sec-fetch-site": "same-origin"})[0] == 200
 
 
 # --- no file but those of the page
@@ -102,8 +149,8 @@ def test_no_file_is_served(url: str, index_dir: Path) -> None:
 
 
 def test_nothing_is_fetched_for_others(url: str) -> None:
-    for path in ("/gradio_api/file=http://127.0.0.1:9/a", "/gradio_api/proxy=http://127.0.0.1:9/a"):
-        assert request(url, "GET", path) == (403, b"Not served here.")
+    assert request(url, "GET", "/gradio_api/file=http://127.0.0.1:9/a") == (403, b"Not served here.")
+    assert request(url, "GET", "/gradio_api/proxy=http://127.0.0.1:9/a") == (404, b"Not served here.")
 
 
 def no_pictures(index_dir: Path) -> list[str]:
@@ -145,9 +192,8 @@ def test_a_picture_in_its_own_address_is_not_read(url: str) -> None:
 def test_questions_wait_for_their_turn(url: str) -> None:
     body = json.dumps({"data": ["a table", None, "", "any"], "fn_index": 0, "session_hash": "x"}).encode()
     for path in ("/gradio_api/run/search", "/gradio_api/api/search"):
-        status, words = request(url, "POST", path, body, {"content-type": "application/json"})
-        assert status == 404, path
-        assert b"join the queue" in words
+        answer = request(url, "POST", path, body, {"content-type": "application/json"})
+        assert answer == (404, b"Not served here."), path
     config = json.loads(request(url, "GET", "/config")[1])
     assert [entry["api_visibility"] for entry in config["dependencies"]] == ["private", "private"]
 

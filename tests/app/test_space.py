@@ -1,13 +1,15 @@
-"""A Space: written, read as the Hub would, and run in a process of its own."""
+"""A Space: written, read as the Hub would, and run in a process of its own, a fork that imports nothing anew."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from urllib.request import urlopen
@@ -19,6 +21,7 @@ import puma_hf
 from puma_hf.app import write_space
 from puma_hf.search.index import open_index
 from tests.app.client import request, search
+from tests.forks import in_a_fork
 
 pytest.importorskip("gradio")
 
@@ -93,40 +96,53 @@ def test_it_runs_elsewhere_until_it_is_stopped(space: Path, tmp_path: Path) -> N
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     url = f"http://127.0.0.1:{free_port()}"
-    environment = {
-        **os.environ,
-        "GRADIO_SERVER_NAME": "127.0.0.1",
-        "GRADIO_SERVER_PORT": url.rpartition(":")[2],
-        "PYTHONPATH": str(Path(puma_hf.__file__).parents[1]),
-        "PYTHONUNBUFFERED": "1",
-        "TMPDIR": str(temporary),
-    }
-    # Another directory than the Space's: nothing of it may hang on where it is started.
-    with subprocess.Popen(
-        [sys.executable, moved / "app.py"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == f"{url}\n"
-            message = search(url, "a table")
-            assert message["success"]
-            assert message["output"]["data"][0].index('title="t1"') < message["output"]["data"][0].index('title="t0"')
-            assert message["output"]["data"][0].count("data:image/") == 3
-            assert request(url, "GET", f"/gradio_api/file={moved}/index/index.json")[0] == 403
-            assert [path.name for path in temporary.iterdir() if path.name.startswith("puma-hf-app-")]
-            with urlopen(f"{url}/gradio_api/heartbeat/open-page", timeout=30):  # as every open page does
-                process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == 0
-    assert "Traceback" not in errors
+    output, into = os.pipe()
+    errors = tmp_path / "errors"
+
+    def serve() -> None:
+        for number, file in ((1, into), (2, os.open(errors, os.O_WRONLY | os.O_CREAT))):
+            os.dup2(file, number)
+            os.close(file)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+        os.chdir(tmp_path)  # another directory than the Space's: nothing of it may hang on where it is started
+        address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": url.rpartition(":")[2]}
+        os.environ.update(address, TMPDIR=str(temporary))
+        tempfile.tempdir = None
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        runpy.run_path(str(moved / "app.py"), run_name="__main__")
+
+    process = in_a_fork(serve)
+    os.close(into)
+    try:
+        with open(output, encoding="utf-8") as said:
+            assert said.readline() == f"{url}\n", errors.read_text()
+        message = search(url, "a table")
+        assert message["success"]
+        assert message["output"]["data"][0].index('title="t1"') < message["output"]["data"][0].index('title="t0"')
+        assert message["output"]["data"][0].count("data:image/") == 3
+        assert request(url, "GET", f"/gradio_api/file={moved}/index/index.json")[0] == 403
+        assert [path.name for path in temporary.iterdir() if path.name.startswith("puma-hf-app-")]
+        with urlopen(f"{url}/gradio_api/heartbeat/open-page", timeout=30):  # as every open page does
+            os.kill(process, signal.SIGINT)
+            status = exit_status(process)
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise
+    assert status == 0, errors.read_text()
+    assert "Traceback" not in errors.read_text()
     assert not [path.name for path in temporary.iterdir() if path.name.startswith("puma-hf-app-")]
+
+
+def exit_status(process: int) -> int:
+    """Wait for a process, half a minute at most."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    raise TimeoutError("the page does not end")
 
 
 def test_on_a_space_it_is_reached_from_outside(space: Path) -> None:

@@ -69,6 +69,12 @@ def test_after_a_change_nothing_is_there_twice(
     assert run(index, "on") == found
 
 
+def test_an_id_that_repeats(run: Run, make_index: Callable[[], Path], corpus: Path) -> None:
+    corpus.write_text("".join(json.dumps({"id": "a", "text": text}) + "\n" for text in ("a", "on")))
+    with pytest.raises(SystemExit, match=r"Ids repeat in .*index. Give every item one of its own"):
+        run(make_index(), "on")
+
+
 def test_vectors_of_another_model(run: Run, make_index: Callable[[], Path]) -> None:
     index = make_index()
     run(index, "on")

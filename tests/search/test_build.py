@@ -17,6 +17,7 @@ from pyarrow import parquet
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import embed_corpus
 from puma_hf.search import build
+from puma_hf.search.ann import write_ann
 from puma_hf.search.build import IndexReport, build_index
 from puma_hf.search.config import IndexConfig
 from puma_hf.search.index import DESCRIPTION, open_index
@@ -65,8 +66,8 @@ def test_a_broken_picture_can_stop_it(make: Make, tmp_path: Path) -> None:
         make(tmp_path / "photos", on_error="raise")
 
 
-def test_a_text_of_a_million_characters(make: Make, tmp_path: Path) -> None:
-    text = "apple " * 170_000
+def test_a_text_of_a_hundred_thousand_characters(make: Make, tmp_path: Path) -> None:
+    text = "apple " * 17_000
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
     assert make(tmp_path / "t.jsonl").counts == {"text": 1}
     assert items(tmp_path / "out") == [Item("0", text)]
@@ -150,6 +151,26 @@ def test_a_corpus_that_changes_meanwhile(make: Make, tmp_path: Path, monkeypatch
         monkeypatch.setattr(build, "embed_corpus", embed_then_change)
         with pytest.raises(ValueError, match=r"changed while it was read. Run the same command again"):
             make(data)
+
+
+def test_another_run_that_ends_meanwhile(
+    make: Make, puma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_corpus(tmp_path)
+    lines = data.read_text().splitlines(keepends=True)
+
+    def write_ann_late(*values: Any) -> Any:
+        data.write_text("".join(lines[::-1]))
+        # Of the newer corpus, and killed before it writes items.
+        embed_corpus(IndexConfig(data=data, model=str(puma_dir), output=tmp_path / "out"))
+        return write_ann(*values)
+
+    monkeypatch.setattr(build, "write_ann", write_ann_late)
+    with pytest.raises(ValueError, match=r"are newer than its index.json"):
+        make(data)
+    monkeypatch.undo()
+    make(data)
+    assert [item.id for item in items(tmp_path / "out")] == [json.loads(line)["id"] for line in lines[::-1]]
 
 
 def test_what_is_no_corpus(make: Make, index_dir: Path, tmp_path: Path) -> None:

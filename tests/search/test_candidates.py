@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -90,6 +92,18 @@ def test_shards_are_read_once_as_far_as_they_fit(stored: Stored, monkeypatch: py
     for _ in range(2):
         list(source.blocks(100))
     assert read == [0, 2, 3, 3]
+
+
+def test_threads_share_a_reader(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, both = stored(), Barrier(2, timeout=60)
+    plain = StoredEmbeddings.shard
+    monkeypatch.setattr(StoredEmbeddings, "shard", lambda self, number: [both.wait(), plain(self, number)][1])
+    reader = ShardReader(opened, kept_bytes=8 * 16 * 4)  # room for it twice
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(reader.read, [0, 0])
+    assert first is second
+    monkeypatch.undo()
+    assert reader.read(2) is reader.read(2)  # there is room left
 
 
 def test_a_shard_that_changed(stored: Stored, tmp_path: Path) -> None:

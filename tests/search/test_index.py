@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from puma_hf.search.index import DESCRIPTION, open_index
+from puma_hf.embedding.store import StoredEmbeddings, open_embeddings
+from puma_hf.search import index as index_module
+from puma_hf.search.index import DESCRIPTION, manifest_hash, open_index
 from puma_hf.search.items import DamagedItemsError
 
 
@@ -62,6 +64,18 @@ def test_half_written_embeddings(copy: Path) -> None:
 def test_embeddings_made_anew(copy: Path) -> None:
     edit(copy / "manifest.json", num_errors=1)
     with pytest.raises(ValueError, match=r"are newer than its index.json: .* run puma-hf index again"):
+        open_index(copy)
+
+
+def test_made_anew_while_it_is_opened(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_then_change(folder: Path) -> StoredEmbeddings:
+        stored = open_embeddings(folder)
+        edit(folder / "manifest.json", num_errors=1)
+        edit(folder / DESCRIPTION, manifest_hash=manifest_hash(folder))
+        return stored
+
+    monkeypatch.setattr(index_module, "open_embeddings", open_then_change)
+    with pytest.raises(ValueError, match=r"are newer than its index.json"):
         open_index(copy)
 
 

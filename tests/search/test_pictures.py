@@ -26,6 +26,14 @@ def test_named_by_content(tmp_path: Path) -> None:
     assert [(tmp_path / name).read_bytes() for name in names[:2]] == [red, blue]
 
 
+def test_cut_off_when_the_machine_lost_power(tmp_path: Path) -> None:
+    red = encoded("red", "PNG")
+    name = keep_picture(tmp_path, red)
+    (tmp_path / name).write_bytes(b"")
+    assert keep_picture(tmp_path, red) == name
+    assert (tmp_path / name).read_bytes() == red
+
+
 def test_what_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(UnidentifiedImageError):
         keep_picture(tmp_path, b"<svg/>")
