@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from puma_hf import __version__
 from puma_hf.card_facts import read_facts
 from puma_hf.card_results import CardResults, MeasuredModel, SourceFile, read_results
-from puma_hf.card_sections import cost_values, not_measured, training_section, usage_values
+from puma_hf.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.card_table import card_table, made_from
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.files import is_puma_directory, write_whole
@@ -128,7 +128,7 @@ def make_card(
     )
     found = read_results(model, results)
     found = found.travelling() if travelling else found
-    named = options.base_model or (None if adapter else facts.get("source"))
+    named = options.base_model or (_named_base(base) if adapter else facts.get("source"))
     base_model = named if named and _HUB_ID.fullmatch(named) else None
     eval_results = list(_eval_results(found)) or None
     card_data = ModelCardData(
@@ -142,6 +142,7 @@ def make_card(
         model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
         eval_results=eval_results,
     )
+    training = training_section(folder, found, is_adapter=bool(adapter))
     text = fill_template(
         card_data,
         model_id=options.repo_id,
@@ -150,13 +151,19 @@ def make_card(
         is_adapter=bool(adapter),
         **usage_values(folder, found, facts.get("embedding_dim")),
         **(cost_values(model, found) if not adapter else {}),
-        training=training_section(folder, found, is_adapter=bool(adapter)),
+        training=training,
         results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
-        not_measured=not_measured(found, is_counted=not adapter),
+        not_measured=not_measured(found, is_counted=not adapter, is_trained=training != UNTRAINED),
         licences=_licences(options, base_model),
         **{**facts, "source": named},
     )
     return Card(text, found.files)
+
+
+def _named_base(base: Path) -> str | None:
+    """The Hub id that an adapter gives for its base; a folder of this machine is nobody else's business."""
+    name = base.as_posix()
+    return name if _HUB_ID.fullmatch(name) and not base.exists() else None
 
 
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:

@@ -105,14 +105,17 @@ class MeasuredModel:
     original_num_hidden_layers: int
     num_parameters: int
     _model: Any = field(default=None, repr=False)
+    _fingerprints: dict[int | None, str | None] = field(default_factory=dict, repr=False)
 
     def fingerprint(self, truncate_dim: int | None) -> str | None:
-        """Its fingerprint as an evaluation writes it; the model is loaded once."""
+        """Its fingerprint as an evaluation writes it; the model is loaded once, and hashed once for each number."""
         from puma_hf.evaluation.fingerprint import model_fingerprint
 
-        model = self._loaded()
-        model.truncate_dim = truncate_dim
-        return model_fingerprint(model)
+        if truncate_dim not in self._fingerprints:
+            model = self._loaded()
+            model.truncate_dim = truncate_dim
+            self._fingerprints[truncate_dim] = model_fingerprint(model)
+        return self._fingerprints[truncate_dim]
 
     def costs(self) -> LayerCosts:
         """Its operations, counted on the model itself; the model is loaded once."""
@@ -175,9 +178,11 @@ def _recipes(folder: Path) -> list[Path]:
         here = [place / name for place in places for name in RECIPE_NAMES if (place / name).is_file()]
         if not here or here[0] in found:
             return found
+        base = Path(str(_read(here[0]).get("model"))).name
+        if base == folder.name and here[0].parent != folder:
+            return found  # that adapter was trained on this very model, which is none of its merges
         found.append(here[0])
-        base = _read(here[0]).get("model")
-        folder = folder.with_name(Path(str(base)).name)
+        folder = folder.with_name(base)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -224,10 +229,13 @@ def _check_model(made_from: Mapping[str, Any], path: Path, model: MeasuredModel)
     there = made_from.get("model_fingerprint")
     if there is None:
         raise ValueError(f"{str(path)!r} does not say which model it is of (no model_fingerprint). Evaluate again.")
-    if (own := model.fingerprint(made_from.get("truncate_dim"))) != there:
+    # The dimensions were chosen when the model was loaded, or for a call of `encode`, which its fingerprint ignores.
+    dims = dict.fromkeys((made_from.get("truncate_dim"), None))
+    if all(model.fingerprint(dim) != there for dim in dims):
+        own = str(model.fingerprint(None))[:_SHOWN_DIGITS]
         raise ValueError(
             f"{str(path)!r} is of another model: fingerprint {there[:_SHOWN_DIGITS]}, that of "
-            f"{str(model.directory)!r} is {str(own)[:_SHOWN_DIGITS]}. Evaluate this one: puma-hf evaluate."
+            f"{str(model.directory)!r} is {own}. Evaluate this one: puma-hf evaluate."
         )
 
 

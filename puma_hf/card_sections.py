@@ -21,6 +21,7 @@ _STAGES = re.compile(
 )
 # Shown in the example for use, if the model has it: that of M-BEIR's best known row.
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"
+UNTRAINED = "No training after the cut is on record."
 _DEFINITION = "Operations are multiplications and additions, each counted as one, without the language-model head's"
 
 
@@ -68,7 +69,7 @@ def training_section(folder: Path, found: CardResults, *, is_adapter: bool) -> s
     for _ in range(merges - len(lines)):
         lines.insert(0, "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand.")
     if not lines and not is_adapter:
-        return "No training after the cut is on record."
+        return UNTRAINED
     return "\n".join(lines) or None
 
 
@@ -105,7 +106,7 @@ def usage_values(folder: Path, found: CardResults, embedding_dim: int | None) ->
     }
 
 
-def not_measured(found: CardResults, *, is_counted: bool) -> list[str]:
+def not_measured(found: CardResults, *, is_counted: bool, is_trained: bool) -> list[str]:
     """What the result files do not hold."""
     rows = [row for _, results in found.evaluations for row in results.rows]
     ours = {row.task.name for _, results in found.evaluations if is_mbeir(results) for row in results.rows}
@@ -118,7 +119,7 @@ def not_measured(found: CardResults, *, is_counted: bool) -> list[str]:
     if rows:
         pools = {row.pool for row in rows}
         lines += [f"The {pool} pools." for pool in ("local", "global") if pool not in pools]
-        lines.append("How much the figures would vary with another seed of the training.")
+        lines += ["How much the figures would vary with another seed of the training."] if is_trained else []
     if not found.costs and not is_counted:
         lines.append("Operations per text and image.")
     lines.append("Speed and memory, other data types than that of the weights, video.")

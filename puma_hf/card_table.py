@@ -44,7 +44,8 @@ def card_table(results: MBEIRResults) -> str:
     """
     published = PUBLISHED if is_mbeir(results) else {}
     tasks = list(dict.fromkeys(row.task for row in results.rows))
-    names = {task.name for task in tasks}
+    rows_of = {pool: {row.task.name for row in results.rows if row.pool == pool} for pool in results.pools}
+    names = set().union(*rows_of.values())
     tasks += [_task(name) for name in published if name not in names]
     tasks.sort(key=lambda task: list(PUBLISHED).index(task.name) if task.name in PUBLISHED else len(PUBLISHED))
     models = PUBLISHED_MODELS if published else ()
@@ -60,12 +61,13 @@ def card_table(results: MBEIRResults) -> str:
         figures = [f"{figure:.1f}" for figure in published[task.name]] if task.name in published else [""] * len(models)
         cells = [_cell(rows.get(pool)) for pool in pools]
         lines.append(_line([direction, task.dataset, f"hit@{task.reported_k}", queries, *cells, *figures]))
-    lines.append(_mean(results, is_all=bool(published) and names == set(published), models=models))
+    is_all = all(rows == set(published) for rows in rows_of.values())
+    lines.append(_mean(results, is_all=is_all, models=models))
     return "\n\n".join(["\n".join(lines), *_remarks(results, bool(published))])
 
 
 def _mean(results: MBEIRResults, *, is_all: bool, models: Sequence[str]) -> str:
-    """The mean of what was measured; the published one stands beside it only if it is of the same rows."""
+    """The mean of what was measured in each pool; the published one stands beside it if all are of the same rows."""
     means = [f"**{100 * results.mean(pool)['score']:.1f}**" for pool in results.pools]
     beside = [f"{figure:.1f}" for figure in PUBLISHED_MEAN] if is_all else [""] * len(models)
     return _line(["", "**mean**", "", "", *means, *(beside if models else [])])
@@ -86,17 +88,19 @@ def _remarks(results: MBEIRResults, published: bool) -> list[str]:
 
 
 def made_from(results: MBEIRResults) -> str:
-    """How an evaluation was made, in a few words: data, instructions, dimensions, versions."""
+    """How an evaluation was made, in a few words: data, instructions, dimensions, data type, versions."""
     words: dict[str, Any] = {
         "data": "data",
         "instructions": "instructions",
         "truncate_dim": "first dimensions",
+        "encode_kwargs": "encode with",
+        "embedding_dtype": "embeddings in",
         "puma_hf": "puma-hf",
         "transformers": "transformers",
         "torch": "torch",
     }
     found = ((word, results.made_from.get(name)) for name, word in words.items())
-    return ", ".join(f"{word} {value}" for word, value in found if value is not None)
+    return ", ".join(f"{word} {value}" for word, value in found if value not in (None, {}))
 
 
 def _cell(row: MBEIRTaskResult | None) -> str:

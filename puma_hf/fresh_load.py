@@ -27,17 +27,20 @@ def _load_both(directory: str) -> dict[str, Any]:
     inputs = _inputs()
     model: Any = SentenceTransformer(directory, trust_remote_code=True, device="cpu")
     encoded = model.encode(inputs, convert_to_tensor=True, show_progress_bar=False).float()
-    del model
+    model.to("meta")  # it holds itself in a cycle; its weights go before they are loaded again
     processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
     loaded: Any = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
     backbone, info = loaded[0].eval(), loaded[1]
     with torch.inference_mode():
         embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
+    same_shape = embeddings.shape == encoded.shape
+    cosine = torch.cosine_similarity(embeddings, encoded) if same_shape else torch.zeros(1)
     return {
         "shape": list(embeddings.shape),
-        "same_shape": embeddings.shape == encoded.shape,
+        "same_shape": same_shape,
         "finite": bool(encoded.isfinite().all() and embeddings.isfinite().all()),
-        "difference": float((embeddings - encoded).abs().max()) if embeddings.shape == encoded.shape else None,
+        "difference": float((embeddings - encoded).abs().max()) if same_shape else None,
+        "1 - cosine": float((1 - cosine).max()),
         "unread": sorted(info["unexpected_keys"]),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }

@@ -12,9 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _SCRIPT = Path(__file__).with_name("fresh_load.py")
-# Largest difference of an entry between the two loaders: one packs inputs, the other pads them.
-_TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
-_COARSE_TOLERANCE = 3e-2  # numbers of 16 bits or fewer
+# One loader packs inputs, the other pads them. Largest difference of an entry of their embeddings ...
+_TOLERANCE = 1e-4
+# ... and in 16 bits, where an entry is little larger than its rounding, of 1 - cosine.
+_COSINE_TOLERANCE = 1e-2
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|NotFound)\b")
 _MAX_REASON = 600
 
@@ -92,12 +93,13 @@ def check_loads(
             f"{shown!r} holds {len(found['unread'])} tensors that no loader reads (first: {found['unread'][0]}). They "
             "may be of another model: write the directory again with puma-hf prune or merge."
         )
-    tolerance = _TOLERANCES.get(found["dtype"], _COARSE_TOLERANCE)
-    if not found["same_shape"] or not found["finite"] or not found["difference"] <= tolerance:
+    is_exact = found["dtype"] in ("float32", "float64")
+    measure, tolerance = ("difference", _TOLERANCE) if is_exact else ("1 - cosine", _COSINE_TOLERANCE)
+    if not found["same_shape"] or not found["finite"] or not found[measure] <= tolerance:
         raise ValueError(
-            f"AutoModel and SentenceTransformer read {shown!r} differently: largest difference "
-            f"{found['difference']}, allowed {tolerance:g}, all finite: {found['finite']}. A file of the two may be of "
-            "another model: write the directory again."
+            f"AutoModel and SentenceTransformer read {shown!r} differently: largest {measure} {found[measure]}, "
+            f"allowed {tolerance:g}, all finite: {found['finite']}. A file of the two may be of another model: write "
+            "the directory again."
         )
     return LoadCheck(found["shape"][1], found["dtype"], found["difference"])
 

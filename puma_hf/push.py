@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from puma_hf.card import CardOptions, make_card
 from puma_hf.card_results import RESULT_NAMES
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What the Hub itself puts into a repository, or a person by its forms.
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PushReport:
         files: Name and bytes of each file, the card first.
         left_out: What of the directory stayed here.
         removed: Older model files of the repository that this commit removes.
+        replaces_card: Whether the repository had a card, which is now in its history alone.
         card: The card.
         loaded: How the files loaded in a fresh process.
         url: Address of the commit or of the pull request; None after a dry run.
@@ -49,6 +51,7 @@ class PushReport:
     card: str
     loaded: LoadCheck
     url: str | None
+    replaces_card: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +64,7 @@ class PushReport:
         lines.append(f"{'in all':<{width}}  {self.num_bytes:>14,} bytes")
         lines += [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
         lines += [f"removed   {', '.join(self.removed)}"] if self.removed else []
+        lines += [f"replaced  {CARD}; what was written there by hand is in the history"] if self.replaces_card else []
         lines.append(f"checked   {self.loaded}")
         if self.url is None:
             lines.append(
@@ -73,6 +77,9 @@ class PushReport:
 
 def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
     """Upload what loads of a directory to the Hub, after it was loaded where puma_hf is not installed.
+
+    The card is written anew each time, from files alone. `README.md` of the directory stays as it is and is not sent;
+    one that is on the Hub is replaced, whoever wrote it.
 
     Args:
         directory: A PUMA directory, or that of a LoRA adapter.
@@ -121,7 +128,7 @@ def push_configured(config: PushConfig, *, token: str | None = None) -> PushRepo
         before = _state_of_weights(staged)
         offline = base is None or base.local is not None
         loaded = check_loads(staged, offline=offline, token=token, shown_as=config.directory)
-        card = _write_card(config, files, staged)
+        card = _write_card(config, files, staged, base)
         if base is not None:
             (staged / ADAPTER_CONFIG).write_bytes(base.config(base.name))
         names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
@@ -139,7 +146,8 @@ def push_configured(config: PushConfig, *, token: str | None = None) -> PushRepo
                 url = _upload(hub, config, [*additions, *map(CommitOperationDelete, removed)], there)
             logger.info("Pushed %s to %s", config.directory, url)
     left_out = tuple(sorted({*files.left_out, *(set(files.names) - set(names))}))
-    return PushReport(config.repo_id, sizes, left_out, tuple(removed), card, loaded, url)
+    replaces_card = there is not None and CARD in there.files
+    return PushReport(config.repo_id, sizes, left_out, tuple(removed), card, loaded, url, replaces_card)
 
 
 def _checked_token(token: str | None) -> str | None:
@@ -150,11 +158,11 @@ def _checked_token(token: str | None) -> str | None:
     return token
 
 
-def _write_card(config: PushConfig, files: PushFiles, staged: Path) -> str:
+def _write_card(config: PushConfig, files: PushFiles, staged: Path, base: AdapterBase | None) -> str:
     """Write the card, and the result files that it cites, to what is sent; others are of another model and stay."""
     options = CardOptions(
         repo_id=config.repo_id,
-        base_model=config.base_model,
+        base_model=config.base_model if base is None else base.name,
         license=config.license,
         datasets=config.datasets,
         base_license=config.base_license,
@@ -167,7 +175,7 @@ def _write_card(config: PushConfig, files: PushFiles, staged: Path) -> str:
             logger.warning("%s stays here: it was not measured on these weights.", name)
     for name, path in card.files.items():
         shutil.copyfile(path, staged / name)
-    (staged / CARD).write_text(card.text, encoding="utf-8")
+    (staged / CARD).write_bytes(card.text.encode())  # the same bytes on every system
     if leaks := [name for name in (CARD, *card.files) if holds_secret(staged / name)]:
         raise ValueError(
             f"{', '.join(leaks)} of {str(config.directory)!r} would hold what looks like an access token or a private "
@@ -250,8 +258,11 @@ def _look_up(hub: HfApi, config: PushConfig) -> _Repository | None:
 
 
 def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles, names: Iterable[str]) -> list[str]:
-    """Model files of an earlier push that this one no longer has; raise if the repository holds something else."""
-    others = sorted(set(there) - _NEUTRAL - set(names))
+    """Model files of an earlier push that this one no longer has; raise if the repository holds something else.
+
+    Pictures beside a model of ours are a card's, and stay.
+    """
+    others = sorted(name for name in set(there) - _NEUTRAL - set(names) if not name.lower().endswith(_PICTURE_SUFFIXES))
     is_ours = any(name.endswith("_puma.py") for name in there)
     same_kind = (ADAPTER_CONFIG in there) == files.is_adapter
     foreign = [name for name in others if not is_model_file(name)] if is_ours and same_kind else others
@@ -268,7 +279,15 @@ def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles,
 
 def _upload(hub: HfApi, config: PushConfig, operations: list[Any], there: _Repository | None) -> str:
     if there is None:
-        hub.create_repo(config.repo_id, private=config.private)
+        try:
+            hub.create_repo(config.repo_id, private=config.private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            raise PermissionError(
+                f"{config.repo_id!r} exists, but this token could not see it a moment ago: it is private, or just made "
+                "by somebody. Use a token that may read and write it, or choose another name."
+            ) from error
     is_new_branch = config.revision not in (None, "main") if there is None else there.is_new_branch
     if is_new_branch:
         hub.create_branch(config.repo_id, branch=str(config.revision), exist_ok=True)

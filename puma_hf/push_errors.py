@@ -69,9 +69,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    return type(error).__module__.startswith(_CLIENTS) or isinstance(
-        error, ConnectionError | TimeoutError | RuntimeError
-    )
+    is_of_client = type(error).__module__.startswith(_CLIENTS) or type(error) is RuntimeError
+    return is_of_client or isinstance(error, ConnectionError | TimeoutError)
 
 
 def _refusal(error: HfHubHTTPError, name: str) -> Exception:

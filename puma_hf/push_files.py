@@ -43,6 +43,7 @@ _EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE"
 _LEFT_OUT = (
     *("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json"),
     ".gitattributes",  # the Hub has its own
+    *(".DS_Store", "Thumbs.db", "desktop.ini"),  # what macOS and Windows leave in a folder that was looked at
 )
 _LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|__pycache__|\.cache")  # the last is what a download leaves
 _SECRET_NAMES = (

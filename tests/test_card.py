@@ -157,6 +157,23 @@ def test_an_adapter_names_its_base(puma_dir: Path, tmp_path: Path) -> None:
     assert "Operations per text and image." in card.text
 
 
+def test_an_adapter_whose_base_is_on_the_hub_says_so_itself(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/puma"}))
+    card = ModelCard(render_card(tmp_path, options=CardOptions("org/lora")))
+    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
+    assert "onto its base, which is fetched from\n`org/puma`." in card.text
+    assert "Base: not stated here, of [org/puma]" in card.text
+
+
+def test_a_model_that_was_not_trained_has_no_seeds(folder: Path) -> None:
+    write_results(folder / "results.json", data="M-BEIR")
+    assert "seed" not in render_card(folder)
+    (folder / "train.yaml").write_text(yaml.safe_dump({"model": "pruned", "loss": "mac", "seed": 3}))
+    card = render_card(folder)
+    assert "One model was trained, with seed 3." in card
+    assert "- How much the figures would vary with another seed of the training." in card
+
+
 def test_licences_are_those_that_were_given(folder: Path) -> None:
     options = CardOptions("org/puma", "Qwen/Qwen2-VL-2B-Instruct", "mit", ("org/data",), "apache-2.0", "cc-by-4.0")
     licences = render_card(folder, options=options).partition("## Licences")[2]

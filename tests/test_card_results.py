@@ -61,6 +61,11 @@ def test_results_of_another_model_cannot_get_in(model: MeasuredModel) -> None:
 def test_truncated_results_are_compared_with_the_truncated_model(model: MeasuredModel) -> None:
     path = write_results(model.directory / "results.json", model_fingerprint="32", truncate_dim=32)
     assert read_results(model, [path]).evaluations[0][1].made_from["truncate_dim"] == 32
+    write_results(path, truncate_dim=32)  # by encode_kwargs of `evaluate_mbeir`: the model itself was not truncated
+    assert read_results(model, [path]).evaluations[0][1].made_from["truncate_dim"] == 32
+    write_results(path, model_fingerprint="16", truncate_dim=32)
+    with pytest.raises(ValueError, match="is of another model: fingerprint 16, that of"):
+        read_results(model, [path])
 
 
 def test_the_sweep_must_have_this_depth_and_this_size(model: MeasuredModel) -> None:
@@ -108,10 +113,18 @@ def test_recipes_are_followed_back_to_the_first_stage(model: MeasuredModel) -> N
 
 
 def test_recipes_that_name_each_other_end(model: MeasuredModel) -> None:
+    for name, base in (("puma", "other"), ("other", "puma")):
+        model.directory.with_name(f"{name}-lora").mkdir()
+        (model.directory.with_name(f"{name}-lora") / "train.yaml").write_text(f"model: {base}")
+    assert [path.parent.name for path in find_results(model.directory)] == ["puma-lora", "other-lora"]
+
+
+def test_an_adapter_that_was_trained_on_the_model_tells_nothing_of_it(model: MeasuredModel) -> None:
     lora = model.directory.with_name("puma-lora")
     lora.mkdir()
-    (lora / "train.yaml").write_text("model: puma")
-    assert find_results(model.directory) == [lora / "train.yaml"]
+    (lora / "train.yaml").write_text("model: work/puma/")
+    assert find_results(model.directory) == []
+    assert find_results(lora) == [lora / "train.yaml"]
 
 
 def test_the_fingerprint_is_that_of_the_evaluation(

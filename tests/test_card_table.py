@@ -39,6 +39,8 @@ def test_the_published_means_stand_beside_a_mean_of_all_rows() -> None:
     results = MBEIRResults("test", [row(name, 0.5) for name in reversed(PUBLISHED)])
     assert table(results)[-1] == ["", "**mean**", "", "", "**50.0**", "56.6", "51.8", "54.4"]
     assert f"| {NOT_MEASURED}" not in card_table(results)
+    results.rows.append(row("mscoco_task0", 0.1, "global"))  # a mean of one row, beside means of sixteen
+    assert table(results)[-1] == ["", "**mean**", "", "", "**50.0**", "**10.0**", "", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,7 @@ def test_other_benchmarks_have_nothing_beside_them(split: str, made: dict[str, A
 def test_how_it_was_made() -> None:
     made = {"data": "emoji", "truncate_dim": 64, "torch": None, "model": "puma", "other": 1}
     assert made_from(MBEIRResults("test", [], made_from=made)) == "data emoji, first dimensions 64"
+    made = {"encode_kwargs": {"max_length": 32}, "embedding_dtype": "float16"}
+    told = "encode with {'max_length': 32}, embeddings in float16"
+    assert made_from(MBEIRResults("test", [], made_from=made)) == told
+    assert made_from(MBEIRResults("test", [], made_from=made | {"encode_kwargs": {}})) == "embeddings in float16"

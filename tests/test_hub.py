@@ -45,6 +45,13 @@ def test_the_card_shows_the_facts(tmp_path: Path) -> None:
     assert "Nothing has been measured" in card.text
 
 
+def test_one_layer_is_no_range(tmp_path: Path) -> None:
+    write_model_card(tmp_path, config(None), FACTS | {"num_kept_layers": 1, "original_num_hidden_layers": 2})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "the token embedding, decoder layer 0, the final norm" in card
+    assert "Dropped: decoder layer 1, the language-model head" in card
+
+
 def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
     write_model_card(tmp_path, config("qwen"), FACTS)
     content = (tmp_path / "README.md").read_text(encoding="utf-8")

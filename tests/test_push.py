@@ -169,13 +169,14 @@ def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[A
 def test_an_older_push_is_replaced_and_its_shards_removed(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
-    files |= {"model-00001-of-00002.safetensors": b"old", ".gitattributes": b"x"}
+    files |= {"model-00001-of-00002.safetensors": b"old", ".gitattributes": b"x", "assets/results.PNG": b"x"}
     report = push(folder, "org/puma", token=TOKEN)
     assert report.removed == ("model-00001-of-00002.safetensors",)
     assert "removed   model-00001-of-00002.safetensors" in str(report)
+    assert "replaced  README.md; what was written there by hand is in the history" in str(report)
     left = hub.repositories["org/puma"].branches["main"]
     assert "model-00001-of-00002.safetensors" not in left
-    assert ".gitattributes" in left
+    assert {".gitattributes", "assets/results.PNG"} <= left.keys()
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,7 @@ def test_an_older_push_is_replaced_and_its_shards_removed(folder: Path, hub: Hub
     [
         ({"model.safetensors": b"other", "config.json": b"{}"}, "config.json, model.safetensors"),
         ({"notes.txt": b"", "modeling_puma.py": b""}, "notes.txt"),
+        ({"photo.jpg": b""}, "photo.jpg"),
         ({"adapter_config.json": b"{}", "modeling_puma.py": b""}, "adapter_config.json"),
         ({f"{number}.txt": b"" for number in range(7)}, r"0\.txt, .*4\.txt and 2 more"),
     ],
@@ -235,6 +237,12 @@ def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> No
         push(folder, "org/puma", token=TOKEN)
 
 
+def test_a_repository_that_the_token_cannot_see(folder: Path, hub: HubServer, loads: list[Any]) -> None:
+    hub.fail = {"api/repos/create": 409}
+    with pytest.raises(PermissionError, match="'org/puma' exists, but this token could not see it a moment ago"):
+        push(folder, "org/puma", token=TOKEN)
+
+
 def test_a_pull_request_needs_a_repository(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(ValueError, match="'they/puma' does not exist, so no pull request"):
         push(folder, "they/puma", token=TOKEN, create_pr=True)
@@ -279,14 +287,15 @@ def test_the_hub_refuses_a_large_file(folder: Path, hub: HubServer, loads: list[
     assert hub.repositories["org/puma"].branches["main"] == {}
 
 
+@pytest.mark.parametrize("error", [KeyError("oid"), RecursionError("oid")])
 def test_errors_of_the_code_are_not_called_errors_of_the_network(
-    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, hub: HubServer, loads: list[Any], error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
-        raise KeyError("oid")
+        raise error
 
     monkeypatch.setattr(HfApi, "create_commit", fail)
-    with pytest.raises(KeyError, match="oid"):
+    with pytest.raises(type(error), match="oid"):
         push(folder, "org/puma", token=TOKEN)
 
 
@@ -453,8 +462,10 @@ def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/puma"}))
-    push(copy, "org/puma-lora", token=TOKEN)
+    report = push(copy, "org/puma-lora", token=TOKEN)
     assert (loads[0].offline, loads[0].token) == (False, TOKEN)
+    assert ModelCard(report.card).data.base_model == "org/puma"
+    assert push(copy, "org/puma-lora", token=TOKEN).removed == ()
     (copy / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"adapter_config\.json must hold names with values, not list"):
         push(copy, "org/puma-lora", token=TOKEN)

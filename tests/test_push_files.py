@@ -45,10 +45,11 @@ def test_what_evaluation_left_stays_here(folder: Path) -> None:
     (folder / "test").mkdir()
     (folder / ".cache" / "huggingface").mkdir(parents=True)  # of a download
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")  # of a look at the folder on a Mac
     for name in ("results.json", "test/results.json", "results.md"):
         (folder / name).write_text("{}")
     found = files_to_push(folder)
-    assert found.left_out == (".cache", ".gitattributes", "results.md", "test")
+    assert found.left_out == (".DS_Store", ".cache", ".gitattributes", "results.md", "test")
     assert "results.json" in found.names
 
 
@@ -76,7 +77,6 @@ def test_an_adapter_is_taken_without_its_checkpoints_and_its_recipe_with_paths(a
         ("rng_state.pth", "a pickle"),
         ("notes.txt", "not part of a model"),
         ("train.py", "not part of a model"),
-        (".DS_Store", "not part of a model"),
         ("token", "looks like a secret"),
         ("server.pem", "looks like a secret"),
         ("vectors.npy", "a pickle"),

@@ -28,6 +28,7 @@ from puma_hf.parity.forms import (
     open_auto_model,
     open_sentence_transformer,
     open_stock,
+    release,
     stock_features,
 )
 from puma_hf.parity.inputs import check_inputs, kind_of
@@ -143,15 +144,18 @@ class _Forms:
         yield self.row(f"truncated to {kept}", cut, expected, to=f"the first {kept} of AutoModel")
         module.fast_path = None
         yield self.row("fast path off", encode(model, self.inputs), fast, to="fast path on")
+        release(model)
 
     def saved_again(self) -> ParityRow:
         """Save and load in the data type that the weights have: not a bit may change."""
         model = open_sentence_transformer(self.folder, "auto", self.device)
         expected = encode(model, self.inputs)
         model.save_pretrained(str(self.scratch / "saved"))
-        del model
+        release(model)
         again = open_sentence_transformer(self.scratch / "saved", "auto", self.device)
-        return self.row("saved and loaded again", encode(again, self.inputs), expected, to=_SENTENCE_TRANSFORMER)
+        found = encode(again, self.inputs)
+        release(again)
+        return self.row("saved and loaded again", found, expected, to=_SENTENCE_TRANSFORMER)
 
     def rounded(self) -> ParityRow:
         model = open_auto_model(self.folder, torch.bfloat16, self.device)

@@ -32,6 +32,11 @@ def open_sentence_transformer(folder: Path, dtype: torch.dtype | str, device: st
     return SentenceTransformer(str(folder), trust_remote_code=True, device=device, model_kwargs=loading).eval()
 
 
+def release(model: SentenceTransformer) -> None:
+    """Let the weights go at once: a SentenceTransformer holds itself in a cycle, so it would stay for a while."""
+    model.to("meta")
+
+
 def open_adapter(adapter: Path, base: str | Path, device: str) -> Any:
     """An adapter on its base, in float32, not merged."""
     from peft import PeftModel

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -84,14 +85,36 @@ def spoil(folder: Path, name: str, place: tuple[int, ...] = (3, 3)) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_sound_model(puma_dir: Path) -> None:
+def test_a_sound_model(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = _count_models(monkeypatch)
     report = check(puma_dir)
+    assert at_once == [1] * 6  # a float32 model of 7 billion parameters takes 30 GB
     assert report.ok, str(report)
     assert [row.form for row in report.rows] == FORMS
     assert report.num_inputs == 10
     rows = {row.form: row for row in report.rows}
     assert rows["saved and loaded again"].largest == 0
     assert rows["in bfloat16"].largest > 0
+
+
+def _count_models(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many models had their weights in memory, after each was opened."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+    at_once = []
+
+    def counting(opened: Callable[..., Any]) -> Callable[..., Any]:
+        def open_one(*args: Any) -> Any:
+            model = opened(*args)
+            models.append(weakref.ref(model))
+            alive = [one for one in (ref() for ref in models) if one is not None]
+            at_once.append(sum(not next(one.parameters()).is_meta for one in alive))
+            return model
+
+        return open_one
+
+    for name in ("open_auto_model", "open_sentence_transformer", "open_stock"):
+        monkeypatch.setattr(check_module, name, counting(getattr(check_module, name)))
+    return at_once
 
 
 @pytest.mark.parametrize(
@@ -143,7 +166,7 @@ def test_one_wrong_number_anywhere_in_a_merge_is_caught(
     ret = json.loads((puma_dir / "config.json").read_text())["ret_token_id"]
     spoil(spoiled, name, tuple(ret if one == "ret" else one for one in place))
     forms = _Forms(spoiled, tmp_path, check_inputs(), "cpu")
-    assert all(row.ok for row in forms.by_auto_model())
+    assert next(forms.by_auto_model()).ok
     by_inputs, by_weights = forms.not_merged(adapter, puma_dir)
     assert (by_inputs.ok, by_weights.ok) == (not is_seen, False)
     assert by_weights.worst.endswith(name)
@@ -158,7 +181,7 @@ def test_an_adapter_that_lost_a_matrix_is_not_what_was_merged(
     name = next(name for name in tensors if part in name and "layers.1.mlp.down_proj" in name)
     save_file({**tensors, name: torch.zeros_like(tensors[name])}, copy / "adapter_model.safetensors", {"format": "pt"})
     of_merged = _Forms(merged, tmp_path, check_inputs(), "cpu")
-    assert all(row.ok for row in of_merged.by_auto_model())
+    assert next(of_merged.by_auto_model()).ok
     rows = list(of_merged.not_merged(copy, puma_dir))
     assert [row.ok for row in rows] == [False, False]
     assert rows[1].worst == "language_model.layers.1.mlp.down_proj.weight"
@@ -176,7 +199,7 @@ def test_what_rounding_hides_is_compared_by_cosine(adapter: Path, puma_dir: Path
         if not (tmp_path / "merged" / path.name).exists():
             shutil.copyfile(path, tmp_path / "merged" / path.name)
     rounded = _Forms(tmp_path / "merged", tmp_path, check_inputs(), "cpu")
-    assert all(row.ok for row in rounded.by_auto_model())
+    assert next(rounded.by_auto_model()).ok
     row, weights = rounded.not_merged(adapter, puma_dir)
     assert (row.ok, row.measure) == (True, "1 - cosine")
     assert row.largest > 1e-8
@@ -198,24 +221,17 @@ def test_a_spoiled_export_is_caught(forms: _Forms, puma_dir: Path, tmp_path: Pat
     assert [row.ok for row in forms.exported(stock)] == [True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("calls", "expected"),
-    [
-        # SentenceTransformer's own vectors are what two others are compared with.
-        ({"encode": (0,)}, ["SentenceTransformer", "puma_hf.embed", "fast path off"]),
-        # Of AutoModel: padded on the right, the first input alone, in bfloat16. Then: truncated, plain, saved.
-        (
-            {"embed_features": (1, 2, 12), "encode": (1, 2, 4), "embed_stock": (0, 1)},
-            [form for form in FORMS if form not in ("SentenceTransformer", "puma_hf.embed", "exported, weights")],
-        ),
-    ],
-)
-def test_every_row_can_fail(
-    puma_dir: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, tuple[int, ...]], expected: list[str]
-) -> None:
-    for name, wrong in calls.items():
-        monkeypatch.setattr(check_module, name, _negated(getattr(check_module, name), wrong))
-    assert differing(check(puma_dir)) == expected
+def test_every_row_can_fail(forms: _Forms, puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SentenceTransformer's own vectors are what two others are compared with.
+    with monkeypatch.context() as patch:
+        patch.setattr(check_module, "encode", _negated(check_module.encode, (0,)))
+        wrong = [row.form for row in forms.by_sentence_transformer() if not row.ok]
+    assert wrong == ["SentenceTransformer", "puma_hf.embed", "fast path off"]
+    # Of AutoModel: padded on the right, the first input alone, in bfloat16. Then: truncated, plain, saved.
+    for name, calls in {"embed_features": (1, 2, 12), "encode": (1, 2, 4), "embed_stock": (0, 1)}.items():
+        monkeypatch.setattr(check_module, name, _negated(getattr(check_module, name), calls))
+    others = ("SentenceTransformer", "puma_hf.embed", "exported, weights")
+    assert differing(check(puma_dir)) == [form for form in FORMS if form not in others]
 
 
 def _negated(function: Callable[..., Tensor], calls: tuple[int, ...]) -> Callable[..., Tensor]:
