@@ -6,6 +6,7 @@ libraries read them once, at their own import.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -49,6 +50,16 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
 )
+
+
+# The imports during collection make millions of objects that stay; looking through them again and again takes a
+# second meanwhile and, as every training asks for a collection, half a second each time afterwards.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from tests.warm_process import WarmProcess
+
 ROOT = Path(__file__).parents[1]
 SHARES = (0, 1)
+TIMEOUT = 120
 
 
-def run_worker(module: str, *arguments: str | Path, **variables: str) -> None:
-    """Run a module of the tests as a script, which may fork: nothing of pytest is in it."""
-    environment = {**os.environ, **variables}
+@cache
+def _warm() -> WarmProcess:
+    """One for all workers of all tests: it has imported the libraries, and nothing of pytest or puma_hf."""
+    folder = tempfile.TemporaryDirectory(prefix="puma-hf-tests-", ignore_cleanup_errors=True)
+    variables = {"PYTHONPATH": str(ROOT)}
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    process = WarmProcess(Path(folder.name), **variables)
+    atexit.register(folder.cleanup)
+    atexit.register(process.close)  # called before the other
+    return process
+
+
+def run_worker(module: str, *arguments: str | Path) -> None:
+    """Run a module of the tests as a script, which may fork: in a process of its own, which nothing ran in before."""
+    ended = _warm().run([sys.executable, "-P", __file__, module, *map(str, arguments)], cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -87,3 +103,10 @@ def kill_in_write(ending: str, number: int) -> None:
         replace(source, target)
 
     os.replace = dying_replace
+
+
+if __name__ == "__main__":  # what `run_worker` runs
+    signal.alarm(TIMEOUT)
+    gc.freeze()  # see conftest.py
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

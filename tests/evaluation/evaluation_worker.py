@@ -2,6 +2,7 @@
 
 `python -m tests.evaluation.evaluation_worker DATA FOLDER` leaves in FOLDER the outputs `whole` (never interrupted),
 `killed` (killed three times, then finished) and `two` (two processes), and `report.json` on how they came about.
+FOLDER/tmp is the place for temporary files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -84,6 +86,7 @@ def share(data: Path, output: Path, rank: int) -> None:
 
 def main(data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
+    tempfile.tempdir = str(folder / "tmp")
     encoder = DyingEncoder()
     results = run(data, folder / "whole", encoder)
     points, calls_left = kill_and_finish(data, folder / "killed", len(encoder.calls))

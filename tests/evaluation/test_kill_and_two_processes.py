@@ -20,9 +20,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluations")
-    data, temporary = build_mbeir(folder / "mbeir"), folder / "tmp"
-    temporary.mkdir()
-    run_worker("tests.evaluation.evaluation_worker", data, folder, TMPDIR=str(temporary))
+    (folder / "tmp").mkdir()
+    run_worker("tests.evaluation.evaluation_worker", build_mbeir(folder / "mbeir"), folder)
     return folder
 
 

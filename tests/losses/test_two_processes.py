@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.losses.two_processes import ROWS, WORLD_SIZE, compute, run
+from tests.forks import SHARES
+from tests.losses.two_processes import ROWS, compute, run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 MAC = "puma_hf.losses.multimodal_mac.MultimodalMACLoss"
 CACHED = "puma_hf.losses.cached_multimodal_mac.CachedMultimodalMACLoss"
@@ -69,12 +73,12 @@ def test_two_processes_equal_one_with_the_whole_batch(
 
 
 def test_copies_on_the_other_device_are_masked(results: list[dict[str, dict[str, Any]]]) -> None:
-    masked = [result["mac"]["statistics"]["masked_negatives"].item() * ROWS / WORLD_SIZE for result in results]
+    masked = [result["mac"]["statistics"]["masked_negatives"].item() * ROWS / len(SHARES) for result in results]
     # Of rows 0, 1, 2 and 3: the positive of 5, the negative of 0, that of 4, the positive of 6. Of rows 5, 6 and 7:
     # the positives of 0 and 3, the own negative.
     assert masked == [4, 3]
     for result, count in zip(results, masked, strict=True):
-        assert result["mac"]["negative_counts"].sum() == ROWS / WORLD_SIZE * (2 * ROWS - 1) - count
+        assert result["mac"]["negative_counts"].sum() == ROWS / len(SHARES) * (2 * ROWS - 1) - count
 
 
 def test_the_margin_masks_more(results: list[dict[str, dict[str, Any]]]) -> None:
@@ -86,10 +90,8 @@ def test_the_margin_masks_more(results: list[dict[str, dict[str, Any]]]) -> None
 def test_without_gathering_each_device_has_its_own_candidates(
     puma_dir: Path, results: list[dict[str, dict[str, Any]]]
 ) -> None:
-    share = ROWS // WORLD_SIZE
-    halves = [
-        compute(CASES["apart"], str(puma_dir), slice(rank * share, (rank + 1) * share)) for rank in range(WORLD_SIZE)
-    ]
+    share = ROWS // len(SHARES)
+    halves = [compute(CASES["apart"], str(puma_dir), slice(rank * share, (rank + 1) * share)) for rank in SHARES]
     for result, half in zip(results, halves, strict=True):
         torch.testing.assert_close(result["apart"]["loss"], half["loss"], rtol=0, atol=1e-5)
         average = {name: mean([half["gradients"][name] for half in halves]) for name in halves[0]["gradients"]}

@@ -1,6 +1,6 @@
 """A contrastive loss in two processes that share their candidates, for comparison with one process.
 
-Run as `python two_processes.py JOB.json` by `run`; `compute` alone is the one process. A case is
+Run as `python -m tests.losses.two_processes JOB.json` by `run`; `compute` alone is the one process. A case is
 `{"loss": "package.module.Class", "arguments": {...}}`.
 """
 
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from tests.forks import SHARES, in_two_processes, run_worker
 
-WORLD_SIZE = 2
 ROWS = 8
 COLUMNS = ("anchor", "positive", "negative")
 
@@ -70,39 +68,21 @@ def compute(case: Mapping[str, Any], model_dir: str, rows: slice, *, parallel: b
 def run(cases: Mapping[str, Mapping[str, Any]], model_dir: Path, folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Each process's results by the name of the case; the rows are shared out half and half."""
     job = folder / "job.json"
-    job.write_text(json.dumps({"cases": cases, "model": str(model_dir), "store": (folder / "store").as_uri()}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, __file__, str(job)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    if process.returncode:
-        raise RuntimeError(process.stderr)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    job.write_text(json.dumps({"cases": cases, "model": str(model_dir)}))
+    run_worker("tests.losses.two_processes", job)
+    return [torch.load(folder / f"{rank}.pt") for rank in SHARES]
 
 
 def work(job_file: Path, rank: int) -> None:
+    """One of the two processes."""
     job = json.loads(job_file.read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=job["store"], rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=120)
-    )
-    share = ROWS // WORLD_SIZE
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    share = ROWS // len(SHARES)
     rows = slice(rank * share, (rank + 1) * share)
     results = {name: compute(case, job["model"], rows, parallel=True) for name, case in job["cases"].items()}
     torch.save(results, job_file.with_name(f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def main(job_file: Path) -> int:
-    """Both processes: where it can, the second is a fork of the first, so that the libraries are imported once."""
-    way = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    other = multiprocessing.get_context(way).Process(target=work, args=(job_file, 1), daemon=True)
-    other.start()
-    work(job_file, 0)
-    other.join()
-    return int(other.exitcode or 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    torch.set_num_threads(1)
+    in_two_processes(partial(work, Path(sys.argv[1])))

@@ -1,6 +1,7 @@
 """Runs in a process of its own where puma_hf cannot be imported: opens directories and embeds.
 
-Usage: python fresh_process.py JOB.json, with {"images": [...], "directories": {name: path}, "output": path}.
+Usage: python -m tests.modeling.fresh_process JOB.json, with {"images": [...], "directories": {name: path},
+"modules": path, "output": path}. The code that comes with the directories is cached in `modules`.
 For each directory the vectors of AutoModel and, where it has a modules.json, of SentenceTransformer are
 written to `output` as lists, together with those of the directory that SentenceTransformer saves.
 """
@@ -56,7 +57,9 @@ def watch(module: Any, batches: list[str]) -> None:
 def main(job: dict[str, Any]) -> None:
     sys.meta_path.insert(0, Blocker())
     from sentence_transformers import SentenceTransformer
+    from transformers import dynamic_module_utils
 
+    dynamic_module_utils.HF_MODULES_CACHE = job["modules"]
     inputs = inputs_of_every_kind(job["images"])
     results = {}
     for name, folder in job["directories"].items():
@@ -74,6 +77,7 @@ def main(job: dict[str, Any]) -> None:
         results[f"{name}: saved again"] = again.encode(inputs).tolist()
         results[f"{name}: saved again, transformers"] = embed_with_transformers(saved, inputs)
     results["puma_hf modules"] = [name for name in sys.modules if name.partition(".")[0] == "puma_hf"]
+    results["cached modules"] = [path.name for path in Path(job["modules"]).rglob("*.py")]
     Path(job["output"]).write_text(json.dumps(results))
 
 

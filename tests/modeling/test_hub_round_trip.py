@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +18,14 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import PumaModel, PumaProcessor, prune
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from tests.forks import run_worker
 from tests.modeling.fresh_process import Blocker, inputs_of_every_kind
 from tests.tiny import build_checkpoint
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 NAMES = ("pruned", "pushed parts", "pushed", "pushed, built", *FAMILIES)
-FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 class FakeHub:
@@ -101,16 +102,11 @@ def fresh_vectors(
     job = {
         "images": picture_paths,
         "directories": {name: str(path) for name, path in directories.items()},
+        "modules": str(folder / "modules"),
         "output": str(folder / "vectors.json"),
     }
     (folder / "job.json").write_text(json.dumps(job))
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, str(FRESH_PROCESS), str(folder / "job.json")]
-    process = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stderr
+    run_worker("tests.modeling.fresh_process", folder / "job.json")
     results: dict[str, Any] = json.loads((folder / "vectors.json").read_text())
     return results
 
@@ -130,6 +126,7 @@ def expected(
 
 def test_puma_hf_is_really_absent_there(fresh_vectors: dict[str, Any]) -> None:
     assert fresh_vectors["puma_hf modules"] == []
+    assert "modeling_puma.py" in fresh_vectors["cached modules"]  # the code is the directories' own
     with pytest.raises(ImportError, match=r"puma_hf\.losses must not be needed here"):
         Blocker().find_spec("puma_hf.losses")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer, lora_config
 from puma_hf.trainer.lora import add_lora, puma_model
+from tests.forks import exit_signal, in_a_fork
 
 NUM_ROWS = 24
 # Many rows share the first answer and never meet in a batch: epochs end early, in the middle of an accumulation.
@@ -85,12 +86,7 @@ def run(base: Path, image: Path, folder: Path, *, resume: bool = False, step: in
 
 def die(*paths: Path, **options: Any) -> None:
     """The same run in a process of its own, which must not survive."""
-    process = os.fork()  # nothing was computed yet, so no thread is lost
-    if process == 0:
-        run(*paths, **options)
-        os._exit(0)
-    _, status = os.waitpid(process, 0)
-    if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+    if exit_signal(in_a_fork(lambda: run(*paths, **options))) != signal.SIGKILL:
         raise SystemExit(f"The run with {options} was not killed.")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from puma_hf.trainer.checkpoints import last_whole_checkpoint, why_not_whole
+from tests.forks import run_worker
 from tests.trainer.kill_and_resume_worker import Recorder, run
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def adapter(trainer: Recorder) -> dict[str, Tensor]:
@@ -35,9 +34,7 @@ def losses(folder: Path) -> dict[tuple[int, int, int], float]:
 
 def killed(*paths: Path, runs: list[dict[str, Any]]) -> None:
     """The same run in processes of their own, one after the other, none of which survives."""
-    command = [sys.executable, "-m", "tests.trainer.kill_and_resume_worker", *map(str, paths), json.dumps(runs)]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stderr
+    run_worker("tests.trainer.kill_and_resume_worker", *paths, json.dumps(runs))
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(
