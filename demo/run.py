@@ -34,6 +34,8 @@ BACKBONE = DEMO / "backbone"
 TEXT = "woman running: medium skin tone"
 IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
 
+INSTRUCTION = "Find a drawing of the emoji with this name."  # as in training
+
 NUM_KEPT_LAYERS = 4
 CONFIGS = DEMO.parent / "configs"
 DISTILL, TRAIN = CONFIGS / "demo_distill.yaml", CONFIGS / "demo_train.yaml"
@@ -109,7 +111,7 @@ def search(work: Path) -> Path:
     index = work / "index"
     shutil.rmtree(index, ignore_errors=True)  # of another run's model
     command("index", DATA, model=work / "puma", output=index)
-    command("search", index, "red heart", **{"for": "image"}, top=3)
+    command("search", index, "brown heart", instruction=INSTRUCTION, **{"for": "image"}, top=3)
     return index
 
 
@@ -156,7 +158,8 @@ def main() -> None:
     print("Wrong modality: share of first answers that are not of the kind asked for.")
     print(f"Picture: {picture}")
     program = Path(sys.executable).with_name("puma-hf")
-    print(f"Search these emoji in a browser: {os.path.relpath(program)} app {os.path.relpath(index)}")
+    words = [os.path.relpath(program), "app", os.path.relpath(index), "--instruction", INSTRUCTION]
+    print(f"Search these emoji in a browser: {shlex.join(words)}")
     print(f"Done in {time.monotonic() - started:.0f} s.")
 
 

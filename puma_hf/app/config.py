@@ -42,6 +42,9 @@ class AppConfig(CheckedConfig):
         at_least=0,
         at_most=65535,
     )
+    instruction: str | None = option(
+        None, "What queries ask for, in the words that the model was trained with; can be changed on the page."
+    )
     top: int = option(24, "Answers to show.", at_least=1, at_most=200)
     max_upload_mb: float = option(10.0, "Megabytes that the file of a picture may have.", above=0, at_most=1000)
     open_browser: bool = option(False, "Open the page in a browser.")

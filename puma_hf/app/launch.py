@@ -42,7 +42,13 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         from puma_hf.search.index import open_index
 
         index = open_index(config.index)
-        written = write_space(index, config.space, model=config.model, trust_remote_code=config.trust_remote_code)
+        written = write_space(
+            index,
+            config.space,
+            model=config.model,
+            instruction=config.instruction,
+            trust_remote_code=config.trust_remote_code,
+        )
         started(str(written))
         return
     require_gradio()

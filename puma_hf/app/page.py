@@ -52,8 +52,9 @@ def make_page(searcher: Searcher, config: AppConfig, uploads: Path) -> gr.Blocks
                     label="Words", placeholder="What do you look for?", lines=1, max_lines=4, elem_id="ph-words"
                 )
                 target = _choice(searcher, gr)
-                with gr.Accordion("Instruction", open=False, elem_id="ph-instruction"):
+                with gr.Accordion("Instruction", open=config.instruction is not None, elem_id="ph-instruction"):
                     instruction = gr.Textbox(
+                        config.instruction,
                         label="Instruction",  # which a screen reader says
                         show_label=False,
                         container=False,

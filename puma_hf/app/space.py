@@ -31,7 +31,7 @@ if __name__ == "__main__":
         index=Path(__file__).resolve().parent / "{index}",
         # A Space is reached from other machines, and through this port.
         host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
-        port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{trust}
+        port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{more}
     )
     launch(config, started=print)
 '''
@@ -65,13 +65,21 @@ GRADIO_SERVER_NAME=127.0.0.1 python app.py
 """
 
 
-def write_space(index: Index, folder: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Path:
+def write_space(
+    index: Index,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    instruction: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write a folder that is a Space of the Hub as it is: the page, and a copy of an index that needs nothing else.
 
     Args:
         index: The index.
         folder: Where to, a new or empty directory. It is written whole or not at all.
         model: Name of the index's model on the Hub. By default a model in a local directory is copied.
+        instruction: What queries ask for, in the words that the model was trained with; can be changed on the page.
         trust_remote_code: Whether the Space may run the code of a model's repository, which a PUMA model needs unless
             it is copied.
 
@@ -96,9 +104,10 @@ def write_space(index: Index, folder: str | Path, *, model: str | None = None, t
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         copy_index(index, draft / INDEX, model=model)
         name = open_index(draft / INDEX).description["model"]
-        trust = "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
+        more = "" if instruction is None else f"\n        instruction={instruction!r},"
+        more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
         files = {
-            "app.py": _APP.format(index=INDEX, port=FIRST_PORT, trust=trust),
+            "app.py": _APP.format(index=INDEX, port=FIRST_PORT, more=more),
             "requirements.txt": f"puma-hf[app]=={__version__}\n",
             "README.md": _readme(index, name),
         }

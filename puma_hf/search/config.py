@@ -15,7 +15,7 @@ from puma_hf.settings import CheckedConfig, option, required
 
 Target = Literal["any", "text", "image"]
 Backend = Literal["torch", "faiss", "ann"]
-RESCORE_MULTIPLIER = 10
+RESCORE_MULTIPLIER = 50
 AnnKind = Literal["none", "hnsw", "int8", "binary"]
 
 

@@ -110,7 +110,7 @@ class Searcher:
         rescore_multiplier: int = RESCORE_MULTIPLIER,
     ) -> None:
         if rescore_multiplier < 1:
-            raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 10.")
+            raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 50.")
         if model_fingerprint(model) != index.fingerprint:
             raise ValueError(
                 f"The index {str(index.folder)!r} was made by another model than {model_name(model)!r}, and vectors of "

@@ -172,13 +172,15 @@ def test_a_narrow_page(page: Page) -> None:
 # --- without a browser
 
 
-def page_of(searcher: Searcher, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def page_of(
+    searcher: Searcher, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: Any
+) -> Any:
     from puma_hf.app.config import AppConfig
     from puma_hf.app.page import make_page
 
     monkeypatch.setattr(Index, "counts", counts)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    return make_page(searcher, AppConfig(index="index"), tmp_path)
+    return make_page(searcher, AppConfig(index="index", **settings), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,19 @@ def test_only_what_the_index_has_can_be_chosen(
     assert [value for _, value in radio.choices] == choices
     assert radio.visible == (len(choices) > 1)
     assert radio.value == ("image" if "image" in choices else "any")
+
+
+@pytest.mark.parametrize("words", [None, "Find a picture."])
+def test_the_page_may_begin_with_an_instruction(
+    searcher: Searcher, words: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gradio as gr
+
+    made = page_of(searcher, {"text": 3}, monkeypatch, tmp_path, instruction=words)
+    texts = (block for block in made.blocks.values() if isinstance(block, gr.Textbox))
+    (field,) = (text for text in texts if text.label == "Instruction")
+    (folded,) = (block for block in made.blocks.values() if isinstance(block, gr.Accordion))
+    assert (field.value, folded.open) == (words, words is not None)
 
 
 def test_the_queue_is_bounded_and_uploads_end(

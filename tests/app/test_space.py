@@ -74,6 +74,15 @@ def test_a_model_on_the_hub(index_dir: Path, tmp_path: Path) -> None:
     assert "trust_remote_code" not in (written / "app.py").read_text()
 
 
+def test_an_instruction_is_quoted(index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "Find a \"red\" one.\nAnd {not} a 'green' one."
+    written = write_space(open_index(index_dir), tmp_path / "space", model="org/name", instruction=words)
+    launched = []
+    monkeypatch.setattr("puma_hf.app.launch.launch", lambda config, started: launched.append(config.instruction))
+    runpy.run_path(str(written / "app.py"), run_name="__main__")
+    assert launched == [words]
+
+
 def test_it_is_written_whole_or_not_at_all(index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
