@@ -17,7 +17,7 @@ from puma_hf.card_results import CardResults, MeasuredModel, SourceFile, read_re
 from puma_hf.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.card_table import card_table, made_from
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.files import is_puma_directory, write_whole
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
 from puma_hf.hub import TAGS, fill_template
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -112,12 +112,7 @@ def make_card(
     """
     folder = Path(directory)
     options = options or CardOptions()
-    if not (folder / "adapter_config.json").is_file() and not is_puma_directory(folder):
-        raise FileNotFoundError(
-            f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter. Name one that puma-hf prune, "
-            "distill, train or merge wrote."
-        )
-    adapter = _read(folder / "adapter_config.json")
+    adapter = _read(folder / ADAPTER_CONFIG) if is_adapter_directory(directory) else {}
     base = Path(str(adapter.get("base_model_name_or_path"))) if adapter else folder
     facts = read_facts(base) if (base / "config.json").is_file() else {}
     model = MeasuredModel(
@@ -211,4 +206,4 @@ def _licences(options: CardOptions, base_model: str | None) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))

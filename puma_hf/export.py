@@ -24,7 +24,7 @@ from transformers import (
 
 from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint
 from puma_hf.export_card import write_export_card
-from puma_hf.files import PUMA_MODEL_TYPES, is_puma_directory, new_directory
+from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
 from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING
@@ -124,7 +124,7 @@ def export(
     >>> print(export("puma-k14-mac", "puma-k14-stock"))  # doctest: +SKIP
     ```
     """
-    if (Path(source) / "adapter_config.json").is_file():
+    if (Path(source) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(source)!r} is an adapter. Merge it first (puma-hf merge), and export the result.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")

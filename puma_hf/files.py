@@ -1,4 +1,4 @@
-"""Write a directory whole or not at all."""
+"""What a directory of ours is, and how a directory or a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside the weights of an adapter
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
@@ -21,6 +22,22 @@ def is_puma_directory(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") in PUMA_MODEL_TYPES
+
+
+def is_adapter_directory(directory: str | Path) -> bool:
+    """Whether a directory is that of a LoRA adapter, and not of a PUMA model.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    folder = Path(directory)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and not is_puma_directory(folder):
+        raise FileNotFoundError(
+            f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter. Name one that puma-hf prune, "
+            "distill, train or merge wrote."
+        )
+    return is_adapter
 
 
 @contextmanager
@@ -95,6 +112,32 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(parked.parent)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A draft beside a file, which takes its place when the block ends well and is removed when it does not.
+
+    Args:
+        path: The file, which is replaced if it is there; its folder is made if need be.
+
+    Yields:
+        The draft, an empty file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        draft.chmod(0o644)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; its folder is made if need be.
 
@@ -109,17 +152,8 @@ def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
+    with whole_file(path) as draft, draft.open("wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())

@@ -15,12 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from puma_hf.card import CardOptions, make_card
 from puma_hf.card_results import RESULT_NAMES
+from puma_hf.files import ADAPTER_CONFIG
 from puma_hf.load_check import LoadCheck, check_loads
 from puma_hf.push_base import AdapterBase, check_base_on_hub, read_base
 from puma_hf.push_config import PushConfig
 from puma_hf.push_contents import holds_secret
 from puma_hf.push_errors import told
-from puma_hf.push_files import ADAPTER_CONFIG, CARD, PushFiles, files_to_push, is_model_file
+from puma_hf.push_files import CARD, PushFiles, files_to_push, is_model_file
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from puma_hf.push_files import ADAPTER_CONFIG, PushFiles, read_json
+from puma_hf.files import ADAPTER_CONFIG
+from puma_hf.push_files import PushFiles, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,9 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
-from puma_hf.files import is_puma_directory
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
 from puma_hf.push_contents import content_problem, holds_secret
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 
@@ -85,12 +84,7 @@ def files_to_push(directory: str | Path) -> PushFiles:
             that is not known; all are named.
     """
     folder = Path(directory)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not is_adapter and not is_puma_directory(folder):
-        raise FileNotFoundError(
-            f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter. Name one that puma-hf prune, "
-            "distill, train or merge wrote."
-        )
+    is_adapter = is_adapter_directory(directory)
     allowed = {*_EITHER, *_weight_files(folder, is_adapter), *_code_files(folder)}
     chosen, left_out, bad = [], [], []
     for path in sorted(folder.iterdir()):

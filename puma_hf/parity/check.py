@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export, is_export
-from puma_hf.files import is_puma_directory
+from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.parity.forms import (
     embed_features,
@@ -37,7 +37,6 @@ from puma_hf.parity.weights import StoredWeights, compare_weights
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 _AUTO_MODEL = "AutoModel"
 _SENTENCE_TRANSFORMER = "SentenceTransformer"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

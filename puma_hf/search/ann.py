@@ -11,10 +11,8 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkstemp
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from puma_hf.embedding.precision import quantize
 from puma_hf.embedding.store import StoredEmbeddings
+from puma_hf.files import whole_file
 from puma_hf.search.candidates import ShardReader, StoredCandidates
 from puma_hf.search.config import AnnKind
 
@@ -232,11 +231,9 @@ def _write(index: Any, path: Path) -> str:
     """Write an index of faiss, whole or not at all, without a copy of it in memory; its hash."""
     faiss = _faiss()
 
-    handle, draft = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as draft:
         try:
-            (faiss.write_index_binary if isinstance(index, faiss.IndexBinary) else faiss.write_index)(index, draft)
+            (faiss.write_index_binary if isinstance(index, faiss.IndexBinary) else faiss.write_index)(index, str(draft))
         except RuntimeError as error:
             raise OSError(
                 f"{str(path)!r} could not be written ({error}). Is the disk full? Embeddings are kept: make room, and "
@@ -245,10 +242,4 @@ def _write(index: Any, path: Path) -> str:
         with open(draft, "rb+") as file:
             content_hash = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
     return content_hash

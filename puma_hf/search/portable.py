@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from puma_hf.search.items import Item, image_state, read_items, read_seen_hashes
 from puma_hf.search.pictures import keep_picture
 
 MODEL_FOLDER = "model"
-_ROWS_AT_ONCE = 1000
 
 
 def copy_index(index: Index, folder: str | Path, *, model: str | None = None) -> Path:
@@ -92,14 +90,9 @@ def _copy_shard(index: Index, shard: int, draft: Path) -> str:
         for path in shard_files(index.folder, shard, file_format):
             shutil.copyfile(path, draft / path.name)
     content_hash = index.description["items"][shard]
-    items = [_with_own_picture(item, draft) for item in _items(index, shard, info.num_rows)]
+    items = read_items(index.folder, shard, content_hash, range(info.num_rows))
+    items = [_with_own_picture(item, draft) for item in items]
     return write_items(draft, shard, items, read_seen_hashes(index.folder, shard, content_hash))
-
-
-def _items(index: Index, shard: int, count: int) -> Iterator[Item]:
-    content_hash = index.description["items"][shard]
-    for start in range(0, count, _ROWS_AT_ONCE):
-        yield from read_items(index.folder, shard, content_hash, range(start, min(start + _ROWS_AT_ONCE, count)))
 
 
 def _with_own_picture(item: Item, draft: Path) -> Item:

@@ -1,9 +1,10 @@
-"""The example of LanceDB: its answers are those of our own exact search, before and after the corpus has changed."""
+"""The examples of databases: their answers are those of our own exact search, before and after the corpus changed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,28 @@ from puma_hf.search.config import Target
 from puma_hf.search.index import manifest_hash, open_index
 from puma_hf.search.query import Query, Searcher
 
-pytest.importorskip("lancedb")
-
-from examples import lancedb_search  # it imports the database
+# By the library that it needs: the example, the flag of its folder if there is one, and its word for a table.
+DATABASES = {"lancedb": ("lancedb_search", "", "table"), "qdrant_client": ("qdrant_search", "--path", "collection")}
 
 Run = Callable[..., list[tuple[float, str]]]
 
 
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest) -> str:
+    """The library of each database in turn."""
+    pytest.importorskip(request.param)
+    return str(request.param)
+
+
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Ask the database: score and id of each answer."""
 
     def ask(index: Path, *words: str) -> list[tuple[float, str]]:
-        folder = tmp_path / "database"
-        lancedb_search.main([str(index), str(folder), *words])
+        example, flag, _ = DATABASES[database]
+        folder = str(tmp_path / "database")
+        placed = [*words, flag, folder] if flag else [folder, *words]
+        import_module(f"examples.{example}").main([str(index), *placed])
         lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
         return [(float(line[0]), line[2]) for line in lines]
 
@@ -75,11 +84,11 @@ def test_an_id_that_repeats(run: Run, make_index: Callable[[], Path], corpus: Pa
         run(make_index(), "on")
 
 
-def test_vectors_of_another_model(run: Run, make_index: Callable[[], Path]) -> None:
+def test_vectors_of_another_model(run: Run, database: str, make_index: Callable[[], Path]) -> None:
     index = make_index()
     run(index, "on")
     manifest, described = index / "manifest.json", json.loads((index / "index.json").read_text())
     manifest.write_text(manifest.read_text().replace(open_index(index).fingerprint, "0" * 64))
     (index / "index.json").write_text(json.dumps({**described, "manifest_hash": manifest_hash(index)}))
-    with pytest.raises(SystemExit, match=r"The table 'items' .*is of another model than"):
+    with pytest.raises(SystemExit, match=rf"The {DATABASES[database][2]} 'items' .*is of another model than"):
         run(index, "on")
