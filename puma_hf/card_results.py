@@ -105,10 +105,15 @@ class MeasuredModel:
     original_num_hidden_layers: int
     num_parameters: int
     _model: Any = field(default=None, repr=False)
+    _load_error: str | None = field(default=None, repr=False)
     _fingerprints: dict[int | None, str | None] = field(default_factory=dict, repr=False)
 
     def fingerprint(self, truncate_dim: int | None) -> str | None:
-        """Its fingerprint as an evaluation writes it; the model is loaded once, and hashed once for each number."""
+        """Its fingerprint as an evaluation writes it; the model is loaded once, and hashed once for each number.
+
+        Raises:
+            ValueError: If the model cannot be loaded.
+        """
         from puma_hf.evaluation.fingerprint import model_fingerprint
 
         if truncate_dim not in self._fingerprints:
@@ -118,7 +123,11 @@ class MeasuredModel:
         return self._fingerprints[truncate_dim]
 
     def costs(self) -> LayerCosts:
-        """Its operations, counted on the model itself; the model is loaded once."""
+        """Its operations, counted on the model itself; the model is loaded once.
+
+        Raises:
+            ValueError: If the model cannot be loaded.
+        """
         from puma_hf.evaluation.layer_costs import layer_costs
 
         return layer_costs(self._loaded())
@@ -126,8 +135,20 @@ class MeasuredModel:
     def _loaded(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        if self._model is None:
-            self._model = SentenceTransformer(str(self.directory), trust_remote_code=True, device="cpu")
+        if self._model is None and self._load_error is None:
+            try:
+                self._model = SentenceTransformer(str(self.directory), trust_remote_code=True, device="cpu")
+            except (OSError, ValueError) as error:  # such as an adapter's base on the Hub, without a network
+                # Remembered: each file that is looked at would wait for the network again.
+                self._load_error = (
+                    f"{str(self.directory)!r} cannot be loaded ({str(error).strip().partition(chr(10))[0]}), so "
+                    "nothing can be measured on it, nor results be told to be its own. Make it loadable first: an "
+                    "adapter needs its base, from the Hub or on this machine."
+                )
+                logger.warning("%s", self._load_error)
+                raise ValueError(self._load_error) from error
+        if self._load_error is not None:
+            raise ValueError(self._load_error)
         return self._model
 
 

@@ -144,10 +144,16 @@ def test_parameters_and_bytes_are_those_that_pruning_counted(tmp_path: Path, fam
     assert f"{si(costs.flops_image[1])}FLOP | {si(costs.flops_image[3])}FLOP |" in card
 
 
+def make_adapter(folder: Path, base: str | Path) -> Path:
+    """A directory of an adapter, which has only what a card looks at, in a place without other directories."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    return folder
+
+
 def test_an_adapter_names_its_base(puma_dir: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"base_model_name_or_path": str(puma_dir)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    content = render_card(tmp_path, options=CardOptions("org/lora", "org/puma"))
+    lora = make_adapter(tmp_path / "work" / "lora", puma_dir)
+    content = render_card(lora, options=CardOptions("org/lora", "org/puma"))
     card = ModelCard(content)
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert {"peft", "lora"} <= set(card.data.tags)
@@ -158,11 +164,24 @@ def test_an_adapter_names_its_base(puma_dir: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_whose_base_is_on_the_hub_says_so_itself(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/puma"}))
-    card = ModelCard(render_card(tmp_path, options=CardOptions("org/lora")))
+    lora = make_adapter(tmp_path / "work" / "lora", "org/puma")
+    card = ModelCard(render_card(lora, options=CardOptions("org/lora")))
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     assert "onto its base, which is fetched from\n`org/puma`." in card.text
     assert "Base: not stated here, of [org/puma]" in card.text
+
+
+def test_results_beside_an_adapter_whose_base_is_out_of_reach_stay_out_of_its_card(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = make_adapter(tmp_path / "work" / "lora", "org/puma")
+    files = [write_results(lora.parent / name / "results.json") for name in ("one", "two")]
+    card = render_card(lora, options=CardOptions("org/lora"))
+    assert "hit@" not in card
+    message = "lora' cannot be loaded (We couldn't connect to"
+    assert [message in record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [True]
+    with pytest.raises(ValueError, match=r"told to be its own\. Make it loadable first: an adapter needs its base"):
+        render_card(lora, results=files)
 
 
 def test_a_model_that_was_not_trained_has_no_seeds(folder: Path) -> None:
