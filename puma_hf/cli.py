@@ -21,8 +21,8 @@ from puma_hf.embedding.config import EmbedConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.export_config import ExportConfig
+from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
-from puma_hf.push_config import PushConfig
 from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
@@ -241,7 +241,7 @@ def push(config: PushConfig) -> None:
 
     Example: puma-hf push puma-k14-mac org/puma-k14 --dry-run
     """
-    from puma_hf.push import push_configured as run
+    from puma_hf.hub.push import push_configured as run
 
     typer.echo(str(run(config)))
 

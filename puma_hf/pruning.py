@@ -22,7 +22,7 @@ from transformers import (
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.files import new_directory
-from puma_hf.hub import write_model_card
+from puma_hf.hub.template import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import check_num_kept_layers, config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES

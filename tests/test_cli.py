@@ -28,9 +28,9 @@ from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.evaluation.trec import read_run
 from puma_hf.export_config import ExportConfig
+from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
 from puma_hf.pruning import prune
-from puma_hf.push_config import PushConfig
 from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig

@@ -37,7 +37,9 @@ MUST_NOT_IMPORT = {
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "evaluation/": ("puma_hf.trainer", "puma_hf.embedding", "puma_hf.cli", "puma_hf.hub"),
     "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
-    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
+    # It copies what the upload would send, and knows nothing else of the Hub.
+    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub.push", "puma_hf.hub.card"),
+    "hub/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.search", "puma_hf.app", "puma_hf.cli"),
     "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
     "parity/": ("puma_hf.cli",),
     "trainer/": ("puma_hf.cli",),
@@ -218,7 +220,7 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     wheel = tmp_path / f"puma_hf-{puma_hf.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    data = {"puma_hf/py.typed", "puma_hf/hub_card.md", "puma_hf/modeling/chat_template.jinja"}
+    data = {"puma_hf/py.typed", "puma_hf/hub/hub_card.md", "puma_hf/modeling/chat_template.jinja"}
     data.add("puma_hf/evaluation/retrieval_metric/README.md")
     assert data | {f"puma_hf/{source}" for source in SOURCES} <= names
     assert {name.partition("/")[0] for name in names} == {
@@ -232,7 +234,7 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
 
 def render(**values: object) -> huggingface_hub.ModelCard:
     data = huggingface_hub.ModelCardData(**values.pop("card_data", {}))  # type: ignore[arg-type]
-    return huggingface_hub.ModelCard.from_template(data, template_path=str(ROOT / "hub_card.md"), **values)
+    return huggingface_hub.ModelCard.from_template(data, template_path=str(PACKAGE / "hub" / "hub_card.md"), **values)
 
 
 def test_the_card_renders_without_any_value() -> None:

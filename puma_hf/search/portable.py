@@ -12,7 +12,7 @@ from puma_hf.embedding.shards import read_info, read_shard, shard_files, write_s
 from puma_hf.embedding.store import MANIFEST
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.files import new_directory
-from puma_hf.push_files import files_to_push
+from puma_hf.hub.push_files import files_to_push
 from puma_hf.search.ann import ANN_FILE
 from puma_hf.search.index import DESCRIPTION, Index
 from puma_hf.search.items import Item, image_state, read_items, read_seen_hashes, write_items

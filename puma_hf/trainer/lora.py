@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.files import new_directory
-from puma_hf.hub import with_training_note
+from puma_hf.hub.template import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 

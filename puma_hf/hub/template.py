@@ -10,9 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from puma_hf.modeling import PumaConfig
 
-_HERE = Path(__file__).parent
-# The wheel carries the template inside the package; a checkout has it at the root of the repository.
-CARD_TEMPLATES = (_HERE / "hub_card.md", _HERE.parent / "hub_card.md")
+_TEMPLATE = Path(__file__).with_name("hub_card.md")
 TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers", "custom_code")
 
 
@@ -51,8 +49,7 @@ def fill_template(card_data: ModelCardData, **values: Any) -> str:
     Returns:
         The text, which huggingface_hub could read again.
     """
-    template = next(path for path in CARD_TEMPLATES if path.is_file())
-    return str(ModelCard.from_template(card_data, template_path=str(template), **values))
+    return str(ModelCard.from_template(card_data, template_path=str(_TEMPLATE), **values))
 
 
 def with_training_note(card: str, note: str) -> str:
@@ -61,7 +58,7 @@ def with_training_note(card: str, note: str) -> str:
     Example:
 
     ```python
-    >>> from puma_hf.hub import with_training_note
+    >>> from puma_hf.hub.template import with_training_note
 
     >>> card = with_training_note("# Model\\n\\n## Use\\n", "distilled")
     >>> with_training_note(card, "trained on pairs").splitlines()

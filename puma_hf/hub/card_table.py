@@ -34,7 +34,7 @@ def card_table(results: MBEIRResults) -> str:
     Example:
 
     ```python
-    >>> from puma_hf.card_table import card_table
+    >>> from puma_hf.hub.card_table import card_table
     >>> from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 
     >>> row = MBEIRTaskResult("toys", 0, "local", 100, 50, 0, 0.625, {"hit@5": 0.625})

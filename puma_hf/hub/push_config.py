@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig(CheckedConfig):
-    """Settings of `puma_hf.push.push_configured`; `puma-hf push --help` explains every field.
+    """Settings of `puma_hf.hub.push.push_configured`; `puma-hf push --help` explains every field.
 
     Raises:
         ValueError: If a name is not of the Hub's form, or two settings exclude each other.
@@ -25,7 +25,7 @@ class PushConfig(CheckedConfig):
     Example:
 
     ```python
-    >>> from puma_hf.push_config import PushConfig
+    >>> from puma_hf.hub.push_config import PushConfig
 
     >>> PushConfig(directory="puma-k14-mac", repo_id="org/puma-k14").create_pr
     False

@@ -13,15 +13,15 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from puma_hf.card import CardOptions, make_card
-from puma_hf.card_results import RESULT_NAMES
 from puma_hf.files import ADAPTER_CONFIG
-from puma_hf.load_check import LoadCheck, check_loads
-from puma_hf.push_base import AdapterBase, check_base_on_hub, read_base
-from puma_hf.push_config import PushConfig
-from puma_hf.push_contents import holds_secret
-from puma_hf.push_errors import told
-from puma_hf.push_files import CARD, PushFiles, files_to_push, is_model_file
+from puma_hf.hub.card import CardOptions, make_card
+from puma_hf.hub.card_results import RESULT_NAMES
+from puma_hf.hub.load_check import LoadCheck, check_loads
+from puma_hf.hub.push_base import AdapterBase, check_base_on_hub, read_base
+from puma_hf.hub.push_config import PushConfig
+from puma_hf.hub.push_contents import holds_secret
+from puma_hf.hub.push_errors import told
+from puma_hf.hub.push_files import CARD, PushFiles, files_to_push, is_model_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     Example:
 
     ```python
-    >>> from puma_hf.push import push_to_hub
+    >>> from puma_hf.hub import push_to_hub
 
     >>> print(push_to_hub("puma-k14-mac", "org/puma-k14", dry_run=True))  # doctest: +SKIP
     ```

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from puma_hf.card_results import MeasuredModel, find_results, read_results
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
+from puma_hf.hub.card_results import MeasuredModel, find_results, read_results
 from tests.evaluation.sweep_reports import make_model, make_report
 
 PRINT = "f" * 64

@@ -1,4 +1,4 @@
-"""Scripts take the place of the real one, which takes seconds; tests/test_push.py runs that."""
+"""Scripts take the place of the real one, which takes seconds; tests/hub/test_push.py runs that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.load_check import LoadCheck, check_loads
+from puma_hf.hub.load_check import LoadCheck, check_loads
 
 FOUND: dict[str, Any] = {"shape": [3, 64], "same_shape": True, "finite": True, "difference": 1e-6, "dtype": "float32"}
 FOUND |= {"unread": [], "1 - cosine": 1e-7}
@@ -17,7 +17,7 @@ FOUND |= {"unread": [], "1 - cosine": 1e-7}
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "script.py"
-    monkeypatch.setattr("puma_hf.load_check._SCRIPT", path)
+    monkeypatch.setattr("puma_hf.hub.load_check._SCRIPT", path)
     return path
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
-from puma_hf.card_facts import read_facts
-from puma_hf.card_results import CardResults, MeasuredModel, SourceFile, read_results
-from puma_hf.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
-from puma_hf.card_table import card_table, made_from
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
-from puma_hf.hub import TAGS, fill_template
+from puma_hf.hub.card_facts import read_facts
+from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_results
+from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
+from puma_hf.hub.card_table import card_table, made_from
+from puma_hf.hub.template import TAGS, fill_template
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -78,7 +78,7 @@ def write_card(
     Example:
 
     ```python
-    >>> from puma_hf.card import write_card
+    >>> from puma_hf.hub import write_card
 
     >>> print(write_card("puma-k4-mac", results=["puma-k4-mac-test/results.json"]))  # doctest: +SKIP
     ```

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from puma_hf.card_table import NOT_MEASURED, card_table, is_mbeir, made_from
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_NOTE
+from puma_hf.hub.card_table import NOT_MEASURED, card_table, is_mbeir, made_from
 
 
 def row(name: str, score: float, pool: str = "local", skipped: int = 0) -> MBEIRTaskResult:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puma_hf import prune
-from puma_hf.card_facts import read_facts
+from puma_hf.hub.card_facts import read_facts
 from tests.tiny import build_qwen2_vl
 
 

@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
-from puma_hf.card import CardOptions, render_card, write_card
-from puma_hf.card_results import MeasuredModel
 from puma_hf.evaluation.layer_costs import LayerCosts
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.flops import count_flops
-from puma_hf.hub import fill_template, with_training_note
+from puma_hf.hub.card import CardOptions, render_card, write_card
+from puma_hf.hub.card_results import MeasuredModel
+from puma_hf.hub.template import fill_template, with_training_note
 from tests.evaluation.sweep_reports import make_model, make_report
-from tests.test_card_results import PRINT, write_results
+from tests.hub.test_card_results import PRINT, write_results
 from tests.tiny import build_checkpoint
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 COSTS = LayerCosts((1, 2), (1, 2), (10**7, 15 * 10**6), (10**9, 12 * 10**8), 64, 256)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from puma_hf.push_files import files_to_push, is_model_file
+from puma_hf.hub.push_files import files_to_push, is_model_file
 
 
 @pytest.fixture

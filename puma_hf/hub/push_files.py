@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
 from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
-from puma_hf.push_contents import content_problem, holds_secret
+from puma_hf.hub.push_contents import content_problem, holds_secret
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
@@ -155,7 +155,7 @@ def _weight_files(folder: Path, is_adapter: bool) -> set[str]:
 
 def _code_files(folder: Path) -> set[str]:
     """Python files that a loader runs: those named in the settings, and what they import; and copies of ours."""
-    own = {path.name for path in (Path(__file__).parent / "modeling").glob("*_puma.py")}
+    own = {path.name for path in (Path(__file__).parents[1] / "modeling").glob("*_puma.py")}
     files = [folder / f"{name}.py" for name in set(_named_modules(folder)) if (folder / f"{name}.py").is_file()]
     try:
         imported = [Path(name).name for path in files for name in get_relative_import_files(path)]

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from puma_hf.cli_options import config_command
-from puma_hf.push_config import PushConfig
+from puma_hf.hub.push_config import PushConfig
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "../x/y", "org/", "org/na me", "org/a--b", ""])

@@ -3,11 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
-from puma_hf import PumaConfig, hub
-from puma_hf.hub import write_model_card
+from puma_hf import PumaConfig
+from puma_hf.hub.template import write_model_card
 
 FACTS: dict[str, Any] = {
     "source": "/home/somebody/secret/qwen",
@@ -65,17 +64,3 @@ def test_a_pruned_directory_has_its_card(puma_dir: Path, qwen_dir: Path) -> None
     assert "layers 0 to 1" in card.text
     assert f"`{qwen_dir.name}`" in card.text
     assert str(qwen_dir.parent) not in card.content
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_template_lies_in_the_wheel_or_at_the_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    inside, at_root = tmp_path / "puma_hf" / "hub_card.md", tmp_path / "hub_card.md"
-    inside.parent.mkdir()
-    for path in (at_root, *([inside] if installed else [])):
-        path.write_text(f"---\n{{{{ card_data }}}}\n---\n{path.parent.name}")
-    monkeypatch.setattr(hub, "CARD_TEMPLATES", (inside, at_root))
-    write_model_card(tmp_path, config(None), {})
-    text = (tmp_path / "README.md").read_text()
-    assert text.strip().endswith("puma_hf" if installed else tmp_path.name)

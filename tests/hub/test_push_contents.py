@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from puma_hf.push_contents import content_problem, holds_secret
+from puma_hf.hub.push_contents import content_problem, holds_secret
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_sound_files_have_no_problem(puma_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_large_stray_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puma_hf.push_contents._MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("puma_hf.hub.push_contents._MAX_BYTES", 1 << 20)
     path = tmp_path / "huge.gguf"
     path.touch()
     os.truncate(path, 4 << 20)  # holes: no room is taken
@@ -99,5 +99,5 @@ def test_a_large_stray_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytes
         file.seek(2 << 20)
         file.write(json.dumps("hf_" + "a" * 34).encode())
     assert not holds_secret(path)
-    monkeypatch.setattr("puma_hf.push_contents._MAX_BYTES", 3 << 20)
+    monkeypatch.setattr("puma_hf.hub.push_contents._MAX_BYTES", 3 << 20)
     assert holds_secret(path)

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from puma_hf.files import ADAPTER_CONFIG
-from puma_hf.push_files import PushFiles, read_json
+from puma_hf.hub.push_files import PushFiles, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puma_hf.card_results import CardResults, MeasuredModel
-from puma_hf.card_table import is_mbeir
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.published import PUBLISHED
 from puma_hf.evaluation.sweep_report import si
+from puma_hf.hub.card_results import CardResults, MeasuredModel
+from puma_hf.hub.card_table import is_mbeir
 
 # What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
 _STAGES = re.compile(

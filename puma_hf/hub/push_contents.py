@@ -30,7 +30,7 @@ def holds_secret(content: Path | str) -> bool:
     Example:
 
     ```python
-    >>> from puma_hf.push_contents import holds_secret
+    >>> from puma_hf.hub.push_contents import holds_secret
 
     >>> holds_secret("Set HF_TOKEN first."), holds_secret("HF_TOKEN=hf_" + 34 * "x")
     (False, True)

@@ -1,4 +1,4 @@
-"""Uploads against tests/hub_server.py, a double of the Hub on this machine; nothing leaves it."""
+"""Uploads against tests/hub/hub_server.py, a double of the Hub on this machine; nothing leaves it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import fresh_load, lora_config
-from puma_hf.card_results import MeasuredModel
+from puma_hf import lora_config
 from puma_hf.evaluation.layer_costs import LayerCosts
-from puma_hf.load_check import LoadCheck
-from puma_hf.push import push_to_hub as push
+from puma_hf.hub import fresh_load
+from puma_hf.hub.card_results import MeasuredModel
+from puma_hf.hub.load_check import LoadCheck
+from puma_hf.hub.push import push_to_hub as push
 from puma_hf.trainer.lora import add_lora, save_base_fingerprint
-from tests.hub_server import TOKEN, HubServer, Repository, hub_server
-from tests.test_card_results import PRINT, write_results
+from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
+from tests.hub.test_card_results import PRINT, write_results
 from tests.warm_process import WarmProcess, warm_process
 
 LOADED = LoadCheck(64, "float32", 1e-7)
@@ -73,7 +74,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         given.append(SimpleNamespace(content=content, **options))
         return LOADED
 
-    monkeypatch.setattr("puma_hf.push.check_loads", check)
+    monkeypatch.setattr("puma_hf.hub.push.check_loads", check)
     monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
     return given
 
@@ -81,7 +82,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 @pytest.fixture
 def really_loads(warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process in which the directory is opened has its imports behind it; all else is as it is."""
-    monkeypatch.setattr("puma_hf.load_check.subprocess.run", warm.run)
+    monkeypatch.setattr("puma_hf.hub.load_check.subprocess.run", warm.run)
     monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
 
 
@@ -321,7 +322,7 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
         change()
         return LOADED
 
-    monkeypatch.setattr("puma_hf.push.check_loads", check)
+    monkeypatch.setattr("puma_hf.hub.push.check_loads", check)
 
 
 def test_what_was_checked_is_uploaded(
