@@ -1,4 +1,4 @@
-"""What the site needs beyond its pages: options of the commands, docstrings as Markdown, a link turned inside."""
+"""What the site needs beyond its pages: options of the commands, docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import griffe
 import typer
 
-# docs/ablation.md is read on its own, beside the README, and on the site.
-_OUTSIDE = "[README](../README.md#what-the-pieces-are-worth-an-ablation)"
-_INSIDE = "[guide](train.md#which-loss)"
 _COMMANDS = "<!-- commands -->"
 
 _EXAMPLE = re.compile(r"^Example:\n(?P<body>(?:\n|[ ]{4}.*(?:\n|\Z))+)", re.MULTILINE)
@@ -20,10 +17,8 @@ _FENCE_OF_PROMPTS = re.compile(r"^```python\n(?=>>> )", re.MULTILINE)
 _NAME = re.compile(r"\[`~?(?P<name>[\w.]+)`\](?![\[(])")
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs calls this with the text of each page."""
-    if page.file.src_uri == "ablation.md":
-        return markdown.replace(_OUTSIDE, _INSIDE)
     return markdown.replace(_COMMANDS, commands_markdown()) if _COMMANDS in markdown else markdown
 
 

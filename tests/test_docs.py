@@ -241,6 +241,16 @@ def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]]
 
 
 @pytest.mark.usefixtures("docs_directory")
+def test_the_shell_blocks_of_the_readme_are_right(parse: Callable[[list[str]], None]) -> None:
+    blocks = [
+        block for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")) if block.language == "bash"
+    ]
+    assert len(blocks) > 5
+    for words in [words for block in blocks for words in commands_of(block)]:
+        check_command(words, parse)
+
+
+@pytest.mark.usefixtures("docs_directory")
 def test_the_examples_of_the_help_are_right(parse: Callable[[list[str]], None]) -> None:
     for command in cli.app.registered_commands:
         _, mark, example = (command.callback.__doc__ or "").partition("Example: puma-hf ")

@@ -58,6 +58,22 @@ def test_blocks_run() -> None:
         exec(block.compiled("README.md"), namespace)
 
 
+def slug(heading: str) -> str:
+    """The anchor that GitHub and the site make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith("https://")]
+    assert len(links) > 10
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = ROOT / (path or "README.md")
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{path}#{anchor}"
+
+
 def test_the_test_command_is_the_one_that_ci_runs() -> None:
     assert re.search(r"^make test$", README, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
