@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puma_hf.losses import SelfDistillationLoss
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
+from puma_hf.trainer.gradient_checkpointing import PREFIX
 from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.teacher_base import Teacher
 from puma_hf.trainer.whole_teacher import WholeTeacher
@@ -34,7 +35,7 @@ def step(mode: str, checkpointed: bool = False) -> StepFlops:
     student = build_model(KEPT).train()
     student.config.original_num_hidden_layers = 28
     if checkpointed:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(student, f"{PREFIX}_checkpointing_enable")({"use_reentrant": False})
         student.disable_input_require_grads()
     model = sentence_transformer(student).train()
     features = image_item(student)
