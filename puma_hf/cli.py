@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -24,6 +25,7 @@ from puma_hf.export_config import ExportConfig
 from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
 from puma_hf.search.config import IndexConfig, SearchConfig
+from puma_hf.termination import ends_well_on_sigterm
 from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
@@ -125,7 +127,8 @@ def embed(config: EmbedConfig) -> None:
     """
     from puma_hf.embedding.run import embed_corpus as run
 
-    report = run(config)
+    with ends_well_on_sigterm():
+        report = run(config)
     if _is_first_process():
         typer.echo(str(report))
 
@@ -138,7 +141,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     from puma_hf.evaluation.run import evaluate as run
 
-    results = run(config)
+    with ends_well_on_sigterm():
+        results = run(config)
     if _is_first_process():
         typer.echo(results.to_markdown())
 
@@ -176,7 +180,8 @@ def index(config: IndexConfig) -> None:
     """
     from puma_hf.search.build import build_index as run
 
-    report = run(config)
+    with ends_well_on_sigterm():
+        report = run(config)
     if _is_first_process():
         typer.echo(str(report))
 
@@ -191,6 +196,8 @@ def search(config: SearchConfig) -> None:
 
     answers = run(config)
     typer.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
+    if config.html is not None:
+        typer.echo(f"saved    {config.html}", err=config.json)  # which is for programs
 
 
 @config_command(app, AppConfig, name="app")
@@ -276,8 +283,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a character that it cannot show must not end the work
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "sentence_transformers", "datasets"):
+    for noisy in ("httpx", "sentence_transformers", "datasets", "faiss"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    # peft asks for it; nobody who merges an adapter can change that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if not _is_first_process():
         os.environ.update(dict.fromkeys(BARS, "1"))  # read when the libraries are imported, which is later
     try:

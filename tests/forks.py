@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
+from tqdm.auto import tqdm as auto_tqdm
 
 from tests.warm_process import WarmProcess
 
@@ -49,8 +50,11 @@ def in_a_fork(action: Callable[[], object]) -> int:
     """Start it in a process of its own, which shares the imported libraries; the id of the process."""
     process = os.fork()
     if process == 0:
-        # tqdm's own lock is shared by forks, and whoever is killed with it never gives it back.
-        tqdm.set_lock(threading.RLock())
+        # tqdm's own locks are shared by forks, and whoever is killed with one never gives it back. The class whose bar
+        # was the first to be shown has its own, and all that are made of it use that one.
+        lock = threading.RLock()
+        for shown in (tqdm, auto_tqdm):
+            shown.set_lock(lock)
         try:
             action()
         finally:

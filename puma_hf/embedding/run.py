@@ -26,7 +26,7 @@ from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
 from puma_hf.embedding.store import ERRORS, MANIFEST, RANGES, EmbeddingStore
 from puma_hf.embedding.unfinished import UnfinishedShard
 from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
-from puma_hf.evaluation.processes import broadcast, connect, gather, own_device, shared_folder
+from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 from puma_hf.files import is_puma_directory
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         FileNotFoundError: If the corpus is missing.
         ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no PUMA
             model, or the directory holds embeddings of another model or setting.
+        DirectoryInUseError: If another run writes into the directory.
         OSError: If the disk is full; finished shards are kept.
 
     Example:
@@ -108,23 +109,24 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     """
     for note in config.notes():
         logger.warning(note)
-    rank, _ = connect()
-    corpus = open_corpus(config.data, split=config.split, pool=config.pool)
-    # Wrong lines are found here, before the model is loaded.
-    survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if rank == 0 else None
-    num_items = broadcast(survey.num_items if survey is not None else 0)
-    model = open_model(config)
-    with shared_folder(config.output) as folder, _disk_explained(folder):
-        store = EmbeddingStore(folder, _settings(config, model), config.format)
-        gather(None)  # all have looked before anyone writes
-        if rank == 0 and not (folder / MANIFEST).is_file():
-            store.begin()
-        if config.is_scaled and survey is not None and not store.load_ranges():
-            ranges = _find_ranges(model, survey.sample, config)
-            store.save_ranges(ranges)
-            store.ranges = ranges
-        store.ranges = broadcast(store.ranges)
-        return _Run(config, corpus, model, store).run(num_items)
+    with locked_for_all(config.output):
+        corpus = open_corpus(config.data, split=config.split, pool=config.pool)
+        # Wrong lines are found here, before the model is loaded.
+        is_main = connect()[0] == 0
+        survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if is_main else None
+        num_items = broadcast(survey.num_items if survey is not None else 0)
+        model = open_model(config)
+        with shared_folder(config.output) as folder, _disk_explained(folder):
+            store = EmbeddingStore(folder, _settings(config, model), config.format)
+            gather(None)  # all have looked before anyone writes
+            if is_main and not (folder / MANIFEST).is_file():
+                store.begin()
+            if config.is_scaled and survey is not None and not store.load_ranges():
+                ranges = _find_ranges(model, survey.sample, config)
+                store.save_ranges(ranges)
+                store.ranges = ranges
+            store.ranges = broadcast(store.ranges)
+            return _Run(config, corpus, model, store).run(num_items)
 
 
 class _Work(NamedTuple):
@@ -197,8 +199,10 @@ class _Run:
                 unfinished = UnfinishedShard(self.store.folder, work.wanted, work.content_hashes)
                 result = embed_records(self.model, work.records, self.config, progress, unfinished)
                 self.num_kept += unfinished.num_kept
-                self.new += [write.result() for write in writes]  # one at a time waits in memory
-                writes = [writer.submit(self._write, work, result, unfinished)]
+                # Before the wait for the last one: whatever ends the run in it, this one is written.
+                writes.append(writer.submit(self._write, work, result, unfinished))
+                if len(writes) > 1:
+                    self.new.append(writes.pop(0).result())  # one at a time waits in memory
             self.new += [write.result() for write in writes]
         return found + self.new
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from puma_hf.locks import locked
 
 T = TypeVar("T")
 
@@ -69,21 +71,49 @@ def main_process_first() -> Iterator[None]:
 
 
 @contextmanager
-def shared_folder(folder: str | Path | None) -> Iterator[Path]:
-    """A folder that all processes use: the given one, or a temporary one that ends with the block.
+def locked_for_all(folder: str | Path | None) -> Iterator[None]:
+    """Lock a folder for the processes of this run, as `puma_hf.locks.locked` does: the main process holds the lock.
+
+    Args:
+        folder: The folder; None for nothing to lock.
 
     Raises:
+        DirectoryInUseError: In every process, if another run has it.
+        NotADirectoryError: In every process, if it is a file.
+        OSError: In every process, if it cannot be made.
+    """
+    with ExitStack() as stack:
+        refused: OSError | None = None
+        if folder is not None and connect()[0] == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except OSError as error:
+                refused = error
+        # The others would wait for a main process that has given up.
+        if folder is not None and (said := broadcast(refused)) is not None:
+            raise said
+        yield
+
+
+@contextmanager
+def shared_folder(folder: str | Path | None) -> Iterator[Path]:
+    """A folder that all processes use: the given one, locked, or a temporary one that ends with the block.
+
+    Raises:
+        DirectoryInUseError: If another run has it.
         ValueError: If another process, on another machine, does not see it.
         NotADirectoryError: If it is a file.
     """
+    with locked_for_all(folder), _seen_by_all(folder) as shared:
+        yield shared
+
+
+@contextmanager
+def _seen_by_all(folder: str | Path | None) -> Iterator[Path]:
     rank, _ = connect()
     temporary = tempfile.mkdtemp(prefix="puma-hf-") if folder is None and rank == 0 else None
     shared = Path(broadcast(temporary) or str(folder))
     try:
-        if rank == 0:
-            if shared.exists() and not shared.is_dir():
-                raise NotADirectoryError(f"output_dir {str(shared)!r} is a file. Choose a directory.")
-            shared.mkdir(parents=True, exist_ok=True)
         gather(None)
         blind = [number for number, sees in enumerate(gather(shared.is_dir())) if not sees]
         if blind:

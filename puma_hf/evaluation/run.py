@@ -16,7 +16,7 @@ from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.processes import main_process_first, own_device, shared_folder
+from puma_hf.evaluation.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         FileNotFoundError: If the data, the split or an image is missing.
         ValueError: If the data are wrong, the output holds embeddings of another model or setting, or `truncate_dim`
             is more than the model has.
+        DirectoryInUseError: If another run writes into the output.
 
     Example:
         >>> from puma_hf.evaluation.config import EvaluateConfig
@@ -46,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     """
     for note in config.notes():
         logger.warning(note)
-    with ExitStack() as stack:
+    with locked_for_all(config.output), ExitStack() as stack:
         data = _open_data(config, stack)
         return evaluate_mbeir(
             _open_model(config),
@@ -87,13 +88,23 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:
     _refuse_unpruned(config.model)
-    model = SentenceTransformer(
-        config.model,
-        device=own_device(),
-        revision=config.revision,
-        truncate_dim=config.truncate_dim,
-        trust_remote_code=config.trust_remote_code or Path(config.model).is_dir(),
-    )
+    try:
+        model = SentenceTransformer(
+            config.model,
+            device=own_device(),
+            revision=config.revision,
+            truncate_dim=config.truncate_dim,
+            trust_remote_code=config.trust_remote_code or Path(config.model).is_dir(),
+        )
+    except OSError as error:
+        if Path(config.model).exists():
+            raise
+        # transformers speaks of the network alone, and does not name the model.
+        raise FileNotFoundError(
+            f"model={config.model!r} is no folder here, and the Hub has no such model, or needs a token for it, or "
+            f"cannot be reached ({type(error).__name__}). Check the name, and the network unless HF_HUB_OFFLINE is "
+            "meant."
+        ) from error
     dim = model.get_embedding_dimension()
     if config.truncate_dim is not None and dim is not None and dim < config.truncate_dim:
         raise ValueError(

@@ -15,7 +15,7 @@ from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.embedding.shards import read_info
 from puma_hf.embedding.store import MANIFEST, StoredEmbeddings, open_embeddings
-from puma_hf.evaluation.processes import connect, gather
+from puma_hf.evaluation.processes import connect, gather, locked_for_all
 from puma_hf.files import write_whole
 from puma_hf.search.ann import ANN_DRAFTS, require_faiss, write_ann
 from puma_hf.search.config import AnnKind, IndexConfig
@@ -66,6 +66,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         ValueError: If the corpus has wrong lines, the model is no PUMA model, or the directory is of another model or
             setting.
         ImportError: If approximate search is wanted, and faiss is not installed.
+        DirectoryInUseError: If another run writes into the directory.
         OSError: If the disk is full; finished shards are kept.
 
     Example:
@@ -80,18 +81,19 @@ def build_index(config: IndexConfig) -> IndexReport:
             f"data={str(config.data)!r} is a directory of embeddings, which hold nothing to show. Name the corpus that "
             "they were made of, and this directory as output: its embeddings are kept."
         )
-    before = read_description(output)  # somebody else's file of that name is not written over
-    if _ann_kind(config, before) != "none":
-        require_faiss()
-    rank, _ = connect()
-    if rank == 0:
-        keep_embeddings(config)
-    gather(None)
-    embedded = embed_corpus(config)
-    if rank == 0:
-        _write(config, output, before)
-    gather(None)
-    return IndexReport(embedded=embedded, counts=open_index(output).counts)
+    with locked_for_all(output):
+        before = read_description(output)  # somebody else's file of that name is not written over
+        if _ann_kind(config, before) != "none":
+            require_faiss()
+        rank, _ = connect()
+        if rank == 0:
+            keep_embeddings(config)
+        gather(None)
+        embedded = embed_corpus(config)
+        if rank == 0:
+            _write(config, output, before)
+        gather(None)
+        return IndexReport(embedded=embedded, counts=open_index(output).counts)
 
 
 def _ann_kind(config: IndexConfig, described: Mapping[str, Any] | None) -> AnnKind:

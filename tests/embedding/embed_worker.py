@@ -1,7 +1,8 @@
 """A run that is killed where it is told to, and one of two processes: as a script, so that both are real.
 
 `python -m tests.embedding.embed_worker MODEL DATA FOLDER` leaves in FOLDER the outputs `whole` (never interrupted),
-`killed` (killed five times, then finished) and `two` (two processes), and `report.json` on how they came about.
+`killed` (killed five times, then finished), `terminated` (the command, ended by SIGTERM, then finished) and `two` (two
+processes, refused first), and `report.json` on how they came about.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
-from puma_hf.embedding import run
+from puma_hf import cli
+from puma_hf.embedding import record_embeddings, run
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import EmbedReport, embed_corpus
+from puma_hf.locks import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 # In the n-th call of the model, or the n-th write of a file whose name ends so: some shards are finished in between.
 KILLS = (("call", 1), (".ids.parquet", 2), (".safetensors", 2), ("call", 4), ("manifest.json", 1))
+OPTIONS = ("model", "output", "shard_size", "format", "precision", "on_error", "max_batch_tokens")
 
 
 def config(model: str, data: str, output: Path) -> EmbedConfig:
@@ -63,8 +69,41 @@ def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
     return embed_corpus(settings)
 
 
+def terminate_and_finish(settings: EmbedConfig) -> dict[str, Any]:
+    """End the command after two inputs of a shard, then let it end; how it ended, and what the last run still did."""
+    embed = record_embeddings.iterate_embeddings
+
+    def command() -> None:
+        def terminated(*args: Any, **options: Any) -> Any:
+            for number, rows in enumerate(embed(*args, **options)):
+                yield rows
+                if number == 1 and Path(settings.output, "shard-00000.safetensors").is_file():
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        record_embeddings.iterate_embeddings = terminated
+        values = {**asdict(settings), "max_batch_tokens": 1}  # each input is a batch
+        options = [f"--{name.replace('_', '-')}={values[name]}" for name in OPTIONS]
+        sys.argv = ["puma-hf", "embed", str(settings.data), *options]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            Path(settings.output).with_name("status").write_text(str(ended.code))
+
+    exit_signal(in_a_fork(command))
+    left = sorted(path.name for path in Path(settings.output).iterdir())
+    report = embed_corpus(settings)
+    status = int(Path(settings.output).with_name("status").read_text())
+    return {"status": status, "left": left, "num_new_items": report.num_new_items}
+
+
 def share(settings: EmbedConfig, rank: int) -> None:
     """One of two processes."""
+    with FileLock(Path(settings.output, LOCK_FILE)) if rank == 0 else nullcontext():
+        try:
+            embed_corpus(settings)
+            refused = ""
+        except DirectoryInUseError as error:
+            refused = str(error)
     calls: list[int] = []
     embed = run.embed_records
 
@@ -74,7 +113,7 @@ def share(settings: EmbedConfig, rank: int) -> None:
 
     run.embed_records = counting_embed
     report = embed_corpus(settings)
-    values = {"report": asdict(report), "calls": calls}
+    values = {"report": asdict(report), "calls": calls, "refused": refused}
     Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
 
 
@@ -82,8 +121,11 @@ def main(model: str, data: str, folder: Path) -> None:
     torch.set_num_threads(1)
     whole = embed_corpus(config(model, data, folder / "whole"))
     finished = kill_and_finish(config(model, data, folder / "killed"))
+    terminated = terminate_and_finish(config(model, data, folder / "terminated"))
+    (folder / "two").mkdir()
     in_two_processes(partial(share, config(model, data, folder / "two")))
-    (folder / "report.json").write_text(json.dumps({"whole": asdict(whole), "finished": asdict(finished)}))
+    reports = {"whole": asdict(whole), "finished": asdict(finished), "terminated": terminated}
+    (folder / "report.json").write_text(json.dumps(reports))
 
 
 if __name__ == "__main__":

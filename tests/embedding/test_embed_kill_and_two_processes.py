@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from puma_hf.embedding.store import open_embeddings
+from puma_hf.locks import LOCK_FILE
 from tests.forks import SHARES, run_worker
 
 NUM_ROWS, SHARD_SIZE, BROKEN = 43, 5, 17
@@ -55,6 +57,26 @@ def test_killed_and_uninterrupted_runs_write_the_same_bytes(folder: Path, report
     assert [row for shard in open_embeddings(folder / "killed").shards() for row in shard.rows] == [
         row for row in range(NUM_ROWS) if row != BROKEN
     ]
+
+
+def test_a_command_that_is_terminated_keeps_what_it_has_of_a_shard(folder: Path, report: dict[str, Any]) -> None:
+    ended = report["terminated"]
+    assert ended["status"] == 143
+    num_shards = sum(name.startswith("shard-") for name in ended["left"]) // 2
+    assert f".unfinished-{num_shards:05d}.safetensors" in ended["left"]
+    assert LOCK_FILE not in ended["left"]
+    assert ended["num_new_items"] == NUM_ROWS - num_shards * SHARD_SIZE - 2
+    whole, terminated = (list(open_embeddings(folder / name).shards()) for name in ("whole", "terminated"))
+    for shard, expected in zip(terminated, whole, strict=True):
+        assert shard.ids == expected.ids
+        # It was in smaller batches, so a last bit may differ, and with it a step of int8.
+        assert np.abs(shard.embeddings.astype(int) - expected.embeddings).max() <= 1
+
+
+def test_two_processes_are_refused_together_where_another_run_is(folder: Path) -> None:
+    said = [json.loads((folder / f"{rank}.json").read_text())["refused"] for rank in SHARES]
+    assert said[0] == said[1]
+    assert "is in use: another run writes there" in said[0]
 
 
 def test_two_processes_write_the_same_bytes_and_share_the_work(folder: Path, report: dict[str, Any]) -> None:

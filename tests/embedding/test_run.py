@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -19,6 +20,7 @@ from puma_hf.embedding import record_embeddings, run
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.embedding.store import open_embeddings
+from puma_hf.locks import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import build_mbeir
 
 TEXTS = ["a red apple", "a table", "on", "a red table on an apple", "a", "apple apple apple", "red"]
@@ -201,7 +203,19 @@ def test_a_full_disk_is_told_and_finished_shards_are_kept(config: Any, monkeypat
     with pytest.raises(ValueError, match="has not finished"):
         open_embeddings(config().output)
     monkeypatch.undo()
-    assert embed_corpus(config()).num_new_shards == 2
+    # The third shard was finished while the second one could not be written.
+    assert embed_corpus(config()).num_new_shards == 1
+
+
+def test_another_run_in_the_directory_is_refused_before_the_corpus_is_read(config: Any, table: Path) -> None:
+    settings = config()
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match=table.name):
+        embed_corpus(settings)
+    assert not Path(settings.output).exists()
+    Path(settings.output).mkdir()
+    with FileLock(Path(settings.output, LOCK_FILE)), pytest.raises(DirectoryInUseError, match="is in use"):
+        embed_corpus(settings)
 
 
 # --- broken inputs

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.run import evaluate
+from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from tests.evaluation.fake_encoder import FakeEncoder
 
 TASKS = ("toys_task1", "toys_task7")
 
@@ -32,6 +35,17 @@ def test_it_is_evaluate_mbeir(
     assert results.made_from["model"] == puma_dir.name
     assert results.made_from["data"] == "mbeir"
     assert {len(row.metrics) for row in results.rows} == {11}
+
+
+def test_another_run_in_the_output_is_refused_before_anything_is_made(
+    puma_dir: Path, root: Path, tmp_path: Path
+) -> None:
+    with FileLock(tmp_path / LOCK_FILE):
+        with pytest.raises(DirectoryInUseError, match="is in use"):
+            evaluate(config(puma_dir, root, output=tmp_path, benchmark="nano"))
+        with pytest.raises(DirectoryInUseError, match="is in use"):
+            evaluate_mbeir(FakeEncoder(), root, tasks=TASKS, output_dir=tmp_path)
+        assert [path.name for path in tmp_path.iterdir() if path != root] == [LOCK_FILE]
 
 
 def test_only_the_first_dimensions(
@@ -73,6 +87,11 @@ def test_no_more_dimensions_than_there_are(puma_dir: Path, root: Path) -> None:
 def test_data_are_looked_for_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"):
         evaluate(EvaluateConfig(model="no/model", data=tmp_path / "gone"))
+
+
+def test_a_model_that_is_nowhere_is_named(root: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model='no/model' is no folder here, and the Hub has no such model"):
+        evaluate(EvaluateConfig(model="no/model", data=root))
 
 
 def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
 import pytest
+from filelock import FileLock
 from PIL import Image
 from pyarrow import parquet
 
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import embed_corpus
+from puma_hf.locks import LOCK_FILE, DirectoryInUseError
 from puma_hf.search import build
 from puma_hf.search.ann import write_ann
 from puma_hf.search.build import IndexReport, build_index
@@ -64,6 +66,19 @@ def test_a_broken_picture_can_stop_it(make: Make, tmp_path: Path) -> None:
     (tmp_path / "photos" / "m.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"Input 'm.png' \(row 1\) cannot be embedded"):
         make(tmp_path / "photos", on_error="raise")
+
+
+def test_another_run_in_the_directory_is_refused_and_who_searches_is_not(
+    make: Make, tmp_path: Path, index_dir: Path, corpus: Path
+) -> None:
+    shutil.copytree(index_dir, tmp_path / "out")
+    before = state(tmp_path / "out")
+    with FileLock(tmp_path / "out" / LOCK_FILE):
+        with pytest.raises(DirectoryInUseError, match=r"'.*out' is in use"):
+            make(corpus, shard_size=5)
+        assert len(open_index(tmp_path / "out")) == len(open_index(index_dir))
+        (tmp_path / "out" / LOCK_FILE).unlink()
+    assert state(tmp_path / "out") == before
 
 
 def test_a_text_of_a_hundred_thousand_characters(make: Make, tmp_path: Path) -> None:
