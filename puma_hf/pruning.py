@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class PruneReport:
         parameters_after: Parameters of the pruned model.
         bytes_before: Bytes of the source's parameters in its own dtype.
         bytes_after: Bytes of the pruned model's parameters.
+        num_source_layers: Decoder layers of the source, if that is a PUMA directory; None for an original.
     """
 
     source: str
@@ -66,18 +67,24 @@ class PruneReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    num_source_layers: int | None = None
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | None]:
         """All fields as a dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
-        kept, total = self.num_kept_layers, self.original_num_hidden_layers
-        deeper = f"decoder layers {kept} to {total - 1}" if kept < total - 1 else f"decoder layer {kept}"
-        dropped = f"{deeper} and the language-model head" if kept < total else "language-model head"
+        kept, total = self.num_kept_layers, self.num_source_layers or self.original_num_hidden_layers
+        dropped, origin = [], ""
+        if kept < total:
+            dropped.append(f"decoder layers {kept} to {total - 1}" if kept < total - 1 else f"decoder layer {kept}")
+        if self.num_source_layers is None:
+            dropped.append("the language-model head" if dropped else "language-model head")
+        else:  # which was cut before, and has no head
+            origin = f" (the original has {self.original_num_hidden_layers})"
         return (
-            f"kept     vision tower, token embedding, decoder layers 0 to {kept - 1} of {total}, final norm\n"
-            f"dropped  {dropped}\n"
+            f"kept     vision tower, token embedding, decoder layers 0 to {kept - 1} of {total}{origin}, final norm\n"
+            f"dropped  {' and '.join(dropped) or 'nothing'}\n"
             f"before   {self.parameters_before:>14,} parameters  {self.bytes_before:>15,} bytes\n"
             f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
             f"  ({self.parameters_after / self.parameters_before:.0%})\n"
@@ -156,11 +163,11 @@ def prune(
         report = _report(checkpoint, _ORIGINALS.get(source_type, type(model)), config, model, output_dir)
         facts: dict[str, Any] = {**report.to_dict(), "backbone": config.source_name}
         if source_type not in _ORIGINALS:  # what a PUMA directory had is not what the original has
+            report = replace(report, num_source_layers=config.num_kept_layers)
             facts |= {"parameters_before": None, "bytes_before": None}
         write_model_card(folder, model.config, facts)
-    logger.info(
-        "Pruned %s to %d of %d layers: %s", source, num_kept_layers, report.original_num_hidden_layers, output_dir
-    )
+    num_layers = report.num_source_layers or report.original_num_hidden_layers
+    logger.info("Pruned %s to %d of %d layers: %s", source, num_kept_layers, num_layers, output_dir)
     return report
 
 

@@ -55,6 +55,7 @@ def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept:
         "parameters_after": after,
         "bytes_before": 4 * before,
         "bytes_after": 4 * after,
+        "num_source_layers": None,
     }
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
@@ -80,6 +81,17 @@ def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path,
     whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360)
     assert "dropped  language-model head\n" in str(whole)
     assert "dropped  decoder layer 3 and the language-model head\n" in str(PruneReport("a", "b", 3, 4, 100, 80, 4, 4))
+
+
+def test_the_report_of_a_directory_that_was_cut_before(
+    caplog: pytest.LogCaptureFixture, puma_dir: Path, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.INFO, logger="puma_hf.pruning"):
+        report = prune(puma_dir, tmp_path / "one", num_kept_layers=1)
+    assert f"Pruned {puma_dir} to 1 of 2 layers" in caplog.text  # of those that it had, not of the original's
+    assert report.num_source_layers == 2
+    assert "decoder layers 0 to 0 of 2 (the original has 4), final norm\ndropped  decoder layer 1\n" in str(report)
+    assert "dropped  nothing\n" in str(prune(puma_dir, tmp_path / "two", num_kept_layers=2))
 
 
 # --- the weights

@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from puma_hf.data.images import IMAGE_SUFFIXES, ImageFiles
+from puma_hf.data.images import IMAGE_SUFFIXES, BrokenImageError, ImageFiles
+from puma_hf.data.mbeir_problems import SHOWN
 from puma_hf.data.nli import NLI_COLUMNS, nli_texts
 from puma_hf.data.tables import read_table, without_decoding
 
@@ -31,18 +32,23 @@ def folder_items(folder: Path) -> Iterator[Item]:
         Items of an image each.
 
     Raises:
-        ValueError: If there is no image, or a file is not what its name says.
+        ValueError: If there is no image; or, at the end, if files are not what their names say.
     """
-    others = 0
+    others = found = 0
     images = ImageFiles(None)
-    found = False
+    broken: list[BrokenImageError] = []
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                found = True
+                found += 1
                 path = os.path.join(parent, name)
-                yield None, images.find(path, path), None
+                try:
+                    image = images.find(path, path)
+                except BrokenImageError as error:
+                    broken.append(error)  # who has to mend some wants to know of all
+                else:
+                    yield None, image, None
             else:
                 others += 1
     if not found:
@@ -50,6 +56,12 @@ def folder_items(folder: Path) -> Iterator[Item]:
             f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
             "cand_pool/. Name a folder of images, or a file."
         )
+    if len(broken) == 1:
+        raise broken[0]
+    if broken:
+        first = f". The first {SHOWN}" if len(broken) > SHOWN else ""
+        lines = "".join(f"\n- {error}" for error in broken[:SHOWN])
+        raise BrokenImageError(f"{folder}: {len(broken)} of {found} images cannot be used{first}:{lines}")
     if others:
         logger.info("%s: left out %d files that are no images", folder, others)
 
@@ -107,7 +119,7 @@ def _row_items(row: dict[str, Any], where: str, images: ImageFiles, ignored: dic
             return
         raise ValueError(
             f"{where}: no column text or image, nor {', '.join(NLI_COLUMNS)}. The columns here are "
-            f"{', '.join(map(str, row)) or 'none'}: rename those that hold them."
+            f"{', '.join(map(str, row)) or 'none'}: rename those that hold them, or leave the line out."
         )
     ignored |= dict.fromkeys(name for name in row if name not in COLUMNS)
     text, instruction = (_text(row, name, where) for name in ("text", "instruction"))

@@ -109,7 +109,8 @@ def _folder_copies(folder: Path, tasks: Iterable[str] | None, split: str) -> lis
     if not found:
         raise FileNotFoundError(
             f"{folder} is not M-BEIR: it has no query/ and cand_pool/, and neither it nor a folder in it is a Parquet "
-            "copy named mbeir_<dataset>_task<n>. Name the folder that has them."
+            "copy named mbeir_<dataset>_task<n>. Name the folder that has them; pairs of your own become one by "
+            "puma-hf pairs DATA --mbeir FOLDER."
         )
     return [find_copy(found[task], task, split) for task in select_tasks(sorted(found), tasks)]
 

@@ -116,7 +116,7 @@ class PairReading:
         share, first = f"{self.num_rows_left_out} of {self.num_rows}", " | ".join(self.offenders.some())
         return (
             f"{self.name}: {share} rows cannot be used: {self.offenders}. The first: {first} Mend them (puma-hf "
-            "pairs lists more), or leave them out with on_error='drop'."
+            "pairs lists more), or leave them out (on_error='drop', in a command --bad-pairs drop)."
         )
 
 

@@ -126,10 +126,21 @@ def _separated(delimiter: str) -> Callable[[Path, BadLine], Iterator[Record]]:
             try:
                 names = list(reader.fieldnames or ())
             except UnicodeDecodeError as error:
-                bad_line(_not_utf8(f"{path}, somewhere after line 0", error))
+                bad_line(_not_utf8(f"{path}, line 1 or later", error))
                 return
             except csv.Error as error:  # the next line must not be taken for the header
                 bad_line(ValueError(f"{path}: the header cannot be read ({error}). Mend it."))
+                return
+            if len(names) == 1 and (
+                other := next((sign for sign in ",;\t|" if sign in names[0] and sign != delimiter), None)
+            ):
+                bad_line(
+                    ValueError(
+                        f"{path}: the header {names[0]!r} is one column, and looks separated by {other!r}, where "
+                        f"{path.suffix} has {delimiter!r}. Save it so, or under another ending: .csv has commas, .tsv "
+                        "tabs."
+                    )
+                )
                 return
             if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
                 bad_line(ValueError(f"{path}: the header has {twice[0]!r} twice. Rename one of the columns."))

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -251,6 +252,7 @@ class ImageFolder(Corpus):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, path)
+        self._left_out: Counter[str] = Counter()
         if next(self.lines(), None) is None:
             raise ValueError(
                 f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
@@ -258,12 +260,25 @@ class ImageFolder(Corpus):
             )
 
     def lines(self, problems: Problems | None = None) -> Iterator[Line]:
+        self._left_out.clear()
         for parent, names, files in os.walk(self.path):
             names[:] = sorted(name for name in names if not name.startswith("."))
+            # They are not followed: two may lead into each other.
+            self._left_out["linked folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in names)
             for name in sorted(files):
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                if name.startswith("."):
+                    continue
+                if name.lower().endswith(IMAGE_SUFFIXES):
                     path = os.path.join(parent, name)
                     yield Line(path, {"image": os.path.relpath(path, self.path)})
+                else:
+                    self._left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+    def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
+        found = super().survey(sample_size, seed)
+        if kinds := ", ".join(f"{count} x {kind}" for kind, count in self._left_out.most_common() if count):
+            logger.info("%s: left out what is no image here: %s", self.path, kinds)
+        return found
 
     def record(self, row: int, line: Line) -> Record:
         name = line.columns["image"]

@@ -256,6 +256,10 @@ class TrainConfig(PairSettings, StageConfig):
         return sentences
 
 
+# Written beside the adapter, so that a run can be repeated: puma-hf distill --config OUTPUT/distill.yaml.
+RECIPES: Mapping[type[StageConfig], str] = {DistillConfig: "distill.yaml", TrainConfig: "train.yaml"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(CheckedConfig):
     """Settings of `puma_hf.trainer.stages.merge`, which merges a trained adapter into its base.

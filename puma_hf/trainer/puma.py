@@ -110,6 +110,8 @@ class PumaTrainer(SentenceTransformerTrainer):
             # Its usage example would encode columns of plain text; ours are structs of text and image.
             model.model_card_data.generate_widget_examples = False
         super().__init__(*args, **kwargs)
+        # It takes some rows as examples all the same, and warns at each save that they are no files.
+        self.model.model_card_data.usage_examples = None
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "

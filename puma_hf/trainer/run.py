@@ -22,15 +22,13 @@ from puma_hf.trainer.checkpoints import (
     last_whole_checkpoint,
     written_whole,
 )
-from puma_hf.trainer.config import DistillConfig, StageConfig, TrainConfig
+from puma_hf.trainer.config import RECIPES, DistillConfig, StageConfig, TrainConfig
 from puma_hf.trainer.lora import save_base_fingerprint
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
-# Written beside the adapter, so that a run can be repeated: puma-hf distill --config OUTPUT/distill.yaml.
-RECIPES = {DistillConfig: "distill.yaml", TrainConfig: "train.yaml"}
 # What an interrupted run leaves besides checkpoints; "runs" is a reporter's.
 _LEFTOVERS = {*RECIPES.values(), "teacher_cache", "runs", UNFINISHED}
 

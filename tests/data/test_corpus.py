@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from puma_hf.data.corpus import dataset_items, file_items, folder_items
+from puma_hf.data.images import BrokenImageError
 
 
 @pytest.fixture
@@ -60,6 +61,17 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 def test_a_file_that_is_no_image(folder: Path, content: bytes) -> None:
     (folder / "c.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"c\.jpg' cannot be read as an image \(.*\)\. Replace it or leave it out"):
+        list(folder_items(folder))
+
+
+def test_all_broken_images_of_a_folder_are_told_at_once(folder: Path) -> None:
+    for number in range(6):
+        (folder / f"broken{number}.png").write_bytes(b"no image")
+    with pytest.raises(BrokenImageError, match=r"corpus: 6 of 9 images cannot be used\. The first 5:\n- ") as caught:
+        list(folder_items(folder))
+    assert [f"broken{number}.png" in str(caught.value) for number in range(6)] == [True] * 5 + [False]
+    (folder / "broken5.png").unlink()
+    with pytest.raises(BrokenImageError, match=r"corpus: 5 of 8 images cannot be used:\n- .*broken0\.png"):
         list(folder_items(folder))
 
 

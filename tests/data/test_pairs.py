@@ -97,7 +97,8 @@ def test_offenders_are_counted_in_one_error(folder: Path) -> None:
     assert counts in message
     shown = [message.index(f"captions.csv, line {line}: ") for line in (3, 4, 5, 6, 7)]
     assert shown == sorted(shown)
-    assert message.endswith("Mend them (puma-hf pairs lists more), or leave them out with on_error='drop'.")
+    assert "Mend them (puma-hf pairs lists more), or leave them out" in message
+    assert message.endswith("(on_error='drop', in a command --bad-pairs drop).")
 
 
 def test_no_more_than_five_are_shown(folder: Path) -> None:

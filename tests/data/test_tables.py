@@ -75,13 +75,16 @@ def test_a_file_without_rows(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"good\nb\xe4d\n", r"a\.txt, line 2: not UTF-8 \(invalid continuation byte, byte 0xe4\)\. Convert"),
-        ("a.csv", b"text\nb\xe4d\n", r"a\.csv, somewhere after line 0: not UTF-8 .*0xe4\)"),
+        ("a.csv", b"text\nb\xe4d\n", r"a\.csv, line 1 or later: not UTF-8 .*0xe4\)"),
         ("a.csv", "text,image\na\n", r"a\.csv, line 2: 1 cells, but the header has 2 \(text, image\)\. Is a quot"),
         ("a.csv", "text,image\na,b,c,d\n", r"a\.csv, line 2: 4 cells, but the header has 2"),
         ("a.tsv", "text\timage\na\n", r"a\.tsv, line 2: .* a cell with '\\t' not quoted"),
         ("a.csv", "text\ngood\n" + "x" * 200_000, r"a\.csv, line 3: field larger than field limit .* Mend the line"),
         ("a.csv", 'text,image\n"an open quote,1\nb,2\nc,3\n', r"a\.csv, line 2: unexpected end of data\. .* quotation"),
         ("a.csv", '"text"s,image\na,b\n', r"a\.csv: the header cannot be read \(',' expected after '\"'\)\. Mend it"),
+        ("a.csv", "id;text\n1;b\n", r"a\.csv: the header 'id;text' is one column, and looks .* by ';'.* commas"),
+        ("a.csv", "id\ttext\n1\tb\n", r"looks separated by '\\t', where \.csv has ','"),
+        ("a.tsv", "id,text\n1,b\n", r"looks separated by ',', where \.tsv has '\\t'"),
         ("a.csv", "text,text\na,b\n", r"a\.csv: the header has 'text' twice"),
         ("a.tsv", 'text\timage\n"A" is a letter\t1\n', r"a\.tsv, line 2: '\t' expected after '\"'"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: broken JSON"),
@@ -113,7 +116,7 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         ("a.csv", "text,n\na,1\nb\nc,1,2\nd,4\n", ["a", "d"], ["line 3: 1 cells", "line 4: 3 cells"]),
         ("a.csv", "text\na\n" + "x" * 200_000 + "\nb\n", ["a", "b"], ["line 3: field larger"]),
-        ("a.csv", b"text\n\xff\n", [], ["somewhere after line 0: not UTF-8"]),
+        ("a.csv", b"text\n\xff\n", [], ["line 1 or later: not UTF-8"]),
         (
             "a.jsonl",
             '{"text": "a"}\n{"text"\n[]\n{"text": "d"}',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tracemalloc
 from pathlib import Path
@@ -159,6 +160,22 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     found = records(open_corpus(tmp_path))
     assert [(record.row, record.id) for record in found] == [(0, "a.webp"), (1, "b/a.PNG"), (2, "b/c.jpg")]
     assert found[1].model_input == {"image": str(tmp_path / "b" / "a.PNG")}
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    picture(tmp_path / "more" / "b.png")
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "more")
+    for name in ("IMG_1.HEIC", "IMG_2.heic", ".DS_Store", "README"):
+        (tmp_path / "photos" / name).write_text("")
+    with caplog.at_level(logging.INFO, logger="puma_hf"):
+        assert open_corpus(tmp_path / "photos").survey().num_items == 1
+    assert caplog.messages == [
+        f"{tmp_path / 'photos'}: left out what is no image here: 2 x .heic, 1 x linked folder, 1 x no ending"
+    ]
+    caplog.clear()
+    open_corpus(tmp_path / "more").survey()
+    assert not caplog.messages
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:

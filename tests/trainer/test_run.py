@@ -57,6 +57,11 @@ def test_a_full_disk_at_the_end_leaves_no_half_adapter(
     assert not (saved / UNFINISHED).exists()
 
 
+def test_a_save_takes_no_row_for_a_usage_example(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    distill(make_config(save_steps=1))
+    assert "Could not save predict example" not in caplog.text
+
+
 def test_weights_that_the_last_step_spoils_are_no_result(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^Optimizer step 2 has left .* not finite.* Start again with a lower learn"):
         distill(make_config(learning_rate=1e30))
