@@ -24,7 +24,7 @@ from transformers import (
 
 from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint
 from puma_hf.export_card import write_export_card
-from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory
+from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
 from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING
@@ -150,11 +150,8 @@ def export(
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what `export` wrote, judged by its `config.json`."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in _BACKBONES and LINEAGE_KEY in config
+    config = read_config(folder)
+    return config.get("model_type") in _BACKBONES and LINEAGE_KEY in config
 
 
 def _is_ours(folder: Path) -> bool:
@@ -206,11 +203,17 @@ def _is_read(name: str) -> bool:
     return not name.startswith("lm_head.")
 
 
-def _stock_name(name: str, backbone: _Backbone) -> str:
+def own_name(name: str) -> str:
+    """What PUMA's classes call a tensor, whichever of the published layouts its checkpoint has."""
     for pattern, own in CHECKPOINT_KEY_MAPPING.items():
         name = re.sub(pattern, own, name)
-    own_prefixes = (("language_model.", backbone.text_prefix), ("visual.", backbone.vision_prefix))
-    return next((new + name.removeprefix(old) for old, new in own_prefixes if name.startswith(old)), name)
+    return name
+
+
+def _stock_name(name: str, backbone: _Backbone) -> str:
+    name = own_name(name)
+    prefixes = (("language_model.", backbone.text_prefix), ("visual.", backbone.vision_prefix))
+    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
 
 
 def _check_weights(shapes: dict[str, torch.Size], config: Any, backbone: _Backbone, source: str) -> None:
@@ -218,9 +221,7 @@ def _check_weights(shapes: dict[str, torch.Size], config: Any, backbone: _Backbo
     with torch.device("meta"):
         model = backbone.model_class(config)
     needed = {
-        _stock_name(re.sub(r"^model\.(?=language_model|visual)", "", name), backbone): tensor.shape
-        for name, tensor in model.state_dict().items()
-        if _is_read(name)
+        _stock_name(name, backbone): tensor.shape for name, tensor in model.state_dict().items() if _is_read(name)
     }
     wrong = sorted(name for name in needed.keys() | shapes.keys() if needed.get(name) != shapes.get(name))
     if wrong:

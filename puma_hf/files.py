@@ -9,19 +9,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
+from typing import Any
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside the weights of an adapter
+# What peft calls the two files of an adapter.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
 
-def is_puma_directory(folder: Path) -> bool:
-    """Whether a folder holds a PUMA model, judged by its `config.json`."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """What the `config.json` of a folder holds; nothing if there is none, or if it is damaged."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in PUMA_MODEL_TYPES
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def is_puma_directory(folder: Path) -> bool:
+    """Whether a folder holds a PUMA model, judged by its `config.json`."""
+    return read_config(folder).get("model_type") in PUMA_MODEL_TYPES
 
 
 def is_adapter_directory(directory: str | Path) -> bool:

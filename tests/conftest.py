@@ -133,6 +133,38 @@ def sentence_transformer(puma_dir: Path) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="session")
+def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter on the pruned model that changes its embeddings, as training saves one. Read only."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from puma_hf import lora_config
+    from puma_hf.trainer.lora import add_lora, save_base_fingerprint
+
+    torch.manual_seed(0)
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+    add_lora(model, lora_config(r=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("adapters") / "puma-lora"
+    model.save_pretrained(str(folder), create_model_card=False)
+    save_base_fingerprint(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned model as a plain checkpoint. Read only."""
+    from puma_hf.export import export
+
+    folder = tmp_path_factory.mktemp("exported") / "stock"
+    export(puma_dir, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def images() -> list[Image.Image]:
     """Three pictures of different sizes and colours, none of one colour alone."""
     import numpy as np

@@ -45,14 +45,6 @@ SHAPES = (
 )
 
 
-@pytest.fixture(scope="module")
-def exported(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the pruned model. Read only."""
-    folder = tmp_path_factory.mktemp("exported") / "stock"
-    export(puma_dir, folder)
-    return folder
-
-
 @pytest.fixture
 def source(puma_dir: Path, tmp_path: Path) -> Path:
     """A copy of the pruned model that a test may spoil."""

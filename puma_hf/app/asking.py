@@ -19,7 +19,7 @@ from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher
 
 logger = logging.getLogger(__name__)
 
-_WHERE = "picture"  # how errors call the picture of a query
+_WHERE = "picture"  # what errors call the picture of a query
 _MEMORY_ADDRESS = re.compile(r" \(cannot identify image file <[^>]*>\)")
 _SHOWN_SIZE = 1024  # pixels of the longer side of a picture that goes back into the page
 
@@ -35,7 +35,8 @@ class Found:
     Args:
         html: The answers, or what went wrong.
         items: For each answer its text and the path of its picture, for the next question.
-        name: Of this search, which the page sends back with the place of an answer: by then another may have ended.
+        name: Name of this search. The page sends it back with the place of an answer, as by then another search may
+            have ended.
     """
 
     html: str

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache, reduce
+import re
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from puma_hf.search.answers import Answer, Answers, one_line, shorten
+from puma_hf.search.answers import KINDS, Answer, Answers, one_line, shorten
 from puma_hf.search.html import thumbnail
 
 TITLE = "Search by words and pictures"
@@ -22,7 +23,6 @@ _MODALITIES = {
     "image,text": ("picture with a text", "pictures with a text"),
     "text": ("text", "texts"),
 }
-_KINDS = {"any": "items", "text": "texts", "image": "pictures"}
 
 # Gradio fills the page by a template, for which these begin commands.
 _TEMPLATE_LETTERS = str.maketrans({"$": "&#36;", "{": "&#123;", "}": "&#125;", "`": "&#96;"})
@@ -50,17 +50,16 @@ def results(answers: Answers, *, picture: Image.Image | None = None, name: str =
     Args:
         answers: What was found.
         picture: The picture that was asked for.
-        name: Of this search.
+        name: Name of this search, as in `Found`.
 
     Returns:
-        HTML in which the button of each answer has its place, from 0, in `data-place`, and the list of all of them the
-        name in `data-search`.
+        HTML. The button of each answer has its place, from 0, in `data-place`; the list has the name in `data-search`.
     """
     asked = []
     if picture is not None:
         asked.append(f'<img src="{thumbnail(picture, 96)}" alt="The picture that was asked for">')
     title = f"“{shown(shorten(answers.query, 120))}”" if answers.query and answers.query.strip() else "This picture"
-    count = f"{len(answers.answers):,} of {answers.num_candidates:,} {_KINDS[answers.target]}, best first"
+    count = f"{len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}, best first"
     asked.append(f'<div><h2>{title}</h2><p class="ph-note">{count}</p></div>')
     cards = "".join(map(_card, answers.answers))
     grid = f'<ol class="ph-grid" data-search="{shown(name)}">{cards}</ol>'
@@ -77,9 +76,10 @@ def count_line(counts: dict[str, int], model: str) -> str:
 
 
 def readable(error: Exception, index: Path) -> str:
-    """The words of an error in one line, without where on the server an index lies."""
-    parents = {f"{index.parent}/", f"{index.resolve().parent}/"}
-    words = one_line(reduce(lambda text, parent: text.replace(parent, ""), parents, str(error)))
+    """The words of an error in one line; where on the server an index lies is cut down to its name."""
+    place = index.resolve()
+    paths = "|".join(re.escape(str(path)) for path in (place, index) if path.name)
+    words = one_line(re.sub(rf"(?<![\w./-])({paths})(?![\w.-])", lambda _: place.name, str(error)))
     return words[:1].upper() + words[1:]
 
 

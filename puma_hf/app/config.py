@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 # ruff: noqa: RUF009 - the calls make dataclass fields
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from puma_hf.search.config import Backend
@@ -54,12 +54,13 @@ class AppConfig(CheckedConfig):
     model: str | None = option(
         None, "The model that made the index, if it is no longer where it was; of a Space, its name on the Hub."
     )
-    backend: Backend = option("torch", "As of puma-hf search; faiss needs pip install 'puma-hf[faiss]'.")
+    backend: Backend = option("torch", "As for puma-hf search; faiss and ann need pip install 'puma-hf[faiss]'.")
     trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")
 
     def notes(self) -> list[str]:
         """What a person should know before the run: options that this combination ignores."""
         if self.space is None:
             return []
-        given = {"host": self.host != "127.0.0.1", "port": self.port is not None, "open_browser": self.open_browser}
-        return [f"{name} is ignored: a Space is written, nothing is served." for name, there in given.items() if there]
+        of_serving = ("host", "port", "top", "max_upload_mb", "open_browser", "backend")
+        given = [one.name for one in fields(self) if one.name in of_serving and getattr(self, one.name) != one.default]
+        return [f"{name} is ignored: a Space is written, nothing is served. Its app.py can set it." for name in given]

@@ -37,6 +37,8 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         http://127.0.0.1:7860
     """
     started = started or logger.info
+    for note in config.notes():
+        logger.warning(note)
     if config.space is not None:
         from puma_hf.app.space import write_space
         from puma_hf.search.index import open_index
@@ -68,7 +70,7 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """End the block at Ctrl-C, and at the signal that a process is stopped with, so that what it has written goes."""
+    """End the block quietly at Ctrl-C and at SIGTERM, so that the temporary files are removed."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

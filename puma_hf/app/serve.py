@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     """
     try:
         family, kind, protocol, _, _ = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a label that no name can have
         raise ValueError(f"host={host!r} is no address ({error}). Leave it out for 127.0.0.1.") from error
     ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + _PORTS)
     for number in ports:
@@ -170,7 +171,9 @@ def _server(searcher: Searcher, config: AppConfig, uploads: Path) -> uvicorn.Ser
 
 
 def _hosts(host: str) -> tuple[str, ...] | None:
-    return LOOPBACK if host in LOOPBACK or host.startswith("127.") else None
+    """Names that a request may call the server by: None, which is any, if other machines can reach it."""
+    number = str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+    return (*LOOPBACK, host.lower(), number) if ip_address(number).is_loopback else None
 
 
 @contextmanager

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -15,12 +12,11 @@ from puma_hf import __version__
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
 from puma_hf.hub.card_facts import read_facts
-from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_results
+from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_mapping, read_results
 from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.hub.card_table import card_table, made_from
+from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import TAGS, fill_template
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,9 @@ def make_card(
     """
     folder = Path(directory)
     options = options or CardOptions()
-    adapter = _read(folder / ADAPTER_CONFIG) if is_adapter_directory(directory) else {}
-    base = Path(str(adapter.get("base_model_name_or_path"))) if adapter else folder
+    is_adapter = is_adapter_directory(directory)
+    # A Hub id is a path to nowhere here, so nothing is known of that base.
+    base = Path(str(read_mapping(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))) if is_adapter else folder
     facts = read_facts(base) if (base / "config.json").is_file() else {}
     model = MeasuredModel(
         folder,
@@ -123,32 +120,32 @@ def make_card(
     )
     found = read_results(model, results)
     found = found.travelling() if travelling else found
-    named = options.base_model or (_named_base(base) if adapter else facts.get("source"))
-    base_model = named if named and _HUB_ID.fullmatch(named) else None
+    named = options.base_model or (_named_base(base) if is_adapter else facts.get("source"))
+    base_model = named if named and is_hub_id(named) else None
     eval_results = list(_eval_results(found)) or None
     card_data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         base_model=base_model,
-        base_model_relation=None if base_model is None else "adapter" if adapter else "finetune",
+        base_model_relation=None if base_model is None else "adapter" if is_adapter else "finetune",
         license=options.license,
         datasets=list(options.datasets) or None,
-        tags=[*TAGS, *(["peft", "lora"] if adapter else [])],
+        tags=[*TAGS, *(["peft", "lora"] if is_adapter else [])],
         model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
         eval_results=eval_results,
     )
-    training = training_section(folder, found, is_adapter=bool(adapter))
+    training = training_section(folder, found, is_adapter=is_adapter)
     text = fill_template(
         card_data,
         model_id=options.repo_id,
         title=None if options.repo_id else folder.resolve().name,
         puma_hf_version=__version__,
-        is_adapter=bool(adapter),
+        is_adapter=is_adapter,
         **usage_values(folder, found, facts.get("embedding_dim")),
-        **(cost_values(model, found) if not adapter else {}),
+        **(cost_values(model, found) if not is_adapter else {}),
         training=training,
         results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
-        not_measured=not_measured(found, is_counted=not adapter, is_trained=training != UNTRAINED),
+        not_measured=not_measured(found, is_counted=not is_adapter, is_trained=training != UNTRAINED),
         licences=_licences(options, base_model),
         **{**facts, "source": named},
     )
@@ -158,7 +155,7 @@ def make_card(
 def _named_base(base: Path) -> str | None:
     """The Hub id that an adapter gives for its base; a folder of this machine is nobody else's business."""
     name = base.as_posix()
-    return name if _HUB_ID.fullmatch(name) and not base.exists() else None
+    return name if is_hub_id(name) and not base.exists() else None
 
 
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
@@ -203,7 +200,3 @@ def _licences(options: CardOptions, base_model: str | None) -> list[str]:
         f"Data: {of_data}{f' ({data})' if data else ''}" if of_data else "Data: not stated by who published it",
         "The code in this repository: Apache-2.0",
     ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -9,18 +9,34 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from puma_hf.checkpoint import is_kept
 from puma_hf.modeling.configuration_puma import config_class_of
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# By the names that safetensors has for them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
 class _Tensor:
     name: str
     count: int
-    num_bytes: int
-    dtype: str
+    dtype: torch.dtype
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -49,8 +65,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     # All decoder layers are of one size, and the head has the shape of the token embedding.
     head = 0 if config.get("tie_word_embeddings") else int(text["vocab_size"]) * int(text["hidden_size"])
     before = after + (total - kept) * layer + head
-    size = sum(tensor.num_bytes for tensor in tensors)
-    dtypes = sorted({tensor.dtype for tensor in tensors})
+    size = sum(tensor.count * tensor.dtype.itemsize for tensor in tensors)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     return {
         "backbone": config_class_of(config["model_type"]).source_name,
         "source": config.get("source_name_or_path"),
@@ -67,19 +83,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> Iterator[_Tensor]:
-    """The tensors of a safetensors file, from its header."""
+    """The tensors of a safetensors file; only its header is read."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError(f"a header of {length:,} bytes is longer than the file")
-            header = json.loads(file.read(length))
-        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        for name, entry in entries:
-            start, end = entry["data_offsets"]
-            dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
-            yield _Tensor(name, prod(entry["shape"]), end - start, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file itself cannot be iterated over
+                tensor = file.get_slice(name)
+                yield _Tensor(name, prod(tensor.get_shape()), _DTYPES[tensor.get_dtype()])
+    except (SafetensorError, OSError, KeyError) as error:  # the last of a data type that torch does not have
         raise ValueError(
             f"{path.name!r} in {str(path.parent)!r} is no whole safetensors file ({error}). Write the directory again."
         ) from error

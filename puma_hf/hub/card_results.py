@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,9 +105,9 @@ class MeasuredModel:
     num_kept_layers: int
     original_num_hidden_layers: int
     num_parameters: int
-    _model: Any = field(default=None, repr=False)
-    _load_error: str | None = field(default=None, repr=False)
-    _fingerprints: dict[int | None, str | None] = field(default_factory=dict, repr=False)
+    _model: Any = field(default=None, init=False, repr=False)
+    _load_error: str | None = field(default=None, init=False, repr=False)
+    _fingerprints: dict[int | None, str | None] = field(default_factory=dict, init=False, repr=False)
 
     def fingerprint(self, truncate_dim: int | None) -> str | None:
         """Its fingerprint as an evaluation writes it; the model is loaded once, and hashed once for each number.
@@ -171,7 +172,7 @@ def read_results(model: MeasuredModel, paths: Iterable[str | Path] | None) -> Ca
     for path in find_results(model.directory) if given is None else given:
         try:
             _add(found, path, model)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the latter of a file that only somebody else may read
             if given is not None:
                 raise
             logger.info("not in the card: %s", error)
@@ -187,7 +188,8 @@ def find_results(directory: Path) -> list[Path]:
         folder.parent,
         *(place for place in _folders(folder.parent) if place != folder),
     ]
-    results = [place / name for place in places for name in RESULT_NAMES if (place / name).is_file()]
+    # `Path.is_file` raises where a folder of somebody else may not be looked into.
+    results = [place / name for place in places for name in RESULT_NAMES if os.path.isfile(place / name)]
     return [*results, *_recipes(folder)]
 
 
@@ -199,10 +201,12 @@ def _recipes(folder: Path) -> list[Path]:
         here = [place / name for place in places for name in RECIPE_NAMES if (place / name).is_file()]
         if not here or here[0] in found:
             return found
-        base = Path(str(_read(here[0]).get("model"))).name
+        base = Path(str(read_mapping(here[0]).get("model"))).name
         if base == folder.name and here[0].parent != folder:
             return found  # that adapter was trained on this very model, which is none of its merges
         found.append(here[0])
+        if not base:
+            return found  # "." says nothing of where that was
         folder = folder.with_name(base)
 
 
@@ -227,7 +231,7 @@ def _beside(directory: Path, path: Path) -> Path:
 
 
 def _add(found: CardResults, path: Path, model: MeasuredModel) -> None:
-    values = _read(path)
+    values = read_mapping(path)
     source = SourceFile.of(path)
     try:
         if path.name in RECIPE_NAMES:
@@ -273,7 +277,12 @@ def _rows_of(report: SweepReport, path: Path, model: MeasuredModel) -> tuple[Swe
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file holds.
+
+    Raises:
+        ValueError: If it is damaged, or holds something other than names with values.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)

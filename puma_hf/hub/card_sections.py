@@ -11,7 +11,7 @@ from typing import Any
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.published import PUBLISHED
 from puma_hf.evaluation.sweep_report import si
-from puma_hf.hub.card_results import CardResults, MeasuredModel
+from puma_hf.hub.card_results import CardResults, MeasuredModel, read_mapping
 from puma_hf.hub.card_table import is_mbeir
 
 # What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
@@ -92,14 +92,17 @@ def _stage(source: object, recipe: Mapping[str, Any]) -> str:
 
 def usage_values(folder: Path, found: CardResults, embedding_dim: int | None) -> dict[str, Any]:
     """Instructions, versions, and how many dimensions to keep in the example."""
-    settings = _read(folder / "config_sentence_transformers.json")
+    file = folder / "config_sentence_transformers.json"
+    settings = read_mapping(file) if file.is_file() else {}
     prompts = {name: prompt for name, prompt in (settings.get("prompts") or {}).items() if prompt}
     versions = settings.get("__version__") or {}
     named = {"sentence_transformers": "Sentence Transformers", "transformers": "Transformers"}
     trained = [dims for _, recipe in found.recipes if (dims := recipe.get("matryoshka_dims"))]
+    example = prompts.get(_EXAMPLE_PROMPT, next(iter(prompts.values()), None))
     return {
-        "instructions": [f"`{name}`: {prompt}" for name, prompt in prompts.items()],
-        "example_instruction": prompts.get(_EXAMPLE_PROMPT, next(iter(prompts.values()), None)),
+        "instructions": [f"`{name}`: {' '.join(prompt.split())}" for name, prompt in prompts.items()],
+        # Quoted for JSON it is quoted for Python, too.
+        "example_instruction": None if example is None else json.dumps(example, ensure_ascii=False),
         "versions": " and ".join(f"{named[name]} {versions[name]}" for name in named if name in versions),
         "matryoshka": bool(trained),
         "truncate_dim": min(trained[0]) if trained else (embedding_dim or 0) // 2,
@@ -124,7 +127,3 @@ def not_measured(found: CardResults, *, is_counted: bool, is_trained: bool) -> l
         lines.append("Operations per text and image.")
     lines.append("Speed and memory, other data types than that of the weights, video.")
     return lines
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,10 +39,10 @@ class PushReport:
         files: Name and bytes of each file, the card first.
         left_out: What of the directory stayed here.
         removed: Older model files of the repository that this commit removes.
-        replaces_card: Whether the repository had a card, which is now in its history alone.
         card: The card.
         loaded: How the files loaded in a fresh process.
         url: Address of the commit or of the pull request; None after a dry run.
+        replaces_card: Whether the repository had a card, which is now in its history alone.
     """
 
     repo_id: str
@@ -258,17 +258,17 @@ def _look_up(hub: HfApi, config: PushConfig) -> _Repository | None:
     return _Repository(tuple(entry.rfilename for entry in info.siblings or []), info.sha, is_new_branch)
 
 
-def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles, names: Iterable[str]) -> list[str]:
+def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles, names: Sequence[str]) -> list[str]:
     """Model files of an earlier push that this one no longer has; raise if the repository holds something else.
 
     Pictures beside a model of ours are a card's, and stay.
     """
-    others = sorted(name for name in set(there) - _NEUTRAL - set(names) if not name.lower().endswith(_PICTURE_SUFFIXES))
-    is_ours = any(name.endswith("_puma.py") for name in there)
-    same_kind = (ADAPTER_CONFIG in there) == files.is_adapter
-    foreign = [name for name in others if not is_model_file(name)] if is_ours and same_kind else others
-    if not is_ours and set(there) - _NEUTRAL:
-        foreign = sorted(set(there) - _NEUTRAL)
+    others = sorted(set(there) - _NEUTRAL)
+    foreign = others
+    if any(name.endswith("_puma.py") for name in there):  # an earlier push
+        others = [name for name in others if name not in names and not name.lower().endswith(_PICTURE_SUFFIXES)]
+        is_same_kind = (ADAPTER_CONFIG in there) == files.is_adapter
+        foreign = [name for name in others if not (is_same_kind and is_model_file(name))]
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise ValueError(

@@ -13,11 +13,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from puma_hf.files import ADAPTER_CONFIG
-from puma_hf.hub.push_files import PushFiles, read_json
+from puma_hf.hub.names import is_hub_id
+from puma_hf.hub.push_files import BASE_FILE, PushFiles, read_json
 
 logger = logging.getLogger(__name__)
 
-_BASE_FILE = "puma_base.json"  # training writes it beside the adapter
 _SHOWN_DIGITS = 12
 
 
@@ -58,12 +58,12 @@ def read_base(files: PushFiles, base_model: str | None) -> AdapterBase:
         raise ValueError(f"{ADAPTER_CONFIG} must hold names with values, not {type(settings).__name__}. Train again.")
     base = str(settings.get("base_model_name_or_path") or "")
     local = Path(base) if base and Path(base).is_dir() else None
-    if base_model is None and (local is not None or base.count("/") != 1 or base[0] in "./~"):
+    if base_model is None and (local is not None or not is_hub_id(base)):
         raise ValueError(
             f"The adapter {str(files.directory)!r} belongs to {base!r}, which nobody else has. Push that first, and "
             "name it: base_model='org/base' (--base-model)."
         )
-    noted = read_json(files.directory / _BASE_FILE) if _BASE_FILE in files.names else {}
+    noted = read_json(files.directory / BASE_FILE) if BASE_FILE in files.names else {}
     sha256 = noted.get("sha256") if isinstance(noted, dict) else None
     return AdapterBase(base_model or base, local, settings, sha256)
 

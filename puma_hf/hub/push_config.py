@@ -6,13 +6,11 @@ Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 # ruff: noqa: RUF009 - the calls make dataclass fields
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from puma_hf.hub.names import is_hub_id
 from puma_hf.settings import CheckedConfig, option, required
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +51,5 @@ class PushConfig(CheckedConfig):
         for name in ("repo_id", "base_model", "datasets"):
             value = getattr(self, name)
             for given in value if isinstance(value, tuple) else (value,):
-                if given is not None and (not _HUB_ID.fullmatch(given) or "--" in given or ".." in given):
+                if given is not None and not is_hub_id(given):
                     raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")

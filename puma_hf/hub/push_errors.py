@@ -15,7 +15,7 @@ _TRY_LATER = frozenset({408, 425, 429})
 
 @contextmanager
 def told(repo_id: str, token: str | None = None) -> Iterator[None]:
-    """Errors of the Hub, within the block, as ones that name the remedy.
+    """Turn the errors of the Hub in the block into ones that name the remedy.
 
     Args:
         repo_id: The repository.

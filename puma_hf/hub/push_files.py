@@ -13,10 +13,10 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_directory
 from puma_hf.hub.push_contents import content_problem, holds_secret
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FILE = "puma_base.json"  # which training writes beside an adapter
 CARD = "README.md"
 
 _PROCESSOR_FILES = frozenset(
@@ -110,7 +110,7 @@ def files_to_push(directory: str | Path) -> PushFiles:
 def is_model_file(name: str) -> bool:
     """Whether a file of a repository has a name that a push of ours gives: an older one may then be removed."""
     shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name)
-    adapter = name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "puma_base.json")
+    adapter = name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE)
     results = re.fullmatch(r"(results|sweep)-\d+\.json", name)
     return bool(shard or results) or adapter or name in _EITHER or name == "config.json" or name.endswith("_puma.py")
 
@@ -142,7 +142,7 @@ def _weight_files(folder: Path, is_adapter: bool) -> set[str]:
     """The names of the weights and of the configuration that tells how to read them."""
     if is_adapter:
         names = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-        optional = {"puma_base.json"}
+        optional = {BASE_FILE}
     elif (folder / INDEX_NAME).is_file():
         names = {"config.json", INDEX_NAME, *open_checkpoint(folder).weight_files.values()}
         optional = set()

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from puma_hf.hub.names import is_hub_id
 from puma_hf.modeling import PumaConfig
 
 _TEMPLATE = Path(__file__).with_name("hub_card.md")
@@ -22,17 +23,17 @@ def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any])
         config: Its configuration.
         facts: Parameters and bytes before and after, as in `PruneReport.to_dict()`.
     """
-    is_hub_id = bool(config.source_name_or_path and "/" in config.source_name_or_path)
+    source = config.source_name_or_path
     card_data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        base_model=config.source_name_or_path if is_hub_id else None,
+        base_model=source if source and is_hub_id(source) else None,
         tags=list(TAGS),
     )
     text_config: Any = config.text_config
     content = fill_template(
         card_data,
-        source=config.source_name_or_path,
+        source=source,
         embedding_dim=text_config.hidden_size,
         **{key: value for key, value in facts.items() if key not in ("source", "output_dir")},
     )

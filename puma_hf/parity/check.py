@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch.nn.functional import normalize
 
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export, is_export
-from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
+from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, read_config
+from puma_hf.hub.names import is_hub_id
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.parity.forms import (
     embed_features,
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _AUTO_MODEL = "AutoModel"
 _SENTENCE_TRANSFORMER = "SentenceTransformer"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check(
@@ -105,7 +104,10 @@ def check(
 
 @dataclass
 class _Forms:
-    """The forms of the model in `folder`; each opens what it needs and lets it go, for models are large."""
+    """The forms of the model in `folder`; each opens what it needs and lets it go, for models are large.
+
+    `by_auto_model` makes the reference that most of the others are compared with, so it comes first.
+    """
 
     folder: Path
     scratch: Path
@@ -172,7 +174,7 @@ class _Forms:
 
     def not_merged(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
         model = open_adapter(adapter, base, self.device)
-        stored = config_class_of(_model_type(self.folder)).from_pretrained(self.folder).dtype
+        stored = config_class_of(read_config(self.folder)["model_type"]).from_pretrained(self.folder).dtype
         # A merged model is saved in its base's data type, which may round the adapter's part away.
         measure: Measure = "difference" if stored in (None, torch.float32) else "1 - cosine"
         yield self.row("adapter on its base", embed_features(model, self.features), to="merged", measure=measure)
@@ -219,13 +221,9 @@ def _base_of(adapter: Path, base: str | Path | None) -> str | Path:
     if base is None:
         settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = str(settings.get("base_model_name_or_path") or "")
-    if not Path(base).is_dir() and not _HUB_ID.fullmatch(str(base)):
+    if not (str(base) and Path(base).is_dir()) and not is_hub_id(str(base)):
         raise FileNotFoundError(
             f"The adapter's base {str(base)!r} is not a directory. Name the PUMA directory it was trained on: base=... "
             "(--base)."
         )
     return base
-
-
-def _model_type(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from puma_hf.checkpoint import open_checkpoint
-from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING
+from puma_hf.export import own_name
 from puma_hf.parity.report import ParityRow
 
 
@@ -35,7 +34,7 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
         self._places = {
-            _own_name(name): (checkpoint.fetch(file), name)
+            own_name(name): (checkpoint.fetch(file), name)
             for name, file in checkpoint.weight_files.items()
             if not name.startswith("lm_head.")
         }
@@ -88,9 +87,3 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     difference = float((found.double() - rounded).abs().max())
     largest = float(rounded.abs().max())
     return difference / largest if largest else (math.inf if difference else 0.0)
-
-
-def _own_name(name: str) -> str:
-    for pattern, own in CHECKPOINT_KEY_MAPPING.items():
-        name = re.sub(pattern, own, name)
-    return name

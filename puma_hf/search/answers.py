@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _SHOWN = 100  # characters of a text in a line
+KINDS = {"any": "items", "text": "texts", "image": "pictures"}  # what answers to each target are called
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class Rows(Protocol):
 class ShardReader:
     """Reads shards, each checked by its hash; the first ones stay in memory, as far as they fit.
 
-    Which stay is not a matter of which were used last: every search reads all of them, from first to last. Threads may
-    share a reader.
+    Every search reads all shards in their order, so those that were used last would be gone before they are read again;
+    the first ones stay instead. Threads may share a reader.
 
     Args:
         stored: The embeddings.
@@ -92,7 +92,7 @@ class ShardReader:
 class RowReader(ShardReader):
     """Reads single rows of safetensors files, whose other rows stay on the disk; of Parquet, whole shards.
 
-    That a file is of the run that made the index is checked, but its bytes are not: to hash them is to read all.
+    It checks that a file is of the run that made the index, but not its bytes: to hash them would be to read them all.
     """
 
     def read(self, shard: int) -> Rows:

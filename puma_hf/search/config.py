@@ -101,7 +101,7 @@ class SearchConfig(CheckedConfig):
     )
     rescore_multiplier: int = option(
         RESCORE_MULTIPLIER,
-        "ann compares the embeddings of so many times as many items as answers are shown.",
+        "With --backend ann: how many items are compared exactly for each answer that is shown.",
         at_least=1,
     )
     trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")
@@ -117,7 +117,7 @@ class SearchConfig(CheckedConfig):
         super().__post_init__()
         if not (self.query and self.query.strip()) and self.image is None:
             raise ValueError(
-                f"query={self.query!r} and image=None: nothing to look for. Give words, a picture, or both."
+                f"query={self.query!r} and image=None: nothing to look for. Give words, a picture (--image), or both."
             )
         if self.html is not None and Path(self.html).is_dir():
             raise ValueError(f"html={str(self.html)!r} is a directory, must be a file. Name one, such as answers.html.")

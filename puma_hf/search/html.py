@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from puma_hf.modeling.image_inputs_puma import load_rgb_image
-from puma_hf.search.answers import Answer, Answers
+from puma_hf.search.answers import KINDS, Answer, Answers, shorten
 
 THUMBNAIL_SIZE = 320  # pixels of the longer side
 _ICON_SIZE = 128  # pixels of the longer side; JPEG would leave clouds around the lines of an icon, and save little
@@ -68,15 +68,14 @@ def to_html(answers: Answers, *, picture: Any = None) -> str:
     True
     ```
     """
-    title = f"“{_cut(answers.query)}”" if answers.query else "Answers to a picture"
-    of = {"any": "items", "text": "texts", "image": "pictures"}[answers.target]
-    notes = [f"The best {len(answers.answers):,} of {answers.num_candidates:,} {of}"]
+    title = f"“{_shown(answers.query)}”" if answers.query and answers.query.strip() else "Answers to a picture"
+    notes = [f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}"]
     if answers.instruction:
-        notes.insert(0, _cut(answers.instruction))
+        notes.insert(0, _shown(answers.instruction))
     head = [_image(picture, answers.image or "picture")] if picture is not None else []
-    head += [f'<p class="note">{escape(note)}</p>' for note in notes]
+    head += [f'<p class="note">{note}</p>' for note in notes]
     items = "\n".join(map(_item, answers.answers))
-    return _PAGE.format(title=escape(title), head="\n".join(head), answers=items)
+    return _PAGE.format(title=title, head="\n".join(head), answers=items)
 
 
 def thumbnail(image: Any, size: int = THUMBNAIL_SIZE) -> str:
@@ -101,8 +100,8 @@ def thumbnail(image: Any, size: int = THUMBNAIL_SIZE) -> str:
 def _item(answer: Answer) -> str:
     parts = [_image(answer.image, answer.text or answer.id)] if answer.image is not None else []
     if answer.text is not None:
-        parts.append(f"<p>{escape(_cut(answer.text))}</p>")
-    parts.append(f'<p class="note">{answer.rank}. {escape(_cut(answer.id))} · {answer.score:.4f}</p>')
+        parts.append(f"<p>{_shown(answer.text)}</p>")
+    parts.append(f'<p class="note">{answer.rank}. {_shown(answer.id)} · {answer.score:.4f}</p>')
     return f"<li>{''.join(parts)}</li>"
 
 
@@ -110,9 +109,10 @@ def _image(image: Any, description: str) -> str:
     try:
         source = thumbnail(image)
     except (OSError, ValueError):  # it may have been moved since it was indexed
-        return f'<p class="note">This picture cannot be read: {escape(_cut(str(image)))}</p>'
-    return f'<img src="{source}" alt="{escape(_cut(description), quote=True)}">'
+        return f'<p class="note">This picture cannot be read: {_shown(str(image))}</p>'
+    return f'<img src="{source}" alt="{_shown(description)}">'
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _TEXT_LENGTH else text[: _TEXT_LENGTH - 1] + "…"
+def _shown(text: str) -> str:
+    """The beginning of a text, safe inside HTML and inside an attribute."""
+    return escape(shorten(text, _TEXT_LENGTH))

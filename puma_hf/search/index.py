@@ -56,7 +56,7 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """That of the model whose embeddings these are."""
+        """Fingerprint of the model that made the embeddings."""
         return str(self.stored.manifest["settings"]["fingerprint"])
 
     @property

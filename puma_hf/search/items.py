@@ -32,7 +32,7 @@ class Item:
     Args:
         id: Its id.
         text: Its text, or None.
-        image: Path of its picture, or None; in the files of an index one without a root is below the index.
+        image: Path of its picture, or None. In the files of an index a relative path is below the index.
         image_state: `image_state` of a picture elsewhere when it was embedded; None for one that the index holds.
     """
 

@@ -14,14 +14,14 @@ from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.files import new_directory
 from puma_hf.hub.push_files import files_to_push
 from puma_hf.search.ann import ANN_FILE
-from puma_hf.search.index import DESCRIPTION, Index
+from puma_hf.search.index import DESCRIPTION, Index, manifest_hash, open_index
 from puma_hf.search.items import Item, image_state, read_items, read_seen_hashes, write_items
 from puma_hf.search.pictures import keep_picture
 
 MODEL_FOLDER = "model"
 
 
-def copy_index(index: Index, folder: str | Path, *, model: str | None = None) -> Path:
+def copy_index(index: str | Path | Index, folder: str | Path, *, model: str | None = None) -> Path:
     """Copy an index into a folder that can be moved to any machine: no path in it leads outside.
 
     Embeddings are copied as they are, and every picture becomes a file of the copy, named by its content and with all
@@ -29,7 +29,7 @@ def copy_index(index: Index, folder: str | Path, *, model: str | None = None) ->
     alone, because ids and reasons may name paths.
 
     Args:
-        index: The index.
+        index: The index, or its directory.
         folder: Where to, a new or empty directory. It is written whole or not at all.
         model: What the copy calls its model, such as a Hub id. By default a model in a local directory is copied into
             `folder/model`, and a Hub id stays.
@@ -40,8 +40,8 @@ def copy_index(index: Index, folder: str | Path, *, model: str | None = None) ->
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If a picture, or the model, is gone.
-        ValueError: If a picture is no longer what was embedded or cannot be read, or the model's directory holds what
-            should not be published.
+        ValueError: If a picture is no longer what was embedded or cannot be read, the model's directory holds what
+            should not be published, or the index was made anew after it was opened.
         OSError: If the disk is full.
 
     Example:
@@ -49,6 +49,7 @@ def copy_index(index: Index, folder: str | Path, *, model: str | None = None) ->
         >>> from puma_hf.search.portable import copy_index
         >>> copy_index(open_index("index"), "portable", model="org/puma-k14")  # doctest: +SKIP
     """
+    index = index if isinstance(index, Index) else open_index(index)
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         described = {**index.description, **_model_of(index, draft, model)}
         described["data"] = short_name(described["data"])
@@ -57,6 +58,8 @@ def copy_index(index: Index, folder: str | Path, *, model: str | None = None) ->
         others = [MANIFEST, index.stored.manifest.get("ranges"), ANN_FILE if ann and ann["content_hash"] else None]
         for name in filter(None, others):
             shutil.copyfile(index.folder / name, draft / name)
+        if manifest_hash(draft) != described["manifest_hash"]:
+            raise ValueError(f"The index {str(index.folder)!r} was made anew while it was open. Open it again.")
         (draft / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

@@ -89,7 +89,7 @@ class Searcher:
         model: The model, as a `SentenceTransformer`.
         backend: "torch", or "faiss" (`pip install 'puma-hf[faiss]'`), which are exact; or "ann", for which the index
             needs a file of its own (`puma-hf index --ann`).
-        rescore_multiplier: With "ann", so many times as many items as answers are wanted are compared exactly.
+        rescore_multiplier: With "ann": how many items are compared exactly for each answer that is wanted.
 
     Raises:
         ImportError: If faiss is asked for and not installed.
@@ -123,11 +123,11 @@ class Searcher:
         self.rescore_multiplier = rescore_multiplier
         _check_backend(index, backend)
 
-    def embed(self, query: Query) -> NDArray[np.float32]:
+    def embed(self, query: Query | str) -> NDArray[np.float32]:
         """The embedding of a query, for an index elsewhere: in a database, say.
 
         Args:
-            query: What to look for.
+            query: What to look for; a string is words.
 
         Returns:
             `(1, embedding_dim)`, of length 1.
@@ -139,7 +139,7 @@ class Searcher:
         try:
             return embed(
                 self.model,
-                [query.model_input()],
+                [_asked(query).model_input()],
                 num_workers=0,
                 truncate_dim=self.index.stored.manifest["settings"]["truncate_dim"],
                 show_progress_bar=False,
@@ -148,14 +148,14 @@ class Searcher:
             reason = error.broken.message.removeprefix("inputs[0]: ")
             raise ValueError(f"The query cannot be embedded: {reason}") from error
 
-    def search(self, query: Query, *, target: Target = "any", top_k: int = 10) -> Answers:
+    def search(self, query: Query | str, *, target: Target = "any", top_k: int = 10) -> Answers:
         """Compare a query with all candidates, or with those that approximate search proposes.
 
         A score is the cosine of the query's embedding in float32 and of the item's as it is stored: of an index in
         int8 the middle of each step counts, of a binary one the sign of each dimension.
 
         Args:
-            query: What to look for.
+            query: What to look for; a string is words.
             target: What answers may be: "text", "image", or "any".
             top_k: Answers to give, at most all candidates.
 
@@ -166,6 +166,7 @@ class Searcher:
             FileNotFoundError: If the picture is no file.
             ValueError: If the query cannot be embedded, there is no such candidate, or a file of the index is damaged.
         """
+        query = _asked(query)
         candidates = self.index.candidates(target)
         rows = self.embed(query)
         scores, positions = self._find(rows, candidates, top_k)
@@ -193,6 +194,10 @@ class Searcher:
             candidates = proposed if len(proposed) >= min(top_k, len(candidates)) else candidates
         found = exact_search(torch.from_numpy(rows), candidates, top_k, backend=backend)
         return found.scores[0].tolist(), candidates.positions[found.indices[0].numpy()].tolist()
+
+
+def _asked(query: Query | str) -> Query:
+    return Query(text=query) if isinstance(query, str) else query
 
 
 def _check_backend(index: Index, backend: str) -> None:
@@ -262,8 +267,8 @@ def open_searcher(
     Args:
         index: The index, or its directory.
         model: Where its model is, if it is no longer where the index says.
-        backend: As in `Searcher`, and so the next one.
-        rescore_multiplier: How many times as many items are compared.
+        backend: As in `Searcher`.
+        rescore_multiplier: As in `Searcher`.
         trust_remote_code: Run the code of a Hub repository.
 
     Returns:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,6 +76,6 @@ def _keep(index: Index, shard: int, hashes: list[str], position_of: dict[bytes, 
     places = np.array([place for place, row in enumerate(found) if row >= 0], np.int64)
     if len(places):
         rows = index.candidates().rows(torch.tensor([row for row in found if row >= 0]))
-        info, _ = read_info(Path(index.folder), 0, index.stored.manifest["settings"]["file_format"])
+        info, _ = read_info(index.folder, 0, index.stored.manifest["settings"]["file_format"])
         UnfinishedShard(index.folder, replace(info, shard=shard), hashes).save(EmbedResult(rows.numpy(), places))
     return len(places)

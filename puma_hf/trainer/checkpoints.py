@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from puma_hf.files import ADAPTER_CONFIG
+
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "puma_manifest.json"
-# Where an adapter is written before it goes to its place, and the file that makes a folder one.
-UNFINISHED = ".unfinished"
-ADAPTER_FILE = "adapter_config.json"
+UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # Files up to this size are compared by content too; larger ones only by their size, which a save that was cut
 # off betrays just as well.
@@ -232,8 +232,8 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         for path in files:
             _to_disk(path)
         # What makes a folder an adapter goes last, and first if there was one: no mixture is ever taken for whole.
-        files.sort(key=lambda path: path.name == ADAPTER_FILE)
-        (target / ADAPTER_FILE).unlink(missing_ok=True)
+        files.sort(key=lambda path: path.name == ADAPTER_CONFIG)
+        (target / ADAPTER_CONFIG).unlink(missing_ok=True)
         for path in files:
             place = target / path.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)

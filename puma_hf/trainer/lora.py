@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf.files import new_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_directory
 from puma_hf.hub.template import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
+from puma_hf.trainer.config import RECIPES
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,6 @@ logger = logging.getLogger(__name__)
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # Distance of two embeddings, which are of length 1, in float32.
 MERGE_TOLERANCE = 1e-4
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Names the weights an adapter was trained on; written beside it.
 BASE_FILE = "puma_base.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -92,7 +93,8 @@ def merge_adapter(
 ) -> float:
     """Merge a trained adapter into its base and save a complete PUMA directory.
 
-    The base is read from disk and never quantised, also if the adapter was trained on a quantised one.
+    The base is read from disk and never quantised, also if the adapter was trained on a quantised one. The recipe that
+    training left beside the adapter is copied; a push reads it for the card, and leaves it here.
 
     Args:
         adapter_dir: Directory with `adapter_config.json` and `adapter_model.safetensors`.
@@ -139,22 +141,25 @@ def merge_adapter(
                 f"{MERGE_TOLERANCE:g}: the merged model would retrieve differently. The adapter may be damaged: "
                 "merge an earlier checkpoint, or train it again."
             )
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         note = f"A LoRA adapter of rank {settings['r']} was trained and merged into the weights."
         merged.to(PumaConfig.from_pretrained(folder_of_base).dtype or torch.float32)
         # A fresh processor: one that was used would save the padding it used.
         save_complete(merged, PumaProcessor.from_pretrained(folder_of_base), folder, folder_of_base, note)
+        for name in RECIPES.values():  # what the card tells of the training, wherever the adapter is by then
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, folder_of_base, largest, output_dir)
     return largest
 
 
 def _find_base(adapter: Path, base: str | Path | None) -> Path:
     """The directory to merge into, once adapter and base are seen to be there."""
-    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).is_file():
             raise FileNotFoundError(f"{str(adapter)!r} has no {name}. Point to a directory that training saved.")
     if base is None:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path") or ""
     if str(base) and Path(base).is_dir():
         return Path(base)

@@ -16,7 +16,7 @@ from puma_hf.data.items import load_items
 from puma_hf.data.mbeir import load_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.data.twins import twin_keys
-from puma_hf.files import is_puma_directory
+from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.losses import SelfDistillationLoss
 from puma_hf.trainer.arguments import training_arguments
 from puma_hf.trainer.config import DistillConfig, MergeConfig, StageConfig, TrainConfig
@@ -194,7 +194,7 @@ def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
 def _check_model(config: StageConfig) -> dict[str, Any]:
     """How to load the model, once it is seen to be one: before anything in the output is touched."""
     folder = Path(config.model)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
     if not is_puma_directory(folder):
         raise ValueError(

@@ -103,7 +103,7 @@ def page(browser: BrowserContext, url: str) -> Iterator[Page]:
     Whatever is done with it, it asks nobody but its own server, which refuses nothing, and nothing breaks.
     """
     opened = browser.new_page()
-    opened.set_default_timeout(15_000)
+    opened.set_default_timeout(30_000)
     asked: list[str] = []
     broken: list[str] = []
     refused: list[str] = []
@@ -112,7 +112,7 @@ def page(browser: BrowserContext, url: str) -> Iterator[Page]:
     opened.on("pageerror", lambda error: broken.append(str(error)))
     opened.goto(url)
     opened.wait_for_selector("#ph-words textarea")
-    assert opened.is_checked("#ph-target input[value=image]")
+    opened.wait_for_selector("#ph-target input[value=image]:checked", state="attached")
     opened.check("#ph-target input[value=any]")
     yield opened
     ran = opened.evaluate("window.ran")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -88,6 +89,7 @@ def test_a_picture_that_has_changed_is_shown_as_it_is_now(tmp_path: Path) -> Non
     found = answers(Answer(1, 0.5, "a", "image", None, str(path)))
     before = results(found)
     write_picture(path, 1)
+    os.utime(path, ns=(1, 1))  # the clock of a file system may not have moved on
     assert results(found) != before
 
 
@@ -103,6 +105,18 @@ def test_one_line_of_an_index(counts: dict[str, int], model: str, line: str) -> 
     assert count_line(counts, model) == line
 
 
-def test_words_of_an_error_do_not_say_where_the_index_lies(tmp_path: Path) -> None:
-    error = ValueError(f"the file '{tmp_path}/index/items.parquet'\nis gone.")
-    assert readable(error, tmp_path / "index") == "The file 'index/items.parquet' is gone."
+@pytest.mark.parametrize("index", ["index", "here/index", "{cwd}/here/index"])
+def test_words_of_an_error_do_not_say_where_the_index_lies(
+    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(index.format(cwd=tmp_path))
+    error = ValueError(f"the file '{folder.resolve()}/items.parquet' of {str(folder)!r}\nis gone.")
+    assert readable(error, folder) == "The file 'index/items.parquet' of 'index' is gone."
+
+
+def test_other_words_of_an_error_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = ValueError("Look at '../photos', 'data/index', or 'a/index-2'.")
+    for index in (".", "index", "a/index"):
+        assert readable(error, Path(index)) == str(error)

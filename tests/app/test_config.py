@@ -30,5 +30,7 @@ def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
 
 def test_what_a_space_has_no_use_for_is_said() -> None:
     assert AppConfig(index="index", port=1, host="0.0.0.0").notes() == []
-    notes = AppConfig(index="index", space="space", port=1, host="0.0.0.0").notes()
-    assert notes == [f"{name} is ignored: a Space is written, nothing is served." for name in ("host", "port")]
+    assert AppConfig(index="index", space="space", instruction="Find it.").notes() == []
+    notes = AppConfig(index="index", space="space", port=1, host="0.0.0.0", top=5).notes()
+    ignored = "is ignored: a Space is written, nothing is served. Its app.py can set it."
+    assert notes == [f"{name} {ignored}" for name in ("host", "port", "top")]

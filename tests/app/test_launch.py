@@ -66,12 +66,13 @@ def test_the_port_is_free_again(server: FakeServer, index_dir: Path) -> None:
     assert server.served[0][1] == port
 
 
-def test_a_space_instead(index_dir: Path, tmp_path: Path) -> None:
+def test_a_space_instead(index_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said: list[str] = []
     launch(
-        AppConfig(index=index_dir, space=tmp_path / "space", model="org/name", trust_remote_code=True),
+        AppConfig(index=index_dir, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1),
         started=said.append,
     )
     assert said == [str(tmp_path / "space")]
+    assert "port is ignored: a Space is written" in caplog.text
     app = (tmp_path / "space" / "app.py").read_text()
     assert "trust_remote_code=True" in app

@@ -27,9 +27,17 @@ def ids(page: Page) -> list[str]:
 
 
 def search(page: Page, heading: str) -> None:
-    """Press the button, and wait for the answers to what `heading` names."""
+    """Press the button, and wait for new answers, to what `heading` names; those before may have had the same."""
+    name = "document.querySelector('[data-search]')?.dataset.search"
+    before = page.evaluate(name)
     page.click("#ph-search")
+    page.wait_for_function(f"before => {name} && {name} !== before", arg=before)
     page.locator(".ph-asked h2", has_text=heading).wait_for()
+
+
+def wait_for_words(page: Page, words: str) -> None:
+    """The page fills its fields one after another."""
+    page.wait_for_function("words => document.querySelector('#ph-words textarea').value === words", arg=words)
 
 
 def choose(page: Page, path: Path) -> None:
@@ -55,9 +63,7 @@ def test_words_and_an_instruction(page: Page) -> None:
     page.click("#ph-instruction button")
     page.get_by_role("textbox", name="Instruction").fill("Find a picture.")
     page.click("#ph-search")
-    page.wait_for_function(
-        "before => document.querySelector('.ph-score')?.innerText != before", arg=before[0], timeout=10_000
-    )
+    page.wait_for_function("before => document.querySelector('.ph-score')?.innerText != before", arg=before[0])
     assert page.locator(".ph-score").all_inner_texts() != before
 
 
@@ -118,7 +124,7 @@ def test_a_script_is_a_text(page: Page) -> None:
 
 
 def check_that_texts_are_shown(page: Page, asked: str) -> None:
-    page.wait_for_function("text => document.querySelector('#ph-words textarea').value === text", arg=asked)
+    wait_for_words(page, asked)
     assert page.locator(".ph-asked h2").inner_text() == f"“{asked}”"
     assert SCRIPT in ids(page)
     shown = page.locator(".ph-text").all_inner_texts()
@@ -134,19 +140,19 @@ def test_an_answer_is_the_next_query(page: Page) -> None:
     with_text.click()
     page.locator(".ph-asked h2", has_text="“a red picture”").wait_for()
     assert ids(page)[0] == "b"
-    assert page.input_value(WORDS) == "a red picture"
+    wait_for_words(page, "a red picture")
     page.wait_for_selector("#ph-picture img")
     without.click()
     page.locator(".ph-asked h2", has_text="This picture").wait_for()
     assert ids(page)[0] == "i0"
-    page.wait_for_function("document.querySelector('#ph-words textarea').value === ''")
+    wait_for_words(page, "")
     page.wait_for_selector("#ph-picture img")
     search(page, "This picture")  # what is in the fields now is the same query
     assert ids(page)[0] == "i0"
     assert page.locator(".ph-score").first.inner_text() == "1.000"
     words.click()
     page.locator(".ph-asked h2", has_text="“a table”").wait_for()
-    assert page.input_value(WORDS) == "a table"
+    wait_for_words(page, "a table")
     page.wait_for_selector("#ph-picture img", state="detached")
     page.evaluate("document.querySelector('[data-search]').dataset.search = 'earlier'")
     words.click()

@@ -17,7 +17,8 @@ from uuid import uuid4
 import pytest
 
 from puma_hf.app import AppConfig, serving
-from puma_hf.app.serve import address, listen
+from puma_hf.app.guard import LOOPBACK
+from puma_hf.app.serve import _hosts, address, listen
 from puma_hf.search.query import Searcher
 from tests.app.client import ask, picture, request, search, upload
 from tests.app.conftest import MAX_UPLOAD_MB, SCRIPT, TEMPLATE
@@ -236,6 +237,18 @@ def test_another_name_of_this_machine(url: str) -> None:
     assert request(url, "GET", "/", headers={"host": "evil.example"})[0] == 403
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "LOCALHOST", "::1", "0:0:0:0:0:0:0:1"])
+def test_a_page_of_this_machine_alone_goes_by_no_other_name(host: str) -> None:
+    names = _hosts(host)
+    assert names is not None
+    assert {host.lower(), *LOOPBACK} <= {*names}
+    assert "evil.example" not in names
+
+
+def test_a_page_for_other_machines_goes_by_any_name() -> None:
+    assert _hosts("0.0.0.0") is None
+
+
 # --- uploads
 
 
@@ -289,9 +302,10 @@ def test_the_next_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
             listen("127.0.0.1", None)
 
 
-def test_no_address() -> None:
-    with pytest.raises(ValueError, match="host='not an address' is no address"):
-        listen("not an address", 0)
+@pytest.mark.parametrize("host", ["not an address", "", "..", "a" * 64])
+def test_no_address(host: str) -> None:
+    with pytest.raises(ValueError, match=f"host='{re.escape(host)}' is no address .* Leave it out for 127.0.0.1"):
+        listen(host, 0)
 
 
 def test_all_addresses_are_shown_as_one_that_can_be_opened() -> None:

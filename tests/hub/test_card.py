@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -171,6 +172,21 @@ def test_an_adapter_whose_base_is_on_the_hub_says_so_itself(tmp_path: Path) -> N
     assert "Base: not stated here, of [org/puma]" in card.text
 
 
+def test_a_base_that_was_moved_away_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    lora = make_adapter(tmp_path / "work" / "lora", "../gone")
+    content = render_card(lora, options=CardOptions("org/lora"))
+    assert ModelCard(content).data.base_model is None
+    assert "../gone" not in content
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_settings_of_an_adapter_that_are_damaged_are_named(tmp_path: Path, content: str) -> None:
+    lora = make_adapter(tmp_path / "work" / "lora", "org/puma")
+    (lora / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json' (must hold names with values|cannot be read)"):
+        render_card(lora)
+
+
 def test_results_beside_an_adapter_whose_base_is_out_of_reach_stay_out_of_its_card(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,6 +253,17 @@ def test_the_code_of_the_card_runs(
     printed = capsys.readouterr().out
     assert re.search(r"tensor\(\[\[.*, .*, .*\]\]\)", printed)
     assert "(1, 16)" in printed
+
+
+def test_an_instruction_is_quoted_whatever_it_holds(folder: Path) -> None:
+    prompt = 'Instruct: find a "red" \\\nQuery: é '
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": prompt}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    card = render_card(folder)
+    (line,) = (line for line in card.splitlines() if line.startswith("instruction = "))
+    assert ast.literal_eval(line.removeprefix("instruction = ")) == prompt
+    assert '- `query`: Instruct: find a "red" \\ Query: é\n' in card
 
 
 # --- a number without a source cannot get in

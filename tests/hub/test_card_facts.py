@@ -39,6 +39,24 @@ def test_two_data_types_say_nothing_about_dropped_weights(folder: Path) -> None:
     assert (facts["dtype"], facts["bytes_before"]) == ("bfloat16 and float32", None)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16", "float8_e4m3fn", "int8"])
+def test_other_data_types(folder: Path, dtype: str) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    facts = read_facts(folder)
+    assert facts["dtype"] == dtype
+    assert facts["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert facts["parameters_after"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_file_that_was_cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        read_facts(folder)
+
+
 def test_layers_that_the_model_does_not_have_are_not_counted(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file({**load_file(file), "language_model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}, file)

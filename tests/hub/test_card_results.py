@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import yaml
 
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
+from puma_hf.hub import card_results
 from puma_hf.hub.card_results import MeasuredModel, find_results, read_results
 from tests.evaluation.sweep_reports import make_model, make_report
 
@@ -47,6 +51,28 @@ def test_results_are_found_in_the_directory_and_beside_it_if_they_are_its_own(mo
         "puma-test/results.json",
     ]
     assert found.evaluations[0][1].rows[0].score == 0.625
+
+
+def test_what_others_keep_to_themselves_beside_it_is_passed_by(
+    model: MeasuredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /tmp, where programs have folders that nobody else may look into."""
+    work = model.directory.parent
+    own, closed, unreadable = (write_results(work / name / "results.json") for name in ("mine", "closed", "unreadable"))
+
+    def refusing(plain: Callable[..., Any], where: Path) -> Callable[..., Any]:
+        def refuse(path: Any, **options: Any) -> Any:
+            if path == where:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return plain(path, **options)
+
+        return refuse
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat, closed))
+    monkeypatch.setattr(card_results, "read_mapping", refusing(card_results.read_mapping, unreadable))
+    assert [source.path for source, _ in read_results(model, None).evaluations] == [own.resolve()]
+    with pytest.raises(PermissionError):
+        read_results(model, [unreadable])
 
 
 def test_results_of_another_model_cannot_get_in(model: MeasuredModel) -> None:
@@ -110,6 +136,11 @@ def test_recipes_are_followed_back_to_the_first_stage(model: MeasuredModel) -> N
     found = [path.relative_to(work).as_posix() for path in find_results(model.directory)]
     assert found == ["puma-lora/train.yaml", "distilled-lora/distill.yaml"]
     assert [recipe["model"] for _, recipe in read_results(model, None).recipes][1] == "/home/somebody/pruned"
+
+
+def test_a_recipe_that_names_no_directory_is_the_last(model: MeasuredModel) -> None:
+    (model.directory / "train.yaml").write_text("model: .")
+    assert find_results(model.directory) == [model.directory / "train.yaml"]
 
 
 def test_recipes_that_name_each_other_end(model: MeasuredModel) -> None:

@@ -15,15 +15,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
 
-from puma_hf import lora_config
 from puma_hf.evaluation.layer_costs import LayerCosts
 from puma_hf.hub import fresh_load
 from puma_hf.hub.card_results import MeasuredModel
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub as push
-from puma_hf.trainer.lora import add_lora, save_base_fingerprint
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
 from tests.hub.test_card_results import PRINT, write_results
 from tests.warm_process import WarmProcess, warm_process
@@ -84,22 +81,6 @@ def really_loads(warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process in which the directory is opened has its imports behind it; all else is as it is."""
     monkeypatch.setattr("puma_hf.hub.load_check.subprocess.run", warm.run)
     monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
-
-
-@pytest.fixture(scope="module")
-def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained adapter of `puma_dir`, as training saves it. Read only."""
-    torch.manual_seed(0)
-    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
-    add_lora(model, lora_config(r=4))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("adapters") / "puma-lora"
-    model.save_pretrained(str(folder), create_model_card=False)
-    save_base_fingerprint(model, folder)
-    return folder
 
 
 def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubServer, loads: list[Any]) -> None:

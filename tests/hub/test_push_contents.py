@@ -35,7 +35,6 @@ def test_secrets_are_found_wherever_they_stand(tmp_path: Path, secret: str) -> N
     for text in (secret, f'{{"token": "{secret}"}}', "x" * 40 + f"\n{secret}\n", "." * ((1 << 20) - 9) + secret):
         path.write_text(text)
         assert holds_secret(path), text[-80:]
-        assert holds_secret(text)
 
 
 @pytest.mark.parametrize(

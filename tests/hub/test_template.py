@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from huggingface_hub import ModelCard
 
 from puma_hf import PumaConfig
@@ -56,6 +57,12 @@ def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
     content = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "somebody" not in content
     assert "Made from `qwen`" in content
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize("source", ["models/qwen/2b", "../qwen", "./qwen"])
+def test_a_path_is_no_name_on_the_hub(tmp_path: Path, source: str) -> None:
+    write_model_card(tmp_path, config(source), FACTS)
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 

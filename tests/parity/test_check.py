@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf import PumaModel, lora_config, prune
+from puma_hf import PumaModel, prune
 from puma_hf.export import export
 from puma_hf.parity import check as check_module
 from puma_hf.parity.check import _base_of, _Forms, check
 from puma_hf.parity.inputs import check_inputs
 from puma_hf.trainer import merge_adapter
-from puma_hf.trainer.lora import add_lora, save_base_fingerprint
 from tests.tiny import build_checkpoint
 
 FORMS = [
@@ -38,22 +36,6 @@ FORMS = [
 ]
 ADAPTER_FORM = "adapter on its base"
 MERGED_WEIGHTS = "merged, weights"
-
-
-@pytest.fixture(scope="module")
-def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on the pruned model that changes its embeddings. Read only."""
-    folder = tmp_path_factory.mktemp("trained") / "adapter"
-    torch.manual_seed(0)
-    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
-    add_lora(model, lora_config(r=4))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(str(folder))
-    save_base_fingerprint(model, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +246,13 @@ def test_what_cannot_be_checked(puma_dir: Path, qwen_dir: Path, adapter: Path, t
         check(tmp_path / "stock")
 
 
-def test_a_base_that_is_gone(adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["/moved/away", "../moved/away", "../away", None])
+def test_a_base_that_is_gone(adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path, base: str | None) -> None:
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/moved/away"}))
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
     for options in ({}, {"merged": merged}):
-        with pytest.raises(FileNotFoundError, match=r"base '/moved/away' is not a directory\. .*--base"):
+        with pytest.raises(FileNotFoundError, match=rf"base '{base or ''}' is not a directory\. .*--base"):
             check(copy, **options)
     assert _base_of(copy, puma_dir) == puma_dir
 

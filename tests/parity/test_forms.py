@@ -2,20 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
-from puma_hf.export import export
 from puma_hf.parity.forms import embed_features, features_of, open_auto_model, stock_features
 from puma_hf.parity.inputs import check_inputs
-
-
-@pytest.fixture(scope="module")
-def exported(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the pruned model. Read only."""
-    folder = tmp_path_factory.mktemp("exported") / "stock"
-    export(puma_dir, folder)
-    return folder
 
 
 def test_stock_features_are_the_processors(puma_dir: Path, exported: Path) -> None:

@@ -29,7 +29,7 @@ def test_zeros_are_refused() -> None:
     ("values", "message"),
     [
         ({}, "query=None and image=None: nothing to look for"),
-        ({"query": " \n"}, "nothing to look for. Give words, a picture, or both"),
+        ({"query": " \n"}, "nothing to look for. Give words, a picture \\(--image\\), or both"),
         ({"query": "a", "top": 0}, "top=0 must be at least 1"),
         ({"query": "a", "target": "video"}, "target='video' must be one of 'any', 'text', 'image'"),
         ({"query": "a", "backend": "annoy"}, "backend='annoy' must be one of"),

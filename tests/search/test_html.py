@@ -88,9 +88,15 @@ def test_a_text_of_a_million_characters() -> None:
     assert "word…</p>" in page
 
 
-def test_without_words() -> None:
-    parsed = Page(to_html(answers(query=None, image="q.png")))
-    assert "Answers to a picture" in parsed.text
+@pytest.mark.parametrize("query", [None, "", " \n"])
+def test_without_words(query: str | None) -> None:
+    parsed = Page(to_html(answers(query=query, image="q.png")))
+    assert parsed.text.count("Answers to a picture") == 2  # title and heading
+
+
+def test_letters_that_turn_a_line_around_are_left_out() -> None:
+    page = to_html(answers(Answer(1, 0.5, "a", "text", "red\u202e elppa\0", None)))
+    assert "<p>red elppa</p>" in page
 
 
 @pytest.mark.parametrize(("size", "expected"), [((640, 320), (100, 50)), ((10, 20), (10, 20))])

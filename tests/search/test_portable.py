@@ -36,7 +36,7 @@ def test_a_copy_needs_nothing_else(own_index: Index, tmp_path: Path) -> None:
     with Image.open(tmp_path / "there" / "photos" / "sub" / "a.png") as opened:
         query = Query(image=opened.copy())
     before = open_searcher(own_index).search(query).to_dict()["answers"]
-    assert copy_index(own_index, tmp_path / "copy") == tmp_path / "copy"
+    assert copy_index(own_index.folder, tmp_path / "copy") == tmp_path / "copy"  # an index, or where it is
     shutil.move(tmp_path / "copy", tmp_path / "moved")
     shutil.rmtree(tmp_path / "there")
     searcher = open_searcher(tmp_path / "moved")
@@ -103,6 +103,15 @@ def test_a_picture_that_was_replaced(own_index: Index, tmp_path: Path) -> None:
     assert build_index(IndexConfig(**values)).embedded.num_new_items == 1
     again = open_index(copy_index(open_index(own_index.folder), tmp_path / "again"))
     assert Path(str(again.items([1])[0].image)).read_bytes() == picture.read_bytes()
+
+
+def test_an_index_that_was_made_anew_meanwhile(own_index: Index, tmp_path: Path) -> None:
+    photos, model = tmp_path / "there" / "photos", str(tmp_path / "there" / "puma")
+    write_picture(photos / "sub" / "z.png", 7)  # a shard more; those that were there stay as they were
+    build_index(IndexConfig(data=photos, model=model, output=own_index.folder, shard_size=2))
+    with pytest.raises(ValueError, match=r"index' was made anew while it was open\. Open it again"):
+        copy_index(own_index, tmp_path / "copy")
+    assert os.listdir(tmp_path) == ["there"]
 
 
 def test_what_is_there_is_kept(index_dir: Path, tmp_path: Path) -> None:

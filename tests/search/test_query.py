@@ -185,6 +185,8 @@ def test_open_and_ask(index_dir: Path, puma_dir: Path, searcher: Searcher) -> No
     for index in (index_dir, open_index(index_dir)):
         opened = open_searcher(index, model=str(puma_dir))
         assert opened.search(query) == searcher.search(query)
+    assert searcher.search("a table") == searcher.search(query)  # a string is words
+    np.testing.assert_array_equal(searcher.embed("a table"), searcher.embed(query))
     row = searcher.embed(query)
     assert row.shape == (1, searcher.index.stored.embedding_dim)
     np.testing.assert_allclose(row[0], searcher.model.encode("a table"), atol=1e-5)

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
+from puma_hf.files import ADAPTER_CONFIG
 from puma_hf.trainer import checkpoints
 from puma_hf.trainer.checkpoints import (
-    ADAPTER_FILE,
     HASHED_BYTES,
     MANIFEST_FILE,
     UNFINISHED,
@@ -193,7 +193,7 @@ def adapter(tmp_path: Path) -> Path:
     """A folder with an adapter, and what is none of its files."""
     folder = tmp_path / "out"
     (folder / "checkpoint-1").mkdir(parents=True)
-    for name in (ADAPTER_FILE, "weights", "train.yaml"):
+    for name in (ADAPTER_CONFIG, "weights", "train.yaml"):
         (folder / name).write_text("old")
     return folder
 
@@ -207,10 +207,10 @@ def test_what_is_written_whole_takes_its_place(adapter: Path) -> None:
     (adapter / UNFINISHED / "half").write_text("of a run that was killed")
     with written_whole(adapter) as folder:
         (folder / "1_Module").mkdir()
-        for name in (ADAPTER_FILE, "weights", "1_Module/config.json"):
+        for name in (ADAPTER_CONFIG, "weights", "1_Module/config.json"):
             (folder / name).write_text("new")
         assert contents(adapter)["weights"] == "old"
-    expected = {ADAPTER_FILE: "new", "weights": "new", "1_Module/config.json": "new", "train.yaml": "old"}
+    expected = {ADAPTER_CONFIG: "new", "weights": "new", "1_Module/config.json": "new", "train.yaml": "old"}
     assert contents(adapter) == expected
     assert not (adapter / UNFINISHED).exists()
 
@@ -238,10 +238,10 @@ def test_no_mixture_of_two_adapters_is_one(adapter: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(checkpoints.os, "replace", one_file_only)
     with pytest.raises(OSError, match="gone"), written_whole(adapter) as folder:  # noqa: PT012
-        for name in (ADAPTER_FILE, "weights"):
+        for name in (ADAPTER_CONFIG, "weights"):
             (folder / name).write_text("new")
     assert moved == ["weights"]
-    assert not (adapter / ADAPTER_FILE).exists()
+    assert not (adapter / ADAPTER_CONFIG).exists()
 
 
 # --- of a trainer

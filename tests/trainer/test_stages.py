@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import TrainerState
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.data.twins import TwinBatchSampler
+from puma_hf.hub.card_results import find_results
 from puma_hf.losses import MultimodalMACLoss
 from puma_hf.recipes import load_config
 from puma_hf.trainer import stages
@@ -87,6 +89,13 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
     assert load_config(TrainConfig, saved / "train.yaml").hard_temperature == 0.02
     assert json.loads((saved / "adapter_config.json").read_text())["lora_alpha"] == 3
     assert merge(MergeConfig(adapter=saved, output=tmp_path / "final")) < 1e-5
+    # A card tells of both stages, whatever the adapters were called and wherever they are by then.
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "second")
+    assert [path.parent.name + "/" + path.name for path in find_results(tmp_path / "final")] == [
+        "final/train.yaml",
+        "merged/distill.yaml",
+    ]
 
 
 def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
