@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from puma_hf.modeling.processing_puma import MODALITY_NAMES
+from puma_hf.modeling.messages_puma import MODALITY_NAMES
 
 MBEIR_MODALITIES: tuple[str, str, str] = MODALITY_NAMES[:3]
 TEXT, IMAGE, IMAGE_TEXT = MBEIR_MODALITIES

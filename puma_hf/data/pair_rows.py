@@ -14,7 +14,7 @@ import datasets
 from puma_hf.data.images import BrokenImageError, ImageFiles, InsideImageError
 from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
-from puma_hf.modeling.processing_puma import modality_of
+from puma_hf.modeling.messages_puma import modality_of
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
 Direction = Literal["text-to-image", "image-to-text", "both"]

@@ -18,7 +18,7 @@ from puma_hf.data.pair_rows import Cell, Direction, Offenders, Pair, PairOptions
 from puma_hf.data.pairs import load_pairs
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.data.pairs_mbeir import write_mbeir
-from puma_hf.modeling.processing_puma import MODALITY_NAMES
+from puma_hf.modeling.messages_puma import MODALITY_NAMES
 
 logger = logging.getLogger(__name__)
 

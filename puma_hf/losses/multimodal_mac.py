@@ -27,7 +27,7 @@ from puma_hf.losses.contrastive import (
 )
 from puma_hf.losses.negatives import NegativeSurvey, check_margin, find_false_negatives, survey_negatives
 from puma_hf.losses.temperature import ScheduledTemperatureLoss, ScheduleKind
-from puma_hf.modeling.processing_puma import MODALITY_NAMES
+from puma_hf.modeling.messages_puma import MODALITY_NAMES
 
 ModalityGrouping = Literal["target", "query"]
 MACObjective = Literal["mac", "split"]

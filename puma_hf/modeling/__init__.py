@@ -3,8 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
+from .messages_puma import MODALITY_IDS, MODALITY_NAMES
 from .modeling_puma import PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
-from .processing_puma import MODALITY_IDS, MODALITY_NAMES, RET_TOKEN, PumaImageTextProcessor, PumaProcessor
+from .processing_puma import RET_TOKEN, PumaImageTextProcessor, PumaProcessor
 
 for _config, _model, _processor in (
     (PumaConfig, PumaModel, PumaProcessor),

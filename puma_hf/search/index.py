@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puma_hf.embedding.store import MANIFEST, StoredEmbeddings, open_embeddings
-from puma_hf.modeling.processing_puma import MODALITY_IDS, MODALITY_NAMES
+from puma_hf.modeling.messages_puma import MODALITY_IDS, MODALITY_NAMES
 from puma_hf.search.ann import Ann
 from puma_hf.search.candidates import KEPT_BYTES, RowReader, ShardReader, StoredCandidates
 from puma_hf.search.config import Target

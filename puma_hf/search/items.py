@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from puma_hf.files import write_whole
-from puma_hf.modeling.processing_puma import MODALITY_IDS
+from puma_hf.modeling.messages_puma import MODALITY_IDS
 
 _KEY = b"puma_hf"  # where a file has the hash of its content
 _COLUMNS = ("id", "modality", "text", "image", "image_state")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask, dataset_id_of
-from puma_hf.modeling.processing_puma import MODALITY_NAMES
+from puma_hf.modeling.messages_puma import MODALITY_NAMES
 from tests.data.mbeir_builder import MODALITIES
 
 

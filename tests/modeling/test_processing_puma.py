@@ -13,7 +13,6 @@ from transformers import AutoProcessor
 
 from puma_hf import PumaProcessor
 from puma_hf.modeling import MODALITY_IDS, MODALITY_NAMES, processing_puma
-from puma_hf.modeling.processing_puma import modality_of
 
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n[RET]"
 IMAGE, VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
@@ -244,22 +243,6 @@ def test_a_batch_holds_what_its_inputs_hold_alone(processor: PumaProcessor, imag
 def test_text_alone_brings_no_image_features(processor: PumaProcessor) -> None:
     batch = processor.process_inputs(["a", "b"])
     assert set(batch) == {"input_ids", "attention_mask", "mm_token_type_ids", "modality_ids"}
-
-
-@pytest.mark.parametrize(
-    ("parts", "name"),
-    [
-        ((True, False, False), "text"),
-        ((False, True, False), "image"),
-        ((True, True, False), "image,text"),
-        ((False, False, True), "video"),
-        ((True, False, True), "video,text"),
-        ((True, True, True), "video,text"),
-    ],
-)
-def test_modality_names(parts: tuple[bool, bool, bool], name: str) -> None:
-    assert modality_of(*parts) == name
-    assert MODALITY_IDS[name] == MODALITY_NAMES.index(name)
 
 
 def test_ids_are_positions() -> None:
@@ -533,6 +516,21 @@ def test_the_prompt_must_be_a_string(processor: PumaProcessor) -> None:
     wrong: Any = 5
     with pytest.raises(ValueError, match="an instruction must be a string, got 5"):
         processor.process_inputs(["a"], prompt=wrong)
+
+
+@pytest.mark.parametrize("text", ["a red apple", ["a red apple"], ["a[RET]", "a[RET] "], "a" * 100])
+def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, text: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"The prompt 'a.*' does not end in \[RET\].*Pass inputs to process_inputs"):
+        processor(text=text)
+
+
+def test_rendered_prompts_are_taken(processor: PumaProcessor) -> None:
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a red apple"}]}]
+    expected = processor.process_inputs(["a red apple"])["input_ids"]
+    prompt = processor.apply_chat_template(chat, tokenize=False)
+    assert torch.equal(processor(text=prompt, return_tensors="pt")["input_ids"], expected)
+    tokenized = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(tokenized["input_ids"], expected)
 
 
 def test_a_template_without_ret_is_refused(processor: PumaProcessor) -> None:

@@ -30,6 +30,7 @@ COMPLETE = {
     "content_ids_puma.py",
     "fast_path_puma.py",
     "image_inputs_puma.py",
+    "messages_puma.py",
     "model.safetensors",
     "modeling_puma.py",
     "modules.json",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.modeling.processing_puma import MODALITY_IDS
+from puma_hf.modeling.messages_puma import MODALITY_IDS
 from puma_hf.search import items as items_module
 from puma_hf.search.items import (
     DamagedItemsError,

@@ -1,0 +1,41 @@
+"""The ways to write an input are tested through `process_inputs`, in test_processing_puma.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from puma_hf.modeling import MODALITY_IDS, MODALITY_NAMES
+from puma_hf.modeling.messages_puma import media_of, modality_of, modality_of_messages, text_items, to_messages
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ((True, False, False), "text"),
+        ((False, True, False), "image"),
+        ((True, True, False), "image,text"),
+        ((False, False, True), "video"),
+        ((True, False, True), "video,text"),
+        ((True, True, True), "video,text"),
+    ],
+)
+def test_modality_names(parts: tuple[bool, bool, bool], name: str) -> None:
+    assert modality_of(*parts) == name
+    assert MODALITY_IDS[name] == MODALITY_NAMES.index(name)
+
+
+def test_a_dict_and_a_chat_become_the_same_messages() -> None:
+    said: dict[str, Any] = {"text": "in green", "instruction": " Find it. "}
+    chat = [{"role": "system", "content": "Find it."}, {"role": "user", "content": "in green"}]
+    expected = [
+        {"role": "system", "content": [{"type": "text", "text": "Find it."}]},
+        {"role": "user", "content": [{"type": "text", "text": "in green"}]},
+    ]
+    assert to_messages(said, None, "x") == to_messages(chat, "ignored", "x") == expected
+    assert to_messages("in green", "Find it.", "x") == expected
+    assert modality_of_messages(expected) == "text"  # the instruction is no part of it
+    assert media_of(expected) == {"image": [], "video": []}
+    assert [item["text"] for item in text_items(expected)] == ["Find it.", "in green"]
+    assert [item["text"] for item in text_items(expected, ("user",))] == ["in green"]
