@@ -94,7 +94,7 @@ def _plain(hint: Any) -> tuple[Any, str | None]:
 
 def _shown(entry: Field[Any]) -> str | None:
     default = entry.default
-    if default is MISSING or default is None or default == ():
+    if default is MISSING or default is None or default in ((), ""):
         return None
     if isinstance(default, bool):
         return "yes" if default else "no"

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 # YAML 1.1 reads 2e-4, without a point, as text.
+_MOST_SHOWN = 200
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -51,7 +52,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return dict(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name}={value!r} must be {describe(hint)}, not {_kind_of(value)}.")
+    raise ValueError(f"{name}={_shown(value)} must be {describe(hint)}, not {_kind_of(value)}.")
 
 
 def describe(hint: Any) -> str:
@@ -79,6 +80,21 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.{nearest(value, choices)}")
 
 
+def _shown(value: object) -> str:
+    """Some objects, such as models, have pages to say of themselves."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN].splitlines()[0]}..."
+
+
 def _kind_of(value: object) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return words.get(type(value), "a list" if isinstance(value, list | tuple) else "a mapping")
+    words: dict[type, str] = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+        list: "a list",
+        tuple: "a list",
+        dict: "a mapping",
+    }
+    return words.get(type(value), f"a {type(value).__name__}")

@@ -57,6 +57,7 @@ def test_values_that_fit(value: object, hint: Any, expected: object) -> None:
         (1, Colour, r"x=1 must be one of 'red', 'blue'\.$"),
         ([1, "b"], tuple[int, ...], r"x='b' must be a whole number, not text\."),
         ([1], Mapping[str, Any], r"x=\[1\] must be a mapping of names to values, not a list\."),
+        (b"a" * 300, str, r"x=b'a{198}\.\.\. must be text, not a bytes\."),
         ({1: 2}, Mapping[str, Any], r"x=\{1: 2\} must be a mapping of names to values"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from puma_hf.files import write_whole
-from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image
+from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image, reason_of
 
 IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
 
@@ -121,7 +121,7 @@ class ImageFiles:
                 size, kind = image.size, (image.format or "png").lower()
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
             raise BrokenImageError(
-                f"{where}: {name} cannot be read as an image ({error}). Replace it or leave it out."
+                f"{where}: {name} cannot be read as an image ({reason_of(error)}). Replace it or leave it out."
             ) from error
         _check_size(size, name, where)
         if self._decode:

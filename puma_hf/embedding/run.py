@@ -28,6 +28,7 @@ from puma_hf.embedding.unfinished import UnfinishedShard
 from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
 from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 from puma_hf.files import is_puma_directory
+from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +68,18 @@ class EmbedReport:
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
         lines = [
-            f"embedded {_inputs(self.num_new_items)}{rate}; {self.num_items - self.num_new_items:,} already were",
-            f"saved    {self.num_rows:,} embeddings of {self.embedding_dim} dimensions as {self.precision} in "
-            f"{self.num_shards} {'shard' if self.num_shards == 1 else 'shards'}: {self.output}",
+            f"embedded {_count(self.num_new_items, 'input')}{rate}; "
+            f"{self.num_items - self.num_new_items:,} already were",
+            f"saved    {_count(self.num_rows, 'embedding')} of {self.embedding_dim} dimensions as {self.precision} in "
+            f"{_count(self.num_shards, 'shard')}: {self.output}",
         ]
         if self.num_errors:
-            lines.append(f"broken   {_inputs(self.num_errors)}, see {Path(self.output, ERRORS)}")
+            lines.append(f"broken   {_count(self.num_errors, 'input')}, see {Path(self.output, ERRORS)}")
         return "\n".join(lines)
 
 
-def _inputs(count: int) -> str:
-    return "1 input" if count == 1 else f"{count:,} inputs"
+def _count(count: int, name: str) -> str:
+    return f"1 {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def embed_corpus(config: EmbedConfig) -> EmbedReport:
@@ -279,27 +281,22 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
     """The model of a configuration, in evaluation mode.
 
     Raises:
+        FileNotFoundError: If there is no such model.
         ValueError: If it is no PUMA model, or has fewer dimensions than `truncate_dim`.
     """
-    is_folder = Path(config.model).is_dir()
-    if is_folder and not is_puma_directory(Path(config.model)):
+    if Path(config.model).is_dir() and not is_puma_directory(Path(config.model)):
         raise ValueError(
             f"model={config.model!r} is no PUMA model. Make one of an original checkpoint with puma-hf prune, or of an "
             "adapter with puma-hf merge."
         )
-    model = SentenceTransformer(
+    model = open_sentence_transformer(
         config.model,
         device=own_device(),
         revision=config.revision,
-        trust_remote_code=config.trust_remote_code or is_folder,
+        trust_remote_code=config.trust_remote_code,
         model_kwargs={"dtype": config.dtype},
     ).eval()
-    dim = model.get_embedding_dimension()
-    if config.truncate_dim is not None and dim is not None and dim < config.truncate_dim:
-        raise ValueError(
-            f"truncate_dim={config.truncate_dim}, but the embeddings of {config.model!r} have {dim} dimensions. Choose "
-            "fewer, or leave it out."
-        )
+    check_truncate_dim(model, config.model, config.truncate_dim)
     if not config.fast:
         first: Any = model[0]
         first.fast_path = None

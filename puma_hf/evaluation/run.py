@@ -18,6 +18,7 @@ from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
+from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -88,29 +89,14 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:
     _refuse_unpruned(config.model)
-    try:
-        model = SentenceTransformer(
-            config.model,
-            device=own_device(),
-            revision=config.revision,
-            truncate_dim=config.truncate_dim,
-            trust_remote_code=config.trust_remote_code or Path(config.model).is_dir(),
-        )
-    except OSError as error:
-        if Path(config.model).exists():
-            raise
-        # transformers speaks of the network alone, and does not name the model.
-        raise FileNotFoundError(
-            f"model={config.model!r} is no folder here, and the Hub has no such model, or needs a token for it, or "
-            f"cannot be reached ({type(error).__name__}). Check the name, and the network unless HF_HUB_OFFLINE is "
-            "meant."
-        ) from error
-    dim = model.get_embedding_dimension()
-    if config.truncate_dim is not None and dim is not None and dim < config.truncate_dim:
-        raise ValueError(
-            f"truncate_dim={config.truncate_dim}, but the embeddings of {config.model!r} have {dim} dimensions. Choose "
-            "fewer, or leave it out."
-        )
+    model = open_sentence_transformer(
+        config.model,
+        device=own_device(),
+        revision=config.revision,
+        truncate_dim=config.truncate_dim,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_truncate_dim(model, config.model, config.truncate_dim)
     return model
 
 

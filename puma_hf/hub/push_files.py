@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
 from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_directory
 from puma_hf.hub.push_contents import content_problem, holds_secret
+from puma_hf.locks import LOCK_FILE
 
 BASE_FILE = "puma_base.json"  # which training writes beside an adapter
 CARD = "README.md"
@@ -40,7 +41,7 @@ _SENTENCE_TRANSFORMERS_FILES = frozenset(
 _EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE", "results.json", "sweep.json"}
 # What our own commands write beside a model, and nobody needs who loads it.
 _LEFT_OUT = (
-    *("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json"),
+    *("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json", LOCK_FILE),
     ".gitattributes",  # the Hub has its own
     *(".DS_Store", "Thumbs.db", "desktop.ini"),  # what macOS and Windows leave in a folder that was looked at
 )

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import os
+import re
 import warnings
 from typing import Any
 from urllib.parse import urlparse
@@ -69,10 +70,15 @@ def load_rgb_image(image: Any, where: str = "input") -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
         raise ValueError(
-            f"{where}: {_describe(image)} cannot be read as an image ({error}). "
+            f"{where}: {_describe(image)} cannot be read as an image ({reason_of(error)}). "
             "It may be cut off or of another format: replace it or leave it out."
         ) from error
     return _check_shape(_to_rgb(upright, where), where)
+
+
+def reason_of(error: Exception) -> str:
+    """What Pillow says, without the address in memory of what has no name."""
+    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
 
 
 def _source_of(image: Any, where: str) -> Any:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class IndexReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} of {name}" for name, count in self.counts.items()) or "no items"
-        return f"{self.embedded}\nindexed  {counts}; ask with: puma-hf search {self.embedded.output} WORDS"
+        return f'{self.embedded}\nindexed  {counts}; ask with: puma-hf search {self.embedded.output} "WORDS"'
 
 
 def build_index(config: IndexConfig) -> IndexReport:
@@ -83,8 +83,12 @@ def build_index(config: IndexConfig) -> IndexReport:
         )
     with locked_for_all(output):
         before = read_description(output)  # somebody else's file of that name is not written over
+        config = _with_its_model(config, before)
         if _ann_kind(config, before) != "none":
             require_faiss()
+        data = str(Path(config.data).resolve())
+        if before is not None and before["data"] != data:
+            logger.warning("%s was of %s, and becomes one of %s: what is not there goes.", output, before["data"], data)
         rank, _ = connect()
         if rank == 0:
             keep_embeddings(config)
@@ -94,6 +98,19 @@ def build_index(config: IndexConfig) -> IndexReport:
             _write(config, output, before)
         gather(None)
         return IndexReport(embedded=embedded, counts=open_index(output).counts)
+
+
+def _with_its_model(config: IndexConfig, described: Mapping[str, Any] | None) -> IndexConfig:
+    """The configuration with the model that made the index, unless it names one."""
+    if config.model:
+        return config
+    if described is None:
+        raise ValueError(
+            f"model is missing: {str(config.output)!r} is no index yet, so the model that makes it must be named, as "
+            "in --model DIRECTORY. Later runs need not."
+        )
+    revision = described["revision"] if config.revision is None else config.revision
+    return replace(config, model=described["model"], revision=revision)
 
 
 def _ann_kind(config: IndexConfig, described: Mapping[str, Any] | None) -> AnnKind:
@@ -108,6 +125,7 @@ def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) 
     stored = open_embeddings(folder)
     corpus = open_corpus(config.data, split=config.split, pool=config.pool)
     counts: Counter[str] = Counter()
+    ids: Counter[str] = Counter()
     hashes = []
     for shard, (records, states, seen_hashes) in enumerate(_shards(corpus, stored)):
         items = [
@@ -115,10 +133,18 @@ def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) 
             for record, state in zip(records, states, strict=True)
         ]
         counts.update(item.modality for item in items)
+        ids.update(item.id for item in items)
         hashes.append(write_items(folder, shard, items, seen_hashes))
     for file in [*folder.glob("items-*.parquet"), *(draft for pattern in _DRAFTS for draft in folder.glob(pattern))]:
         if file not in {items_file(folder, shard) for shard in range(len(hashes))}:
             file.unlink(missing_ok=True)  # of a longer corpus, or of a run that was killed
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        logger.warning(
+            "%d ids are of several items (first: %r). Answers are told apart, but a database that replaces items by "
+            "their ids keeps one of each. Give every item its own, or leave the column id out.",
+            len(repeated),
+            repeated[0],
+        )
     ann = write_ann(stored, _ann_kind(config, before), bound_to, (before or {}).get("ann"))
     is_folder = Path(config.model).is_dir()
     values = {

@@ -39,6 +39,7 @@ class IndexConfig(EmbedConfig):
     ```
     """
 
+    model: str = option("", "PUMA directory, here or on the Hub; needed by the first run, which the index remembers.")
     output: str | Path = required(
         "Directory of the index. A run that was stopped goes on from there, and embeddings of the same data, model "
         "and settings, made by puma-hf embed, are kept."

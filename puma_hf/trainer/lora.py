@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_directory
+from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
@@ -34,7 +34,6 @@ DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.
 MERGE_TOLERANCE = 1e-4
 # Names the weights an adapter was trained on; written beside it.
 BASE_FILE = "puma_base.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def lora_config(
@@ -164,7 +163,7 @@ def _find_base(adapter: Path, base: str | Path | None) -> Path:
     if str(base) and Path(base).is_dir():
         return Path(base)
     reason = ""
-    if _HUB_ID.fullmatch(str(base)):
+    if is_hub_id(str(base)):
         try:
             return Path(snapshot_download(str(base)))
         except (OSError, HfHubHTTPError) as error:

@@ -116,8 +116,8 @@ def test_exactly_the_broken_inputs_are_named(preparer: Any, packer: Any, images:
     assert [broken.index for broken in prepared.broken] == [101, 103, 104, 105, 106]
     messages = [broken.message for broken in prepared.broken]
     assert messages[0] == (
-        "inputs[101]: a bytes object of length 8 cannot be read as an image (cannot identify image file "
-        "<_io.BytesIO object>). It may be cut off or of another format: replace it or leave it out."
+        "inputs[101]: a bytes object of length 8 cannot be read as an image (cannot identify image file). "
+        "It may be cut off or of another format: replace it or leave it out."
     )
     assert messages[1] == "inputs[103]: no image file at 'missing.png'. Check the path."
     assert messages[2].startswith("inputs[104]: a text must be a non-empty string, got ''.")

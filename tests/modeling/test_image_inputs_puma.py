@@ -226,8 +226,10 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     [(b"no image", "a bytes object of length 8"), (b"", "a bytes object of length 0")],
 )
 def test_bytes_that_are_no_image_are_refused(content: bytes, shown: str) -> None:
-    with pytest.raises(ValueError, match=f"{shown} cannot be read as an image .*replace it or leave it out"):
+    message = f"{shown} cannot be read as an image .*replace it or leave it out"
+    with pytest.raises(ValueError, match=message) as caught:
         load_rgb_image(content)
+    assert "object at 0x" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

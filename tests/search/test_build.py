@@ -133,6 +133,32 @@ def test_a_corpus_that_grew_and_shrank(make: Make, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").glob("items-*")) == ["items-00000.parquet"]
 
 
+def test_the_index_remembers_its_model(make: Make, corpus: Path, puma_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model is missing: '.*out' is no index yet.*as in --model DIRECTORY"):
+        make(corpus, model="")
+    make(corpus)
+    before = state(tmp_path / "out")
+    assert make(corpus, model="").embedded.num_new_items == 0
+    changed = {name for name, time in state(tmp_path / "out").items() if time != before.get(name)}
+    assert changed <= {DESCRIPTION}
+    assert open_index(tmp_path / "out").model == str(puma_dir.resolve())
+
+
+def test_an_index_of_another_corpus_and_ids_that_repeat_are_told(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, rows in (("one", ("a", "b")), ("two", ("a", "a"))):
+        lines = [json.dumps({"id": id, "text": f"text {number}"}) for number, id in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    make(tmp_path / "one.jsonl")
+    make(tmp_path / "one.jsonl")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert make(tmp_path / "two.jsonl").counts == {"text": 2}
+    other, repeated = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert f"out was of {tmp_path.resolve() / 'one.jsonl'}, and becomes one of " in other
+    assert repeated.startswith("1 ids are of several items (first: 'a').")
+
+
 def test_embeddings_that_are_there_become_an_index(make: Make, corpus: Path, puma_dir: Path, tmp_path: Path) -> None:
     embed_corpus(EmbedConfig(data=corpus, model=str(puma_dir), output=tmp_path / "out"))
     assert make(corpus).embedded.num_new_items == 0

@@ -308,8 +308,9 @@ def test_base_on_the_hub(adapter: Path, base: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(FileNotFoundError, match=message):
         merge_adapter(adapter, tmp_path / "again", base="org/other")
     # A path is never looked for on the Hub.
-    with pytest.raises(FileNotFoundError, match=r"nowhere/at/all' is not a directory\. Name the PUMA"):
-        merge_adapter(adapter, tmp_path / "again", base="nowhere/at/all")
+    for path in ("nowhere/at/all", "../gone"):
+        with pytest.raises(FileNotFoundError, match=rf"{path}' is not a directory\. Name the PUMA"):
+            merge_adapter(adapter, tmp_path / "again", base=path)
     assert asked == ["org/puma", "org/other"]
 
 

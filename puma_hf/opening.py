@@ -1,0 +1,50 @@
+"""Open a model to embed with, and say what is wrong with its name or its dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+
+def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
+    """A model from a directory or from the Hub; the code that lies in a local directory is run.
+
+    Args:
+        name: A directory or a Hub id.
+        loading: Arguments of `SentenceTransformer`, such as `device`, `revision` and `trust_remote_code`.
+
+    Raises:
+        FileNotFoundError: If there is no such model, here or on the Hub.
+
+    Example:
+        >>> from puma_hf.opening import open_sentence_transformer
+        >>> model = open_sentence_transformer("puma-k4-mac", device="cpu")  # doctest: +SKIP
+    """
+    is_folder = Path(name).is_dir()
+    loading["trust_remote_code"] = loading.get("trust_remote_code", False) or is_folder
+    try:
+        return SentenceTransformer(name, **loading)
+    except OSError as error:
+        if is_folder:
+            raise
+        # transformers speaks of the network alone, and does not name the model.
+        raise FileNotFoundError(
+            f"model={name!r} is no folder here, and the Hub has no such model, or needs a token for it, or cannot be "
+            f"reached ({type(error).__name__}). Check the name, and the network unless HF_HUB_OFFLINE is meant."
+        ) from error
+
+
+def check_truncate_dim(model: SentenceTransformer, name: str, truncate_dim: int | None) -> None:
+    """Raise if a model's embeddings are shorter than what is to be kept of them.
+
+    Raises:
+        ValueError: If they are.
+    """
+    dim = model.get_embedding_dimension()
+    if truncate_dim is not None and dim is not None and dim < truncate_dim:
+        raise ValueError(
+            f"truncate_dim={truncate_dim}, but the embeddings of {name!r} have {dim} dimensions. Choose fewer, or "
+            "leave it out."
+        )
