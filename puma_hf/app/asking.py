@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher
 logger = logging.getLogger(__name__)
 
 _WHERE = "picture"  # what errors call the picture of a query
-_MEMORY_ADDRESS = re.compile(r" \(cannot identify image file <[^>]*>\)")
 _SHOWN_SIZE = 1024  # pixels of the longer side of a picture that goes back into the page
 
 NOTHING = "Nothing to look for. Give words, a picture, or both."
@@ -127,7 +125,7 @@ def _read(picture: Any) -> Image.Image:
         return load_rgb_image(content, _WHERE)
     except ValueError as error:
         words = str(error).replace(f"{_WHERE}: a bytes object of length {len(content)}", "The picture")
-        raise ValueError(_MEMORY_ADDRESS.sub("", words)) from error
+        raise ValueError(words) from error
 
 
 def _small(path: str) -> Image.Image | None:

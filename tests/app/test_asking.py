@@ -57,7 +57,7 @@ def test_what_is_wrong_is_said(searcher: Searcher, values: dict[str, Any], messa
 def test_a_picture_that_cannot_be_read(searcher: Searcher, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     found = ask(searcher, **{**NONE, "picture": str(tmp_path / "a.png")})
-    assert "The picture cannot be read as an image. It may be cut off or of another format" in found.html
+    assert "The picture cannot be read as an image (cannot identify image file). It may be cut off" in found.html
     assert str(tmp_path) not in found.html
     assert "0x" not in found.html
 

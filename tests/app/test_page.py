@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_read_then_one_that_is_too_large(page: Page, tmp_p
     (tmp_path / "a.png").write_bytes(b"no picture")
     choose(page, tmp_path / "a.png")
     page.click("#ph-search")
-    page.locator(".ph-problem", has_text="The picture cannot be read as an image. It may be cut off").wait_for()
+    page.locator(".ph-problem", has_text="The picture cannot be read as an image (cannot identify").wait_for()
     assert "Traceback" not in page.content()
     page.get_by_label("Remove Image").click()
     choose(page, index_dir.parent / "i0.png")
