@@ -26,6 +26,7 @@ _PAGES = ("/", "/config", "/favicon.ico", "/manifest.json", "/robots.txt", "/the
 _CALLS = ("app_id", "cancel", "info", "queue/data", "queue/join", "queue/status", "upload", "upload_progress")
 _OPEN = frozenset((*_PAGES, *(_API + name for name in _CALLS)))
 _FILES = f"{_API}file="
+_UPLOAD = f"{_API}upload"
 _OPEN_FOLDERS = ("/assets/", "/static/", f"{_API}heartbeat/", _FILES)
 
 
@@ -39,13 +40,17 @@ class Guard:
     Args:
         app: The one that answers.
         max_bytes: What a request may have.
+        is_full: Whether nobody may upload anything for now.
         hosts: Names that a request may call this server by, or None for any. A page of somebody else that has had its
             own name point to this machine is so kept from reading what is served here.
     """
 
-    def __init__(self, app: Application, *, max_bytes: int, hosts: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, app: Application, *, max_bytes: int, is_full: Callable[[], bool], hosts: tuple[str, ...] | None
+    ) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.is_full = is_full
         self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +91,8 @@ class Guard:
             return 403, "Not served here."
         if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
             return 403, "Pages of other sites may not write to this one."
+        if path == _UPLOAD and self.is_full():
+            return 507, "Too many pictures were uploaded within the last hour. Search by words, or try again later."
         return None
 
     def _too_large(self) -> tuple[int, str]:

@@ -9,12 +9,14 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puma_hf.app.config import FIRST_PORT, AppConfig
 from puma_hf.app.guard import LOOPBACK, Guard
+from puma_hf.app.uploads import is_full
 
 if TYPE_CHECKING:
     import uvicorn
@@ -159,7 +161,12 @@ def _server(searcher: Searcher, config: AppConfig, uploads: Path) -> uvicorn.Ser
         **look(),
     )
     # A request is a little more than its file; words alone may be a million letters.
-    guarded = Guard(app, max_bytes=max(largest, 8 * _MEGABYTE) + _MEGABYTE, hosts=_hosts(config.host))
+    guarded = Guard(
+        app,
+        max_bytes=max(largest, 8 * _MEGABYTE) + _MEGABYTE,
+        is_full=partial(is_full, uploads),
+        hosts=_hosts(config.host),
+    )
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+_MOST_BYTES = 1 << 30  # that uploads take together; each is gone within the hour and a quarter
+_BYTES_OF_A_FILE = 1 << 16  # that a file counts for at least, so that small ones are no way around
+
+
+def is_full(uploads: Path) -> bool:
+    """Whether what was uploaded takes so much of the disk that nobody may upload more for now."""
+    left = _MOST_BYTES
+    for folder, _, names in os.walk(uploads):
+        for name in names:
+            try:
+                left -= max(os.stat(os.path.join(folder, name)).st_size, _BYTES_OF_A_FILE)
+            except OSError:  # it was deleted meanwhile
+                continue
+            if left <= 0:
+                return True
+    return False
 
 
 def only_uploads(page: Any, picture: Any, others: Iterable[Any], uploads: Path) -> None:

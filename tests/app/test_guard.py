@@ -18,6 +18,7 @@ def answer(
     body: tuple[bytes, ...] = (),
     headers: tuple[tuple[bytes, bytes], ...] = (),
     hosts: tuple[str, ...] | None = LOOPBACK,
+    is_full: bool = False,
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     """What the guard sends for a request, before an application that echoes its body."""
     sent: list[Any] = []
@@ -39,7 +40,7 @@ def answer(
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "headers": [(b"host", host.encode()), *headers]}
-    asyncio.run(Guard(echo, max_bytes=10, hosts=hosts)(scope, receive, send))
+    asyncio.run(Guard(echo, max_bytes=10, is_full=lambda: is_full, hosts=hosts)(scope, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
@@ -49,6 +50,16 @@ def test_a_request_goes_through() -> None:
     assert (status, body) == (200, b"1234567890")
     assert headers[b"content-security-policy"].startswith(b"default-src 'self' data: blob:")
     assert headers[b"x-content-type-options"] == b"nosniff"
+
+
+def test_nothing_more_is_taken_in_when_uploads_have_filled_their_share() -> None:
+    status, _, body = answer("/gradio_api/upload", method="POST", is_full=True)
+    assert (status, body) == (
+        507,
+        b"Too many pictures were uploaded within the last hour. Search by words, or try again later.",
+    )
+    assert answer("/gradio_api/upload", method="POST")[0] == 200
+    assert answer("/gradio_api/queue/join", method="POST", is_full=True)[0] == 200
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:7860"])
@@ -109,5 +120,5 @@ def test_what_is_no_request_goes_through() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["type"])
 
-    asyncio.run(Guard(app, max_bytes=1, hosts=LOOPBACK)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    asyncio.run(Guard(app, max_bytes=1, is_full=bool, hosts=LOOPBACK)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]

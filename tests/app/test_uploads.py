@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from puma_hf.app.uploads import only_uploads
+from puma_hf.app.uploads import is_full, only_uploads
 
 
 @pytest.fixture
@@ -46,3 +46,17 @@ def test_other_fields_take_no_file(bound: SimpleNamespace) -> None:
 
 def test_gradio_is_told_to_check_as_well(bound: SimpleNamespace) -> None:
     assert bound.page.has_launched
+
+
+def test_uploads_have_a_share_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puma_hf.app.uploads._MOST_BYTES", 3 * (1 << 16))
+    assert not is_full(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name in ("one", "a/two"):  # small ones count for more than they have
+        (tmp_path / name).write_bytes(b"x")
+    assert not is_full(tmp_path)
+    (tmp_path / "a" / "three").touch()
+    assert is_full(tmp_path)
+    (tmp_path / "a" / "three").unlink()
+    (tmp_path / "a" / "two").write_bytes(bytes(1 << 17))
+    assert is_full(tmp_path)
