@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # where a download is kept
 
 
 def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
@@ -27,12 +30,14 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     try:
         return SentenceTransformer(name, **loading)
     except OSError as error:
-        if is_folder:
+        if is_folder or error.errno in _OF_THE_DISK:
             raise
-        # transformers speaks of the network alone, and does not name the model.
+        # transformers may speak of the network alone, and not name the model.
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
         raise FileNotFoundError(
             f"model={name!r} is no folder here, and the Hub has no such model, or needs a token for it, or cannot be "
-            f"reached ({type(error).__name__}). Check the name, and the network unless HF_HUB_OFFLINE is meant."
+            f"reached ({type(error).__name__}: {reason}). Check the name, and the network unless HF_HUB_OFFLINE is "
+            "meant."
         ) from error
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+_MOST_SHOWN = 200  # characters of a wrong value
 # YAML 1.1 reads 2e-4, without a point, as text.
-_MOST_SHOWN = 200
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -97,4 +97,5 @@ def _kind_of(value: object) -> str:
         tuple: "a list",
         dict: "a mapping",
     }
-    return words.get(type(value), f"a {type(value).__name__}")
+    name = type(value).__name__
+    return words.get(type(value), f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")

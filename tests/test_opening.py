@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from puma_hf import opening
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 
 
@@ -19,6 +21,20 @@ def test_a_model_that_is_nowhere() -> None:
     message = r"model='no/model' is no folder here, and the Hub has no such model.*unless HF_HUB_OFFLINE is meant"
     with pytest.raises(FileNotFoundError, match=message):
         open_sentence_transformer("no/model", device="cpu")
+
+
+def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **loading: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(opening, "SentenceTransformer", fail)
+    raised = OSError("v9 is not a valid git identifier that exists for this model name.\nCheck the model page.")
+    with pytest.raises(FileNotFoundError, match=r"\(OSError: v9 is not a valid git .* model name\)\. Check the name"):
+        open_sentence_transformer("org/puma", revision="v9")
+    raised = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space") as caught:
+        open_sentence_transformer("org/puma")
+    assert caught.value is raised
 
 
 def test_what_is_wrong_inside_of_a_folder_is_told_as_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,8 @@ def test_values_that_fit(value: object, hint: Any, expected: object) -> None:
         ([1, "b"], tuple[int, ...], r"x='b' must be a whole number, not text\."),
         ([1], Mapping[str, Any], r"x=\[1\] must be a mapping of names to values, not a list\."),
         (b"a" * 300, str, r"x=b'a{198}\.\.\. must be text, not a bytes\."),
+        (2 + 1j, str, r"x=\(2\+1j\) must be text, not a complex\."),
+        (OrderedDict(a=1), str, r"x=OrderedDict\(.*\) must be text, not an OrderedDict\."),
         ({1: 2}, Mapping[str, Any], r"x=\{1: 2\} must be a mapping of names to values"),
     ],
 )

@@ -198,10 +198,14 @@ def _recipes(folder: Path) -> list[Path]:
     found: list[Path] = []
     while True:
         places = (folder, folder.with_name(f"{folder.name}-lora"))
-        here = [place / name for place in places for name in RECIPE_NAMES if (place / name).is_file()]
+        here = [place / name for place in places for name in RECIPE_NAMES if os.path.isfile(place / name)]
         if not here or here[0] in found:
             return found
-        base = Path(str(read_mapping(here[0]).get("model"))).name
+        try:
+            base = Path(str(read_mapping(here[0]).get("model"))).name
+        except (ValueError, OSError) as error:
+            logger.info("not in the card: %s", error)
+            return found
         if base == folder.name and here[0].parent != folder:
             return found  # that adapter was trained on this very model, which is none of its merges
         found.append(here[0])

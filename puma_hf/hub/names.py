@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
-_HUB_ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
@@ -20,4 +20,5 @@ def is_hub_id(name: str) -> bool:
     (True, False, False)
     ```
     """
-    return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
+    is_forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return _HUB_ID.fullmatch(name) is not None and not is_forbidden

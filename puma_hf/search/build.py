@@ -15,11 +15,20 @@ from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.embedding.shards import read_info
 from puma_hf.embedding.store import MANIFEST, StoredEmbeddings, open_embeddings
+from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.processes import connect, gather, locked_for_all
 from puma_hf.files import write_whole
 from puma_hf.search.ann import ANN_DRAFTS, require_faiss, write_ann
 from puma_hf.search.config import AnnKind, IndexConfig
-from puma_hf.search.index import DESCRIPTION, FORMAT, FORMAT_VERSION, manifest_hash, open_index, read_description
+from puma_hf.search.index import (
+    DESCRIPTION,
+    FORMAT,
+    FORMAT_VERSION,
+    manifest_hash,
+    model_of,
+    open_index,
+    read_description,
+)
 from puma_hf.search.items import Item, image_state, items_file, write_items
 from puma_hf.search.pictures import IMAGES, keep_picture
 from puma_hf.search.reuse import keep_embeddings
@@ -54,6 +63,8 @@ def build_index(config: IndexConfig) -> IndexReport:
     Parquet file, which are copied. Run it again when items were added, removed or changed: the model sees what is new,
     the rest is kept (with int8 and uint8, of shards whose inputs are the same). A file for approximate search is made
     of the stored embeddings, so `ann` can be added, changed or removed later without the model seeing anything again.
+    An index names its model, and the code of a model in a local directory is run: without `model` in the configuration,
+    make anew only indexes that you trust.
 
     Args:
         config: What to index, with which model, and where to; see `IndexConfig`.
@@ -83,11 +94,11 @@ def build_index(config: IndexConfig) -> IndexReport:
         )
     with locked_for_all(output):
         before = read_description(output)  # somebody else's file of that name is not written over
-        config = _with_its_model(config, before)
+        config = _with_its_model(config, output, before)
         if _ann_kind(config, before) != "none":
             require_faiss()
         data = str(Path(config.data).resolve())
-        if before is not None and before["data"] != data:
+        if before is not None and before["data"] not in (data, short_name(data)):  # the latter in a portable copy
             logger.warning("%s was of %s, and becomes one of %s: what is not there goes.", output, before["data"], data)
         rank, _ = connect()
         if rank == 0:
@@ -100,7 +111,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         return IndexReport(embedded=embedded, counts=open_index(output).counts)
 
 
-def _with_its_model(config: IndexConfig, described: Mapping[str, Any] | None) -> IndexConfig:
+def _with_its_model(config: IndexConfig, folder: Path, described: Mapping[str, Any] | None) -> IndexConfig:
     """The configuration with the model that made the index, unless it names one."""
     if config.model:
         return config
@@ -110,7 +121,7 @@ def _with_its_model(config: IndexConfig, described: Mapping[str, Any] | None) ->
             "in --model DIRECTORY. Later runs need not."
         )
     revision = described["revision"] if config.revision is None else config.revision
-    return replace(config, model=described["model"], revision=revision)
+    return replace(config, model=model_of(folder, described), revision=revision)
 
 
 def _ann_kind(config: IndexConfig, described: Mapping[str, Any] | None) -> AnnKind:

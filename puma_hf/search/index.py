@@ -67,9 +67,7 @@ class Index:
     @property
     def model(self) -> str:
         """Name of the model: an absolute path, or a Hub id."""
-        name = str(self.description["model"])
-        # A portable copy has its model inside, and says where from its own folder.
-        return str((self.folder / name).resolve()) if name.startswith(".") else name
+        return model_of(self.folder, self.description)
 
     def candidates(self, target: Target = "any") -> StoredCandidates:
         """The embeddings that a search may find.
@@ -154,6 +152,13 @@ class Index:
             items = read_items(self.folder, shard, self.description["items"][shard], places)
             found |= dict(zip(mine, items, strict=True))
         return [found[position] for position in positions]
+
+
+def model_of(folder: Path, description: Mapping[str, Any]) -> str:
+    """Name of the model that an index says it was made by: an absolute path, or a Hub id."""
+    name = str(description["model"])
+    # A portable copy has its model inside, and says where from its own folder.
+    return str((folder / name).resolve()) if name.startswith(".") else name
 
 
 def open_index(folder: str | Path, *, kept_bytes: int = KEPT_BYTES) -> Index:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -141,6 +142,17 @@ def test_recipes_are_followed_back_to_the_first_stage(model: MeasuredModel) -> N
 def test_a_recipe_that_names_no_directory_is_the_last(model: MeasuredModel) -> None:
     (model.directory / "train.yaml").write_text("model: .")
     assert find_results(model.directory) == [model.directory / "train.yaml"]
+
+
+def test_a_recipe_that_cannot_be_read_is_passed_by(model: MeasuredModel, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = model.directory / "train.yaml"
+    for content in (b"model: [", b"- a list", b"model: \xff"):
+        recipe.write_bytes(content)
+        with caplog.at_level(logging.INFO, logger="puma_hf"):
+            assert read_results(model, None).recipes == []
+        assert "not in the card: " in caplog.text
+        with pytest.raises(ValueError, match=r"train\.yaml' (cannot be read|must hold names)"):
+            read_results(model, [recipe])
 
 
 def test_recipes_that_name_each_other_end(model: MeasuredModel) -> None:

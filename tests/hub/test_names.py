@@ -7,14 +7,20 @@ from huggingface_hub.utils import validate_repo_id
 from puma_hf.hub.names import is_hub_id
 
 
-@pytest.mark.parametrize("name", ["org/puma", "o/p", "Qwen/Qwen2-VL-2B-Instruct", "a_1/b.c-d"])
+@pytest.mark.parametrize(
+    "name", ["org/puma", "o/p", "Qwen/Qwen2-VL-2B-Instruct", "a_1/b.c-d", f"{96 * 'o'}/{96 * 'n'}"]
+)
 def test_names_of_the_hub(name: str) -> None:
     validate_repo_id(name)
     assert is_hub_id(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["org/a--b", "org/a..b", "../puma", "./puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c"]
+    "name",
+    [
+        *("org/a--b", "org/a..b", "../puma", "./puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c", "org/puma.git"),
+        *(f"{97 * 'o'}/n", f"o/{97 * 'n'}"),
+    ],
 )
 def test_names_that_the_hub_refuses(name: str) -> None:
     with pytest.raises(HFValidationError):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
@@ -361,6 +362,22 @@ def test_the_results_that_the_card_cites_travel_with_it(
     assert "puma-test" not in report.card
     beside.unlink()
     assert push(folder, "org/puma", token=TOKEN).removed == ("results-2.json",)
+
+
+def test_a_recipe_is_told_in_the_card_and_stays_here(folder: Path, hub: HubServer, loads: list[Any]) -> None:
+    """A merge copies it from the adapter; it holds paths of this machine."""
+    recipe = {"loss": "mac", "split": "train", "seed": 3, "data": "/home/somebody/M-BEIR", "lora_r": 8}
+    recipe |= dict.fromkeys(("model", "output", "teacher", "image_root", "instructions"), "/home/somebody/x")
+    (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
+    report = push(folder, "org/puma", token=TOKEN)
+    assert "train.yaml" in report.left_out
+    pushed = hub.repositories["org/puma"].branches["main"]
+    assert b"Trained with the loss `mac`, on `M-BEIR`, split train" in pushed["README.md"]
+    assert [name for name, content in pushed.items() if name == "train.yaml" or b"somebody" in content] == []
+    (folder / "train.yaml").write_text(yaml.safe_dump({**recipe, "data": f"https://me:hf_{34 * 'x'}@host/data"}))
+    with pytest.raises(ValueError, match=r"train\.yaml: holds what looks like an access token"):
+        push(folder, "org/other", token=TOKEN)
+    assert "org/other" not in hub.repositories
 
 
 def test_results_of_another_model_stay_here(

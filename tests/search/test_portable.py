@@ -48,6 +48,17 @@ def test_a_copy_needs_nothing_else(own_index: Index, tmp_path: Path) -> None:
     assert searcher.index.model == str(tmp_path / "moved" / "model")
 
 
+def test_a_copy_is_made_again_by_the_model_that_it_holds(
+    own_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = copy_index(own_index, tmp_path / "copy")
+    (tmp_path / "here" / "model").mkdir(parents=True)  # not the index's, which has one of this name, too
+    monkeypatch.chdir(tmp_path / "here")
+    build_index(IndexConfig(data=tmp_path / "there" / "photos", output=copy, shard_size=2))
+    assert open_index(copy).model == str(copy / "model")
+    assert "becomes one of" not in caplog.text  # of the same corpus, which a copy calls by its name alone
+
+
 def test_no_path_leads_outside(own_index: Index, tmp_path: Path) -> None:
     copy_index(own_index, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "index.json").read_text())["model"] == "./model"
