@@ -1,30 +1,29 @@
-"""End well on SIGTERM, which schedulers send before they kill: as on Ctrl-C, but with a status of its own."""
+"""End well on SIGTERM, which schedulers send before they kill: what is embedded by then is kept."""
 
 from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from traceback import clear_frames
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
 STATUS = 128 + signal.SIGTERM  # what shells report of a process that the signal has killed: 143
-# Workers of a `DataLoader` may get the same SIGTERM, and torch raises their death wherever the process is.
 _CHILD = getattr(signal, "SIGCHLD", None)
 
 
-class _Terminated(SystemExit):
-    """As it is no error, what catches errors lets it pass."""
+class _State:
+    """SIGTERM of this process."""
+
+    has_come = False
+    num_waiting = 0  # blocks that end by themselves
 
 
 @contextmanager
 def ends_well_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, so that work can be kept and temporary files go.
+    """Let SIGTERM end the block by `SystemExit`: at once, or inside of `sigterm_waits` at the next `stop_if_sigterm`.
 
     A handler that is already there stays, and so does one that ignores the signal. Outside of the main thread, which
     alone gets signals, this does nothing. A second SIGTERM changes nothing: `timeout` and launchers send two.
@@ -41,45 +40,51 @@ def ends_well_on_sigterm() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    before: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL}
-    is_ending = False
-
-    def end(*_: Any) -> None:
-        # Not SIG_IGN: Python complains of a signal that has arrived already.
-        signal.signal(signal.SIGTERM, _nothing)
-        if _CHILD is not None and callable(handler := signal.getsignal(_CHILD)):
-            before[_CHILD] = handler
-            signal.signal(_CHILD, _nothing)
-        nonlocal is_ending
-        is_ending = True
-        # A worker that died first ends the block already: what is kept on the way out must not be cut short.
-        if not _is_death_of_worker(sys.exc_info()[1]):
-            raise _Terminated(STATUS)
-
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
-    except BaseException as error:
-        if not is_ending or not (isinstance(error, _Terminated) or _is_death_of_worker(error)):
+    except RuntimeError as error:
+        # Workers of a `DataLoader` get the signal too if it was sent to the whole group.
+        if not (_State.has_come and str(error).startswith("DataLoader worker")):
             raise
-        _let_go(error)
-        logger.warning("ended by SIGTERM; the same command, run again, goes on from what is stored")
-        raise _Terminated(STATUS) from None
+        raise SystemExit(STATUS) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _State.has_come = False
 
 
-def _is_death_of_worker(error: BaseException | None) -> bool:
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+@contextmanager
+def sigterm_waits() -> Iterator[None]:
+    """Keep SIGTERM from breaking into the block: it ends where it calls `stop_if_sigterm`."""
+    _State.num_waiting += 1
+    try:
+        yield
+    finally:
+        _State.num_waiting -= 1
 
 
-def _let_go(error: BaseException | None) -> None:
-    """End what its frames still hold, such as workers, as long as their death is not told."""
-    while error is not None:
-        clear_frames(error.__traceback__)
-        error = error.__context__
+def stop_if_sigterm() -> None:
+    """End the program if SIGTERM has come.
+
+    Raises:
+        SystemExit: With status 143, if it has.
+    """
+    if _State.has_come:
+        raise SystemExit(STATUS)
 
 
-def _nothing(*_: Any) -> None:
+def _on_sigterm(*_: object) -> None:
+    is_first = not _State.has_come
+    _State.has_come = True
+    if _CHILD is not None and callable(signal.getsignal(_CHILD)):
+        # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work. This
+        # stays so, as the process ends, and its workers after the block.
+        signal.signal(_CHILD, _nothing)
+    if is_first:
+        logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
+        if not _State.num_waiting:
+            raise SystemExit(STATUS)
+
+
+def _nothing(*_: object) -> None:
     pass

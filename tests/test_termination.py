@@ -8,102 +8,96 @@ from typing import Any
 
 import pytest
 
-from puma_hf.termination import ends_well_on_sigterm
+from puma_hf.termination import ends_well_on_sigterm, sigterm_waits, stop_if_sigterm
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """They are as they were, whatever a test has done."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)}
-    yield
-    after = {number: signal.signal(number, handler) for number, handler in before.items()}
-    assert after == before
+def worker_died() -> Iterator[Any]:
+    """What torch does when a worker dies; and that of SIGTERM is as it was, whatever a test has done."""
+
+    def raise_death(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    before = signal.signal(signal.SIGCHLD, raise_death)
+    yield raise_death
+    signal.signal(signal.SIGCHLD, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_it_ends_with_a_status_of_its_own_and_keeps_what_is_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_ends_at_once_with_a_status_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     done = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm():  # noqa: PT012 - what is kept is the point
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:
+            done.append("never")
+        finally:
             signal.raise_signal(signal.SIGTERM)  # some send two
+            signal.raise_signal(signal.SIGCHLD)  # a worker that got the signal, too
             done.append("kept")
-            raise
-    assert ended.value.code == 143
-    assert done == ["kept"]
+    assert (ended.value.code, done) == (143, ["kept"])
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "ended by SIGTERM; the same command, run again, goes on from what is stored"
+        "SIGTERM: ending; the same command, run again, goes on from what its output directory holds"
     ]
 
 
-def test_a_worker_that_got_the_signal_too_does_not_break_into_the_ending() -> None:
-    def worker_died(*_: Any) -> None:
-        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
-
-    done = []
-    before = signal.signal(signal.SIGCHLD, worker_died)
-    try:
-        with pytest.raises(SystemExit), ends_well_on_sigterm():  # noqa: PT012
-            try:
+def test_where_it_waits_it_ends_between_two_batches() -> None:
+    done: list[Any] = []
+    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
+        for number in range(3):
+            if number == 1:
                 signal.raise_signal(signal.SIGTERM)
-            except BaseException:
-                signal.raise_signal(signal.SIGCHLD)
-                done.append("kept")
-                raise
-        assert done == ["kept"]
-        assert signal.getsignal(signal.SIGCHLD) is worker_died
-        with pytest.raises(RuntimeError, match="worker is killed"), ends_well_on_sigterm():
-            signal.raise_signal(signal.SIGCHLD)  # without a SIGTERM it is told
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+                signal.raise_signal(signal.SIGTERM)
+            done.append(number)
+            stop_if_sigterm()
+    assert (ended.value.code, done) == (143, [0, 1])
 
 
-def test_the_death_of_a_worker_that_came_first_is_no_error_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_came_where_it_waits_ends_the_next_such_block() -> None:
+    """And so does one whose exception was swallowed, as Python does in `__del__`."""
     done = []
-    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm():  # noqa: PT012
-        try:
-            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated. ")
-        except RuntimeError:
+    with pytest.raises(SystemExit), ends_well_on_sigterm():  # noqa: PT012
+        with sigterm_waits():
             signal.raise_signal(signal.SIGTERM)
-            done.append("kept")  # the signal did not cut it short
-            raise
-    assert (ended.value.code, done) == (143, ["kept"])
-    assert "ended by SIGTERM" in caplog.text
+        done.append("went on")
+        stop_if_sigterm()
+        done.append("never")
+    assert done == ["went on"]
 
 
-def test_what_frames_hold_ends_before_the_death_of_a_worker_is_told_again() -> None:
-    seen = []
-
-    def workers() -> Iterator[int]:
+def test_the_death_of_a_worker_that_came_first_is_no_error_then() -> None:
+    done = []
+    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
         try:
-            yield 1
+            signal.raise_signal(signal.SIGCHLD)
         finally:
-            seen.append(signal.getsignal(signal.SIGCHLD))
+            signal.raise_signal(signal.SIGTERM)
+            done.append("kept")
+    assert (ended.value.code, done) == (143, ["kept"])
 
-    def work() -> None:
-        held = workers()
-        next(held)
+
+def test_without_the_signal_nothing_ends(worker_died: Any) -> None:
+    with ends_well_on_sigterm(), sigterm_waits():
+        stop_if_sigterm()
+    with pytest.raises(RuntimeError, match="DataLoader worker"), ends_well_on_sigterm():
+        signal.raise_signal(signal.SIGCHLD)
+    assert signal.getsignal(signal.SIGCHLD) is worker_died
+
+
+def test_a_run_after_it_knows_nothing_of_it() -> None:
+    with pytest.raises(SystemExit), ends_well_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    stop_if_sigterm()
+    with pytest.raises(SystemExit), ends_well_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
 
-    def worker_died(*_: Any) -> None:
-        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
 
-    before = signal.signal(signal.SIGCHLD, worker_died)
-    try:
-        with pytest.raises(SystemExit), ends_well_on_sigterm():
-            work()
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    assert len(seen) == 1
-    assert seen[0] is not worker_died
-
-
-def test_another_error_after_the_signal_is_told() -> None:
-    with pytest.raises(OSError, match="disk"), ends_well_on_sigterm():  # noqa: PT012
+@pytest.mark.parametrize("error", [OSError("the disk is full"), RuntimeError("CUDA error")])
+def test_another_error_after_the_signal_is_told(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)), ends_well_on_sigterm():  # noqa: PT012
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            raise OSError("the disk is full")
+            raise error
 
 
 def test_a_handler_that_is_there_stays() -> None:

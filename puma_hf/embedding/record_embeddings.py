@@ -15,6 +15,7 @@ from puma_hf.embedding.precision import Collector
 from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
 from puma_hf.embedding.unfinished import UnfinishedShard
+from puma_hf.termination import sigterm_waits, stop_if_sigterm
 
 _SHOWN = 5
 _PLACE = re.compile(r"^inputs\[\d+\]: ")  # in a shard, which says nothing to who knows ids
@@ -64,19 +65,21 @@ def embed_records(
         show_progress_bar=False,
     )
     before = 0 if progress is None else progress.n
-    try:
-        for indices, embeddings in batches:
-            rows.add(torch.from_numpy(todo[indices.numpy()]), embeddings)
-            if progress is not None:
-                progress.update(len(indices))
-        result = rows.result(errors)
-        _check_finite(result, records)
-    except BaseException as error:  # whatever ends the run
-        if unfinished is not None:
-            unfinished.save(rows.result(errors))
-        if isinstance(error, BrokenInputError):
-            raise ValueError(_broken_record(records[todo[error.index]], error.broken.message)) from error
-        raise
+    with sigterm_waits():
+        try:
+            for indices, embeddings in batches:
+                rows.add(torch.from_numpy(todo[indices.numpy()]), embeddings)
+                if progress is not None:
+                    progress.update(len(indices))
+                stop_if_sigterm()
+            result = rows.result(errors)
+            _check_finite(result, records)
+        except BaseException as error:  # whatever ends the run
+            if unfinished is not None:
+                unfinished.save(rows.result(errors))
+            if isinstance(error, BrokenInputError):
+                raise ValueError(_broken_record(records[todo[error.index]], error.broken.message)) from error
+            raise
     if progress is not None:
         progress.update(before + len(todo) - progress.n)  # what was left out
     return result

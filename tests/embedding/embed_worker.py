@@ -70,7 +70,7 @@ def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
 
 
 def terminate_and_finish(settings: EmbedConfig) -> dict[str, Any]:
-    """End the command after two inputs of a shard, then let it end; how it ended, and what the last run still did."""
+    """Send SIGTERM while a third input is embedded; how the command ended, and what the last run still did."""
     embed = record_embeddings.iterate_embeddings
 
     def command() -> None:

@@ -65,7 +65,7 @@ def test_a_command_that_is_terminated_keeps_what_it_has_of_a_shard(folder: Path,
     num_shards = sum(name.startswith("shard-") for name in ended["left"]) // 2
     assert f".unfinished-{num_shards:05d}.safetensors" in ended["left"]
     assert LOCK_FILE not in ended["left"]
-    assert ended["num_new_items"] == NUM_ROWS - num_shards * SHARD_SIZE - 2
+    assert ended["num_new_items"] == NUM_ROWS - num_shards * SHARD_SIZE - 3
     whole, terminated = (list(open_embeddings(folder / name).shards()) for name in ("whole", "terminated"))
     for shard, expected in zip(terminated, whole, strict=True):
         assert shard.ids == expected.ids
