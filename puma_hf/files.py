@@ -14,6 +14,9 @@ from typing import Any
 # What peft calls the two files of an adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What training puts beside them: the SHA-256 of the weights that it started from, and its settings.
+BASE_FILE = "puma_base.json"
+DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 

@@ -10,6 +10,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+_WORDS_FOR_VALUES: dict[type, str] = {list: "a list", tuple: "a list", dict: "a mapping"}
 _MOST_SHOWN = 200  # characters of a wrong value
 # YAML 1.1 reads 2e-4, without a point, as text.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
@@ -64,8 +72,7 @@ def describe(hint: Any) -> str:
         return f"{describe(get_args(hint)[0])}, or a list of such"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return words.get(hint, "a mapping of names to values")
+    return _WORDS.get(hint, "a mapping of names to values")
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -87,15 +94,5 @@ def _shown(value: object) -> str:
 
 
 def _kind_of(value: object) -> str:
-    words: dict[type, str] = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        type(None): "null",
-        list: "a list",
-        tuple: "a list",
-        dict: "a mapping",
-    }
     name = type(value).__name__
-    return words.get(type(value), f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")
+    return (_WORDS | _WORDS_FOR_VALUES).get(type(value), f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")

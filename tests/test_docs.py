@@ -18,7 +18,6 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +27,7 @@ import pytest
 
 import puma_hf
 from puma_hf import cli, cli_options
+from tests.markdown_blocks import Block, blocks_of
 
 # `make docs` runs this file, with the docstrings' examples and the README's.
 pytestmark = pytest.mark.docs
@@ -36,26 +36,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 LANGUAGES = {"python", "bash", "console", "yaml", "csv"}
-BLOCK = re.compile(
-    r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
-)
 # Commands of others that a page may show where nothing runs.
 OTHERS = {"accelerate", "cd", "curl", "git", "make", "pip", "torchrun", "vllm"}
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int
-    language: str
-    code: str
-    runs: bool
-
-
-def blocks_of(markdown: str) -> list[Block]:
-    return [
-        Block(markdown.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["mark"] is None)
-        for found in BLOCK.finditer(markdown)
-    ]
 
 
 def commands_of(block: Block) -> list[list[str]]:
@@ -184,7 +166,7 @@ def test_blocks_run(page: str, page_directory: Path) -> None:
     namespace: dict[str, object] = {"__name__": f"__{page}__"}
     for block in blocks:
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), namespace)
+            exec(block.compiled(page), namespace)
         elif block.language == "yaml":  # its first line is its name
             Path(block.code.splitlines()[0].removeprefix("# ")).write_text(block.code, encoding="utf-8")
         else:
@@ -234,7 +216,7 @@ def test_a_wrong_command_is_found(words: list[str], parse: Callable[[list[str]],
 def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]], None]) -> None:
     for block in blocks_of(read(page)):
         if block.language == "python":
-            compile(block.code, page, "exec")
+            block.compiled(page)
         elif block.language in ("bash", "console") and not block.runs:
             for words in commands_of(block):
                 check_command(words, parse)

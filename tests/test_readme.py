@@ -7,41 +7,30 @@ fence; it must still compile. Blocks run beside a copy of demo/ and configs/, so
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.markdown_blocks import Block, blocks_of
 
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int
-    code: str
-    runs: bool
-
-    def compiled(self, name: str) -> object:
-        # Blank lines before the code make the line numbers of a traceback those of the README.
-        return compile("\n" * (self.line - 1) + self.code, name, "exec")
 
 
 def python_blocks(markdown: str) -> list[Block]:
-    return [
-        Block(markdown.count("\n", 0, match.start("code")) + 1, match["code"], match["mark"] is None)
-        for match in BLOCK.finditer(markdown)
-    ]
+    return [block for block in blocks_of(markdown) if block.language == "python"]
 
 
 def test_blocks_are_found_with_their_lines() -> None:
     markdown = (
         "# T\n\n```python\na = 1\n```\n\n```bash\nls\n```\n<!-- not run: downloads -->\n```python\nb = 2\nc = 3\n```\n"
     )
-    assert python_blocks(markdown) == [Block(4, "a = 1\n", True), Block(12, "b = 2\nc = 3\n", False)]
+    assert python_blocks(markdown) == [
+        Block(4, "python", "a = 1\n", True),
+        Block(12, "python", "b = 2\nc = 3\n", False),
+    ]
 
 
 def test_every_block_compiles() -> None:

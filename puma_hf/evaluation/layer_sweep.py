@@ -38,6 +38,7 @@ from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
 from puma_hf.flops import count_parameters
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from puma_hf.opening import open_sentence_transformer
 from puma_hf.pruning import prune
 
 logger = logging.getLogger(__name__)
@@ -300,13 +301,13 @@ def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[Sent
     model_type = _model_type(checkpoint.folder)
     config_class = config_class_of(model_type)
     if model_type == config_class.model_type:
-        yield SentenceTransformer(source, trust_remote_code=trust_remote_code or Path(source).is_dir())
+        yield open_sentence_transformer(source, trust_remote_code=trust_remote_code)
         return
     with TemporaryDirectory(prefix="puma-hf-") as folder:
         logger.info("%s is an original checkpoint: it gets [RET] in a temporary copy of all its layers", source)
         full = Path(folder, short_name(source))
         prune(source, full, num_kept_layers=config_class.from_pretrained(checkpoint.folder).num_kept_layers)
-        yield SentenceTransformer(str(full), trust_remote_code=True)
+        yield open_sentence_transformer(str(full))
 
 
 def _open_data(config: SweepConfig, stack: ExitStack) -> MBEIR:

@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
+from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 
 if TYPE_CHECKING:
     from puma_hf.evaluation.layer_costs import LayerCosts
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULT_NAMES = ("results.json", "sweep.json")
-RECIPE_NAMES = ("distill.yaml", "train.yaml")
+RECIPE_NAMES = (DISTILL_RECIPE, TRAIN_RECIPE)
 _SHOWN_DIGITS = 12
 
 

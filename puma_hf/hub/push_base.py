@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from puma_hf.files import ADAPTER_CONFIG
+from puma_hf.files import ADAPTER_CONFIG, BASE_FILE
 from puma_hf.hub.names import is_hub_id
-from puma_hf.hub.push_files import BASE_FILE, PushFiles, read_json
+from puma_hf.hub.push_files import PushFiles, read_json
 
 logger = logging.getLogger(__name__)
 

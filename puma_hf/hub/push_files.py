@@ -13,11 +13,11 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, is_adapter_directory
+from puma_hf.hub.card_results import RECIPE_NAMES, RESULT_NAMES
 from puma_hf.hub.push_contents import content_problem, holds_secret
 from puma_hf.locks import LOCK_FILE
 
-BASE_FILE = "puma_base.json"  # which training writes beside an adapter
 CARD = "README.md"
 
 _PROCESSOR_FILES = frozenset(
@@ -38,10 +38,10 @@ _PROCESSOR_FILES = frozenset(
 _SENTENCE_TRANSFORMERS_FILES = frozenset(
     {"config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"}
 )
-_EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE", "results.json", "sweep.json"}
+_EITHER = _PROCESSOR_FILES | _SENTENCE_TRANSFORMERS_FILES | {"LICENSE", "NOTICE", *RESULT_NAMES}
 # What our own commands write beside a model, and nobody needs who loads it.
 _LEFT_OUT = (
-    *("results.md", "sweep.md", "sweep.png", "train.yaml", "distill.yaml", "puma_manifest.json", LOCK_FILE),
+    *("results.md", "sweep.md", "sweep.png", *RECIPE_NAMES, "puma_manifest.json", LOCK_FILE),
     ".gitattributes",  # the Hub has its own
     *(".DS_Store", "Thumbs.db", "desktop.ini"),  # what macOS and Windows leave in a folder that was looked at
 )
@@ -135,7 +135,7 @@ def _problem(path: Path) -> str | None:
 def _is_left_out(path: Path) -> bool:
     if path.is_file():
         return path.name in _LEFT_OUT
-    holds_results = any((path / name).is_file() for name in ("results.json", "sweep.json"))
+    holds_results = any((path / name).is_file() for name in RESULT_NAMES)
     return holds_results or _LEFT_OUT_FOLDERS.fullmatch(path.name) is not None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
+from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 from puma_hf.settings import CheckedConfig, option, required
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
@@ -257,7 +258,7 @@ class TrainConfig(PairSettings, StageConfig):
 
 
 # Written beside the adapter, so that a run can be repeated: puma-hf distill --config OUTPUT/distill.yaml.
-RECIPES: Mapping[type[StageConfig], str] = {DistillConfig: "distill.yaml", TrainConfig: "train.yaml"}
+RECIPES: Mapping[type[StageConfig], str] = {DistillConfig: DISTILL_RECIPE, TrainConfig: TRAIN_RECIPE}
 
 
 @dataclass(frozen=True, kw_only=True)

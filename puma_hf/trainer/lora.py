@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, new_directory
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # Distance of two embeddings, which are of length 1, in float32.
 MERGE_TOLERANCE = 1e-4
-# Names the weights an adapter was trained on; written beside it.
-BASE_FILE = "puma_base.json"
 
 
 def lora_config(
