@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, new_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, named_base, new_directory
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
@@ -156,8 +156,7 @@ def _find_base(adapter: Path, base: str | Path | None) -> Path:
         if not (adapter / name).is_file():
             raise FileNotFoundError(f"{str(adapter)!r} has no {name}. Point to a directory that training saved.")
     if base is None:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path") or ""
+        base = named_base(adapter)
     if str(base) and Path(base).is_dir():
         return Path(base)
     reason = ""
@@ -309,6 +308,9 @@ def add_lora(model: SentenceTransformer, config: LoraConfig) -> None:
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
     model.add_adapter(config)
+    base: Any = backbone.name_or_path
+    if Path(base).is_dir():  # a relative path would be looked for wherever the adapter is opened
+        backbone.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             # In the bfloat16 of published checkpoints, most updates of the optimizer would round to nothing.

@@ -24,7 +24,7 @@ from puma_hf.losses import MultimodalMACLoss
 from puma_hf.recipes import load_config
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.trainer.lora import BASE_FILE
+from puma_hf.trainer.lora import BASE_FILE, puma_model
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.stages import distill, merge, train
 
@@ -96,6 +96,34 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
         "final/train.yaml",
         "merged/distill.yaml",
     ]
+
+
+@pytest.mark.parametrize("stage", [distill, train])
+def test_a_published_recipe_can_be_tried_on_any_machine(
+    stage: Any, puma_dir: Path, qwen_dir: Path, mbeir_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bfloat16 is that of the GPU, and where there is none, of the CPU."""
+    recipe = Path(__file__).parents[2] / "configs" / f"qwen2_vl_2b_{stage.__name__}.yaml"
+    paths = {"model": puma_dir, "output": tmp_path / "out", "data": mbeir_root}
+    paths |= {"teacher": qwen_dir} if stage is distill else {"split": "train"}
+    few = {"batch_size": 4, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0}
+    config: Any = load_config(DistillConfig if stage is distill else TrainConfig, recipe, **paths, **few)
+    assert config.bf16
+    dtypes: set[torch.dtype] = set()
+    compute_loss = PumaTrainer.compute_loss
+
+    def watch(self: PumaTrainer, *args: Any, **kwargs: Any) -> Any:
+        layer = puma_model(self.model).language_model.layers[0].mlp.down_proj
+        with layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype)):
+            return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(PumaTrainer, "compute_loss", watch)
+    stage(config)
+    assert dtypes == {torch.bfloat16}
+    losses = logged(tmp_path / "out" / "checkpoint-2", "loss")
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert all(tensor.isfinite().all() for tensor in adapter_tensors(tmp_path / "out").values())
 
 
 def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
