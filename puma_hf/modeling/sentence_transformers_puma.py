@@ -118,9 +118,13 @@ class PumaTransformer(Transformer):
         if is_plain or not _MODEL_INPUTS.isdisjoint(features):
             outputs = self._plain(features, **kwargs)
         else:
-            outputs = self.embed_batch(self.packer().pack(features))
+            outputs = self._packed(features)
         features.update(outputs)
         return features
+
+    @torch.compiler.disable  # NumPy lays a batch out, which cannot be traced; compiled code would serve one layout only
+    def _packed(self, features: dict[str, Any]) -> dict[str, Any]:
+        return self.embed_batch(self.packer().pack(features))
 
     def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
         """Embed a batch that a `packer` made, on the model's device, in evaluation mode and without gradients.
