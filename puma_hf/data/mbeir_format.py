@@ -188,14 +188,23 @@ def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[i
             if not line.strip():
                 continue
             if problems is None:
-                yield number, _json_object(line, location(path, number))
+                yield number, json_object(line, location(path, number))
                 continue
-            record = problems.attempt(_json_object, line, location(path, number))
+            record = problems.attempt(json_object, line, location(path, number))
             if record is not None:
                 yield number, record
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """A line of JSON Lines.
+
+    Args:
+        line: The line.
+        where: File and line, for errors.
+
+    Raises:
+        MBEIRFormatError: If it is not a JSON object in UTF-8.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -212,7 +221,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
 
 def cut_off(what: str) -> MBEIRFormatError:
     return MBEIRFormatError(
-        f"{what}; the file ends in the middle of this line, so the download was interrupted: download it again",
+        f"{what}; the file ends in the middle of this line, was the download interrupted? Mend the line, or download "
+        "it again",
         "cut last line",
     )
 
