@@ -92,6 +92,15 @@ def shown(value: object) -> str:
     return cut(repr(value))
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON, and names of files, may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def cut(text: str) -> str:
     """A text that an error shows, cut to a line of 200 characters."""
     line = text[:_MOST_SHOWN].partition("\n")[0]

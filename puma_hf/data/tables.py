@@ -6,10 +6,10 @@ import csv
 import json
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow  # type: ignore[import-untyped]
@@ -21,7 +21,8 @@ from puma_hf.values import cut, shown
 Record = tuple[str, dict[str, Any]]  # where, and the columns
 BadLine = Callable[[ValueError], None]
 
-_ROWS_AT_ONCE = 64  # of a Parquet file: images may be inside
+_ROWS_AT_ONCE = 64  # of a Parquet file; an image inside has up to some megabytes
+_BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _MOST_CHARACTERS = 2**24  # of a cell; Python's own limit is 131,072
 
 
@@ -54,13 +55,32 @@ def read_table(path: Path, bad_line: BadLine | None = None, only: Container[str]
     'keycap: #'
     ```
     """
-    if path.suffix.lower() not in (*_READERS, ".parquet"):
-        kinds = ", ".join((*_READERS, ".parquet"))
-        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {kinds}; convert it.")
+    kind = path.suffix.lower()
+    if kind not in _READERS:
+        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(_READERS)}; convert it.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. Check the path.")
-    reader = _READERS.get(path.suffix.lower())
-    return reader(path, bad_line or _raise) if reader else _parquet(path, bad_line or _raise, only)
+    if kind == ".parquet":
+        return _parquet(path, bad_line or _raise, only)
+    return _READERS[kind](path, bad_line or _raise)
+
+
+class Line(NamedTuple):
+    """A line of a table: how errors name it, and its columns; or why it cannot be read."""
+
+    where: str
+    columns: Mapping[str, Any]
+    error: ValueError | None = None
+
+
+def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
+    """The rows of a file as `read_table` has them, and in their places those that cannot be read."""
+    broken: list[ValueError] = []
+    for where, columns in read_table(path, broken.append, only):
+        yield from (Line("", {}, error) for error in broken)
+        broken.clear()
+        yield Line(where, columns)
+    yield from (Line("", {}, error) for error in broken)
 
 
 def without_decoding(rows: datasets.Dataset) -> datasets.Dataset:
@@ -176,19 +196,10 @@ def _check_header(names: list[str], path: Path, delimiter: str) -> None:
             f"{path}: the header {shown(names[0])} is one column, and looks separated by {other!r}, where "
             f"{path.suffix} has {delimiter!r}. Save it so, or under another ending: .csv has commas, .tsv tabs."
         )
-    check_names(names, path)
+    _check_names(names, path)
 
 
-def check_names(names: Iterable[str], path: Path) -> None:
-    """Refuse two columns of one name, of which a row could hold one alone.
-
-    Args:
-        names: The columns of a table.
-        path: Its file.
-
-    Raises:
-        ValueError: If a name comes twice.
-    """
+def _check_names(names: Iterable[str], path: Path) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
         raise ValueError(f"{path}: the header has {shown(twice[0])} twice. Rename one of the columns.")
 
@@ -211,14 +222,14 @@ def _check_utf8(cells: Iterable[str], where: str) -> None:
         raise _not_utf8(where, error) from error
 
 
-def _parquet(path: Path, bad_line: BadLine, only: Container[str] | None) -> Iterator[Record]:
+def _parquet(path: Path, bad_line: BadLine, only: Container[str] | None = None) -> Iterator[Record]:
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            check_names(names, path)
+            _check_names(names, path)
             number = 0
-            wanted = None if only is None else [name for name in names if name in only] or None
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
+            wanted = [name for name in names if only is None or name in only]
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None):
                 for row in _rows(batch):
                     number += 1
                     where = f"{path}, row {number}"
@@ -229,8 +240,8 @@ def _parquet(path: Path, bad_line: BadLine, only: Container[str] | None) -> Iter
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        message = f"{path} cannot be read as Parquet ({cut(str(error))}). Was the download cut off?"
-        raise MBEIRFormatError(message, "cut file") from error
+        message = f"{path} is not a whole Parquet file ({cut(str(error))}). Was the download cut off? Delete it, and "
+        raise MBEIRFormatError(f"{message}make or download it again.", "cut file") from error
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
@@ -254,4 +265,5 @@ _READERS: dict[str, Callable[[Path, BadLine], Iterator[Record]]] = {
     ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
+    ".parquet": _parquet,
 }

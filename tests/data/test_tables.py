@@ -147,7 +147,7 @@ def test_a_file_without_rows(tmp_path: Path) -> None:
         ("a.json", f"[{DEEP}]", r"a\.json: broken JSON \(maximum recursion depth exceeded"),
         ("a.json", '[{"text": "a"}, ', r"a\.json: broken JSON .*cut off"),
         ("a.json", '[{"text": "a"}, 3]', r"a\.json, object 2: expected a JSON object, got int"),
-        ("a.parquet", b"no parquet", r"a\.parquet cannot be read as Parquet \(.*magic bytes"),
+        ("a.parquet", b"no parquet", r"a\.parquet is not a whole Parquet file \(.*magic bytes"),
         ("a.docx", "", r"a\.docx ends in '\.docx', must be one of \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
