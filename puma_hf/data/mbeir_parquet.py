@@ -14,20 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow  # type: ignore[import-untyped]
 from PIL import Image
-from pyarrow import parquet
 
 from puma_hf.data.mbeir_copies import ParquetCopy
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
+from puma_hf.data.tables import read_table
 from puma_hf.files import write_whole
 
 IMAGE_FOLDER = "images"  # below the image root
 
-_ROWS = 64  # at a time; an image has up to some megabytes
-_BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
 _ID = re.compile(r"\d+:\S+")
 # What some conversions put before an id: the name of the table, and the split.
@@ -65,7 +62,7 @@ def import_copy(copy: ParquetCopy, folder: Path, image_root: Path, split: str, d
     images = _ImageStore(image_root)
     with Problems(copy.folder) as problems:
         judged: dict[str, dict[str, int]] = defaultdict(dict)
-        for where, row in _rows(copy.qrels, ("query-id", "corpus-id", "score")):
+        for where, row in _rows(copy.qrels, problems, ("query-id", "corpus-id", "score")):
             problems.attempt(_judge, judged, row, where, dataset_id)
         task_id = copy.task.task_id
         writer.qrels(
@@ -88,7 +85,7 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a corpus or of queries, each with id, text, image path and modality."""
     seen: set[str] = set()
-    for where, row in _rows(files, ("id",), _CONTENT):
+    for where, row in _rows(files, problems, ("id",), _CONTENT):
         record = problems.attempt(_record, row, where, images, dataset_id, modality)
         if record is None:
             continue
@@ -100,25 +97,16 @@ def _records(
 
 
 def _rows(
-    files: Sequence[Path], needed: Sequence[str], others: Sequence[str] = ()
+    files: Sequence[Path], problems: Problems, needed: Sequence[str], others: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    only = [column for name in (*needed, *others) for column in _NAMES[name]]
     for path in files:
-        try:
-            with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-                columns = _columns(path, file.schema_arrow.names, needed, others)
-                number = 0
-                for batch in file.iter_batches(_ROWS, columns=list(columns.values())):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}, row {number}", {name: row[column] for name, column in columns.items()}
-        except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # not the file's fault: it is missing, or the disk that is written to is full
-            raise MBEIRFormatError(
-                f"{path} is not a whole Parquet file ({error}). Was the download cut off? Delete it and download it "
-                "again.",
-                "cut file",
-            ) from error
+        columns: dict[str, str] = {}
+        for where, row in read_table(
+            path, lambda error: problems.add(MBEIRFormatError(str(error), "broken row")), only
+        ):
+            columns = columns or _columns(path, list(row), needed, others)
+            yield where, {name: row[column] for name, column in columns.items()}
 
 
 def _columns(path: Path, there: Sequence[str], needed: Sequence[str], others: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from puma_hf.data.images import BrokenImageError, ImageFiles, InsideImageError
 from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
 from puma_hf.modeling.messages_puma import modality_of
+from puma_hf.values import cut, is_unicode, shown
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
 Direction = Literal["text-to-image", "image-to-text", "both"]
@@ -96,7 +97,7 @@ class Offenders:
         return [message for turn in turns for message in turn if message is not None][:NUM_SHOWN]
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
+        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
 
 
 @dataclass
@@ -180,15 +181,23 @@ def _open(source: PairSource, bad_line: BadLine) -> tuple[str, Path | None, Iter
     return str(tables[0] if len(tables) == 1 else path), tables[0].parent, rows_of
 
 
+def named_tables(folder: Path) -> list[Path]:
+    """The files in a folder that are called as tables of its images are."""
+    return [path for path in _table_files(folder) if path.stem.lower() in _TABLE_STEMS]
+
+
+def _table_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
+
+
 def _tables(folder: Path) -> list[Path]:
     """The table that describes a folder of images, or the Parquet files of a dataset."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
-    named = [path for path in files if path.stem.lower() in _TABLE_STEMS]
+    named, files = named_tables(folder), _table_files(folder)
     if len(named) == 1:
         return named
     if not named and files and all(path.suffix.lower() == ".parquet" for path in files):
         return files
-    found = ", ".join(path.name for path in named or files) or "none"
+    found = cut(", ".join(path.name for path in named or files)) or "none"
     raise ValueError(
         f"{folder} must hold one table called {' or '.join(_TABLE_STEMS)} ({', '.join(_TABLE_SUFFIXES)}), or Parquet "
         f"files alone; the tables here: {found}. Name the file."
@@ -293,7 +302,9 @@ class _RowReader:
     def _struct(self, row: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
         value = row.get(name)
         if value is not None and not isinstance(value, Mapping):
-            self._offenders.add(NO_TEXT, f"{where}: {name} is {value!r}, must have text and image as in other rows.")
+            self._offenders.add(
+                NO_TEXT, f"{where}: {name} is {shown(value)}, must have text and image as in other rows."
+            )
         return value if isinstance(value, Mapping) else {}
 
     def _texts(self, value: Any, what: str, *, several: bool) -> Sequence[str | None]:
@@ -301,10 +312,12 @@ class _RowReader:
         for one in values:
             if one is not None and not isinstance(one, str):
                 remedy = "Give each negative a column of its own." if isinstance(one, list) else "Convert the column."
-                self._offenders.add(NO_TEXT, f"{what} is {one!r}, must be a text or null. {remedy}")
+                self._offenders.add(NO_TEXT, f"{what} is {shown(one)}, must be a text or null. {remedy}")
                 return []
-            if one is not None and not _is_unicode(one):
-                self._offenders.add(NO_TEXT, f"{what} is {one!r}, which holds half a character. Mend its encoding.")
+            if one is not None and not is_unicode(one):
+                self._offenders.add(
+                    NO_TEXT, f"{what} is {shown(one)}, which holds half a character. Mend its encoding."
+                )
                 return []
         return [one.strip() for one in values if one is not None and one.strip()]
 
@@ -331,12 +344,3 @@ class _RowReader:
             value = struct.get("instruction") if isinstance(struct, Mapping) else None
         texts = self._texts(value, f"{where}: instruction", several=False)
         return texts[0] if texts else None
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; JSON may hold half a character of two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.data.items import load_items
 from puma_hf.data.mbeir import load_mbeir
+from puma_hf.data.mbeir_format import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.data.twins import twin_keys
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
@@ -140,7 +141,7 @@ def merge(config: MergeConfig) -> float:
 
 
 def _labelled_rows(config: TrainConfig) -> Dataset:
-    if _is_mbeir(Path(config.data)):
+    if is_mbeir(Path(config.data)):
         if given := [*config.pair_arguments(), *(["bad_pairs"] if config.bad_pairs != "raise" else [])]:
             raise ValueError(
                 f"{', '.join(given)}: for pairs of one's own, but {config.data} is M-BEIR's. Leave them out."
@@ -159,10 +160,6 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
     return rows.select(sorted(random.Random(config.seed).sample(range(len(rows)), count)))
-
-
-def _is_mbeir(path: Path) -> bool:
-    return (path / "query").is_dir() or (path / "cand_pool").is_dir()
 
 
 def _pairs(config: TrainConfig) -> Dataset:
