@@ -21,10 +21,10 @@ DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the `config.json` of a folder holds; nothing if there is none, or if it is damaged."""
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What the `config.json` of a folder, or another such file, holds; nothing if there is none, or it is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
