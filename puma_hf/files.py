@@ -22,7 +22,7 @@ PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """What the `config.json` of a folder holds; nothing if there is none, or if it is damaged."""
+    """What the `config.json` of a folder, or another such file, holds; nothing if there is none, or it is damaged."""
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):

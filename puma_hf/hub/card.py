@@ -17,6 +17,7 @@ from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, trai
 from puma_hf.hub.card_table import card_table, made_from
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import TAGS, fill_template
+from puma_hf.limits import told_limits
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def make_card(
         results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
         not_measured=not_measured(found, is_counted=not is_adapter, is_trained=training != UNTRAINED),
         licences=_licences(options, base_model),
-        **{**facts, "source": named},
+        **{**facts, "source": named, "limits": told_limits(folder)},
     )
     return Card(text, found.files)
 

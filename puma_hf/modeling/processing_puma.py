@@ -221,6 +221,11 @@ class PumaProcessor(Qwen2VLProcessor):
         size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.pop("size", {})
         for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             size[edge] = options.pop(old_name, size[edge])
+        if size["longest_edge"] < size["shortest_edge"]:
+            raise ValueError(
+                f"The image size has longest_edge={size['longest_edge']} (max_pixels), less than shortest_edge="
+                f"{size['shortest_edge']} (min_pixels). Pass both, or a larger longest_edge."
+            )
         return {**options, "size": size}
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
