@@ -18,6 +18,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
@@ -211,11 +212,8 @@ def _build_processor(checkpoint: SourceCheckpoint, processor_class: type[PumaPro
     arguments = {
         "image_processor": AutoImageProcessor.from_pretrained(folder),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "video_processor": get_video_processor_config(folder) or None,  # settings: they need no torchvision
     }
-    if "video_processor" in processor_class.get_attributes():
-        from transformers import AutoVideoProcessor
-
-        arguments["video_processor"] = AutoVideoProcessor.from_pretrained(folder)
     image_token = "<|image_pad|>"
     # Without tokenizer files transformers builds an empty tokenizer.
     if image_token not in arguments["tokenizer"].get_vocab():

@@ -15,7 +15,8 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_rendering_puma import render
 from .messages_puma import MODALITY_IDS, media_of, modality_of_messages, text_items, to_messages
-from .sentence_transformers_files_puma import write_sentence_transformers_files
+from .sentence_transformers_files_puma import read_sentence_transformers_settings, write_sentence_transformers_files
+from .video_puma import read_frames, video_part
 
 RET_TOKEN = "[RET]"
 
@@ -30,7 +31,8 @@ class PumaProcessor(Qwen2VLProcessor):
     Args:
         image_processor: A Qwen2-VL image processor.
         tokenizer: A Qwen2 tokenizer that holds `[RET]`.
-        video_processor: A Qwen2-VL video processor, or `None` without torchvision.
+        video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
+            torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
 
     Example:
@@ -47,6 +49,9 @@ class PumaProcessor(Qwen2VLProcessor):
     Source: PUMA, ACM MM 2025, arXiv 2507.08064; LamRA for the wording of the prompt.
     """
 
+    sentence_transformers_settings: dict[str, Any] | None = None  # of the directory it was loaded from
+    _takes_video = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -55,20 +60,38 @@ class PumaProcessor(Qwen2VLProcessor):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        arguments = [image_processor, tokenizer]
-        if "video_processor" in type(self).get_attributes():
-            arguments.append(video_processor)
-        super().__init__(*arguments, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+        if self._takes_video:
+            self.video_processor = video_part(video_processor, image_processor)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Parts of the processor: the video processor is one only where torchvision can run it."""
-        return [name for name in super().get_attributes() if name != "video_processor" or is_torchvision_available()]
+        """Parts that transformers opens: the video processor, which needs torchvision, is made from its settings."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a processor, with the prompts of its directory, which a save writes again."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor.sentence_transformers_settings = read_sentence_transformers_settings(
+            pretrained_model_name_or_path, **kwargs
+        )
+        return loaded
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
-        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        write_sentence_transformers_files(Path(save_directory), None, overwrite=False)
+        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it.
+
+        Raises:
+            FileNotFoundError: If the code of the SentenceTransformer module is not beside the processor's.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = self.sentence_transformers_settings
+        write_sentence_transformers_files(folder, None, settings=settings, overwrite=False)
+        saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        if push_to_hub:  # transformers would upload what it wrote itself, and mean pooling would be read from the rest
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return saved
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
@@ -124,7 +147,7 @@ class PumaProcessor(Qwen2VLProcessor):
         Raises:
             ValueError: If an input is empty, of an unknown kind, holds an unreadable image or a special
                 token, or if its images alone exceed `max_length`.
-            ImportError: If a video is passed and torchvision is not installed.
+            ImportError: If a video is passed and torchvision is not installed, or a video file without PyAV.
         """
         if isinstance(inputs, (str, dict)) or not isinstance(inputs, Sequence):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
@@ -139,16 +162,16 @@ class PumaProcessor(Qwen2VLProcessor):
             media = media_of(messages)
             if media["video"]:
                 self._check_video(f"inputs[{index}]")
+                videos += [read_frames(video, f"inputs[{index}]") for video in media["video"]]
             texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
             images += media["image"]
-            videos += media["video"]
             counts.append((len(media["image"]), len(media["video"])))
             modalities.append(modality_of_messages(messages))
         batch = self(
             text=texts,
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
-            images=[np.asarray(image) for image in images] or None,
+            images=[np.array(image) for image in images] or None,  # a copy: PyTorch warns of what it may not write to
             videos=videos or None,
             text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
@@ -253,10 +276,7 @@ class PumaProcessor(Qwen2VLProcessor):
 class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
 
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """Parts of the processor: never a video processor."""
-        return [name for name in super().get_attributes() if name != "video_processor"]
+    _takes_video = False
 
     def _check_video(self, where: str) -> None:
         raise ValueError(
