@@ -26,6 +26,7 @@ from puma_hf.hub.template import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import check_num_kept_layers, config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from puma_hf.modeling.processing_puma import PIPELINES
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def prune(
         model = _load_kept(checkpoint, config, num_kept_layers, dtype)
         processor = _build_processor(checkpoint, _processor_class(config))
         _place_ret_token(model, processor)
+        model.config.custom_pipelines = PIPELINES
         model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
