@@ -28,6 +28,7 @@ from puma_hf.limits import DEFAULT_VISUAL_TOKENS, pixels_per_token, set_limits, 
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import check_num_kept_layers, config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from puma_hf.modeling.processing_puma import PIPELINES
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ def prune(
         before = _limit_images(processor, max_pixels, is_original=source_type in _ORIGINALS)
         model = _load_kept(checkpoint, config, num_kept_layers, dtype)
         _place_ret_token(model, processor)
+        model.config.custom_pipelines = PIPELINES
         model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Qwen2VLProcessor
+from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_rendering_puma import render
@@ -283,6 +283,31 @@ class PumaImageTextProcessor(PumaProcessor):
             f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
             "{'image': [...]}, or use a Qwen2-VL."
         )
+
+
+class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
+    """What `pipeline("feature-extraction", model=directory, trust_remote_code=True)` runs; `config.json` names it.
+
+    transformers' own reads a text without the chat template, and gives the states of all tokens. This one takes what
+    [`~PumaProcessor.process_inputs`] takes, and gives the embedding, `(1, embedding_dim)`, of each input; options of
+    `process_inputs` go into `tokenize_kwargs`.
+    """
+
+    _load_tokenizer = False
+    _load_processor = True
+
+    def preprocess(self, inputs: Any, **options: Any) -> BatchFeature:
+        batch: BatchFeature = self.processor.process_inputs([inputs], **options)  # type: ignore[union-attr]
+        return batch
+
+    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:
+        embeddings = model_outputs["embeddings"]
+        return embeddings if return_tensors else embeddings.tolist()
+
+
+PIPELINES = {
+    "feature-extraction": {"impl": f"processing_puma.{PumaFeatureExtractionPipeline.__name__}", "pt": ["AutoModel"]}
+}
 
 
 def _shortened(prompt: str) -> str:
