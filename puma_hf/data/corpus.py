@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from puma_hf.data.images import IMAGE_SUFFIXES, BrokenImageError, ImageFiles
+from puma_hf.data.images import BrokenImageError, ImageFiles
 from puma_hf.data.mbeir_problems import SHOWN
 from puma_hf.data.nli import NLI_COLUMNS, nli_texts
 from puma_hf.data.tables import read_table, without_decoding
+from puma_hf.modeling.image_inputs_puma import is_image_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,14 @@ def folder_items(folder: Path) -> Iterator[Item]:
     Raises:
         ValueError: If there is no image; or, at the end, if files are not what their names say.
     """
-    others = found = 0
+    found = 0
+    left_out: Counter[str] = Counter()
     images = ImageFiles(None)
     broken: list[BrokenImageError] = []
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if is_image_name(name):
                 found += 1
                 path = os.path.join(parent, name)
                 try:
@@ -50,10 +53,10 @@ def folder_items(folder: Path) -> Iterator[Item]:
                 else:
                     yield None, image, None
             else:
-                others += 1
+                left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
     if not found:
         raise ValueError(
-            f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
+            f"{folder} holds no image (such as .jpg, .png or .webp) and is no M-BEIR folder, which has query/ and "
             "cand_pool/. Name a folder of images, or a file."
         )
     if len(broken) == 1:
@@ -62,8 +65,9 @@ def folder_items(folder: Path) -> Iterator[Item]:
         first = f". The first {SHOWN}" if len(broken) > SHOWN else ""
         lines = "".join(f"\n- {error}" for error in broken[:SHOWN])
         raise BrokenImageError(f"{folder}: {len(broken)} of {found} images cannot be used{first}:{lines}")
-    if others:
-        logger.info("%s: left out %d files that are no images", folder, others)
+    if left_out:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common())
+        logger.info("%s: left out what is no image here: %s", folder, kinds)
 
 
 def file_items(path: Path) -> Iterator[Item]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
-from PIL import Image
 from pyarrow import parquet
 
 from puma_hf.data.mbeir_copies import ParquetCopy
@@ -23,6 +22,7 @@ from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
 from puma_hf.files import write_whole
+from puma_hf.modeling.image_inputs_puma import open_image
 
 IMAGE_FOLDER = "images"  # below the image root
 
@@ -219,7 +219,7 @@ class _ImageStore:
                 f"{where}: the image holds no bytes; a copy must have its images inside", "missing image"
             )
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
                 kind = image.format or ""  # the header alone is read
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
             raise MBEIRFormatError(f"{where}: the image cannot be read ({error})", "broken image") from error

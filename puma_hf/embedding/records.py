@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import pyarrow  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from puma_hf.data.images import IMAGE_SUFFIXES
 from puma_hf.data.mbeir_format import ImageFinder, location, parse_candidate, read_jsonl
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_reader import MBEIR
 from puma_hf.data.tables import read_table
+from puma_hf.modeling.image_inputs_puma import is_image_name
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class ImageFolder(Corpus):
         self._left_out: Counter[str] = Counter()
         if next(self.lines(), None) is None:
             raise ValueError(
-                f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
+                f"{path} holds no image (such as .jpg, .png or .webp) and is no M-BEIR folder, which has query/ and "
                 "cand_pool/. Name a folder of images, or a file."
             )
 
@@ -268,7 +268,7 @@ class ImageFolder(Corpus):
             for name in sorted(files):
                 if name.startswith("."):
                     continue
-                if name.lower().endswith(IMAGE_SUFFIXES):
+                if is_image_name(name):
                     path = os.path.join(parent, name)
                     yield Line(path, {"image": os.path.relpath(path, self.path)})
                 else:
