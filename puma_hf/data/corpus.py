@@ -10,12 +10,13 @@ from typing import Any
 
 import datasets
 
-from puma_hf.data.images import IMAGE_SUFFIXES, BrokenImageError, ImageFiles
+from puma_hf.data.images import BrokenImageError, ImageFiles
 from puma_hf.data.mbeir_problems import SHOWN
 from puma_hf.data.nli import NLI_COLUMNS, nli_texts
 from puma_hf.data.pair_columns import CAPTION_NAMES
 from puma_hf.data.pair_rows import Offenders, named_tables
 from puma_hf.data.tables import Line, read_lines, without_decoding
+from puma_hf.modeling.image_inputs_puma import is_image_name
 from puma_hf.values import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class LeftOut(Offenders):
         """The error of a folder with nothing else."""
         rest = f" Left out: {self}." if self.counts else ""
         return ValueError(
-            f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
+            f"{folder} holds no image (such as .jpg, .png or .webp) and is no M-BEIR folder, which has query/ and "
             f"cand_pool/ with files called mbeir_*.jsonl.{rest} Name a folder of images, or a file."
         )
 
@@ -68,7 +69,7 @@ def image_files(folder: Path, left_out: LeftOut) -> Iterator[str]:
             path = os.path.join(parent, name)
             if name in links:
                 kind = "linked folder"
-            elif not name.lower().endswith(IMAGE_SUFFIXES):
+            elif not is_image_name(name):
                 kind = os.path.splitext(name)[1].lower() or "no ending"
             elif not is_unicode(path):
                 kind = "name that is not UTF-8"
@@ -126,7 +127,7 @@ def _names(first: Mapping[str, Any]) -> dict[str, str]:
     names = {}
     if "_id" in first and "text" in first and "id" not in first:
         names["_id"] = "id"
-    if "image" not in first and str(first.get("file_name")).lower().endswith(IMAGE_SUFFIXES):
+    if "image" not in first and is_image_name(str(first.get("file_name"))):
         names["file_name"] = "image"
         caption = next((name for name in CAPTION_NAMES if name in first), None)
         names |= {caption: "text"} if caption and "text" not in first else {}

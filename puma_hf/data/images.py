@@ -12,10 +12,8 @@ from typing import Any
 from PIL import Image
 
 from puma_hf.files import write_whole
-from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image, reason_of
+from puma_hf.modeling.image_inputs_puma import MAX_ASPECT_RATIO, load_rgb_image, open_image, reason_of
 from puma_hf.values import is_unicode, shown
-
-IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
 
 
 class BrokenImageError(ValueError):
@@ -119,7 +117,7 @@ class ImageFiles:
     def _size(self, source: Any, name: str, where: str) -> tuple[tuple[int, int], str]:
         """Width, height and format."""
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            with warnings.catch_warnings(action="ignore"), open_image(source) as image:
                 size, kind = image.size, (image.format or "png").lower()
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
             raise BrokenImageError(

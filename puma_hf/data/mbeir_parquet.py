@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from puma_hf.data.mbeir_copies import ParquetCopy
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
 from puma_hf.data.tables import read_table
 from puma_hf.files import write_whole
+from puma_hf.modeling.image_inputs_puma import open_image
 
 IMAGE_FOLDER = "images"  # below the image root
 
@@ -207,7 +206,7 @@ class _ImageStore:
                 f"{where}: the image holds no bytes; a copy must have its images inside", "missing image"
             )
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
                 kind = image.format or ""  # the header alone is read
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
             raise MBEIRFormatError(f"{where}: the image cannot be read ({error})", "broken image") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from puma_hf.data.images import IMAGE_SUFFIXES
+from puma_hf.modeling.image_inputs_puma import is_image_name
 from puma_hf.values import nearest
 
 Kind = Literal["text", "image", "both"]
@@ -166,7 +166,7 @@ def _check_other_images(rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, K
 
 def _is_image(value: Any) -> bool:
     if isinstance(value, str):
-        return value.lower().endswith(IMAGE_SUFFIXES) and "://" not in value
+        return is_image_name(value) and "://" not in value
     return value is not None
 
 
@@ -184,7 +184,7 @@ def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> Kind:
     values = [value for row in rows if (value := row.get(name)) is not None and value != ""]
     if values and isinstance(values[0], Mapping):
         return "both" if {"text", "image"} & set(values[0]) else "image"
-    if values and all(isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES) for value in values):
+    if values and all(isinstance(value, str) and is_image_name(value) for value in values):
         return "image"
     return "image" if _IMAGE_NAME.fullmatch(name.lower()) else "text"
 
