@@ -150,9 +150,10 @@ class PumaTrainer(SentenceTransformerTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator of the base class, in which each process reads its own batches of a stream."""
-        if self.args.accelerator_config.dispatch_batches is None:
+        settings: Any = self.args.accelerator_config
+        if settings.dispatch_batches is None:
             # One process would share its batches out by their first dimension, which in `pixel_values` is the patches.
-            self.args.accelerator_config.dispatch_batches = False
+            settings.dispatch_batches = False
         super().create_accelerator_and_postprocess()
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
