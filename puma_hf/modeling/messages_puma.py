@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL.Image import Image
+
 from .image_inputs_puma import is_image_reference, load_rgb_image
 
 # M-BEIR's names for the modality of an input; an id is the position in this tuple.
@@ -136,7 +138,7 @@ def _join_texts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
-    values = value if isinstance(value, (list, tuple)) else [value]
+    values = value if isinstance(value, (list, tuple)) and not (kind == "video" and _is_frames(value)) else [value]
     if kind == "text":
         for text in values:
             if not isinstance(text, str) or not text.strip():
@@ -145,3 +147,8 @@ def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
                 )
         return [{"type": "text", "text": text} for text in values]
     return [{"type": kind, kind: load_rgb_image(one, where) if kind == "image" else one} for one in values]
+
+
+def _is_frames(values: Any) -> bool:
+    """Whether a list is one video and not many: pictures are frames."""
+    return bool(values) and all(isinstance(one, Image) or getattr(one, "ndim", 0) == 3 for one in values)

@@ -128,7 +128,8 @@ class PumaProcessor(Qwen2VLProcessor):
 
         Args:
             inputs: Each one a string, an image (PIL, path, URL, bytes, array), a dict with any of the keys "text",
-                "image", "video" (a value or a list of values) and "instruction", or a list of chat messages. In a dict
+                "image", "video" (a value or a list of values) and "instruction", or a list of chat messages. A video is
+                a path, URL, the bytes of a file, an array of frames, or a list of images. In a dict
                 media come before the text, whatever the order of its keys; `None` values are ignored.
             prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
             max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
@@ -172,9 +173,10 @@ class PumaProcessor(Qwen2VLProcessor):
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
             images=[np.array(image) for image in images] or None,  # a copy: PyTorch warns of what it may not write to
-            videos=videos or None,
+            videos=[frames for frames, _ in videos] or None,
             text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
+            **self._video_options(videos),
             return_mm_token_type_ids=False,  # all at once in _finish, row by row there
             return_tensors="pt",
         )
@@ -185,6 +187,12 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ImportError(
                 f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
             )
+
+    @staticmethod
+    def _video_options(videos: list[tuple[np.ndarray, float | None]]) -> dict[str, Any]:
+        """What a video processor that samples frames asks of each video."""
+        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
+        return {"videos_kwargs": {"video_metadata": facts}} if facts else {}
 
     def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
         ids = batch["input_ids"]

@@ -72,8 +72,8 @@ def video_part(given: Any, image_processor: Any) -> Any:
     return Qwen2VLVideoProcessor(**settings)
 
 
-def read_frames(video: Any, where: str) -> np.ndarray:
-    """The frames of a video, `(num_frames, height, width, channels)`.
+def read_frames(video: Any, where: str) -> tuple[np.ndarray, float | None]:
+    """The frames of a video, `(num_frames, height, width, channels)`, and how many a second has, where that is known.
 
     Args:
         video: A path, a URL, the bytes of a file, an array of frames or a list of images of one size.
@@ -89,13 +89,15 @@ def read_frames(video: Any, where: str) -> np.ndarray:
             f"{where}: a video file needs PyAV, which is not installed. Run `pip install 'puma-hf[video]'`."
         )
     try:
-        if isinstance(video, bytes):
-            return np.asarray(read_video_pyav(BytesIO(video), _all_frames)[0])  # type: ignore[arg-type]
         if is_file:
-            return np.asarray(load_video(str(video), backend="pyav", sample_indices_fn=_all_frames)[0])
+            if isinstance(video, bytes):
+                frames, about = read_video_pyav(BytesIO(video), _all_frames)  # type: ignore[arg-type]
+            else:
+                frames, about = load_video(str(video), backend="pyav", sample_indices_fn=_all_frames)
+            return np.asarray(frames), about.fps
         if hasattr(video, "shape"):
-            return np.asarray(video)
-        return np.stack([np.asarray(load_rgb_image(frame, where)) for frame in video])
+            return np.ascontiguousarray(video), None
+        return np.stack([np.asarray(load_rgb_image(frame, where)) for frame in video]), None
     except Exception as error:  # PyAV has an error for each way to be broken
         name = repr(str(video)) if isinstance(video, (str, Path)) else f"given as {type(video).__name__}"
         raise ValueError(
