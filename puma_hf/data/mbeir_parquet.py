@@ -21,6 +21,7 @@ from puma_hf.data.mbeir_writer import MBEIRWriter
 from puma_hf.data.tables import read_table
 from puma_hf.files import write_whole
 from puma_hf.modeling.image_inputs_puma import open_image
+from puma_hf.values import cut, shown
 
 IMAGE_FOLDER = "images"  # below the image root
 
@@ -89,7 +90,7 @@ def _records(
         if record is None:
             continue
         if record["id"] in seen:
-            problems.add(MBEIRFormatError(f"{where}: id {record['id']!r} was already given", "duplicated id"))
+            problems.add(MBEIRFormatError(f"{where}: id {shown(record['id'])} was already given", "duplicated id"))
             continue
         seen.add(record["id"])
         yield record
@@ -116,7 +117,7 @@ def _columns(path: Path, there: Sequence[str], needed: Sequence[str], others: Se
             columns[name] = column
         elif name in needed:
             raise MBEIRFormatError(
-                f"{path} has no column {' or '.join(_NAMES[name])}, only {', '.join(there)}; rename the one that "
+                f"{path} has no column {' or '.join(_NAMES[name])}, only {cut(', '.join(there))}; rename the one that "
                 "holds it",
                 "missing field",
             )
@@ -127,10 +128,11 @@ def _judge(judged: dict[str, dict[str, int]], row: Mapping[str, Any], where: str
     qid, did = (_full_id(row[name], dataset_id, where, name) for name in ("query-id", "corpus-id"))
     score = row["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score) or score < 0:
-        raise MBEIRFormatError(f"{where}: score is {score!r}, must be a whole number of 0 or more", "wrong field")
+        raise MBEIRFormatError(f"{where}: score is {shown(score)}, must be a whole number of 0 or more", "wrong field")
     if judged[qid].setdefault(did, int(score)) != score:
         raise MBEIRFormatError(
-            f"{where}: {qid!r} and {did!r} were judged {judged[qid][did]} before, now {score}", "contradiction"
+            f"{where}: {shown(qid)} and {shown(did)} were judged {judged[qid][did]} before, now {score}",
+            "contradiction",
         )
 
 
@@ -141,7 +143,7 @@ def _full_id(value: Any, dataset_id: int | None, where: str, name: str) -> str:
     if value is None or not _ID.fullmatch(record_id):
         hint = "" if dataset_id is not None else "; only M-BEIR's own datasets may leave their number out"
         raise MBEIRFormatError(
-            f"{where}: {name} is {value!r}, must look like '<dataset_id>:<number>'{hint}", "wrong id"
+            f"{where}: {name} is {shown(value)}, must look like '<dataset_id>:<number>'{hint}", "wrong id"
         )
     return record_id
 
@@ -151,7 +153,7 @@ def _record(
 ) -> dict[str, Any]:
     text = row.get("text")
     if text is not None and not isinstance(text, str):
-        raise MBEIRFormatError(f"{where}: text is {text!r}, must be a string or null")
+        raise MBEIRFormatError(f"{where}: text is {shown(text)}, must be a string or null")
     text = text if text and text.strip() else None
     cell = row.get("image")
     if isinstance(cell, dict) and not any(value is not None for value in cell.values()):
@@ -161,7 +163,8 @@ def _record(
     label = present if label is None else ",".join(sorted(part.strip() for part in str(label).split(",")))
     if label != present or label not in MBEIR_MODALITIES:
         raise MBEIRFormatError(
-            f"{where}: modality is {row.get('modality')!r}, but the row holds {present or 'neither text nor image'}",
+            f"{where}: modality is {shown(row.get('modality'))}, but the row holds "
+            f"{present or 'neither text nor image'}",
             "wrong modality label",
         )
     if modality is not None and label != modality:

@@ -211,8 +211,8 @@ def _columns(rows: list[dict[str, Any]], options: PairOptions) -> tuple[PairColu
     in_column = given is not None and given in names
     if given is not None and not in_column and given.isidentifier() and given.isascii():
         raise ValueError(
-            f"instruction={given!r} must be a text of several words or a column; the columns are "
-            f"{', '.join(sorted(map(str, names)))}."
+            f"instruction={shown(given)} must be a text of several words or a column; the columns are "
+            f"{cut(', '.join(sorted(map(str, names))))}."
         )
     found = find_columns(
         rows,
@@ -240,8 +240,8 @@ def _ways(columns: PairColumns, options: PairOptions, instruction: str | None) -
         found = tuple(part.kind for part in (columns.anchor, columns.positive))
         if found not in (wanted, wanted[::-1]):
             raise ValueError(
-                f"direction={direction!r} needs one side of texts and one of images, found {columns}. Leave the "
-                "direction out: the anchor is what asks."
+                f"direction={direction!r} needs one side of texts and one of images, found {cut(str(columns))}. Leave "
+                "the direction out: the anchor is what asks."
             )
         ways = ("forward",) if found == wanted else ("reverse",)
     elif (instruction or columns.instruction) and options.reverse_instruction is None:

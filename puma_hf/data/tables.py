@@ -147,7 +147,7 @@ def _separated(delimiter: str) -> Callable[[Path, BadLine], Iterator[Record]]:
     def read(path: Path, bad_line: BadLine) -> Iterator[Record]:
         # Bytes that are no UTF-8 become halves of characters here, so that they are told with their line.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+            quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
             # Strict: else a quotation mark that is never closed swallows the rest of the file.
             reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
             try:
