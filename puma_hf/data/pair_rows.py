@@ -14,7 +14,7 @@ import datasets
 from puma_hf.data.images import BrokenImageError, ImageFiles, InsideImageError
 from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
-from puma_hf.modeling.messages_puma import modality_of
+from puma_hf.modeling.messages_puma import is_unicode, modality_of
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
 Direction = Literal["text-to-image", "image-to-text", "both"]
@@ -303,7 +303,7 @@ class _RowReader:
                 remedy = "Give each negative a column of its own." if isinstance(one, list) else "Convert the column."
                 self._offenders.add(NO_TEXT, f"{what} is {one!r}, must be a text or null. {remedy}")
                 return []
-            if one is not None and not _is_unicode(one):
+            if one is not None and not is_unicode(one):
                 self._offenders.add(NO_TEXT, f"{what} is {one!r}, which holds half a character. Mend its encoding.")
                 return []
         return [one.strip() for one in values if one is not None and one.strip()]
@@ -331,12 +331,3 @@ class _RowReader:
             value = struct.get("instruction") if isinstance(struct, Mapping) else None
         texts = self._texts(value, f"{where}: instruction", several=False)
         return texts[0] if texts else None
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; JSON may hold half a character of two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
