@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,9 +24,8 @@ _ACCEPTED = (
 )
 
 # Tokens that stand for something else than text in the vocabularies of these families, `[RET]` among them.
-SPECIAL_TOKENS = (
-    *(f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision", "im") for end in ("start", "end")),
-    *("<|endoftext|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "[RET]"),
+SPECIAL_TOKEN = re.compile(
+    r"<\|((object_ref|box|quad|vision|im)_(start|end)|endoftext|(vision|image|video)_pad)\|>|\[RET\]"
 )
 # By the type of a chat's item: what it is, and the keys that its value may have.
 _MEDIA_KEYS = ("url", "path", "base64")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
 Metric = Literal["mse", "cosine"]
@@ -63,6 +63,7 @@ class StageConfig(CheckedConfig):
         1, "Batches per optimizer step; in-batch negatives stay those of one batch.", at_least=1
     )
     max_length: int = option(480, "Longest sequence in tokens; only text is cut.", at_least=1)
+    special_tokens: SpecialTokens = special_tokens_option()
     max_pixels: int = option(
         300 * 28 * 28,
         "Images are scaled down to so many pixels.",
