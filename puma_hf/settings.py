@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from puma_hf.values import convert
+
+SpecialTokens = Literal["raise", "split"]
 
 
 def option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any:
@@ -28,6 +30,16 @@ def option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any
 def required(text: str, *, positional: bool = False) -> Any:
     """A field of a `CheckedConfig` that has no default; the command may take it by its place, too."""
     return field(metadata={"help": text, "positional": positional})
+
+
+def special_tokens_option() -> Any:
+    """The field `special_tokens` of every command that embeds or trains."""
+    return option("raise", "On a special token in a text, such as <|im_end|>: raise; or split, which reads it as text.")
+
+
+def processing_of(special_tokens: SpecialTokens) -> dict[str, dict[str, Any]]:
+    """What that field means as `processing_kwargs`; what is not asked for is the model's own choice."""
+    return {"text": {"split_special_tokens": True}} if special_tokens == "split" else {}
 
 
 @dataclass(frozen=True, kw_only=True)

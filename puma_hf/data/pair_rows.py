@@ -14,7 +14,8 @@ import datasets
 from puma_hf.data.images import BrokenImageError, ImageFiles, InsideImageError
 from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
-from puma_hf.modeling.messages_puma import modality_of
+from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, modality_of
+from puma_hf.settings import SpecialTokens
 from puma_hf.values import cut, is_unicode, shown
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
@@ -32,6 +33,7 @@ ANCHOR_MISSING = "anchor missing"
 POSITIVE_MISSING = "positive missing"
 NEGATIVE_MISSING = "negative missing"
 NO_TEXT = "text of another type"
+SPECIAL = "special token in a text"
 IMAGE_MISSING = "image missing"
 IMAGE_BROKEN = "image broken"
 IMAGE_INSIDE = "image inside of the dataset"
@@ -76,6 +78,7 @@ class PairOptions:
     direction: Direction | None = None
     decode: bool = False
     images_to: str | Path | None = None
+    special_tokens: SpecialTokens = "raise"
 
 
 class Offenders:
@@ -147,7 +150,7 @@ def read_pairs(source: PairSource, options: PairOptions, *, dry: bool = False) -
     save_to = None if options.images_to is None else Path(options.images_to)
     images = ImageFiles(folder, decode=options.decode, save_to=save_to, dry=dry)
     reading = PairReading(name, columns, images, offenders)
-    reader = _RowReader(columns, images, offenders, instruction)
+    reader = _RowReader(columns, images, offenders, instruction, options.special_tokens)
     for where, row in chain(head, records):
         found = reader.read(row, where)
         reading.num_rows += 1
@@ -260,11 +263,19 @@ def _ways(columns: PairColumns, options: PairOptions, instruction: str | None) -
 class _RowReader:
     """Makes pairs of rows."""
 
-    def __init__(self, columns: PairColumns, images: ImageFiles, offenders: Offenders, instruction: str | None) -> None:
+    def __init__(
+        self,
+        columns: PairColumns,
+        images: ImageFiles,
+        offenders: Offenders,
+        instruction: str | None,
+        special_tokens: SpecialTokens,
+    ) -> None:
         self._columns = columns
         self._images = images
         self._offenders = offenders
         self._instruction = instruction
+        self._refuses_special_tokens = special_tokens == "raise"
 
     def read(self, row: Mapping[str, Any], where: str) -> list[Pair]:
         """The pairs of a row, several if a cell is a list of texts; none if anything is wrong."""
@@ -318,6 +329,10 @@ class _RowReader:
                 self._offenders.add(
                     NO_TEXT, f"{what} is {shown(one)}, which holds half a character. Mend its encoding."
                 )
+                return []
+            if one is not None and self._refuses_special_tokens and (found := SPECIAL_TOKEN.search(one)):
+                remedy = "Remove it, or read it as text (special_tokens='split', in a command --special-tokens split)."
+                self._offenders.add(SPECIAL, f"{what} is {shown(one)} with the special token {found[0]!r}. {remedy}")
                 return []
         return [one.strip() for one in values if one is not None and one.strip()]
 

@@ -13,6 +13,7 @@ from puma_hf.data.mbeir import training_features
 from puma_hf.data.pair_columns import Given
 from puma_hf.data.pair_ids import PairIds
 from puma_hf.data.pair_rows import Cell, Direction, PairOptions, PairReading, PairSource, read_pairs
+from puma_hf.settings import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def load_pairs(
     decode: bool = False,
     images_to: str | Path | None = None,
     on_error: Literal["raise", "drop"] = "raise",
+    special_tokens: SpecialTokens = "raise",
     with_ids: bool = False,
 ) -> datasets.Dataset:
     """Training rows of a table of pairs, for `SentenceTransformerTrainer` and its relatives.
@@ -61,6 +63,8 @@ def load_pairs(
             by their hash.
         on_error: What to do if lines cannot be used: "raise" with counts and the first of them, or "drop" them and
             log that.
+        special_tokens: Whether a text with a special token such as `<|im_end|>` is wrong: "raise"; with "split" it is
+            taken as it is, for a model that is told to read it as plain text.
         with_ids: Whether to add the columns `qid`, `did` and `positives`, ids by content as `PairIds` makes them,
             which a batch sampler uses to keep rows with the same right answer apart: five captions of one image.
             `positives` has as many of an anchor's right answers as that takes. Remove them before training.
@@ -97,6 +101,7 @@ def load_pairs(
         direction=direction,
         decode=decode,
         images_to=images_to,
+        special_tokens=special_tokens,
     )
     reading = read_pairs(source, options)
     logger.info("%s: %d pairs; %s", reading.name, len(reading.pairs), reading.columns)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 BadPairs = Literal["raise", "drop"]
 PairDirection = Literal["text-to-image", "image-to-text", "both"]
@@ -33,9 +33,12 @@ class PairSettings(CheckedConfig):
     images_to: str | Path | None = option(None, "Folder to save images to that are inside of a dataset's files.")
     bad_pairs: BadPairs = option("raise", "What to do if lines of pairs cannot be used: raise an error, or drop them.")
 
+    special_tokens: SpecialTokens = special_tokens_option()
+
     def pair_arguments(self) -> dict[str, Any]:
-        """The arguments of `load_pairs` that were given, but for what is to be done about errors."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(PairSettings) if entry.name != "bad_pairs"}
+        """The arguments of `load_pairs` that were given, but for what is to be done about errors and special tokens."""
+        names = {entry.name for entry in fields(PairSettings)} - {"bad_pairs", "special_tokens"}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(PairSettings) if entry.name in names}
         return {name: value for name, value in values.items() if value is not None and value != ()}
 
 

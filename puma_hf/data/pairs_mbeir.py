@@ -94,7 +94,7 @@ def write_mbeir(
     ```
     """
     _check(output, dataset, dataset_id, val_fraction, test_fraction)
-    reading = read_pairs(rows, PairOptions())
+    reading = read_pairs(rows, PairOptions(special_tokens="split"))
     if reading.offenders.counts:
         raise ValueError(reading.refusal())
     pairs = reading.pairs

@@ -19,6 +19,7 @@ from puma_hf.data.pairs import load_pairs
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.data.pairs_mbeir import write_mbeir
 from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.settings import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def check_pairs(
     direction: Direction | None = None,
     decode: bool = False,
     images_to: str | Path | None = None,
+    special_tokens: SpecialTokens = "raise",
 ) -> PairsReport:
     """Look at everything that `load_pairs` would read, without stopping at what is wrong.
 
@@ -188,6 +190,7 @@ def check_pairs(
         direction: Which side asks.
         decode: Whether to decode every image, which takes as long as an epoch of reading them.
         images_to: Folder that `load_pairs` is to save images to; here they are looked at alone.
+        special_tokens: Whether a text with a special token is wrong.
 
     Returns:
         The report.
@@ -217,6 +220,7 @@ def check_pairs(
         direction=direction,
         decode=decode,
         images_to=images_to,
+        special_tokens=special_tokens,
     )
     reading = read_pairs(source, options, dry=True)
     sides = _sides(reading.pairs)
@@ -257,6 +261,7 @@ def pairs(config: PairsConfig) -> PairsReport:
         ValueError: If there are no rows at all, or a column is missing.
     """
     arguments = config.pair_arguments()
+    arguments["special_tokens"] = config.special_tokens
     report = check_pairs(config.data, decode=config.decode, **arguments)
     if config.json is not None:
         report.to_json(config.json)

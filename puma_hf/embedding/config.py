@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 OnError = Literal["raise", "skip", "zero"]
@@ -51,6 +51,7 @@ class EmbedConfig(CheckedConfig):
     on_error: OnError = option(
         "raise", "On an input that cannot be read: raise; skip, which leaves it out; or zero, which stores zeros."
     )
+    special_tokens: SpecialTokens = special_tokens_option()
     format: FileFormat = option("parquet", "Files to write; safetensors has the ids in a Parquet file beside.")
     shard_size: int = option(10_000, "Inputs a file; those of up to three are in memory at a time.", at_least=1)
     max_batch_tokens: int | None = option(None, "Tokens of a batch; default: by device.", at_least=1)

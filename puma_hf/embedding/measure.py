@@ -67,8 +67,9 @@ def _entries(item: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(content, str):
             yield "text", content
         for entry in content if isinstance(content, list) else ():
-            kind = entry.get("type") if isinstance(entry, Mapping) else None
-            yield str(kind), entry.get(kind) if kind else None
+            for key, value in entry.items() if isinstance(entry, Mapping) else ():
+                if key != "type":
+                    yield key, value
     elif isinstance(item, Mapping) and not {"bytes", "path"} & set(item):
         for key, value in item.items():
             yield ("text" if key in ("text", "instruction") else "image"), value

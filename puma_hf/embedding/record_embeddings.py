@@ -15,6 +15,7 @@ from puma_hf.embedding.precision import Collector
 from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
 from puma_hf.embedding.unfinished import UnfinishedShard
+from puma_hf.settings import processing_of
 from puma_hf.termination import sigterm_waits, stop_if_sigterm
 from puma_hf.values import shown
 
@@ -67,6 +68,7 @@ def embed_records(
         on_error=config.on_error,
         report=lambda error: errors.append(BrokenInput(int(todo[error.index]), _PLACE.sub("", error.message))),
         truncate_dim=config.truncate_dim,
+        processing_kwargs=processing_of(config.special_tokens),
         show_progress_bar=False,
     )
     before = 0 if progress is None else progress.n
@@ -116,5 +118,5 @@ def _broken_record(record: Record, message: str) -> str:
     return (
         f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
         "again, which goes on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is "
-        "broken, 'zero' to have zeros in its place."
+        "broken."
     )

@@ -210,10 +210,12 @@ class _Run:
 
     def _my_shards(self) -> Iterator[_Work]:
         """Every so-many-th shard of the corpus."""
+        # Where inputs are left out for their special tokens, they may be read as text the next time.
+        how = self.config.on_error + (", split" if self.config.special_tokens == "split" else "")
         for number, records in self._my_records():
             hashes = [self.corpus.content_hash(record) for record in records]
             key = input_hash(records, hashes)
-            wanted = self.store.info(number, records[0].row, len(records), key, self.config.on_error)
+            wanted = self.store.info(number, records[0].row, len(records), key, how)
             yield _Work(wanted, records, hashes, self.store.finished(wanted))
 
     def _my_records(self) -> Iterator[tuple[int, list[Record]]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 Benchmark = Literal["mbeir", "nano"]
 Pool = Literal["local", "global", "both"]
@@ -63,6 +63,7 @@ class EvaluateConfig(CheckedConfig):
     )
     search_backend: SearchBackend = option("torch", "Both are exact; faiss needs pip install 'puma-hf[faiss]'.")
     truncate_dim: int | None = option(None, "Keep only the first so many dimensions of an embedding.", at_least=1)
+    special_tokens: SpecialTokens = special_tokens_option()
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     data_revision: str | None = option(None, "Branch, tag or commit of data on the Hub.")
     trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -179,7 +180,8 @@ class Embedder:
             part = items[start : start + size]
             inputs = [item.record.model_input for item in part]
             # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            rows = torch.as_tensor(self.model.encode(inputs, prompt=part[0].prompt, **options)).float().cpu()
+            encode = partial(self.model.encode, prompt=part[0].prompt, **options)
+            rows = torch.as_tensor(encode_named(encode, inputs, [item.record for item in part])).float().cpu()
             if rows.ndim != 2 or len(rows) != len(part):
                 raise ValueError(
                     f"encode returned {tuple(rows.shape)} for {len(part)} inputs of modality "
@@ -200,6 +202,33 @@ class Embedder:
             f"the embeddings of {len(bad)} of {len(items)} inputs of modality {items[0].record.modality!r} are not "
             f"finite as {self.cache.dtype}, first {names}; {remedy}"
         )
+
+
+def encode_named(
+    encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Query | Candidate]
+) -> Any:
+    """What `encode` gives for inputs; if one cannot be read, the error names its record.
+
+    Args:
+        encode: Embeds inputs.
+        inputs: The inputs.
+        records: The record of each.
+
+    Raises:
+        FileNotFoundError: If an image is gone.
+        ValueError: If an input cannot be read.
+    """
+    try:
+        return encode(inputs)
+    except (ValueError, FileNotFoundError) as error:
+        for record, one in zip(records, inputs, strict=True):
+            try:
+                encode([one])
+            except (ValueError, FileNotFoundError) as own:
+                kind = FileNotFoundError if isinstance(own, FileNotFoundError) else ValueError
+                name = f"{type(record).__name__.lower()} {record_id(record)!r}"
+                raise kind(f"{name}: {str(own).removeprefix('inputs[0]: ')}") from error
+        raise
 
 
 def record_id(record: Query | Candidate) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +82,7 @@ def encode_all_layers(
     *,
     prompt: str | None = None,
     batch_size: int = 32,
+    processing_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
@@ -94,6 +95,7 @@ def encode_all_layers(
         inputs: Inputs of `model.encode`.
         prompt: Their instruction; None for none.
         batch_size: Inputs per forward pass.
+        processing_kwargs: As in `model.encode`.
 
     Returns:
         `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers.
@@ -112,7 +114,13 @@ def encode_all_layers(
     try:
         with _Watch(model).watching():
             # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            encoded = model.encode(list(inputs), prompt=prompt or "", batch_size=batch_size, show_progress_bar=False)
+            encoded = model.encode(
+                list(inputs),
+                prompt=prompt or "",
+                batch_size=batch_size,
+                show_progress_bar=False,
+                processing_kwargs=processing_kwargs,
+            )
     finally:
         model.truncate_dim = truncate_dim
     embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers, -1)).transpose(0, 1)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from puma_hf.data.mbeir_source import open_mbeir
 from puma_hf.data.mbeir_tasks import MBEIRTask
 from puma_hf.data.nano import build_nano
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
+from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
 from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, progress_bar
@@ -40,6 +42,7 @@ from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.opening import open_sentence_transformer
 from puma_hf.pruning import prune
+from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ class SweepInputs:
     """What is embedded, and which rows of the embeddings are searched.
 
     Args:
-        inputs: All distinct candidates, then the queries of each task.
+        records: All distinct candidates, then the queries of each task.
+        inputs: What the model sees of each.
         prompts: The instruction of each; empty for candidates.
         modalities: The modality of each.
         searches: The tasks and pools.
@@ -61,6 +65,7 @@ class SweepInputs:
         first_query: The row of each task's first query.
     """
 
+    records: list[Any]
     inputs: list[Any]
     prompts: list[str]
     modalities: list[str]
@@ -94,6 +99,7 @@ class SweepInputs:
             records += search.queries
             prompts += [data.instruction(query, search.task.candidate_modality) for query in search.queries]
         return cls(
+            records=records,
             inputs=[record.model_input for record in records],
             prompts=prompts,
             modalities=[record.modality for record in records],
@@ -106,19 +112,20 @@ class SweepInputs:
         """Queries of each task to which something in this pool is relevant: those that the figures are means of."""
         return tuple(len(search.relevance) for search in self.searches if search.pool_name == pool)
 
-    def encode(self, model: SentenceTransformer, name: str, *, batch_size: int, show_progress_bar: bool) -> Tensor:
+    def encode(self, model: SentenceTransformer, name: str, *, show_progress_bar: bool, **options: Any) -> Tensor:
         """The embeddings of all depths, `(num_layers, len(inputs), hidden_size)`, from one pass."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
             groups[key].append(row)
         embeddings = self._room(model, name)
-        step = batch_size * _BATCHES_AT_ONCE  # what is copied is small
+        step = options["batch_size"] * _BATCHES_AT_ONCE  # what is copied is small
         with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
             for (prompt, _), rows in groups.items():
                 for start in range(0, len(rows), step):
                     part = rows[start : start + step]
-                    inputs = [self.inputs[row] for row in part]
-                    embeddings[:, part] = encode_all_layers(model, inputs, prompt=prompt, batch_size=batch_size)
+                    inputs, records = [self.inputs[row] for row in part], [self.records[row] for row in part]
+                    encode = partial(encode_all_layers, model, prompt=prompt, **options)
+                    embeddings[:, part] = encode_named(encode, inputs, records)
                     progress.update(len(part))
         return embeddings
 
@@ -192,7 +199,11 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
                 embeddings = inputs.encode(
-                    model, name, batch_size=config.batch_size, show_progress_bar=show_progress_bar
+                    model,
+                    name,
+                    batch_size=config.batch_size,
+                    processing_kwargs=processing_of(config.special_tokens),
+                    show_progress_bar=show_progress_bar,
                 )
                 # Not every accelerator knows float64.
                 device = model.device if model.device.type == "cuda" else torch.device("cpu")

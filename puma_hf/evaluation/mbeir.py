@@ -30,6 +30,7 @@ from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_ca
 from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
+from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -267,9 +268,11 @@ def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtyp
             "changes with the model; or choose another output_dir."
         )
     prompts = json.dumps(getattr(model, "prompts", None), sort_keys=True, default=str)
+    options = made_from.get("encode_kwargs", {})
     settings = {
         "truncate_dim": made_from["truncate_dim"],
-        "encode_kwargs": made_from.get("encode_kwargs", {}),
+        # To read special tokens as text changes no embedding that could be made without.
+        "encode_kwargs": {} if options == {"processing_kwargs": processing_of("split")} else options,
         "max_seq_length": getattr(model, "max_seq_length", None),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "default_prompt_name": getattr(model, "default_prompt_name", None),

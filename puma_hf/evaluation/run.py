@@ -19,6 +19,7 @@ from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     """
     for note in config.notes():
         logger.warning(note)
+    processing = processing_of(config.special_tokens)
     with locked_for_all(config.output), ExitStack() as stack:
         data = _open_data(config, stack)
         return evaluate_mbeir(
@@ -61,6 +63,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
             output_dir=config.output,
             embedding_dtype=config.embedding_dtype,
             search_backend=config.search_backend,
+            encode_kwargs={"processing_kwargs": processing} if processing else None,
             model_name=short_name(config.model),
             data_name=short_name(config.data) + (" (nano)" if config.benchmark == "nano" else ""),
         )

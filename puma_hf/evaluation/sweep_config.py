@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 PoolChoice = Literal["local", "global", "both"]
 QualityMetric = Literal["score", "hit@1", "hit@5", "hit@10", "ndcg@10", "mrr@10"]
@@ -78,6 +78,7 @@ class SweepConfig(CheckedConfig):
     nano_queries: int = option(200, "Queries a task, drawn by nano_seed; 0 for all.", at_least=0)
     nano_candidates: int = option(2000, "Candidates a task, all relevant ones among them; 0 for all.", at_least=0)
     nano_seed: int = option(0, "Seed of that choice.", at_least=0)
+    special_tokens: SpecialTokens = special_tokens_option()
     trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")
 
     def __post_init__(self) -> None:

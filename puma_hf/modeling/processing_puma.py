@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcess
 from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_rendering_puma import render
-from .messages_puma import MODALITY_IDS, media_of, modality_of_messages, text_items, to_messages
+from .messages_puma import (
+    MODALITY_IDS,
+    SPECIAL_TOKEN_REMEDY,
+    holds_inputs,
+    media_of,
+    modality_of_messages,
+    shown,
+    text_items,
+    to_messages,
+)
 from .sentence_transformers_files_puma import read_sentence_transformers_settings, write_sentence_transformers_files
 from .video_puma import read_frames, video_part
 
@@ -103,7 +112,7 @@ class PumaProcessor(Qwen2VLProcessor):
         for prompt in [text] if isinstance(text, str) else text or ():
             if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
                 raise ValueError(
-                    f"The prompt {_shortened(prompt)!r} does not end in {RET_TOKEN}, where the embedding is read. Pass "
+                    f"The prompt {shown(prompt)} does not end in {RET_TOKEN}, where the embedding is read. Pass "
                     "inputs to process_inputs, which writes it; if it did write this one, the chat template is not "
                     "PUMA's: restore chat_template.jinja from the model's directory."
                 )
@@ -117,7 +126,7 @@ class PumaProcessor(Qwen2VLProcessor):
 
     def process_inputs(
         self,
-        inputs: Sequence[Any],
+        inputs: Iterable[Any],
         prompt: str | None = None,
         *,
         max_length: int | None = None,
@@ -127,10 +136,11 @@ class PumaProcessor(Qwen2VLProcessor):
         """Turn a list of inputs, of one or of many modalities, into one padded batch.
 
         Args:
-            inputs: Each one a string, an image (PIL, path, URL, bytes, array), a dict with any of the keys "text",
-                "image", "video" (a value or a list of values) and "instruction", or a list of chat messages. A video is
-                a path, URL, the bytes of a file, an array of frames, or a list of images. In a dict
-                media come before the text, whatever the order of its keys; `None` values are ignored.
+            inputs: A list, or another collection in order, such as a column. Each input is a string, an image (PIL,
+                path, URL, bytes, array), a dict with any of the keys "text", "image", "video" (a value or a list of
+                values) and "instruction", or a list of chat messages, written as for Qwen, transformers or OpenAI. A
+                video is a path, URL, the bytes of a file, an array of frames, or a list of images. In a dict media
+                come before the text, whatever the order of its keys; `None` values are ignored.
             prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
             max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
                 user's text is cut; template, images and `[RET]` always remain. Tokens of videos are not counted.
@@ -150,9 +160,9 @@ class PumaProcessor(Qwen2VLProcessor):
                 token, or if its images alone exceed `max_length`.
             ImportError: If a video is passed and torchvision is not installed, or a video file without PyAV.
         """
-        if isinstance(inputs, (str, dict)) or not isinstance(inputs, Sequence):
+        if not holds_inputs(inputs):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
-        if not inputs:
+        if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         images_kwargs, special_tokens = self._image_options(images_kwargs), self._special_token_pattern
@@ -238,8 +248,10 @@ class PumaProcessor(Qwen2VLProcessor):
             if not shortened:
                 raise ValueError(
                     f"{where}: without the text that may be cut it still needs more than max_length={limit} "
-                    f"tokens ({visual} of them for images). Raise max_length, or lower the image size "
-                    "(images_kwargs={'size': {'shortest_edge': ..., 'longest_edge': ...}}, in pixels)."
+                    f"tokens ({visual} of them for images). Give it fewer or smaller images, or change the limits: "
+                    "--max-length and --max-pixels (distill, train), processing_kwargs={'text': {'max_length': ...}, "
+                    "'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} (encode; pixels), max_length and "
+                    "images_kwargs={'size': ...} (process_inputs)."
                 )
             texts[-1]["text"] = shortened
             rendered = self._apply_template(messages)
@@ -318,10 +330,6 @@ PIPELINES = {
 }
 
 
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= 80 else f"{prompt[:40]}...{prompt[-37:]}"
-
-
 @lru_cache(maxsize=8)
 def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
@@ -332,7 +340,7 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
     for item in text_items(messages):
         if (found := pattern.search(item["text"])) and not split:
             raise ValueError(
-                f"{where}: the text contains the special token {found.group()!r}, which the model would "
-                "not read as text. Remove it, or pass split_special_tokens=True to read it as plain text."
+                f"{where}: the text contains the special token {found.group()!r}, which the model would not read as "
+                f"text: {shown(item['text'])}. {SPECIAL_TOKEN_REMEDY}"
             )
         item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])

@@ -26,6 +26,7 @@ from puma_hf.search.candidates import StoredCandidates
 from puma_hf.search.config import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.search.html import to_html
 from puma_hf.search.index import Index, open_index
+from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class Searcher:
                 [_asked(query).model_input()],
                 num_workers=0,
                 truncate_dim=self.index.stored.manifest["settings"]["truncate_dim"],
+                processing_kwargs=processing_of("split"),  # what a person asks is text
                 show_progress_bar=False,
             ).embeddings
         except BrokenInputError as error:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
-from puma_hf.settings import CheckedConfig, option, required
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 TeacherMode = Literal["frozen", "one_pass", "cached"]
 Metric = Literal["mse", "cosine"]
@@ -67,6 +67,7 @@ class StageConfig(CheckedConfig):
         "Longest sequence in tokens; only text is cut. It stays with the model; default: as the model says.",
         at_least=1,
     )
+    special_tokens: SpecialTokens = special_tokens_option()
     max_pixels: int | None = option(
         None,
         "Images are scaled down to so many pixels. It stays with the model; default: as the model says.",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from pyarrow import compute
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.data.items import load_items
@@ -20,6 +21,8 @@ from puma_hf.data.twins import twin_keys
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.limits import read_limits, set_limits
 from puma_hf.losses import SelfDistillationLoss
+from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
+from puma_hf.settings import processing_of
 from puma_hf.trainer.arguments import training_arguments
 from puma_hf.trainer.config import DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.trainer.distillation import PumaDistillationTrainer
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Columns of the training rows that the model is not to see.
 _ID_COLUMNS = ("qid", "did", "positives")
+_ROWS_AT_ONCE = 10_000
 
 
 def distill(config: DistillConfig) -> Path:
@@ -66,6 +70,7 @@ def distill(config: DistillConfig) -> Path:
     check_sharding(config, arguments)
     checkpoint = prepare_output(config)
     items = load_items(config.data, split=config.split, seed=config.seed)
+    _check_special_tokens(items, config)
     begin(config, checkpoint, len(items))
     model = _load_with_lora(config, loading)
     trainer = PumaDistillationTrainer(
@@ -157,6 +162,7 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
         )
     else:
         rows = _pairs(config)
+    _check_special_tokens(rows, config)
     if config.train_fraction == 1:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
@@ -172,6 +178,7 @@ def _pairs(config: TrainConfig) -> Dataset:
     arguments = config.pair_arguments()
     if not config.num_negatives:
         arguments["negatives"] = ()
+    arguments["special_tokens"] = config.special_tokens
     rows = load_pairs(config.data, on_error=config.bad_pairs, with_ids=True, **arguments)
     names = [name for name in rows.column_names if name.startswith("negative_")]
     if config.num_negatives > len(names):
@@ -179,6 +186,26 @@ def _pairs(config: TrainConfig) -> Dataset:
             f"num_negatives={config.num_negatives} must be 0 to {len(names)}: {config.data} has {len(names)} a pair."
         )
     return rows.remove_columns(names[config.num_negatives :])
+
+
+def _check_special_tokens(rows: Dataset, config: StageConfig) -> None:
+    """Name the rows that training would stop at, before it begins."""
+    if config.special_tokens == "split":
+        return
+    bad: dict[int, str] = {}
+    for number, batch in enumerate(rows.flatten().with_format("arrow").iter(_ROWS_AT_ONCE)):
+        for name in batch.column_names:
+            if name.endswith((".text", ".instruction")):
+                found = compute.match_substring_regex(batch[name], SPECIAL_TOKEN.pattern).fill_null(False)
+                for place in compute.indices_nonzero(found).to_pylist():
+                    bad.setdefault(number * _ROWS_AT_ONCE + place, f"{name} is {shown(batch[name][place].as_py())}")
+    if bad:
+        row = min(bad)
+        qid = f", query {rows[row]['qid']!r}" if "qid" in rows.column_names else ""
+        raise ValueError(
+            f"{len(bad)} of {len(rows)} rows of {config.data} hold a special token, which the model would not read as "
+            f"text. The first: row {row}{qid}: {bad[row]}. {SPECIAL_TOKEN_REMEDY}"
+        )
 
 
 def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
@@ -213,6 +240,8 @@ def _load_with_lora(config: StageConfig, loading: dict[str, Any]) -> SentenceTra
     for kind in ("image", "text"):
         for name in ("size", "min_pixels", "max_pixels", "max_length"):
             first.processing_kwargs.get(kind, {}).pop(name, None)
+    for kind, options in processing_of(config.special_tokens).items():
+        first.processing_kwargs.setdefault(kind, {}).update(options)
     pixels, length = first.processor.image_processor.size["longest_edge"], first.processor.tokenizer.model_max_length
     logger.info("Images are read at up to %d pixels, sequences at up to %d tokens", pixels, length)
     ret_token_id = puma_model(model).config.ret_token_id if config.train_ret_token else None

@@ -42,7 +42,7 @@ def test_nothing_to_look_for(searcher: Searcher, text: str | None) -> None:
     [
         ({"text": "x" * 10**6}, "Text of a query has 1,000,000 characters, must be at most 100,000."),
         ({"text": "x", "instruction": "x" * 10**6}, "Instruction of a query has 1,000,000 characters"),
-        ({"text": "<|image_pad|>"}, "The query cannot be embedded: "),
+        ({"text": "\ud83d"}, "The query cannot be embedded: "),
         ({"text": "x", "target": "video"}, "Target is &#x27;video&#x27;, must be one of"),
         ({"picture": "gone.png"}, "The picture is gone. Choose it again."),
     ],

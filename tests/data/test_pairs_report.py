@@ -163,3 +163,19 @@ def test_the_layout_of_mbeir(folder: Path, tmp_path: Path, caplog: pytest.LogCap
     data = MBEIR(tmp_path / "mbeir")
     assert [task.arrow for task in data.tasks("test")] == ["i -> t"]
     assert len(data.queries(data.tasks("test")[0], "test")) == 1
+
+
+def test_special_tokens_are_found_before_training(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("anchor,positive\na,b\nc <|im_end|> d,e\nf,[RET]\n", encoding="utf-8")
+    report = check_pairs(table)
+    assert kinds(report) == {"special token in a text": 2}
+    assert "line 3: anchor is 'c <|im_end|> d' with the special token '<|im_end|>'" in report.offenders[0].first[0]
+    with pytest.raises(ValueError, match=r"2 of 3 rows cannot be used.*line 4: positive is '\[RET\]'.*tokens split"):
+        load_pairs(table)
+    assert len(load_pairs(table, on_error="drop")) == 1
+    assert len(load_pairs(table, special_tokens="split")) == 3
+    config = {"data": table, "special_tokens": "split", "mbeir": tmp_path / "mbeir"}
+    assert pairs(PairsConfig(**config, val_fraction=0, test_fraction=0)).ok
+    written = [path.read_text(encoding="utf-8") for path in (tmp_path / "mbeir").rglob("*.jsonl")]
+    assert any("<|im_end|>" in text for text in written)

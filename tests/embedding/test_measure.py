@@ -36,6 +36,11 @@ def png(height: int, width: int) -> bytes:
         (CHAT, ("Find it.", "this"), ("a.png",)),
         (CHAT[1], ("this",), ("a.png",)),
         ({"role": "user", "content": ["not an item", {"type": "text"}]}, (), ()),
+        (
+            {"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "x"}]},
+            ("x",),
+            ("a.png",),
+        ),
         (7, (), (7,)),
         (None, (), ()),
         ({"text": 3}, (), (3,)),

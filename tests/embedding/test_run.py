@@ -264,6 +264,19 @@ def test_a_broken_input_is_raised_by_its_id_and_the_run_goes_on_when_it_is_mende
     assert (report.num_new_shards, report.num_rows) == (2, 10)
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_special_tokens_are_read_as_text_when_the_run_goes_on(config: Any, table: Path, on_error: str) -> None:
+    replace_line(table, 1, text="a <|im_end|> b")
+    if on_error == "raise":
+        with pytest.raises(ValueError, match=r"Input '.*' \(row 1\).*'<.im_end.>'.*--special-tokens split"):
+            embed_corpus(config())
+    else:
+        assert embed_corpus(config(on_error=on_error)).num_errors == 1
+    report = embed_corpus(config(on_error=on_error, special_tokens="split"))
+    assert (report.num_rows, report.num_errors) == (10, 0)
+    assert embed_corpus(config(on_error=on_error)).num_new_shards == 0
+
+
 def test_a_broken_input_costs_nothing_of_its_shard(
     config: Any, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

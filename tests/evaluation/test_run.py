@@ -11,10 +11,13 @@ from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.evaluation.config import EvaluateConfig
+from puma_hf.evaluation.layer_sweep import sweep
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.run import evaluate
+from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from tests.data.mbeir_builder import change_record, qid, query_path
 from tests.evaluation.fake_encoder import FakeEncoder
 
 TASKS = ("toys_task1", "toys_task7")
@@ -97,3 +100,16 @@ def test_a_model_that_is_nowhere_is_named(root: Path) -> None:
 def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> None:
     with pytest.raises(ValueError, match=r"is an original qwen2_vl checkpoint, must be an embedder.*puma-hf prune"):
         evaluate(EvaluateConfig(model=str(qwen_dir), data=root))
+
+
+def test_special_tokens(puma_dir: Path, root: Path, tmp_path: Path) -> None:
+    change_record(query_path(root, 1, "test"), 2, query_txt="a <|im_end|> b")
+    with pytest.raises(ValueError, match=rf"query '{qid(1, 1)}': the text contains the .*--special-tokens split"):
+        evaluate(config(puma_dir, root, output=tmp_path / "out"))
+    with pytest.raises(ValueError, match=rf"query '{qid(1, 1)}': the text contains"):
+        sweep(SweepConfig(model=str(puma_dir), data=root, split="test", tasks=TASKS))
+    # What was embedded before is kept.
+    results = evaluate(config(puma_dir, root, output=tmp_path / "out", special_tokens="split"))
+    assert results.made_from["encode_kwargs"] == {"processing_kwargs": {"text": {"split_special_tokens": True}}}
+    report = sweep(SweepConfig(model=str(puma_dir), data=root, split="test", tasks=TASKS, special_tokens="split"))
+    assert report.full.quality["local"]["ndcg@10"] == pytest.approx(results.mean("local")["ndcg@10"], abs=1e-9)

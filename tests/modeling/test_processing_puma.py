@@ -5,13 +5,16 @@ import json
 import random
 import shutil
 import string
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.utils.hub import PushToHubMixin
@@ -324,7 +327,7 @@ def test_random_texts_keep_the_limit(processor: PumaProcessor) -> None:
 def test_what_cannot_be_cut_is_an_error(processor: PumaProcessor, images: list[Image.Image], item: str) -> None:
     inputs = {"image": images[0], "image and text": {"image": images[0], "text": "apple"}, "text": "apple"}
     for limit in (0, 10):
-        message = rf"inputs\[0\]: .*more than max_length={limit} tokens .*Raise max_length, or lower the image size"
+        message = rf"inputs\[0\]: .*more than max_length={limit} tokens .*Give it fewer or smaller images, or"
         with pytest.raises(ValueError, match=message):
             processor.process_inputs([inputs[item]], max_length=limit)
 
@@ -421,7 +424,7 @@ def test_a_huge_image_in_memory_is_scaled_down(processor: PumaProcessor) -> None
 )
 def test_special_tokens_in_text(processor: PumaProcessor, wrap: Any, token: str) -> None:
     item = wrap(f"a {token} b")
-    message = rf"inputs\[1\]: the text contains the special token '{token}'.*Remove it, or pass split_special"
+    message = rf"inputs\[1\]: the text contains the special token '{token}'.*Remove it, or have it read as plain text"
     with pytest.raises(ValueError, match=message.replace("|", r"\|").replace("[R", r"\[R")):
         processor.process_inputs(["apple", item])
     plain = ids(processor, wrap("an apple"))
@@ -482,6 +485,21 @@ NOT_TEXT = r"inputs\[0\]: a text must be a non-empty string, got {}. Leave the k
         ([{"role": "user", "content": ["a"]}], "chat content must be items like .*, got 'a'"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "chat content must be items like"),
         ([{"role": "user", "content": [{"type": "text"}]}], "chat content must be items like"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "a", "max_pixels": 50_000}]}],
+            "max_pixels.* in encode",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a", "cache": True}]}],
+            "without other keys, got .*cache",
+        ),
+        ([{"role": "user", "content": [{"type": "image", "url": "a", "path": "b"}]}], "without other keys"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a", "detail": "low"}}]}], "detail"),
+        ([{"role": "user", "content": [{"type": ["image"], "image": "a"}]}], "chat content must be items like"),
+        ([{"role": "user", "content": "a", "image": "b"}], r"unknown keys \['image'\] in a chat message"),
+        (pd.Series(["a", "b"]), r"a Series may hold inputs, but is none. Pass list\(...\) of it"),
+        ("a \ud83d", r"inputs\[0\]: 'a .ud83d' holds half a character \(a lone surrogate\). Mend its encoding"),
+        ({"text": "a", "instruction": "\ud83d"}, "holds half a character"),
         ([{"role": "tool", "content": "a"}], "unknown role 'tool' in a chat. Use one of 'system', 'user'"),
         ([{"role": 5, "content": "a"}], "unknown role 5 in a chat"),
         (
@@ -511,12 +529,34 @@ def test_the_position_of_a_bad_input_is_named(processor: PumaProcessor, tmp_path
         (5, "must be a list of inputs, got int"),
         (None, "must be a list of inputs, got NoneType"),
         (Image.new("RGB", (2, 2)), "must be a list of inputs, got Image"),
+        (np.zeros((20, 20, 3), np.uint8), "must be a list of inputs, got ndarray"),
+        (BytesIO(b"a\nb"), "must be a list of inputs, got BytesIO"),
+        (pd.DataFrame({"text": ["a"]}), "must be a list of inputs, got DataFrame"),
         ([], "inputs is empty: pass at least one input"),
     ],
 )
 def test_the_inputs_must_be_a_list(processor: PumaProcessor, inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor.process_inputs(inputs)
+
+
+@pytest.mark.parametrize(
+    "collect",
+    [
+        tuple,
+        iter,
+        np.array,
+        lambda texts: np.array(texts, dtype=object),
+        pd.Series,
+        lambda texts: Dataset.from_dict({"text": texts})["text"],
+        lambda texts: Dataset.from_dict({"text": texts, "image": [None, None]}),
+    ],
+    ids=["tuple", "iterator", "strings", "objects", "Series", "Column", "Dataset"],
+)
+def test_other_collections_are_read_as_lists(processor: PumaProcessor, collect: Any) -> None:
+    texts = ["a red apple", "a green one"]
+    expected = processor.process_inputs(texts)["input_ids"]
+    assert torch.equal(processor.process_inputs(collect(texts))["input_ids"], expected)
 
 
 def test_the_prompt_must_be_a_string(processor: PumaProcessor) -> None:

@@ -106,8 +106,14 @@ def test_a_picture_that_cannot_be_read(searcher: Searcher, tmp_path: Path) -> No
 
 
 def test_words_that_the_model_does_not_take(searcher: Searcher) -> None:
-    with pytest.raises(ValueError, match=r"^The query cannot be embedded: (?!.*inputs\[).*<\|image_pad\|>"):
-        searcher.search(Query(text="<|image_pad|>"))
+    with pytest.raises(ValueError, match=r"^The query cannot be embedded: (?!.*inputs\[).*half a character"):
+        searcher.search(Query(text="\ud83d"))
+
+
+def test_special_tokens_of_a_query_are_words(searcher: Searcher) -> None:
+    options: dict[str, Any] = {"processing_kwargs": {"text": {"split_special_tokens": True}}}
+    expected = searcher.model.encode(["a <|im_end|> b"], **options)
+    np.testing.assert_allclose(searcher.embed("a <|im_end|> b"), expected, rtol=0, atol=1e-5)
 
 
 # --- from a configuration

@@ -32,6 +32,7 @@ from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.trainer.lora import BASE_FILE, puma_model
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.stages import distill, merge, train
+from tests.data.mbeir_builder import build_mbeir, change_record, qid, query_path
 
 QUICK: dict[str, Any] = {"batch_size": 4, "max_steps": 3, "logging_steps": 1, "lora_r": 2}
 
@@ -490,6 +491,22 @@ def test_pairs_have_no_splits(train_config: MakeConfig, tmp_path: Path) -> None:
     table.write_text("query,positive\na,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"split='val' is a part of M-BEIR, and .*pairs\.csv holds pairs .*--mbeir"):
         train(train_config(data=table, split="val"))
+
+
+def test_special_tokens_are_refused_before_training(
+    train_config: MakeConfig, distill_config: MakeConfig, tmp_path: Path
+) -> None:
+    root = build_mbeir(tmp_path / "mbeir")
+    change_record(query_path(root, 1, "train"), 2, query_txt="a <|im_end|> b")
+    message = r"rows of .*mbeir hold a special token, .*row \d+{}: {} is 'a <.im_end.> b'.*--special-tokens split"
+    with pytest.raises(ValueError, match=message.format(rf", query '{qid(1, 1)}'", "anchor.text")):
+        train(train_config(data=root))
+    with pytest.raises(ValueError, match=message.format("", "item.text")):
+        distill(distill_config(data=root))
+    assert not (tmp_path / "out").exists()
+    saved = train(train_config(data=root, special_tokens="split", max_steps=1))
+    settings = json.loads((saved / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert settings["processing_kwargs"]["text"] == {"max_length": 480, "split_special_tokens": True}
 
 
 @pytest.mark.parametrize("values", [{"direction": "both"}, {"bad_pairs": "drop"}])
