@@ -137,7 +137,7 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
 
 def reason_of(error: Exception) -> str:
     """What Pillow says, without the address in memory of what has no name."""
-    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
+    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error) or type(error).__name__)
 
 
 def _source_of(image: Any, where: str) -> Any:
