@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from pyarrow import compute
+from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.data.items import load_items
