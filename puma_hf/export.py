@@ -254,7 +254,7 @@ def _write_processor(checkpoint: SourceCheckpoint, backbone: _Backbone, folder: 
     _rewrite(folder / "tokenizer_config.json", processor_class=backbone.processor_class)
     _rewrite(folder / "preprocessor_config.json", processor_class=backbone.processor_class)
     parts = _read_json(source / "processor_config.json")
-    if "video_processor" in parts:  # only where torchvision could make one
+    if "video_processor" in parts:  # a Qwen2-VL, of the first release only where torchvision could make one
         settings = {name: value for name, value in parts["video_processor"].items() if name not in _NOT_STOCK}
         _write_json(folder / "video_preprocessor_config.json", settings)
 

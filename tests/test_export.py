@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.utils.import_utils import is_torchvision_available
 
 from puma_hf import PumaModel, prune
 from puma_hf.export import LINEAGE_KEY, export, is_export
@@ -36,6 +38,7 @@ FILES = {
     "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
 }
 # Family, layers kept, and what is special about the original.
 SHAPES = (
@@ -76,6 +79,9 @@ def test_other_shapes(family: str, kept: int, changes: dict[str, object], tmp_pa
     report = export(tmp_path / "puma", tmp_path / "stock")
     assert (report.model_type, report.num_layers) == (family, kept)
     assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
+    if is_torchvision_available():  # without it transformers' own processors of these families cannot be made
+        processor = AutoProcessor.from_pretrained(tmp_path / "stock")
+        assert processor.video_processor.patch_size == processor.image_processor.patch_size
     # In the layout that was published for the family, which the original of these tests has, too.
     names = set(load_file(original / "model.safetensors"))
     assert set(load_file(tmp_path / "stock" / "model.safetensors")) - names <= {"lm_head.weight"}

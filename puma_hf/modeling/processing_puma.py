@@ -69,7 +69,7 @@ class PumaProcessor(Qwen2VLProcessor):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if self._takes_video:
             self.video_processor = video_part(video_processor, image_processor)
 

@@ -15,7 +15,7 @@ from transformers.video_utils import load_video, read_video_pyav
 from .image_inputs_puma import load_rgb_image
 
 # What Qwen2VLVideoProcessor has by itself, written out: without torchvision the class cannot be asked.
-_FAMILY = {
+_FAMILY: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_normalize": True,
     "do_rescale": True,
@@ -90,10 +90,11 @@ def read_frames(video: Any, where: str) -> tuple[np.ndarray, float | None]:
         )
     try:
         if is_file:
+            source: Any = BytesIO(video) if isinstance(video, bytes) else str(video)
             if isinstance(video, bytes):
-                frames, about = read_video_pyav(BytesIO(video), _all_frames)  # type: ignore[arg-type]
+                frames, about = read_video_pyav(source, _all_frames)
             else:
-                frames, about = load_video(str(video), backend="pyav", sample_indices_fn=_all_frames)
+                frames, about = load_video(source, backend="pyav", sample_indices_fn=_all_frames)
             return np.asarray(frames), about.fps
         if hasattr(video, "shape"):
             return np.ascontiguousarray(video), None

@@ -52,6 +52,7 @@ COMPLETE = {
     "shared_prefix_puma.py",
     "tokenizer.json",
     "tokenizer_config.json",
+    "video_puma.py",
 }
 
 
