@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -178,6 +181,59 @@ def is_kept(tensor_name: str, num_kept_layers: int) -> bool:
         return False
     layer = _DECODER_LAYER.match(tensor_name)
     return layer is None or int(layer.group(1)) < num_kept_layers
+
+
+def own_name(name: str) -> str:
+    """What PUMA's classes call a tensor, whichever of the published layouts its checkpoint has."""
+    for pattern, own in CHECKPOINT_KEY_MAPPING.items():
+        name = re.sub(pattern, own, name)
+    return name
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by PUMA's own names, each read when it is asked for; a head is left out.
+
+    Args:
+        checkpoint: That of a PUMA directory, of an original, or of what `puma_hf.export.export` wrote.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.checkpoint import StoredWeights, open_checkpoint
+
+    >>> StoredWeights(open_checkpoint("puma-k14"))["language_model.norm.weight"].shape  # doctest: +SKIP
+    torch.Size([1536])
+    ```
+    """
+
+    def __init__(self, checkpoint: SourceCheckpoint) -> None:
+        self._checkpoint, self._paths = checkpoint, dict[str, Path]()
+        self._places = {
+            own_name(name): (file, name)
+            for name, file in checkpoint.weight_files.items()
+            if not name.startswith("lm_head.")
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        file_name, stored = self._places[name]
+        if file_name not in self._paths:
+            self._paths[file_name] = self._checkpoint.fetch(file_name)
+        try:
+            # Opened anew for each: what was read of a file stays in memory until it is closed.
+            with safe_open(self._paths[file_name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(stored)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file_name!r} of {self._checkpoint.name!r} is cut off, or lacks {stored!r} ({error}). Download or "
+                "save it again."
+            ) from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,12 +21,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint
+from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint, own_name
 from puma_hf.export_card import write_export_card
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
-from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING
 
 logger = logging.getLogger(__name__)
 
@@ -202,13 +200,6 @@ def _write_weights(
 
 def _is_read(name: str) -> bool:
     return not name.startswith("lm_head.")
-
-
-def own_name(name: str) -> str:
-    """What PUMA's classes call a tensor, whichever of the published layouts its checkpoint has."""
-    for pattern, own in CHECKPOINT_KEY_MAPPING.items():
-        name = re.sub(pattern, own, name)
-    return name
 
 
 def _stock_name(name: str, backbone: _Backbone) -> str:

@@ -170,7 +170,7 @@ def prune(
         processor = _build_processor(checkpoint, _processor_class(config))
         before = _limit_images(processor, max_pixels, is_original=source_type in _ORIGINALS)
         model = _load_kept(checkpoint, config, num_kept_layers, dtype)
-        _place_ret_token(model, processor)
+        place_ret_token(model, processor.tokenizer)
         model.config.custom_pipelines = PIPELINES
         model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
         model.config.source_revision = config.source_revision or checkpoint.revision
@@ -239,21 +239,21 @@ def _limit_images(processor: PumaProcessor, max_pixels: Any, *, is_original: boo
     return longest
 
 
-def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
-    """Make `[RET]` one special token with an embedding row, adding both where they are missing."""
-    tokenizer = processor.tokenizer
+def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
+    """Make `[RET]` one special token with an embedding row, adding both where the model's tokenizer lacks it."""
     rows = len(tokenizer)
     is_new = RET_TOKEN not in tokenizer.get_vocab()
     # A [RET] that is there already may be an ordinary token, which a user's text could hold unnoticed.
     tokenizer.add_tokens([AddedToken(RET_TOKEN, special=True, normalized=False)], special_tokens=True)
+    ret_token_id = int(tokenizer.convert_tokens_to_ids(RET_TOKEN))
     if is_new:
         embedding: Any = model.get_input_embeddings()
-        if processor.ret_token_id >= len(embedding.weight):
-            embedding = model.resize_token_embeddings(processor.ret_token_id + 1, mean_resizing=False)
+        if ret_token_id >= len(embedding.weight):
+            embedding = model.resize_token_embeddings(ret_token_id + 1, mean_resizing=False)
         with torch.no_grad():
             weight = embedding.weight
-            weight[processor.ret_token_id] = weight[:rows].mean(dim=0, dtype=torch.float32).to(weight)
-    model.config.ret_token_id = processor.ret_token_id
+            weight[ret_token_id] = weight[:rows].mean(dim=0, dtype=torch.float32).to(weight)
+    model.config.ret_token_id = ret_token_id
 
 
 def _report(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export, is_export
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, named_base, read_config
@@ -32,7 +33,7 @@ from puma_hf.parity.forms import (
 )
 from puma_hf.parity.inputs import check_inputs, kind_of
 from puma_hf.parity.report import COSINE_TOLERANCE, TOLERANCE, Measure, ParityReport, ParityRow, compare
-from puma_hf.parity.weights import StoredWeights, compare_weights
+from puma_hf.parity.weights import compare_weights
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class _Forms:
         model = open_stock(folder, torch.float32, self.device)
         yield self.row("exported, stock classes", embed_stock(model, self.features))
         yield self.row("exported, stock inputs too", embed_stock(model, stock_features(folder, self.inputs)))
-        found, expected = StoredWeights(folder), StoredWeights(self.folder)
+        found, expected = (StoredWeights(open_checkpoint(one)) for one in (folder, self.folder))
         yield compare_weights("exported, weights", "the model", found, expected, bound=0)
 
     def not_merged(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
@@ -179,8 +180,8 @@ class _Forms:
         yield self.row("adapter on its base", embed_features(model, self.features), to="merged", measure=measure)
         # Inputs reach a few rows of the embedding only, and a small error may not show in them.
         bound = TOLERANCE if measure == "difference" else COSINE_TOLERANCE
-        merged = model.merge_and_unload().state_dict()
-        yield compare_weights("merged, weights", "adapter and base", StoredWeights(self.folder), merged, bound=bound)
+        merged, found = model.merge_and_unload().state_dict(), StoredWeights(open_checkpoint(self.folder))
+        yield compare_weights("merged, weights", "adapter and base", found, merged, bound=bound)
 
 
 def _check_arguments(

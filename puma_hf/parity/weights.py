@@ -3,53 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from puma_hf.checkpoint import open_checkpoint
-from puma_hf.export import own_name
 from puma_hf.parity.report import ParityRow
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a directory by PUMA's own names, each read when it is asked for; a tied head is left out.
-
-    Args:
-        folder: A PUMA directory, or what `puma_hf.export.export` wrote.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.parity.weights import StoredWeights
-
-    >>> StoredWeights(Path("puma-k14"))["language_model.norm.weight"].shape  # doctest: +SKIP
-    torch.Size([1536])
-    ```
-    """
-
-    def __init__(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder)
-        self._places = {
-            own_name(name): (checkpoint.fetch(file), name)
-            for name, file in checkpoint.weight_files.items()
-            if not name.startswith("lm_head.")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        path, stored = self._places[name]
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def compare_weights(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.full_model import check_depth, different_base_weights, load_full_model
+from puma_hf.trainer.full_model import StoredModel, check_depth, different_base_weights, dropped_layers
 from puma_hf.trainer.lora import has_adapter
 from puma_hf.trainer.teacher_base import RunningTeacher, decoder_layers, model_inputs, share_image_features
 from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tensors_sha256
@@ -67,7 +67,7 @@ class FrozenTeacher(RunningTeacher):
             ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
                 the student's, or its hidden size differs.
         """
-        full = load_full_model(source, student, revision=revision)
+        full = StoredModel(source, student, revision=revision)
         if different := different_base_weights(student, full):
             raise ValueError(
                 f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
@@ -75,8 +75,7 @@ class FrozenTeacher(RunningTeacher):
                 "checkpoint that was pruned, before any other training; or give PumaDistillationTrainer this one as "
                 "teacher, which it holds whole, or asks once with teacher_mode='cached'."
             )
-        kept = len(student.language_model.layers)
-        return cls(student, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
+        return cls(student, dropped_layers(full, student))
 
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` into the features, and run the vision tower once for student and teacher."""

@@ -2,36 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from puma_hf.modeling import PumaModel
+from puma_hf.checkpoint import StoredWeights
+from puma_hf.modeling import PumaConfig, PumaModel
+from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.teacher_fingerprint import base_tensors, naming_the_teacher, open_teacher
 
 
-def load_full_model(source: str | Path, student: PumaModel, *, revision: str | None = None) -> PumaModel:
-    """Open a checkpoint with all its layers, in the student's data type and with its kind of attention.
+class StoredModel:
+    """A checkpoint with all its layers, in the student's data type and with its kind of attention; read in parts.
+
+    Attributes:
+        config: Its configuration.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If its hidden size differs from the student's.
     """
-    checkpoint = open_teacher(source, revision=revision)
-    with naming_the_teacher(source):
-        full: PumaModel = PumaModel.from_pretrained(
-            source,
-            dtype=student.dtype,
-            revision=checkpoint.revision or revision or "main",
+
+    def __init__(self, source: str | Path, student: PumaModel, *, revision: str | None = None) -> None:
+        self._checkpoint = open_teacher(source, revision=revision)
+        self._loading: dict[str, Any] = {
+            "dtype": student.dtype,
             # Both halves see the mask that is built for the student's kind of attention.
-            attn_implementation=student.config._attn_implementation,
-        )
-    check_hidden_size(student, full, repr(str(source)))
-    return full
+            "attn_implementation": student.config._attn_implementation,
+        }
+        self._source, self._device = source, student.device
+        with naming_the_teacher(source):
+            self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
+        check_hidden_size(student, self, repr(str(source)))
+
+    def tensors(self) -> StoredWeights:
+        """All tensors, each read when it is asked for."""
+        return StoredWeights(self._checkpoint)
+
+    def layers(self, first: int) -> nn.ModuleList:
+        """The decoder layers from `first` on, on the student's device; nothing else is read.
+
+        Raises:
+            ValueError: If the checkpoint lacks a tensor of theirs.
+        """
+        with torch.device("meta"):
+            layers = PumaModel(self.config).language_model.layers[first:]
+        stored, tensors = self.tensors(), {}
+        for name, parameter in layers.named_parameters():
+            number, _, rest = name.partition(".")
+            tensor = stored.get(f"language_model.layers.{first + int(number)}.{rest}")
+            if tensor is None or tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
+                    f"another shape (layer {first + int(number)}, {rest}). Download it again."
+                )
+            tensors[name] = tensor.to(self._device, self._loading["dtype"], copy=True)
+        layers.load_state_dict(tensors, assign=True)
+        return layers
+
+    def load(self) -> PumaModel:
+        """The whole model; if its tokenizer has no `[RET]`, that gets the row that pruning would give it."""
+        with naming_the_teacher(self._source):
+            revision = self._checkpoint.revision or "main"
+            full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
+            if full.config.ret_token_id is None:
+                place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+        return full
 
 
-def check_hidden_size(student: PumaModel, teacher: PumaModel, name: str) -> None:
+def dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:
+    """The layers of a full model that come after the student's, on its device."""
+    kept = len(student.language_model.layers)
+    if isinstance(full, StoredModel):
+        return full.layers(kept)
+    return nn.ModuleList(full.language_model.layers[kept:]).to(student.device)
+
+
+def check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
     """Raise ValueError if the states of the two cannot be compared."""
     ours: Any = student.config.text_config
     theirs: Any = teacher.config.text_config
@@ -53,17 +104,19 @@ def check_depth(student: PumaModel, num_dropped_layers: int) -> None:
         )
 
 
-def different_base_weights(student: PumaModel, full: PumaModel) -> list[str]:
+def different_base_weights(student: PumaModel, full: PumaModel | StoredModel) -> list[str]:
     """Names of the student's base weights that are not those of the full model."""
-    theirs = {name: parameter.detach() for name, parameter in full.named_parameters()}
+    theirs: Mapping[str, Tensor] = full.tensors() if isinstance(full, StoredModel) else dict(full.named_parameters())
     different = []
     for name, parameter in base_tensors(student).items():
         other = theirs.get(name)
+        if other is not None and isinstance(full, StoredModel):
+            other = other.to(student.dtype)
         if (
             other is None
             or other.dtype != parameter.dtype
             or not all(
-                torch.equal(parameter[rows].cpu(), other[rows].cpu())
+                torch.equal(parameter[rows].cpu(), other[rows].detach().cpu())
                 for rows in _compared_rows(name, student, len(parameter), len(other))
             )
         ):

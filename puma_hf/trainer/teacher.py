@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sentence_transformers import SentenceTransformer
-from torch import nn
 
 from puma_hf.modeling import PumaModel
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
-from puma_hf.trainer.full_model import check_hidden_size, different_base_weights, load_full_model
+from puma_hf.trainer.full_model import StoredModel, check_hidden_size, different_base_weights, dropped_layers
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.quantization import is_quantized
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
-from puma_hf.trainer.whole_teacher import WholeTeacher, place_ret_row
+from puma_hf.trainer.whole_teacher import WholeTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +68,12 @@ def frozen_teacher(teacher: TeacherSource | None, student: PumaModel, *, revisio
     """
     if isinstance(teacher, Teacher):
         return teacher
+    full: PumaModel | StoredModel
     if isinstance(teacher, PumaModel | SentenceTransformer):
         full, name = _model_of(teacher), f"a {type(teacher).__name__}"
     else:
         source, revision = _source_of(teacher, student, revision)
-        full, name = _load(source, student, revision), repr(str(source))
+        full, name = StoredModel(source, student, revision=revision), repr(str(source))
     return _teacher_of_model(full, student, warn_of=name)
 
 
@@ -95,14 +95,14 @@ def one_pass_teacher(
         return OnePassTeacher(model, teacher.dropped_layers)
     if isinstance(teacher, Teacher):
         return teacher
+    full: PumaModel | StoredModel
     if isinstance(teacher, PumaModel | SentenceTransformer):
         full = _model_of(teacher)
         check_hidden_size(student, full, type(full).__name__)
     else:
         source, revision = _source_of(teacher, student, revision)
-        full = load_full_model(source, student, revision=revision)
-    kept = len(student.language_model.layers)
-    return OnePassTeacher(model, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
+        full = StoredModel(source, student, revision=revision)
+    return OnePassTeacher(model, dropped_layers(full, student))
 
 
 def teacher_loader(
@@ -126,25 +126,22 @@ def teacher_loader(
         return (lambda: _teacher_of_model(model, student)), None, None
     source, revision = _source_of(teacher, student, revision)
 
-    return (lambda: _teacher_of_model(_load(source, student, revision), student)), source, revision
+    def load() -> RunningTeacher:
+        return _teacher_of_model(StoredModel(source, student, revision=revision), student)
+
+    return load, source, revision
 
 
-def _load(source: str | Path, student: PumaModel, revision: str | None) -> PumaModel:
-    """A checkpoint's full model; one without `[RET]` gets the row that pruning would give it."""
-    full = load_full_model(source, student, revision=revision)
-    place_ret_row(full, student.config.ret_token_id)
-    return full
-
-
-def _teacher_of_model(full: PumaModel, student: PumaModel, *, warn_of: str | None = None) -> RunningTeacher:
+def _teacher_of_model(
+    full: PumaModel | StoredModel, student: PumaModel, *, warn_of: str | None = None
+) -> RunningTeacher:
     """One copy of the weights if the student was cut from this model, else both models whole."""
     check_hidden_size(student, full, type(full).__name__)
-    if full is student:
-        return WholeTeacher(full, student)  # says why not
-    reason = _why_not_shared(full, student)
+    # The student itself is refused.
+    reason = "" if full is student else _why_not_shared(full, student)
     if reason is None:
-        kept = len(student.language_model.layers)
-        return FrozenTeacher(student, nn.ModuleList(full.language_model.layers[kept:]).to(student.device))
+        return FrozenTeacher(student, dropped_layers(full, student))
+    full = full.load() if isinstance(full, StoredModel) else full
     whole = WholeTeacher(full, student)
     if warn_of is not None:
         logger.warning(
@@ -157,7 +154,7 @@ def _teacher_of_model(full: PumaModel, student: PumaModel, *, warn_of: str | Non
     return whole
 
 
-def _why_not_shared(full: PumaModel, student: PumaModel) -> str | None:
+def _why_not_shared(full: PumaModel | StoredModel, student: PumaModel) -> str | None:
     """Why one copy of the weights cannot serve both, or None if it can."""
     if is_quantized(student):
         return "the student's base is held in 4 bits and the teacher is not"
@@ -166,7 +163,8 @@ def _why_not_shared(full: PumaModel, student: PumaModel) -> str | None:
         return f"its attn_implementation is {theirs!r} and the student's {ours!r}"
     if different := different_base_weights(student, full):
         return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
-    depth, original = len(full.language_model.layers), student.config.original_num_hidden_layers
+    text_config: Any = full.config.text_config
+    depth, original = text_config.num_hidden_layers, student.config.original_num_hidden_layers
     if depth != original:
         if depth == len(student.language_model.layers):
             raise ValueError(

@@ -98,7 +98,10 @@ def checkpoint_sha256(source: Any, student: PumaModel, *, revision: str | None =
     if not all((checkpoint.folder / name).is_file() for name in checkpoint.weight_files.values()):
         return None
     digest = hashlib.sha256(weights_sha256(checkpoint.folder).encode())
-    digest.update((checkpoint.folder / "config.json").read_bytes())
+    # The tokenizer tells which row is that of [RET].
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        path = checkpoint.folder / file
+        digest.update(path.read_bytes() if path.is_file() else b"")
     # The rest of the student is either the same or without influence.
     embedding = base_tensors(student)["language_model.embed_tokens.weight"]
     row = embedding[student.config.ret_token_id] if student.config.ret_token_id is not None else embedding[:0]

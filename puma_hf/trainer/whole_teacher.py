@@ -56,16 +56,3 @@ class WholeTeacher(RunningTeacher):
         layer_types = list(self.model.language_model.config.layer_types)
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         return tensors_sha256(base_tensors(self.model) | tensors, settings_of(self.model, layer_types))
-
-
-def place_ret_row(model: PumaModel, ret_token_id: int | None) -> None:
-    """Give a model without `[RET]` the row that pruning would: the mean of the rows of all tokens before it."""
-    if model.config.ret_token_id is not None or ret_token_id is None:
-        return
-    embedding: Any = model.get_input_embeddings()
-    if ret_token_id >= len(embedding.weight):
-        embedding = model.resize_token_embeddings(ret_token_id + 1, mean_resizing=False)
-    with torch.no_grad():
-        weight = embedding.weight
-        weight[ret_token_id] = weight[:ret_token_id].mean(dim=0, dtype=torch.float32).to(weight)
-    model.config.ret_token_id = ret_token_id

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from puma_hf import PumaModel
+from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.export import export
-from puma_hf.parity.weights import StoredWeights, compare_weights
+from puma_hf.parity.weights import compare_weights
 
 TENSORS = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([[2.0]])}
 
@@ -55,7 +56,7 @@ def test_stored_weights_have_the_models_own_names(puma_dir: Path, model: PumaMod
     export(puma_dir, tmp_path / "stock")
     expected = model.state_dict()
     for folder in (puma_dir, tmp_path / "stock"):
-        stored = StoredWeights(folder)
+        stored = StoredWeights(open_checkpoint(folder))
         assert len(stored) == len(expected)
         assert set(stored) == set(expected)
         assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())

@@ -160,7 +160,7 @@ def test_a_complete_cache_is_read_without_the_teacher(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("puma_hf.trainer.teacher.load_full_model", refuse)
+    monkeypatch.setattr("puma_hf.trainer.teacher.StoredModel", refuse)
     make_trainer().train()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf import PumaModel, prune
+from puma_hf.checkpoint import StoredWeights
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora import puma_model
+from puma_hf.trainer.teacher import frozen_teacher, one_pass_teacher
 from puma_hf.trainer.teacher_base import share_image_features
-from tests.tiny import build_qwen2_vl, canonical_name
+from tests.tiny import build_qwen2_vl, canonical_name, copy_checkpoint
 from tests.trainer.conftest import MakeStudent
 
 KINDS = ("text", "image", "mixed")
@@ -246,6 +249,50 @@ def test_images_and_videos_are_shared_together(qwen_dir: Path, make_student: Mak
         assert torch.equal(model(shared)["pooler_output"], model(dict(features))["pooler_output"])
         assert len(calls) == 2 + 2  # an image and a video shared, and both once more without
     assert torch.equal(shared["teacher_state"], expected)
+
+
+@pytest.mark.parametrize("layout", ["nested", "published", "bare"])
+def test_the_checkpoint_is_never_held_whole(
+    qwen_dir: Path,
+    full_model: PumaModel,
+    make_student: MakeStudent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    """One of its tensors at a time is in memory, beside the dropped layers."""
+    source = copy_checkpoint(qwen_dir, tmp_path / "source", layout=layout, num_shards=3, head=True)
+    model = make_student()
+    read = StoredWeights.__getitem__
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watch(stored: StoredWeights, name: str) -> Tensor:
+        assert sum(reference() is not None for reference in alive) <= 1  # the one before, until it is replaced
+        tensor = read(stored, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr(StoredWeights, "__getitem__", watch)
+    monkeypatch.setattr(PumaModel, "from_pretrained", refuse)
+    teachers: list[Any] = [make(source, puma_model(model)) for make in (FrozenTeacher.from_pretrained, frozen_teacher)]
+    teachers.append(one_pass_teacher(source, model))
+    for teacher in teachers:
+        found = dict(teacher.dropped_layers.named_parameters())
+        expected = dict(full_model.language_model.layers[2:].named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_dropped_layer_that_is_damaged(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(qwen_dir, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    name = next(key for key in tensors if canonical_name(key) == "language_model.layers.3.mlp.up_proj.weight")
+    save_file(tensors | {name: tensors[name][1:].clone()}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"source' lacks a tensor .*another shape \(layer 3, mlp\.up_proj\.weight\)"):
+        FrozenTeacher.from_pretrained(source, puma_model(make_student()))
 
 
 # --- what is no teacher

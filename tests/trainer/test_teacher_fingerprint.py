@@ -12,6 +12,7 @@ from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.teacher_fingerprint import base_tensors, checkpoint_sha256, datasets_sha256, tensors_sha256
 from puma_hf.trainer.whole_teacher import WholeTeacher
+from tests.tiny import tiny_tokenizer
 from tests.trainer.conftest import MakeStudent
 
 
@@ -57,6 +58,8 @@ def test_checkpoint_files(qwen_dir: Path, full_dir: Path, make_student: MakeStud
     fingerprint = checkpoint_sha256(qwen_dir, student)
     assert fingerprint == checkpoint_sha256(shutil.copytree(qwen_dir, tmp_path / "copy"), student)
     assert fingerprint != checkpoint_sha256(full_dir, student)
+    tiny_tokenizer(("[RET]",)).save_pretrained(tmp_path / "copy")
+    assert fingerprint != checkpoint_sha256(tmp_path / "copy", student)
     with torch.no_grad():
         base_tensors(student)["language_model.embed_tokens.weight"][student.config.ret_token_id] += 1
     assert fingerprint != checkpoint_sha256(qwen_dir, student)

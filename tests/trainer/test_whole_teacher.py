@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import PumaModel, prune
 from puma_hf.flops import plain_forward
+from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.whole_teacher import WholeTeacher, place_ret_row
-from tests.tiny import build_qwen2_vl
+from puma_hf.trainer.teacher import frozen_teacher
+from puma_hf.trainer.whole_teacher import WholeTeacher
+from tests.tiny import build_qwen2_vl, tiny_tokenizer
 from tests.trainer.conftest import MakeStudent
 
 
@@ -52,24 +55,29 @@ def test_it_answers_in_evaluation_mode(other_dir: Path, make_student: MakeStuden
     assert torch.equal(teacher.states(features), expected)
 
 
-def test_the_ret_row_is_that_of_pruning(qwen_dir: Path, full_dir: Path) -> None:
-    full = PumaModel.from_pretrained(full_dir)
-    original = PumaModel.from_pretrained(qwen_dir)
-    place_ret_row(original, full.config.ret_token_id)
-    assert original.config.ret_token_id == full.config.ret_token_id
-    row = full.config.ret_token_id
-    expected, found = (model.get_input_embeddings().weight for model in (full, original))
-    assert torch.equal(found[row], expected[row])
-    place_ret_row(original, 3)  # there already
-    assert original.config.ret_token_id == row
+@pytest.mark.parametrize("extra_tokens", [(), ("[RET]",)])
+def test_a_checkpoint_teaches_what_it_says_itself(
+    make_student: MakeStudent, tmp_path: Path, extra_tokens: tuple[str, ...]
+) -> None:
+    """Also with a [RET] that it was trained with: to the model with all its layers its states have a cosine of 1."""
+    source = build_qwen2_vl(tmp_path / "source", seed=1, extra_tokens=extra_tokens)
+    prune(source, tmp_path / "whole", num_kept_layers=4)
+    model = make_student()
+    whole = WholeTeacher(PumaModel.from_pretrained(tmp_path / "whole"), puma_model(model))
+    teacher: Any = frozen_teacher(source, puma_model(model))
+    features = model[0].preprocess(["a red apple", "Find an image.", "b", "a"])
+    assert torch.equal(teacher.states(features), whole.states(features))
+    assert teacher.fingerprint() == whole.fingerprint()
 
 
 def test_a_row_is_added_where_there_is_none(qwen_dir: Path) -> None:
-    original = PumaModel.from_pretrained(qwen_dir)
+    original, tokenizer = PumaModel.from_pretrained(qwen_dir), tiny_tokenizer()
     rows = len(original.get_input_embeddings().weight)
-    place_ret_row(original, rows)
+    tokenizer.add_tokens([f"<{number}>" for number in range(rows - len(tokenizer))])
+    place_ret_token(original, tokenizer)
     weight = original.get_input_embeddings().weight
     assert len(weight) == rows + 1
+    assert original.config.ret_token_id == rows
     torch.testing.assert_close(weight[rows], weight[:rows].mean(dim=0))
 
 
