@@ -226,13 +226,13 @@ def _started(config: AppConfig, place: str) -> str:
 
 @config_command(app, ExportConfig)
 def export(config: ExportConfig) -> None:
-    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM.
+    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
 
     Example: puma-hf export puma-k14-mac puma-k14-stock
     """
     from puma_hf.export import export as run
 
-    typer.echo(str(run(config.source, config.output, revision=config.revision, overwrite=config.overwrite)))
+    typer.echo(str(run(**asdict(config))))
 
 
 @config_command(app, CheckConfig)

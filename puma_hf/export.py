@@ -23,9 +23,12 @@ from transformers import (
 
 from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint, own_name
 from puma_hf.export_card import write_export_card
+from puma_hf.export_config import ExportFormat
+from puma_hf.export_onnx import check_onnx_is_installed, write_onnx
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
+from puma_hf.values import convert
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ class ExportReport:
         model_type: That of the stock class, such as "qwen2_vl".
         num_layers: Decoder layers.
         num_parameters: Parameters written; the language-model head is tied to the embedding, so it adds none.
-        num_bytes: Their bytes.
+        num_bytes: Their bytes; in ONNX those of the whole graph, which has the text tower alone, in float32.
+        format: "stock" or "onnx".
     """
 
     source: str
@@ -76,8 +80,14 @@ class ExportReport:
     num_layers: int
     num_parameters: int
     num_bytes: int
+    format: ExportFormat = "stock"
 
     def __str__(self) -> str:
+        if self.format == "onnx":
+            return (
+                f"exported the text tower of {self.num_layers} decoder layers as ONNX, {self.num_bytes:,} bytes\n"
+                f"saved    {self.output}; its README.md has an example"
+            )
         return (
             f"exported {self.model_type} of {self.num_layers} decoder layers, {self.num_parameters:,} parameters, "
             f"{self.num_bytes:,} bytes\n"
@@ -89,11 +99,14 @@ def export(
     source: str | Path,
     output: str | Path,
     *,
+    format: ExportFormat = "stock",
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
+
+    Or, with `format="onnx"`, as an ONNX graph that embeds texts; see `puma_hf.export_onnx.write_onnx`.
 
     The weights are the same, bit for bit, under the names of the published checkpoints; the language-model head is
     tied to the token embedding. The last hidden state at the last token, scaled to unit length, is the embedding.
@@ -102,6 +115,7 @@ def export(
     Args:
         source: PUMA directory, or Hub id of one.
         output: New or empty directory; written whole or not at all.
+        format: "stock" or "onnx".
         revision: Branch, tag or commit on the Hub.
         token: Hub token for gated or private repositories.
         overwrite: Replace `output` if it holds a PUMA model or an export.
@@ -113,6 +127,7 @@ def export(
         FileNotFoundError: If the source, or one of its files, is missing.
         ValueError: If it is no PUMA model, its weights are damaged or are not those of its configuration.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
+        ImportError: If a package that the format "onnx" needs is missing.
 
     Example:
 
@@ -124,6 +139,8 @@ def export(
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(source)!r} is an adapter. Merge it first (puma-hf merge), and export the result.")
+    if convert("format", format, ExportFormat) == "onnx":
+        check_onnx_is_installed()
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
     if model_type not in PUMA_MODEL_TYPES:
@@ -139,11 +156,13 @@ def export(
         _check_weights(shapes, config, backbone, checkpoint.name)
         config.save_pretrained(folder)
         _write_processor(checkpoint, backbone, folder)
-        write_export_card(folder, config, getattr(config, LINEAGE_KEY))
+        if format == "onnx":
+            num_bytes = write_onnx(folder)
+        write_export_card(folder, config, getattr(config, LINEAGE_KEY), onnx=format == "onnx")
     layers = int(config.text_config.num_hidden_layers)
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
     num_parameters = sum(shape.numel() for shape in shapes.values())
-    return ExportReport(str(source), str(output), config.model_type, layers, num_parameters, num_bytes)
+    return ExportReport(str(source), str(output), config.model_type, layers, num_parameters, num_bytes, format)
 
 
 def is_export(folder: Path) -> bool:

@@ -71,17 +71,54 @@ curl http://localhost:8000/v1/embeddings -H "Content-Type: application/json" -d 
 ```
 """
 
+_ONNX_CARD = """---
+library_name: onnx
+pipeline_tag: feature-extraction
+tags:
+- puma
+- retrieval
+- layer-pruning
+---
 
-def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any]) -> None:
+# {title}, ONNX
+
+A retrieval embedder for texts: the first {kept} of {total} decoder layers of {source} as an ONNX graph, in float32.
+Exported by `puma-hf export --format onnx`, which compared it with PyTorch. **It embeds texts alone**: its vectors are
+those of the PUMA model, so it can search an index of pictures that the model made. Keep `model.onnx.data` beside
+`model.onnx`.
+
+It takes `input_ids` and `attention_mask`, `(batch_size, sequence_length)`, padded on either side, and gives
+`sentence_embedding`, `(batch_size, {dim})`, of unit length. Every prompt must come from `chat_template.jinja`, which
+ends in `[RET]`. An instruction is the system message.
+
+```python
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+session = InferenceSession("{name}/model.onnx")
+chat = [
+    {{"role": "system", "content": "Find an image that matches the sentence."}},
+    {{"role": "user", "content": "a red apple"}},
+]
+batch = tokenizer([tokenizer.apply_chat_template(chat, tokenize=False)], padding=True, return_tensors="np")
+inputs = {{name: batch[name].astype("int64") for name in ("input_ids", "attention_mask")}}
+(embedding,) = session.run(["sentence_embedding"], inputs)
+```
+"""
+
+
+def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, onnx: bool = False) -> None:
     """Write the `README.md` of an export.
 
     Args:
         folder: The directory.
         config: Its stock configuration.
         lineage: What the PUMA model's configuration says of its source.
+        onnx: Whether it is an ONNX graph.
     """
     source = lineage["source_name_or_path"]
-    text = _CARD.format(
+    text = (_ONNX_CARD if onnx else _CARD).format(
         title=f"{source or config.model_type}, {lineage['num_kept_layers']} layers",
         name="path/to/this/directory",
         model_type=config.model_type,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from puma_hf.settings import CheckedConfig, option, required
 
-ExportFormat = Literal["stock"]
+ExportFormat = Literal["stock", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class ExportConfig(CheckedConfig):
 
     source: str = required("PUMA directory, here or on the Hub.", positional=True)
     output: str | Path = required("New directory for the plain checkpoint.", positional=True)
-    format: ExportFormat = option("stock", "stock: a Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, without code.")
+    format: ExportFormat = option(
+        "stock",
+        "stock: a Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, without code; onnx: a graph that embeds texts.",
+    )
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     overwrite: bool = option(False, "Replace the output if it is not empty.")

@@ -16,5 +16,5 @@ def test_every_field_has_help_and_only_two_must_be_given() -> None:
 
 
 def test_another_format() -> None:
-    with pytest.raises(ValueError, match=r"format='onnx' must be one of 'stock'"):
-        ExportConfig(source="a", output="b", format="onnx")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"format='gguf' must be one of 'stock', 'onnx'"):
+        ExportConfig(source="a", output="b", format="gguf")  # type: ignore[arg-type]
