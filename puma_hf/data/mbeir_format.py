@@ -153,7 +153,7 @@ class ImageFinder:
         if not stat.S_ISREG(mode):
             raise FileNotFoundError(
                 f"{where}: image {img_path!r} is not a file below {self._root}; unpack M-BEIR's images "
-                "there, or pass image_root, the folder they are in"
+                "there, or name the folder they are in: MBEIR(..., image_root=...), in Python alone"
             )
         return full
 
@@ -162,7 +162,7 @@ class ImageFinder:
         if not real.is_relative_to(self._root):
             raise MBEIRFormatError(
                 f"{where}: image path {img_path!r} passes a symbolic link that leaves {self._root}; keep the "
-                "files below it, or pass image_root, the real folder of the images",
+                "files below it, or name their real folder: MBEIR(..., image_root=...), in Python alone",
                 "image outside the folder",
             )
         return str(real)

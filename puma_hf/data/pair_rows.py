@@ -14,7 +14,7 @@ import datasets
 from puma_hf.data.images import BrokenImageError, ImageFiles, InsideImageError
 from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
-from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, is_unicode, modality_of, shown
+from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, modality_of
 from puma_hf.settings import SpecialTokens
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
@@ -245,8 +245,8 @@ def _ways(columns: PairColumns, options: PairOptions, instruction: str | None) -
         )
     if "reverse" in ways and columns.negatives:
         raise ValueError(
-            f"direction={direction!r} turns pairs round, but their negatives are wrong answers of one side alone. Pass "
-            "negatives=() to leave them out, or leave the direction out."
+            f"direction={direction!r} turns pairs round, but their negatives are wrong answers of one side alone. "
+            "Remove their columns (in Python negatives=()), or leave the direction out."
         )
     return ways
 
@@ -314,12 +314,12 @@ class _RowReader:
                 remedy = "Give each negative a column of its own." if isinstance(one, list) else "Convert the column."
                 self._offenders.add(NO_TEXT, f"{what} is {one!r}, must be a text or null. {remedy}")
                 return []
-            if one is not None and not is_unicode(one):
+            if one is not None and not _is_unicode(one):
                 self._offenders.add(NO_TEXT, f"{what} is {one!r}, which holds half a character. Mend its encoding.")
                 return []
             if one is not None and self._refuses_special_tokens and (found := SPECIAL_TOKEN.search(one)):
                 remedy = "Remove it, or read it as text (special_tokens='split', in a command --special-tokens split)."
-                self._offenders.add(SPECIAL, f"{what} is {shown(one)} with the special token {found[0]!r}. {remedy}")
+                self._offenders.add(SPECIAL, f"{what} holds the special token {found[0]!r}. {remedy}")
                 return []
         return [one.strip() for one in values if one is not None and one.strip()]
 
@@ -346,3 +346,12 @@ class _RowReader:
             value = struct.get("instruction") if isinstance(struct, Mapping) else None
         texts = self._texts(value, f"{where}: instruction", several=False)
         return texts[0] if texts else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON may hold half a character of two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

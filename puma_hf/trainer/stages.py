@@ -238,10 +238,11 @@ def _load_with_lora(config: StageConfig, loading: dict[str, Any]) -> SentenceTra
     first: Any = model[0]
     shortest = first.processor.image_processor.size["shortest_edge"]
     first.processing_kwargs = {
-        "text": {"max_length": config.max_length, **processing_of(config.special_tokens).get("text", {})},
+        "text": {"max_length": config.max_length},
         "image": {"size": {"shortest_edge": shortest, "longest_edge": max(config.max_pixels, shortest)}},
     }
     ret_token_id = puma_model(model).config.ret_token_id if config.train_ret_token else None
     lora = lora_config(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, ret_token_id=ret_token_id)
     add_lora(model, lora)
+    first.processing_kwargs = first._merge_processing_kwargs(processing_of(config.special_tokens))
     return model

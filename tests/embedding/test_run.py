@@ -241,9 +241,7 @@ def test_a_broken_input_is_raised_by_its_id_and_the_run_goes_on_when_it_is_mende
 def test_special_tokens_are_read_as_text_when_the_run_goes_on(config: Any, table: Path, on_error: str) -> None:
     replace_line(table, 1, text="a <|im_end|> b")
     if on_error == "raise":
-        with pytest.raises(
-            ValueError, match=r"Input '.*' \(row 1\).*'<.im_end.>'.*--special-tokens split"
-        ):
+        with pytest.raises(ValueError, match=r"Input '.*' \(row 1\).*'<.im_end.>'.*--special-tokens split"):
             embed_corpus(config())
     else:
         assert embed_corpus(config(on_error=on_error)).num_errors == 1
