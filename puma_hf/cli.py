@@ -10,7 +10,7 @@ import warnings
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +57,10 @@ def options(
 
 
 _SOURCE_HELP = "Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
+_MAX_PIXELS_HELP = (
+    "Images are scaled down to so many pixels; source keeps the source's limit. Default: 300 visual tokens (235,200 "
+    "pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
+)
 OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
@@ -67,6 +71,7 @@ def prune(
     output: OutputDir,
     num_kept_layers: Annotated[int, typer.Option(help="Decoder layers to keep, from the input.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
+    max_pixels: Annotated[str | None, typer.Option(metavar="N|source", help=_MAX_PIXELS_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -76,7 +81,9 @@ def prune(
     """
     from puma_hf.pruning import prune as run
 
-    report = run(source, output, num_kept_layers=num_kept_layers, dtype=dtype, revision=revision, overwrite=overwrite)
+    limit: Any = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
+    options: dict[str, Any] = {"dtype": dtype, "max_pixels": limit, "revision": revision, "overwrite": overwrite}
+    report = run(source, output, num_kept_layers=num_kept_layers, **options)
     typer.echo(str(report))
 
 

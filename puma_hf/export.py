@@ -162,7 +162,8 @@ def _stock_config(puma_config: Any, backbone: _Backbone) -> Any:
     """The stock configuration: as many layers as were kept, and a head that needs no tensor of its own."""
     settings = puma_config.to_dict()
     lineage = {name: settings.pop(name, None) for name in _PUMA_FIELDS}
-    settings.pop("auto_map", None)
+    for name in ("auto_map", "custom_pipelines"):
+        settings.pop(name, None)
     settings["model_type"] = puma_config.source_model_type
     config = backbone.model_class.config_class.from_dict(settings)
     config.architectures = [backbone.model_class.__name__]

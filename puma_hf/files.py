@@ -21,10 +21,10 @@ DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the `config.json` of a folder holds; nothing if there is none, or if it is damaged."""
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What the `config.json` of a folder, or another such file, holds; nothing if there is none, or it is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -49,6 +49,17 @@ def is_adapter_directory(directory: str | Path) -> bool:
             "distill, train or merge wrote."
         )
     return is_adapter
+
+
+def named_base(adapter: Path) -> str:
+    """The base that an adapter names, a folder or a Hub id; "" if it names none.
+
+    A relative path is looked for in the current directory, and then in each that the adapter lies in: the one that it
+    was trained in is often among them.
+    """
+    name = str(read_config(adapter, ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    places = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
+    return next((str(place) for place in places if name and is_puma_directory(place)), name)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.files import ADAPTER_CONFIG, named_base
+
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # where a download is kept
 
 
@@ -19,7 +21,7 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
         loading: Arguments of `SentenceTransformer`, such as `device`, `revision` and `trust_remote_code`.
 
     Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub.
+        FileNotFoundError: If there is no such model, here or on the Hub, or an adapter's base is not where it says.
 
     Example:
         >>> from puma_hf.opening import open_sentence_transformer
@@ -30,14 +32,21 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     try:
         return SentenceTransformer(name, **loading)
     except OSError as error:
-        if is_folder or error.errno in _OF_THE_DISK:
+        if error.errno in _OF_THE_DISK:
             raise
         # transformers may speak of the network alone, and not name the model.
-        reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].removesuffix('.')}"
+        if (Path(name) / ADAPTER_CONFIG).is_file():
+            base = named_base(Path(name))
+            raise FileNotFoundError(
+                f"model={name!r} is an adapter whose base {base!r} could not be opened from here ({reason}). Merge the "
+                f"two, and open that: puma-hf merge {name} OUTPUT --base {base if Path(base).is_dir() else 'BASE'}"
+            ) from error
+        if is_folder:
+            raise
         raise FileNotFoundError(
             f"model={name!r} is no folder here, and the Hub has no such model, or needs a token for it, or cannot be "
-            f"reached ({type(error).__name__}: {reason}). Check the name, and the network unless HF_HUB_OFFLINE is "
-            "meant."
+            f"reached ({reason}). Check the name, and the network unless HF_HUB_OFFLINE is meant."
         ) from error
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken
@@ -18,14 +18,17 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.files import new_directory
 from puma_hf.hub.template import write_model_card
+from puma_hf.limits import DEFAULT_VISUAL_TOKENS, pixels_per_token, set_limits, told_limits
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import check_num_kept_layers, config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from puma_hf.modeling.processing_puma import PIPELINES
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,9 @@ class PruneReport:
         parameters_after: Parameters of the pruned model.
         bytes_before: Bytes of the source's parameters in its own dtype.
         bytes_after: Bytes of the pruned model's parameters.
+        max_pixels: Pixels that images are scaled down to.
+        max_visual_tokens: Tokens of an image of so many pixels.
+        source_max_pixels: The source's own limit.
         num_source_layers: Decoder layers of the source, if that is a PUMA directory; None for an original.
     """
 
@@ -67,6 +73,9 @@ class PruneReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    max_pixels: int
+    max_visual_tokens: int
+    source_max_pixels: int
     num_source_layers: int | None = None
 
     def to_dict(self) -> dict[str, str | int | None]:
@@ -88,6 +97,8 @@ class PruneReport:
             f"before   {self.parameters_before:>14,} parameters  {self.bytes_before:>15,} bytes\n"
             f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
             f"  ({self.parameters_after / self.parameters_before:.0%})\n"
+            f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels"
+            f" (source: {self.source_max_pixels:,})\n"
             f"saved    {self.output_dir}"
         )
 
@@ -98,6 +109,7 @@ def prune(
     *,
     num_kept_layers: int,
     dtype: str | torch.dtype = "auto",
+    max_pixels: int | Literal["source"] | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -119,6 +131,9 @@ def prune(
         output_dir: New or empty directory.
         num_kept_layers: Number k of decoder layers to keep, 1 to the number of layers.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
+        max_pixels: Pixels that images are scaled down to, kept in the processor's configuration; "source" keeps the
+            source's own limit. By default 300 visual tokens (235,200 pixels for Qwen2-VL and Qwen2.5-VL, 307,200 for
+            Qwen3-VL), as in PUMA and LamRA, or the source's limit if that is lower; a PUMA directory keeps its own.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -128,8 +143,8 @@ def prune(
         What was kept and dropped, with parameters and bytes before and after.
 
     Raises:
-        ValueError: If `num_kept_layers` is out of range, `dtype` is unknown, or the checkpoint is of another
-            family, is damaged, or is not in safetensors format.
+        ValueError: If `num_kept_layers` or `max_pixels` is out of range, `dtype` is unknown, or the checkpoint is of
+            another family, is damaged, or is not in safetensors format.
         FileNotFoundError: If the source, or a shard of it, does not exist.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
@@ -152,16 +167,19 @@ def prune(
     config = config_class_of(source_type).from_pretrained(checkpoint.folder)
     check_num_kept_layers(num_kept_layers, config.num_kept_layers or 0)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        model = _load_kept(checkpoint, config, num_kept_layers, dtype)
         processor = _build_processor(checkpoint, _processor_class(config))
+        before = _limit_images(processor, max_pixels, is_original=source_type in _ORIGINALS)
+        model = _load_kept(checkpoint, config, num_kept_layers, dtype)
         _place_ret_token(model, processor)
+        model.config.custom_pipelines = PIPELINES
         model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
-        report = _report(checkpoint, _ORIGINALS.get(source_type, type(model)), config, model, output_dir)
-        facts: dict[str, Any] = {**report.to_dict(), "backbone": config.source_name}
+        source_class = _ORIGINALS.get(source_type, type(model))
+        report = _report(checkpoint, source_class, config, model, output_dir, processor.image_processor, before)
+        facts: dict[str, Any] = {**report.to_dict(), "backbone": config.source_name, "limits": told_limits(folder)}
         if source_type not in _ORIGINALS:  # what a PUMA directory had is not what the original has
             report = replace(report, num_source_layers=config.num_kept_layers)
             facts |= {"parameters_before": None, "bytes_before": None}
@@ -196,11 +214,8 @@ def _build_processor(checkpoint: SourceCheckpoint, processor_class: type[PumaPro
     arguments = {
         "image_processor": AutoImageProcessor.from_pretrained(folder),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "video_processor": get_video_processor_config(folder) or None,  # settings: they need no torchvision
     }
-    if "video_processor" in processor_class.get_attributes():
-        from transformers import AutoVideoProcessor
-
-        arguments["video_processor"] = AutoVideoProcessor.from_pretrained(folder)
     image_token = "<|image_pad|>"
     # Without tokenizer files transformers builds an empty tokenizer.
     if image_token not in arguments["tokenizer"].get_vocab():
@@ -209,6 +224,19 @@ def _build_processor(checkpoint: SourceCheckpoint, processor_class: type[PumaPro
             "belong to another model. Download the checkpoint again, with its tokenizer."
         )
     return processor_class(**arguments, chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _limit_images(processor: PumaProcessor, max_pixels: Any, *, is_original: bool) -> int:
+    """Set the limit that is asked for, or a default one; the source's own is returned."""
+    images = processor.image_processor
+    shortest, longest = images.size["shortest_edge"], int(images.size["longest_edge"])
+    if max_pixels is None and is_original:
+        max_pixels = min(longest, max(shortest, DEFAULT_VISUAL_TOKENS * pixels_per_token(images)))
+    if isinstance(max_pixels, str) and max_pixels != "source":
+        raise ValueError(f"max_pixels={max_pixels!r} must be a whole number, or 'source' to keep the source's limit.")
+    if max_pixels not in (None, "source"):
+        set_limits(processor, max_pixels=max_pixels)
+    return longest
 
 
 def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
@@ -229,7 +257,13 @@ def _place_ret_token(model: PumaModel, processor: PumaProcessor) -> None:
 
 
 def _report(
-    checkpoint: SourceCheckpoint, source_class: Any, source_config: Any, model: PumaModel, output_dir: str | Path
+    checkpoint: SourceCheckpoint,
+    source_class: Any,
+    source_config: Any,
+    model: PumaModel,
+    output_dir: str | Path,
+    images: Any,
+    source_max_pixels: int,
 ) -> PruneReport:
     with torch.device("meta"):
         original = source_class(source_config)
@@ -247,4 +281,7 @@ def _report(
         parameters_after=after,
         bytes_before=before * source_dtype.itemsize,
         bytes_after=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        max_pixels=images.size["longest_edge"],
+        max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
+        source_max_pixels=source_max_pixels,
     )

@@ -18,7 +18,7 @@ _WORDS: dict[type, str] = {
     type(None): "null",
 }
 _WORDS_FOR_VALUES: dict[type, str] = {list: "a list", tuple: "a list", dict: "a mapping"}
-_MOST_SHOWN = 200  # characters of a wrong value
+_MOST_SHOWN = 200  # characters of a value in an error
 # YAML 1.1 reads 2e-4, without a point, as text.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -60,7 +60,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return dict(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name}={_shown(value)} must be {describe(hint)}, not {_kind_of(value)}.")
+    raise ValueError(f"{name}={shown(value)} must be {describe(hint)}, not {_kind_of(value)}.")
 
 
 def describe(hint: Any) -> str:
@@ -84,13 +84,27 @@ def nearest(name: object, names: Iterable[str]) -> str:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.{nearest(value, choices)}")
+    raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.{nearest(value, choices)}")
 
 
-def _shown(value: object) -> str:
-    """Some objects, such as models, have pages to say of themselves."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN].splitlines()[0]}..."
+def shown(value: object) -> str:
+    """A value as an error shows it, cut to a line: models have pages to say of themselves, cells may be megabytes."""
+    return cut(repr(value))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON, and names of files, may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def cut(text: str) -> str:
+    """A text that an error shows, cut to a line of 200 characters."""
+    line = text[:_MOST_SHOWN].partition("\n")[0]
+    return text if line == text else f"{line}..."
 
 
 def _kind_of(value: object) -> str:

@@ -45,11 +45,11 @@ os.environ.update(
     HF_HOME=str(_HF_HOME),
     HF_MODULES_CACHE=str(_HF_HOME / "modules"),
     TOKENIZERS_PARALLELISM="false",
-    # torch takes its number of threads from here, so torch itself need not be imported yet. With two threads
-    # beside another job tiny models run ten times slower than with one.
-    OMP_NUM_THREADS="1",
-    MKL_NUM_THREADS="1",
 )
+# torch takes its number of threads from here, so torch itself need not be imported yet. With two threads beside another
+# job tiny models run ten times slower than with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 
 # The imports during collection make millions of objects that stay; looking through them again and again takes a

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.auto import tqdm as auto_tqdm
 
+from tests.patience import PATIENCE
 from tests.warm_process import WarmProcess
 
 ROOT = Path(__file__).parents[1]
 SHARES = (0, 1)
-TIMEOUT = 120
 
 
 @cache
@@ -110,7 +110,7 @@ def kill_in_write(ending: str, number: int) -> None:
 
 
 if __name__ == "__main__":  # what `run_worker` runs
-    signal.alarm(TIMEOUT)
+    signal.alarm(PATIENCE)
     gc.freeze()  # see conftest.py
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

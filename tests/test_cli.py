@@ -110,8 +110,9 @@ def test_the_whole_way(
     invoke: Invoke, qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2)
+    result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2, "--max-pixels", 4096)
     assert result.exit_code == 0
+    assert "images   at most 16 visual tokens, 4,096 pixels (source: 65,536)\n" in result.output
     assert "decoder layers 0 to 1 of 4" in result.output
     assert result.output.rstrip().endswith("saved    pruned")
 
@@ -252,7 +253,7 @@ def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, comm
 
 def test_other_defaults_are_the_librarys() -> None:
     options, parameters = options_of("prune"), inspect.signature(prune).parameters
-    for name in ("dtype", "revision", "overwrite"):
+    for name in ("dtype", "max_pixels", "revision", "overwrite"):
         assert options[name] == parameters[name].default
     parameters = inspect.signature(evaluate_mbeir).parameters
     for entry in fields(EvaluateConfig):
@@ -288,6 +289,7 @@ def test_errors_are_one_line(
     monkeypatch.chdir(tmp_path)
     mistakes = {
         f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 is outside",
+        f"prune {qwen_dir} out --num-kept-layers 2 --max-pixels all": "max_pixels='all' must be a whole number, or",
         "prune nothing out --num-kept-layers 2": "nothing",
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
         f"distill {puma_dir} out --data nowhere --teacher {qwen_dir}": "'nowhere' is neither a file nor a folder",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from puma_hf.trainer.checkpoints import last_whole_checkpoint
 from tests.data.mbeir_builder import build_mbeir
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def launch(launcher: list[str], words: list[object]) -> subprocess.CompletedProc
     """Run a command in two processes; both must end by themselves."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", *launcher, "-m", "puma_hf.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
 
 
 def check_run(finished: subprocess.CompletedProcess[str], output: Path) -> None:

@@ -24,11 +24,11 @@ REFUSED = (
     r"same command again, or choose another directory\."
 )
 HOLD = """
-import sys, time
+import sys
 from puma_hf.locks import locked
 with locked(sys.argv[1]):
     print("locked", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -54,7 +54,7 @@ def is_refused(folder: Path) -> bool:
 def test_another_process_is_kept_out_until_it_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
         assert other.stdout
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(DirectoryInUseError, match=REFUSED), locked(tmp_path):

@@ -55,6 +55,9 @@ def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept:
         "parameters_after": after,
         "bytes_before": 4 * before,
         "bytes_after": 4 * after,
+        "max_pixels": 65_536,
+        "max_visual_tokens": 256,
+        "source_max_pixels": 65_536,
         "num_source_layers": None,
     }
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
@@ -78,9 +81,11 @@ def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path,
     assert "decoder layers 2 to 3 and the language-model head" in text
     assert f"{report.parameters_before:,} parameters" in text
     assert f"({report.parameters_after / report.parameters_before:.0%})" in text
-    whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360)
+    whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360, 9, 1, 9)
     assert "dropped  language-model head\n" in str(whole)
-    assert "dropped  decoder layer 3 and the language-model head\n" in str(PruneReport("a", "b", 3, 4, 100, 80, 4, 4))
+    assert "dropped  decoder layer 3 and the language-model head\n" in str(
+        PruneReport("a", "b", 3, 4, 100, 80, 4, 4, 9, 1, 9)
+    )
 
 
 def test_the_report_of_a_directory_that_was_cut_before(

@@ -7,6 +7,7 @@ import hashlib
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -194,6 +195,12 @@ def test_the_library_does_not_print(source: str) -> None:
     assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
 
 
+@pytest.mark.parametrize("source", [name for name in SOURCES if name != "modeling/image_inputs_puma.py"])
+def test_images_are_opened_in_one_place(source: str) -> None:
+    """`open_image` names the formats: without them Pillow runs Ghostscript for an EPS under any name."""
+    assert "Image.open(" not in (PACKAGE / source).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_files_and_functions_stay_small(source: str) -> None:
     assert len((PACKAGE / source).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
@@ -214,13 +221,22 @@ def test_the_licence_is_the_unmodified_apache_2_0() -> None:
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0_SHA256
 
 
-def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+@pytest.mark.parametrize("from_sdist", [False, True])
+def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path, from_sdist: bool) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path), "-t"]
+    folder = ROOT
+    if from_sdist:
+        subprocess.run([*command, "sdist"], cwd=ROOT, check=True, capture_output=True)
+        name = f"puma_hf-{puma_hf.__version__}"
+        with tarfile.open(tmp_path / f"{name}.tar.gz") as source:
+            source.extractall(tmp_path, filter="data")
+        folder = tmp_path / name
+    subprocess.run([*command, "wheel"], cwd=folder, check=True, capture_output=True)
     wheel = tmp_path / f"puma_hf-{puma_hf.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    data = {"puma_hf/py.typed", "puma_hf/hub/hub_card.md", "puma_hf/modeling/chat_template.jinja"}
+        assert archive.read("puma_hf/hub/hub_card.md") == (ROOT / "hub_card.md").read_bytes()
+    data = {"puma_hf/py.typed", "puma_hf/modeling/chat_template.jinja"}
     data.add("puma_hf/evaluation/retrieval_metric/README.md")
     assert data | {f"puma_hf/{source}" for source in SOURCES} <= names
     assert {name.partition("/")[0] for name in names} == {
@@ -234,7 +250,7 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
 
 def render(**values: object) -> huggingface_hub.ModelCard:
     data = huggingface_hub.ModelCardData(**values.pop("card_data", {}))  # type: ignore[arg-type]
-    return huggingface_hub.ModelCard.from_template(data, template_path=str(PACKAGE / "hub" / "hub_card.md"), **values)
+    return huggingface_hub.ModelCard.from_template(data, template_path=str(ROOT / "hub_card.md"), **values)
 
 
 def test_the_card_renders_without_any_value() -> None:

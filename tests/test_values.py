@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from puma_hf.values import convert, describe, nearest
+from puma_hf.values import convert, cut, describe, nearest, shown
 
 Colour = Literal["red", "blue"]
 
@@ -78,3 +78,11 @@ def test_types_in_words() -> None:
 def test_the_nearest_name() -> None:
     assert nearest("learnig_rate", ["learning_rate", "lora_r"]) == " Did you mean 'learning_rate'?"
     assert nearest("zzz", ["learning_rate"]) == ""
+
+
+def test_an_error_shows_one_line_of_a_value() -> None:
+    assert shown([1, "b"]) == "[1, 'b']"
+    assert shown("a" * 1000) == f"'{'a' * 199}..."
+    assert cut("first\nsecond") == "first..."
+    with pytest.raises(ValueError, match=r"^x='b{199}\.\.\. must be one of 'red', 'blue'\.$"):
+        convert("x", "b" * 1000, Colour)

@@ -12,9 +12,8 @@ from typing import Any
 from PIL import Image
 
 from puma_hf.files import write_whole
-from puma_hf.modeling.image_inputs_puma import IMAGE_FILE_SUFFIXES, MAX_ASPECT_RATIO, load_rgb_image, reason_of
-
-IMAGE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, ".tif")
+from puma_hf.modeling.image_inputs_puma import MAX_ASPECT_RATIO, load_rgb_image, open_image, reason_of
+from puma_hf.values import is_unicode, shown
 
 
 class BrokenImageError(ValueError):
@@ -77,25 +76,26 @@ class ImageFiles:
             return self._save(value["bytes"], where)
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
-            raise ValueError(f"{where}: image is {value!r}, must be the path of a file, or null.")
+            raise ValueError(f"{where}: image is {shown(value)}, must be the path of a file, or null.")
         if path not in self._found:
             self._found[path] = self._check(path, where)
         return self._found[path]
 
     def _check(self, path: str, where: str) -> str:
-        if "\0" in path:
-            raise ValueError(f"{where}: image {path!r} has a NUL byte, which no path can have.")
+        if "\0" in path or not is_unicode(path):
+            what = "a NUL byte" if "\0" in path else "half a character"
+            raise ValueError(f"{where}: image {shown(path)} has {what}, which no path can have.")
         full = os.path.abspath(path)
         if self._folder is not None:
             full = os.path.realpath(self._folder / path)
             if not Path(full).is_relative_to(self._folder):
                 raise ValueError(
-                    f"{where}: image {path!r} leaves {self._folder}. Images must be below the folder of the file "
+                    f"{where}: image {shown(path)} leaves {self._folder}. Images must be below the folder of the file "
                     "that names them: move that file up, or pass a datasets.Dataset (Python), which may name any path."
                 )
         if full not in self.sizes:
             if not os.path.isfile(full):
-                raise FileNotFoundError(f"{where}: there is no image {full!r}. Check the path.")
+                raise FileNotFoundError(f"{where}: there is no image {shown(full)}. Check the path.")
             self.sizes[full] = self._size(full, repr(full), where)[0]
         return full
 
@@ -117,7 +117,7 @@ class ImageFiles:
     def _size(self, source: Any, name: str, where: str) -> tuple[tuple[int, int], str]:
         """Width, height and format."""
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            with warnings.catch_warnings(action="ignore"), open_image(source) as image:
                 size, kind = image.size, (image.format or "png").lower()
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
             raise BrokenImageError(

@@ -8,9 +8,11 @@ from typing import TypeAlias
 
 import datasets
 
-from puma_hf.data.corpus import COLUMNS, Item, dataset_items, file_items, folder_items
+from puma_hf.data.corpus import COLUMNS, Item, dataset_items, file_items, folder_items, image_table
 from puma_hf.data.mbeir import mixed_queries
+from puma_hf.data.mbeir_format import is_mbeir
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
+from puma_hf.values import shown
 
 Source: TypeAlias = str | Path | MBEIR | datasets.Dataset
 
@@ -20,11 +22,12 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
 
     A source is one of
 
-    - a folder of images, with all folders below it;
+    - a folder of images, with all folders below it, or with a table of them: `metadata.csv`, `.jsonl` or `.parquet`
+      with `file_name` and `text`, as the Hub has it;
     - a .txt with one text a line;
     - a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path below the file's own
       folder) and `instruction`, or with the NLI columns sent0, sent1 and hard_neg, each an item of its own;
-      other columns are ignored;
+      other columns are ignored; BEIR's `corpus.jsonl`, a title before its text;
     - a `datasets.Dataset` with such columns, or with the result's column `item`;
     - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
 
@@ -109,7 +112,7 @@ def _split_source(source: Source | Sequence[Source]) -> list[Source]:
             "such. Of a DatasetDict choose one split."
         )
     if not source or "" in [name for name in source if isinstance(name, str)]:
-        raise ValueError(f"The source is {source!r}, must name at least one file or folder, and no empty name.")
+        raise ValueError(f"The source is {shown(source)}, must name at least one file or folder, and no empty name.")
     return list(source)
 
 
@@ -123,10 +126,10 @@ def _items(source: Source, split: str, seed: int) -> Iterator[Item]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
-    if path.is_file():
-        return file_items(path)
-    is_mbeir = (path / "query").is_dir() or (path / "cand_pool").is_dir()
-    return _mbeir_items(MBEIR(path), split, None, seed) if is_mbeir else folder_items(path)
+    if path.is_dir() and is_mbeir(path):
+        return _mbeir_items(MBEIR(path), split, None, seed)
+    table = image_table(path) if path.is_dir() else path
+    return folder_items(path) if table is None else file_items(table)
 
 
 def _mbeir_items(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int) -> Iterator[Item]:

@@ -16,6 +16,7 @@ from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query, locati
 from puma_hf.data.mbeir_problems import Problems
 from puma_hf.data.mbeir_reader import MBEIR, seeded_random, select_tasks
 from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.values import shown
 
 __all__ = ["MBEIR", "load_mbeir"]
 
@@ -85,7 +86,7 @@ def load_mbeir(
             continue
         if negatives is None:
             raise MBEIRFormatError(
-                f"{location(path, query.line)}: query {query.qid!r} has no negatives but num_negatives is "
+                f"{location(path, query.line)}: query {shown(query.qid)} has no negatives but num_negatives is "
                 f"{num_negatives}; pass num_negatives=0 or missing_negatives='drop'"
             )
         instruction = data.instruction(query, positive.modality, seed, row=row)
@@ -157,13 +158,14 @@ def _check_candidates(queries: Iterable[Query], pool: Container[str], path: Path
 def _check_candidates_of(query: Query, pool: Container[str], where: str) -> None:
     if not query.positives:
         raise MBEIRFormatError(
-            f"{where}: pos_cand_list of query {query.qid!r} is empty; a training row needs a positive", "no positive"
+            f"{where}: pos_cand_list of query {shown(query.qid)} is empty; a training row needs a positive",
+            "no positive",
         )
     for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
         unknown = [did for did in dids if did not in pool]
         if unknown:
             raise MBEIRFormatError(
-                f"{where}: {name} has dids that are not in the global pool of the split: {unknown[:3]}",
+                f"{where}: {name} has dids that are not in the global pool of the split: {shown(unknown[:3])}",
                 "did that is in no pool",
             )
 

@@ -18,6 +18,7 @@ from typing import Any
 from puma_hf.data.mbeir_problems import MBEIRFormatError as MBEIRFormatError  # the name has always been here
 from puma_hf.data.mbeir_problems import Problems, check_is_file
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT, dataset_id_of
+from puma_hf.values import shown
 
 RECORD_ID = re.compile(r"(\d+):\S+")
 # Absolute, of another drive, climbing with `..`, or holding a NUL byte: none can be a file of the dataset.
@@ -108,6 +109,11 @@ def location(path: Path, line: int) -> str:
     return f"{path}, line {line}"
 
 
+def is_mbeir(folder: Path) -> bool:
+    """Whether a folder is in M-BEIR's layout: it holds a file of queries or a pool under the name of the layout."""
+    return any(any(folder.glob(f"{part}/*/mbeir_*.jsonl")) for part in ("query", "cand_pool"))
+
+
 class ImageFinder:
     """Turns an `img_path` into an absolute path, making sure that it stays in the dataset's folder.
 
@@ -135,12 +141,13 @@ class ImageFinder:
         """
         if _LEAVES_FOLDER.search(img_path):
             raise MBEIRFormatError(
-                f"{where}: image path {img_path!r} leaves the dataset folder; write it relative to "
+                f"{where}: image path {shown(img_path)} leaves the dataset folder; write it relative to "
                 f"{self._root}, without '..'",
                 "image outside the folder",
             )
         folder, name = os.path.split(img_path)
         try:
+            img_path.encode()  # JSON may hold half a character, which nobody could show, though a file may be called so
             if folder not in self._folders:
                 self._folders[folder] = self._inside(self._root / folder, img_path, where)
             full = os.path.join(self._folders[folder], name)
@@ -148,11 +155,11 @@ class ImageFinder:
             if stat.S_ISLNK(mode):
                 full = self._inside(Path(full), img_path, where)
                 mode = os.lstat(full).st_mode
-        except (OSError, UnicodeEncodeError):  # JSON may hold half a character, which no name of a file can
+        except (OSError, UnicodeEncodeError):
             mode = 0
         if not stat.S_ISREG(mode):
             raise FileNotFoundError(
-                f"{where}: image {img_path!r} is not a file below {self._root}; unpack M-BEIR's images "
+                f"{where}: image {shown(img_path)} is not a file below {self._root}; unpack M-BEIR's images "
                 "there, or name the folder they are in: MBEIR(..., image_root=...), in Python alone"
             )
         return full
@@ -161,8 +168,9 @@ class ImageFinder:
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(self._root):
             raise MBEIRFormatError(
-                f"{where}: image path {img_path!r} passes a symbolic link that leaves {self._root}; keep the "
-                "files below it, or name their real folder: MBEIR(..., image_root=...), in Python alone",
+                f"{where}: image path {shown(img_path)} passes a symbolic link that leaves {self._root}; keep "
+                "the files below it (hf download --local-dir FOLDER writes files instead of links), or name their real "
+                "folder: MBEIR(..., image_root=...), in Python alone",
                 "image outside the folder",
             )
         return str(real)
@@ -188,14 +196,23 @@ def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[i
             if not line.strip():
                 continue
             if problems is None:
-                yield number, _json_object(line, location(path, number))
+                yield number, json_object(line, location(path, number))
                 continue
-            record = problems.attempt(_json_object, line, location(path, number))
+            record = problems.attempt(json_object, line, location(path, number))
             if record is not None:
                 yield number, record
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """A line of JSON Lines.
+
+    Args:
+        line: The line.
+        where: File and line, for errors.
+
+    Raises:
+        MBEIRFormatError: If it is not a JSON object in UTF-8.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -212,7 +229,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
 
 def cut_off(what: str) -> MBEIRFormatError:
     return MBEIRFormatError(
-        f"{what}; the file ends in the middle of this line, so the download was interrupted: download it again",
+        f"{what}; the file ends in the middle of this line, was the download interrupted? Mend the line, or download "
+        "it again",
         "cut last line",
     )
 
@@ -261,14 +279,16 @@ def parse_query(record: Mapping[str, Any], line: int, where: str, images: ImageF
 
 def _required(record: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in record:
-        raise MBEIRFormatError(f"{where}: field {key!r} is missing; the line has {sorted(record)}", "missing field")
+        raise MBEIRFormatError(
+            f"{where}: field {key!r} is missing; the line has {shown(sorted(record))}", "missing field"
+        )
     return record[key]
 
 
 def _record_id(record: Mapping[str, Any], key: str, where: str) -> str:
     value = _required(record, key, where)
     if not isinstance(value, str) or not RECORD_ID.fullmatch(value):
-        raise MBEIRFormatError(f"{where}: {key} must look like '<dataset_id>:<number>', got {value!r}", "wrong id")
+        raise MBEIRFormatError(f"{where}: {key} must look like '<dataset_id>:<number>', got {shown(value)}", "wrong id")
     return value
 
 
@@ -277,7 +297,7 @@ def _id_list(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise MBEIRFormatError(f"{where}: {key} must be a list of dids, got {value!r}")
+        raise MBEIRFormatError(f"{where}: {key} must be a list of dids, got {shown(value)}")
     return tuple(dict.fromkeys(value))
 
 
@@ -289,13 +309,13 @@ def _content(
     for key in (f"{prefix}txt", f"{prefix}img_path"):
         value = _required(record, key, where)
         if value is not None and not isinstance(value, str):
-            raise MBEIRFormatError(f"{where}: {key} must be a string or null, got {value!r}")
+            raise MBEIRFormatError(f"{where}: {key} must be a string or null, got {shown(value)}")
         values.append(value if value and value.strip() else None)
     text, img_path = values
     modality = _required(record, f"{prefix}modality", where)
     if modality not in MBEIR_MODALITIES:
         expected = f"must be one of {list(MBEIR_MODALITIES)}"
-        raise MBEIRFormatError(f"{where}: {prefix}modality is {modality!r}, {expected}", "wrong modality label")
+        raise MBEIRFormatError(f"{where}: {prefix}modality is {shown(modality)}, {expected}", "wrong modality label")
     present = ",".join(name for name, value in ((IMAGE, img_path), (TEXT, text)) if value)
     if present != modality:
         raise MBEIRFormatError(

@@ -14,20 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow  # type: ignore[import-untyped]
-from PIL import Image
-from pyarrow import parquet
-
 from puma_hf.data.mbeir_copies import ParquetCopy
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.mbeir_tasks import IMAGE, MBEIR_MODALITIES, TEXT
 from puma_hf.data.mbeir_writer import MBEIRWriter
+from puma_hf.data.tables import read_table
 from puma_hf.files import write_whole
+from puma_hf.modeling.image_inputs_puma import open_image
+from puma_hf.values import cut, shown
 
 IMAGE_FOLDER = "images"  # below the image root
 
-_ROWS = 64  # at a time; an image has up to some megabytes
-_BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
 _ID = re.compile(r"\d+:\S+")
 # What some conversions put before an id: the name of the table, and the split.
@@ -65,7 +62,7 @@ def import_copy(copy: ParquetCopy, folder: Path, image_root: Path, split: str, d
     images = _ImageStore(image_root)
     with Problems(copy.folder) as problems:
         judged: dict[str, dict[str, int]] = defaultdict(dict)
-        for where, row in _rows(copy.qrels, ("query-id", "corpus-id", "score")):
+        for where, row in _rows(copy.qrels, problems, ("query-id", "corpus-id", "score")):
             problems.attempt(_judge, judged, row, where, dataset_id)
         task_id = copy.task.task_id
         writer.qrels(
@@ -88,37 +85,28 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a corpus or of queries, each with id, text, image path and modality."""
     seen: set[str] = set()
-    for where, row in _rows(files, ("id",), _CONTENT):
+    for where, row in _rows(files, problems, ("id",), _CONTENT):
         record = problems.attempt(_record, row, where, images, dataset_id, modality)
         if record is None:
             continue
         if record["id"] in seen:
-            problems.add(MBEIRFormatError(f"{where}: id {record['id']!r} was already given", "duplicated id"))
+            problems.add(MBEIRFormatError(f"{where}: id {shown(record['id'])} was already given", "duplicated id"))
             continue
         seen.add(record["id"])
         yield record
 
 
 def _rows(
-    files: Sequence[Path], needed: Sequence[str], others: Sequence[str] = ()
+    files: Sequence[Path], problems: Problems, needed: Sequence[str], others: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    only = [column for name in (*needed, *others) for column in _NAMES[name]]
     for path in files:
-        try:
-            with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-                columns = _columns(path, file.schema_arrow.names, needed, others)
-                number = 0
-                for batch in file.iter_batches(_ROWS, columns=list(columns.values())):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}, row {number}", {name: row[column] for name, column in columns.items()}
-        except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # not the file's fault: it is missing, or the disk that is written to is full
-            raise MBEIRFormatError(
-                f"{path} is not a whole Parquet file ({error}). Was the download cut off? Delete it and download it "
-                "again.",
-                "cut file",
-            ) from error
+        columns: dict[str, str] = {}
+        for where, row in read_table(
+            path, lambda error: problems.add(MBEIRFormatError(str(error), "broken row")), only
+        ):
+            columns = columns or _columns(path, list(row), needed, others)
+            yield where, {name: row[column] for name, column in columns.items()}
 
 
 def _columns(path: Path, there: Sequence[str], needed: Sequence[str], others: Sequence[str]) -> dict[str, str]:
@@ -129,7 +117,7 @@ def _columns(path: Path, there: Sequence[str], needed: Sequence[str], others: Se
             columns[name] = column
         elif name in needed:
             raise MBEIRFormatError(
-                f"{path} has no column {' or '.join(_NAMES[name])}, only {', '.join(there)}; rename the one that "
+                f"{path} has no column {' or '.join(_NAMES[name])}, only {cut(', '.join(there))}; rename the one that "
                 "holds it",
                 "missing field",
             )
@@ -140,10 +128,11 @@ def _judge(judged: dict[str, dict[str, int]], row: Mapping[str, Any], where: str
     qid, did = (_full_id(row[name], dataset_id, where, name) for name in ("query-id", "corpus-id"))
     score = row["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score) or score < 0:
-        raise MBEIRFormatError(f"{where}: score is {score!r}, must be a whole number of 0 or more", "wrong field")
+        raise MBEIRFormatError(f"{where}: score is {shown(score)}, must be a whole number of 0 or more", "wrong field")
     if judged[qid].setdefault(did, int(score)) != score:
         raise MBEIRFormatError(
-            f"{where}: {qid!r} and {did!r} were judged {judged[qid][did]} before, now {score}", "contradiction"
+            f"{where}: {shown(qid)} and {shown(did)} were judged {judged[qid][did]} before, now {score}",
+            "contradiction",
         )
 
 
@@ -154,7 +143,7 @@ def _full_id(value: Any, dataset_id: int | None, where: str, name: str) -> str:
     if value is None or not _ID.fullmatch(record_id):
         hint = "" if dataset_id is not None else "; only M-BEIR's own datasets may leave their number out"
         raise MBEIRFormatError(
-            f"{where}: {name} is {value!r}, must look like '<dataset_id>:<number>'{hint}", "wrong id"
+            f"{where}: {name} is {shown(value)}, must look like '<dataset_id>:<number>'{hint}", "wrong id"
         )
     return record_id
 
@@ -164,7 +153,7 @@ def _record(
 ) -> dict[str, Any]:
     text = row.get("text")
     if text is not None and not isinstance(text, str):
-        raise MBEIRFormatError(f"{where}: text is {text!r}, must be a string or null")
+        raise MBEIRFormatError(f"{where}: text is {shown(text)}, must be a string or null")
     text = text if text and text.strip() else None
     cell = row.get("image")
     if isinstance(cell, dict) and not any(value is not None for value in cell.values()):
@@ -174,7 +163,8 @@ def _record(
     label = present if label is None else ",".join(sorted(part.strip() for part in str(label).split(",")))
     if label != present or label not in MBEIR_MODALITIES:
         raise MBEIRFormatError(
-            f"{where}: modality is {row.get('modality')!r}, but the row holds {present or 'neither text nor image'}",
+            f"{where}: modality is {shown(row.get('modality'))}, but the row holds "
+            f"{present or 'neither text nor image'}",
             "wrong modality label",
         )
     if modality is not None and label != modality:
@@ -219,7 +209,7 @@ class _ImageStore:
                 f"{where}: the image holds no bytes; a copy must have its images inside", "missing image"
             )
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
                 kind = image.format or ""  # the header alone is read
         except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
             raise MBEIRFormatError(f"{where}: the image cannot be read ({error})", "broken image") from error

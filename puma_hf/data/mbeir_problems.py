@@ -106,9 +106,10 @@ class Problems:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None and self._shown:
-            raise self._report()
+            raise self.report()
 
-    def _report(self) -> MBEIRFormatError | FileNotFoundError:
+    def report(self) -> MBEIRFormatError | FileNotFoundError:
+        """The error that tells of all of them; there must be one."""
         total = self.counts.total()
         if total == 1:
             return self._shown[0]

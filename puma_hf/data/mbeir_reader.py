@@ -34,6 +34,7 @@ from puma_hf.data.mbeir_origin import read_origin, verified_content_hash
 from puma_hf.data.mbeir_problems import Problems
 from puma_hf.data.mbeir_tables import InstructionKey, read_instructions, read_qrels
 from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
+from puma_hf.values import shown
 
 UNION_PREFIX = "union_"
 _NAMES_TASK = re.compile(r"(\w+)_task(\d+)")
@@ -275,7 +276,7 @@ class MBEIR:
         if key not in prompts:
             raise MBEIRFormatError(
                 f"{self.instruction_path}: no instruction for (dataset_id, query modality, candidate "
-                f"modality) = {key}, needed by query {query.qid!r}; add the row"
+                f"modality) = {key}, needed by query {shown(query.qid)}; add the row"
             )
         return prompts[key]
 
@@ -295,7 +296,7 @@ class MBEIR:
         task_id = _TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
             raise MBEIRFormatError(
-                f"query {query.qid!r}: M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
+                f"query {shown(query.qid)}: M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
             )
         names = {number: name for name, number in MBEIR_DATASET_IDS.items()}
         number = query.dataset_id
@@ -349,7 +350,7 @@ class MBEIR:
                 where = location(path, line)
                 candidate = problems.attempt(parse_candidate, record, where, self._images)
                 if candidate is not None and pool.setdefault(candidate.did, candidate) is not candidate:
-                    message = f"{where}: did {candidate.did!r} was already given; keep one line"
+                    message = f"{where}: did {shown(candidate.did)} was already given; keep one line"
                     problems.add(MBEIRFormatError(message, "duplicated id"))
         if not pool:
             raise MBEIRFormatError(f"{path}, line 1: the candidate pool is empty; download it again")
@@ -358,7 +359,8 @@ class MBEIR:
 
 def _add_query(queries: dict[str, Query], query: Query, task: MBEIRTask, where: str) -> None:
     if query.qid in queries:
-        raise MBEIRFormatError(f"{where}: qid {query.qid!r} is also on line {queries[query.qid].line}", "duplicated id")
+        message = f"{where}: qid {shown(query.qid)} is also on line {queries[query.qid].line}"
+        raise MBEIRFormatError(message, "duplicated id")
     if query.modality != task.query_modality:
         raise MBEIRFormatError(
             f"{where}: query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r} "

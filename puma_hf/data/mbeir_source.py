@@ -14,8 +14,8 @@ from huggingface_hub import constants, snapshot_download
 
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.data.mbeir_copies import ParquetCopy, copy_names, find_copy, has_parquet, task_of_name
-from puma_hf.data.mbeir_format import MBEIRFormatError, read_jsonl
-from puma_hf.data.mbeir_origin import IMPORT_FILE, NANO_FILE, file_hash, text_hash, write_origin
+from puma_hf.data.mbeir_format import MBEIRFormatError, is_mbeir, read_jsonl
+from puma_hf.data.mbeir_origin import IMPORT_FILE, file_hash, text_hash, write_origin
 from puma_hf.data.mbeir_parquet import import_copy
 from puma_hf.data.mbeir_reader import MBEIR, select_tasks
 from puma_hf.data.mbeir_tables import read_instructions
@@ -86,18 +86,13 @@ def open_mbeir(
                 f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone: leave it out "
                 "(in evaluate --data-revision)"
             )
-        if _is_layout(folder):
+        if is_mbeir(folder):
             return MBEIR(folder)
         copies = _folder_copies(folder, tasks, split)
     else:
         copies = _hub_copies(source, tasks, split, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
     return MBEIR(_import(copies, cache, split, _table(folder, copies)))
-
-
-def _is_layout(folder: Path) -> bool:
-    named = any((folder / name).exists() for name in (NANO_FILE, IMPORT_FILE, "cand_pool"))
-    return named or next(folder.glob("query/*/*.jsonl"), None) is not None
 
 
 def _folder_copies(folder: Path, tasks: Iterable[str] | None, split: str) -> list[ParquetCopy]:

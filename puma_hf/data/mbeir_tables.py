@@ -12,6 +12,7 @@ from pathlib import Path
 from puma_hf.data.mbeir_format import RECORD_ID, cut_off, location
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems, check_is_file
 from puma_hf.data.mbeir_tasks import dataset_id_of
+from puma_hf.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def read_instructions(path: Path) -> tuple[dict[InstructionKey, tuple[str, ...]]
         if not wordings or not cells[3].isdecimal():
             raise MBEIRFormatError(
                 f"{location(path, number)}: expected query modality, candidate modality, dataset name, a "
-                f"dataset id and at least one prompt, separated by tabs, got {line!r}"
+                f"dataset id and at least one prompt, separated by tabs, got {shown(line)}"
             )
         key = (int(cells[3]), cells[0], cells[1])
         if key in prompts:
@@ -99,16 +100,16 @@ def _judge(
 ) -> None:
     qid, did, relevance = _qrels_line(line, where)
     if qid not in qids:
-        raise MBEIRFormatError(f"{where}: qid {qid!r} is not in the query file of this task", "unknown qid")
+        raise MBEIRFormatError(f"{where}: qid {shown(qid)} is not in the query file of this task", "unknown qid")
     if did not in dids:
         if dataset_id_of(did) == dataset_id_of(qid):
-            raise MBEIRFormatError(f"{where}: did {did!r} is not in the candidate pool", "did that is in no pool")
+            raise MBEIRFormatError(f"{where}: did {shown(did)} is not in the candidate pool", "did that is in no pool")
         foreign[did] = None
         return
     judged = qrels.setdefault(qid, {})
     if judged.setdefault(did, relevance) != relevance:
         raise MBEIRFormatError(
-            f"{where}: {qid!r} and {did!r} were judged {judged[did]} before, now {relevance}", "contradiction"
+            f"{where}: {shown(qid)} and {shown(did)} were judged {judged[did]} before, now {relevance}", "contradiction"
         )
 
 
@@ -121,6 +122,6 @@ def _qrels_line(line: bytes, where: str) -> tuple[str, str, int]:
         or not (RECORD_ID.fullmatch(fields[0]) and RECORD_ID.fullmatch(fields[2]))
     ):
         expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-        message = f"{where}: {expected}, got {text.removesuffix(chr(10))!r}"
+        message = f"{where}: {expected}, got {shown(text.removesuffix(chr(10)))}"
         raise MBEIRFormatError(message, "malformed line") if text.endswith("\n") else cut_off(message)
     return fields[0], fields[2], int(fields[3])

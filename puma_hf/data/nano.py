@@ -15,6 +15,7 @@ from puma_hf.data.mbeir_reader import MBEIR, seeded_random, select_tasks
 from puma_hf.data.mbeir_tasks import MBEIRTask
 from puma_hf.data.mbeir_writer import MBEIRWriter, candidate_record, query_record
 from puma_hf.data.whole_folder import make_folder
+from puma_hf.values import shown
 
 Item = TypeVar("Item")
 
@@ -128,7 +129,7 @@ def _write(data: MBEIR, folder: Path, settings: Mapping[str, Any], tasks: Sequen
         for candidate in part.pool:
             if everything.setdefault(candidate.did, candidate) != candidate:
                 raise MBEIRFormatError(
-                    f"{data.root}: did {candidate.did!r} of {part.task.name} is something else in another task's "
+                    f"{data.root}: did {shown(candidate.did)} of {part.task.name} is something else in another task's "
                     "pool; a did must mean the same in every pool",
                     "contradiction",
                 )

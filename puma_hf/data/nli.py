@@ -6,12 +6,14 @@ sentence that follows from it and one that contradicts it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from puma_hf.data.tables import read_table
+from puma_hf.values import cut, shown
 
 NLI_COLUMNS = ("sent0", "sent1", "hard_neg")
 
@@ -56,7 +58,7 @@ def load_nli(path: str | Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def nli_texts(row: dict[str, Any], where: str) -> list[str]:
+def nli_texts(row: Mapping[str, Any], where: str) -> list[str]:
     """The three sentences of a row.
 
     Args:
@@ -70,11 +72,12 @@ def nli_texts(row: dict[str, Any], where: str) -> list[str]:
         ValueError: If a column is missing, or a cell is empty or no text.
     """
     if missing := [name for name in NLI_COLUMNS if name not in row]:
-        raise ValueError(f"{where}: no column {', '.join(missing)}. The columns here are {', '.join(map(str, row))}.")
+        here = cut(", ".join(map(str, row)))
+        raise ValueError(f"{where}: no column {', '.join(missing)}. The columns here are {here}.")
     texts = []
     for name in NLI_COLUMNS:
         text = row[name].strip() if isinstance(row[name], str) else row[name]
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: {name} is {row[name]!r}, must be a text. Mend the line or leave it out.")
+            raise ValueError(f"{where}: {name} is {shown(row[name])}, must be a text. Mend the line or leave it out.")
         texts.append(text)
     return texts

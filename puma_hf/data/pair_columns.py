@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from puma_hf.data.images import IMAGE_SUFFIXES
-from puma_hf.values import nearest
+from puma_hf.modeling.image_inputs_puma import is_image_name
+from puma_hf.values import cut, nearest, shown
 
 Kind = Literal["text", "image", "both"]
 Given: TypeAlias = str | Mapping[str, str]
@@ -158,7 +158,7 @@ def _check_other_images(rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, K
             continue
         if any(_is_image(row.get(name)) for row in rows):
             raise ValueError(
-                f"The column {name!r} holds images, but its name does not tell whose: anchor {sides[0]}; positive "
+                f"The column {shown(name)} holds images, but its name does not tell whose: anchor {sides[0]}; positive "
                 f"{sides[1]}. Name the columns of each side, such as anchor={{'text': ..., 'image': {name!r}}} and "
                 "positive=... (in a command --anchor text=...,image=... --positive ...)."
             )
@@ -166,7 +166,7 @@ def _check_other_images(rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, K
 
 def _is_image(value: Any) -> bool:
     if isinstance(value, str):
-        return value.lower().endswith(IMAGE_SUFFIXES) and "://" not in value
+        return is_image_name(value) and "://" not in value
     return value is not None
 
 
@@ -184,7 +184,7 @@ def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> Kind:
     values = [value for row in rows if (value := row.get(name)) is not None and value != ""]
     if values and isinstance(values[0], Mapping):
         return "both" if {"text", "image"} & set(values[0]) else "image"
-    if values and all(isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES) for value in values):
+    if values and all(isinstance(value, str) and is_image_name(value) for value in values):
         return "image"
     return "image" if _IMAGE_NAME.fullmatch(name.lower()) else "text"
 
@@ -198,8 +198,8 @@ def _given(value: Given, role: str, kinds: Mapping[str, Kind]) -> Part:
         return Part(**{kinds[value]: value})
     if not isinstance(value, Mapping) or not value or not set(value) <= {"text", "image"}:
         raise ValueError(
-            f"{role}={value!r} must be a column, or name columns of text and image: {{'text': ..., 'image': ...}}, in "
-            "a command text=...,image=...."
+            f"{role}={shown(value)} must be a column, or name columns of text and image: {{'text': ..., "
+            "'image': ...}, in a command text=...,image=...."
         )
     for name in value.values():
         _check_column(name, role, kinds)
@@ -209,7 +209,7 @@ def _given(value: Given, role: str, kinds: Mapping[str, Kind]) -> Part:
 def _check_column(name: Any, role: str, kinds: Mapping[str, Kind]) -> None:
     if name not in kinds:
         raise ValueError(
-            f"{role}: there is no column {name!r}; the columns are {', '.join(kinds)}.{nearest(name, kinds)}"
+            f"{role}: there is no column {shown(name)}; the columns are {cut(', '.join(kinds))}.{nearest(name, kinds)}"
         )
 
 
@@ -254,6 +254,6 @@ def _negatives(given: Sequence[Given] | Given | None, kinds: Mapping[str, Kind])
 def _none_found(role: str, kinds: Mapping[str, Kind]) -> str:
     names = (*(ANCHOR_NAMES if role == "anchor" else POSITIVE_NAMES), *CAPTION_NAMES, *IMAGE_NAMES)
     return (
-        f"No column for the {role}: the columns are {', '.join(kinds) or 'none'}. Name it ({role}=..., in a command "
-        f"--{role}), or call it one of {', '.join(names)}."
+        f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}. Name it ({role}=..., in a "
+        f"command --{role}), or call it one of {', '.join(names)}."
     )

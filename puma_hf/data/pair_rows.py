@@ -16,6 +16,7 @@ from puma_hf.data.pair_columns import Given, PairColumns, Part, find_columns
 from puma_hf.data.tables import BadLine, Record, read_table, without_decoding
 from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, modality_of
 from puma_hf.settings import SpecialTokens
+from puma_hf.values import cut, is_unicode, shown
 
 PairSource: TypeAlias = str | Path | datasets.Dataset
 Direction = Literal["text-to-image", "image-to-text", "both"]
@@ -99,7 +100,7 @@ class Offenders:
         return [message for turn in turns for message in turn if message is not None][:NUM_SHOWN]
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
+        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
 
 
 @dataclass
@@ -183,15 +184,23 @@ def _open(source: PairSource, bad_line: BadLine) -> tuple[str, Path | None, Iter
     return str(tables[0] if len(tables) == 1 else path), tables[0].parent, rows_of
 
 
+def named_tables(folder: Path) -> list[Path]:
+    """The files in a folder that are called as tables of its images are."""
+    return [path for path in _table_files(folder) if path.stem.lower() in _TABLE_STEMS]
+
+
+def _table_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
+
+
 def _tables(folder: Path) -> list[Path]:
     """The table that describes a folder of images, or the Parquet files of a dataset."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
-    named = [path for path in files if path.stem.lower() in _TABLE_STEMS]
+    named, files = named_tables(folder), _table_files(folder)
     if len(named) == 1:
         return named
     if not named and files and all(path.suffix.lower() == ".parquet" for path in files):
         return files
-    found = ", ".join(path.name for path in named or files) or "none"
+    found = cut(", ".join(path.name for path in named or files)) or "none"
     raise ValueError(
         f"{folder} must hold one table called {' or '.join(_TABLE_STEMS)} ({', '.join(_TABLE_SUFFIXES)}), or Parquet "
         f"files alone; the tables here: {found}. Name the file."
@@ -205,8 +214,8 @@ def _columns(rows: list[dict[str, Any]], options: PairOptions) -> tuple[PairColu
     in_column = given is not None and given in names
     if given is not None and not in_column and given.isidentifier() and given.isascii():
         raise ValueError(
-            f"instruction={given!r} must be a text of several words or a column; the columns are "
-            f"{', '.join(sorted(map(str, names)))}."
+            f"instruction={shown(given)} must be a text of several words or a column; the columns are "
+            f"{cut(', '.join(sorted(map(str, names))))}."
         )
     found = find_columns(
         rows,
@@ -234,8 +243,8 @@ def _ways(columns: PairColumns, options: PairOptions, instruction: str | None) -
         found = tuple(part.kind for part in (columns.anchor, columns.positive))
         if found not in (wanted, wanted[::-1]):
             raise ValueError(
-                f"direction={direction!r} needs one side of texts and one of images, found {columns}. Leave the "
-                "direction out: the anchor is what asks."
+                f"direction={direction!r} needs one side of texts and one of images, found {cut(str(columns))}. Leave "
+                "the direction out: the anchor is what asks."
             )
         ways = ("forward",) if found == wanted else ("reverse",)
     elif (instruction or columns.instruction) and options.reverse_instruction is None:
@@ -304,7 +313,9 @@ class _RowReader:
     def _struct(self, row: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
         value = row.get(name)
         if value is not None and not isinstance(value, Mapping):
-            self._offenders.add(NO_TEXT, f"{where}: {name} is {value!r}, must have text and image as in other rows.")
+            self._offenders.add(
+                NO_TEXT, f"{where}: {name} is {shown(value)}, must have text and image as in other rows."
+            )
         return value if isinstance(value, Mapping) else {}
 
     def _texts(self, value: Any, what: str, *, several: bool) -> Sequence[str | None]:
@@ -312,14 +323,16 @@ class _RowReader:
         for one in values:
             if one is not None and not isinstance(one, str):
                 remedy = "Give each negative a column of its own." if isinstance(one, list) else "Convert the column."
-                self._offenders.add(NO_TEXT, f"{what} is {one!r}, must be a text or null. {remedy}")
+                self._offenders.add(NO_TEXT, f"{what} is {shown(one)}, must be a text or null. {remedy}")
                 return []
-            if one is not None and not _is_unicode(one):
-                self._offenders.add(NO_TEXT, f"{what} is {one!r}, which holds half a character. Mend its encoding.")
+            if one is not None and not is_unicode(one):
+                self._offenders.add(
+                    NO_TEXT, f"{what} is {shown(one)}, which holds half a character. Mend its encoding."
+                )
                 return []
             if one is not None and self._refuses_special_tokens and (found := SPECIAL_TOKEN.search(one)):
                 remedy = "Remove it, or read it as text (special_tokens='split', in a command --special-tokens split)."
-                self._offenders.add(SPECIAL, f"{what} holds the special token {found[0]!r}. {remedy}")
+                self._offenders.add(SPECIAL, f"{what} is {shown(one)} with the special token {found[0]!r}. {remedy}")
                 return []
         return [one.strip() for one in values if one is not None and one.strip()]
 
@@ -346,12 +359,3 @@ class _RowReader:
             value = struct.get("instruction") if isinstance(struct, Mapping) else None
         texts = self._texts(value, f"{where}: instruction", several=False)
         return texts[0] if texts else None
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; JSON may hold half a character of two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from puma_hf.data.sampler import LOOKED_AT_PER_ROW, DistinctPositivesBatchSampler, Unit
+from puma_hf.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def _check_columns(rows: Any) -> None:
         feature = rows.features.get(name)
         if not isinstance(feature, dict) or not {"text", "image"} <= set(feature):
             raise ValueError(
-                f"The column {name!r} is {feature!r}, must be structs of text and image as load_mbeir makes them; "
+                f"The column {name!r} is {shown(feature)}, must be structs of text and image as load_mbeir makes them; "
                 "pass group keys of your own to TwinBatchSampler instead."
             )
 

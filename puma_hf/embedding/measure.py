@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from puma_hf.modeling.image_inputs_puma import is_image_reference
+from puma_hf.modeling.image_inputs_puma import is_image_reference, open_image
 
 DEFAULT_IMAGE_TOKENS = 512.0  # of an image of unknown size; one of 640 x 640 pixels has 529
 _DEFAULT_BYTES_PER_TOKEN = 4.0  # English prose
@@ -102,7 +102,7 @@ def image_size(image: Any, open_files: bool) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(image) as opened:
+            with open_image(image) as opened:
                 return opened.height, opened.width
     except Exception:  # the processor will say what is wrong with it
         return None

@@ -17,6 +17,7 @@ from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
 from puma_hf.embedding.unfinished import UnfinishedShard
 from puma_hf.settings import processing_of
 from puma_hf.termination import sigterm_waits, stop_if_sigterm
+from puma_hf.values import shown
 
 _SHOWN = 5
 _PLACE = re.compile(r"^inputs\[\d+\]: ")  # in a shard, which says nothing to who knows ids
@@ -47,11 +48,15 @@ def embed_records(
     dim = embedding_dim(model, config)
     rows = Collector(len(records), dim, "float32")
     errors: list[BrokenInput] = []
-    todo = np.arange(len(records))
+    bad = [place for place, record in enumerate(records) if record.problem is not None]
+    errors += [BrokenInput(place, str(records[place].problem)) for place in bad]
+    if config.on_error == "zero":
+        rows.add(torch.tensor(bad, dtype=torch.int64), torch.zeros(len(bad), dim))
+    todo = np.delete(np.arange(len(records)), bad)
     if unfinished is not None:
         places, done = unfinished.load(dim)
         rows.add(torch.from_numpy(places), torch.from_numpy(done))
-        todo = np.delete(todo, places)
+        todo = np.setdiff1d(todo, places)
     if progress is not None and len(todo) < len(records):
         expect_less(progress, len(records) - len(todo))
     batches = iterate_embeddings(
@@ -103,15 +108,15 @@ def _check_finite(result: EmbedResult, records: Sequence[Record]) -> None:
     if bad:
         names = [records[result.indices[place]].id for place in bad[:_SHOWN]]
         raise ValueError(
-            f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first {names}. Look at "
-            "these inputs, or load the weights as bfloat16 or float32 instead of float16."
+            f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first {shown(names)}. Look "
+            "at these inputs, or load the weights as bfloat16 or float32 instead of float16."
         )
 
 
 def _broken_record(record: Record, message: str) -> str:
     reason = _PLACE.sub("", message).rstrip(".")
     return (
-        f"Input {record.id!r} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
+        f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
         "again, which goes on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is "
         "broken."
     )

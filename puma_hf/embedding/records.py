@@ -1,6 +1,7 @@
 """What a corpus holds, read as a stream: a folder of images, a table, or a pool in M-BEIR's layout.
 
-Memory does not grow with the corpus, but for a .json that is one list, and the names of the files of one folder.
+Memory does not grow with the corpus, but for a .json that is one list, the names of the files of one folder, and
+eight bytes for every id.
 """
 
 from __future__ import annotations
@@ -10,35 +11,27 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow  # type: ignore[import-untyped]
-from pyarrow import parquet
+import numpy as np
 
-from puma_hf.data.images import IMAGE_SUFFIXES
-from puma_hf.data.mbeir_format import ImageFinder, location, parse_candidate, read_jsonl
-from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
+from puma_hf.data.corpus import COLUMNS, LeftOut, image_files, image_table, item_lines
+from puma_hf.data.mbeir_format import ImageFinder, is_mbeir, parse_candidate
+from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems, check_is_file
 from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.tables import read_table
+from puma_hf.data.tables import Line, read_lines
+from puma_hf.embedding.config import OnError
+from puma_hf.values import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
 
-CONTENT = ("text", "image", "instruction")
 GLOBAL_POOL = "global"
-_ROWS_AT_ONCE = 64  # of a Parquet file: images may be inside
 _HASH_BYTES = 16
-
-
-class Line(NamedTuple):
-    """A line of a corpus before it is checked: how errors name it, and its columns."""
-
-    where: str
-    columns: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +44,7 @@ class Record:
         text: Its text, or None.
         image: Absolute path of its image, the bytes of the image, or None.
         instruction: Its own instruction, or None.
+        problem: What is wrong with its line, which then holds nothing; None of a good one.
     """
 
     row: int
@@ -58,6 +52,7 @@ class Record:
     text: str | None = None
     image: str | bytes | None = None
     instruction: str | None = None
+    problem: str | None = None
 
     @property
     def model_input(self) -> dict[str, Any]:
@@ -87,7 +82,10 @@ class _Images(ImageFinder):
         try:
             return super().find(path, where)
         except FileNotFoundError:
-            return os.path.join(self.root, path)
+            full = os.path.join(self.root, path)
+            if os.path.exists(full):
+                raise  # a folder, or a pipe, which nobody may open
+            return full
 
 
 class Corpus(ABC):
@@ -98,21 +96,39 @@ class Corpus(ABC):
         root: The folder that its images are below.
     """
 
+    has_ids = True  # of its own: else they cannot come twice
+    on_error: OnError = "raise"  # what to do about wrong lines; but for "raise" they become records with a problem
+
     def __init__(self, path: Path, root: Path) -> None:
         self.path = path
         self._images = _Images(root)
 
     @abstractmethod
-    def lines(self, problems: Problems | None = None) -> Iterator[Line]:
-        """The lines, not checked yet; broken ones are counted in `problems`, or raised."""
+    def lines(self) -> Iterator[Line]:
+        """The lines, not checked yet."""
 
     @abstractmethod
+    def _record(self, row: int, line: Line) -> Record:
+        """A line that could be read, checked."""
+
     def record(self, row: int, line: Line) -> Record:
         """A line, checked. That its image is there is not checked.
 
         Raises:
-            ValueError: If a field is not what it must be; the message names the line.
+            FileNotFoundError: If its image is no regular file, and `on_error` is "raise".
+            ValueError: If a field is not what it must be, likewise; the message names the line.
         """
+        try:
+            return self._checked(row, line)
+        except (MBEIRFormatError, FileNotFoundError) as error:
+            if self.on_error == "raise":
+                raise
+            return Record(row, str(row), problem=str(error))
+
+    def _checked(self, row: int, line: Line) -> Record:
+        if line.error is not None:
+            raise MBEIRFormatError(str(line.error), "broken line")
+        return self._record(row, line)
 
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
         """Read the corpus once to count it, and to find all wrong lines before a model is loaded.
@@ -122,28 +138,47 @@ class Corpus(ABC):
             seed: Seed of that choice.
 
         Raises:
-            ValueError: If lines are wrong; all of them are counted.
+            ValueError: If lines are wrong, and `on_error` is "raise" or none is right; all of them are counted.
         """
         generator = random.Random(seed)
         sample: list[tuple[int, Line]] = []
         num_items = 0
+        ids = array("q")
+        problems = Problems(self.path)
         self._images.look = False
         try:
-            with Problems(self.path) as problems:
-                for row, line in enumerate(self.lines(problems)):
-                    problems.attempt(self.record, row, line)
-                    num_items += 1
-                    # Every set of so many lines is drawn with the same probability, and only those are kept.
-                    place = row if row < sample_size else generator.randint(0, row)
-                    if row < sample_size:
-                        sample.append((row, line))
-                    elif place < sample_size:
-                        sample[place] = (row, line)
+            for row, line in enumerate(self.lines()):
+                record = problems.attempt(self._checked, row, line)
+                num_items += 1
+                if record is not None and self.has_ids:
+                    ids.append(hash(record.id))
+                # Every set of so many lines is drawn with the same probability, and only those are kept.
+                place = row if row < sample_size else generator.randint(0, row)
+                if row < sample_size:
+                    sample.append((row, line))
+                elif place < sample_size:
+                    sample[place] = (row, line)
         finally:
             self._images.look = True
         if not num_items:
             raise ValueError(f"{self.path} holds no inputs. Name one with at least one text or image.")
+        if problems:
+            if self.on_error == "raise" or problems.counts.total() == num_items:
+                raise problems.report()
+            logger.warning("%s\nThese lines are passed over (on_error=%r).", problems.report(), self.on_error)
+        self._warn_of_repeated(ids)
         return Survey(num_items, [self.record(row, line) for row, line in sorted(sample, key=lambda pair: pair[0])])
+
+    def _warn_of_repeated(self, ids: array[int]) -> None:
+        values, counts = np.unique(np.frombuffer(ids, np.int64), return_counts=True)
+        if repeated := set(values[counts > 1].tolist()):
+            records = (self.record(row, line) for row, line in enumerate(self.lines()))
+            logger.warning(
+                "%d ids are of several items (first: %s). Answers are told apart, but a database that replaces items "
+                "by their ids keeps one of each. Give every item its own, or leave the column id out.",
+                len(repeated),
+                next(shown(record.id) for record in records if hash(record.id) in repeated),
+            )
 
     def content_hash(self, record: Record) -> str:
         """A name for what a model sees of a record: text, instruction, and of an image path, size and time of change.
@@ -173,57 +208,50 @@ class Survey(NamedTuple):
 
 
 class TableCorpus(Corpus):
-    """The rows of a file with columns among id, text, image and instruction; others are ignored.
+    """The rows of a file with columns among id, text, image and instruction, or what `item_lines` takes for them.
 
-    Images are paths below the folder of the file, or inside of a .parquet. Without ids a row's number, from 0, is
-    its id.
+    Others are ignored. Images are paths below the folder of the file, or inside of a .parquet. Without ids a row's
+    number, from 0, is its id.
 
     Args:
         path: A file that `puma_hf.data.tables.read_table` reads.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, is empty, or its first line has neither text nor image.
+        ValueError: If it is of another kind, is empty, or its first good line has neither text nor image.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, path.parent)
-        with Problems(path) as problems:
-            first = next(self.lines(problems), None)
+        error = ValueError(f"{path} holds no inputs. Name a file with at least one text or image.")
+        first = next((line for line in self.lines() if line.error is None), None)
         if first is None:
-            raise ValueError(f"{path} holds no inputs. Name a file with at least one text or image.")
+            raise next((line.error for line in self.lines() if line.error), error)
         columns = list(first.columns)
         if not {"text", "image"}.intersection(columns):
             raise ValueError(
-                f"{path}: no column text or image. The columns here are {', '.join(map(str, columns)) or 'none'}: "
+                f"{path}: no column text or image. The columns here are {cut(', '.join(map(str, columns))) or 'none'}: "
                 "rename those that hold them."
             )
-        self._has_ids = "id" in columns
-        if ignored := [name for name in columns if name not in ("id", *CONTENT)]:
-            logger.info("%s: ignored the columns %s", path, ", ".join(map(str, ignored)))
+        self.has_ids = "id" in columns
+        if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
+            logger.info("%s: ignored the columns %s", path, cut(", ".join(map(str, ignored))))
 
-    def lines(self, problems: Problems | None = None) -> Iterator[Line]:
-        if self.path.suffix.lower() == ".parquet" and self.path.is_file():
-            return _parquet_lines(self.path)
+    def lines(self) -> Iterator[Line]:
+        return item_lines(self.path)
 
-        def bad_line(error: ValueError) -> None:
-            if problems is None:
-                raise error
-            problems.add(MBEIRFormatError(str(error), "broken line"))
-
-        return (Line(*row) for row in read_table(self.path, bad_line))
-
-    def record(self, row: int, line: Line) -> Record:
+    def _record(self, row: int, line: Line) -> Record:
         text, instruction = (_text(line, name) for name in ("text", "instruction"))
         return Record(row, self._id(row, line), text, self._image(line), instruction)
 
     def _id(self, row: int, line: Line) -> str:
         value = line.columns.get("id")
-        if not self._has_ids and value is None:
+        if not self.has_ids and value is None:
             return str(row)
-        if not self._has_ids or isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        is_id = isinstance(value, str | int) and not isinstance(value, bool) and value != "" and is_unicode(str(value))
+        if not self.has_ids or not is_id:
             raise MBEIRFormatError(
-                f"{line.where}: id is {value!r}, must be a text or a whole number. Give every row one, or none.",
+                f"{line.where}: id is {shown(value)}, must be a text or a whole number. Give every row one, or none.",
                 "wrong id",
             )
         return str(value)
@@ -236,53 +264,40 @@ class TableCorpus(Corpus):
             return value or None
         if not isinstance(value, str) or "://" in value:
             raise MBEIRFormatError(
-                f"{line.where}: image is {value!r}, must be the path of a file below {self._images.root}. Download "
-                "images first, or call puma_hf.embed with a loader of your own.",
+                f"{line.where}: image is {shown(value)}, must be the path of a file below {self._images.root}. "
+                "Download images first, or call puma_hf.embed with a loader of your own.",
                 "wrong image",
             )
         return self._images.find(value, line.where)
 
 
 class ImageFolder(Corpus):
-    """Every image below a folder, by name; its path below the folder is its id. Hidden files are left out.
+    """Every image below a folder, as `image_files` finds them; its path below the folder is its id.
 
     Args:
         path: The folder.
     """
 
+    has_ids = False
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, path)
-        self._left_out: Counter[str] = Counter()
         if next(self.lines(), None) is None:
-            raise ValueError(
-                f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and is no M-BEIR folder, which has query/ and "
-                "cand_pool/. Name a folder of images, or a file."
-            )
+            raise self._left_out.no_images(path)
 
-    def lines(self, problems: Problems | None = None) -> Iterator[Line]:
-        self._left_out.clear()
-        for parent, names, files in os.walk(self.path):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            # They are not followed: two may lead into each other.
-            self._left_out["linked folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in names)
-            for name in sorted(files):
-                if name.startswith("."):
-                    continue
-                if name.lower().endswith(IMAGE_SUFFIXES):
-                    path = os.path.join(parent, name)
-                    yield Line(path, {"image": os.path.relpath(path, self.path)})
-                else:
-                    self._left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
+    def lines(self) -> Iterator[Line]:
+        self._left_out = LeftOut()
+        for name in image_files(self.path, self._left_out):
+            yield Line(os.path.join(self.path, name), {"image": name})
 
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
         found = super().survey(sample_size, seed)
-        if kinds := ", ".join(f"{count} x {kind}" for kind, count in self._left_out.most_common() if count):
-            logger.info("%s: left out what is no image here: %s", self.path, kinds)
+        self._left_out.tell(self.path)
         return found
 
-    def record(self, row: int, line: Line) -> Record:
+    def _record(self, row: int, line: Line) -> Record:
         name = line.columns["image"]
-        return Record(row, Path(name).as_posix(), image=self._images.find(name, line.where))
+        return Record(row, Path(name).as_posix(), image=os.path.join(self._images.root, name))
 
 
 class PoolCorpus(Corpus):
@@ -306,10 +321,11 @@ class PoolCorpus(Corpus):
         file = data.local_pool_path(tasks[pool], split) if tasks else data.global_pool_path(split)
         super().__init__(file, data.image_root)
 
-    def lines(self, problems: Problems | None = None) -> Iterator[Line]:
-        return (Line(location(self.path, line), record) for line, record in read_jsonl(self.path, problems))
+    def lines(self) -> Iterator[Line]:
+        check_is_file(self.path)
+        return read_lines(self.path)
 
-    def record(self, row: int, line: Line) -> Record:
+    def _record(self, row: int, line: Line) -> Record:
         candidate = parse_candidate(line.columns, line.where, self._images)
         return Record(row, candidate.did, candidate.text, candidate.image)
 
@@ -319,13 +335,17 @@ def input_hash(records: Sequence[Record], content_hashes: Sequence[str]) -> str:
     return _hash([[record.id, content] for record, content in zip(records, content_hashes, strict=True)])
 
 
-def open_corpus(data: str | Path, *, split: str = "test", pool: str = GLOBAL_POOL) -> Corpus:
+def open_corpus(
+    data: str | Path, *, split: str = "test", pool: str = GLOBAL_POOL, on_error: OnError = "raise"
+) -> Corpus:
     """Find out what kind of corpus a path is.
 
     Args:
-        data: A folder of images, a table, or a folder in M-BEIR's layout.
+        data: A folder of images, which a table may describe (see `image_table`), a table, or a folder in M-BEIR's
+            layout.
         split: Split of the latter.
         pool: Its pool, "global" or a task's name such as "webqa_task1".
+        on_error: What to do about wrong lines: raise, or make records of them that say what is wrong.
 
     Raises:
         FileNotFoundError: If it, or the pool, is not there.
@@ -346,38 +366,24 @@ def open_corpus(data: str | Path, *, split: str = "test", pool: str = GLOBAL_POO
     ```
     """
     path = Path(data)
-    if path.is_file():
-        return TableCorpus(path)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise FileNotFoundError(f"{str(data)!r} is neither a file nor a folder. Check the path.")
-    is_mbeir = (path / "query").is_dir() or (path / "cand_pool").is_dir()
-    return PoolCorpus(path, split, pool) if is_mbeir else ImageFolder(path)
+    corpus: Corpus
+    if path.is_dir() and is_mbeir(path):
+        corpus = PoolCorpus(path, split, pool)
+    else:
+        table = path if path.is_file() else image_table(path)
+        corpus = ImageFolder(path) if table is None else TableCorpus(table)
+    corpus.on_error = on_error
+    return corpus
 
 
 def _hash(values: Sequence[Any]) -> str:
     return blake2b(json.dumps(values).encode(), digest_size=_HASH_BYTES).hexdigest()
 
 
-def _parquet_lines(path: Path) -> Iterator[Line]:
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            wanted = [name for name in file.schema_arrow.names if name in ("id", *CONTENT)]
-            number = 0
-            # Columns that are not wanted are not read; if none is, the error names what there is.
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Line(f"{path}, row {number}", row)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise MBEIRFormatError(
-            f"{path} cannot be read as Parquet ({error}). Was the download cut off?", "cut file"
-        ) from error
-
-
 def _text(line: Line, name: str) -> str | None:
     value = line.columns.get(name)
     if value is not None and not isinstance(value, str):
-        raise MBEIRFormatError(f"{line.where}: {name} is {value!r}, must be a text or null.", "wrong field")
+        raise MBEIRFormatError(f"{line.where}: {name} is {shown(value)}, must be a text or null.", "wrong field")
     return value if value and value.strip() else None

@@ -112,7 +112,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     for note in config.notes():
         logger.warning(note)
     with locked_for_all(config.output):
-        corpus = open_corpus(config.data, split=config.split, pool=config.pool)
+        corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
         is_main = connect()[0] == 0
         survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if is_main else None

@@ -113,8 +113,9 @@ def _module_settings(module: nn.Module) -> dict[str, Any]:
     settings["chat_template"] = _get(processor, "chat_template")
     settings["max_seq_length"] = _get(module, "max_seq_length")
     for name in ("image_processor", "video_processor"):
-        if callable(to_dict := _get(_get(processor, name), "to_dict")):
-            settings[name] = to_dict()
+        part = _get(processor, name)  # without torchvision a PUMA processor's video part is its settings
+        if isinstance(part, dict) or callable(_get(part, "to_dict")):
+            settings[name] = part if isinstance(part, dict) else part.to_dict()
     if tokenizer is not None:
         settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
         settings["vocabulary"] = _vocabulary(tokenizer)

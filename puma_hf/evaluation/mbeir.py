@@ -81,8 +81,9 @@ def evaluate_mbeir(
         batch_size: Batch size of `encode`.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
-            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere. Results of another evaluation
-            that are there are replaced, with a warning before the work begins.
+            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`, and for UniIR's scripts
+            `qrels_uniir/<pool>/<task>.txt`; None for nowhere. Results of another evaluation that are there are
+            replaced, with a warning before the work begins.
         embedding_dtype: Data type that embeddings are stored in.
         search_device: Device of the search; None for the GPU, if there is one and the backend is torch.
         search_backend: "torch", or "faiss" if it is installed; the results are the same.
@@ -225,7 +226,8 @@ def _add(
     logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
     if output is not None:
         write_run(output / "runs" / row.pool / f"{search.task.name}.trec", ranked)
-        write_qrels(output / "qrels" / row.pool / f"{search.task.name}.txt", search.relevance, row.task_id)
+        for folder, task_id in (("qrels", None), ("qrels_uniir", row.task_id)):
+            write_qrels(output / folder / row.pool / f"{search.task.name}.txt", search.relevance, task_id)
 
 
 def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Sequence[Search]) -> None:

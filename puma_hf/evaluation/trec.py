@@ -1,7 +1,8 @@
-"""TREC's files: rankings as trec_eval reads them, and relevance judgements in M-BEIR's form.
+"""TREC's files: rankings and relevance judgements as trec_eval reads them, and judgements in M-BEIR's form.
 
-A run has lines `qid Q0 did rank score tag`, qrels have lines `qid 0 did relevance task_id`, as in UniIR (Wei et al.,
-ECCV 2024, arXiv 2311.17136). trec_eval reads the first four fields of qrels and overlooks the fifth.
+A run has lines `qid Q0 did rank score tag`, qrels have lines `qid 0 did relevance`. Those of UniIR (Wei et al., ECCV
+2024, arXiv 2311.17136) end in a fifth field, `task_id`, which its scripts need and trec_eval, pytrec_eval and ranx
+refuse.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from puma_hf.evaluation.mbeir_results import written_whole
 
 TAG = "puma-hf"
 _STEP = 2.0**-30  # the steps that cosines are compared in
-_RUN_FIELDS, _QRELS_FIELDS = 6, 5
+_RUN_FIELDS, _QRELS_FIELDS = (6,), (4, 5)
 
 
 def falling_scores(scores: Sequence[float]) -> list[float]:
@@ -90,26 +91,27 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     return {qid: dict(sorted(scores.items(), key=lambda pair: -pair[1])) for qid, scores in found.items()}
 
 
-def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]], task_id: int) -> None:
-    """Write relevance judgements in M-BEIR's form, whole or not at all.
+def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]], task_id: int | None = None) -> None:
+    """Write relevance judgements for trec_eval, or in M-BEIR's form, whole or not at all.
 
     Args:
         path: The file; its folder is made if need be.
         relevance: For each qid, the relevance of each did.
-        task_id: M-BEIR's task number, the last word of each line.
+        task_id: M-BEIR's task number, the last word of each line in UniIR's files; None for trec_eval's.
 
     Example:
-        >>> write_qrels("qrels/webqa.txt", {"2:1": {"2:7": 1}}, 1)
+        >>> write_qrels("qrels/webqa.txt", {"2:1": {"2:7": 1}})
         >>> print(open("qrels/webqa.txt").read(), end="")
-        2:1 0 2:7 1 1
+        2:1 0 2:7 1
     """
+    end = "" if task_id is None else f" {task_id}"
     with written_whole(path) as file:
         for qid, judged in relevance.items():
-            file.writelines(f"{qid} 0 {did} {gain} {task_id}\n" for did, gain in judged.items())
+            file.writelines(f"{qid} 0 {did} {gain}{end}\n" for did, gain in judged.items())
 
 
 def read_qrels_file(path: str | Path) -> dict[str, dict[str, int]]:
-    """Relevance judgements that `write_qrels` wrote; `puma_hf.data.MBEIR.qrels` also checks the ids.
+    """Relevance judgements that `write_qrels` wrote, in either form; `puma_hf.data.MBEIR.qrels` also checks the ids.
 
     Args:
         path: The file.
@@ -122,20 +124,20 @@ def read_qrels_file(path: str | Path) -> dict[str, dict[str, int]]:
         MBEIRFormatError: If a line is malformed.
     """
     found: dict[str, dict[str, int]] = {}
-    for where, fields in _lines(Path(path), _QRELS_FIELDS, "qid 0 did relevance task_id"):
+    for where, fields in _lines(Path(path), _QRELS_FIELDS, "qid 0 did relevance [task_id]"):
         if not fields[3].isdecimal():
             raise MBEIRFormatError(f"{where}: relevance is {fields[3]!r}, must be a whole number of 0 or more")
         found.setdefault(fields[0], {})[fields[2]] = int(fields[3])
     return found
 
 
-def _lines(path: Path, num_fields: int, form: str) -> Iterator[tuple[str, list[str]]]:
+def _lines(path: Path, num_fields: tuple[int, ...], form: str) -> Iterator[tuple[str, list[str]]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             fields = line.split()
-            if len(fields) != num_fields:
+            if len(fields) not in num_fields:
                 raise MBEIRFormatError(f"{location(path, number)}: expected '{form}', got {line.rstrip()!r}")
             yield location(path, number), fields
 

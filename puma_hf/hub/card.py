@@ -10,13 +10,14 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, named_base, write_whole
 from puma_hf.hub.card_facts import read_facts
 from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_mapping, read_results
 from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.hub.card_table import card_table, made_from
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import TAGS, fill_template
+from puma_hf.limits import told_limits
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def make_card(
     folder = Path(directory)
     options = options or CardOptions()
     is_adapter = is_adapter_directory(directory)
+    if is_adapter:
+        read_mapping(folder / ADAPTER_CONFIG)  # or it raises, which names what is damaged
     # A Hub id is a path to nowhere here, so nothing is known of that base.
-    base = Path(str(read_mapping(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))) if is_adapter else folder
+    base = Path(named_base(folder) or folder) if is_adapter else folder
     facts = read_facts(base) if (base / "config.json").is_file() else {}
     model = MeasuredModel(
         folder,
@@ -147,7 +150,7 @@ def make_card(
         results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
         not_measured=not_measured(found, is_counted=not is_adapter, is_trained=training != UNTRAINED),
         licences=_licences(options, base_model),
-        **{**facts, "source": named},
+        **{**facts, "source": named, "limits": told_limits(folder)},
     )
     return Card(text, found.files)
 

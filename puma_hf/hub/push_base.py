@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from puma_hf.files import ADAPTER_CONFIG, BASE_FILE
+from puma_hf.files import ADAPTER_CONFIG, BASE_FILE, named_base
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.push_files import PushFiles, read_json
 
@@ -56,7 +56,7 @@ def read_base(files: PushFiles, base_model: str | None) -> AdapterBase:
     settings = read_json(files.directory / ADAPTER_CONFIG)
     if not isinstance(settings, dict):
         raise ValueError(f"{ADAPTER_CONFIG} must hold names with values, not {type(settings).__name__}. Train again.")
-    base = str(settings.get("base_model_name_or_path") or "")
+    base = named_base(files.directory)
     local = Path(base) if base and Path(base).is_dir() else None
     if base_model is None and (local is not None or not is_hub_id(base)):
         raise ValueError(

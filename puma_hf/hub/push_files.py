@@ -45,6 +45,7 @@ _LEFT_OUT = (
     ".gitattributes",  # the Hub has its own
     *(".DS_Store", "Thumbs.db", "desktop.ini"),  # what macOS and Windows leave in a folder that was looked at
 )
+_TRAINING_ARGUMENTS = "training_args.bin"  # a pickle, which the Trainer puts into each save
 _LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|__pycache__|\.cache")  # the last is what a download leaves
 _SECRET_NAMES = (
     *(".env*", "*token*", "*secret*", "*credential*", "*password*", "*.key", "*.pem", "*.p12", "*.pfx"),
@@ -89,7 +90,9 @@ def files_to_push(directory: str | Path) -> PushFiles:
     allowed = {*_EITHER, *_weight_files(folder, is_adapter), *_code_files(folder)}
     chosen, left_out, bad = [], [], []
     for path in sorted(folder.iterdir()):
-        if problem := _problem(path):
+        if path.name == _TRAINING_ARGUMENTS:
+            left_out.append(path.name)
+        elif problem := _problem(path):
             bad.append(f"{path.name}: {problem}")
         elif path.name == CARD and path.is_file():
             continue  # it is written anew

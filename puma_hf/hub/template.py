@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from puma_hf.hub.names import is_hub_id
 from puma_hf.modeling import PumaConfig
 
-_TEMPLATE = Path(__file__).with_name("hub_card.md")
+_TEMPLATE = Path(__file__).with_name("hub_card.md")  # where a wheel has it
+if not _TEMPLATE.is_file():
+    _TEMPLATE = Path(__file__).parents[2] / "hub_card.md"  # at the root of the repository, as in an editable install
 TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers", "custom_code")
 
 

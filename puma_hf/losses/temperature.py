@@ -303,7 +303,12 @@ def add_temperature_schedule(trainer: BaseTrainer) -> TemperatureScheduleCallbac
         add_temperature_schedule(trainer)
         trainer.train()
     """
-    callback = TemperatureScheduleCallback(getattr(trainer, "loss", None) or {})
+    if getattr(trainer, "loss", None) is None:
+        raise ValueError(
+            f"A {type(trainer).__name__} has no attribute loss, of which the schedule would be read. Name the loss: "
+            "trainer.add_callback(TemperatureScheduleCallback(loss))."
+        )
+    callback = TemperatureScheduleCallback(trainer.loss)
     callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
     for known in callbacks:
         if isinstance(known, TemperatureScheduleCallback):

@@ -200,7 +200,7 @@ def _join_texts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
-    values = value if isinstance(value, (list, tuple)) else [value]
+    values = value if isinstance(value, (list, tuple)) and not (kind == "video" and _is_frames(value)) else [value]
     if kind == "text":
         for text in values:
             if not isinstance(text, str) or not text.strip():
@@ -210,6 +210,11 @@ def _content(kind: str, value: Any, where: str) -> list[dict[str, Any]]:
             _check_unicode(text, where)
         return [{"type": "text", "text": text} for text in values]
     return [{"type": kind, kind: load_rgb_image(one, where) if kind == "image" else one} for one in values]
+
+
+def _is_frames(values: Any) -> bool:
+    """Whether a list is one video and not many: pictures are frames."""
+    return bool(values) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in values)
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
@@ -85,6 +87,11 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
 class PumaModelMixin(_MixinBase):
     """What makes a backbone a PUMA model: loading without the dropped layers, and the `[RET]` embedding."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Not inherited: a class of the user's may be in a notebook, whose code no save can copy.
+        cls._auto_class = None
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         # What pruning drops is expected in an original checkpoint: neither read nor reported.
@@ -121,7 +128,6 @@ class PumaModelMixin(_MixinBase):
                 ) from error
             raise
         model, info = loaded
-        family = model.config_class.source_name
         source = str(pretrained_model_name_or_path)
         if info["mismatched_keys"] and not allow_mismatch:
             name, found, needed = sorted(info["mismatched_keys"])[0]
@@ -130,17 +136,25 @@ class PumaModelMixin(_MixinBase):
                 f"config.json says (first: {name}, {tuple(found)} instead of {tuple(needed)}). Weights and "
                 "configuration are of different models: download the checkpoint again."
             )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{source!r} lacks {len(missing)} of the tensors that a {family} with "
-                f"{model.config.num_kept_layers} layers needs (first: {', '.join(missing[:3])}). The "
-                "checkpoint is incomplete or of another architecture: download it again, or choose a "
-                f"{family} checkpoint."
-            )
+        _check_missing(model, set(info["missing_keys"]), source)
         # Saved files carry this model's own names, whatever layout was read.
         model._weight_conversions = []
         return (model, info) if return_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as `PreTrainedModel.save_pretrained` does, with the code that opens it.
+
+        A subclass that was not given to `register_for_auto_class` is saved with the code of the class it is made
+        from, and `AutoModel` opens it as that; its own tensors are saved too.
+        """
+        if self._auto_class is None:
+            source_class = _source_class(self)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(source_class, save_directory)
+            name = f"{source_class.__module__.rpartition('.')[2]}.{source_class.__name__}"
+            config: Any = self.config
+            config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoModel": name}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,
@@ -281,6 +295,42 @@ class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
 MODEL_CLASSES: dict[Any, Any] = {
     model_class.config_class: model_class for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel)
 }
+
+
+def _source_class(model: Any) -> Any:
+    """The class of this file that a model is of, or that its class is made from."""
+    return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
+
+
+def _check_missing(model: Any, missing: set[str], source: str) -> None:
+    """Raise a ValueError if a tensor of the family was not loaded, or one of an adapter.
+
+    Those that a subclass adds are new where a checkpoint has none: transformers has reported and initialised them.
+    """
+    has_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    if adapter := sorted(name for name in missing if has_adapter and ".lora_" in name):
+        is_dora = any("lora_magnitude_vector" in name for name in adapter)
+        raise ValueError(
+            f"{len(adapter)} tensors of the adapter of {source!r} were not loaded (first: {adapter[0]}). "
+            + (
+                "transformers cannot load DoRA: use peft.PeftModel.from_pretrained(PumaModel.from_pretrained(base), "
+                "adapter), or merge the adapter into its base first (puma-hf merge)."
+                if is_dora
+                else "The adapter is incomplete or belongs to another base: copy it again, or train it again."
+            )
+        )
+    if not missing:
+        return
+    with torch.device("meta"):
+        lacking = sorted(missing & set(_source_class(model)(model.config).state_dict()))
+    if lacking:
+        family = model.config_class.source_name
+        raise ValueError(
+            f"{source!r} lacks {len(lacking)} of the tensors that a {family} with "
+            f"{model.config.num_kept_layers} layers needs (first: {', '.join(lacking[:3])}). The "
+            "checkpoint is incomplete or of another architecture: download it again, or choose a "
+            f"{family} checkpoint."
+        )
 
 
 __all__ = ["PumaModel", "PumaModelOutput", "PumaQwen3VLModel", "PumaQwen25VLModel", "last_token_state"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Qwen2VLProcessor
+from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
 from .chat_rendering_puma import render
@@ -24,7 +24,8 @@ from .messages_puma import (
     text_items,
     to_messages,
 )
-from .sentence_transformers_files_puma import write_sentence_transformers_files
+from .sentence_transformers_files_puma import read_sentence_transformers_settings, write_sentence_transformers_files
+from .video_puma import read_frames, video_part
 
 RET_TOKEN = "[RET]"
 
@@ -39,7 +40,8 @@ class PumaProcessor(Qwen2VLProcessor):
     Args:
         image_processor: A Qwen2-VL image processor.
         tokenizer: A Qwen2 tokenizer that holds `[RET]`.
-        video_processor: A Qwen2-VL video processor, or `None` without torchvision.
+        video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
+            torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
 
     Example:
@@ -56,6 +58,9 @@ class PumaProcessor(Qwen2VLProcessor):
     Source: PUMA, ACM MM 2025, arXiv 2507.08064; LamRA for the wording of the prompt.
     """
 
+    sentence_transformers_settings: dict[str, Any] | None = None  # of the directory it was loaded from
+    _takes_video = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -64,20 +69,38 @@ class PumaProcessor(Qwen2VLProcessor):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        arguments = [image_processor, tokenizer]
-        if "video_processor" in type(self).get_attributes():
-            arguments.append(video_processor)
-        super().__init__(*arguments, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[misc]
+        if self._takes_video:
+            self.video_processor = video_part(video_processor, image_processor)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Parts of the processor: the video processor is one only where torchvision can run it."""
-        return [name for name in super().get_attributes() if name != "video_processor" or is_torchvision_available()]
+        """Parts that transformers opens: the video processor, which needs torchvision, is made from its settings."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a processor, with the prompts of its directory, which a save writes again."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor.sentence_transformers_settings = read_sentence_transformers_settings(
+            pretrained_model_name_or_path, **kwargs
+        )
+        return loaded
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
-        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        write_sentence_transformers_files(Path(save_directory), None, overwrite=False)
+        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it.
+
+        Raises:
+            FileNotFoundError: If the code of the SentenceTransformer module is not beside the processor's.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = self.sentence_transformers_settings
+        write_sentence_transformers_files(folder, None, settings=settings, overwrite=False)
+        saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        if push_to_hub:  # transformers would upload what it wrote itself, and mean pooling would be read from the rest
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return saved
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
@@ -115,8 +138,9 @@ class PumaProcessor(Qwen2VLProcessor):
         Args:
             inputs: A list, or another collection in order, such as a column. Each input is a string, an image (PIL,
                 path, URL, bytes, array), a dict with any of the keys "text", "image", "video" (a value or a list of
-                values) and "instruction", or a list of chat messages, written as for Qwen, transformers or OpenAI. In
-                a dict media come before the text, whatever the order of its keys; `None` values are ignored.
+                values) and "instruction", or a list of chat messages, written as for Qwen, transformers or OpenAI. A
+                video is a path, URL, the bytes of a file, an array of frames, or a list of images. In a dict media
+                come before the text, whatever the order of its keys; `None` values are ignored.
             prompt: Instruction for all inputs; a dict's own "instruction" takes its place.
             max_length: Longest sequence in tokens, by default the tokenizer's `model_max_length`. Only the
                 user's text is cut; template, images and `[RET]` always remain. Tokens of videos are not counted.
@@ -134,7 +158,7 @@ class PumaProcessor(Qwen2VLProcessor):
         Raises:
             ValueError: If an input is empty, of an unknown kind, holds an unreadable image or a special
                 token, or if its images alone exceed `max_length`.
-            ImportError: If a video is passed and torchvision is not installed.
+            ImportError: If a video is passed and torchvision is not installed, or a video file without PyAV.
         """
         if not holds_inputs(inputs):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
@@ -149,19 +173,20 @@ class PumaProcessor(Qwen2VLProcessor):
             media = media_of(messages)
             if media["video"]:
                 self._check_video(f"inputs[{index}]")
+                videos += [read_frames(video, f"inputs[{index}]") for video in media["video"]]
             texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
             images += media["image"]
-            videos += media["video"]
             counts.append((len(media["image"]), len(media["video"])))
             modalities.append(modality_of_messages(messages))
         batch = self(
             text=texts,
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
-            images=[np.asarray(image) for image in images] or None,
-            videos=videos or None,
+            images=[np.array(image) for image in images] or None,  # a copy: PyTorch warns of what it may not write to
+            videos=[frames for frames, _ in videos] or None,
             text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
+            **self._video_options(videos),
             return_mm_token_type_ids=False,  # all at once in _finish, row by row there
             return_tensors="pt",
         )
@@ -172,6 +197,12 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ImportError(
                 f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
             )
+
+    @staticmethod
+    def _video_options(videos: list[tuple[np.ndarray, float | None]]) -> dict[str, Any]:
+        """What a video processor that samples frames asks of each video."""
+        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
+        return {"videos_kwargs": {"video_metadata": facts}} if facts else {}
 
     def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
         ids = batch["input_ids"]
@@ -233,6 +264,11 @@ class PumaProcessor(Qwen2VLProcessor):
         size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.pop("size", {})
         for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             size[edge] = options.pop(old_name, size[edge])
+        if size["longest_edge"] < size["shortest_edge"]:
+            raise ValueError(
+                f"The image size has longest_edge={size['longest_edge']} (max_pixels), less than shortest_edge="
+                f"{size['shortest_edge']} (min_pixels). Pass both, or a larger longest_edge."
+            )
         return {**options, "size": size}
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
@@ -260,16 +296,38 @@ class PumaProcessor(Qwen2VLProcessor):
 class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
 
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """Parts of the processor: never a video processor."""
-        return [name for name in super().get_attributes() if name != "video_processor"]
+    _takes_video = False
 
     def _check_video(self, where: str) -> None:
         raise ValueError(
             f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
             "{'image': [...]}, or use a Qwen2-VL."
         )
+
+
+class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
+    """What `pipeline("feature-extraction", model=directory, trust_remote_code=True)` runs; `config.json` names it.
+
+    transformers' own reads a text without the chat template, and gives the states of all tokens. This one takes what
+    [`~PumaProcessor.process_inputs`] takes, and gives the embedding, `(1, embedding_dim)`, of each input; options of
+    `process_inputs` go into `tokenize_kwargs`.
+    """
+
+    _load_tokenizer = False
+    _load_processor = True
+
+    def preprocess(self, inputs: Any, **options: Any) -> BatchFeature:
+        batch: BatchFeature = self.processor.process_inputs([inputs], **options)  # type: ignore[union-attr]
+        return batch
+
+    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:
+        embeddings = model_outputs["embeddings"]
+        return embeddings if return_tensors else embeddings.tolist()
+
+
+PIPELINES = {
+    "feature-extraction": {"impl": f"processing_puma.{PumaFeatureExtractionPipeline.__name__}", "pt": ["AutoModel"]}
+}
 
 
 @lru_cache(maxsize=8)

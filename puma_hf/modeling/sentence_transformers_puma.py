@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.base.modules import Transformer
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .content_ids_puma import content_ids
 from .fast_path_puma import FastPath, can_pack, fast_vision, packed_states
 from .modeling_puma import last_token_state
 from .packer_puma import Packer
 from .packing_puma import PackedBatch
+
+try:  # transformers asks of a processor's code that all it imports is installed, but for what stands in a try
+    from sentence_transformers.base.modules import Transformer
+except ImportError as error:
+    raise ImportError(
+        f"PUMA as a SentenceTransformer needs sentence-transformers 6 or newer ({error}): pip install -U it."
+    ) from error
 
 # Given by teachers and losses that have computed a part already; the fast path starts from tokens and pixels.
 _MODEL_INPUTS = {"position_ids", "inputs_embeds", "mm_encoder_outputs"}
@@ -125,7 +129,7 @@ class PumaTransformer(Transformer):
         if is_plain or not _MODEL_INPUTS.isdisjoint(features):
             outputs = self._plain(features, **kwargs)
         else:
-            outputs = self.embed_batch(self.packer().pack(features))
+            outputs = self._packed(features)
         features.update(outputs)
         return features if torch.is_grad_enabled() else _Features(features, self)
 
@@ -138,6 +142,10 @@ class PumaTransformer(Transformer):
             pooled = self._unwrapped().language_model.norm(state)
             features.update(sentence_embedding=normalize(pooled.float(), dim=-1), pooler_output=pooled)
         return features
+
+    @torch.compiler.disable  # NumPy lays a batch out, which cannot be traced; compiled code would serve one layout only
+    def _packed(self, features: dict[str, Any]) -> dict[str, Any]:
+        return self.embed_batch(self.packer().pack(features))
 
     def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
         """Embed a batch that a `packer` made, on the model's device, in evaluation mode and without gradients.
@@ -171,11 +179,7 @@ class PumaTransformer(Transformer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save model, processor and module settings, with this module's source file beside them."""
-        # Before the processor, which warns where it is missing.
-        Path(output_path).mkdir(parents=True, exist_ok=True)
-        for source in map(Path, (__file__, *get_relative_import_files(__file__))):
-            shutil.copyfile(source, Path(output_path) / source.name)
+        """Save model, processor and module settings; the processor brings this module's source file along."""
         super().save(output_path, *args, **kwargs)
         if not type(self).__module__.startswith("transformers_modules."):
             # SentenceTransformer.save writes the class's module into modules.json. An installed package's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn.functional import normalize
 
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export, is_export
-from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, read_config
+from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, named_base, read_config
 from puma_hf.hub.names import is_hub_id
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.parity.forms import (
@@ -219,8 +218,7 @@ def _merged(adapter: Path, merged: str | Path | None, base: str | Path | None, s
 
 def _base_of(adapter: Path, base: str | Path | None) -> str | Path:
     if base is None:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = str(settings.get("base_model_name_or_path") or "")
+        base = named_base(adapter)
     if not (str(base) and Path(base).is_dir()) and not is_hub_id(str(base)):
         raise FileNotFoundError(
             f"The adapter's base {str(base)!r} is not a directory. Name the PUMA directory it was trained on: base=... "

@@ -134,9 +134,8 @@ def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) 
     # Before they are opened: another run that ends meanwhile must not get the items of this one.
     bound_to = manifest_hash(folder)
     stored = open_embeddings(folder)
-    corpus = open_corpus(config.data, split=config.split, pool=config.pool)
+    corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
     counts: Counter[str] = Counter()
-    ids: Counter[str] = Counter()
     hashes = []
     for shard, (records, states, seen_hashes) in enumerate(_shards(corpus, stored)):
         items = [
@@ -144,18 +143,10 @@ def _write(config: IndexConfig, folder: Path, before: Mapping[str, Any] | None) 
             for record, state in zip(records, states, strict=True)
         ]
         counts.update(item.modality for item in items)
-        ids.update(item.id for item in items)
         hashes.append(write_items(folder, shard, items, seen_hashes))
     for file in [*folder.glob("items-*.parquet"), *(draft for pattern in _DRAFTS for draft in folder.glob(pattern))]:
         if file not in {items_file(folder, shard) for shard in range(len(hashes))}:
             file.unlink(missing_ok=True)  # of a longer corpus, or of a run that was killed
-    if repeated := [name for name, count in ids.items() if count > 1]:
-        logger.warning(
-            "%d ids are of several items (first: %r). Answers are told apart, but a database that replaces items by "
-            "their ids keeps one of each. Give every item its own, or leave the column id out.",
-            len(repeated),
-            repeated[0],
-        )
     ann = write_ann(stored, _ann_kind(config, before), bound_to, (before or {}).get("ann"))
     is_folder = Path(config.model).is_dir()
     values = {

@@ -6,9 +6,8 @@ import io
 from hashlib import blake2b
 from pathlib import Path
 
-from PIL import Image
-
 from puma_hf.files import write_whole
+from puma_hf.modeling.image_inputs_puma import open_image
 
 IMAGES = "images"  # folder of them
 
@@ -26,7 +25,7 @@ def keep_picture(folder: Path, content: bytes) -> str:
     Raises:
         OSError: If it is no picture, or the disk is full.
     """
-    with Image.open(io.BytesIO(content)) as opened:
+    with open_image(io.BytesIO(content)) as opened:
         kind = (opened.format or "image").lower()
     name = f"{IMAGES}/{blake2b(content, digest_size=16).hexdigest()}.{kind}"
     path = folder / name

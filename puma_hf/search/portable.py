@@ -17,6 +17,7 @@ from puma_hf.search.ann import ANN_FILE
 from puma_hf.search.index import DESCRIPTION, Index, manifest_hash, open_index
 from puma_hf.search.items import Item, image_state, read_items, read_seen_hashes, write_items
 from puma_hf.search.pictures import keep_picture
+from puma_hf.values import shown
 
 MODEL_FOLDER = "model"
 
@@ -106,16 +107,16 @@ def _with_own_picture(item: Item, draft: Path) -> Item:
     try:
         name = keep_picture(draft, Path(item.image).read_bytes())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{item.image!r}, the picture of item {item.id!r}, is gone. {remedy}") from error
+        raise FileNotFoundError(f"{item.image!r}, the picture of item {shown(item.id)}, is gone. {remedy}") from error
     except OSError as error:
         raise ValueError(
-            f"{item.image!r}, the picture of item {item.id!r}, cannot be copied ({error}). {remedy}"
+            f"{item.image!r}, the picture of item {shown(item.id)}, cannot be copied ({error}). {remedy}"
         ) from error
     # Pictures of an index are named by their content; others are known by their state.
     is_own = item.image_state is None
     if Path(item.image).name != Path(name).name if is_own else image_state(item.image) != item.image_state:
         raise ValueError(
-            f"{item.image!r}, the picture of item {item.id!r}, changed after it was indexed, so its embedding is of "
-            "another one. Run puma-hf index again, which embeds it anew, and copy it then."
+            f"{item.image!r}, the picture of item {shown(item.id)}, changed after it was indexed, so its embedding is "
+            "of another one. Run puma-hf index again, which embeds it anew, and copy it then."
         )
     return replace(item, image=name, image_state=None)

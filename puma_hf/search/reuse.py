@@ -38,7 +38,7 @@ def keep_embeddings(config: IndexConfig) -> int:
         return 0
     try:
         index = open_index(config.output)
-        corpus = open_corpus(config.data, split=config.split, pool=config.pool)
+        corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         num_kept = sum(_changed_shards(index, corpus, config.shard_size)) if len(index) else 0
     except (ValueError, OSError) as error:  # there is none, or what is wrong is told by embed_corpus
         logger.debug("no embeddings are kept: %s", error)

@@ -30,7 +30,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
 
     Raises:
         ValueError: If `training_arguments` has a name or value that the Trainer does not take, a reporter is not
-            installed, or there is no GPU for bf16.
+            installed, or the GPU does not compute in bfloat16.
 
     Example:
 
@@ -45,9 +45,11 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
     known = {entry.name for entry in fields(SentenceTransformerTrainingArguments) if entry.init}
     more = _checked(config, known)
     _check_reporters(config.report_to)
-    if config.bf16 and not (more.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+    slow_bf16 = config.bf16 and not (is_torch_bf16_gpu_available() or is_torch_xla_available())
+    if slow_bf16 and torch.accelerator.is_available() and not more.get("use_cpu"):
         raise ValueError(
-            "bf16=True needs a GPU that computes in bfloat16, and none is here. Leave bf16 out, or use a GPU."
+            "bf16=True needs an accelerator that computes in bfloat16, and the one here does not. Set bf16=False "
+            "(--no-bf16), or use another; without any, the CPU does."
         )
     arguments: dict[str, Any] = {
         "output_dir": str(config.output),
@@ -59,6 +61,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
         "bf16": config.bf16,
+        **({"use_cpu": True} if slow_bf16 else {}),  # where there is no GPU; the Trainer asks that this be said
         "seed": config.seed,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -62,11 +62,15 @@ class StageConfig(CheckedConfig):
     gradient_accumulation_steps: int = option(
         1, "Batches per optimizer step; in-batch negatives stay those of one batch.", at_least=1
     )
-    max_length: int = option(480, "Longest sequence in tokens; only text is cut.", at_least=1)
+    max_length: int | None = option(
+        None,
+        "Longest sequence in tokens; only text is cut. It stays with the model; default: as the model says.",
+        at_least=1,
+    )
     special_tokens: SpecialTokens = special_tokens_option()
-    max_pixels: int = option(
-        300 * 28 * 28,
-        "Images are scaled down to so many pixels.",
+    max_pixels: int | None = option(
+        None,
+        "Images are scaled down to so many pixels. It stays with the model; default: as the model says.",
         at_least=28 * 28,
         remedy="One visual token is 28 x 28 pixels.",
     )

@@ -195,4 +195,5 @@ def _processing(trainer: PumaTrainer) -> dict[str, Any]:
         "processing_kwargs": getattr(module, "processing_kwargs", None) or {},
         "prompts": collator.prompts or {},
         "max_length": collator.max_length,
+        "limits": [module.processor.image_processor.to_dict()["size"], module.processor.tokenizer.model_max_length],
     }

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, new_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, named_base, new_directory
 from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import with_training_note
+from puma_hf.limits import read_limits, set_limits, told_limits
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
 from puma_hf.trainer.config import RECIPES
@@ -142,7 +143,9 @@ def merge_adapter(
         note = f"A LoRA adapter of rank {settings['r']} was trained and merged into the weights."
         merged.to(PumaConfig.from_pretrained(folder_of_base).dtype or torch.float32)
         # A fresh processor: one that was used would save the padding it used.
-        save_complete(merged, PumaProcessor.from_pretrained(folder_of_base), folder, folder_of_base, note)
+        processor = PumaProcessor.from_pretrained(folder_of_base)
+        set_limits(processor, **read_limits(adapter))
+        save_complete(merged, processor, folder, folder_of_base, note)
         for name in RECIPES.values():  # what the card tells of the training, wherever the adapter is by then
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
@@ -156,8 +159,7 @@ def _find_base(adapter: Path, base: str | Path | None) -> Path:
         if not (adapter / name).is_file():
             raise FileNotFoundError(f"{str(adapter)!r} has no {name}. Point to a directory that training saved.")
     if base is None:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path") or ""
+        base = named_base(adapter)
     if str(base) and Path(base).is_dir():
         return Path(base)
     reason = ""
@@ -245,6 +247,8 @@ def save_complete(model: PumaModel, processor: PumaProcessor, folder: Path, like
     card = like / "README.md"
     if card.is_file():
         text = with_training_note(card.read_text(encoding="utf-8"), training_note)
+        if told := told_limits(like):
+            text = text.replace(told, told_limits(folder) or told)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -309,6 +313,9 @@ def add_lora(model: SentenceTransformer, config: LoraConfig) -> None:
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
     model.add_adapter(config)
+    base: Any = backbone.name_or_path
+    if Path(base).is_dir():  # a relative path would be looked for wherever the adapter is opened
+        backbone.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             # In the bfloat16 of published checkpoints, most updates of the optimizer would round to nothing.

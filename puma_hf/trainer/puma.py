@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-    MultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-)
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -24,7 +17,6 @@ from transformers.training_args import TrainingArguments
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.losses import add_temperature_schedule, find_scheduled_losses
-from puma_hf.losses.temperature import ScheduledTemperatureLoss
 from puma_hf.trainer.checkpoints import (
     explain_full_disk,
     last_whole_checkpoint,
@@ -36,19 +28,11 @@ from puma_hf.trainer.checkpoints import (
 from puma_hf.trainer.gradient_checkpointing import enabled_by_backbone, set_non_reentrant, spare_frozen_vision
 from puma_hf.trainer.lora import is_puma_model, puma_model, save_base_fingerprint
 from puma_hf.trainer.replay import describe_batches
+from puma_hf.trainer.row_checks import check_row_lists, check_rows
 from puma_hf.trainer.sharding import whole_weights
 from puma_hf.trainer.statistics import TrainingStatistics
 
 logger = logging.getLogger(__name__)
-
-# Losses whose negatives are the other rows of the batch.
-IN_BATCH_LOSSES = (
-    ScheduledTemperatureLoss,
-    MultipleNegativesRankingLoss,
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-)
 
 
 class PumaTrainer(SentenceTransformerTrainer):
@@ -80,7 +64,7 @@ class PumaTrainer(SentenceTransformerTrainer):
         kwargs: See `args`.
 
     Raises:
-        ValueError: If `train_dataset` is empty, or is not one dataset with as many rows as `positives` or
+        ValueError: If a dataset is empty, or `train_dataset` is not one with as many rows as `positives` or
             `twins`; if no row could ever have a negative that the loss needs; if one process sees several
             GPUs; if checkpointing is to be reentrant.
 
@@ -105,21 +89,16 @@ class PumaTrainer(SentenceTransformerTrainer):
         twins: Sequence[Hashable] | None = None,
         **kwargs: Any,
     ) -> None:
-        model = kwargs.get("model", args[0] if args else None)
-        if model is not None:
-            # Its usage example would encode columns of plain text; ours are structs of text and image.
-            model.model_card_data.generate_widget_examples = False
         super().__init__(*args, **kwargs)
-        # It takes some rows as examples all the same, and warns at each save that they are no files.
-        self.model.model_card_data.usage_examples = None
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "
                 "Run `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.positives, self.twins = positives, twins
-        _check_row_lists(self.train_dataset, positives=positives, twins=twins)
-        self._check_rows()
+        check_row_lists(self.train_dataset, positives=positives, twins=twins)
+        check_rows(self, self.train_dataset, "train_dataset", self.args.train_batch_size)
+        check_rows(self, self.eval_dataset, "eval_dataset", self.args.eval_batch_size)
         self._checkpointed = is_puma_model(self.model) and set_non_reentrant(self.args)
         self._statistics = TrainingStatistics(self.loss)
         # Where the run is: epoch, and batches of it that this process has been through.
@@ -162,6 +141,21 @@ class PumaTrainer(SentenceTransformerTrainer):
         finally:
             self._statistics.detach()
 
+    def add_model_card_callback(self, *args: Any, **kwargs: Any) -> None:
+        """That of the base class, without rows as examples: it expects plain texts, and ours are structs."""
+        card = self.model.model_card_data
+        given, card.widget = card.widget, card.widget or [{}]  # examples are drawn only where there are none
+        super().add_model_card_callback(*args, **kwargs)
+        card.widget = given
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator of the base class, in which each process reads its own batches of a stream."""
+        settings: Any = self.args.accelerator_config
+        if settings.dispatch_batches is None:
+            # One process would share its batches out by their first dimension, which in `pixel_values` is the patches.
+            settings.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """The sampler of the arguments, or for training rows that of `twins` or `positives`."""
         if dataset is not self.train_dataset:
@@ -200,10 +194,16 @@ class PumaTrainer(SentenceTransformerTrainer):
             logs = {**logs, **self._statistics.collect(self.accelerator)}
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; the time it takes is no training."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; the time it takes is no training.
+
+        Raises:
+            ValueError: If `eval_dataset` is empty, or no row could ever have a negative that the loss needs.
+        """
+        if not isinstance(eval_dataset, str):  # a name is that of a dataset which was checked at the start
+            check_rows(self, eval_dataset, "eval_dataset", self.args.eval_batch_size)
         with self._statistics.paused():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
@@ -288,32 +288,6 @@ class PumaTrainer(SentenceTransformerTrainer):
         if is_puma_model(self.model):
             save_base_fingerprint(self.model, str(output_dir or self.args.output_dir))
 
-    def _check_rows(self) -> None:
-        """Raise if there is nothing to train on, or nothing to tell a positive from."""
-        datasets = self.train_dataset if isinstance(self.train_dataset, dict) else {"": self.train_dataset}
-        for key, dataset in datasets.items():
-            if not isinstance(dataset, Dataset):
-                continue
-            name = f"train_dataset[{key!r}]" if key else "train_dataset"
-            if len(dataset) == 0:
-                raise ValueError(
-                    f"{name} has no rows, but training needs some. Look at the folder, the split and the filters it "
-                    "comes from."
-                )
-            loss: Any = self.loss[key] if isinstance(self.loss, Mapping) else self.loss
-            found = [module for module in loss.modules() if isinstance(module, IN_BATCH_LOSSES)]
-            labels = {*self.data_collator.valid_label_columns, "dataset_name"}
-            if not found or len(set(dataset.column_names) - labels) > 2:
-                continue
-            gathered = getattr(found[0], "gather_across_devices", False)
-            batch_size = self.args.train_batch_size * (self.args.world_size if gathered else 1)
-            if min(batch_size, len(dataset)) == 1:
-                raise ValueError(
-                    f"{name} has {len(dataset)} row(s), batches have {batch_size} and there are no negative columns: "
-                    f"{type(found[0]).__name__} compares a positive with those of other rows, so it would never "
-                    "learn. Give it two rows and a batch size of 2 at least, or columns of negatives."
-                )
-
     def _check_finite(self) -> None:
         """Raise if the optimizer step that is about to be done would spoil the weights."""
         losses, self._step_losses = self._step_losses, []
@@ -381,19 +355,3 @@ class _PumaCallback(TrainerCallback):
 
 def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")  # not true of NaN
-
-
-def _check_row_lists(dataset: Any, **lists: Sequence[Any] | None) -> None:
-    for name, values in lists.items():
-        if values is None:
-            continue
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"{name} belong to the rows of one dataset, but train_dataset is a {type(dataset).__name__}. "
-                f"Concatenate the datasets, or leave {name} out."
-            )
-        if len(values) != len(dataset):
-            entry = "list of ids" if name == "positives" else "key"
-            raise ValueError(
-                f"{name} has {len(values)} rows and train_dataset {len(dataset)}. Pass one {entry} per row."
-            )

@@ -15,9 +15,11 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.data.items import load_items
 from puma_hf.data.mbeir import load_mbeir
+from puma_hf.data.mbeir_format import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.data.twins import twin_keys
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
+from puma_hf.limits import read_limits, set_limits
 from puma_hf.losses import SelfDistillationLoss
 from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
 from puma_hf.settings import processing_of
@@ -145,7 +147,7 @@ def merge(config: MergeConfig) -> float:
 
 
 def _labelled_rows(config: TrainConfig) -> Dataset:
-    if _is_mbeir(Path(config.data)):
+    if is_mbeir(Path(config.data)):
         if given := [*config.pair_arguments(), *(["bad_pairs"] if config.bad_pairs != "raise" else [])]:
             raise ValueError(
                 f"{', '.join(given)}: for pairs of one's own, but {config.data} is M-BEIR's. Leave them out."
@@ -165,10 +167,6 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
     return rows.select(sorted(random.Random(config.seed).sample(range(len(rows)), count)))
-
-
-def _is_mbeir(path: Path) -> bool:
-    return (path / "query").is_dir() or (path / "cand_pool").is_dir()
 
 
 def _pairs(config: TrainConfig) -> Dataset:
@@ -236,13 +234,17 @@ def _load_with_lora(config: StageConfig, loading: dict[str, Any]) -> SentenceTra
     torch.manual_seed(config.seed)
     model = SentenceTransformer(str(config.model), trust_remote_code=True, model_kwargs=loading)
     first: Any = model[0]
-    shortest = first.processor.image_processor.size["shortest_edge"]
-    first.processing_kwargs = {
-        "text": {"max_length": config.max_length},
-        "image": {"size": {"shortest_edge": shortest, "longest_edge": max(config.max_pixels, shortest)}},
-    }
+    # In the processor, so that whatever is saved of this run is read so by every loader.
+    given = {"max_pixels": config.max_pixels, "max_length": config.max_length}
+    set_limits(first.processor, **read_limits(Path(config.model)) | {k: v for k, v in given.items() if v is not None})
+    for kind in ("image", "text"):
+        for name in ("size", "min_pixels", "max_pixels", "max_length"):
+            first.processing_kwargs.get(kind, {}).pop(name, None)
+    for kind, options in processing_of(config.special_tokens).items():
+        first.processing_kwargs.setdefault(kind, {}).update(options)
+    pixels, length = first.processor.image_processor.size["longest_edge"], first.processor.tokenizer.model_max_length
+    logger.info("Images are read at up to %d pixels, sequences at up to %d tokens", pixels, length)
     ret_token_id = puma_model(model).config.ret_token_id if config.train_ret_token else None
     lora = lora_config(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, ret_token_id=ret_token_id)
     add_lora(model, lora)
-    first.processing_kwargs = first._merge_processing_kwargs(processing_of(config.special_tokens))
     return model

@@ -8,6 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from tests.patience import PATIENCE
+
 BOUNDARY = "page-test"
 
 
@@ -15,7 +17,7 @@ def request(
     url: str, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, bytes]:
     """Status and body of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     try:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
@@ -51,7 +53,7 @@ def ask(url: str, name: str, data: list[Any], event_data: Any = None, session: s
     headers = {"content-type": "application/json"}
     status, answer = request(url, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), headers)
     assert status == 200, (status, answer)
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     try:
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
         for line in connection.getresponse():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.search.small_corpus import TEXTS, write_picture
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def page(browser: BrowserContext, url: str) -> Iterator[Page]:
     Whatever is done with it, it asks nobody but its own server, which refuses nothing, and nothing breaks.
     """
     opened = browser.new_page()
-    opened.set_default_timeout(30_000)
+    opened.set_default_timeout(PATIENCE * 1000)
     asked: list[str] = []
     broken: list[str] = []
     refused: list[str] = []

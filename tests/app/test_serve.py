@@ -22,6 +22,7 @@ from puma_hf.app.serve import _hosts, address, listen
 from puma_hf.search.query import Searcher
 from tests.app.client import ask, picture, request, search, upload
 from tests.app.conftest import MAX_UPLOAD_MB, SCRIPT, TEMPLATE
+from tests.patience import PATIENCE
 from tests.search.small_corpus import TEXTS
 
 pytest.importorskip("gradio")
@@ -226,7 +227,7 @@ def test_a_flood_is_turned_away(url: str, searcher: Searcher, monkeypatch: pytes
 
 
 def wait_until_empty(url: str) -> None:
-    for _ in range(300):
+    for _ in range(10 * PATIENCE):
         if json.loads(request(url, "GET", "/gradio_api/queue/status")[1])["queue_size"] == 0:
             return
         time.sleep(0.1)

@@ -22,6 +22,7 @@ from puma_hf.app import write_space
 from puma_hf.search.index import open_index
 from tests.app.client import request, search
 from tests.forks import in_a_fork
+from tests.patience import PATIENCE
 
 pytest.importorskip("gradio")
 
@@ -124,7 +125,7 @@ def test_it_runs_elsewhere_until_it_is_stopped(space: Path, tmp_path: Path) -> N
         assert message["output"]["data"][0].count("data:image/") == 3
         assert request(url, "GET", f"/gradio_api/file={moved}/index/index.json")[0] == 403
         assert [path.name for path in temporary.iterdir() if path.name.startswith("puma-hf-app-")]
-        with urlopen(f"{url}/gradio_api/heartbeat/open-page", timeout=30):  # as every open page does
+        with urlopen(f"{url}/gradio_api/heartbeat/open-page", timeout=PATIENCE):  # as every open page does
             os.kill(process, signal.SIGINT)
             status = exit_status(process)
     except BaseException:
@@ -137,8 +138,8 @@ def test_it_runs_elsewhere_until_it_is_stopped(space: Path, tmp_path: Path) -> N
 
 
 def exit_status(process: int) -> int:
-    """Wait for a process, half a minute at most."""
-    end = time.monotonic() + 30
+    """Wait for a process to end."""
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:

@@ -36,6 +36,7 @@ def write_jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
 
 def test_every_image_below_a_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "notes.md").write_text("no image")
+    (folder / "README").write_text("no image")
     (folder / "._b.png").write_bytes(b"of another system")
     (folder / ".thumbnails").mkdir()
     (folder / ".thumbnails" / "b.png").write_bytes(b"hidden")
@@ -43,7 +44,7 @@ def test_every_image_below_a_folder(folder: Path, caplog: pytest.LogCaptureFixtu
         items = list(folder_items(folder))
     names = ["a.webp", "b.png", "deep/er/a.JPG"]
     assert items == [(None, str(folder / name), None) for name in names]
-    assert f"{folder}: left out 2 files that are no images" in caplog.text
+    assert f"{folder}: left out what is no image here: 1 x no ending, 1 x .md" in caplog.text
 
 
 def test_paths_are_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,9 @@ def test_paths_are_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("no image")
-    with pytest.raises(ValueError, match=r"holds no image \(\.jpg, .*\) and is no M-BEIR folder, which has query/"):
+    with pytest.raises(
+        ValueError, match=r"holds no image \(such as \.jpg, .*\) and is no M-BEIR folder, which has query/"
+    ):
         list(folder_items(tmp_path))
 
 

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from puma_hf.data.mbeir_format import (
     Candidate,
     ImageFinder,
     MBEIRFormatError,
     Query,
+    model_input,
     parse_candidate,
     parse_query,
     read_jsonl,
 )
 from puma_hf.data.mbeir_problems import Problems
+from puma_hf.modeling.image_inputs_puma import is_image_name
 
 CANDIDATE = {"did": "9:1", "txt": "a dog", "img_path": "dog.png", "modality": "image,text"}
 QUERY = {
@@ -50,6 +53,12 @@ def test_records_become_dataclasses(images: ImageFinder, tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["https://a.b/c", "data:image/png;base64,AA", "photos/dog.jpg", "my dog.webp"])
 def test_text_that_a_model_might_open_is_marked_as_text(text: str) -> None:
     assert Candidate("9:1", text, None, "text").model_input == {"text": text}
+
+
+def test_every_name_of_an_image_is_marked_when_it_is_text() -> None:
+    names = [f"a{suffix}" for suffix in Image.EXTENSION if is_image_name(f"a{suffix}")]
+    assert len(names) > 20
+    assert [name for name in names if model_input(name, None) != {"text": name}] == []
 
 
 def test_image_alone() -> None:

@@ -79,6 +79,14 @@ def test_broken_qrels(tmp_path: Path, line: str, message: str) -> None:
         read_qrels(path, {"5:1"}, {"5:7"})
 
 
+@pytest.mark.parametrize("line", ["5" * 5000, f"5:{'1' * 5000} 0 5:7 1 6", f"5:1 0 5:{'7' * 5000} 1 6"])
+def test_an_error_shows_one_line_of_a_field(tmp_path: Path, line: str) -> None:
+    (tmp_path / "qrels.txt").write_text(f"{line}\n")
+    with pytest.raises(MBEIRFormatError, match=r"qrels\.txt, line 1: ") as caught:
+        read_qrels(tmp_path / "qrels.txt", {"5:1"}, {"5:7"})
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
 def test_all_of_a_qrels_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "qrels.txt"
     lines = ["5:1 0 5:7 1 6", "5:9 0 5:7 1 6", "5:1 0 5:8 1 6", "5:1 0 5:7 2 6", "no", "5:1 0 5:9 1 6", "5:1 0 5"]

@@ -173,6 +173,14 @@ def test_offenders(folder: Path, row: dict[str, Any], kind: str, message: str) -
     assert (reading.num_rows, reading.num_rows_left_out) == (3, 1)
 
 
+@pytest.mark.parametrize("name", ["caption", "image", "negative_1", "instruction"])
+def test_an_error_shows_one_line_of_a_cell(folder: Path, name: str) -> None:
+    good = {"image": "a.png", "caption": "red", "negative_1": "blue", "instruction": "Find it."}
+    reading = read(write_jsonl(folder, good, {**good, name: [[{"bytes": "0" * 1000}] * 1000]}))
+    ((message,),) = reading.offenders.first.values()
+    assert len(message) < 600 + len(str(folder))
+
+
 def test_all_that_is_wrong_with_a_row_counts(folder: Path) -> None:
     row = {"image": "none.png", "caption": "", "negative_1": ""}
     good = {"image": "a.png", "caption": "red", "negative_1": "blue"}

@@ -170,10 +170,8 @@ def test_special_tokens_are_found_before_training(tmp_path: Path) -> None:
     table.write_text("anchor,positive\na,b\nc <|im_end|> d,e\nf,[RET]\n", encoding="utf-8")
     report = check_pairs(table)
     assert kinds(report) == {"special token in a text": 2}
-    assert "line 3: anchor holds the special token '<|im_end|>'" in report.offenders[0].first[0]
-    with pytest.raises(
-        ValueError, match=r"2 of 3 rows cannot be used.*line 4: positive holds .* '\[RET\]'.*tokens split"
-    ):
+    assert "line 3: anchor is 'c <|im_end|> d' with the special token '<|im_end|>'" in report.offenders[0].first[0]
+    with pytest.raises(ValueError, match=r"2 of 3 rows cannot be used.*line 4: positive is '\[RET\]'.*tokens split"):
         load_pairs(table)
     assert len(load_pairs(table, on_error="drop")) == 1
     assert len(load_pairs(table, special_tokens="split")) == 3

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from puma_hf.data.items import load_items
 from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir_source import open_mbeir
 from puma_hf.data.mbeir_tasks import MBEIRTask
 from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from tests.data.mbeir_builder import build_mbeir
@@ -87,9 +89,92 @@ def test_parquet_with_images_inside(tmp_path: Path) -> None:
     assert found == [Record(0, "5", None, path.read_bytes()), Record(1, "6", None, str(path)), Record(2, "7", "red")]
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.tsv"])
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_a_folder_of_images_with_its_table(tmp_path: Path, name: str, column: str) -> None:
+    image = picture(tmp_path / "images" / "a.png")
+    picture(tmp_path / "other.png")
+    (tmp_path / "metadata.json").write_text('{"album": "of another program"}')
+    row = {"file_name": "images/a.png", column: "a red one"}
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    elif name.endswith(".jsonl"):
+        table(tmp_path / name, [row])
+    else:
+        sign = "," if name.endswith(".csv") else "\t"
+        (tmp_path / name).write_text(f"{sign.join(row)}\n{sign.join(row.values())}\n")
+    for source in (tmp_path, tmp_path / name):
+        assert records(open_corpus(source)) == [Record(0, "0", "a red one", str(image))]
+        assert load_items(source)["item"][:] == [{"text": "a red one", "image": str(image), "instruction": None}]
+
+
+def test_a_folder_with_two_tables(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for name in ("captions.csv", "metadata.csv"):
+        (tmp_path / name).write_text("file_name,text\na.png,red\n")
+    with pytest.raises(ValueError, match=r"must hold one table of its images, and has captions\.csv, metadata\.csv"):
+        open_corpus(tmp_path)
+
+
+def test_names_of_files_of_another_kind_stay_a_column(tmp_path: Path) -> None:
+    path = table(tmp_path / "chunks.jsonl", [{"text": "a chunk", "file_name": "report.pdf"}])
+    assert records(open_corpus(path)) == [Record(0, "0", "a chunk")]
+
+
+def test_a_corpus_of_beir(tmp_path: Path) -> None:
+    rows = [
+        {"_id": "d1", "title": "Apples", "text": "are red."},
+        {"_id": "d2", "title": "", "text": "Pears.", "metadata": {}},
+    ]
+    path = table(tmp_path / "corpus.jsonl", rows)
+    assert records(open_corpus(path)) == [Record(0, "d1", "Apples are red."), Record(1, "d2", "Pears.")]
+    assert [item["text"] for item in load_items(path)["item"]] == ["Apples are red.", "Pears."]
+    # A title of other tables is not theirs to read.
+    path = table(tmp_path / "t.jsonl", [{"id": "d1", "title": "Apples", "text": "are red."}])
+    assert records(open_corpus(path)) == [Record(0, "d1", "are red.")]
+
+
+def test_repeated_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_corpus(table(tmp_path / "t.jsonl", [{"id": str(row), "text": "a"} for row in range(9)])).survey()
+    assert not caplog.messages
+    open_corpus(table(tmp_path / "t.jsonl", [{"id": f"d{row % 5}", "text": "a"} for row in range(9)])).survey()
+    (message,) = caplog.messages
+    assert message.startswith("4 ids are of several items (first: 'd0'). Answers are told apart, but a database")
+
+
+def test_wrong_lines_that_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": \n{"id": "b", "text": "red"}\n{"id": "c", "text": 3}\n{"text": "blue"}\n')
+    corpus = open_corpus(path, on_error="skip")
+    assert corpus.survey().num_items == 4
+    (message,) = caplog.messages
+    assert "3 problems (broken line: 1, wrong field: 1, wrong id: 1)" in message
+    found = records(corpus)
+    assert [record.problem is None for record in found] == [False, True, False, False]
+    assert found[1] == Record(1, "b", "red")
+    assert found[2].problem == f"{path}, line 3: text is 3, must be a text or null."
+    path.write_text('{"id": "b", "text": "red"\n[]\n')
+    with pytest.raises(ValueError, match="line 1: broken JSON"):
+        open_corpus(path, on_error="skip")
+    with pytest.raises(ValueError, match="line 1: text is 3"):
+        open_corpus(table(path, [{"text": 3}]), on_error="skip").survey()
+
+
+def test_an_error_shows_a_line_of_a_value(tmp_path: Path) -> None:
+    images = [{"bytes": "0" * 1000}] * 1000
+    for row in ({"id": "a", "text": images}, {"id": images, "text": "a"}, {"id": "a", "image": images}):
+        with pytest.raises(ValueError, match=r"line 1: \w+ is .*\.\.\., must be") as caught:
+            open_corpus(table(tmp_path / "t.jsonl", [row])).survey()
+        assert len(str(caught.value)) < 600 + len(str(tmp_path))
+    for row in ({"text": images}, {"image": images}):
+        with pytest.raises(ValueError, match=r"line 1: \w+ is .*\.\.\., must be") as caught:
+            load_items(table(tmp_path / "t.jsonl", [row]))
+        assert len(str(caught.value)) < 600 + len(str(tmp_path))
+
+
 def test_a_parquet_file_that_was_cut_off(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as Parquet .* Was the download cut off\?"):
+    with pytest.raises(ValueError, match=r"t\.parquet is not a whole Parquet file .* Was the download cut off\?"):
         open_corpus(tmp_path / "t.parquet")
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
         open_corpus(tmp_path / "gone.parquet")
@@ -176,6 +261,55 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.Log
     caplog.clear()
     open_corpus(tmp_path / "more").survey()
     assert not caplog.messages
+
+
+def test_links_are_followed_to_files_and_nothing_else_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A snapshot in the Hub's cache consists of links; a pipe would be waited for, a linked folder may be a loop."""
+    blob = picture(tmp_path / "a.png").rename(tmp_path / "1234")
+    folder = tmp_path / "snapshots" / "photos"
+    folder.mkdir(parents=True)
+    (folder / "a.png").symlink_to("../../1234")
+    (folder / "gone.png").symlink_to("../../5678")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    (folder / os.fsdecode(b"\xe4.png")).write_bytes(blob.read_bytes())
+    with caplog.at_level(logging.INFO, logger="puma_hf"):
+        corpus = open_corpus(folder)
+        assert corpus.survey().num_items == 1
+        items = load_items(folder)["item"]
+    assert records(corpus) == [Record(0, "a.png", None, str(folder / "a.png"))]
+    assert [item["image"] for item in items] == [str(folder / "a.png")]
+    # Both say the same.
+    (told,) = {message.partition("left out what is no image here: ")[2] for message in caplog.messages}
+    counts, _, links = told.partition(" (")
+    kinds = {"linked folder", "link to nothing", "pipe or device", "name that is not UTF-8"}
+    assert set(counts.split(", ")) == {f"1 x {kind}" for kind in kinds}
+    assert links == "'gone.png')"
+    (folder / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"holds no image .* Left out: .*1 x link to nothing"):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "folder.png", "\udce4.png"])
+def test_a_table_that_names_no_file(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    picture(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xe4.png"))
+    path = table(tmp_path / "t.jsonl", [{"image": name}])
+    with pytest.raises(FileNotFoundError, match=r"line 1: image '.*\.png' is not a file below"):
+        open_corpus(path).survey()
+
+
+def test_a_folder_of_images_called_as_one_of_mbeir(tmp_path: Path) -> None:
+    picture(tmp_path / "query" / "test" / "a.png")
+    picture(tmp_path / "cand_pool" / "b.png")
+    (tmp_path / "query" / "test" / "notes.jsonl").write_text("{}\n")
+    assert [record.id for record in records(open_corpus(tmp_path))] == ["cand_pool/b.png", "query/test/a.png"]
+    assert len(load_items(tmp_path)) == 2
+    with pytest.raises(FileNotFoundError, match="is not M-BEIR"):
+        open_mbeir(tmp_path)
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:

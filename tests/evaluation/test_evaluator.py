@@ -235,7 +235,6 @@ def test_the_best_checkpoint_is_loaded(
         dataloader_pin_memory=False,
         seed=0,
     )
-    model.model_card_data.generate_widget_examples = False
     trainer = trainer_class(
         model=model,
         args=arguments,

@@ -293,8 +293,13 @@ def test_what_is_written(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     results = evaluate_mbeir(FakeEncoder(), root, tasks=["toys_task1", "toys_task8"], pool="both", output_dir=output)
     names = {f"{pool}/toys_task{number}" for pool in ("local", "global") for number in (1, 8)}
-    expected = {f"runs/{name}.trec" for name in names} | {f"qrels/{name}.txt" for name in names}
+    judged = {f"{folder}/{name}.txt" for folder in ("qrels", "qrels_uniir") for name in names}
+    expected = {f"runs/{name}.trec" for name in names} | judged
     written = files(output)
+    official = [line.split() for line in builder.qrels_path(root, 8, "test").read_text().splitlines()]
+    as_uniir = written["qrels_uniir/local/toys_task8.txt"].decode().splitlines()
+    assert sorted(as_uniir) == sorted(map(" ".join, official))
+    assert written["qrels/local/toys_task8.txt"].decode().splitlines() == [line.rsplit(" ", 1)[0] for line in as_uniir]
     assert set(written) == expected | {"results.json", "results.md"}
     assert MBEIRResults.from_dict(json.loads(written["results.json"])).rows == results.rows
     assert written["results.md"].decode() == results.to_markdown()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytrec_eval
+import pytrec_eval_ext
 
 from puma_hf.data.mbeir_format import MBEIRFormatError
 from puma_hf.data.mbeir_reader import MBEIR
@@ -72,7 +74,8 @@ def test_broken_runs(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1:2 0 1:9 1", r"qrels\.txt, line 2: expected 'qid 0 did relevance task_id', got '1:2 0 1:9 1'"),
+        ("1:2 0 1:9", r"qrels\.txt, line 2: expected 'qid 0 did relevance \[task_id\]', got '1:2 0 1:9'"),
+        ("1:2 0 1:9 1 3 4", r"qrels\.txt, line 2: expected 'qid 0 did relevance \[task_id\]', got '1:2 0 1:9 1 3 4'"),
         ("1:2 0 1:9 one 3", r"line 2: relevance is 'one', must be a whole number of 0 or more"),
     ],
 )
@@ -97,6 +100,26 @@ def test_official_qrels_round_trip_through_the_reader(root: Path, task: MBEIRTas
     assert data.qrels(task, "test", queries, pool) == relevance == read_qrels_file(path)
 
 
+def read_by_trec_eval(reader: str, path: Path) -> int:
+    """How many queries trec_eval's own C code, which is part of pytrec_eval's library, finds in a file; -1 for none."""
+    read = getattr(ctypes.CDLL(pytrec_eval_ext.__file__), f"te_get_{reader}", None)
+    if read is None:
+        pytest.skip("this build of pytrec_eval hides trec_eval's functions")
+    found = (ctypes.c_long * 8)()  # the count, then pointers
+    return found[0] if read(bytes(4096), bytes(path), found) == 1 else -1
+
+
+def test_trec_eval_reads_four_fields_and_ours_both(tmp_path: Path) -> None:
+    relevance = {"2:1": {"2:7": 1, "2:8": 0}, "2:2": {"2:7": 2}}
+    four, five = tmp_path / "four.txt", tmp_path / "five.txt"
+    write_qrels(four, relevance)
+    write_qrels(five, relevance, 1)
+    assert four.read_text().splitlines() == ["2:1 0 2:7 1", "2:1 0 2:8 0", "2:2 0 2:7 2"]
+    assert five.read_text().splitlines() == ["2:1 0 2:7 1 1", "2:1 0 2:8 0 1", "2:2 0 2:7 2 1"]
+    assert read_qrels_file(four) == read_qrels_file(five) == relevance
+    assert (read_by_trec_eval("qrels", four), read_by_trec_eval("qrels", five)) == (2, -1)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_trec_eval_agrees_from_the_files(root: Path, tmp_path: Path, seed: int) -> None:
     """Ties and graded relevance in all eight tasks, local and global; ids in an order that trec_eval would not take."""
@@ -114,13 +137,19 @@ def test_trec_eval_agrees_from_the_files(root: Path, tmp_path: Path, seed: int) 
     names = {"ndcg@10": "ndcg_cut_10", "recall@1": "recall_1", "recall@5": "recall_5", "recall@10": "recall_10"}
     tied = 0
     for row in results.rows:
-        run = read_run(output / "runs" / row.pool / f"{row.task.name}.trec")
-        assert {qid: list(scores) for qid, scores in run.items()} == results.rankings[row.pool][row.task.name]
-        qrels = read_qrels_file(output / "qrels" / row.pool / f"{row.task.name}.txt")
+        run_path = output / "runs" / row.pool / f"{row.task.name}.trec"
+        qrels_path = output / "qrels" / row.pool / f"{row.task.name}.txt"
+        with run_path.open() as run_file, qrels_path.open() as qrels_file:
+            run, qrels = pytrec_eval.parse_run(run_file), pytrec_eval.parse_qrel(qrels_file)
+        ours = read_run(run_path)
+        assert (ours, read_qrels_file(qrels_path)) == (run, qrels)
+        assert {qid: list(scores) for qid, scores in ours.items()} == results.rankings[row.pool][row.task.name]
+        assert read_by_trec_eval("trec_results", run_path) == len(results.rankings[row.pool][row.task.name])
+        assert read_by_trec_eval("qrels", qrels_path) == row.num_queries
         measured = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.1,5,10"}).evaluate(run)
         assert len(measured) == row.num_queries
-        for ours, theirs in names.items():
+        for name, theirs in names.items():
             mean = sum(values[theirs] for values in measured.values()) / len(measured)
-            assert row.metrics[ours] == pytest.approx(mean, abs=1e-6), (row.task.name, row.pool, ours)
+            assert row.metrics[name] == pytest.approx(mean, abs=1e-6), (row.task.name, row.pool, name)
         tied += sum(bool((np.diff(list(scores.values())) > -1e-5).any()) for scores in run.values())
     assert tied > len(results.rows)

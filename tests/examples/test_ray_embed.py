@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from examples import ray_embed
 from examples.ray_embed import Embedder, arguments, check_cpus, cpus_needed, inputs_of
 from puma_hf import embed
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Represent the given input."
@@ -161,7 +162,7 @@ def test_two_workers_of_a_local_ray_write_what_embed_returns(
     command = [sys.executable, ROOT / "examples" / "ray_embed.py", corpus, "--model", puma_dir, "--output", output]
     command += ["--num-workers", "2", "--prompt", PROMPT, "--on-error", "skip", "--checkpoint", done.name]
     ended = subprocess.run(
-        list(map(str, command)), env=ray_environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
+        list(map(str, command)), env=ray_environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 0, ended.stderr
     written = as_dict(pq.read_table(output))

@@ -341,7 +341,8 @@ def counted(folder: Path) -> set[str]:
 def test_every_number_has_a_source(trained: Path) -> None:
     sources = {"64", "256", "16", "0"}  # the lengths that operations are counted at, half of 32, the first layer
     files = [trained.with_name("puma-test") / "results.json", trained / "config.json"]
-    files += [trained / "config_sentence_transformers.json"]
+    files += [trained / f"{name}.json" for name in ("config_sentence_transformers", "processor_config")]
+    files += [trained / "tokenizer_config.json"]
     values = [json.loads(file.read_text()) for file in files]
     for name, stage in (("puma", "train"), ("distilled", "distill")):
         values.append(yaml.safe_load((trained.with_name(f"{name}-lora") / f"{stage}.yaml").read_text()))

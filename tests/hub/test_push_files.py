@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainingArguments
 
 from puma_hf.hub.push_files import files_to_push, is_model_file
 
@@ -39,6 +40,13 @@ def test_a_pruned_directory_is_taken_whole_but_for_its_card(folder: Path) -> Non
     assert {"model.safetensors", "config.json", "modeling_puma.py", "modules.json"} <= set(found.names)
     assert found.left_out == ()
     assert not found.is_adapter
+
+
+def test_the_trainers_own_arguments_stay_here(folder: Path) -> None:
+    torch.save(TrainingArguments(str(folder), hub_token="hf_" + "a1B2" * 9), folder / "training_args.bin")
+    found = files_to_push(folder)
+    assert found.left_out == ("training_args.bin",)
+    assert "training_args.bin" not in found.names
 
 
 def test_what_evaluation_left_stays_here(folder: Path) -> None:
@@ -92,9 +100,9 @@ def test_what_does_not_load_is_refused_by_its_name(folder: Path, name: str, reas
 def test_all_offenders_are_named_at_once(folder: Path) -> None:
     for name in (".git", ".idea", "photos"):
         (folder / name).mkdir()
-    (folder / "training_args.bin").write_text("x")
+    (folder / "pytorch_model.bin").write_text("x")
     with pytest.raises(
-        ValueError, match=r"4 entries(.|\n)*\.git: looks(.|\n)*\.idea: not(.|\n)*photos: not(.|\n)*args\.bin: a pickle"
+        ValueError, match=r"4 entries(.|\n)*\.git: looks(.|\n)*\.idea: not(.|\n)*photos: not(.|\n)*model\.bin: a pickle"
     ):
         files_to_push(folder)
 

@@ -17,7 +17,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from puma_hf.losses import (
     MultimodalMACLoss,
@@ -278,7 +278,14 @@ def test_add_temperature_schedule_needs_a_scheduled_loss(
     with pytest.raises(ValueError, match="needs a ScheduledTemperatureLoss"):
         add_temperature_schedule(trainer)
     with pytest.raises(ValueError, match="loss is a dict of"):
-        add_temperature_schedule(object())  # type: ignore[arg-type]
+        TemperatureScheduleCallback({})
+
+
+def test_a_trainer_without_a_loss_is_told_of_the_callback(tmp_path: Path) -> None:
+    trainer: Any = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    message = r"^A Trainer has no attribute loss, .* trainer\.add_callback\(TemperatureScheduleCallback\(loss\)\)\.$"
+    with pytest.raises(ValueError, match=message):
+        add_temperature_schedule(trainer)
 
 
 def test_dict_of_losses_logs_each(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> None:

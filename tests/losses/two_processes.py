@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 from tests.forks import SHARES, in_two_processes, run_worker
+from tests.patience import PATIENCE
 
 ROWS = 8
 COLUMNS = ("anchor", "positive", "negative")
@@ -76,7 +77,7 @@ def run(cases: Mapping[str, Mapping[str, Any]], model_dir: Path, folder: Path) -
 def work(job_file: Path, rank: int) -> None:
     """One of the two processes."""
     job = json.loads(job_file.read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     share = ROWS // len(SHARES)
     rows = slice(rank * share, (rank + 1) * share)
     results = {name: compute(case, job["model"], rows, parallel=True) for name, case in job["cases"].items()}

@@ -3,7 +3,8 @@
 Usage: python -m tests.modeling.fresh_process JOB.json, with {"images": [...], "directories": {name: path},
 "modules": path, "output": path}. The code that comes with the directories is cached in `modules`.
 For each directory the vectors of AutoModel and, where it has a modules.json, of SentenceTransformer are
-written to `output` as lists, together with those of the directory that SentenceTransformer saves.
+written to `output` as lists, together with those of the directory that SentenceTransformer saves. What
+transformers saves of the first directory comes before all that, while no other code has been opened.
 """
 
 from __future__ import annotations
@@ -43,6 +44,26 @@ def embed_with_transformers(folder: str, inputs: list[Any]) -> list[list[float]]
     return vectors
 
 
+def save_with_transformers(folder: str, parts: str, trained: str) -> None:
+    from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(parts)
+    processor.save_pretrained(parts)
+    arguments = TrainingArguments(output_dir=trained, use_cpu=True, report_to="none")
+    Trainer(model, arguments, processing_class=processor).save_model(trained)  # as in each of its checkpoints
+
+
+def embed_with_pipeline(folder: str, inputs: list[Any]) -> list[list[list[list[float]]]]:
+    """One after another, and in batches; each input has a list of one vector."""
+    from transformers import pipeline
+
+    extract = pipeline("feature-extraction", model=folder, trust_remote_code=True, device="cpu")
+    same = [item for item in inputs if isinstance(item, str) and not Path(item).is_file()] * 2
+    return [[extract(item) for item in inputs], extract([*same, "a"], batch_size=2)[:2]]
+
+
 def watch(module: Any, batches: list[str]) -> None:
     """Keep what kinds of batches a module embeds: packed ones, if it takes the fast path."""
     embed_batch = module.embed_batch
@@ -61,7 +82,13 @@ def main(job: dict[str, Any]) -> None:
 
     dynamic_module_utils.HF_MODULES_CACHE = job["modules"]
     inputs = inputs_of_every_kind(job["images"])
-    results = {}
+    results: dict[str, Any] = {}
+    saves = [f"{job['output']}-saved-{number}" for number in range(2)]
+    save_with_transformers(next(iter(job["directories"].values())), *saves)
+    results["saves"] = {}
+    for name, folder in zip(("parts", "trained"), saves, strict=True):
+        model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+        results["saves"][name] = {"vectors": model.encode(inputs).tolist(), "prompts": model.prompts}
     for name, folder in job["directories"].items():
         results[f"{name}: transformers"] = embed_with_transformers(folder, inputs)
         if not (Path(folder) / "modules.json").is_file():
@@ -76,6 +103,7 @@ def main(job: dict[str, Any]) -> None:
         again = SentenceTransformer(saved, trust_remote_code=True, device="cpu")
         results[f"{name}: saved again"] = again.encode(inputs).tolist()
         results[f"{name}: saved again, transformers"] = embed_with_transformers(saved, inputs)
+        results[f"{name}: pipeline"] = embed_with_pipeline(saved, inputs)
     results["puma_hf modules"] = [name for name in sys.modules if name.partition(".")[0] == "puma_hf"]
     results["cached modules"] = [path.name for path in Path(job["modules"]).rglob("*.py")]
     Path(job["output"]).write_text(json.dumps(results))

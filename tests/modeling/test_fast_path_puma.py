@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import transformers.models.qwen3_vl.modeling_qwen3_vl
 from peft import LoraConfig, get_peft_model
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -377,6 +379,15 @@ def test_a_compiled_model_is_called(tmp_path: Path) -> None:
     assert largest_difference(first, before) <= 1e-5
     embed(module, batches, FastPath())
     assert len(graphs) == compiled
+
+
+def test_a_sentence_transformer_that_is_compiled_embeds_as_before(tmp_path: Path) -> None:
+    model = SentenceTransformer(modules=[made_of(tmp_path, "qwen2_vl", 2)])
+    inputs = ["a red apple", "a", {"image": Image.new("RGB", (48, 32), "red"), "text": "a cat"}, "a table"]
+    before = model.encode(inputs, prompt="Find it.")
+    model.compile(backend="eager", dynamic=True)
+    assert model.encode(inputs, prompt="Find it.") == pytest.approx(before, abs=1e-5)
+    assert model.encode(inputs[::-1], batch_size=3, prompt="Find it.") == pytest.approx(before[::-1], abs=1e-5)
 
 
 def test_a_model_under_fsdp_embeds_as_before(tmp_path: Path) -> None:

@@ -146,6 +146,24 @@ def test_sentence_transformers_gives_the_same_vectors(
     np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("save", ["parts", "trained"])
+def test_what_transformers_saves_there_is_a_sentence_transformer_with_its_prompts(
+    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], sentence_transformer: SentenceTransformer, save: str
+) -> None:
+    found = fresh_vectors["saves"][save]
+    np.testing.assert_allclose(found["vectors"], expected["pruned"], rtol=0, atol=1e-5)
+    assert found["prompts"] == sentence_transformer.prompts != {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pipeline_gives_the_same_vectors(
+    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], name: str
+) -> None:
+    single, batched = (np.array(found)[:, 0] for found in fresh_vectors[f"{name}: pipeline"])
+    np.testing.assert_allclose(single, expected[name], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(batched, expected[name][[0, 0]], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_fast_path_is_taken_there(fresh_vectors: dict[str, Any], name: str) -> None:
     # All inputs at once and one by one; the vectors that they are compared with come from AutoModel, too.

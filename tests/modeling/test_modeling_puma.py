@@ -373,11 +373,44 @@ def damaged(qwen_dir: Path, folder: Path, change: Callable[[dict[str, Tensor]], 
     return folder
 
 
-def test_a_missing_tensor_is_an_error(qwen_dir: Path, tmp_path: Path) -> None:
+class PumaWithHead(PumaModel):
+    """A user's own: its module is no file that a save could copy."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.head = torch.nn.Linear(config.text_config.hidden_size, 3)
+        self.post_init()
+
+
+PumaWithHead.__module__ = "__main__"
+
+
+@pytest.mark.parametrize("model_class", [PumaModel, PumaWithHead])
+def test_a_missing_tensor_is_an_error(model_class: Any, qwen_dir: Path, tmp_path: Path) -> None:
     folder = damaged(qwen_dir, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
     message = r"lacks 1 of the tensors .* 2 layers needs \(first: language_model.norm.weight\).*download"
     with pytest.raises(ValueError, match=message):
-        PumaModel.from_pretrained(folder, num_kept_layers=2)
+        model_class.from_pretrained(folder, num_kept_layers=2)
+
+
+def test_a_subclass_with_a_new_head_loads_and_saves(puma_dir: Path, tmp_path: Path) -> None:
+    with_head, info = PumaWithHead.from_pretrained(puma_dir, output_loading_info=True)
+    assert info["missing_keys"] == {"head.weight", "head.bias"}  # transformers reports them
+    assert 0.005 < with_head.head.weight.std() < 0.05  # by initializer_range, 0.02
+    assert not with_head.head.bias.any()
+    with_head.save_pretrained(tmp_path / "saved")
+    reloaded, info = PumaWithHead.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in with_head.state_dict().items())
+    # Others open it as what it is made from, whose code lies beside it.
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_puma.PumaConfig",
+        "AutoModel": "modeling_puma.PumaModel",
+    }
+    code = {path.name for path in puma_dir.glob("*_puma.py")}
+    assert "modeling_puma.py" in code & {path.name for path in (tmp_path / "saved").glob("*_puma.py")}
+    plain = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert plain.state_dict().keys() == with_head.state_dict().keys() - {"head.weight", "head.bias"}
 
 
 def test_a_missing_tensor_of_a_dropped_layer_is_none(qwen_dir: Path, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import filecmp
+import json
 import random
+import shutil
 import string
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -13,9 +17,12 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.utils.hub import PushToHubMixin
+from transformers.utils.import_utils import is_torchvision_available
 
-from puma_hf import PumaProcessor
-from puma_hf.modeling import MODALITY_IDS, MODALITY_NAMES, processing_puma
+from puma_hf import PumaProcessor, prune
+from puma_hf.modeling import MODALITY_IDS, MODALITY_NAMES, processing_puma, video_puma
+from tests.tiny import copy_checkpoint
 
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n[RET]"
 IMAGE, VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
@@ -579,7 +586,23 @@ def test_a_template_without_ret_is_refused(processor: PumaProcessor) -> None:
         processor.process_inputs(["apple"])
 
 
-# --- torchvision
+# --- torchvision; what really runs videos is tested in test_video_puma.py
+
+
+class FakeVideoProcessor(PushToHubMixin):
+    """Stands for Qwen2VLVideoProcessor, which without torchvision cannot be made; keeps its settings, as that does."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.settings)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, torchvision: bool) -> None:
+    if torchvision and not is_torchvision_available():
+        monkeypatch.setattr("transformers.Qwen2VLVideoProcessor", FakeVideoProcessor)
+    monkeypatch.setattr(video_puma, "is_torchvision_available", lambda: torchvision)
 
 
 def test_video_names_its_extra(processor: PumaProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,11 +614,49 @@ def test_video_names_its_extra(processor: PumaProcessor, monkeypatch: pytest.Mon
             processor.process_inputs([item])
 
 
-@pytest.mark.parametrize("available", [False, True])
-def test_the_video_processor_is_a_part_only_with_torchvision(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
-    monkeypatch.setattr(processing_puma, "is_torchvision_available", lambda: available)
-    expected = {"image_processor", "tokenizer"} | ({"video_processor"} if available else set())
-    assert set(PumaProcessor.get_attributes()) == expected
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("made", [False, True])
+def test_directories_are_the_same_with_and_without_torchvision(
+    qwen_dir: Path, puma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool, opened: bool
+) -> None:
+    pretend(monkeypatch, made)
+    prune(qwen_dir, tmp_path / "made", num_kept_layers=2)
+    names = {path.name for path in puma_dir.iterdir()}
+    assert filecmp.cmpfiles(puma_dir, tmp_path / "made", names, shallow=False) == (ANY, [], [])
+    pretend(monkeypatch, opened)
+    for number, load in enumerate((PumaProcessor.from_pretrained, AutoProcessor.from_pretrained)):
+        loaded = load(tmp_path / "made")
+        assert isinstance(loaded.video_processor, dict) is not opened
+        loaded.save_pretrained(tmp_path / str(number))
+        saved = tmp_path / str(number) / "processor_config.json"
+        assert saved.read_bytes() == (puma_dir / saved.name).read_bytes()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("made", [False, True])
+def test_directories_of_the_first_release_open(
+    puma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool, opened: bool
+) -> None:
+    """Made without torchvision they had no video settings; with it transformers added an auto_map to them."""
+    shutil.copytree(puma_dir, tmp_path / "old")
+    file = tmp_path / "old" / "processor_config.json"
+    current = json.loads(file.read_text())
+    settings = {**current["video_processor"], "auto_map": current["auto_map"], "fps": 2}
+    others = {name: value for name, value in current.items() if name != "video_processor"}
+    file.write_text(json.dumps({**others, "video_processor": settings} if made else others))
+    pretend(monkeypatch, opened)
+    PumaProcessor.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    expected = current["video_processor"] | ({"fps": 2} if made else {})
+    assert json.loads((tmp_path / "new" / file.name).read_text()) == {**others, "video_processor": expected}
+
+
+def test_video_settings_are_those_of_the_source(qwen_dir: Path, tmp_path: Path) -> None:
+    source = copy_checkpoint(qwen_dir, tmp_path / "source")
+    own = {"size": {"shortest_edge": 5, "longest_edge": 7}, "patch_size": 8, "fps": 3}
+    (source / "video_preprocessor_config.json").write_text(json.dumps(own))
+    prune(source, tmp_path / "pruned", num_kept_layers=2)
+    settings = json.loads((tmp_path / "pruned" / "processor_config.json").read_text())["video_processor"]
+    assert {name: settings[name] for name in own} == own
 
 
 # --- saving

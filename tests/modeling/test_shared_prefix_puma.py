@@ -136,7 +136,7 @@ def test_many_rows_are_planned_fast(kind: str) -> None:
     started = time.process_time()
     groups = group(rows)
     # About 0.03 s for short rows; quadratic time would be minutes.
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - started < 20.0
     check(groups, rows, [len(row) - 1 for row in rows])
     if kind != "nothing in common":
         assert saved(groups) > 15 * len(rows)

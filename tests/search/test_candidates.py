@@ -18,6 +18,7 @@ from puma_hf.embedding.shards import DamagedShardError, Shard
 from puma_hf.embedding.store import EmbeddingStore, StoredEmbeddings, open_embeddings
 from puma_hf.evaluation.search import CandidateSource, exact_search
 from puma_hf.search.candidates import ShardReader, StoredCandidates
+from tests.patience import PATIENCE
 
 SIZES = (4, 0, 3, 5)
 ROWS = np.random.default_rng(0).standard_normal((sum(SIZES), 16)).astype(np.float32)
@@ -95,7 +96,7 @@ def test_shards_are_read_once_as_far_as_they_fit(stored: Stored, monkeypatch: py
 
 
 def test_threads_share_a_reader(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, both = stored(), Barrier(2, timeout=60)
+    opened, both = stored(), Barrier(2, timeout=PATIENCE)
     plain = StoredEmbeddings.shard
     monkeypatch.setattr(StoredEmbeddings, "shard", lambda self, number: [both.wait(), plain(self, number)][1])
     reader = ShardReader(opened, kept_bytes=8 * 16 * 4)  # room for it twice

@@ -110,7 +110,9 @@ def test_other_numbers(config: Callable[..., IndexConfig], tmp_path: Path, preci
     before = rows(tmp_path / "out")
     data.write_text("".join(lines[1:]))
     assert build_index(config(data, precision=precision)).embedded.num_new_items == new
-    assert np.array_equal(rows(tmp_path / "out"), before[1:])
+    # What is embedded again is in other batches than before, so a value on the edge of a step may take the next one.
+    steps = np.abs(rows(tmp_path / "out").astype(float) - before[1:].astype(float))
+    assert steps.max() <= (1 if new else 0)
 
 
 def test_another_model_is_refused_all_the_same(config: Callable[..., IndexConfig], tmp_path: Path) -> None:

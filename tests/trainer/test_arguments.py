@@ -49,8 +49,19 @@ def test_a_reporter_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     assert training_arguments(config(report_to="tensorboard")).report_to == ["tensorboard"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_bfloat16_needs_a_gpu() -> None:
-    with pytest.raises(ValueError, match=r"^bf16=True needs a GPU .*Leave bf16 out, or use a GPU\.$"):
+@pytest.mark.parametrize(("accelerator", "settings"), [(False, {}), (True, {"use_cpu": True})])
+def test_bfloat16_without_a_gpu_for_it(
+    accelerator: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    made = training_arguments(config(bf16=True, training_arguments=settings))
+    assert (made.bf16, made.use_cpu) == (True, True)
+
+
+def test_a_gpu_that_does_not_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"^bf16=True needs .*the one here does not\. Set bf16=False \(--no-bf16\)"):
         training_arguments(config(bf16=True))
-    assert training_arguments(config(bf16=True, training_arguments={"use_cpu": True})).bf16
+    assert not training_arguments(config()).use_cpu

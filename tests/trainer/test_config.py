@@ -32,7 +32,7 @@ def test_the_defaults_of_the_two_stages_are_lamras() -> None:
     assert (second.lora_r, second.learning_rate, second.train_ret_token) == (128, 1e-4, False)
     for stage in (first, second):
         assert (stage.lora_alpha, stage.lora_dropout, stage.warmup) == (None, 0.05, 0.03)
-        assert (stage.max_length, stage.max_pixels) == (480, 300 * 28 * 28)
+        assert (stage.max_length, stage.max_pixels) == (None, None)
         assert (stage.max_steps, stage.num_train_epochs) == (-1, 1.0)
     assert (first.teacher_mode, first.metric) == ("frozen", "mse")
     assert (second.loss, second.temperature, second.distillation_weight) == ("mac", 0.05, 0.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel, lora_config, prune
+from puma_hf.opening import open_sentence_transformer
 from puma_hf.trainer import merge_adapter
 from puma_hf.trainer.lora import (
     BASE_FILE,
@@ -188,6 +190,43 @@ def test_base_that_moved(adapter: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"base '.*base' is not a directory\. .*--base"):
         merge_adapter(adapter, tmp_path / "merged")
     assert merge_adapter(adapter, tmp_path / "merged", base=tmp_path / "elsewhere") < 1e-6
+
+
+def test_a_base_named_from_another_directory(
+    base: Path, make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_student(Path("base"), disturbed=True)
+    model.save_pretrained("runs/adapter")
+    expected = model.eval().encode("a red apple")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    opened = SentenceTransformer("../runs/adapter", trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(opened.encode("a red apple"), expected, atol=1e-6)
+    # As older versions wrote it: found from the adapter's place, which transformers does not look at.
+    file = tmp_path / "runs" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+    assert merge_adapter("../runs/adapter", "merged") < 1e-6
+    message = rf"model='\.\./runs/adapter' is an adapter whose base .*puma-hf merge .* --base {re.escape(str(base))}$"
+    with pytest.raises(FileNotFoundError, match=message):
+        open_sentence_transformer("../runs/adapter", device="cpu")
+
+
+def test_dora_is_not_blamed_on_the_base(make_student: MakeStudent, base: Path, tmp_path: Path) -> None:
+    model = make_student(base, adapter=False)
+    add_lora(model, LoraConfig(r=4, use_dora=True, target_modules=DECODER_LINEARS))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    expected = model.eval().encode("a red apple")
+    model.save_pretrained(str(tmp_path / "dora"))
+    with pytest.raises(ValueError, match=r"^14 tensors of the adapter .* transformers cannot load DoRA: .*merge"):
+        SentenceTransformer(str(tmp_path / "dora"), trust_remote_code=True, device="cpu")
+    assert merge_adapter(tmp_path / "dora", tmp_path / "merged") < 1e-5
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(merged.encode("a red apple"), expected, atol=1e-5)
 
 
 def test_base_that_is_not_named(adapter: Path, tmp_path: Path) -> None:

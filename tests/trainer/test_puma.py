@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset, DatasetDict
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
-from torch import Tensor, nn
+from datasets import Dataset, DatasetDict, Features, Value
+from PIL import Image
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
@@ -190,62 +192,6 @@ def test_twins_must_fit(make_student: MakeStudent, make_arguments: MakeArguments
         PumaTrainer(**arguments, train_dataset=DatasetDict(one=pairs), twins=["a"])
 
 
-# --- nothing to learn from
-
-
-@pytest.mark.parametrize("key", [None, "queries"])
-def test_an_empty_dataset_is_refused(
-    key: str | None, make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
-) -> None:
-    model = make_student()
-    empty = pairs.select([])
-    dataset = empty if key is None else DatasetDict({"full": pairs, key: empty})
-    name = "train_dataset" if key is None else r"train_dataset\['queries'\]"
-    with pytest.raises(ValueError, match=rf"^{name} has no rows, .*the split and the filters"):
-        PumaTrainer(model=model, args=make_arguments(), train_dataset=dataset, loss=MultimodalMACLoss(model))
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (ROWS, 1)])
-def test_rows_that_never_have_a_negative_are_refused(
-    rows: int,
-    batch_size: int,
-    wrapped: bool,
-    make_student: MakeStudent,
-    make_arguments: MakeArguments,
-    pairs: Dataset,
-) -> None:
-    model = make_student()
-    loss: nn.Module = MatryoshkaLoss(model, MultimodalMACLoss(model), [32]) if wrapped else MultimodalMACLoss(model)
-    arguments = make_arguments(per_device_train_batch_size=batch_size)
-    few = pairs.select(range(rows))
-    message = (
-        rf"^train_dataset has {rows} row\(s\), batches have {batch_size} and .*MultimodalMACLoss compares .* never"
-    )
-    with pytest.raises(ValueError, match=message):
-        PumaTrainer(model=model, args=arguments, train_dataset=few, loss=loss)
-    # A column of negatives helps, and so does a loss that needs none.
-    negatives = few.add_column("negative_1", ["pear"] * rows)
-    PumaTrainer(model=model, args=arguments, train_dataset=negatives, loss=loss)
-    PumaTrainer(model=model, args=arguments, train_dataset=few, loss=nn.Identity())
-
-
-def test_negatives_of_other_devices_count(
-    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_student()
-    arguments = make_arguments(per_device_train_batch_size=1)
-    monkeypatch.setattr(type(arguments), "world_size", 2)
-    PumaTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=pairs,
-        loss=MultimodalMACLoss(model, gather_across_devices=True),
-    )
-    with pytest.raises(ValueError, match="batches have 1"):
-        PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model))
-
-
 # --- epochs
 
 
@@ -292,3 +238,67 @@ def test_what_an_early_end_of_an_epoch_leaves_over_is_dropped(
     assert len(list(trainer.get_train_dataloader().batch_sampler)) % 2 == 1
     trainer.train()
     assert left == [False, False]
+
+
+# --- streams, and datasets of structs
+
+
+@pytest.fixture
+def captions(tmp_path: Path, images: list[Image.Image]) -> Dataset:
+    """Texts, and pictures of several sizes."""
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    cell = {"text": Value("string"), "image": Value("string")}
+    anchors = [{"text": f"query {row}", "image": None} for row in range(ROWS)]
+    positives = [{"text": None, "image": str(tmp_path / f"{row % len(images)}.png")} for row in range(ROWS)]
+    return Dataset.from_dict({"anchor": anchors, "positive": positives}, Features(anchor=cell, positive=cell))
+
+
+def test_a_stream_of_pictures_trains_and_evaluates_like_a_dataset(
+    make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset
+) -> None:
+    model = make_student()
+    stream = captions.to_iterable_dataset()
+    arguments = make_arguments(max_steps=2, per_device_eval_batch_size=ROWS)
+    trainer = PumaTrainer(model=model, args=arguments, train_dataset=stream, loss=MultimodalMACLoss(model))
+    of_rows, of_stream = (trainer.evaluate(dataset)["eval_loss"] for dataset in (captions, stream))
+    assert of_stream == pytest.approx(of_rows, abs=1e-4)
+    assert of_rows > 0.1
+    assert trainer.train().global_step == 2
+
+
+def test_processes_share_a_stream_out(
+    make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_student()
+    stream, loss = captions.to_iterable_dataset(), MultimodalMACLoss(model)
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=stream, loss=loss)
+    dispatched = trainer.accelerator.dispatch_batches
+    collate: Any = trainer.data_collator
+    trainer.data_collator = lambda rows: (rows, collate(rows))  # type: ignore[assignment]
+    shares: list[list[str]] = []
+    for rank in range(2):
+        options: dict[str, Any] = {"num_processes": 2, "process_index": rank, "put_on_device": False}
+        prepare = partial(prepare_data_loader, dispatch_batches=dispatched, **options)
+        monkeypatch.setattr(trainer.accelerator, "prepare", prepare)
+        shares.append([row["anchor"]["text"] for rows, _ in trainer.get_train_dataloader() for row in rows])
+    assert sorted(shares[0] + shares[1]) == sorted(row["text"] for row in captions["anchor"])
+    # Who asks for one process that reads for all, gets it.
+    arguments = make_arguments(accelerator_config={"dispatch_batches": True})
+    assert PumaTrainer(model=model, args=arguments, train_dataset=stream, loss=loss).accelerator.dispatch_batches
+
+
+@pytest.mark.parametrize("prompts", [None, {"one": {"anchor": "Find it."}, "other": "Describe it."}])
+def test_several_datasets_of_structs(
+    prompts: Any, make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset
+) -> None:
+    model = make_student()
+    loss = MultimodalMACLoss(model)
+    trainer = PumaTrainer(
+        model=model,
+        args=make_arguments(max_steps=2, prompts=prompts),
+        train_dataset=DatasetDict(one=captions, other=captions),
+        loss=loss if prompts else {"one": loss, "other": MultimodalMACLoss(model)},
+    )
+    assert trainer.train().global_step == 2
+    assert model.model_card_data.widget == []

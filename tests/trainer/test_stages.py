@@ -14,17 +14,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import TrainerState
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, TrainerState
 
+from puma_hf import prune
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.data.twins import TwinBatchSampler
+from puma_hf.export import export
 from puma_hf.hub.card_results import find_results
+from puma_hf.hub.load_check import LoadCheck
+from puma_hf.hub.push import push_to_hub
+from puma_hf.limits import set_limits
 from puma_hf.losses import MultimodalMACLoss
 from puma_hf.recipes import load_config
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.trainer.lora import BASE_FILE
+from puma_hf.trainer.lora import BASE_FILE, puma_model
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.stages import distill, merge, train
 from tests.data.mbeir_builder import build_mbeir, change_record, qid, query_path
@@ -97,6 +102,79 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
         "final/train.yaml",
         "merged/distill.yaml",
     ]
+
+
+@pytest.mark.parametrize("stage", [distill, train])
+def test_a_published_recipe_can_be_tried_on_any_machine(
+    stage: Any, puma_dir: Path, qwen_dir: Path, mbeir_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bfloat16 is that of the GPU, and where there is none, of the CPU."""
+    recipe = Path(__file__).parents[2] / "configs" / f"qwen2_vl_2b_{stage.__name__}.yaml"
+    paths = {"model": puma_dir, "output": tmp_path / "out", "data": mbeir_root}
+    paths |= {"teacher": qwen_dir} if stage is distill else {"split": "train"}
+    few = {"batch_size": 4, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0}
+    config: Any = load_config(DistillConfig if stage is distill else TrainConfig, recipe, **paths, **few)
+    assert config.bf16
+    dtypes: set[torch.dtype] = set()
+    compute_loss = PumaTrainer.compute_loss
+
+    def watch(self: PumaTrainer, *args: Any, **kwargs: Any) -> Any:
+        layer = puma_model(self.model).language_model.layers[0].mlp.down_proj
+        with layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype)):
+            return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(PumaTrainer, "compute_loss", watch)
+    stage(config)
+    assert dtypes == {torch.bfloat16}
+    losses = logged(tmp_path / "out" / "checkpoint-2", "loss")
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert all(tensor.isfinite().all() for tensor in adapter_tensors(tmp_path / "out").values())
+
+
+def visual_tokens(folder: Path) -> list[int]:
+    """Of a photo of 2,000 x 1,500, by AutoProcessor and by SentenceTransformer, as their directory says."""
+    photo = [{"image": Image.new("RGB", (2000, 1500), "red")}]
+    by_auto = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    by_st: Any = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert by_auto.tokenizer.model_max_length == by_st.max_seq_length == 200
+    batches = (by_auto.process_inputs(photo), by_st[0].preprocess(photo))
+    return [int(batch["image_grid_thw"].prod()) // 4 for batch in batches]
+
+
+def test_what_it_was_trained_with_travels_with_the_model(
+    distill_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 visual tokens of 16 x 16 pixels, of which such a photo gets 9 x 6; the source has 256.
+    adapter = distill(distill_config(max_pixels=64 * 16 * 16, max_length=200, save_steps=3))
+    merge(MergeConfig(adapter=adapter, output=tmp_path / "merged"))
+    prune(tmp_path / "merged", tmp_path / "further", num_kept_layers=1)
+    again = distill(distill_config(model=tmp_path / "merged", output=tmp_path / "second", max_steps=1))
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    merged.save_pretrained(str(tmp_path / "saved"))
+
+    def keep(directory: Path, **options: Any) -> LoadCheck:
+        shutil.copytree(directory, tmp_path / "pushed")
+        return LoadCheck(32, "float32", 0.0)
+
+    monkeypatch.setattr("puma_hf.hub.push.check_loads", keep)
+    card = push_to_hub(tmp_path / "merged", "org/puma", dry_run=True).card
+    assert "at most 16,384 pixels, 64 visual tokens; texts are cut at 200 tokens" in card
+    copies = [tmp_path / name for name in ("merged", "further", "saved", "pushed")]
+    for folder in (adapter, adapter / "checkpoint-3", again, *copies):
+        assert visual_tokens(folder) == [54, 54], folder
+    export(tmp_path / "merged", tmp_path / "stock")
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "stock")
+    assert int(stock(Image.new("RGB", (2000, 1500)))["image_grid_thw"].prod()) // 4 == 54
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock").model_max_length == 200
+
+
+def test_limits_that_the_model_cannot_have(train_config: MakeConfig, tmp_path: Path, processor: Any) -> None:
+    shutil.copytree(train_config().model, tmp_path / "model")
+    set_limits(processor, min_pixels=2000, max_pixels=4000)
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"max_pixels=1000 must be .* at least 2000"):
+        train(train_config(model=tmp_path / "model", max_pixels=1000))
 
 
 def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
