@@ -49,7 +49,9 @@ class CheckedConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for entry in fields(self):
-            value = convert(entry.name, getattr(self, entry.name), hints[entry.name])
+            flag = entry.metadata.get("flag")  # where it is not the name, errors say both
+            shown = f"{entry.name} (--{flag})" if isinstance(flag, str) else entry.name
+            value = convert(shown, getattr(self, entry.name), hints[entry.name])
             object.__setattr__(self, entry.name, value)  # the class is frozen
             for item in value if isinstance(value, tuple) else (value,):
                 remedy = entry.metadata.get("remedy") or _default_as_remedy(entry)

@@ -160,7 +160,7 @@ class ImageFinder:
         if not stat.S_ISREG(mode):
             raise FileNotFoundError(
                 f"{where}: image {shown(img_path)} is not a file below {self._root}; unpack M-BEIR's images "
-                "there, or pass image_root, the folder they are in"
+                "there, or name the folder they are in: MBEIR(..., image_root=...), in Python alone"
             )
         return full
 
@@ -169,8 +169,8 @@ class ImageFinder:
         if not real.is_relative_to(self._root):
             raise MBEIRFormatError(
                 f"{where}: image path {shown(img_path)} passes a symbolic link that leaves {self._root}; keep "
-                "the files below it (hf download --local-dir FOLDER writes files instead of links), or pass "
-                "image_root, the real folder of the images",
+                "the files below it (hf download --local-dir FOLDER writes files instead of links), or name their real "
+                "folder: MBEIR(..., image_root=...), in Python alone",
                 "image outside the folder",
             )
         return str(real)

@@ -73,8 +73,8 @@ class MBEIR:
         if not self.image_root.is_dir():
             named = "" if self._origin is None else f", which {self._origin.path} names,"
             raise FileNotFoundError(
-                f"The images' folder {self.image_root}{named} is not there; put it back, or pass image_root, the "
-                "folder the images are in now"
+                f"The images' folder {self.image_root}{named} is not there; put it back, or name the folder "
+                "the images are in now: MBEIR(..., image_root=...), in Python alone"
             )
         self._images = ImageFinder(self.image_root)
 

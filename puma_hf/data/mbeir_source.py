@@ -82,7 +82,10 @@ def open_mbeir(
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone")
+            raise ValueError(
+                f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone: leave it out "
+                "(in evaluate --data-revision)"
+            )
         if is_mbeir(folder):
             return MBEIR(folder)
         copies = _folder_copies(folder, tasks, split)

@@ -159,7 +159,7 @@ def _choose(data: MBEIR, task: MBEIRTask, settings: Mapping[str, Any]) -> _Part:
     if not judged:
         raise MBEIRFormatError(
             f"{data.root}: no query of {task.name} ({split}) has a relevant candidate in its local pool; look at its "
-            "qrels, or leave the task out with tasks=[...]",
+            "qrels, or name the other tasks (tasks=[...], --tasks)",
             "no positive",
         )
     taken = _sample(judged, settings["num_queries"] or len(judged), seeded_random(seed, "nano queries", task.name))

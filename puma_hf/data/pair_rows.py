@@ -254,8 +254,8 @@ def _ways(columns: PairColumns, options: PairOptions, instruction: str | None) -
         )
     if "reverse" in ways and columns.negatives:
         raise ValueError(
-            f"direction={direction!r} turns pairs round, but their negatives are wrong answers of one side alone. Pass "
-            "negatives=() to leave them out, or leave the direction out."
+            f"direction={direction!r} turns pairs round, but their negatives are wrong answers of one side alone. "
+            "Remove their columns (in Python negatives=()), or leave the direction out."
         )
     return ways
 

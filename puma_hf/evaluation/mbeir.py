@@ -248,7 +248,7 @@ def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Se
     if reasons:
         logger.warning(
             "%s is of another evaluation (%s) and is replaced when this one is done, as are run files of the same "
-            "tasks; to keep it, choose another output_dir",
+            "tasks; to keep it, choose another output",
             path,
             "; ".join(reasons),
         )

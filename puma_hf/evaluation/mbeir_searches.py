@@ -59,7 +59,7 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
             if not relevance:
                 raise MBEIRFormatError(
                     f"{data.root}: no query of {task.name} ({split}) has a relevant candidate in its "
-                    f"{pool_name} pool; look at its qrels, or leave the task out with tasks=[...]"
+                    f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
                 )
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
     skipped = [

@@ -118,8 +118,8 @@ def _seen_by_all(folder: str | Path | None) -> Iterator[Path]:
         blind = [number for number, sees in enumerate(gather(shared.is_dir())) if not sees]
         if blind:
             raise ValueError(
-                f"Processes {blind} do not see the folder {str(shared)!r} that the main process uses. Pass an "
-                "output_dir on a file system that all machines share."
+                f"Processes {blind} do not see the folder {str(shared)!r} that the main process uses. Choose "
+                "an output on a file system that all machines share."
             )
         yield shared
         gather(None)  # nobody may still be reading

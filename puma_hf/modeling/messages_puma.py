@@ -52,15 +52,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
 
 
-def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; JSON may hold half a character of two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def holds_inputs(value: Any) -> bool:
     """Whether a value holds inputs in an order: a list, a column, a pandas Series, a generator, an array of strings."""
     if isinstance(value, np.ndarray):
@@ -227,5 +218,9 @@ def _is_frames(values: Any) -> bool:
 
 
 def _check_unicode(text: str, where: str) -> None:
-    if not is_unicode(text):
-        raise ValueError(f"{where}: {shown(text)} holds half a character (a lone surrogate). Mend its encoding.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: {shown(text)} holds half a character (a lone surrogate). Mend its encoding."
+        ) from None

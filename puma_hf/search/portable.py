@@ -75,7 +75,8 @@ def _model_of(index: Index, draft: Path, model: str | None) -> dict[str, Any]:
     source = Path(index.model)
     if not source.is_dir():
         raise FileNotFoundError(
-            f"The model {index.model!r} of the index {str(index.folder)!r} is gone. Pass model: where it is on the Hub."
+            f"The model {index.model!r} of the index {str(index.folder)!r} is gone. Name it on the Hub "
+            "(model=..., --model)."
         )
     (draft / MODEL_FOLDER).mkdir()
     for name in files_to_push(source).names:

@@ -190,7 +190,9 @@ def _source_of(teacher: Any, student: PumaModel, revision: str | None) -> tuple[
         )
     source = student.config.source_name_or_path
     if source is None:
-        raise ValueError("The model does not name the checkpoint it was pruned from. Pass teacher=<that checkpoint>.")
+        raise ValueError(
+            "The model does not name the checkpoint it was pruned from. Pass teacher=<that checkpoint> (--teacher)."
+        )
     # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
     if "/" not in source and not Path(source).is_dir():
         raise ValueError(

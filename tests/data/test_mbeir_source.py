@@ -256,7 +256,9 @@ def test_a_folder_of_something_else(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_folder_has_no_revision(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"revision is 'main', but .*mbeir is a folder; a revision is for the Hub"):
+    with pytest.raises(
+        ValueError, match=r"revision is 'main', but .*mbeir is a folder; a revision is for the Hub.*--data-revision"
+    ):
         open_mbeir(root, revision="main")
 
 

@@ -179,7 +179,8 @@ def test_moved_images(root: Path, tmp_path: Path) -> None:
     nano = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     root.rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match=r"The images' folder .*mbeir, which .*nano\.json names, is not there; .*image_root"
+        FileNotFoundError,
+        match=r"The images' folder .*mbeir, which .*nano\.json names, is not there; .*MBEIR\(\.\.\., image_root=",
     ):
         MBEIR(nano.root)
     moved = MBEIR(nano.root, image_root=tmp_path / "moved")

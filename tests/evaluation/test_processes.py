@@ -74,7 +74,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gather", lambda value: [value, False] if value is True else [value])
     message = (
-        r"Processes \[1\] do not see the folder '.*' that the main process uses\. Pass an output_dir on a file system"
+        r"Processes \[1\] do not see the folder '.*' that the main process uses\. Choose an output on a file system"
     )
     with pytest.raises(ValueError, match=message), shared_folder(tmp_path):
         pass

@@ -31,7 +31,7 @@ def test_zeros_are_refused() -> None:
         ({}, "query=None and image=None: nothing to look for"),
         ({"query": " \n"}, "nothing to look for. Give words, a picture \\(--image\\), or both"),
         ({"query": "a", "top": 0}, "top=0 must be at least 1"),
-        ({"query": "a", "target": "video"}, "target='video' must be one of 'any', 'text', 'image'"),
+        ({"query": "a", "target": "video"}, "target \\(--for\\)='video' must be one of 'any', 'text', 'image'"),
         ({"query": "a", "backend": "annoy"}, "backend='annoy' must be one of"),
     ],
 )

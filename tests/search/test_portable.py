@@ -97,7 +97,7 @@ def test_whole_or_not_at_all(own_index: Index, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the picture of item 'sub/b.png', is gone. Run puma-hf index again"):
         copy_index(own_index, tmp_path / "copy")
     shutil.rmtree(tmp_path / "there" / "puma")
-    with pytest.raises(FileNotFoundError, match=r"is gone. Pass model: where it is on the Hub"):
+    with pytest.raises(FileNotFoundError, match=r"is gone\. Name it on the Hub \(model=\.\.\., --model\)"):
         copy_index(own_index, tmp_path / "copy")
     assert os.listdir(tmp_path) == ["there"]
 

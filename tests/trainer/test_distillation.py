@@ -215,7 +215,9 @@ def test_default_teacher(
     monkeypatch.chdir(qwen_dir.parent)
     assert len(PumaDistillationTrainer(**arguments).teacher.dropped_layers) == 2
     puma_model(model).config.source_name_or_path = None
-    with pytest.raises(ValueError, match=r"does not name the checkpoint it was pruned from\. Pass teacher="):
+    with pytest.raises(
+        ValueError, match=r"does not name the checkpoint it was pruned from\. Pass teacher=.* \(--teacher\)"
+    ):
         PumaDistillationTrainer(**arguments)
 
 
