@@ -50,7 +50,7 @@ class StoredModel:
             ValueError: If the checkpoint lacks a tensor of theirs.
         """
         with torch.device("meta"):
-            layers = PumaModel(self.config).language_model.layers[first:]
+            layers: nn.ModuleList = PumaModel(self.config).language_model.layers[first:]
         stored, tensors = self.tensors(), {}
         for name, parameter in layers.named_parameters():
             number, _, rest = name.partition(".")
