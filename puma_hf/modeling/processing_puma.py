@@ -316,12 +316,13 @@ class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
     _load_tokenizer = False
     _load_processor = True
 
-    def preprocess(self, inputs: Any, **options: Any) -> Any:  # type: ignore[override]
-        return self.processor.process_inputs([inputs], **options)  # type: ignore[union-attr]
+    # The signatures of transformers' own classes differ from each other.
+    def preprocess(self, inputs: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self.processor.process_inputs([inputs], **options))  # type: ignore[union-attr]
 
-    def postprocess(self, model_outputs: Any, **options: Any) -> Any:  # type: ignore[override]
+    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:  # type: ignore[override]
         embeddings = model_outputs["embeddings"]
-        return embeddings if options.get("return_tensors") else embeddings.tolist()
+        return embeddings if return_tensors else embeddings.tolist()
 
 
 PIPELINES = {
