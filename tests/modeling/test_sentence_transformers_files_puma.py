@@ -20,8 +20,10 @@ from puma_hf.modeling.sentence_transformers_files_puma import MODULE_FILE, write
 WRITTEN = {
     "attention_puma.py",
     "config_sentence_transformers.json",
+    "configuration_puma.py",
     "content_ids_puma.py",
     "fast_path_puma.py",
+    "modeling_puma.py",
     "modules.json",
     "packer_puma.py",
     "packing_puma.py",

@@ -506,7 +506,7 @@ def test_special_tokens_are_refused_before_training(
     assert not (tmp_path / "out").exists()
     saved = train(train_config(data=root, special_tokens="split", max_steps=1))
     settings = json.loads((saved / "sentence_bert_config.json").read_text(encoding="utf-8"))
-    assert settings["processing_kwargs"]["text"] == {"max_length": 480, "split_special_tokens": True}
+    assert settings["processing_kwargs"]["text"] == {"split_special_tokens": True}
 
 
 @pytest.mark.parametrize("values", [{"direction": "both"}, {"bad_pairs": "drop"}])
