@@ -128,18 +128,31 @@ class PumaModelMixin(_MixinBase):
                 ) from error
             raise
         model, info = loaded
-        source = str(pretrained_model_name_or_path)
-        if info["mismatched_keys"] and not allow_mismatch:
-            name, found, needed = sorted(info["mismatched_keys"])[0]
+        of_base = model.__dict__.pop("_info_of_base", info)
+        base = model.name_or_path  # what was asked for, or the base of that adapter
+        if of_base["mismatched_keys"] and not allow_mismatch:
+            name, found, needed = sorted(of_base["mismatched_keys"])[0]
             raise ValueError(
-                f"{source!r} has {len(info['mismatched_keys'])} tensors of another shape than its "
+                f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its "
                 f"config.json says (first: {name}, {tuple(found)} instead of {tuple(needed)}). Weights and "
                 "configuration are of different models: download the checkpoint again."
             )
-        _check_missing(model, set(info["missing_keys"]), source)
+        _check_missing(model, set(of_base["missing_keys"]), base)
+        if info != of_base:
+            wrong = set(info["missing_keys"]) - set(of_base["missing_keys"])
+            wrong |= set() if allow_mismatch else {name for name, *_ in info["mismatched_keys"]}
+            place = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # AutoModel says so
+            _check_adapter(wrong, str(place or pretrained_model_name_or_path))
         # Saved files carry this model's own names, whatever layout was read.
         model._weight_conversions = []
         return (model, info) if return_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """That of transformers, which then tells of an adapter's tensors alone, and not of its base's."""
+        loading_info = super()._finalize_model_loading(model, load_config, loading_info)
+        model.__dict__.setdefault("_info_of_base", loading_info.to_dict())
+        return loading_info
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model as `PreTrainedModel.save_pretrained` does, with the code that opens it.
@@ -302,16 +315,12 @@ def _source_class(model: Any) -> Any:
     return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
 
 
-def _check_missing(model: Any, missing: set[str], source: str) -> None:
-    """Raise a ValueError if a tensor of the family was not loaded, or one of an adapter.
-
-    Those that a subclass adds are new where a checkpoint has none: transformers has reported and initialised them.
-    """
-    has_adapter = getattr(model, "_hf_peft_config_loaded", False)
-    if adapter := sorted(name for name in missing if has_adapter and ".lora_" in name):
-        is_dora = any("lora_magnitude_vector" in name for name in adapter)
+def _check_adapter(wrong: set[str], source: str) -> None:
+    """Raise a ValueError if tensors of an adapter, whose names these are, were not loaded."""
+    if wrong:
+        is_dora = any("lora_magnitude_vector" in name for name in wrong)
         raise ValueError(
-            f"{len(adapter)} tensors of the adapter of {source!r} were not loaded (first: {adapter[0]}). "
+            f"{len(wrong)} tensors of the adapter {source!r} were not loaded (first: {min(wrong)}). "
             + (
                 "transformers cannot load DoRA: use peft.PeftModel.from_pretrained(PumaModel.from_pretrained(base), "
                 "adapter), or merge the adapter into its base first (puma-hf merge)."
@@ -319,6 +328,13 @@ def _check_missing(model: Any, missing: set[str], source: str) -> None:
                 else "The adapter is incomplete or belongs to another base: copy it again, or train it again."
             )
         )
+
+
+def _check_missing(model: Any, missing: set[str], source: str) -> None:
+    """Raise a ValueError if a tensor of the family was not loaded.
+
+    Those that a subclass adds are new where a checkpoint has none: transformers has reported and initialised them.
+    """
     if not missing:
         return
     with torch.device("meta"):

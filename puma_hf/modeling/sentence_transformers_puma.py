@@ -126,6 +126,7 @@ class PumaTransformer(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, to `features`."""
         is_plain = self.fast_path is None or self.model.training or torch.is_grad_enabled() or bool(kwargs)
+        is_plain = is_plain or self._unwrapped().config.output_hidden_states
         if is_plain or not _MODEL_INPUTS.isdisjoint(features):
             outputs = self._plain(features, **kwargs)
         else:

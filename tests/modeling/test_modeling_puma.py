@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.modeling_utils
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -391,6 +392,34 @@ def test_a_missing_tensor_is_an_error(model_class: Any, qwen_dir: Path, tmp_path
     message = r"lacks 1 of the tensors .* 2 layers needs \(first: language_model.norm.weight\).*download"
     with pytest.raises(ValueError, match=message):
         model_class.from_pretrained(folder, num_kept_layers=2)
+
+
+@pytest.mark.parametrize("opens", [PumaModel, AutoModel])
+def test_a_tensor_that_an_adapter_or_its_base_lacks_is_an_error(opens: Any, puma_dir: Path, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(puma_dir, base)
+    model = PumaModel.from_pretrained(base)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}))
+    model.save_pretrained(adapter)
+
+    def message(weights: Path, name: str, rows: int) -> str:
+        """What opening the adapter says where a file has only so many rows of a tensor."""
+        tensors = load_file(weights)
+        (key,) = (key for key in tensors if key.endswith(name))
+        cut = {key: tensors[key][:rows].contiguous()} if rows else {}
+        save_file({k: v for k, v in tensors.items() if k != key} | cut, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="tensors") as caught:
+            opens.from_pretrained(adapter, trust_remote_code=True)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return str(caught.value)
+
+    needed, lora = "language_model.layers.0.mlp.up_proj.weight", "layers.1.self_attn.q_proj.lora_A.weight"
+    assert f"{str(base)!r} lacks 1 of the tensors" in message(base / "model.safetensors", needed, 0)
+    assert f"{str(base)!r} has 1 tensors of another shape" in message(base / "model.safetensors", needed, 8)
+    for name, rows in ((lora, 0), (lora, 2), ("embed_tokens.token_adapter.trainable_tokens_delta", 0)):
+        found = message(adapter / "adapter_model.safetensors", name, rows)
+        assert found.startswith(f"1 tensors of the adapter {str(adapter)!r} were not loaded")
+    assert opens.from_pretrained(adapter, trust_remote_code=True)
 
 
 def test_a_subclass_with_a_new_head_loads_and_saves(puma_dir: Path, tmp_path: Path) -> None:

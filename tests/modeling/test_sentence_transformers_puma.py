@@ -278,8 +278,12 @@ def test_losses_over_layers_see_what_models_of_fewer_layers_embed(puma_dir: Path
         for dim in dims or (32,):
             first, second = (torch.nn.functional.normalize(rows[:, :dim], dim=-1) for rows in (queries, answers))
             expected.append(torch.nn.functional.cross_entropy(20 * first @ second.T, torch.arange(2)))
-    loss = AdaptiveLayerLoss(model.eval(), inner, n_layers_per_step=-1, kl_temperature=0)(columns, None)
-    torch.testing.assert_close(loss, torch.stack(expected).sum(), rtol=0, atol=1e-4)
+    adaptive = AdaptiveLayerLoss(model.eval(), inner, n_layers_per_step=-1, kl_temperature=0)
+    with torch.no_grad():  # as an evaluation
+        evaluated = adaptive([dict(column) for column in columns], None)
+    loss = adaptive(columns, None)
+    for found in (evaluated, loss):
+        torch.testing.assert_close(found, torch.stack(expected).sum(), rtol=0, atol=1e-4)
     loss.backward()
 
 
