@@ -35,7 +35,7 @@ class LeftOut(Offenders):
 
     def __str__(self) -> str:
         links = cut(", ".join(self.first.get(_BROKEN_LINK, ())))
-        return f"{super().__str__()}{f' ({links})' if links else ''}"
+        return f"{super().__str__()}{f'; links to nothing: {links}' if links else ''}"
 
     def tell(self, folder: Path) -> None:
         """Log them, if there are any."""
