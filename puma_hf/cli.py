@@ -58,8 +58,8 @@ def options(
 
 _SOURCE_HELP = "Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
 _MAX_PIXELS_HELP = (
-    "Images are scaled down to so many pixels; source keeps the source's limit. Default: 300 visual tokens (235,200 "
-    "pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
+    "Images are scaled down to so many pixels; source keeps the source's limit. Default: the source's, but "
+    "at most 300 visual tokens (235,200 pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
 )
 OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]

@@ -35,7 +35,7 @@ class LeftOut(Offenders):
 
     def __str__(self) -> str:
         links = cut(", ".join(self.first.get(_BROKEN_LINK, ())))
-        return f"{super().__str__()}{f' ({links})' if links else ''}"
+        return f"{super().__str__()}{f'; links to nothing: {links}' if links else ''}"
 
     def tell(self, folder: Path) -> None:
         """Log them, if there are any."""
@@ -90,16 +90,16 @@ def image_table(folder: Path) -> Path | None:
         folder: The folder.
 
     Returns:
-        The table, or None if there is none whose first row names an image.
+        The table, or None if there is none whose first row with a file's name names an image.
 
     Raises:
         ValueError: If there are several.
     """
-    firsts = {
-        table: next((line.columns for line in item_lines(table) if line.error is None), {})
-        for table in named_tables(folder)
-    }
-    found = [table for table, first in firsts.items() if "image" in first]
+    found = []
+    for table in named_tables(folder):
+        rows = (line.columns for line in item_lines(table) if line.error is None)
+        if "image" in next((row for row in rows if row.get("file_name", True)), {}):
+            found.append(table)
     if len(found) > 1:
         names = ", ".join(table.name for table in found)
         raise ValueError(f"{folder} must hold one table of its images, and has {names}. Name the one that is meant.")
@@ -109,7 +109,7 @@ def image_table(folder: Path) -> Path | None:
 
 
 def item_lines(path: Path) -> Iterator[Line]:
-    """The lines of a table by our names, as its first good one tells them.
+    """The lines of a table by our names, as the first good one tells them that does not leave `file_name` empty.
 
     `file_name` is an image if it names one, with a caption, as in the Hub's folders of images; `_id` is an id, and a
     title stands before its text, as in BEIR's corpora.
@@ -118,12 +118,14 @@ def item_lines(path: Path) -> Iterator[Line]:
     for line in read_lines(path, _READ):
         if line.error is None:
             names = _names(line.columns) if names is None else names
-            line = line._replace(columns=_renamed(line.columns, names))
+            line = line._replace(columns=_renamed(line.columns, names or {}))
         yield line
 
 
-def _names(first: Mapping[str, Any]) -> dict[str, str]:
-    """Our names of columns by theirs."""
+def _names(first: Mapping[str, Any]) -> dict[str, str] | None:
+    """Our names of columns by theirs; None if a later row has to tell them, as `file_name` is empty."""
+    if "file_name" in first and not first["file_name"]:
+        return None
     names = {}
     if "_id" in first and "text" in first and "id" not in first:
         names["_id"] = "id"

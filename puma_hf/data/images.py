@@ -91,7 +91,8 @@ class ImageFiles:
             if not Path(full).is_relative_to(self._folder):
                 raise ValueError(
                     f"{where}: image {shown(path)} leaves {self._folder}. Images must be below the folder of the file "
-                    "that names them: move that file up, or pass a datasets.Dataset (Python), which may name any path."
+                    "that names them: move that file up, put files in the place of links (hf download --local-dir "
+                    "FOLDER does), or pass a datasets.Dataset (Python), which may name any path."
                 )
         if full not in self.sizes:
             if not os.path.isfile(full):

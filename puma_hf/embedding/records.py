@@ -165,7 +165,7 @@ class Corpus(ABC):
         if problems:
             if self.on_error == "raise" or problems.counts.total() == num_items:
                 raise problems.report()
-            logger.warning("%s\nThese lines are passed over (on_error=%r).", problems.report(), self.on_error)
+            logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
         self._warn_of_repeated(ids)
         return Survey(num_items, [self.record(row, line) for row, line in sorted(sample, key=lambda pair: pair[0])])
 

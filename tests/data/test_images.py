@@ -48,7 +48,7 @@ def test_a_file_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
         ("a\0.png", ValueError, r"line 2: image 'a\\x00\.png' has a NUL byte"),
         ("../outside.png", ValueError, r"line 2: image '\.\./outside\.png' leaves .*photos\. .*move that file up"),
         ("/etc/passwd", ValueError, r"line 2: image '/etc/passwd' leaves"),
-        ("link.png", ValueError, r"line 2: image 'link\.png' leaves"),
+        ("link.png", ValueError, r"line 2: image 'link\.png' leaves .* put files in the place of links \(hf download"),
         ("none.png", FileNotFoundError, r"line 2: there is no image '.*none\.png'\. Check the path"),
         ("deep", FileNotFoundError, r"line 2: there is no image"),
         ("broken.png", BrokenImageError, r"line 2: '.*broken\.png' cannot be read as an image"),

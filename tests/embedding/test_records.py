@@ -108,6 +108,14 @@ def test_a_folder_of_images_with_its_table(tmp_path: Path, name: str, column: st
         assert load_items(source)["item"][:] == [{"text": "a red one", "image": str(image), "instruction": None}]
 
 
+def test_a_row_without_a_file_says_nothing_of_the_others(tmp_path: Path) -> None:
+    """The images of the other rows would be left out without a word."""
+    image = picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n,no image\na.png,red\n")
+    assert records(open_corpus(tmp_path)) == [Record(0, "0", "no image"), Record(1, "1", "red", str(image))]
+    assert [item["image"] for item in load_items(tmp_path)["item"]] == [None, str(image)]
+
+
 def test_a_folder_with_two_tables(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     for name in ("captions.csv", "metadata.csv"):
@@ -283,10 +291,10 @@ def test_links_are_followed_to_files_and_nothing_else_is_opened(
     assert [item["image"] for item in items] == [str(folder / "a.png")]
     # Both say the same.
     (told,) = {message.partition("left out what is no image here: ")[2] for message in caplog.messages}
-    counts, _, links = told.partition(" (")
+    counts, _, links = told.partition("; links to nothing: ")
     kinds = {"linked folder", "link to nothing", "pipe or device", "name that is not UTF-8"}
     assert set(counts.split(", ")) == {f"1 x {kind}" for kind in kinds}
-    assert links == "'gone.png')"
+    assert links == "'gone.png'"
     (folder / "a.png").unlink()
     with pytest.raises(ValueError, match=r"holds no image .* Left out: .*1 x link to nothing"):
         open_corpus(folder)
