@@ -216,7 +216,5 @@ def test_a_plain_folder_is_its_own_image_root_and_has_no_hash(root: Path) -> Non
 
 
 def test_no_folder_of_images(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"The images' folder .*nothing is not there; put it back, or name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"The images' folder .*nothing is not there; put it back, or name"):
         MBEIR(root, image_root=tmp_path / "nothing")

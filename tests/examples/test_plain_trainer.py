@@ -45,4 +45,5 @@ def test_it_trains_and_saves_a_whole_model(
         expected = model.eval()(**{name: batch[name] for name in plain_trainer.INPUTS}).embeddings
     opened = SentenceTransformer(str(output), trust_remote_code=True, device="cpu")
     np.testing.assert_allclose(opened.encode(inputs), expected, atol=1e-6)
+    assert opened.prompts == SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu").prompts != {}
     assert files_to_push(output).left_out == ("training_args.bin",)
