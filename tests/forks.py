@@ -35,6 +35,8 @@ def _warm() -> WarmProcess:
     if sys.platform == "linux":
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     process = WarmProcess(Path(folder.name), **variables)
+    # From Python 3.13 a forked worker drops what atexit holds: the folder's last reference there would remove it here.
+    process.temporary = folder
     atexit.register(folder.cleanup)
     atexit.register(process.close)  # called before the other
     return process

@@ -20,6 +20,7 @@ class WarmProcess:
 
     def __init__(self, folder: Path, **variables: str) -> None:
         self.folder = folder
+        self.temporary: Any = None  # whoever owns the folder may be kept here
         # -P: neither this folder nor the current one is a place to import from.
         command = [sys.executable, "-P", __file__]
         environment = {**os.environ, **variables}
