@@ -78,7 +78,8 @@ def _stage(source: object, recipe: Mapping[str, Any]) -> str:
     settings = ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
     if recipe.get("loss"):
         what = f"Trained with the loss `{recipe['loss']}`"
-        settings = ["temperature", "hard_temperature", "schedule", "grouping", "num_negatives", *settings]
+        mac = ["hard_temperature", "schedule", "schedule_end", "grouping"] if recipe["loss"] != "infonce" else []
+        settings = ["temperature", *mac, "num_negatives", *settings]
         settings += ["matryoshka_dims"]
         if recipe.get("distillation_weight"):
             what += f" and distillation of weight {recipe['distillation_weight']}"

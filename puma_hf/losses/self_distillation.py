@@ -153,7 +153,6 @@ class SelfDistillationLoss(nn.Module):
             ValueError: As for `forward`.
         """
         student = [_student_state(output) for output in outputs]
-        # A one-pass teacher's states are there only after the forward pass.
         in_features = [output[TEACHER_KEY] for output in outputs if output.get(TEACHER_KEY) is not None]
         teacher = in_features if len(in_features) == len(outputs) else _teacher_columns(labels, len(outputs))
         losses = [

@@ -13,12 +13,22 @@ from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
-from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
+from puma_hf.settings import (
+    HARD_TEMPERATURE,
+    SCHEDULE,
+    SCHEDULE_END,
+    TEMPERATURE,
+    CheckedConfig,
+    Schedule,
+    SpecialTokens,
+    option,
+    required,
+    special_tokens_option,
+)
 
-TeacherMode = Literal["frozen", "one_pass", "cached"]
+TeacherMode = Literal["frozen", "cached"]
 Metric = Literal["mse", "cosine"]
 Loss = Literal["mac", "mac-split", "infonce"]
-Schedule = Literal["cosine", "linear", "constant"]
 Grouping = Literal["target", "query"]
 Batches = Literal["mixed", "twin"]
 
@@ -147,8 +157,7 @@ class DistillConfig(StageConfig):
     )
     teacher_mode: TeacherMode = option(
         "frozen",
-        "frozen: the untouched full model; one_pass: the dropped layers go on from the student's state; cached: the "
-        "frozen teacher's states, computed once and stored.",
+        "frozen: the untouched full model, asked at every step; cached: its states, computed once and stored.",
     )
     teacher_cache: str | Path | None = option(
         None, "Where cached states are stored; default: teacher_cache in the output."
@@ -165,7 +174,8 @@ class TrainConfig(PairSettings, StageConfig):
     """Stage 2, contrastive training on labelled pairs: settings of `puma_hf.trainer.stages.train`.
 
     The defaults are LamRA's where it states them (arXiv 2412.01720); MAC-Loss is PUMA's (ACM MM 2025, arXiv
-    2507.08064), whose temperatures cannot be read from its figure. `puma-hf train --help` explains every field.
+    2507.08064), with the temperatures of the code that its authors released. `puma-hf train --help` explains every
+    field.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
@@ -189,9 +199,16 @@ class TrainConfig(PairSettings, StageConfig):
         "mac: the paper's MAC-Loss; mac-split: ours, InfoNCE over all and InfoNCE within the target's modality; "
         "infonce: to compare.",
     )
-    temperature: float = option(0.05, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
-    hard_temperature: float = option(0.04, "Where the intra-modality temperature ends.", above=0)
-    schedule: Schedule = option("cosine", "How it gets there.")
+    temperature: float = option(TEMPERATURE, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
+    hard_temperature: float = option(HARD_TEMPERATURE, "Where the intra-modality temperature ends.", above=0)
+    schedule: Schedule = option(SCHEDULE, "How it gets there.")
+    schedule_end: float = option(
+        SCHEDULE_END,
+        "Share of the training after which it stays.",
+        above=0,
+        at_most=1,
+        remedy="Take 1.0 to let it fall to the end, or schedule='constant'.",
+    )
     grouping: Grouping = option("target", "Whose modality makes a candidate hard: the target's (paper) or the query's.")
     split_weight: float = option(0.2, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1)
     num_negatives: int = option(0, "Hard negatives per query.", at_least=0)
@@ -243,10 +260,12 @@ class TrainConfig(PairSettings, StageConfig):
         """Options that this combination ignores, one sentence each."""
         unused: dict[str, list[str]] = {}
         if self.loss == "infonce":
-            names = ["hard_temperature", "schedule", "grouping", "split_weight"]
+            names = ["hard_temperature", "schedule", "schedule_end", "grouping", "split_weight"]
             unused["loss='infonce'"] = names
         elif self.loss == "mac":
             unused["loss='mac'"] = ["split_weight"]
+        if self.loss != "infonce" and self.schedule == "constant":
+            unused["schedule='constant'"] = ["schedule_end"]
         if self.mini_batch_num_tokens is not None:
             unused["mini_batch_num_tokens"] = ["mini_batch_size"]
         if not self.distillation_weight:

@@ -64,6 +64,7 @@ def _contrastive_loss(model: SentenceTransformer, config: TrainConfig, gather: b
         temperature=config.temperature,
         hard_temperature=config.temperature if infonce else config.hard_temperature,
         schedule="constant" if infonce else config.schedule,
+        schedule_end=config.schedule_end,
         grouping=config.grouping,
         gather_across_devices=gather,
         objective="split" if config.loss == "mac-split" else "mac",

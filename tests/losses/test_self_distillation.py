@@ -102,7 +102,7 @@ def test_one_column_takes_both_label_shapes(metric: Any) -> None:
 
 
 class Taught(nn.Module):
-    """Returns what a one-pass teacher has added to the features, and an embedding of the student's width."""
+    """Returns what a teacher has added to the features, and an embedding of the student's width."""
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         states = features["states"]

@@ -41,11 +41,12 @@ def test_the_loss_is_of_the_kind_that_was_asked_for(
 
 def test_settings_reach_the_loss(sentence_transformer: SentenceTransformer) -> None:
     values = {"temperature": 0.1, "hard_temperature": 0.07, "schedule": "linear", "grouping": "query"}
+    values |= {"schedule_end": 0.7}
     values |= {"loss": "mac-split", "split_weight": 0.3, "false_negative_margin": 0.2, "mini_batch_num_tokens": 64}
     settings = training_loss(sentence_transformer, config(**values)).get_config_dict()  # type: ignore[operator]
     assert settings["temperature"] == 0.1
     assert settings["hard_temperature"] == 0.07
-    assert settings["schedule"] == "linear"
+    assert (settings["schedule"], settings["schedule_end"]) == ("linear", 0.7)
     assert settings["grouping"] == "query"
     assert settings["objective"] == "split"
     assert settings["split_weight"] == 0.3
