@@ -14,6 +14,7 @@ from puma_hf.values import convert
 
 SpecialTokens = Literal["raise", "split"]
 Schedule = Literal["exponential", "cosine", "linear", "constant"]
+DistillationMetric = Literal["mse", "mse-mean", "cosine"]
 
 # MAC-Loss as its authors released it: 0.03 falls to 0.03 * exp(-0.5), rounded, over the first half of training.
 TEMPERATURE, HARD_TEMPERATURE = 0.03, 0.018

@@ -162,20 +162,21 @@ class ScheduledTemperatureLoss(nn.Module):
         self._progress = _clamp_progress(value)
         self._progress_was_set = True
 
-    def warn_if_schedule_idles(self, training: bool) -> None:
+    def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
         """Warn once when the loss is trained and nobody moves its schedule.
 
         Args:
             training: Whether the model is in training mode; evaluation never counts.
+            moves: Whether something else is to move along with the training.
         """
-        moves = self.temperature_schedule.kind != "constant" and self.temperature != self.hard_temperature
+        moves |= self.temperature_schedule.kind != "constant" and self.temperature != self.hard_temperature
         if self._progress_was_set or not moves or not training or not torch.is_grad_enabled():
             return
         self._idle_forwards += 1
         if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:
             logger.warning(
                 "%s has been trained for %d forward passes, but its %r schedule never moved: "
-                "hard_temperature is still %g instead of going to %g, which is plain InfoNCE. Call "
+                "hard_temperature is still %g instead of going to %g, and a weight that moves is at its start. Call "
                 "puma_hf.losses.add_temperature_schedule(trainer) before trainer.train(), set loss.progress "
                 "in your own training loop, or choose schedule='constant'.",
                 type(self).__name__,

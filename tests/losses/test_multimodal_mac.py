@@ -244,13 +244,13 @@ def test_forward_reads_ids_of_features_even_if_the_model_pops_them(make_model: M
     ids = [column["modality_ids"].clone() for column in columns]
     embeddings = [model(model.preprocess(rows[name]))["sentence_embedding"] for name in names]
     loss = MultimodalMACLoss(model, schedule="constant")
-    expected = naive_mac(embeddings, ids, 0.05, 0.04).item()
+    expected = naive_mac(embeddings, ids, 0.03, 0.018).item()
     ignored = torch.zeros(4, 3, dtype=torch.long)
     assert loss(columns, ignored).item() == pytest.approx(expected, abs=1e-5)
     for column, column_ids in zip(columns, ids, strict=True):
         assert torch.equal(column["modality_ids"], column_ids)
     matryoshka = MatryoshkaLoss(model, loss, matryoshka_dims=[8, 8])
-    assert matryoshka(columns, None).item() == pytest.approx(2 * expected, abs=1e-4)
+    assert matryoshka(columns, None).item() == pytest.approx(2 * expected, abs=2e-4)
 
 
 def test_forward_reads_ids_of_labels(make_model: MakeModel, pairs: Dataset) -> None:

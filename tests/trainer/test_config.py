@@ -10,7 +10,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from puma_hf.losses.multimodal_mac import ModalityGrouping, MultimodalMACLoss
-from puma_hf.losses.self_distillation import DistillationMetric
 from puma_hf.trainer import config as module
 from puma_hf.trainer.config import DistillConfig, MergeConfig, StageConfig, TrainConfig
 
@@ -44,7 +43,6 @@ def test_defaults_and_choices_of_the_loss_are_the_losses() -> None:
         assert defaults[name] == arguments[name].default, name
     assert defaults["false_negative_margin"] is arguments["false_negative_margin"].default is None
     assert get_args(module.Grouping) == get_args(ModalityGrouping)
-    assert get_args(module.Metric) == get_args(DistillationMetric)
 
 
 @pytest.mark.parametrize("kind", [DistillConfig, TrainConfig, MergeConfig])
@@ -83,7 +81,15 @@ def test_every_field_has_help_that_ends_as_a_sentence(kind: Any) -> None:
         ({"model": None}, r"model=None must be text, not null"),
         ({"teacher_mode": "frosen"}, r"teacher_mode='frosen' must be one of .*Did you mean 'frozen'\?"),
         ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must .*both collapsed\. Take 'frozen', the full"),
-        ({"metric": "l1"}, r"metric='l1' must be one of 'mse', 'cosine'"),
+        ({"metric": "l1"}, r"metric='l1' must be one of 'mse', 'mse-mean', 'cosine'"),
+        ({"first_layer_learning_rate": 0}, r"first_layer_learning_rate=0\.0 must be above 0\. PUMA takes half of it\."),
+        ({"adam_beta2": 1}, r"adam_beta2=1\.0 must be at least 0 and below 1\. Leave it out for the default, 0\.999"),
+        ({"adam_epsilon": 0}, r"adam_epsilon=0\.0 must be above 0"),
+        ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set 'adam_beta2': it is the field 'adam_beta2'"),
+        (
+            {"first_layer_learning_rate": 1e-4, "training_arguments": {"learning_rate_mapping": {"lora_A": 1e-5}}},
+            r"first_layer_learning_rate=0\.0001 may not stand beside learning_rate_mapping in .*\. Put it there, as '",
+        ),
         ({"teacher_cache": "x"}, r"teacher_cache='x' is read with teacher_mode='cached' only, not 'frozen'"),
         ({"training_arguments": {"max_steps": 3}}, r"may not set 'max_steps': it is the field 'max_steps'"),
         ({"training_arguments": {"per_device_train_batch_size": 3}}, r"it is the field 'batch_size'\. Set that"),
@@ -119,6 +125,9 @@ def test_values_that_both_stages_refuse(values: dict[str, Any], message: str) ->
             {"distillation_weight": 1, "mini_batch_size": 8},
             r"mini_batch_size=8 .* need distillation_weight=0, got 1\.0: .*Leave one of them out",
         ),
+        ({"distillation_weight_start": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .* need distillation_weight=0"),
+        ({"contrastive_weight": -1}, r"contrastive_weight=-1\.0 must be at least 0"),
+        ({"contrastive_weight_start": -1}, r"contrastive_weight_start=-1\.0 must be at least 0"),
     ],
 )
 def test_values_that_the_second_stage_refuses(values: dict[str, Any], message: str) -> None:
@@ -158,6 +167,8 @@ def test_a_mini_batch_means_gradient_caching(values: dict[str, int]) -> None:
         ({"loss": "infonce", "grouping": "query"}, ["grouping='query': not used with loss='infonce'."]),
         ({"teacher": "t"}, ["teacher='t': not used with distillation_weight=0."]),
         ({"teacher": "t", "distillation_weight": 0.5}, []),
+        ({"teacher": "t", "distillation_weight_start": 0.5}, []),
+        ({"contrastive_weight": 0.9}, ["contrastive_weight=0.9: not used with distillation_weight=0."]),
         ({"negatives": "wrong"}, ["negatives=('wrong',): not used with num_negatives=0."]),
         ({"negatives": "wrong", "num_negatives": 1}, []),
         (
