@@ -35,11 +35,11 @@ demo: $(STAMP) ## run the demo, offline and on the CPU
 	@HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py
 
 test: $(STAMP) ## run the tests, offline; those of the examples are in `make docs`
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not docs"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/docs
 
 docs: $(STAMP) ## build the site into site/, and run every example of it, of README.md and of the docstrings
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m docs
+	@BUILT_SITE=$(CURDIR)/site HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/docs
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/python -m ruff check .
