@@ -39,7 +39,7 @@ test: $(STAMP) ## run the tests, offline; those of the examples are in `make doc
 
 docs: $(STAMP) ## build the site into site/, and run every example of it, of README.md and of the docstrings
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@BUILT_SITE=$(CURDIR)/site HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/docs
+	@BUILT_SITE=$(CURDIR)/site HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/docs
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/python -m ruff check .
