@@ -109,6 +109,31 @@ def train(config: TrainConfig) -> None:
     _echo_saved(run(config))
 
 
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Option(help="Recipe of distill or train.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
+    ] = None,
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers that are kept of it.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as 'RTX 4090'; default: a table of all that are known.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="Devices that the run is started on.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="Length that rows are padded to; default: max_length.")] = None,
+    images: Annotated[float | None, typer.Option(help="Images of a row, over all columns.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the data, where they are not known.")] = None,
+) -> None:
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+    """
+    from puma_hf.estimate import GPUS
+    from puma_hf.estimate import estimate as run
+
+    sizes: dict[str, Any] = {"tokens": tokens, "images": images, "rows": rows, "num_gpus": num_gpus}
+    found = run(config, model=model, num_kept_layers=num_kept_layers, **sizes)
+    typer.echo(found.to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
+
+
 @config_command(app, MergeConfig)
 def merge(config: MergeConfig) -> None:
     """Merge a trained adapter into its base, checked, and write a complete directory.
