@@ -69,7 +69,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 def prune(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP, show_default=False)],
     output: OutputDir,
-    num_kept_layers: Annotated[int, typer.Option(help="Decoder layers to keep, from the input.", show_default=False)],
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers to keep, from the input.")] = None,
+    keep_layers: Annotated[str | None, typer.Option(help="Instead, which layers to keep, such as 0-10,27.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
     max_pixels: Annotated[str | None, typer.Option(metavar="N|source", help=_MAX_PIXELS_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
@@ -83,7 +84,7 @@ def prune(
 
     limit: Any = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
     options: dict[str, Any] = {"dtype": dtype, "max_pixels": limit, "revision": revision, "overwrite": overwrite}
-    report = run(source, output, num_kept_layers=num_kept_layers, **options)
+    report = run(source, output, num_kept_layers=num_kept_layers, keep_layers=keep_layers, **options)
     typer.echo(str(report))
 
 

@@ -178,7 +178,7 @@ def _is_ours(folder: Path) -> bool:
 def _stock_config(puma_config: Any, backbone: _Backbone) -> Any:
     """The stock configuration: as many layers as were kept, and a head that needs no tensor of its own."""
     settings = puma_config.to_dict()
-    lineage = {name: settings.pop(name, None) for name in _PUMA_FIELDS}
+    lineage = {name: settings.pop(name) for name in _PUMA_FIELDS if name in settings}
     for name in ("auto_map", "custom_pipelines"):
         settings.pop(name, None)
     settings["model_type"] = puma_config.source_model_type

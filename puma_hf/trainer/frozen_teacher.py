@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.full_model import StoredModel, check_depth, different_base_weights, dropped_layers
+from puma_hf.trainer.full_model import (
+    StoredModel,
+    check_depth,
+    different_base_weights,
+    dropped_layers,
+    in_original_order,
+    names_in_original,
+)
 from puma_hf.trainer.lora import has_adapter
 from puma_hf.trainer.teacher_base import RunningTeacher, decoder_layers, model_inputs, share_image_features
 from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tensors_sha256
@@ -20,9 +27,8 @@ from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tenso
 class FrozenTeacher(RunningTeacher):
     """The full, untouched model, which tells `[RET]` states to the student that was cut from it.
 
-    One copy of the weights serves both: with adapters switched off, the student's kept layers are the
-    teacher's first layers, and only the dropped ones are held besides. It never enters the optimizer or a
-    checkpoint.
+    One copy of the weights serves both: with adapters switched off, the student's kept layers are the teacher's,
+    and only the dropped ones are held besides. It never enters the optimizer or a checkpoint.
 
     Args:
         student: The pruned model, whose base weights must not be trained (LoRA leaves them alone).
@@ -99,14 +105,20 @@ class FrozenTeacher(RunningTeacher):
 
     def fingerprint(self) -> str:
         """SHA-256 of the full model's weights and settings, whatever the adapter has learned."""
-        kept = len(self.student.language_model.layers)
+        kept = self.student.config.layers_of_original
+        total = self.student.config.original_num_hidden_layers or 0
+        numbers = [number for number in range(total) if number not in kept]
         dropped = {
-            f"language_model.layers.{kept + number}.{name}": parameter
-            for number, layer in enumerate(self.dropped_layers)
+            f"language_model.layers.{number}.{name}": parameter
+            for number, layer in zip(numbers, self.dropped_layers, strict=True)
             for name, parameter in layer.named_parameters()
         }
-        layer_types = [*self.student.language_model.config.layer_types, *self._dropped_layer_types]
-        return tensors_sha256(base_tensors(self.student) | dropped, settings_of(self.student, layer_types))
+        tensors = names_in_original(self.student, base_tensors(self.student)) | dropped
+        return tensors_sha256(tensors, settings_of(self.student, self._layer_types()))
+
+    def _layer_types(self) -> list[str]:
+        own = self.student.language_model.config.layer_types
+        return in_original_order(self.student, own, self._dropped_layer_types)
 
     @contextmanager
     def _full_depth(self) -> Iterator[None]:
@@ -114,13 +126,12 @@ class FrozenTeacher(RunningTeacher):
         training = [module for module in student.modules() if module.training]
         adapted = has_adapter(student)
         self.dropped_layers.to(student.device)
-        layers = [*decoder.layers, *self.dropped_layers]
-        layer_types = [*decoder.config.layer_types, *self._dropped_layer_types]
+        layers = in_original_order(student, decoder.layers, self.dropped_layers)
         try:
             student.eval()
             if adapted:
                 student.disable_adapters()
-            with decoder_layers(decoder, layers, layer_types):
+            with decoder_layers(decoder, layers, self._layer_types()):
                 yield
         finally:
             if adapted:

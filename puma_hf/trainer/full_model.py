@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from puma_hf.checkpoint import StoredWeights
 from puma_hf.modeling import PumaConfig, PumaModel
 from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.teacher_fingerprint import base_tensors, naming_the_teacher, open_teacher
+
+_LAYER = re.compile(r"^(language_model\.layers\.)(\d+)\.")
 
 
 class StoredModel:
@@ -43,22 +46,24 @@ class StoredModel:
         """All tensors, each read when it is asked for."""
         return StoredWeights(self._checkpoint)
 
-    def layers(self, first: int) -> nn.ModuleList:
-        """The decoder layers from `first` on, on the student's device; nothing else is read.
+    def layers(self, numbers: Sequence[int]) -> nn.ModuleList:
+        """The decoder layers of these numbers, on the student's device; nothing else is read.
 
         Raises:
             ValueError: If the checkpoint lacks a tensor of theirs.
         """
         with torch.device("meta"):
-            layers: nn.ModuleList = PumaModel(self.config).language_model.layers[first:]
+            every = PumaModel(self.config).language_model.layers
+        layers = nn.ModuleList(every[number] for number in numbers)
         stored, tensors = self.tensors(), {}
         for name, parameter in layers.named_parameters():
-            number, _, rest = name.partition(".")
-            tensor = stored.get(f"language_model.layers.{first + int(number)}.{rest}")
+            index, _, rest = name.partition(".")
+            number = numbers[int(index)]
+            tensor = stored.get(f"language_model.layers.{number}.{rest}")
             if tensor is None or tensor.shape != parameter.shape:
                 raise ValueError(
                     f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
-                    f"another shape (layer {first + int(number)}, {rest}). Download it again."
+                    f"another shape (layer {number}, {rest}). Download it again."
                 )
             tensors[name] = tensor.to(self._device, self._loading["dtype"], copy=True)
         layers.load_state_dict(tensors, assign=True)
@@ -75,11 +80,29 @@ class StoredModel:
 
 
 def dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:
-    """The layers of a full model that come after the student's, on its device."""
-    kept = len(student.language_model.layers)
+    """The layers of a full model that the student does not have, in order, on its device."""
+    kept, text_config = set(student.config.layers_of_original), cast(Any, full.config.text_config)
+    dropped = [number for number in range(text_config.num_hidden_layers) if number not in kept]
     if isinstance(full, StoredModel):
-        return full.layers(kept)
-    return nn.ModuleList(full.language_model.layers[kept:]).to(student.device)
+        return full.layers(dropped)
+    return nn.ModuleList(full.language_model.layers[number] for number in dropped).to(student.device)
+
+
+def in_original_order(student: PumaModel, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
+    """What belongs to the student's layers, and what belongs to the dropped ones, in the order of the original."""
+    there, others = dict(zip(student.config.layers_of_original, kept, strict=True)), iter(dropped)
+    total = student.config.original_num_hidden_layers or 0
+    return [there[number] if number in there else next(others) for number in range(total)]
+
+
+def names_in_original(student: PumaModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's tensors by the numbers that their layers have in the original."""
+    numbers = student.config.layers_of_original
+
+    def renumbered(found: re.Match[str]) -> str:
+        return f"{found[1]}{numbers[int(found[2])]}."
+
+    return {_LAYER.sub(renumbered, name): tensor for name, tensor in tensors.items()}
 
 
 def check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
@@ -107,8 +130,11 @@ def check_depth(student: PumaModel, num_dropped_layers: int) -> None:
 def different_base_weights(student: PumaModel, full: PumaModel | StoredModel) -> list[str]:
     """Names of the student's base weights that are not those of the full model."""
     theirs: Mapping[str, Tensor] = full.tensors() if isinstance(full, StoredModel) else dict(full.named_parameters())
-    different = []
-    for name, parameter in base_tensors(student).items():
+    different, ours = [], base_tensors(student)
+    depth: Any = full.config.text_config
+    if depth.num_hidden_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
+        ours = names_in_original(student, ours)
+    for name, parameter in ours.items():
         other = theirs.get(name)
         if other is not None and isinstance(full, StoredModel):
             other = other.to(student.dtype)

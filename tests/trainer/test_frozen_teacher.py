@@ -72,6 +72,42 @@ def test_states_are_the_full_models(
     assert (student - states).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("layers", [[0, 3], [1, 2]])
+def test_a_student_of_a_list_of_layers(
+    qwen_dir: Path,
+    full_dir: Path,
+    full_model: PumaModel,
+    make_student: MakeStudent,
+    tmp_path: Path,
+    images: list[Image.Image],
+    layers: list[int],
+) -> None:
+    prune(qwen_dir, tmp_path / "cut", keep_layers=layers)
+    model = make_student(tmp_path / "cut", disturbed=True)
+    features = model[0].preprocess(inputs_of("mixed", images))
+    expected = full_states(full_model, features)
+    for source in (qwen_dir, full_dir):
+        teacher = FrozenTeacher.from_pretrained(source, puma_model(model))
+        assert len(teacher.dropped_layers) == 2
+        assert torch.equal(teacher.states(features), expected)
+    loaded = frozen_teacher(full_model, puma_model(model))
+    assert torch.equal(loaded.states(features), expected)  # type: ignore[attr-defined]
+    # Whatever the student keeps, the teacher is the same model.
+    of_first = FrozenTeacher.from_pretrained(qwen_dir, puma_model(make_student()))
+    assert teacher.fingerprint() == of_first.fingerprint()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    before = model(dict(features))["pooler_output"].detach()
+    for _ in range(3):
+        loss = (model(dict(features))["pooler_output"] - teacher.states(features)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(teacher.states(features), expected)  # no drift
+    assert (model(dict(features))["pooler_output"] - before).abs().max() > 0.1
+    with pytest.raises(ValueError, match="it is the student itself"):
+        frozen_teacher(tmp_path / "cut", puma_model(model))
+
+
 def test_teacher_may_be_a_full_puma_directory(full_dir: Path, full_model: PumaModel, make_student: MakeStudent) -> None:
     model = make_student()
     features = model[0].preprocess(["a red apple"])
