@@ -91,7 +91,7 @@ those of the PUMA model, so it can search an index of pictures that the model ma
 
 It takes `input_ids` and `attention_mask`, `(batch_size, sequence_length)`, padded on either side, and gives
 `sentence_embedding`, `(batch_size, {dim})`, of unit length. Every prompt must come from `chat_template.jinja`, which
-ends in `[RET]`. An instruction is the system message.
+ends in `[RET]`. An instruction is the system message.{told}
 
 ```python
 from onnxruntime import InferenceSession
@@ -110,7 +110,9 @@ inputs = {{name: batch[name].astype("int64") for name in ("input_ids", "attentio
 """
 
 
-def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, onnx: bool = False) -> None:
+def write_export_card(
+    folder: Path, config: Any, lineage: Mapping[str, Any], *, onnx: bool = False, told: str = ""
+) -> None:
     """Write the `README.md` of an export.
 
     Args:
@@ -118,6 +120,7 @@ def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, 
         config: Its stock configuration.
         lineage: What the PUMA model's configuration says of its source.
         onnx: Whether it is an ONNX graph.
+        told: What the reading makes of inputs, which is to be done before the template.
     """
     source = lineage["source_name_or_path"]
     text = (_ONNX_CARD if onnx else _CARD).format(
@@ -128,5 +131,6 @@ def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, 
         total=lineage["original_num_hidden_layers"],
         source=f"`{source}`" if source else "its source",
         dim=config.text_config.hidden_size,
+        told=f"\nThe model was made to read inputs {told}: bring texts into that form first." if told else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

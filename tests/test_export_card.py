@@ -40,6 +40,13 @@ def test_card_of_a_list_of_layers(tmp_path: Path) -> None:
     assert "decoder layers 0 to 10 and 27 of the 28\nof" in write(tmp_path, kept_layers=[*range(11), 27])
 
 
+def test_card_of_a_reading(tmp_path: Path) -> None:
+    config = Qwen2VLConfig(text_config={"hidden_size": 1536})
+    write_export_card(tmp_path, config, LINEAGE, onnx=True, told="as sentences")
+    told = "is the system message.\nThe model was made to read inputs as sentences: bring texts into that form first.\n"
+    assert told in (tmp_path / "README.md").read_text()
+
+
 def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:
     export(puma_dir, tmp_path / "stock")
     card = (tmp_path / "stock" / "README.md").read_text()

@@ -60,6 +60,7 @@ def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept:
         "source_max_pixels": 65_536,
         "num_source_layers": None,
         "kept_layers": None,
+        "reading": "puma",
     }
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 

@@ -18,6 +18,9 @@ else:
     _MixinBase = object
 
 
+POSITIONS = ("mrope", "sequential")
+
+
 def check_num_kept_layers(num_kept_layers: Any, num_hidden_layers: int) -> int:
     """Return `num_kept_layers` if it is an integer between 1 and `num_hidden_layers`, else raise.
 
@@ -108,6 +111,7 @@ class PumaConfigMixin(_MixinBase):
     num_kept_layers: int | None = None
     original_num_hidden_layers: int | None = None
     kept_layers: list[int] | None = None
+    positions: str = "mrope"
     source_name_or_path: str | None = None
     source_revision: str | None = None
     ret_token_id: int | None = None
@@ -115,6 +119,8 @@ class PumaConfigMixin(_MixinBase):
     def __post_init__(self, **kwargs: Any) -> None:
         keep_layers = kwargs.pop("keep_layers", None)
         super().__post_init__(**kwargs)
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions={self.positions!r} must be one of {POSITIONS}. Restore it in config.json.")
         self._cut_decoder_layers(keep_layers)
 
     def _cut_decoder_layers(self, keep_layers: Any) -> None:
@@ -164,9 +170,9 @@ class PumaConfigMixin(_MixinBase):
         return list(range(self.num_kept_layers or 0)) if self.kept_layers is None else list(self.kept_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; only a list of layers that are not the first is told, and none of a checkpoint's."""
-        left_out = {"_loaded_layers"} | ({"kept_layers"} if self.kept_layers is None else set())
-        return {name: value for name, value in super().to_dict().items() if name not in left_out}
+        """As in transformers, without the numbers of a checkpoint's layers, and what is as in every older file."""
+        usual = {"_loaded_layers": self._loaded_layers, "kept_layers": None, "positions": "mrope"}
+        return {key: value for key, value in super().to_dict().items() if key not in usual or value != usual[key]}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -178,6 +184,8 @@ class PumaConfigMixin(_MixinBase):
         config_dict = dict(config_dict)
         cls._check_model_type(config_dict.get("model_type", cls.model_type))
         config_dict["model_type"] = cls.model_type
+        if "kept_layers" in kwargs:
+            raise ValueError("kept_layers tells which layers are left of the original: to cut layers pass keep_layers.")
         number, layers = kwargs.pop("num_kept_layers", None), kwargs.pop("keep_layers", None)
         if number is not None or layers is not None:
             config_dict["keep_layers"] = chosen_layers(number, layers, cls._num_hidden_layers(config_dict))
@@ -233,6 +241,9 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
         kept_layers (`list[int]`, *optional*):
             Which layers of that checkpoint remain, where they are not its first ones. Filled in when the layers are cut
             with `keep_layers`, which takes a list such as `[0, 1, 27]` or text such as "0-10,27".
+        positions (`str`, defaults to `"mrope"`):
+            "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
+            too: part of how the model reads, see `puma_hf.modeling.reading_puma`.
         source_name_or_path (`str`, *optional*):
             Hub id or folder name of the checkpoint that was pruned.
         source_revision (`str`, *optional*):

@@ -201,7 +201,7 @@ class PumaModelMixin(_MixinBase):
             input_ids: `(batch_size, sequence_length)` token ids; the last unmasked one of each row is
                 `[RET]`.
             attention_mask: `(batch_size, sequence_length)` of 0 and 1, padded on either side.
-            position_ids: `(3, batch_size, sequence_length)` M-RoPE positions; computed when absent.
+            position_ids: `(3, batch_size, sequence_length)`; computed when absent, as `config.positions` says.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`, instead of `input_ids`.
             pixel_values: `(num_patches, patch_dim)`, the patches of all images one after another.
             pixel_values_videos: `(num_patches, patch_dim)`, likewise for videos.
@@ -221,6 +221,9 @@ class PumaModelMixin(_MixinBase):
             is_image = (input_ids == config.image_token_id).int()
             mm_token_type_ids = is_image + 2 * (input_ids == config.video_token_id).int()
         kwargs.setdefault("use_cache", False)
+        tokens: Any = inputs_embeds if input_ids is None else input_ids
+        if position_ids is None and tokens is not None and config.positions == "sequential":
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(3, tokens.shape[0], -1)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

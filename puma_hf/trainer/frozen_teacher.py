@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.full_model import (
-    StoredModel,
-    check_depth,
-    different_base_weights,
-    dropped_layers,
-    in_original_order,
-    names_in_original,
-)
+from puma_hf.trainer.full_model import StoredModel, check_depth, different_base_weights, dropped_layers, renumbered
 from puma_hf.trainer.lora import has_adapter
 from puma_hf.trainer.teacher_base import RunningTeacher, decoder_layers, model_inputs, share_image_features
 from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tensors_sha256
@@ -106,19 +99,19 @@ class FrozenTeacher(RunningTeacher):
     def fingerprint(self) -> str:
         """SHA-256 of the full model's weights and settings, whatever the adapter has learned."""
         kept = self.student.config.layers_of_original
-        total = self.student.config.original_num_hidden_layers or 0
-        numbers = [number for number in range(total) if number not in kept]
-        dropped = {
-            f"language_model.layers.{number}.{name}": parameter
-            for number, layer in zip(numbers, self.dropped_layers, strict=True)
-            for name, parameter in layer.named_parameters()
-        }
-        tensors = names_in_original(self.student, base_tensors(self.student)) | dropped
+        numbers = [number for number in range(len(kept) + len(self.dropped_layers)) if number not in kept]
+        others = {f"language_model.layers.{name}": tensor for name, tensor in self.dropped_layers.named_parameters()}
+        tensors = renumbered(base_tensors(self.student), kept) | renumbered(others, numbers)
         return tensors_sha256(tensors, settings_of(self.student, self._layer_types()))
 
+    def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
+        """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
+        there, others = dict(zip(self.student.config.layers_of_original, kept, strict=True)), iter(dropped)
+        total = len(there) + len(self.dropped_layers)
+        return [there[number] if number in there else next(others) for number in range(total)]
+
     def _layer_types(self) -> list[str]:
-        own = self.student.language_model.config.layer_types
-        return in_original_order(self.student, own, self._dropped_layer_types)
+        return self._in_order(self.student.language_model.config.layer_types, self._dropped_layer_types)
 
     @contextmanager
     def _full_depth(self) -> Iterator[None]:
@@ -126,7 +119,7 @@ class FrozenTeacher(RunningTeacher):
         training = [module for module in student.modules() if module.training]
         adapted = has_adapter(student)
         self.dropped_layers.to(student.device)
-        layers = in_original_order(student, decoder.layers, self.dropped_layers)
+        layers = self._in_order(decoder.layers, self.dropped_layers)
         try:
             student.eval()
             if adapted:

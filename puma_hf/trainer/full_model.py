@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from puma_hf.modeling import PumaConfig, PumaModel
 from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.teacher_fingerprint import base_tensors, naming_the_teacher, open_teacher
 
-_LAYER = re.compile(r"^(language_model\.layers\.)(\d+)\.")
+_LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
 
 
 class StoredModel:
@@ -37,7 +37,7 @@ class StoredModel:
             # Both halves see the mask that is built for the student's kind of attention.
             "attn_implementation": student.config._attn_implementation,
         }
-        self._source, self._device = source, student.device
+        self._source, self._device, self._positions = source, student.device, student.config.positions
         with naming_the_teacher(source):
             self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
         check_hidden_size(student, self, repr(str(source)))
@@ -76,6 +76,7 @@ class StoredModel:
             full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
             if full.config.ret_token_id is None:
                 place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+                full.config.positions = self._positions
         return full
 
 
@@ -88,21 +89,9 @@ def dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.Modu
     return nn.ModuleList(full.language_model.layers[number] for number in dropped).to(student.device)
 
 
-def in_original_order(student: PumaModel, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
-    """What belongs to the student's layers, and what belongs to the dropped ones, in the order of the original."""
-    there, others = dict(zip(student.config.layers_of_original, kept, strict=True)), iter(dropped)
-    total = student.config.original_num_hidden_layers or 0
-    return [there[number] if number in there else next(others) for number in range(total)]
-
-
-def names_in_original(student: PumaModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The student's tensors by the numbers that their layers have in the original."""
-    numbers = student.config.layers_of_original
-
-    def renumbered(found: re.Match[str]) -> str:
-        return f"{found[1]}{numbers[int(found[2])]}."
-
-    return {_LAYER.sub(renumbered, name): tensor for name, tensor in tensors.items()}
+def renumbered(tensors: Mapping[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors by the numbers that their layers have in the original, given in order."""
+    return {_LAYER.sub(lambda old: str(numbers[int(old[0])]), name): tensor for name, tensor in tensors.items()}
 
 
 def check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
@@ -133,7 +122,7 @@ def different_base_weights(student: PumaModel, full: PumaModel | StoredModel) ->
     different, ours = [], base_tensors(student)
     depth: Any = full.config.text_config
     if depth.num_hidden_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
-        ours = names_in_original(student, ours)
+        ours = renumbered(ours, student.config.layers_of_original)
     for name, parameter in ours.items():
         other = theirs.get(name)
         if other is not None and isinstance(full, StoredModel):

@@ -102,6 +102,9 @@ def test_what_is_left_is_not_what_is_cut(qwen_dir: Path) -> None:
     text = PumaConfig.from_pretrained(qwen_dir).text_config.to_dict()
     with pytest.raises(ValueError, match=r"kept_layers=\[0, 3\] names 2 layers, .* has 4.*pass keep_layers"):
         PumaConfig(text_config=text, kept_layers=[0, 3])
+    for load in (PumaConfig.from_pretrained, PumaModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"kept_layers tells which layers are left .* pass keep_layers"):
+            load(qwen_dir, kept_layers=[0, 3])
 
 
 def test_layers_in_words() -> None:
