@@ -89,7 +89,7 @@ def prune(
 
 @config_command(app, DistillConfig)
 def distill(config: DistillConfig) -> None:
-    """Stage 1: distil the full model into the pruned one, without labels. Saves a LoRA adapter.
+    """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
     Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_distill.yaml --data M-BEIR
     """
@@ -100,7 +100,7 @@ def distill(config: DistillConfig) -> None:
 
 @config_command(app, TrainConfig)
 def train(config: TrainConfig) -> None:
-    """Stage 2: train on labelled pairs with MAC-Loss. Saves a LoRA adapter.
+    """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
     Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
     """
