@@ -14,10 +14,10 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs lint format clean
+.PHONY: help install demo reproduce test docs lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the package (editable) and the tools
 
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## run the demo, offline and on the CPU
 	@HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py
+
+reproduce: $(STAMP) ## PUMA as released, on the demo's data; ARGS="--mbeir DIR --nli FILE" for M-BEIR with Qwen2-VL-7B
+	@HF_HUB_OFFLINE=$(if $(ARGS),0,1) $(BIN)/python benchmarks/reproduce.py $(or $(ARGS),--tiny)
 
 test: $(STAMP) ## run the tests, offline; those of the examples are in `make docs`
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/docs
