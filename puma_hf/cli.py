@@ -61,6 +61,7 @@ _MAX_PIXELS_HELP = (
     "Images are scaled down to so many pixels; source keeps the source's limit. Default: the source's, but "
     "at most 300 visual tokens (235,200 pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
 )
+_READING_HELP = "How inputs are read: this library's prompt, or that of the authors' code with its plain positions."
 OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
@@ -69,9 +70,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 def prune(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP, show_default=False)],
     output: OutputDir,
-    num_kept_layers: Annotated[int, typer.Option(help="Decoder layers to keep, from the input.", show_default=False)],
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers to keep, from the input.")] = None,
+    keep_layers: Annotated[str | None, typer.Option(help="Instead, which layers to keep, such as 0-10,27.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
     max_pixels: Annotated[str | None, typer.Option(metavar="N|source", help=_MAX_PIXELS_HELP)] = None,
+    reading: Annotated[str | None, typer.Option(metavar="puma|puma-released", help=_READING_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -83,7 +86,8 @@ def prune(
 
     limit: Any = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
     options: dict[str, Any] = {"dtype": dtype, "max_pixels": limit, "revision": revision, "overwrite": overwrite}
-    report = run(source, output, num_kept_layers=num_kept_layers, **options)
+    options |= {"num_kept_layers": num_kept_layers, "keep_layers": keep_layers, "reading": reading}
+    report = run(source, output, **options)
     typer.echo(str(report))
 
 
