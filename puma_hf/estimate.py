@@ -134,7 +134,6 @@ def estimate(
 
     Raises:
         ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
-        FileNotFoundError: If there is no such file.
 
     Example:
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
@@ -194,8 +193,7 @@ class _Work:
         self.merged = vision.spatial_merge_size**2  # patches of a visual token
         self.patches = pixels // vision.patch_size**2  # of an image
         self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        has_teacher = isinstance(config, DistillConfig) or config.joint
-        self.has_teacher = has_teacher and config.teacher_mode == "frozen"
+        self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part. Base weights are in bfloat16, as pruned; the adapter and its AdamW in float32."""
@@ -233,7 +231,6 @@ class _Work:
         config, number = self.config, 2 if self.config.bf16 else 4
         mask = self.mask_bytes if config.lora_dropout else 0
         layer = self.hidden * (8 + 4 * number + 6 * (number + mask)) + self.inner * (4 * number + mask)
-        layer += 14 * config.lora_r
         kept = self.depth * (number * self.hidden if config.gradient_checkpointing else layer)
         moment = (layer if config.gradient_checkpointing else 0) + 12 * self.inner
         columns, num_rows = self.columns, config.batch_size
