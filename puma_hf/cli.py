@@ -95,7 +95,7 @@ def prune(
 def distill(config: DistillConfig) -> None:
     """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
-    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_distill.yaml --data M-BEIR
+    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_stage1_ours.yaml --data M-BEIR
     """
     from puma_hf.trainer.stages import distill as run
 

@@ -27,11 +27,9 @@ from puma_hf.values import nearest
 GPUS: dict[str, tuple[int, float]] = {
     "RTX 3090": (24, 71),
     "RTX 4090": (24, 165),
-    "RTX 5090": (32, 210),
     "L4": (24, 121),
     "A10G": (24, 70),
     "L40S": (48, 362),
-    "A100 40GB": (40, 312),
     "A100 80GB": (80, 312),
     "H100": (80, 989),
     "H200": (141, 989),
@@ -59,10 +57,9 @@ class Estimate:
     Args:
         parameters: Parameters of the pruned model, without the adapter and the teacher.
         trainable: Those of the adapter.
-        memory: Bytes on each device at the peak of a step, by what they are for.
+        memory: Bytes on each of `num_gpus` devices at the peak of a step, by what they are for.
         flops_step: Operations of a step on each device.
-        flops_run: Operations of the run on each device; None if the number of rows is not known.
-        num_gpus: Devices that share a step.
+        flops_run: Likewise of the run; None if the number of rows is not known.
         notes: What was assumed, one sentence each.
     """
 
@@ -88,11 +85,7 @@ class Estimate:
         return None if self.flops_run is None else self.flops_run / (GPUS[gpu][1] * 1e12 * UTILISATION * 3600)
 
     def to_markdown(self, gpus: tuple[str, ...] = tuple(GPUS)) -> str:
-        """The memory by part, and a row for each GPU.
-
-        Raises:
-            ValueError: If a GPU is not in `GPUS`.
-        """
+        """The memory by part, and a row for each GPU; a ValueError if one is not in `GPUS`."""
         if unknown := [name for name in gpus if name not in GPUS]:
             raise ValueError(f"gpu={unknown[0]!r} is not known, must be one of {', '.join(GPUS)}.")
         parts = "\n".join(f"| {name} | {size / 1e9:.1f} |" for name, size in self.memory.items() if size)
@@ -127,8 +120,8 @@ def estimate(
 
     Args:
         recipe: YAML file.
-        model: Directory or config.json, or a published Qwen2-VL by id; None for the recipe's model:
-            if its directory is not there yet, the name is read, such as "puma-7b-k12".
+        model: Directory, config.json, or a published Qwen2-VL by id; None for the recipe's model: if its directory is
+            not there yet, its name is read, such as "puma-7b-k12".
         num_kept_layers: Layers, if `model` has more.
         tokens: Length that the rows of a batch are padded to; None for the recipe's `max_length`, of NLI pairs 64.
         images: Images of a row, over all columns; None for 1, of texts 0.
@@ -141,7 +134,6 @@ def estimate(
 
     Raises:
         ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
-        FileNotFoundError: If there is no such file.
 
     Example:
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
@@ -164,16 +156,15 @@ def estimate(
     if steps is None and rows is not None:
         batch = config.batch_size * config.gradient_accumulation_steps * num_gpus
         steps = math.ceil(rows / batch * config.num_train_epochs)
-    step = work.flops()
     notes = (
         told,
         f"A step has {config.batch_size} rows of {work.columns} column(s) a GPU, padded to {tokens} tokens (--tokens), "
         f"with {images:g} images a row (--images) of {pixels // _PIXELS_OF_TOKEN} visual tokens.",
         f"The run is {'an unknown number of' if steps is None else f'{steps:,}'} steps.",
         f"Assumed, not measured: {UTILISATION:.0%} of the data sheet's operations are reached, and {FREE_SHARE:.0%} of "
-        "the memory is left to CUDA.",
+        "the memory is left to CUDA. What a cached teacher takes once, before the run, is not in it.",
     )
-    run = None if steps is None else step * steps
+    step, run = work.flops(), None if steps is None else work.flops() * steps
     return Estimate(work.parameters, work.trainable, work.memory(), step, run, num_gpus, notes)
 
 
@@ -187,11 +178,8 @@ class _Work:
             puma = PumaModel(shape)
         text = shape.text_config
         self.depth, self.full_depth = text.num_hidden_layers, shape.original_num_hidden_layers
-        self.hidden, self.inner, self.table = (
-            text.hidden_size,
-            text.intermediate_size,
-            text.vocab_size * text.hidden_size,
-        )
+        self.hidden, self.inner = text.hidden_size, text.intermediate_size
+        self.table = text.vocab_size * text.hidden_size
         self.parameters = count_parameters(puma)
         self.layer = count_parameters(puma.language_model.layers[0])
         linears = [part for part in puma.language_model.layers[0].modules() if isinstance(part, nn.Linear)]
@@ -205,8 +193,7 @@ class _Work:
         self.merged = vision.spatial_merge_size**2  # patches of a visual token
         self.patches = pixels // vision.patch_size**2  # of an image
         self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        has_teacher = isinstance(config, DistillConfig) or config.distillation_weight > 0
-        self.has_teacher = has_teacher and config.teacher_mode == "frozen"
+        self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part. Base weights are in bfloat16, as pruned; the adapter and its AdamW in float32."""
@@ -230,8 +217,8 @@ class _Work:
 
         A decoder layer of width h and inner width m keeps, for each token until its backward pass, in bytes: its two
         norms' float32 inputs 8 h; queries, keys, values (repeated for all heads under a mask) and the attention's
-        output 8 h; the bfloat16 inputs of the six adapters at width h with their dropout masks, 6 h (2 + mask); of the MLP
-        the gate, its SiLU and the up projection 6 m, and the down adapter's input and mask, m (2 + mask). Frozen
+        output 8 h; the bfloat16 inputs of the six adapters at width h with their dropout masks, 6 h (2 + mask); of the
+        MLP the gate, its SiLU and the up projection 6 m, and the down adapter's input and mask, m (2 + mask). Frozen
         weights keep no input of their own. For a moment there are 12 m more, where the down adapter works in float32.
 
         - Plain: all layers of all columns, since the loss needs all columns before the first backward pass.
@@ -244,7 +231,6 @@ class _Work:
         config, number = self.config, 2 if self.config.bf16 else 4
         mask = self.mask_bytes if config.lora_dropout else 0
         layer = self.hidden * (8 + 4 * number + 6 * (number + mask)) + self.inner * (4 * number + mask)
-        layer += 14 * config.lora_r
         kept = self.depth * (number * self.hidden if config.gradient_checkpointing else layer)
         moment = (layer if config.gradient_checkpointing else 0) + 12 * self.inner
         columns, num_rows = self.columns, config.batch_size

@@ -145,14 +145,12 @@ def merge_results(results: Sequence[SearchResult], top_k: int) -> SearchResult:
 def less_popular(query_embeddings: Tensor, penalty: float) -> Tensor:
     """Queries whose search ranks candidates by `s_ij - penalty * mean_i(s_ij)`, the popularity-corrected cosine.
 
-    A candidate that is near to every query (a "hub") is pushed back.  The mean similarity of a candidate is the inner
-    product of it with the mean of the unit queries, and so
+    A candidate that is near to every query (a "hub") is pushed back. For unit vectors
 
         q_i . c_j - penalty * mean_i(q_i . c_j)  =  (q_i - penalty * mean_i(q_i)) . c_j
 
-    for unit vectors: the correction moves the queries and leaves the candidates alone.  `exact_search` divides by the
-    length of the moved query, which changes no ranking.  The correction is transductive: the ranking of one query
-    depends on all the others.
+    so the correction moves the queries and leaves the candidates alone; that `exact_search` divides by the length of
+    the moved query changes no ranking. It is transductive: the ranking of one query depends on all the others.
 
     Args:
         query_embeddings: All queries of a task, `(num_queries, embedding_dim)`, of any length.
