@@ -93,7 +93,7 @@ def prune(
 
 @config_command(app, DistillConfig)
 def distill(config: DistillConfig) -> None:
-    """Stage 1: distil the full model into the pruned one, without labels. Saves a LoRA adapter.
+    """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
     Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_distill.yaml --data M-BEIR
     """
@@ -104,13 +104,38 @@ def distill(config: DistillConfig) -> None:
 
 @config_command(app, TrainConfig)
 def train(config: TrainConfig) -> None:
-    """Stage 2: train on labelled pairs with MAC-Loss. Saves a LoRA adapter.
+    """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
     Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
     """
     from puma_hf.trainer.stages import train as run
 
     _echo_saved(run(config))
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Option(help="Recipe of distill or train.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
+    ] = None,
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers that are kept of it.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as 'RTX 4090'; default: a table of all that are known.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="Devices that the run is started on.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="Length that rows are padded to; default: max_length.")] = None,
+    images: Annotated[float | None, typer.Option(help="Images of a row, over all columns.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the data, where they are not known.")] = None,
+) -> None:
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+    """
+    from puma_hf.estimate import GPUS
+    from puma_hf.estimate import estimate as run
+
+    sizes: dict[str, Any] = {"tokens": tokens, "images": images, "rows": rows, "num_gpus": num_gpus}
+    found = run(config, model=model, num_kept_layers=num_kept_layers, **sizes)
+    typer.echo(found.to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
 @config_command(app, MergeConfig)

@@ -40,8 +40,8 @@ class FrozenTeacher(RunningTeacher):
     torch.Size([8, 1536])
     ```
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. The figure leaves open
-    whether the teacher is frozen; this one is.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, whose released code has a frozen
+    teacher, too; there it is a second model.
     """
 
     shares_base_weights = True

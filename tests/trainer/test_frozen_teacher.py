@@ -21,7 +21,7 @@ from puma_hf.checkpoint import StoredWeights
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.full_model import StoredModel
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.teacher import frozen_teacher, one_pass_teacher
+from puma_hf.trainer.teacher import frozen_teacher
 from puma_hf.trainer.teacher_base import share_image_features
 from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
 from tests.tiny import build_qwen2_vl, canonical_name, copy_checkpoint
@@ -336,7 +336,6 @@ def test_the_checkpoint_is_never_held_whole(
     monkeypatch.setattr(StoredWeights, "__getitem__", watch)
     monkeypatch.setattr(PumaModel, "from_pretrained", refuse)
     teachers: list[Any] = [make(source, puma_model(model)) for make in (FrozenTeacher.from_pretrained, frozen_teacher)]
-    teachers.append(one_pass_teacher(source, model))
     for teacher in teachers:
         found = dict(teacher.dropped_layers.named_parameters())
         expected = dict(full_model.language_model.layers[2:].named_parameters())
