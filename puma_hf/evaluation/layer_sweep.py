@@ -117,8 +117,7 @@ class SweepInputs:
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
             groups[key].append(row)
-        depths = len(decoder_of(model).layers) + (len(keep_last_depths(model)) if options.get("keep_last") else 0)
-        embeddings = self._room(model, name, depths)
+        embeddings = self._room(model, name, keep_last=options.get("keep_last", False))
         step = options["batch_size"] * _BATCHES_AT_ONCE  # what is copied is small
         with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
             for (prompt, _), rows in groups.items():
@@ -130,8 +129,10 @@ class SweepInputs:
                     progress.update(len(part))
         return embeddings
 
-    def _room(self, model: SentenceTransformer, name: str, depths: int) -> Tensor:
-        shape = (depths, len(self.inputs), decoder_of(model).config.hidden_size)
+    def _room(self, model: SentenceTransformer, name: str, *, keep_last: bool = False) -> Tensor:
+        decoder = decoder_of(model)
+        depths = len(decoder.layers) + (len(keep_last_depths(model)) if keep_last else 0)
+        shape = (depths, len(self.inputs), decoder.config.hidden_size)
         size = math.prod(shape) * 4
         logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, size / 1e6)
         try:
