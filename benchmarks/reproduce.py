@@ -67,6 +67,7 @@ def stage(number: int, model: Path, output: Path, data: Path, args: argparse.Nam
                 "bf16": False,
                 "gradient_checkpointing": False,
             }
+            options |= {"split": "train"} if number == 2 else {}
         recipe = CONFIGS / f"qwen2_vl_7b_stage{number}.yaml"
         command("train", config=recipe, model=model, output=adapter, data=data, seed=args.seed, **options)
     once(output, "merge", adapter, output, base=model)
