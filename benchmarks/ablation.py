@@ -37,7 +37,9 @@ DATA = ROOT / "demo" / "emoji"
 NUM_KEPT_LAYERS, NUM_LAYERS = 3, 8
 BACKBONES = ("retriever", "captioner")
 # "cached" is not listed: its vectors are those of "frozen" (tests/trainer hold them equal), so would be its rows.
-TEACHERS = ("none", "frozen", "one_pass")
+TEACHERS = ("none", "frozen")
+# A teacher that went on from the student's own states, and is gone; the report shows what it did.
+REPORTED_TEACHERS = (*TEACHERS, "one_pass")
 FRACTIONS = (1.0, 0.25, 0.05)
 BATCHES = ("mixed", "twin")
 NO_LOSS = "(none)"
@@ -68,7 +70,6 @@ def conditions(seeds: list[int], everything: bool = False) -> list[dict[str, Any
     runs: list[tuple[Any, ...]] = [*starts]
     runs += [("captioner", 1.0, *rest) for rest in product(seeds, TEACHERS[:1], BATCHES, LOSSES + MORE_LOSSES)]
     runs += [("retriever", 1.0, *rest) for rest in product(seeds, TEACHERS[:2], BATCHES, LOSSES)]
-    runs += [("retriever", 1.0, *rest) for rest in product(seeds, TEACHERS[2:], BATCHES[:1], MAIN_LOSSES[:2])]
     few = product((0.05, 0.25), seeds, TEACHERS[:2], BATCHES[:1], MAIN_LOSSES)
     runs += [("retriever", *rest) for rest in few]
     if everything:
@@ -197,7 +198,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = []
     for backbone, fraction, batches in product(BACKBONES, FRACTIONS, BATCHES):
         table = []
-        for teacher, loss in product(TEACHERS, (NO_LOSS, *LOSSES, *MORE_LOSSES)):
+        for teacher, loss in product(REPORTED_TEACHERS, (NO_LOSS, *LOSSES, *MORE_LOSSES)):
             wanted = {"backbone": backbone, "fraction": fraction, "batches": batches, "teacher": teacher, "loss": loss}
             found = [row for row in rows if wanted.items() <= row.items()]
             if found:

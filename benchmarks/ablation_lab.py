@@ -98,17 +98,18 @@ class OneTemperature(MultimodalMACLoss):
 
 
 def make_loss(name: str, model: nn.Module, temperature: float, hard_temperature: float) -> MultimodalMACLoss:
-    """One of `LOSSES` or `MORE_LOSSES`. All mask false negatives alike."""
+    """One of `LOSSES` or `MORE_LOSSES`. All mask false negatives alike; what is scheduled falls to the end."""
+    falling: dict[str, Any] = {"schedule": "cosine", "schedule_end": 1.0}
     if name == "InfoNCE":
         return MultimodalMACLoss(model, temperature, temperature, schedule="constant")
     if name == "InfoNCE, scheduled":
-        return OneTemperature(model, temperature, hard_temperature)
+        return OneTemperature(model, temperature, hard_temperature, **falling)
     if name == "MAC, constant":
         return MultimodalMACLoss(model, temperature, hard_temperature, schedule="constant")
     if name == "MAC, scheduled":
-        return MultimodalMACLoss(model, temperature, hard_temperature)
+        return MultimodalMACLoss(model, temperature, hard_temperature, **falling)
     weight = float(name.split()[1])
-    return MultimodalMACLoss(model, temperature, hard_temperature, objective="split", split_weight=weight)
+    return MultimodalMACLoss(model, temperature, hard_temperature, **falling, objective="split", split_weight=weight)
 
 
 def concepts_of_rows(data: Path, rows: Dataset) -> list[str]:

@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from puma_hf import PumaConfig, PumaModel, SelfDistillationLoss, lora_config
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
-from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.teacher_base import Teacher
 from puma_hf.trainer.whole_teacher import WholeTeacher
 
@@ -37,7 +36,6 @@ NUM_LAYERS = 28
 MODES = {
     "naive": "two models",
     "frozen": "frozen, one copy",
-    "one_pass": "one_pass",
     "cached": "cached",
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -145,7 +143,6 @@ def measure(mode: str, kept: int, full_size: bool, batch_size: int, steps: int) 
         teacher = {
             "naive": lambda: WholeTeacher(full, student),
             "frozen": lambda: FrozenTeacher(student, layers),
-            "one_pass": lambda: OnePassTeacher(model, layers),
         }[mode]()
     # By address: assigned weights are new parameters on old memory.
     held = {p.data_ptr(): p for module in (student, full) if module is not None for p in module.parameters()}
@@ -164,8 +161,7 @@ def measure(mode: str, kept: int, full_size: bool, batch_size: int, steps: int) 
                 value: Tensor = loss([features])
             else:
                 teacher.add_states(features)
-                with teacher.watching():
-                    value = loss([features])
+                value = loss([features])
         value.backward()
         optimizer.step()
         optimizer.zero_grad()

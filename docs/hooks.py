@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import griffe
 import typer
 
 _COMMANDS = "<!-- commands -->"
+_GPU = "<!-- gpu -->"
+_GPU_RESULTS = Path(__file__).parent / "gpu.json"
 
 _EXAMPLE = re.compile(r"^Example:\n(?P<body>(?:\n|[ ]{4}.*(?:\n|\Z))+)", re.MULTILINE)
 _FENCED_EXAMPLE = re.compile(r"^Example:\n\n(?=```)", re.MULTILINE)
@@ -19,7 +23,10 @@ _NAME = re.compile(r"\[`~?(?P<name>[\w.]+)`\](?![\[(])")
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs calls this with the text of each page."""
-    return markdown.replace(_COMMANDS, commands_markdown()) if _COMMANDS in markdown else markdown
+    for place, make in ((_COMMANDS, commands_markdown), (_GPU, gpu_markdown)):
+        if place in markdown:
+            markdown = markdown.replace(place, make())
+    return markdown
 
 
 class Docstrings(griffe.Extension):
@@ -63,6 +70,21 @@ def commands_markdown() -> str:
 
     group: Any = typer.main.get_command(app)
     return "\n".join(_command(name, command) for name, command in group.commands.items())
+
+
+def gpu_markdown() -> str:
+    """What `benchmarks/gpu.py` found when it was last run on a GPU."""
+    if not _GPU_RESULTS.is_file():
+        return "It was not run yet."
+    found = json.loads(_GPU_RESULTS.read_text(encoding="utf-8"))
+    place = ", ".join(f"{name} {value}" for name, value in found["where"].items())
+    rows = [f"| {name} | {one['verdict']} | {_figures(one)} |" for name, one in found["checks"].items()]
+    return "\n".join([f"Run with {place}:", "", "| check | verdict | figures |", "|---|---|---|", *rows])
+
+
+def _figures(record: dict[str, Any]) -> str:
+    figures = "; ".join(f"{name}: {value}" for name, value in record.get("figures", {}).items())
+    return (figures or record.get("why", "")).replace("|", "\\|").replace("\n", " ")
 
 
 def _command(name: str, command: Any) -> str:

@@ -110,6 +110,8 @@ def start_ray(args: argparse.Namespace) -> None:
         ray.init(args.address)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to its makers if not told otherwise
+        # Ray starts 32 processes for the footers of parquet files, twice with a checkpoint: one machine needs one.
+        os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
         # CPUs are how Ray counts, not what it takes: a small machine may say that it has more, and one to spare.
         ray.init(num_cpus=max(os.cpu_count() or 1, needed + 1), include_dashboard=False)
     check_cpus(needed, int(ray.cluster_resources().get("CPU", 0)))

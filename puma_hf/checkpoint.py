@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,24 +163,24 @@ def _tensor_names(path: Path) -> list[str]:
         ) from error
 
 
-def is_kept(tensor_name: str, num_kept_layers: int) -> bool:
-    """Whether a tensor of an original checkpoint belongs to the model pruned to `num_kept_layers` layers.
+def is_kept(tensor_name: str, layers: Container[int]) -> bool:
+    """Whether a tensor of a checkpoint belongs to the model pruned to these of its decoder layers.
 
     Example:
 
     ```python
     >>> from puma_hf.checkpoint import is_kept
 
-    >>> is_kept("model.layers.7.mlp.up_proj.weight", 8), is_kept("model.layers.8.mlp.up_proj.weight", 8)
+    >>> is_kept("model.layers.7.mlp.up_proj.weight", range(8)), is_kept("model.layers.8.mlp.up_proj.weight", range(8))
     (True, False)
-    >>> is_kept("visual.blocks.30.mlp.fc1.weight", 8), is_kept("lm_head.weight", 8)
+    >>> is_kept("visual.blocks.30.mlp.fc1.weight", range(8)), is_kept("lm_head.weight", range(8))
     (True, False)
     ```
     """
     if tensor_name.startswith("lm_head."):
         return False
     layer = _DECODER_LAYER.match(tensor_name)
-    return layer is None or int(layer.group(1)) < num_kept_layers
+    return layer is None or int(layer.group(1)) in layers
 
 
 def own_name(name: str) -> str:
@@ -237,17 +237,17 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 @contextmanager
-def kept_weights(checkpoint: SourceCheckpoint, num_kept_layers: int) -> Iterator[Path]:
+def kept_weights(checkpoint: SourceCheckpoint, layers: Sequence[int]) -> Iterator[Path]:
     """A temporary checkpoint folder that links to the needed shards and whose index names kept tensors only.
 
     Yields:
-        The folder, ready for `PumaModel.from_pretrained(folder, num_kept_layers=...)`.
+        The folder, ready for `PumaModel.from_pretrained(folder, keep_layers=layers)`.
 
     Raises:
         FileNotFoundError: If a needed shard is missing.
         ValueError: If a needed shard is cut off, or lacks a tensor that the index promises.
     """
-    kept = {name: file for name, file in checkpoint.weight_files.items() if is_kept(name, num_kept_layers)}
+    kept = {name: file for name, file in checkpoint.weight_files.items() if is_kept(name, layers)}
     with TemporaryDirectory(prefix="puma-hf-") as temporary:
         folder = Path(temporary)
         shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")

@@ -61,6 +61,7 @@ _MAX_PIXELS_HELP = (
     "Images are scaled down to so many pixels; source keeps the source's limit. Default: the source's, but "
     "at most 300 visual tokens (235,200 pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
 )
+_READING_HELP = "How inputs are read: this library's prompt, or that of the authors' code with its plain positions."
 OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
@@ -69,9 +70,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 def prune(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP, show_default=False)],
     output: OutputDir,
-    num_kept_layers: Annotated[int, typer.Option(help="Decoder layers to keep, from the input.", show_default=False)],
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers to keep, from the input.")] = None,
+    keep_layers: Annotated[str | None, typer.Option(help="Instead, which layers to keep, such as 0-10,27.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
     max_pixels: Annotated[str | None, typer.Option(metavar="N|source", help=_MAX_PIXELS_HELP)] = None,
+    reading: Annotated[str | None, typer.Option(metavar="puma|puma-released", help=_READING_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -83,15 +86,16 @@ def prune(
 
     limit: Any = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
     options: dict[str, Any] = {"dtype": dtype, "max_pixels": limit, "revision": revision, "overwrite": overwrite}
-    report = run(source, output, num_kept_layers=num_kept_layers, **options)
+    options |= {"num_kept_layers": num_kept_layers, "keep_layers": keep_layers, "reading": reading}
+    report = run(source, output, **options)
     typer.echo(str(report))
 
 
 @config_command(app, DistillConfig)
 def distill(config: DistillConfig) -> None:
-    """Stage 1: distil the full model into the pruned one, without labels. Saves a LoRA adapter.
+    """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
-    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_distill.yaml --data M-BEIR
+    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_stage1_ours.yaml --data M-BEIR
     """
     from puma_hf.trainer.stages import distill as run
 
@@ -100,13 +104,38 @@ def distill(config: DistillConfig) -> None:
 
 @config_command(app, TrainConfig)
 def train(config: TrainConfig) -> None:
-    """Stage 2: train on labelled pairs with MAC-Loss. Saves a LoRA adapter.
+    """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
     Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
     """
     from puma_hf.trainer.stages import train as run
 
     _echo_saved(run(config))
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Option(help="Recipe of distill or train.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
+    ] = None,
+    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers that are kept of it.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as 'RTX 4090'; default: a table of all that are known.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="Devices that the run is started on.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="Length that rows are padded to; default: max_length.")] = None,
+    images: Annotated[float | None, typer.Option(help="Images of a row, over all columns.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the data, where they are not known.")] = None,
+) -> None:
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+    """
+    from puma_hf.estimate import GPUS
+    from puma_hf.estimate import estimate as run
+
+    sizes: dict[str, Any] = {"tokens": tokens, "images": images, "rows": rows, "num_gpus": num_gpus}
+    found = run(config, model=model, num_kept_layers=num_kept_layers, **sizes)
+    typer.echo(found.to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
 @config_command(app, MergeConfig)

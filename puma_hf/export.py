@@ -28,6 +28,7 @@ from puma_hf.export_onnx import check_onnx_is_installed, write_onnx
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
+from puma_hf.modeling.reading_puma import reading_of
 from puma_hf.values import convert
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ def export(
 
     Raises:
         FileNotFoundError: If the source, or one of its files, is missing.
-        ValueError: If it is no PUMA model, its weights are damaged or are not those of its configuration.
+        ValueError: If it is no PUMA model, its weights are damaged or are not those of its configuration, or its
+            reading has positions that stock classes do not give to images.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
 
@@ -149,6 +151,11 @@ def export(
             f"({', '.join(PUMA_MODEL_TYPES)}). Make one with puma_hf.prune (puma-hf prune)."
         )
     puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
+    if puma_config.positions != "mrope" and format == "stock":
+        raise ValueError(
+            f"{str(source)!r} has {puma_config.positions} positions, but stock classes and vLLM give images those of "
+            "M-RoPE, so other embeddings. Serve the PUMA directory itself, or export its texts (--format onnx)."
+        )
     backbone = _BACKBONES[puma_config.source_model_type]
     config = _stock_config(puma_config, backbone)
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
@@ -158,7 +165,8 @@ def export(
         _write_processor(checkpoint, backbone, folder)
         if format == "onnx":
             num_bytes = write_onnx(folder)
-        write_export_card(folder, config, getattr(config, LINEAGE_KEY), onnx=format == "onnx")
+        told = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")).told
+        write_export_card(folder, config, getattr(config, LINEAGE_KEY), onnx=format == "onnx", told=told)
     layers = int(config.text_config.num_hidden_layers)
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
     num_parameters = sum(shape.numel() for shape in shapes.values())
@@ -178,7 +186,7 @@ def _is_ours(folder: Path) -> bool:
 def _stock_config(puma_config: Any, backbone: _Backbone) -> Any:
     """The stock configuration: as many layers as were kept, and a head that needs no tensor of its own."""
     settings = puma_config.to_dict()
-    lineage = {name: settings.pop(name, None) for name in _PUMA_FIELDS}
+    lineage = {name: settings.pop(name) for name in _PUMA_FIELDS if name in settings}
     for name in ("auto_map", "custom_pipelines"):
         settings.pop(name, None)
     settings["model_type"] = puma_config.source_model_type

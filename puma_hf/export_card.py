@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from puma_hf.modeling.configuration_puma import named_layers
+
 _CARD = """---
 library_name: transformers
 pipeline_tag: feature-extraction
@@ -17,8 +19,8 @@ tags:
 
 # {title}
 
-A retrieval embedder for text, images and both, as a plain `{model_type}` checkpoint: the first {kept} of {total}
-decoder layers of {source}, without remote code. Exported by `puma-hf export`. It does not generate text: its
+A retrieval embedder for text, images and both, as a plain `{model_type}` checkpoint: {kept} of the {total}
+of {source}, without remote code. Exported by `puma-hf export`. It does not generate text: its
 language-model head is only there because the stock class has one, and is tied to the token embedding.
 
 The embedding is the last hidden state at the last token, `[RET]`, scaled to unit length; {dim} numbers. Every prompt
@@ -82,14 +84,14 @@ tags:
 
 # {title}, ONNX
 
-A retrieval embedder for texts: the first {kept} of {total} decoder layers of {source} as an ONNX graph, in float32.
+A retrieval embedder for texts: {kept} of the {total} of {source} as an ONNX graph, in float32.
 Exported by `puma-hf export --format onnx`, which compared it with PyTorch. **It embeds texts alone**: its vectors are
 those of the PUMA model, so it can search an index of pictures that the model made. Keep `model.onnx.data` beside
 `model.onnx`.
 
 It takes `input_ids` and `attention_mask`, `(batch_size, sequence_length)`, padded on either side, and gives
 `sentence_embedding`, `(batch_size, {dim})`, of unit length. Every prompt must come from `chat_template.jinja`, which
-ends in `[RET]`. An instruction is the system message.
+ends in `[RET]`. An instruction is the system message.{told}
 
 ```python
 from onnxruntime import InferenceSession
@@ -108,7 +110,9 @@ inputs = {{name: batch[name].astype("int64") for name in ("input_ids", "attentio
 """
 
 
-def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, onnx: bool = False) -> None:
+def write_export_card(
+    folder: Path, config: Any, lineage: Mapping[str, Any], *, onnx: bool = False, told: str = ""
+) -> None:
     """Write the `README.md` of an export.
 
     Args:
@@ -116,15 +120,17 @@ def write_export_card(folder: Path, config: Any, lineage: Mapping[str, Any], *, 
         config: Its stock configuration.
         lineage: What the PUMA model's configuration says of its source.
         onnx: Whether it is an ONNX graph.
+        told: What the reading makes of inputs, which is to be done before the template.
     """
     source = lineage["source_name_or_path"]
     text = (_ONNX_CARD if onnx else _CARD).format(
         title=f"{source or config.model_type}, {lineage['num_kept_layers']} layers",
         name="path/to/this/directory",
         model_type=config.model_type,
-        kept=lineage["num_kept_layers"],
+        kept=named_layers(lineage.get("kept_layers") or range(lineage["num_kept_layers"])),
         total=lineage["original_num_hidden_layers"],
         source=f"`{source}`" if source else "its source",
         dim=config.text_config.hidden_size,
+        told=f"\nThe model was made to read inputs {told}: bring texts into that form first." if told else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.image_utils import SizeDict
 
 from puma_hf.files import read_config
+from puma_hf.modeling.reading_puma import reading_of
 
 # As PUMA and LamRA read images, in training and in evaluation. A general model's limit is thousands.
 DEFAULT_VISUAL_TOKENS = 300
@@ -66,12 +67,13 @@ def read_limits(folder: Path) -> dict[str, int]:
 
 
 def told_limits(folder: Path) -> str | None:
-    """The limits of a directory as a sentence for its card, or None if its files do not name them."""
-    limits = read_limits(folder)
-    images = read_config(folder, "processor_config.json").get("image_processor", {})
+    """The limits and the reading of a directory in words for its card, or None if its files do not name them."""
+    limits, processor = read_limits(folder), read_config(folder, "processor_config.json")
+    images, reading = processor.get("image_processor", {}), processor.get("reading", "puma")
     if "max_pixels" not in limits or "patch_size" not in images:
         return None
     tokens = limits["max_pixels"] // (images["patch_size"] * images["merge_size"]) ** 2
     told = f"Images are scaled down to at most {limits['max_pixels']:,} pixels, {tokens:,} visual tokens"
     length = limits.get("max_length", 0)
-    return f"{told}; texts are cut at {length:,} tokens" if 0 < length < 10**9 else told
+    told = f"{told}; texts are cut at {length:,} tokens" if 0 < length < 10**9 else told
+    return told if reading == "puma" else f"{told}. Inputs are read as `{reading}`, {reading_of(reading).told}"

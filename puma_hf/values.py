@@ -19,6 +19,11 @@ _WORDS: dict[type, str] = {
 }
 _WORDS_FOR_VALUES: dict[type, str] = {list: "a list", tuple: "a list", dict: "a mapping"}
 _MOST_SHOWN = 200  # characters of a value in an error
+# What was a choice once, and why it is none now.
+_GONE = {
+    "one_pass": " 'one_pass' is gone, as that teacher moved with the student and both collapsed. Take 'frozen', the "
+    "full model untouched, as PUMA's authors do."
+}
 # YAML 1.1 reads 2e-4, without a point, as text.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -84,7 +89,8 @@ def nearest(name: object, names: Iterable[str]) -> str:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.{nearest(value, choices)}")
+    meant = _GONE.get(str(value)) or nearest(value, choices)
+    raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.{meant}")
 
 
 def shown(value: object) -> str:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.auto import tqdm as auto_tqdm
@@ -52,6 +53,7 @@ def in_a_fork(action: Callable[[], object]) -> int:
     """Start it in a process of its own, which shares the imported libraries; the id of the process."""
     process = os.fork()
     if process == 0:
+        torch.set_num_threads(1)  # OpenMP's other threads are not in a fork, and whoever gives them work there crashes
         # tqdm's own locks are shared by forks, and whoever is killed with one never gives it back. The class whose bar
         # was the first to be shown has its own, and all that are made of it use that one.
         lock = threading.RLock()

@@ -13,18 +13,18 @@ from puma_hf.recipes import load_config
 from puma_hf.trainer.config import DistillConfig, StageConfig, TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(path.name for path in CONFIGS.glob("*_distill.yaml")) + sorted(
-    path.name for path in CONFIGS.glob("*_train.yaml")
-)
+RECIPES = [*sorted(path.name for path in CONFIGS.glob("*_stage*.yaml")), "demo_distill.yaml", "demo_train.yaml"]
 
 
 def load(name: str) -> Any:
-    return load_config(DistillConfig if name.endswith("_distill.yaml") else TrainConfig, CONFIGS / name)
+    """The released first stage has pairs and a loss, so `train` runs it; ours has no labels, so `distill` does."""
+    kind = DistillConfig if name.endswith(("_distill.yaml", "_stage1_ours.yaml")) else TrainConfig
+    return load_config(kind, CONFIGS / name)
 
 
 def test_nothing_else_lies_there() -> None:
     assert {path.name for path in CONFIGS.iterdir()} == {*RECIPES, "accelerate_fsdp2.yaml"}
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 10
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -43,16 +43,30 @@ def test_every_value_says_where_it_comes_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["2b", "7b"])
-def test_the_published_stages_have_lamras_numbers(size: str) -> None:
-    first, second = load(f"qwen2_vl_{size}_distill.yaml"), load(f"qwen2_vl_{size}_train.yaml")
-    assert (first.lora_r, first.lora_alpha, first.learning_rate) == (64, 128, 2e-4)
-    assert (first.batch_size * 8, first.num_train_epochs) == (72 * 8, 2)
-    assert (second.lora_r, second.lora_alpha, second.learning_rate) == (128, 256, 1e-4)
-    assert (second.batch_size * 16, second.num_train_epochs, second.temperature) == (60 * 16, 1, 0.05)
+def test_the_released_stages_have_the_released_numbers(size: str) -> None:
+    first, second = load(f"qwen2_vl_{size}_stage1.yaml"), load(f"qwen2_vl_{size}_stage2.yaml")
+    assert (first.loss, first.temperature, first.contrastive_weight, first.metric) == ("infonce", 0.05, 0.9, "mse-mean")
+    assert first.distillation_weight == pytest.approx(2 * 0.1 * 0.05)  # theirs is the sum of two columns, ours the mean
+    assert (first.teacher, first.teacher_mode) == (f"Qwen/Qwen2-VL-{size.upper()}-Instruct", "frozen")
+    assert (first.batch_size * 4, first.learning_rate, first.first_layer_learning_rate) == (288, 2e-4, 1e-4)
+    assert (second.loss, second.temperature, second.hard_temperature) == ("mac", 0.03, 0.018)
+    assert (second.schedule, second.schedule_end, second.grouping) == ("exponential", 0.5, "target")
+    assert (second.batch_size * 4, second.learning_rate, second.max_pixels) == (600, 3e-4, 300 * 28 * 28)
+    assert (first.lora_dropout, second.lora_dropout) == (0.05, 0.1)
     for config in (first, second):
-        assert (config.lora_dropout, config.warmup, config.bf16) == (0.05, 0.03, True)
-        assert (config.max_length, config.max_pixels) == (480, 300 * 28 * 28)
+        assert (config.lora_r, config.lora_alpha, config.num_train_epochs, config.warmup) == (128, 256, 2, 0.03)
+        assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.98, 1e-7)
+        assert config.gradient_checkpointing
+        assert not config.train_ret_token
     # The second stage goes on where the first, merged, ends.
+    assert second.model == first.model + "-stage1"
+
+
+@pytest.mark.parametrize("size", ["2b", "7b"])
+def test_ours_see_as_many_items_a_step(size: str) -> None:
+    first, second = load(f"qwen2_vl_{size}_stage1_ours.yaml"), load(f"qwen2_vl_{size}_stage2_ours.yaml")
+    assert (first.batch_size * first.gradient_accumulation_steps, second.batch_size) == (288, 600)
+    assert second.mini_batch_num_tokens
     assert second.model == first.model + "-distilled"
 
 

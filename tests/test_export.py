@@ -125,6 +125,27 @@ def test_the_configuration_is_the_stock_classes_own(exported: Path, puma_dir: Pa
     assert not set(fields) & set(written)
 
 
+def test_positions_that_stock_classes_do_not_have(qwen_dir: Path, tmp_path: Path) -> None:
+    prune(qwen_dir, tmp_path / "puma", num_kept_layers=1, reading="puma-released")
+    with pytest.raises(ValueError, match=r"puma' has sequential positions, .* export its texts \(--format onnx\)"):
+        export(tmp_path / "puma", tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+
+
+def test_a_list_of_layers_is_told(qwen_dir: Path, tmp_path: Path) -> None:
+    prune(qwen_dir, tmp_path / "puma", keep_layers="0,3")
+    export(tmp_path / "puma", tmp_path / "stock")
+    assert settings_of(tmp_path / "stock")[LINEAGE_KEY]["kept_layers"] == [0, 3]  # type: ignore[index]
+    assert "decoder layers 0 and 3 of the 4\nof" in (tmp_path / "stock" / "README.md").read_text()
+    one = {"text": "a red apple"}
+    model, features = open_stock(tmp_path / "stock", torch.float32, "cpu"), stock_features(tmp_path / "stock", [one])
+    expected = PumaModel.from_pretrained(qwen_dir, keep_layers=[0, 3]).eval()
+    puma = PumaModel.from_pretrained(tmp_path / "puma")
+    expected.load_state_dict({"language_model.embed_tokens.weight": puma.get_input_embeddings().weight}, strict=False)
+    with torch.inference_mode():
+        assert (embed_stock(model, features) - expected(**features).embeddings).abs().max() <= 1e-5
+
+
 def test_weights_are_the_same_bit_for_bit_under_published_names(exported: Path, puma_dir: Path) -> None:
     found = load_file(exported / "model.safetensors")
     assert {name.split(".")[0] for name in found} == {"model", "visual"}

@@ -24,7 +24,7 @@ def write(folder: Path, **changes: object) -> str:
 def test_card(tmp_path: Path) -> None:
     card = write(tmp_path)
     for part in (
-        "the first 14 of 28",
+        "decoder layers 0 to 13 of the 28\nof",
         "`Qwen/Qwen2-VL-2B-Instruct`",
         "1536 numbers",
         "**Not run:** vLLM",
@@ -34,6 +34,17 @@ def test_card(tmp_path: Path) -> None:
     assert "--runner pooling --convert embed" in card
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "feature-extraction")
+
+
+def test_card_of_a_list_of_layers(tmp_path: Path) -> None:
+    assert "decoder layers 0 to 10 and 27 of the 28\nof" in write(tmp_path, kept_layers=[*range(11), 27])
+
+
+def test_card_of_a_reading(tmp_path: Path) -> None:
+    config = Qwen2VLConfig(text_config={"hidden_size": 1536})
+    write_export_card(tmp_path, config, LINEAGE, onnx=True, told="as sentences")
+    told = "is the system message.\nThe model was made to read inputs as sentences: bring texts into that form first.\n"
+    assert told in (tmp_path / "README.md").read_text()
 
 
 def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept:
         "max_visual_tokens": 256,
         "source_max_pixels": 65_536,
         "num_source_layers": None,
+        "kept_layers": None,
+        "reading": "puma",
     }
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
@@ -95,7 +97,7 @@ def test_the_report_of_a_directory_that_was_cut_before(
         report = prune(puma_dir, tmp_path / "one", num_kept_layers=1)
     assert f"Pruned {puma_dir} to 1 of 2 layers" in caplog.text  # of those that it had, not of the original's
     assert report.num_source_layers == 2
-    assert "decoder layers 0 to 0 of 2 (the original has 4), final norm\ndropped  decoder layer 1\n" in str(report)
+    assert "decoder layer 0 of 2 (the original has 4), final norm\ndropped  decoder layer 1\n" in str(report)
     assert "dropped  nothing\n" in str(prune(puma_dir, tmp_path / "two", num_kept_layers=2))
 
 
@@ -361,6 +363,14 @@ def test_a_damaged_source_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, 
 def test_a_bad_number_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"num_kept_layers.*Choose an integer from 1 to 4"):
         prune(qwen_dir, tmp_path / "out", num_kept_layers=value)
+    assert listing(tmp_path) == {}
+
+
+def test_a_bad_list_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_kept_layers=2 and keep_layers='0,3' both say which layers to keep"):
+        prune(qwen_dir, tmp_path / "out", num_kept_layers=2, keep_layers="0,3")
+    with pytest.raises(ValueError, match=r"keep_layers='0,4' must be rising numbers from 0 to 3, each once, but 4 is"):
+        prune(qwen_dir, tmp_path / "out", keep_layers="0,4")
     assert listing(tmp_path) == {}
 
 

@@ -236,7 +236,8 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path, from_sdist: bo
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read("puma_hf/hub/hub_card.md") == (ROOT / "hub_card.md").read_bytes()
-    data = {"puma_hf/py.typed", "puma_hf/modeling/chat_template.jinja"}
+    data = {"puma_hf/py.typed"}
+    data |= {f"puma_hf/modeling/chat_template{name}.jinja" for name in ("", "_released")}
     data.add("puma_hf/evaluation/retrieval_metric/README.md")
     assert data | {f"puma_hf/{source}" for source in SOURCES} <= names
     assert {name.partition("/")[0] for name in names} == {

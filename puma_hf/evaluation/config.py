@@ -52,6 +52,13 @@ class EvaluateConfig(CheckedConfig):
     instruction_seed: int | None = option(
         None, "Draws one wording of the instruction a query; default: always the first wording.", at_least=0
     )
+    popularity_penalty: float | None = option(
+        None,
+        "Also report figures by similarity less this share, such as 0.2, of the candidate's mean similarity to all "
+        "test queries of the task, as PUMA's released code has it. Transductive: no query can be answered alone.",
+        at_least=0,
+        at_most=1,
+    )
     nano_queries: int = option(200, "Queries a task of the nano benchmark; 0 for all.", at_least=0)
     nano_candidates: int = option(2000, "Candidates a task of the nano benchmark; 0 for all.", at_least=0)
     nano_seed: int = option(0, "Seed of what the nano benchmark holds.", at_least=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -37,20 +37,41 @@ def decoder_of(model: SentenceTransformer) -> Any:
     return decoder
 
 
+def keep_last_depths(model: SentenceTransformer) -> range:
+    """Each k below the number of layers at which a model may keep its first k - 1 layers and the last.
+
+    Where DeepStack adds features after the first layers, those stay.
+
+    Raises:
+        ValueError: If the last layer's attention is of another type than that of layers before it.
+    """
+    decoder, config = decoder_of(model), cast(Any, model[0]).model.config
+    depths = range(config.num_deepstack_layers + 1, len(decoder.layers))
+    if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
+        raise ValueError(
+            f"keep_last takes each state through the last layer, but the layers' kinds of attention, {sorted(types)}, "
+            "have masks of their own. Leave it out, and evaluate such models one by one."
+        )
+    return depths
+
+
 class _Watch:
     """Hooks that keep the last token's state after each decoder layer, and nothing else."""
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, joined: Sequence[int] = ()) -> None:
         self.model = model
         self.decoder = decoder_of(model)
+        self.joined = joined
         self.mask: Tensor | None = None
         self.states: list[Tensor] = []
+        self.joined_states: list[Tensor] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         hooks = [
             self.model[0].register_forward_pre_hook(self._begin),
             *(layer.register_forward_hook(self._keep) for layer in self.decoder.layers),
+            *(self.decoder.layers[k - 1].register_forward_pre_hook(self._join, with_kwargs=True) for k in self.joined),
             self.model[0].register_forward_hook(self._finish),
         ]
         try:
@@ -59,10 +80,15 @@ class _Watch:
         finally:
             for hook in hooks:
                 hook.remove()
-            self.mask, self.states = None, []
+            self.mask, self.states, self.joined_states = None, [], []
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.mask, self.states = args[0].get("attention_mask"), []
+        self.mask, self.states, self.joined_states = args[0].get("attention_mask"), [], []
+
+    def _join(self, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Take what comes into a layer through the last one; not as a call, which the hooks would count."""
+        output = self.decoder.layers[-1].forward(*args, **options)
+        self.joined_states.append(last_token_state(output[0] if isinstance(output, tuple) else output, self.mask))
 
     def _keep(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Picking rows copies them, so a layer's other positions are free to go.
@@ -71,7 +97,7 @@ class _Watch:
     def _finish(self, module: nn.Module, args: tuple[Any, ...], features: dict[str, Any]) -> dict[str, Any]:
         norm: nn.Module = self.decoder.norm
         device = next(norm.parameters()).device
-        normed = norm(torch.stack([state.to(device) for state in self.states], dim=1))
+        normed = norm(torch.stack([state.to(device) for state in [*self.states, *self.joined_states]], dim=1))
         embeddings = nn.functional.normalize(normed.float(), dim=-1)
         return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
 
@@ -83,6 +109,7 @@ def encode_all_layers(
     prompt: str | None = None,
     batch_size: int = 32,
     processing_kwargs: Mapping[str, Any] | None = None,
+    keep_last: bool = False,
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
@@ -96,9 +123,12 @@ def encode_all_layers(
         prompt: Their instruction; None for none.
         batch_size: Inputs per forward pass.
         processing_kwargs: As in `model.encode`.
+        keep_last: Whether to embed as the models of the first k - 1 layers and the last would, too: one more call of
+            the last layer for each.
 
     Returns:
-        `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers.
+        `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers. With
+        `keep_last` a row for each of `keep_last_depths` comes after these.
 
     Raises:
         ValueError: If the model is no PUMA model, or an embedding is not finite.
@@ -109,10 +139,10 @@ def encode_all_layers(
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, for the embedding.
     """
-    num_layers = len(decoder_of(model).layers)
+    num_layers, joined = len(decoder_of(model).layers), keep_last_depths(model) if keep_last else range(0)
     truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut the layers, which lie side by side
     try:
-        with _Watch(model).watching():
+        with _Watch(model, joined).watching():
             # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
             encoded = model.encode(
                 list(inputs),
@@ -123,17 +153,18 @@ def encode_all_layers(
             )
     finally:
         model.truncate_dim = truncate_dim
-    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers, -1)).transpose(0, 1)
-    _check_finite(embeddings)
+    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
+    places = [f"layer {k} of {num_layers}" for k in range(1, num_layers + 1)]
+    _check_finite(embeddings, places + [f"the first {k - 1} layers and the last" for k in joined])
     return embeddings
 
 
-def _check_finite(embeddings: Tensor) -> None:
+def _check_finite(embeddings: Tensor, places: Sequence[str]) -> None:
     spoilt = (~torch.isfinite(embeddings).all(dim=2)).sum(dim=1)
     if spoilt.any():
         first = int(spoilt.nonzero()[0])
         raise ValueError(
-            f"After layer {first + 1} of {len(embeddings)}, {int(spoilt[first])} of {embeddings.shape[1]} embeddings "
+            f"After {places[first]}, {int(spoilt[first])} of {embeddings.shape[1]} embeddings "
             "hold NaN or infinity. Look at their inputs, or use float32 or bfloat16 instead of float16."
         )
 

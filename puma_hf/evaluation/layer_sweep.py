@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
-from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, progress_bar
+from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, keep_last_depths, progress_bar
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.search import exact_search
@@ -113,11 +113,11 @@ class SweepInputs:
         return tuple(len(search.relevance) for search in self.searches if search.pool_name == pool)
 
     def encode(self, model: SentenceTransformer, name: str, *, show_progress_bar: bool, **options: Any) -> Tensor:
-        """The embeddings of all depths, `(num_layers, len(inputs), hidden_size)`, from one pass."""
+        """The embeddings of all depths from one pass, as `encode_all_layers` orders them."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
             groups[key].append(row)
-        embeddings = self._room(model, name)
+        embeddings = self._room(model, name, keep_last=options.get("keep_last", False))
         step = options["batch_size"] * _BATCHES_AT_ONCE  # what is copied is small
         with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
             for (prompt, _), rows in groups.items():
@@ -129,9 +129,10 @@ class SweepInputs:
                     progress.update(len(part))
         return embeddings
 
-    def _room(self, model: SentenceTransformer, name: str) -> Tensor:
+    def _room(self, model: SentenceTransformer, name: str, *, keep_last: bool = False) -> Tensor:
         decoder = decoder_of(model)
-        shape = (len(decoder.layers), len(self.inputs), decoder.config.hidden_size)
+        depths = len(decoder.layers) + (len(keep_last_depths(model)) if keep_last else 0)
+        shape = (depths, len(self.inputs), decoder.config.hidden_size)
         size = math.prod(shape) * 4
         logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, size / 1e6)
         try:
@@ -202,15 +203,24 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
                     model,
                     name,
                     batch_size=config.batch_size,
+                    keep_last=config.keep_last,
                     processing_kwargs=processing_of(config.special_tokens),
                     show_progress_bar=show_progress_bar,
                 )
                 # Not every accelerator knows float64.
                 device = model.device if model.device.type == "cuda" else torch.device("cpu")
+                depths = [*range(1, len(decoder_of(model).layers) + 1)]
+                joined = [*keep_last_depths(model)] if config.keep_last else []
+            full = embeddings[len(depths) - 1]
             if teacher is None:
-                teacher, tokens = embeddings[-1].clone(), (costs.text_tokens, costs.image_tokens)
-            rows = _rows(inputs, embeddings, teacher.to(device), costs, config.split)
+                teacher, tokens = full.clone(), (costs.text_tokens, costs.image_tokens)
+            rows = _rows(inputs, zip(depths, embeddings, strict=False), teacher.to(device), costs, config.split)
             swept.append(SweptModel(name, rows))
+            if joined:  # the full model ends that curve, too
+                others = _rows(
+                    inputs, zip(joined, embeddings[len(depths) :], strict=True), teacher.to(device), costs, config.split
+                )
+                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", (*others, rows[-1])))
         judged = inputs.num_judged(POOLS[config.pool][0])
         report = SweepReport(
             models=tuple(swept),
@@ -238,16 +248,18 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
 
 
 def _rows(
-    inputs: SweepInputs, embeddings: Tensor, teacher: Tensor, costs: LayerCosts, split: str
+    inputs: SweepInputs, depths: Iterable[tuple[int, Tensor]], teacher: Tensor, costs: LayerCosts, split: str
 ) -> tuple[SweepRow, ...]:
+    """One row for each k and its embeddings; all layers cost the same, so it is k that tells the costs."""
     rows = []
-    for number, depth in enumerate(embeddings):
+    for k, depth in depths:
+        number = k - 1
         results = inputs.results(depth, split)
         on_device = depth.to(teacher.device)
         cka = linear_cka(on_device, teacher)
         rows.append(
             SweepRow(
-                k=number + 1,
+                k=k,
                 parameters=costs.parameters[number],
                 bytes=costs.bytes[number],
                 flops_text=costs.flops_text[number],

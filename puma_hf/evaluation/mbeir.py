@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
 from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
-from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
+from puma_hf.evaluation.search import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
 from puma_hf.settings import processing_of
 
@@ -38,6 +39,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _BACKENDS = ("torch", "faiss")
 # Whose releases may change the last digits of an embedding.
 _LIBRARIES = ("torch", "transformers", "sentence-transformers")
+_Ranked = dict[str, list[tuple[str, float]]]  # by qid: did and score, best first
 _NAMES_AN_EVALUATION = ("split", "data", "content_hash", "instructions")  # of the same embeddings
 
 
@@ -51,6 +53,7 @@ def evaluate_mbeir(
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 32,
     instruction_seed: int | None = None,
+    popularity_penalty: float | None = None,
     output_dir: str | Path | None = None,
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     search_device: str | torch.device | None = None,
@@ -80,6 +83,8 @@ def evaluate_mbeir(
         ks: The k of hit@k, recall@k and wrong_modality@k.
         batch_size: Batch size of `encode`.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
+        popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
+            queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
             `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`, and for UniIR's scripts
             `qrels_uniir/<pool>/<task>.txt`; None for nowhere. Results of another evaluation that are there are
@@ -112,6 +117,10 @@ def evaluate_mbeir(
     _check_choice("search_backend", search_backend, _BACKENDS)
     if search_backend == "faiss" and find_spec("faiss") is None:  # hours of embedding would come before the search
         raise ImportError("search_backend 'faiss' needs faiss: pip install 'puma-hf[faiss]', or choose 'torch'")
+    if popularity_penalty is not None and not 0 <= popularity_penalty <= 1:
+        raise ValueError(
+            f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2; None for plain figures"
+        )
     if not ks or min(ks) < 1:
         raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
@@ -123,6 +132,7 @@ def evaluate_mbeir(
         **_of_data(opened, data_name, instruction_seed),
         "pool": pool,
         "embedding_dtype": embedding_dtype,
+        **({} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}),
     }
     with shared_folder(output_dir) as folder:
         cache = _open_cache(model, folder / "embeddings", made_from, _DTYPES[embedding_dtype])
@@ -136,8 +146,8 @@ def evaluate_mbeir(
         results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
         top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
         options = {"device": search_device or _default_device(search_backend), "backend": search_backend}
-        for search, ranked in _rankings(cache, inputs, searches, top_k, options):
-            _add(results, search, ranked, ks, output)
+        for search, ranked, corrected in _rankings(cache, inputs, searches, top_k, popularity_penalty, options):
+            _add(results, search, ranked, corrected, ks, output)
         if output is not None:
             results.to_json(output / "results.json")
             with written_whole(output / "results.md") as file:
@@ -177,25 +187,40 @@ class _Inputs:
 
 
 def _rankings(
-    cache: EmbeddingCache, inputs: _Inputs, searches: Sequence[Search], top_k: int, options: Mapping[str, Any]
-) -> Iterator[tuple[Search, dict[str, list[tuple[str, float]]]]]:
-    """For each search the best candidates and their scores of each qid, best first.
+    cache: EmbeddingCache,
+    inputs: _Inputs,
+    searches: Sequence[Search],
+    top_k: int,
+    penalty: float | None,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Search, _Ranked, _Ranked | None]]:
+    """For each search the best candidates and their scores of each qid, best first; and the corrected ones, if asked.
 
-    Searches of one pool go together, so that its embeddings are read once.
+    Searches of one pool go together, so that its embeddings are read once for all tasks.
     """
     groups: dict[int, list[Search]] = {}
     for search in searches:
         groups.setdefault(id(search.pool), []).append(search)
     for group in groups.values():
-        queries = cache.rows(inputs.query_keys(group))
-        found = _search_pool(queries, cache, inputs.pool_keys(group[0].pool), top_k, options)
-        dids = list(group[0].pool)
-        rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
-        for search in group:
-            ranked = {}
-            for query, (indices, scores) in zip(search.queries, rows, strict=False):  # the next search goes on
-                ranked[query.qid] = [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
-            yield search, ranked
+        queries, keys = cache.rows(inputs.query_keys(group)), inputs.pool_keys(group[0].pool)
+        plain = _ranked(group, _search_pool(queries, cache, keys, top_k, options))
+        corrected: Iterable[_Ranked | None] = [None] * len(group)
+        if penalty is not None:
+            # Each task by the popularity among its own queries, as if it were evaluated alone.
+            tasks = queries.split([len(search.queries) for search in group])
+            queries = torch.cat([less_popular(rows, penalty) for rows in tasks])
+            corrected = _ranked(group, _search_pool(queries, cache, keys, top_k, options))
+        yield from zip(group, plain, corrected, strict=True)
+
+
+def _ranked(group: Sequence[Search], found: SearchResult) -> Iterator[_Ranked]:
+    dids = list(group[0].pool)
+    rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
+    for search in group:
+        ranked = {}
+        for query, (indices, scores) in zip(search.queries, rows, strict=False):  # the next search goes on
+            ranked[query.qid] = [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
+        yield ranked
 
 
 def _search_pool(
@@ -214,13 +239,17 @@ def _search_pool(
 def _add(
     results: MBEIRResults,
     search: Search,
-    ranked: Mapping[str, list[tuple[str, float]]],
+    ranked: _Ranked,
+    corrected: _Ranked | None,
     ks: Sequence[int],
     output: Path | None,
 ) -> None:
     """Add one search to the results, and write its files."""
-    rankings = {qid: [did for did, _ in ranking] for qid, ranking in ranked.items()}
+    rankings = _dids(ranked)
     row = task_result(search, rankings, ks)
+    if corrected is not None:
+        other = task_result(search, _dids(corrected), ks)
+        row = replace(row, corrected={"score": other.score, **other.metrics})
     results.rankings[search.pool_name][search.task.name] = rankings
     results.rows.append(row)
     logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
@@ -228,6 +257,10 @@ def _add(
         write_run(output / "runs" / row.pool / f"{search.task.name}.trec", ranked)
         for folder, task_id in (("qrels", None), ("qrels_uniir", row.task_id)):
             write_qrels(output / folder / row.pool / f"{search.task.name}.txt", search.relevance, task_id)
+
+
+def _dids(ranked: _Ranked) -> dict[str, list[str]]:
+    return {qid: [did for did, _ in ranking] for qid, ranking in ranked.items()}
 
 
 def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Sequence[Search]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MEAN, PUBLISHED_MODELS, PUBLISHED_NOTE
+from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
 
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
 _SHOWN = {"hit", "ndcg", "wrong_modality@1"}
@@ -44,6 +44,8 @@ class MBEIRTaskResult:
         num_skipped: Number of queries left out because nothing in the pool is relevant to them.
         score: The number papers report for this row: hit@10 on the two fashion datasets, else hit@5.
         metrics: Values between 0 and 1 by name.
+        corrected: The score, under "score", and the metrics of the popularity-corrected ranking; empty if it was not
+            asked for.
     """
 
     dataset: str
@@ -54,6 +56,7 @@ class MBEIRTaskResult:
     num_skipped: int
     score: float
     metrics: dict[str, float]
+    corrected: dict[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> MBEIRTask:
@@ -85,7 +88,8 @@ class MBEIRResults:
             pool: "local" or "global".
 
         Returns:
-            The mean of the score, under "score", and of each metric.
+            The mean of the score, under "score", of each metric, and of the corrected score, if all rows have one,
+            under "corrected_score".
 
         Raises:
             ValueError: If the pool was not evaluated.
@@ -94,6 +98,8 @@ class MBEIRResults:
         if not rows:
             raise ValueError(f"pool is {pool!r}, evaluated were {self.pools}; evaluate with pool='both' to have both")
         means = {name: sum(row.metrics[name] for row in rows) / len(rows) for name in rows[0].metrics}
+        if all(row.corrected for row in rows):
+            means["corrected_score"] = sum(row.corrected["score"] for row in rows) / len(rows)
         return {"score": sum(row.score for row in rows) / len(rows), **means}
 
     @property
@@ -146,7 +152,8 @@ class MBEIRResults:
         """The table in percent, one row a task and pool, and a mean for each pool; JSON has the rest.
 
         M-BEIR's own rows, on the local pools of the test split, have the published figures of other models beside
-        them, and so has the mean if all sixteen are there.
+        them, and so have the means if all sixteen are there. Popularity-corrected figures stand beside the plain ones,
+        never in their place.
 
         Returns:
             A Markdown table, and under it what it was made from; it ends in a newline.
@@ -156,24 +163,28 @@ class MBEIRResults:
         ]
         published = self._published()
         models = PUBLISHED_MODELS if published else ()
+        ours = ["hit@k", "corrected"] if any(row.corrected for row in self.rows) else ["hit@k"]
         lines = [
-            _markdown_row(["task", "dataset", "pool", "candidates", "queries", "k", "hit@k", *models, *names]),
-            _markdown_row(["---"] * 3 + ["---:"] * (4 + len(models) + len(names))),
+            _markdown_row(["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]),
+            _markdown_row(["---"] * 3 + ["---:"] * (3 + len(ours) + len(models) + len(names))),
         ]
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
             for row in rows:
                 task = row.task
                 sizes = [f"{row.pool_size}", f"{row.num_queries}", f"{task.reported_k}"]
-                values = _percent([row.score, *(row.metrics[name] for name in names)])
-                beside = _beside(published.get(task.name) if pool == "local" else None, models)
-                lines.append(_markdown_row([task.arrow, row.dataset, pool, *sizes, values[0], *beside, *values[1:]]))
+                scores = _percent([row.score, row.corrected.get("score")][: len(ours)])
+                beside = _beside(published.get(task.name, ()) if pool == "local" else (), models)
+                values = _percent(row.metrics[name] for name in names)
+                lines.append(_markdown_row([task.arrow, row.dataset, pool, *sizes, *scores, *beside, *values]))
             queries = sum(row.num_queries for row in rows)
             mean = self.mean(pool)
-            values = [f"**{value}**" for value in _percent(mean[name] for name in ("score", *names))]
-            is_theirs = pool == "local" and len(published) == len(PUBLISHED) == len(rows)
-            beside = _beside(PUBLISHED_MEAN if is_theirs else None, models)
-            lines.append(_markdown_row(["", "**mean**", pool, "", f"{queries}", "", values[0], *beside, *values[1:]]))
+            scores = [value and f"**{value}**" for value in _percent([mean["score"], mean.get("corrected_score")])]
+            is_theirs = len(published) == len(PUBLISHED) == len(rows)
+            beside = _beside(published_mean(pool) if is_theirs else (), models)
+            values = [f"**{value}**" for value in _percent(mean[name] for name in names)]
+            cells = ["", "**mean**", pool, "", f"{queries}", "", *scores[: len(ours)], *beside, *values]
+            lines.append(_markdown_row(cells))
         return "\n\n".join(["\n".join(lines), *self._remarks(bool(published))]) + "\n"
 
     def _published(self) -> dict[str, tuple[float, ...]]:
@@ -185,6 +196,13 @@ class MBEIRResults:
 
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []
+        if penalty := self.made_from.get("popularity_penalty"):
+            remarks.append(
+                f"corrected: hit@k of the similarity less {penalty:g} times the candidate's mean similarity to all "
+                f"{self.split} queries of the task. It is transductive (no query can be answered alone) and no part of "
+                "M-BEIR's protocol; compare it with plain figures only beside your own. Whether PUMA's 54.4 has it is "
+                "not known: the authors' code got it late."
+            )
         if skipped := [row for row in self.rows if row.num_skipped]:
             where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
@@ -222,14 +240,14 @@ def written_whole(path: str | Path) -> Iterator[TextIO]:
         draft.unlink(missing_ok=True)
 
 
-def _beside(figures: Sequence[float] | None, models: Sequence[str]) -> list[str]:
-    """Published figures of one row, or empty cells in their places."""
-    return [""] * len(models) if figures is None else [f"{figure:.1f}" for figure in figures]
+def _beside(figures: Sequence[float | None], models: Sequence[str]) -> list[str]:
+    """Published figures of one row, with empty cells for those that are not known."""
+    return ["" if figure is None else f"{figure:.1f}" for figure in figures or [None] * len(models)]
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _percent(values: Iterable[float]) -> list[str]:
-    return [f"{100 * value:.1f}" for value in values]
+def _percent(values: Iterable[float | None]) -> list[str]:
+    return ["" if value is None else f"{100 * value:.1f}" for value in values]

@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
             pool=config.pool,
             batch_size=config.batch_size,
             instruction_seed=config.instruction_seed,
+            popularity_penalty=config.popularity_penalty,
             output_dir=config.output,
             embedding_dtype=config.embedding_dtype,
             search_backend=config.search_backend,

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from puma_hf.evaluation import search_bounds as bounds
 from puma_hf.evaluation.candidate_source import CandidateSource, TensorCandidates
 from puma_hf.evaluation.search_passes import ONE, Pass, exact_pass, from_sort_keys, make_queries, quick_pass, sort_keys
 
-__all__ = ["CandidateSource", "SearchResult", "TensorCandidates", "exact_search", "merge_results"]
+__all__ = ["CandidateSource", "SearchResult", "TensorCandidates", "exact_search", "less_popular", "merge_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,35 @@ def merge_results(results: Sequence[SearchResult], top_k: int) -> SearchResult:
         [sort_keys((result.scores * ONE).round().to(torch.int64), result.indices) for result in results], dim=1
     )
     return SearchResult(*from_sort_keys(keys.topk(min(top_k, keys.shape[1]), dim=1).values))
+
+
+def less_popular(query_embeddings: Tensor, penalty: float) -> Tensor:
+    """Queries whose search ranks candidates by `s_ij - penalty * mean_i(s_ij)`, the popularity-corrected cosine.
+
+    A candidate that is near to every query (a "hub") is pushed back. For unit vectors
+
+        q_i . c_j - penalty * mean_i(q_i . c_j)  =  (q_i - penalty * mean_i(q_i)) . c_j
+
+    so the correction moves the queries and leaves the candidates alone; that `exact_search` divides by the length of
+    the moved query changes no ranking. It is transductive: the ranking of one query depends on all the others.
+
+    Args:
+        query_embeddings: All queries of a task, `(num_queries, embedding_dim)`, of any length.
+        penalty: Weight of the mean, between 0 (none) and 1. PUMA's released evaluation takes 0.2.
+
+    Returns:
+        The moved queries in float32, `(num_queries, embedding_dim)`.
+
+    Example:
+        >>> queries, pool = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.8, 0.6], [0.6, -0.8]])
+        >>> exact_search(queries, pool, top_k=1).indices.tolist()  # the first is near to both
+        [[0], [0]]
+        >>> exact_search(less_popular(queries, 1.0), pool, top_k=1).indices.tolist()
+        [[1], [0]]
+    """
+    doubles = bounds.double_rows(query_embeddings)
+    units = bounds.unit_rows(doubles, bounds.norms_of(doubles))
+    return (units - penalty * units.mean(dim=0)).float()
 
 
 def _attempts(dtype: torch.dtype, top_k: int, pool_size: int) -> list[tuple[int, torch.dtype]]:

@@ -74,6 +74,7 @@ class SweepConfig(CheckedConfig):
     keep: float = option(
         0.97, "Share of the full model's quality that k must keep.", above=0, at_most=1, remedy="Take 0.97, or less."
     )
+    keep_last: bool = option(False, "Measure the first k - 1 layers with the last one, too, for every k.")
     batch_size: int = option(32, "Inputs per forward pass.", at_least=1)
     nano_queries: int = option(200, "Queries a task, drawn by nano_seed; 0 for all.", at_least=0)
     nano_candidates: int = option(2000, "Candidates a task, all relevant ones among them; 0 for all.", at_least=0)

@@ -19,7 +19,7 @@ _SHOWN = ("hit@1", "ndcg@10")
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A model cut to its first k layers.
+    """A model cut to k layers.
 
     Args:
         k: Layers kept.
@@ -50,7 +50,7 @@ class SweptModel:
 
     Args:
         name: What the report calls it.
-        rows: One for each k = 1 .. L.
+        rows: One for each k = 1 .. L; of the first k - 1 layers with the last, one for each k that can be.
     """
 
     name: str
@@ -62,7 +62,8 @@ class SweepReport:
     """What every depth of one or more models is worth, and what it costs.
 
     Args:
-        models: The full model first, then those it is compared with.
+        models: The full model first, then those it is compared with; with `keep_last` each comes twice, the second
+            time with its last layer kept.
         data: Name of the dataset.
         data_hash: Hash of its content where it was drawn from a larger one; else None.
         split: Its split.

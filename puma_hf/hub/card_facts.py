@@ -54,12 +54,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept, total = int(config["num_kept_layers"]), int(config["original_num_hidden_layers"])
     tensors = [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in _tensors(path)]
-    if unread := [tensor.name for tensor in tensors if not is_kept(tensor.name, kept)]:
+    if unread := [tensor.name for tensor in tensors if not is_kept(tensor.name, range(kept))]:
         raise ValueError(
             f"{str(folder)!r} holds {len(unread)} tensors that a model of {kept} layers does not read (first: "
             f"{unread[0]}), so its parameters cannot be counted. Write the directory again with puma-hf prune or merge."
         )
-    layer = sum(tensor.count for tensor in tensors if not is_kept(tensor.name, kept - 1))
+    layer = sum(tensor.count for tensor in tensors if not is_kept(tensor.name, range(kept - 1)))
     after = sum(tensor.count for tensor in tensors)
     text = config.get("text_config", {})
     # All decoder layers are of one size, and the head has the shape of the token embedding.
@@ -73,6 +73,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         "source_revision": config.get("source_revision"),
         "num_kept_layers": kept,
         "original_num_hidden_layers": total,
+        "kept_layers": config.get("kept_layers"),
         "parameters_before": before,
         "parameters_after": after,
         "bytes_before": before * (size // after) if len(dtypes) == 1 else None,

@@ -78,10 +78,12 @@ def _stage(source: object, recipe: Mapping[str, Any]) -> str:
     settings = ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
     if recipe.get("loss"):
         what = f"Trained with the loss `{recipe['loss']}`"
-        settings = ["temperature", "hard_temperature", "schedule", "grouping", "num_negatives", *settings]
+        mac = ["hard_temperature", "schedule", "schedule_end", "grouping"] if recipe["loss"] != "infonce" else []
+        settings = ["temperature", *mac, "num_negatives", *settings]
         settings += ["matryoshka_dims"]
-        if recipe.get("distillation_weight"):
-            what += f" and distillation of weight {recipe['distillation_weight']}"
+        if recipe.get("distillation_weight") or recipe.get("distillation_weight_start"):
+            what += f" and distillation of weight {recipe['distillation_weight']}, metric `{recipe.get('metric')}`"
+            settings = ["contrastive_weight", "contrastive_weight_start", "distillation_weight_start", *settings]
     else:
         teacher = short_name(str(recipe["teacher"])) if recipe.get("teacher") else "the model with all its layers"
         what = f"Distilled without labels; teacher: `{teacher}`, metric `{recipe.get('metric')}`"

@@ -7,7 +7,7 @@ from typing import Any
 
 from puma_hf.data.mbeir_tasks import MBEIRTask
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MEAN, PUBLISHED_MODELS, PUBLISHED_NOTE
+from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
 
 NOT_MEASURED = "not measured"
 _POOLS = {
@@ -69,7 +69,7 @@ def card_table(results: MBEIRResults) -> str:
 def _mean(results: MBEIRResults, *, is_all: bool, models: Sequence[str]) -> str:
     """The mean of what was measured in each pool; the published one stands beside it if all are of the same rows."""
     means = [f"**{100 * results.mean(pool)['score']:.1f}**" for pool in results.pools]
-    beside = [f"{figure:.1f}" for figure in PUBLISHED_MEAN] if is_all else [""] * len(models)
+    beside = [f"{figure:.1f}" for figure in published_mean("local")] if is_all else [""] * len(models)
     return _line(["", "**mean**", "", "", *means, *(beside if models else [])])
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from puma_hf.hub.names import is_hub_id
 from puma_hf.modeling import PumaConfig
+from puma_hf.modeling.configuration_puma import named_layers
 
 _TEMPLATE = Path(__file__).with_name("hub_card.md")  # where a wheel has it
 if not _TEMPLATE.is_file():
@@ -52,6 +53,11 @@ def fill_template(card_data: ModelCardData, **values: Any) -> str:
     Returns:
         The text, which huggingface_hub could read again.
     """
+    kept, total = values.get("num_kept_layers"), values.get("original_num_hidden_layers")
+    if kept and total:
+        layers = values.get("kept_layers") or range(kept)
+        others = [layer for layer in range(total) if layer not in layers]
+        values |= {"kept": named_layers(layers), "dropped": named_layers(others) if others else None}
     return str(ModelCard.from_template(card_data, template_path=str(_TEMPLATE), **values))
 
 

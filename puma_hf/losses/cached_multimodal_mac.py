@@ -22,7 +22,7 @@ from puma_hf.losses.multimodal_mac import (
     read_content_ids,
     read_modality_ids,
 )
-from puma_hf.losses.temperature import ScheduleKind
+from puma_hf.settings import HARD_TEMPERATURE, SCHEDULE, SCHEDULE_END, TEMPERATURE, Schedule
 
 _MINI_BATCHES = "mini_batches"
 _GRADIENT_CACHING_CITATION = """
@@ -65,7 +65,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
     With other models the mini-batches are those of sentence-transformers.
 
     Args:
-        model: See [`MultimodalMACLoss`], as for the next nine.
+        model: See [`MultimodalMACLoss`], as for the next ten.
         temperature: See there.
         hard_temperature: See there.
         schedule: See there.
@@ -75,6 +75,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         objective: See there.
         split_weight: See there.
         false_negative_margin: See there.
+        schedule_end: See there.
         mini_batch_size: Samples embedded at a time, of one column. It changes neither value nor gradients: take the
             largest that fits.
         mini_batch_num_tokens: Budget of tokens embedded at a time instead, padding and visual tokens included, so
@@ -124,9 +125,9 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
     def __init__(
         self,
         model: nn.Module,
-        temperature: float = 0.05,
-        hard_temperature: float = 0.04,
-        schedule: ScheduleKind = "cosine",
+        temperature: float = TEMPERATURE,
+        hard_temperature: float = HARD_TEMPERATURE,
+        schedule: Schedule = SCHEDULE,
         grouping: ModalityGrouping = "target",
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
@@ -134,6 +135,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         objective: MACObjective = "mac",
         split_weight: float = SPLIT_WEIGHT,
         false_negative_margin: float | None = None,
+        schedule_end: float = SCHEDULE_END,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         keep_image_features: bool = True,
@@ -150,6 +152,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
             objective=objective,
             split_weight=split_weight,
             false_negative_margin=false_negative_margin,
+            schedule_end=schedule_end,
         )
         _check_positive("mini_batch_size", mini_batch_size, 32)
         if mini_batch_num_tokens is not None:

@@ -26,8 +26,9 @@ from puma_hf.losses.contrastive import (
     split_loss,
 )
 from puma_hf.losses.negatives import NegativeSurvey, check_margin, find_false_negatives, survey_negatives
-from puma_hf.losses.temperature import ScheduledTemperatureLoss, ScheduleKind
+from puma_hf.losses.temperature import ScheduledTemperatureLoss
 from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.settings import HARD_TEMPERATURE, SCHEDULE, SCHEDULE_END, TEMPERATURE, Schedule
 
 ModalityGrouping = Literal["target", "query"]
 MACObjective = Literal["mac", "split"]
@@ -51,12 +52,12 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
 
     Args:
         model: A SentenceTransformer.
-        temperature: Temperature of the inter-modality candidates. The paper's number is not readable; 0.05 is
-            LamRA's, whose recipe it follows.
-        hard_temperature: Temperature of the intra-modality candidates at the end of training. The paper's
-            number is not readable either; 0.04 is this library's choice, not a reproduced value.
-        schedule: How the hard temperature goes from `temperature` to `hard_temperature`: `"cosine"` (concave,
-            as in the paper's figure), `"linear"`, or `"constant"` (`hard_temperature` from the start).
+        temperature: Temperature of the inter-modality candidates. All defaults are those of the code that PUMA's
+            authors released.
+        hard_temperature: Temperature of the intra-modality candidates once the schedule has ended.
+        schedule: How the hard temperature goes from `temperature` to `hard_temperature`: `"exponential"` (as
+            released), `"cosine"`, `"linear"`, or `"constant"` (`hard_temperature` from the start), see
+            `TemperatureSchedule`.
         grouping: `"target"` compares a candidate's modality with the positive's (the paper); `"query"` with
             the anchor's, in which case the positive of a cross-modal pair is inter-modality.
         similarity_fct: Similarity matrix of two sets of embeddings. It is called in float32 or float64,
@@ -73,6 +74,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         false_negative_margin: Candidates whose similarity exceeds the positive's by more than this do not
             count as negatives: they are likely to be unlabelled positives. Qwen3-Embedding uses 0.1; `None`,
             the default and the paper's, leaves out none.
+        schedule_end: Share of the training after which the hard temperature stays, in (0, 1].
 
     Requirements:
         1. (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples.
@@ -116,7 +118,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
 
     Raises:
         ValueError: If a temperature is not positive and finite, the schedule, grouping or objective is unknown,
-            or the split weight or the margin is out of range.
+            or the split weight, the margin or the schedule's end is out of range.
 
     Example:
         >>> loss = MultimodalMACLoss(nn.Identity(), temperature=0.05, hard_temperature=0.04, schedule="constant")
@@ -129,9 +131,9 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
     def __init__(
         self,
         model: nn.Module,
-        temperature: float = 0.05,
-        hard_temperature: float = 0.04,
-        schedule: ScheduleKind = "cosine",
+        temperature: float = TEMPERATURE,
+        hard_temperature: float = HARD_TEMPERATURE,
+        schedule: Schedule = SCHEDULE,
         grouping: ModalityGrouping = "target",
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
@@ -139,8 +141,9 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         objective: MACObjective = "mac",
         split_weight: float = SPLIT_WEIGHT,
         false_negative_margin: float | None = None,
+        schedule_end: float = SCHEDULE_END,
     ) -> None:
-        super().__init__(temperature, hard_temperature, schedule)
+        super().__init__(temperature, hard_temperature, schedule, schedule_end)
         for name, value, known in (("grouping", grouping, ModalityGrouping), ("objective", objective, MACObjective)):
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}, but it must be one of {get_args(known)}. Choose one of these.")
@@ -238,6 +241,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
             "temperature": self.temperature,
             "hard_temperature": self.hard_temperature,
             "schedule": self.temperature_schedule.kind,
+            "schedule_end": self.temperature_schedule.schedule_end,
             "grouping": self.grouping,
             "similarity_fct": similarity_fct_name(self.similarity_fct),
             "gather_across_devices": self.gather_across_devices,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from puma_hf.losses.citation import PUMA_CITATION
-
-DistillationMetric = Literal["mse", "cosine"]
+from puma_hf.settings import DistillationMetric
 
 STUDENT_KEY = "pooler_output"
 # Where a teacher puts its states among the features of a column.
@@ -20,14 +19,15 @@ TEACHER_KEY = "teacher_state"
 def self_distillation_loss(student: Tensor, teacher: Tensor, metric: DistillationMetric = "mse") -> Tensor:
     """Distance between the student's and the teacher's [RET] states, averaged over the batch.
 
-    - `"mse"`: `mean_i ||h_t,i - h_s,i||^2`, PUMA's L_distill (ACM MM 2025, arXiv 2507.08064). The squared
-      differences are summed, not averaged, over the hidden dimension.
+    - `"mse"`: `mean_i ||h_t,i - h_s,i||^2`, L_distill as PUMA's paper writes it (ACM MM 2025, arXiv 2507.08064).
+      The squared differences are summed, not averaged, over the hidden dimension.
+    - `"mse-mean"`: the same averaged over the hidden dimension, as in the code that its authors released.
     - `"cosine"`: `mean_i (1 - cos(h_t,i, h_s,i))`, which ignores lengths, as retrieval does.
 
     Args:
         student: States of the pruned model after its final norm, `(batch_size, hidden_size)`.
         teacher: States of the full model after its final norm, `(batch_size, hidden_size)`. Detached here.
-        metric: `"mse"` or `"cosine"`.
+        metric: `"mse"`, `"mse-mean"` or `"cosine"`.
 
     Returns:
         The loss, a scalar in float32 (float64 if both states are).
@@ -64,11 +64,15 @@ def self_distillation_loss(student: Tensor, teacher: Tensor, metric: Distillatio
         )
     if metric == "cosine":
         return (1.0 - torch.nn.functional.cosine_similarity(student, teacher, dim=1)).mean()
-    return (teacher - student).square().sum(dim=1).mean()
+    squares = (teacher - student).square()
+    return squares.mean() if metric == "mse-mean" else squares.sum(dim=1).mean()
 
 
 class SelfDistillationLoss(nn.Module):
-    """Pull the pruned model's [RET] state towards the full model's, PUMA's first training stage.
+    """Pull the pruned model's [RET] state towards the full model's: PUMA's self-distillation.
+
+    Alone it needs no labels, and is this library's first stage; the authors' has a contrastive term besides, see
+    `JointDistillationLoss`.
 
     `L_distill = mean_i ||h_t,i - h_s,i||^2` (ACM MM 2025, arXiv 2507.08064): `h_s` is the [RET] state after
     the last kept layer and `h_t` the one after the last layer of the full model, both after the final norm.
@@ -79,7 +83,7 @@ class SelfDistillationLoss(nn.Module):
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
-        metric: `"mse"` (the paper) or `"cosine"`.
+        metric: `"mse"` (the paper), `"mse-mean"` (its released code) or `"cosine"`, see `self_distillation_loss`.
 
     Requirements:
         1. One or more columns of inputs; their losses are averaged.
@@ -153,7 +157,6 @@ class SelfDistillationLoss(nn.Module):
             ValueError: As for `forward`.
         """
         student = [_student_state(output) for output in outputs]
-        # A one-pass teacher's states are there only after the forward pass.
         in_features = [output[TEACHER_KEY] for output in outputs if output.get(TEACHER_KEY) is not None]
         teacher = in_features if len(in_features) == len(outputs) else _teacher_columns(labels, len(outputs))
         losses = [

@@ -6,19 +6,19 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from puma_hf.settings import SCHEDULE, SCHEDULE_END, Schedule
+
 if TYPE_CHECKING:
     from sentence_transformers.base.trainer import BaseTrainer
 
 logger = logging.getLogger(__name__)
-
-ScheduleKind = Literal["cosine", "linear", "constant"]
 
 # Large enough that a hand-written loop with gradient accumulation, which sets `progress` once per optimizer
 # step, has done so at least once; small enough that a forgotten schedule is noticed within the first minute.
@@ -29,39 +29,48 @@ IDLE_FORWARDS_BEFORE_WARNING = 32
 class TemperatureSchedule:
     """How one temperature moves from `start` to `end` over a training run.
 
-    PUMA's figure of the temperatures (ACM MM 2025, arXiv 2507.08064) shows the intra-modality temperature
-    starting at the inter-modality one and falling along a concave curve: slowly at first, fastest at the end.
-    Neither the formula nor the numbers can be read from it, so the shape is a choice:
+    It gets there at the share `schedule_end` of the training and then stays. With `t = min(1, progress /
+    schedule_end)`:
 
-    - `"cosine"`: the first quarter of a cosine, `end + (start - end) * cos(pi / 2 * progress)`, which is
-      concave.
-    - `"linear"`: a straight line, `start + (end - start) * progress`.
-    - `"constant"`: `end` from the first step on; `start` is never used.
+    - `"exponential"`: by the same factor at every step, `start * (end / start) ** t`. The released code of PUMA
+      (ACM MM 2025, arXiv 2507.08064) has `0.03 * exp(-d * 2 * min(0.5, progress))`, rounded to three decimals: this
+      one with `end = start * exp(-d)` and `schedule_end = 0.5`, where d is 0.5 (0.2 in its first version).
+    - `"cosine"`: the first quarter of a cosine, `end + (start - end) * cos(pi / 2 * t)`, concave as the curve in the
+      paper's figure.
+    - `"linear"`: a straight line, `start + (end - start) * t`.
+    - `"constant"`: `end` from the first step on; `start` and `schedule_end` are never used.
 
     Args:
         start: Temperature at progress 0. Positive and finite.
-        end: Temperature at progress 1. Positive and finite. It may be larger than `start`.
-        kind: `"cosine"`, `"linear"` or `"constant"`.
+        end: Temperature from progress `schedule_end` on. Positive and finite. It may be larger than `start`.
+        kind: One of the above.
+        schedule_end: Share of the training after which the temperature stays, in (0, 1].
 
     Raises:
-        ValueError: If a temperature is not positive and finite, or `kind` is unknown.
+        ValueError: If a temperature is not positive and finite, `kind` is unknown, or `schedule_end` is outside (0, 1].
 
     Example:
-        >>> schedule = TemperatureSchedule(start=0.05, end=0.04, kind="cosine")
-        >>> [round(schedule.value(progress), 5) for progress in (0.0, 0.5, 1.0)]
-        [0.05, 0.04707, 0.04]
+        >>> schedule = TemperatureSchedule(start=0.03, end=0.018)
+        >>> [round(schedule.value(progress), 4) for progress in (0.0, 0.25, 0.5, 1.0)]
+        [0.03, 0.0232, 0.018, 0.018]
     """
 
     start: float
     end: float
-    kind: ScheduleKind = "cosine"
+    kind: Schedule = SCHEDULE
+    schedule_end: float = SCHEDULE_END
 
     def __post_init__(self) -> None:
         check_temperature("start", self.start)
         check_temperature("end", self.end)
-        kinds = get_args(ScheduleKind)
+        kinds = get_args(Schedule)
         if self.kind not in kinds:
             raise ValueError(f"schedule is {self.kind!r}, but it must be one of {kinds}. Choose one of these.")
+        if not 0 < self.schedule_end <= 1:
+            raise ValueError(
+                f"schedule_end is {self.schedule_end}, but it must be above 0 and at most 1, a share of the training. "
+                "Use 0.5 as released, 1.0 to let the temperature move to the end, or schedule='constant'."
+            )
 
     def value(self, progress: float) -> float:
         """Temperature after the fraction `progress` of the training steps.
@@ -75,12 +84,14 @@ class TemperatureSchedule:
         Raises:
             ValueError: If `progress` is NaN.
         """
-        progress = _clamp_progress(progress)
-        if self.kind == "constant" or progress == 1.0:
+        done = _clamp_progress(progress) / self.schedule_end
+        if self.kind == "constant" or done >= 1:
             return self.end
+        if self.kind == "exponential":
+            return float(self.start * (self.end / self.start) ** done)
         if self.kind == "linear":
-            return self.start + (self.end - self.start) * progress
-        return self.end + (self.start - self.end) * math.cos(math.pi / 2 * progress)
+            return self.start + (self.end - self.start) * done
+        return self.end + (self.start - self.end) * math.cos(math.pi / 2 * done)
 
 
 class ScheduledTemperatureLoss(nn.Module):
@@ -92,24 +103,27 @@ class ScheduledTemperatureLoss(nn.Module):
     Args:
         temperature: Temperature of the inter-modality candidates, and the start of the schedule.
         hard_temperature: End of the schedule of the intra-modality candidates.
-        schedule: `"cosine"`, `"linear"` or `"constant"`, see `TemperatureSchedule`.
+        schedule: Its kind, see `TemperatureSchedule`.
+        schedule_end: Share of the training after which the hard temperature stays, in (0, 1].
 
     Raises:
-        ValueError: If a temperature is not positive and finite, or the schedule is unknown.
+        ValueError: If a temperature is not positive and finite, the schedule is unknown, or its end is out of range.
 
     Example:
         >>> loss = ScheduledTemperatureLoss(temperature=0.05, hard_temperature=0.04, schedule="linear")
-        >>> loss.progress = 0.5
+        >>> loss.progress = 0.25
         >>> round(loss.current_hard_temperature, 6)
         0.045
     """
 
-    def __init__(self, temperature: float, hard_temperature: float, schedule: ScheduleKind) -> None:
+    def __init__(
+        self, temperature: float, hard_temperature: float, schedule: Schedule, schedule_end: float = SCHEDULE_END
+    ) -> None:
         super().__init__()
         # Checked by these names first: the schedule would call them `start` and `end`.
         check_temperature("temperature", temperature)
         check_temperature("hard_temperature", hard_temperature)
-        self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule)
+        self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule, schedule_end)
         self._progress = 0.0
         self._progress_was_set = False
         self._idle_forwards = 0
@@ -130,7 +144,7 @@ class ScheduledTemperatureLoss(nn.Module):
 
     @property
     def hard_temperature(self) -> float:
-        """Temperature of the intra-modality candidates at the end of the run."""
+        """Temperature of the intra-modality candidates once the schedule has ended."""
         return self.temperature_schedule.end
 
     @property
@@ -148,20 +162,21 @@ class ScheduledTemperatureLoss(nn.Module):
         self._progress = _clamp_progress(value)
         self._progress_was_set = True
 
-    def warn_if_schedule_idles(self, training: bool) -> None:
+    def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
         """Warn once when the loss is trained and nobody moves its schedule.
 
         Args:
             training: Whether the model is in training mode; evaluation never counts.
+            moves: Whether something else is to move along with the training.
         """
-        moves = self.temperature_schedule.kind != "constant" and self.temperature != self.hard_temperature
+        moves |= self.temperature_schedule.kind != "constant" and self.temperature != self.hard_temperature
         if self._progress_was_set or not moves or not training or not torch.is_grad_enabled():
             return
         self._idle_forwards += 1
         if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:
             logger.warning(
                 "%s has been trained for %d forward passes, but its %r schedule never moved: "
-                "hard_temperature is still %g instead of going to %g, which is plain InfoNCE. Call "
+                "hard_temperature is still %g instead of going to %g, and a weight that moves is at its start. Call "
                 "puma_hf.losses.add_temperature_schedule(trainer) before trainer.train(), set loss.progress "
                 "in your own training loop, or choose schedule='constant'.",
                 type(self).__name__,

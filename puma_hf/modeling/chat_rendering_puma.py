@@ -11,8 +11,11 @@ from typing import Any
 Messages = list[dict[str, Any]]
 Shape = tuple[tuple[str, tuple[str, ...]], ...]
 
-# SHA-256 of chat_template.jinja, which puts texts into the prompt as they are. Of another template nobody knows that.
-VERBATIM_TEMPLATE = "b9acb6bfc1962d456be26c53deeb1762619c2adb545485ec53f95424a00ff05d"
+# SHA-256 of the readings' templates, which put texts into the prompt as they are. Of others nobody knows that.
+VERBATIM_TEMPLATES = {
+    "b9acb6bfc1962d456be26c53deeb1762619c2adb545485ec53f95424a00ff05d",
+    "10920f3ce7fb8eeb7bfb56c58eb2038abfb52cc066a1ca82aaec51b13e682d13",
+}
 _MOST_SHAPES = 256
 _PLACE = re.compile(r"\x00(\d+)\x00")
 
@@ -56,7 +59,7 @@ def render(messages: Messages, template: Any, apply_template: Callable[[Messages
 
 @lru_cache(maxsize=8)
 def _is_verbatim(template: str) -> bool:
-    return hashlib.sha256(template.encode()).hexdigest() == VERBATIM_TEMPLATE
+    return hashlib.sha256(template.encode()).hexdigest() in VERBATIM_TEMPLATES
 
 
 def _with_places(messages: Messages) -> Messages:

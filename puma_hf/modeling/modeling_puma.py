@@ -92,22 +92,30 @@ class PumaModelMixin(_MixinBase):
         # Not inherited: a class of the user's may be in a notebook, whose code no save can copy.
         cls._auto_class = None
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, of_checkpoint: bool = False) -> None:
         super().__init__(config)
+        layers = config._loaded_layers if of_checkpoint else None
+        if layers is not None:
+            # Until its weights are there each layer has the number that it has in the checkpoint.
+            decoder: Any = self.language_model
+            decoder.layers._modules = dict(zip(map(str, layers), decoder.layers, strict=True))
         # What pruning drops is expected in an original checkpoint: neither read nor reported.
-        text_config: Any = config.text_config
-        first, end = text_config.num_hidden_layers, config.original_num_hidden_layers
-        dropped = "|".join(str(layer) for layer in range(first, end or first))
+        kept, end = layers or range(config.num_kept_layers), config.original_num_hidden_layers
+        dropped = "|".join(str(layer) for layer in range(end) if layer not in kept)
         self._keys_to_ignore_on_load_unexpected = {r"lm_head\."} | ({rf"layers\.({dropped})\."} if dropped else set())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a PUMA directory, or the first `num_kept_layers` layers of an original checkpoint.
 
-        Takes every argument of `PreTrainedModel.from_pretrained`, and `num_kept_layers`. Only safetensors
-        files are read: pickled checkpoints can run code when opened.
+        Takes every argument of `PreTrainedModel.from_pretrained`, and `num_kept_layers`, or `keep_layers` for layers
+        that are not the first, as `[0, 1, 27]` or "0-1,27". Only safetensors files are read: pickled checkpoints can
+        run code when opened.
         """
         kwargs.setdefault("key_mapping", CHECKPOINT_KEY_MAPPING)
+        # AutoModel has read the configuration already, and passes that.
+        if kwargs.get("keep_layers") is not None or getattr(kwargs.get("config"), "_loaded_layers", None):
+            kwargs["of_checkpoint"] = True
         kwargs["use_safetensors"] = True
         return_loading_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
@@ -143,8 +151,11 @@ class PumaModelMixin(_MixinBase):
             wrong |= set() if allow_mismatch else {name for name, *_ in info["mismatched_keys"]}
             place = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # AutoModel says so
             _check_adapter(wrong, str(place or pretrained_model_name_or_path))
-        # Saved files carry this model's own names, whatever layout was read.
+        # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
+        if kwargs.get("of_checkpoint"):
+            model.language_model.layers = torch.nn.ModuleList(model.language_model.layers)
+            model.config._loaded_layers = None
         return (model, info) if return_loading_info else model
 
     @staticmethod
@@ -190,7 +201,7 @@ class PumaModelMixin(_MixinBase):
             input_ids: `(batch_size, sequence_length)` token ids; the last unmasked one of each row is
                 `[RET]`.
             attention_mask: `(batch_size, sequence_length)` of 0 and 1, padded on either side.
-            position_ids: `(3, batch_size, sequence_length)` M-RoPE positions; computed when absent.
+            position_ids: `(3, batch_size, sequence_length)`; computed when absent, as `config.positions` says.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`, instead of `input_ids`.
             pixel_values: `(num_patches, patch_dim)`, the patches of all images one after another.
             pixel_values_videos: `(num_patches, patch_dim)`, likewise for videos.
@@ -210,6 +221,9 @@ class PumaModelMixin(_MixinBase):
             is_image = (input_ids == config.image_token_id).int()
             mm_token_type_ids = is_image + 2 * (input_ids == config.video_token_id).int()
         kwargs.setdefault("use_cache", False)
+        tokens: Any = inputs_embeds if input_ids is None else input_ids
+        if position_ids is None and tokens is not None and config.positions == "sequential":
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(3, tokens.shape[0], -1)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -338,7 +352,7 @@ def _check_missing(model: Any, missing: set[str], source: str) -> None:
     if not missing:
         return
     with torch.device("meta"):
-        lacking = sorted(missing & set(_source_class(model)(model.config).state_dict()))
+        lacking = sorted(missing & set(_source_class(model)(model.config, of_checkpoint=True).state_dict()))
     if lacking:
         family = model.config_class.source_name
         raise ValueError(

@@ -26,6 +26,7 @@ class Packer:
         images_kwargs: Overrides for the image processor.
         packing: Whether to take the padding out.
         shared_prefix: Whether first tokens that inputs share are computed once.
+        sequential: Whether positions count every token, instead of M-RoPE.
 
     Example:
 
@@ -48,6 +49,7 @@ class Packer:
     images_kwargs: dict[str, Any] | None = None
     packing: bool = True
     shared_prefix: bool = True
+    sequential: bool = False
 
     def __call__(self, inputs: Sequence[Any]) -> PackedBatch | dict[str, Any]:
         """A batch of inputs; see `PumaProcessor.process_inputs` for what they may be, and for errors."""
@@ -79,6 +81,7 @@ class Packer:
             merge_size=self.merge_size,
             dtype=self.dtype,
             shared_prefix=self.shared_prefix,
+            sequential=self.sequential,
         )
 
 

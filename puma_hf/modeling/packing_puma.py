@@ -40,7 +40,7 @@ class PackedBatch:
 
     Args:
         input_ids: `(num_tokens,)`: shared prefixes first, then what is left of each input.
-        position_ids: `(3, 1, num_tokens)` M-RoPE positions.
+        position_ids: `(3, 1, num_tokens)` positions in time, height and width.
         sequences: Which tokens attend to which.
         last_sequences: The same for the last token of each input alone, in the same order.
         last_index: `(num_inputs,)` where the last tokens are.
@@ -95,6 +95,7 @@ def pack(
     merge_size: int,
     dtype: torch.dtype = torch.float32,
     shared_prefix: bool = True,
+    sequential: bool = False,
 ) -> PackedBatch:
     """Take the padding out of a batch.
 
@@ -106,6 +107,7 @@ def pack(
         merge_size: Patches along each side of what becomes one token.
         dtype: Data type of the pixels.
         shared_prefix: Whether first tokens that inputs share are computed once for all of them.
+        sequential: Whether positions count every token, those of images too, instead of M-RoPE.
 
     Returns:
         The batch, on the CPU.
@@ -128,6 +130,8 @@ def pack(
     rows = _rows(features)
     grids = features["image_grid_thw"].cpu() if features.get("image_grid_thw") is not None else None
     positions, num_images = _all_positions(rows, grids, image_token_id, merge_size)
+    if sequential:
+        positions = [np.broadcast_to(np.arange(len(row)), (3, len(row))) for row in rows]
     groups = [Group(list(range(len(rows))), 0)]
     if shared_prefix:
         groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])

@@ -24,6 +24,7 @@ from .messages_puma import (
     text_items,
     to_messages,
 )
+from .reading_puma import one_text, reading_of
 from .sentence_transformers_files_puma import read_sentence_transformers_settings, write_sentence_transformers_files
 from .video_puma import read_frames, video_part
 
@@ -43,6 +44,7 @@ class PumaProcessor(Qwen2VLProcessor):
         video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
             torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
+        reading (`str`): How inputs are read, by its name in `reading_puma.py`; the template must be that reading's.
 
     Example:
 
@@ -67,9 +69,12 @@ class PumaProcessor(Qwen2VLProcessor):
         tokenizer: Any = None,
         video_processor: Any = None,
         chat_template: str | None = None,
+        reading: str = "puma",
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        reading_of(reading)  # or it raises
+        self.reading = reading
         if self._takes_video:
             self.video_processor = video_part(video_processor, image_processor)
 
@@ -170,14 +175,14 @@ class PumaProcessor(Qwen2VLProcessor):
         for index, item in enumerate(inputs):
             messages = to_messages(item, prompt, f"inputs[{index}]")
             _check_special_tokens(messages, special_tokens, split_special_tokens, f"inputs[{index}]")
-            media = media_of(messages)
+            modalities.append(modality_of_messages(messages))
+            messages, media = self._as_read(messages), media_of(messages)
             if media["video"]:
                 self._check_video(f"inputs[{index}]")
                 videos += [read_frames(video, f"inputs[{index}]") for video in media["video"]]
             texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
             images += media["image"]
             counts.append((len(media["image"]), len(media["video"])))
-            modalities.append(modality_of_messages(messages))
         batch = self(
             text=texts,
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
@@ -191,6 +196,19 @@ class PumaProcessor(Qwen2VLProcessor):
             return_tensors="pt",
         )
         return self._finish(batch, modalities, counts)
+
+    def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with instruction and text in the form that the reading has."""
+        reading = reading_of(self.reading)
+        if reading.to_sentence is None:
+            return messages
+        messages, most = one_text(messages, reading.to_sentence), reading.max_text_tokens
+        for item in text_items(messages):
+            # A byte is at most one token.
+            if most is not None and len(item["text"].encode()) > most:
+                excess = self._num_text_tokens(item["text"]) - most
+                item["text"] = self._drop_last_tokens(item["text"], excess) if excess > 0 else item["text"]
+        return messages
 
     def _check_video(self, where: str) -> None:
         if not is_torchvision_available():

@@ -121,6 +121,7 @@ class PumaTransformer(Transformer):
             images_kwargs=options.get("image"),
             packing=packing,
             shared_prefix=packing and fast_path.shared_prefix,
+            sequential=model.config.positions == "sequential",
         )
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -163,6 +163,9 @@ class _Forms:
         return self.row("in bfloat16", embed_features(model, self.features), measure="1 - cosine")
 
     def exported(self, folder: Path | None) -> Iterator[ParityRow]:
+        if folder is None and read_config(self.folder).get("positions", "mrope") != "mrope":
+            logger.info("%s is not compared with an export: stock classes do not have its positions.", self.folder)
+            return
         if folder is None:
             folder = self.scratch / "exported"
             export(self.folder, folder)

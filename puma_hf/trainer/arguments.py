@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from puma_hf.trainer.config import StageConfig
+from puma_hf.trainer.config import FIRST_LAYER, StageConfig
 from puma_hf.values import convert, nearest
 
 # Values of training_arguments of these types are checked here; the Trainer would fail on them much later.
@@ -58,6 +58,9 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps,
         "learning_rate": config.learning_rate,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
         "bf16": config.bf16,
@@ -74,6 +77,8 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         "save_total_limit": 2,
         "report_to": list(config.report_to) or "none",
     }
+    if config.first_layer_learning_rate is not None:
+        arguments["learning_rate_mapping"] = {FIRST_LAYER: config.first_layer_learning_rate}
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it, and warns of the old name.
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"

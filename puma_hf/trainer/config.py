@@ -13,14 +13,27 @@ from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
-from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
+from puma_hf.settings import (
+    HARD_TEMPERATURE,
+    SCHEDULE,
+    SCHEDULE_END,
+    TEMPERATURE,
+    CheckedConfig,
+    DistillationMetric,
+    Schedule,
+    SpecialTokens,
+    option,
+    required,
+    special_tokens_option,
+)
 
-TeacherMode = Literal["frozen", "one_pass", "cached"]
-Metric = Literal["mse", "cosine"]
+TeacherMode = Literal["frozen", "cached"]
 Loss = Literal["mac", "mac-split", "infonce"]
-Schedule = Literal["cosine", "linear", "constant"]
 Grouping = Literal["target", "query"]
 Batches = Literal["mixed", "twin"]
+
+# The adapter of the first decoder layer among the names of a loss's parameters.
+FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
 
 # What a field of ours already says; `training_arguments` may not say it again.
 SET_BY_FIELDS = {
@@ -30,6 +43,9 @@ SET_BY_FIELDS = {
     "num_train_epochs": "num_train_epochs",
     "max_steps": "max_steps",
     "learning_rate": "learning_rate",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
     "warmup_steps": "warmup",
     "warmup_ratio": "warmup",
     "bf16": "bf16",
@@ -75,6 +91,12 @@ class StageConfig(CheckedConfig):
         remedy="One visual token is 28 x 28 pixels.",
     )
     learning_rate: float = option(1e-4, "Peak of the cosine schedule.", above=0, remedy="LamRA takes 1e-4 to 2e-4.")
+    first_layer_learning_rate: float | None = option(
+        None, "Peak for the first decoder layer; default: learning_rate.", above=0, remedy="PUMA takes half of it."
+    )
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of AdamW's mean of their squares; PUMA: 0.98.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "What AdamW adds to their root; PUMA: 1e-7.", above=0)
     warmup: float = option(0.03, "Fraction of the steps that warm up.", at_least=0, below=1)
     lora_r: int = option(64, "Rank of the adapter.", at_least=1)
     lora_alpha: int | None = option(None, "Scale of the adapter; by default twice the rank, as in LamRA.", at_least=1)
@@ -104,6 +126,11 @@ class StageConfig(CheckedConfig):
         for name in self.training_arguments:
             if own := SET_BY_FIELDS.get(name):
                 raise ValueError(f"training_arguments may not set {name!r}: it is the field {own!r}. Set that instead.")
+        if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
+            raise ValueError(
+                f"first_layer_learning_rate={self.first_layer_learning_rate} may not stand beside "
+                f"learning_rate_mapping in training_arguments. Put it there, as {FIRST_LAYER!r}."
+            )
 
     def _check_teacher(self) -> None:
         given = {name: getattr(self, name) for name in ("teacher_mode", "teacher_cache")}
@@ -116,11 +143,11 @@ class StageConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(StageConfig):
-    """Stage 1, self-distillation without labels: settings of `puma_hf.trainer.stages.distill`.
+    """Self-distillation without labels, our stage 1: settings of `puma_hf.trainer.stages.distill`.
 
-    The defaults are LamRA's where it states them (arXiv 2412.01720); the method is PUMA's (ACM MM 2025, arXiv
-    2507.08064). `{field.name: field.metadata["help"]}` over `dataclasses.fields` explains every field, and so does
-    `puma-hf distill --help`.
+    The defaults are LamRA's where it states them (arXiv 2412.01720). PUMA's own stage 1 (ACM MM 2025, arXiv 2507.08064)
+    learns from labelled pairs besides: it is a `TrainConfig` with a `distillation_weight`. `{field.name:
+    field.metadata["help"]}` over `dataclasses.fields` explains every field, and so does `puma-hf distill --help`.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
@@ -147,13 +174,14 @@ class DistillConfig(StageConfig):
     )
     teacher_mode: TeacherMode = option(
         "frozen",
-        "frozen: the untouched full model; one_pass: the dropped layers go on from the student's state; cached: the "
-        "frozen teacher's states, computed once and stored.",
+        "frozen: the untouched full model, asked at every step; cached: its states, computed once and stored.",
     )
     teacher_cache: str | Path | None = option(
         None, "Where cached states are stored; default: teacher_cache in the output."
     )
-    metric: Metric = option("mse", "Distance between student and teacher; mse is the paper's.")
+    metric: DistillationMetric = option(
+        "mse", "Distance of student and teacher; mse: the paper's, a sum; mse-mean: released, averaged over dimensions."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,10 +190,11 @@ class DistillConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PairSettings, StageConfig):
-    """Stage 2, contrastive training on labelled pairs: settings of `puma_hf.trainer.stages.train`.
+    """Training on labelled pairs, stage 2, or with a teacher stage 1: settings of `puma_hf.trainer.stages.train`.
 
     The defaults are LamRA's where it states them (arXiv 2412.01720); MAC-Loss is PUMA's (ACM MM 2025, arXiv
-    2507.08064), whose temperatures cannot be read from its figure. `puma-hf train --help` explains every field.
+    2507.08064), with the temperatures of the code that its authors released. `puma-hf train --help` explains every
+    field.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
@@ -189,9 +218,16 @@ class TrainConfig(PairSettings, StageConfig):
         "mac: the paper's MAC-Loss; mac-split: ours, InfoNCE over all and InfoNCE within the target's modality; "
         "infonce: to compare.",
     )
-    temperature: float = option(0.05, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
-    hard_temperature: float = option(0.04, "Where the intra-modality temperature ends.", above=0)
-    schedule: Schedule = option("cosine", "How it gets there.")
+    temperature: float = option(TEMPERATURE, "Temperature of inter-modality candidates, or of InfoNCE.", above=0)
+    hard_temperature: float = option(HARD_TEMPERATURE, "Where the intra-modality temperature ends.", above=0)
+    schedule: Schedule = option(SCHEDULE, "How it gets there.")
+    schedule_end: float = option(
+        SCHEDULE_END,
+        "Share of the training after which it stays.",
+        above=0,
+        at_most=1,
+        remedy="Take 1.0 to let it fall to the end, or schedule='constant'.",
+    )
     grouping: Grouping = option("target", "Whose modality makes a candidate hard: the target's (paper) or the query's.")
     split_weight: float = option(0.2, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1)
     num_negatives: int = option(0, "Hard negatives per query.", at_least=0)
@@ -215,22 +251,32 @@ class TrainConfig(PairSettings, StageConfig):
         (), "Also train the first so many dimensions; repeat for more.", at_least=1
     )
     distillation_weight: float = option(0.0, "Above 0: distil in the same forward pass, weighted so.", at_least=0)
-    teacher: str | Path | None = option(None, "Teacher, if distillation_weight is above 0.")
+    contrastive_weight: float = option(1.0, "Weight of the other term, if distillation_weight is above 0.", at_least=0)
+    distillation_weight_start: float | None = option(
+        None, "Where the weight begins, to move in a straight line over the training; default: it stays.", at_least=0
+    )
+    contrastive_weight_start: float | None = option(None, "Likewise for contrastive_weight.", at_least=0)
+    teacher: str | Path | None = option(None, "Teacher, if distillation_weight is above 0; default: as in distill.")
     teacher_mode: TeacherMode = option("frozen", "As in distill.")
     teacher_cache: str | Path | None = option(
         None, "Where cached states are stored; default: teacher_cache in the output."
     )
-    metric: Metric = option("mse", "Distance between student and teacher.")
+    metric: DistillationMetric = option("mse", "As in distill.")
 
     @property
     def cached(self) -> bool:
         """Whether gradients are cached, so that a batch may exceed the memory."""
         return self.mini_batch_size is not None or self.mini_batch_num_tokens is not None
 
+    @property
+    def joint(self) -> bool:
+        """Whether a teacher takes part."""
+        return self.distillation_weight > 0 or (self.distillation_weight_start or 0) > 0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_teacher()
-        if self.cached and self.distillation_weight:
+        if self.cached and self.joint:
             raise ValueError(
                 f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens} need "
                 f"distillation_weight=0, got {self.distillation_weight}: gradient caching has no joint form. Leave one "
@@ -243,14 +289,17 @@ class TrainConfig(PairSettings, StageConfig):
         """Options that this combination ignores, one sentence each."""
         unused: dict[str, list[str]] = {}
         if self.loss == "infonce":
-            names = ["hard_temperature", "schedule", "grouping", "split_weight"]
+            names = ["hard_temperature", "schedule", "schedule_end", "grouping", "split_weight"]
             unused["loss='infonce'"] = names
         elif self.loss == "mac":
             unused["loss='mac'"] = ["split_weight"]
+        if self.loss != "infonce" and self.schedule == "constant":
+            unused["schedule='constant'"] = ["schedule_end"]
         if self.mini_batch_num_tokens is not None:
             unused["mini_batch_num_tokens"] = ["mini_batch_size"]
-        if not self.distillation_weight:
-            names = ["teacher", "teacher_mode", "teacher_cache", "metric"]
+        if not self.joint:
+            names = ["contrastive_weight", "contrastive_weight_start"]
+            names += ["teacher", "teacher_mode", "teacher_cache", "metric"]
             unused["distillation_weight=0"] = names
         if not self.num_negatives:
             unused["num_negatives=0"] = ["negatives"]

@@ -20,7 +20,6 @@ from puma_hf.trainer.teacher import (
     TeacherSource,
     check_teacher_mode,
     frozen_teacher,
-    one_pass_teacher,
     teacher_loader,
 )
 from puma_hf.trainer.teacher_base import Teacher
@@ -49,8 +48,6 @@ class PumaDistillationTrainer(PumaTrainer):
               copy serves both, and the vision tower runs once. Any other teacher is held whole beside the student,
               with a warning: another model, or the original checkpoint for a student that has been trained and merged
               since, or is held in 4 bits.
-            - `"one_pass"`: at every step, the dropped layers alone, on the student's own states after layer k.
-              It costs less and moves with the student, and can collapse: see `OnePassTeacher`.
             - `"cached"`: once, over all rows, before training; then its layers are freed. For several epochs,
               or little memory.
         teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that
@@ -75,8 +72,8 @@ class PumaDistillationTrainer(PumaTrainer):
     >>> trainer.train()  # doctest: +SKIP
     ```
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. The figure leaves open which
-    teacher is meant; "frozen" is the default.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; in the released code the teacher is
+    the frozen full model.
     """
 
     def __init__(
@@ -99,8 +96,6 @@ class PumaDistillationTrainer(PumaTrainer):
         if teacher_mode == "cached":
             folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else teacher_cache
             self.teacher = self._cached_teacher(teacher, teacher_revision, folder)
-        elif teacher_mode == "one_pass":
-            self.teacher = one_pass_teacher(teacher, model, revision=teacher_revision)
         else:
             self.teacher = frozen_teacher(teacher, student, revision=teacher_revision)
         if self.teacher.shares_base_weights:
@@ -114,11 +109,6 @@ class PumaDistillationTrainer(PumaTrainer):
             for column in features:
                 self.teacher.add_states(column)
         return features, labels
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch, during which a one-pass teacher watches the student."""
-        with self.teacher.watching():
-            return super().compute_loss(*args, **kwargs)
 
     def _cached_teacher(self, teacher: TeacherSource | None, revision: str | None, folder: str | Path) -> Teacher:
         student = puma_model(self.model)

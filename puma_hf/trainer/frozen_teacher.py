@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.full_model import StoredModel, check_depth, different_base_weights, dropped_layers
+from puma_hf.trainer.full_model import StoredModel, check_depth, different_base_weights, dropped_layers, renumbered
 from puma_hf.trainer.lora import has_adapter
 from puma_hf.trainer.teacher_base import RunningTeacher, decoder_layers, model_inputs, share_image_features
 from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tensors_sha256
@@ -20,9 +20,8 @@ from puma_hf.trainer.teacher_fingerprint import base_tensors, settings_of, tenso
 class FrozenTeacher(RunningTeacher):
     """The full, untouched model, which tells `[RET]` states to the student that was cut from it.
 
-    One copy of the weights serves both: with adapters switched off, the student's kept layers are the
-    teacher's first layers, and only the dropped ones are held besides. It never enters the optimizer or a
-    checkpoint.
+    One copy of the weights serves both: with adapters switched off, the student's kept layers are the teacher's,
+    and only the dropped ones are held besides. It never enters the optimizer or a checkpoint.
 
     Args:
         student: The pruned model, whose base weights must not be trained (LoRA leaves them alone).
@@ -41,8 +40,8 @@ class FrozenTeacher(RunningTeacher):
     torch.Size([8, 1536])
     ```
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. The figure leaves open
-    whether the teacher is frozen; this one is.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, whose released code has a frozen
+    teacher, too; there it is a second model.
     """
 
     shares_base_weights = True
@@ -99,14 +98,20 @@ class FrozenTeacher(RunningTeacher):
 
     def fingerprint(self) -> str:
         """SHA-256 of the full model's weights and settings, whatever the adapter has learned."""
-        kept = len(self.student.language_model.layers)
-        dropped = {
-            f"language_model.layers.{kept + number}.{name}": parameter
-            for number, layer in enumerate(self.dropped_layers)
-            for name, parameter in layer.named_parameters()
-        }
-        layer_types = [*self.student.language_model.config.layer_types, *self._dropped_layer_types]
-        return tensors_sha256(base_tensors(self.student) | dropped, settings_of(self.student, layer_types))
+        kept = self.student.config.layers_of_original
+        numbers = [number for number in range(len(kept) + len(self.dropped_layers)) if number not in kept]
+        others = {f"language_model.layers.{name}": tensor for name, tensor in self.dropped_layers.named_parameters()}
+        tensors = renumbered(base_tensors(self.student), kept) | renumbered(others, numbers)
+        return tensors_sha256(tensors, settings_of(self.student, self._layer_types()))
+
+    def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
+        """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
+        there, others = dict(zip(self.student.config.layers_of_original, kept, strict=True)), iter(dropped)
+        total = len(there) + len(self.dropped_layers)
+        return [there[number] if number in there else next(others) for number in range(total)]
+
+    def _layer_types(self) -> list[str]:
+        return self._in_order(self.student.language_model.config.layer_types, self._dropped_layer_types)
 
     @contextmanager
     def _full_depth(self) -> Iterator[None]:
@@ -114,13 +119,12 @@ class FrozenTeacher(RunningTeacher):
         training = [module for module in student.modules() if module.training]
         adapted = has_adapter(student)
         self.dropped_layers.to(student.device)
-        layers = [*decoder.layers, *self.dropped_layers]
-        layer_types = [*decoder.config.layer_types, *self._dropped_layer_types]
+        layers = self._in_order(decoder.layers, self.dropped_layers)
         try:
             student.eval()
             if adapted:
                 student.disable_adapters()
-            with decoder_layers(decoder, layers, layer_types):
+            with decoder_layers(decoder, layers, self._layer_types()):
                 yield
         finally:
             if adapted:

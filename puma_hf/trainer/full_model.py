@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from puma_hf.checkpoint import StoredWeights
 from puma_hf.modeling import PumaConfig, PumaModel
 from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.teacher_fingerprint import base_tensors, naming_the_teacher, open_teacher
+
+_LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
 
 
 class StoredModel:
@@ -34,7 +37,7 @@ class StoredModel:
             # Both halves see the mask that is built for the student's kind of attention.
             "attn_implementation": student.config._attn_implementation,
         }
-        self._source, self._device = source, student.device
+        self._source, self._device, self._positions = source, student.device, student.config.positions
         with naming_the_teacher(source):
             self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
         check_hidden_size(student, self, repr(str(source)))
@@ -43,22 +46,24 @@ class StoredModel:
         """All tensors, each read when it is asked for."""
         return StoredWeights(self._checkpoint)
 
-    def layers(self, first: int) -> nn.ModuleList:
-        """The decoder layers from `first` on, on the student's device; nothing else is read.
+    def layers(self, numbers: Sequence[int]) -> nn.ModuleList:
+        """The decoder layers of these numbers, on the student's device; nothing else is read.
 
         Raises:
             ValueError: If the checkpoint lacks a tensor of theirs.
         """
         with torch.device("meta"):
-            layers: nn.ModuleList = PumaModel(self.config).language_model.layers[first:]
+            every = PumaModel(self.config).language_model.layers
+        layers = nn.ModuleList(every[number] for number in numbers)
         stored, tensors = self.tensors(), {}
         for name, parameter in layers.named_parameters():
-            number, _, rest = name.partition(".")
-            tensor = stored.get(f"language_model.layers.{first + int(number)}.{rest}")
+            index, _, rest = name.partition(".")
+            number = numbers[int(index)]
+            tensor = stored.get(f"language_model.layers.{number}.{rest}")
             if tensor is None or tensor.shape != parameter.shape:
                 raise ValueError(
                     f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
-                    f"another shape (layer {first + int(number)}, {rest}). Download it again."
+                    f"another shape (layer {number}, {rest}). Download it again."
                 )
             tensors[name] = tensor.to(self._device, self._loading["dtype"], copy=True)
         layers.load_state_dict(tensors, assign=True)
@@ -71,15 +76,22 @@ class StoredModel:
             full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
             if full.config.ret_token_id is None:
                 place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+                full.config.positions = self._positions
         return full
 
 
 def dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:
-    """The layers of a full model that come after the student's, on its device."""
-    kept = len(student.language_model.layers)
+    """The layers of a full model that the student does not have, in order, on its device."""
+    kept, text_config = set(student.config.layers_of_original), cast(Any, full.config.text_config)
+    dropped = [number for number in range(text_config.num_hidden_layers) if number not in kept]
     if isinstance(full, StoredModel):
-        return full.layers(kept)
-    return nn.ModuleList(full.language_model.layers[kept:]).to(student.device)
+        return full.layers(dropped)
+    return nn.ModuleList(full.language_model.layers[number] for number in dropped).to(student.device)
+
+
+def renumbered(tensors: Mapping[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors by the numbers that their layers have in the original, given in order."""
+    return {_LAYER.sub(lambda old: str(numbers[int(old[0])]), name): tensor for name, tensor in tensors.items()}
 
 
 def check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
@@ -107,8 +119,11 @@ def check_depth(student: PumaModel, num_dropped_layers: int) -> None:
 def different_base_weights(student: PumaModel, full: PumaModel | StoredModel) -> list[str]:
     """Names of the student's base weights that are not those of the full model."""
     theirs: Mapping[str, Tensor] = full.tensors() if isinstance(full, StoredModel) else dict(full.named_parameters())
-    different = []
-    for name, parameter in base_tensors(student).items():
+    different, ours = [], base_tensors(student)
+    depth: Any = full.config.text_config
+    if depth.num_hidden_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
+        ours = renumbered(ours, student.config.layers_of_original)
+    for name, parameter in ours.items():
         other = theirs.get(name)
         if other is not None and isinstance(full, StoredModel):
             other = other.to(student.dtype)

@@ -1,4 +1,4 @@
-"""The loss of the second stage, made from its settings."""
+"""The loss of a stage on labelled pairs, made from its settings."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
     """
     gather = config.gather_across_devices and num_devices > 1
     loss: nn.Module = _contrastive_loss(model, config, gather)
-    if config.distillation_weight:
-        loss = JointDistillationLoss(model, loss, metric=config.metric, distillation_weight=config.distillation_weight)
+    if config.joint:
+        names = ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start")
+        loss = JointDistillationLoss(model, loss, config.metric, **{name: getattr(config, name) for name in names})
     if config.matryoshka_dims:
         dim = int(model.get_embedding_dimension() or 0)
         if dim < max(config.matryoshka_dims):
@@ -64,6 +65,7 @@ def _contrastive_loss(model: SentenceTransformer, config: TrainConfig, gather: b
         temperature=config.temperature,
         hard_temperature=config.temperature if infonce else config.hard_temperature,
         schedule="constant" if infonce else config.schedule,
+        schedule_end=config.schedule_end,
         grouping=config.grouping,
         gather_across_devices=gather,
         objective="split" if config.loss == "mac-split" else "mac",

@@ -104,7 +104,7 @@ def check_sharding(config: StageConfig, arguments: SentenceTransformerTrainingAr
     if not arguments.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     cached = isinstance(config, TrainConfig) and config.cached
-    if cached or isinstance(config, DistillConfig) or getattr(config, "distillation_weight", 0) > 0:
+    if cached or isinstance(config, DistillConfig) or getattr(config, "joint", False):
         what = "gradient caching (mini_batch_size, mini_batch_num_tokens)" if cached else "a teacher"
         raise ValueError(
             f"{what} calls parts of the model on their own, which FSDP holds in pieces. Launch without FSDP: plain "

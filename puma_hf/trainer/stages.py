@@ -40,7 +40,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 def distill(config: DistillConfig) -> Path:
-    """Stage 1: distil the full model into the pruned one on single items, without labels.
+    """Distil the full model into the pruned one on single items, without labels: our stage 1.
 
     Of a folder in M-BEIR's layout the items are the queries (with their instructions) and candidates of the train
     split, each on its own: which query belongs to which candidate is never looked at. Any other corpus of texts and
@@ -84,7 +84,7 @@ def distill(config: DistillConfig) -> Path:
 
 
 def train(config: TrainConfig) -> Path:
-    """Stage 2: train on labelled pairs with MAC-Loss, or with InfoNCE to compare.
+    """Train on labelled pairs: stage 2 with MAC-Loss, or with InfoNCE to compare; with a teacher, the released stage 1.
 
     No two rows of a batch share a right answer. Of pairs of one's own (`load_pairs`) these are known by their content.
 
@@ -116,8 +116,7 @@ def train(config: TrainConfig) -> Path:
     rows = _labelled_rows(config)
     begin(config, checkpoint, len(rows))
     model = _load_with_lora(config, loading)
-    joint = config.distillation_weight > 0
-    trainer_class = PumaDistillationTrainer if joint else PumaTrainer
+    trainer_class = PumaDistillationTrainer if config.joint else PumaTrainer
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -125,7 +124,7 @@ def train(config: TrainConfig) -> Path:
         positives=rows["positives"] if "positives" in rows.column_names else None,
         twins=twin_keys(rows) if config.batches == "twin" else None,
         loss=training_loss(model, config, num_devices=PartialState().num_processes),
-        **(_teacher_arguments(config) if joint else {}),
+        **(_teacher_arguments(config) if config.joint else {}),
     )
     return run(trainer, config, checkpoint)
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.modeling import PumaModel
+from puma_hf.trainer.config import TeacherMode
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
 from puma_hf.trainer.full_model import StoredModel, check_hidden_size, different_base_weights, dropped_layers
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.quantization import is_quantized
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
 from puma_hf.trainer.whole_teacher import WholeTeacher
+from puma_hf.values import convert
 
 logger = logging.getLogger(__name__)
 
-TeacherMode = Literal["frozen", "one_pass", "cached"]
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
 
 __all__ = [
@@ -29,16 +29,13 @@ __all__ = [
     "TeacherSource",
     "check_teacher_mode",
     "frozen_teacher",
-    "one_pass_teacher",
     "teacher_loader",
 ]
 
 
 def check_teacher_mode(mode: str, cache: str | Path | None, teacher: Any) -> None:
     """Raise ValueError if the mode is unknown, or does not go with the other arguments."""
-    modes = get_args(TeacherMode)
-    if mode not in modes:
-        raise ValueError(f"teacher_mode is {mode!r}, but it must be one of {modes}. Choose one of these.")
+    convert("teacher_mode", mode, TeacherMode)
     if cache is not None and mode != "cached":
         raise ValueError(
             f"teacher_cache={str(cache)!r} is where teacher_mode='cached' stores states, but teacher_mode is {mode!r}. "
@@ -46,8 +43,8 @@ def check_teacher_mode(mode: str, cache: str | Path | None, teacher: Any) -> Non
         )
     if mode == "cached" and isinstance(teacher, Teacher) and not isinstance(teacher, RunningTeacher):
         raise ValueError(
-            f"teacher_mode='cached' asks a teacher before training, but a {type(teacher).__name__} answers only during "
-            "it. Pass the checkpoint that was pruned, a model, or a FrozenTeacher."
+            f"teacher_mode='cached' asks a teacher before training, but a {type(teacher).__name__} is no "
+            "RunningTeacher, which computes states. Pass the checkpoint that was pruned, a model, or a FrozenTeacher."
         )
 
 
@@ -75,34 +72,6 @@ def frozen_teacher(teacher: TeacherSource | None, student: PumaModel, *, revisio
         source, revision = _source_of(teacher, student, revision)
         full, name = StoredModel(source, student, revision=revision), repr(str(source))
     return _teacher_of_model(full, student, warn_of=name)
-
-
-def one_pass_teacher(
-    teacher: TeacherSource | None, model: SentenceTransformer, *, revision: str | None = None
-) -> Teacher:
-    """A teacher of the dropped layers, on the student's own states.
-
-    Args:
-        teacher: As for `frozen_teacher`, but the student's base weights need not be the checkpoint's.
-        model: The pruned model.
-        revision: Branch, tag or commit of a teacher on the Hub.
-
-    Raises:
-        ValueError: If there is no teacher, or it has another hidden size or number of layers.
-    """
-    student = puma_model(model)
-    if isinstance(teacher, FrozenTeacher):
-        return OnePassTeacher(model, teacher.dropped_layers)
-    if isinstance(teacher, Teacher):
-        return teacher
-    full: PumaModel | StoredModel
-    if isinstance(teacher, PumaModel | SentenceTransformer):
-        full = _model_of(teacher)
-        check_hidden_size(student, full, type(full).__name__)
-    else:
-        source, revision = _source_of(teacher, student, revision)
-        full = StoredModel(source, student, revision=revision)
-    return OnePassTeacher(model, dropped_layers(full, student))
 
 
 def teacher_loader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,10 +30,6 @@ class Teacher(ABC):
     @abstractmethod
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` `(batch_size, hidden_size)` into the features of one column, before the student runs."""
-
-    def watching(self) -> AbstractContextManager[None]:
-        """Open during the student's forward pass, for a teacher that takes part in it."""
-        return nullcontext()
 
 
 class RunningTeacher(Teacher):

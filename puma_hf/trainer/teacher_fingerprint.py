@@ -69,6 +69,8 @@ def base_tensors(model: PumaModel) -> dict[str, Tensor]:
 def settings_of(model: PumaModel, layer_types: list[str]) -> dict[str, Any]:
     """The settings that change the states without changing a weight."""
     settings: dict[str, Any] = {"layer_types": layer_types}
+    if model.config.positions != "mrope":
+        settings["positions"] = model.config.positions
     for part, names in _SETTINGS.items():
         config = getattr(model.config, part)
         settings[part] = {name: getattr(config, name, None) for name in names}
@@ -106,6 +108,7 @@ def checkpoint_sha256(source: Any, student: PumaModel, *, revision: str | None =
     embedding = base_tensors(student)["language_model.embed_tokens.weight"]
     row = embedding[student.config.ret_token_id] if student.config.ret_token_id is not None else embedding[:0]
     digest.update(f"{student.dtype} {student.config.ret_token_id} {row.float().tolist()}".encode())
+    digest.update(student.config.positions.removeprefix("mrope").encode())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
-from puma_hf.evaluation.layer_states import _Watch, decoder_of, encode_all_layers, progress_bar
+from puma_hf.evaluation.layer_states import _Watch, decoder_of, encode_all_layers, keep_last_depths, progress_bar
 from puma_hf.flops import plain_forward
 from tests.evaluation.layer_models import pruned_to_every_depth
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, build_checkpoint
@@ -52,6 +52,41 @@ def test_other_backbones(family: str, tmp_path: Path, inputs: list[Any]) -> None
     models = pruned_to_every_depth(build_checkpoint(tmp_path / "original", family), tmp_path)
     embeddings = encode_all_layers(models[-1], inputs)
     assert (embeddings - torch.stack([encode(model, inputs) for model in models])).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_last_layer_kept_equals_each_such_model(family: str, tmp_path: Path, inputs: list[Any]) -> None:
+    source = build_checkpoint(tmp_path / "original", family, num_layers=6)
+    prune(source, tmp_path / "full", num_kept_layers=6)
+    full = SentenceTransformer(str(tmp_path / "full"), trust_remote_code=True, device="cpu")
+    first = 4 if family == "qwen3_vl" else 1  # DeepStack needs three layers before the last
+    depths = keep_last_depths(full)
+    assert list(depths) == list(range(first, 6))
+    embeddings = encode_all_layers(full, inputs, batch_size=3, keep_last=True)
+    assert embeddings.shape == (6 + len(depths), len(inputs), HIDDEN_SIZE)
+    assert torch.equal(embeddings[:6], encode_all_layers(full, inputs, batch_size=3))
+    for k, found in zip(depths, embeddings[6:], strict=True):
+        prune(source, tmp_path / f"k{k}", keep_layers=[*range(k - 1), 5])
+        model = SentenceTransformer(str(tmp_path / f"k{k}"), trust_remote_code=True, device="cpu")
+        assert (encode(model, inputs) - found).abs().max() <= 1e-5
+        assert (embeddings[k - 1] - found).abs().max() > 0.05  # not the first k
+
+
+def test_the_last_layer_takes_one_more_call_a_depth(models: list[SentenceTransformer], inputs: list[Any]) -> None:
+    full, last = models[-1], decoder_of(models[-1]).layers[-1]
+    forward, calls = last.forward, []
+    last.forward = lambda *args, **options: (calls.append(1), forward(*args, **options))[1]
+    try:
+        encode_all_layers(full, inputs, keep_last=True)
+    finally:
+        del last.forward
+    assert len(calls) == 1 + (NUM_LAYERS - 1)
+    decoder_of(full).config.layer_types[0] = "sliding_attention"
+    try:
+        with pytest.raises(ValueError, match=r"\['full_attention', 'sliding_attention'\], have masks of their own"):
+            encode_all_layers(full, inputs, keep_last=True)
+    finally:
+        decoder_of(full).config.layer_types[0] = "full_attention"
 
 
 def test_costs_one_forward_pass(models: list[SentenceTransformer], inputs: list[Any]) -> None:

@@ -107,6 +107,22 @@ def test_a_compared_model_is_swept_beside_and_measured_against_the_full_one(
     assert rows[0].parameters == report.models[0].rows[0].parameters
 
 
+def test_with_the_last_layer_kept(qwen_dir: Path, data: Path, tmp_path: Path) -> None:
+    config = SweepConfig(model=qwen_dir, data=data, split="test", keep_last=True, **ALL)
+    report = sweep(config, show_progress_bar=False)
+    first, last = report.models
+    assert (first.name, last.name) == ("tiny-qwen2-vl", "tiny-qwen2-vl, first k - 1 layers and the last")
+    assert [row.k for row in first.rows] == [row.k for row in last.rows] == [1, 2, 3, 4]
+    assert first.rows[-1] == last.rows[-1] == report.full
+    prune(qwen_dir, tmp_path / "cut", keep_layers="0,3")
+    model = SentenceTransformer(str(tmp_path / "cut"), trust_remote_code=True, device="cpu")
+    assert_equals_evaluation(last.rows[1], evaluated(model, data))
+    assert last.rows[1].quality != first.rows[1].quality
+    assert last.rows[1].parameters == first.rows[1].parameters == count_parameters(model)
+    assert SweepReport.from_dict(report.to_dict()) == report
+    assert f"**{last.name}**" in report.to_markdown()
+
+
 def test_what_was_measured(report: SweepReport, data: Path) -> None:
     assert (report.data, report.split, report.pool, report.metric) == ("toys", "test", "local", "score")
     assert report.tasks == tuple(task.name for task in MBEIR(data).tasks("test"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,44 @@ def test_equals_brute_force_on_both_pools(root: Path, options: dict[str, Any]) -
         rows = [row for row in results.rows if row.pool == pool]
         assert results.mean(pool)["ndcg@10"] == pytest.approx(sum(r.metrics["ndcg@10"] for r in rows) / 8)
     assert results.mean("local")["wrong_modality@1"] == 0 < results.mean("global")["wrong_modality@1"]
+
+
+@pytest.mark.parametrize("penalty", [0.2, 1.0])
+def test_corrected_figures_equal_brute_force(root: Path, penalty: float) -> None:
+    plain = evaluate_mbeir(FakeEncoder(), root, pool="both")
+    results = evaluate_mbeir(FakeEncoder(), root, pool="both", popularity_penalty=penalty)
+    assert results.rankings == plain.rankings
+    assert [replace(row, corrected={}) for row in results.rows] == plain.rows
+    changed = 0
+    for row in results.rows:
+        path = builder.local_pool_path(root, row.task_id) if row.pool == "local" else None
+        pool = builder.read_records(path or builder.global_pool_path(root, "test"))
+        queries = builder.read_records(builder.query_path(root, row.task_id, "test"))
+        prompt = f"{row.task_id} wording 1."
+        vectors = [embed_record(query["query_txt"], query["query_img_path"], prompt) for query in queries]
+        candidates = [embed_record(record["txt"], record["img_path"], "") for record in pool]
+        scores = [[cosine(vector, other) for other in candidates] for vector in vectors]
+        means = [sum(column) / len(queries) for column in zip(*scores, strict=True)]
+        judged = [line.split() for line in builder.qrels_path(root, row.task_id, "test").read_text().splitlines()]
+        hits = {}
+        for query, own in zip(queries, scores, strict=True):
+            if not (right := {did for qid, _, did, *_ in judged if qid == query["qid"]}):
+                continue
+            fixed = [round((score - penalty * mean) * 2**22) for score, mean in zip(own, means, strict=True)]
+            order = sorted(range(len(pool)), key=lambda index: (-fixed[index], index))
+            hits[query["qid"]] = [pool[index]["did"] in right for index in order]
+        assert row.corrected["hit@1"] == pytest.approx(sum(hit[0] for hit in hits.values()) / len(hits))
+        assert row.corrected["score"] == pytest.approx(sum(any(hit[:5]) for hit in hits.values()) / len(hits))
+        ranks = [hit.index(True) + 1 for hit in hits.values()]
+        expected = sum(1 / rank for rank in ranks if rank <= 10) / len(hits)
+        assert row.corrected["mrr@10"] == pytest.approx(expected)
+        changed += row.corrected["mrr@10"] != row.metrics["mrr@10"]
+    assert changed > 4  # or the test would not see the correction
+
+
+def test_no_penalty_corrects_nothing(root: Path) -> None:
+    for row in evaluate_mbeir(FakeEncoder(), root, popularity_penalty=0.0).rows:
+        assert row.corrected == {"score": row.score, **row.metrics}
 
 
 def test_every_input_is_encoded_once_in_one_modality(root: Path) -> None:
@@ -221,6 +260,9 @@ def test_mean_of_a_pool_that_was_not_evaluated(root: Path) -> None:
         ),
         ({"search_backend": "scann"}, r"search_backend is 'scann', must be one of \['torch', 'faiss'\]"),
         ({"shard_size": 0}, "shard_size is 0, must be 1 or more"),
+        ({"popularity_penalty": 1.5}, "popularity_penalty is 1.5, must be from 0 to 1, such as 0.2"),
+        ({"popularity_penalty": -0.1}, "popularity_penalty is -0.1, must be from 0 to 1"),
+        ({"popularity_penalty": math.nan}, "popularity_penalty is nan, must be from 0 to 1"),
     ],
 )
 def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:

@@ -57,6 +57,8 @@ def test_published_figures_stand_beside_ours() -> None:
 def test_the_mean_of_all_sixteen_rows_has_the_published_means() -> None:
     whole = results_of(sorted(PUBLISHED))
     assert table(whole)[-1][6:10] == ["**62.5**", "56.6", "51.8", "54.4"]
+    both = table(results_of(sorted(PUBLISHED), ("local", "global")))
+    assert both[-1][2:10] == ["global", "", "160", "", "**62.5**", "54.9", "", ""]
     assert table(results_of([*sorted(PUBLISHED), "toys_task1"]))[-1][7:10] == [""] * 3  # ours is of other rows then
     assert table(results_of(sorted(PUBLISHED)[1:]))[-1][7:10] == [""] * 3
 
@@ -75,6 +77,24 @@ def test_the_mean_of_all_sixteen_rows_has_the_published_means() -> None:
 def test_nothing_published_where_it_would_not_compare(results: MBEIRResults) -> None:
     assert "PUMA" not in results.to_markdown()
     assert "LamRA" not in results.to_markdown()
+
+
+def test_corrected_figures_stand_beside_the_plain_ones() -> None:
+    other = {**METRICS, "score": 0.75}
+    rows = [row("cirr_task7", corrected=other), row("toys_task7", corrected={**other, "score": 0.25})]
+    results = MBEIRResults("test", rows, made_from={"popularity_penalty": 0.2})
+    header, _, cirr, toys, mean = table(results)
+    assert header[6:9] == ["hit@k", "corrected", "LamRA-Ret 7B"]
+    assert [line[6:9] for line in (cirr, toys, mean)] == [
+        ["62.5", "75.0", "53.1"],
+        ["62.5", "25.0", ""],
+        ["**62.5**", "**50.0**", ""],
+    ]
+    text = results.to_markdown()
+    assert "less 0.2 times the candidate's mean similarity to all test queries" in text
+    assert "transductive" in text
+    assert results.to_dict()["mean"]["local"]["corrected_score"] == 0.5
+    assert MBEIRResults.from_dict(json.loads(json.dumps(results.to_dict()))) == results
 
 
 def test_remarks() -> None:

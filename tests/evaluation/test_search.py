@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from puma_hf.evaluation import search
 from puma_hf.evaluation import search_bounds as bounds
-from puma_hf.evaluation.search import TensorCandidates, exact_search, merge_results
+from puma_hf.evaluation.search import TensorCandidates, exact_search, less_popular, merge_results
 
 INF, NAN = math.inf, math.nan
 LOW_ROWS = bounds.low_rows
@@ -53,6 +53,34 @@ def test_search_equals_brute_force_for_every_block_size(block_size: int, dtype: 
         queries.double()[:, None], candidates.double()[result.indices], dim=-1
     )
     torch.testing.assert_close(result.scores, expected, atol=2**-30, rtol=0)
+
+
+def test_a_popular_candidate_is_pushed_back() -> None:
+    """By hand: the hub scores 0.8 and 0.96, mean 0.88; the other candidate 0.6 and -0.28, mean 0.16.
+
+    With a penalty of 0.5 the first query scores them 0.36 and 0.52, the second 0.52 and -0.36.
+    """
+    queries, pool = torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.8, 0.6], [0.6, -0.8]])
+    assert exact_search(queries, pool, 1).indices.flatten().tolist() == [0, 0]
+    moved = less_popular(queries, 0.5)
+    assert (moved @ pool.T).flatten().tolist() == pytest.approx([0.36, 0.52, 0.52, -0.36])
+    assert exact_search(moved, pool, 1).indices.flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_corrected_scores_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    """Whatever the lengths of queries and candidates, zero vectors among them."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(40, 16, generator=generator, dtype=torch.float64) + 0.5
+    pool = torch.randn(300, 16, generator=generator, dtype=torch.float64) * 3
+    queries[3], pool[5] = 0, 0
+    queries, pool = queries.to(dtype), pool.to(dtype)
+    scores = torch.nn.functional.normalize(queries.double()) @ torch.nn.functional.normalize(pool.double()).T
+    corrected = scores - 0.2 * scores.mean(dim=0)
+    found = exact_search(less_popular(queries, 0.2), pool, 10).indices
+    best = corrected.topk(10, dim=1)
+    torch.testing.assert_close(corrected.gather(1, found), best.values, atol=1e-6, rtol=0)
+    assert not torch.equal(found, scores.topk(10, dim=1).indices)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 100])

@@ -110,6 +110,7 @@ def test_operations_come_from_the_sweep(folder: Path) -> None:
 def test_stages_are_told_from_their_recipes_without_paths(folder: Path) -> None:
     train = {"model": "/home/somebody/distilled", "data": "/home/somebody/M-BEIR", "split": "train", "loss": "mac"}
     train |= {"temperature": 0.05, "hard_temperature": 0.04, "lora_r": 64, "seed": 0, "matryoshka_dims": []}
+    train |= {"schedule_end": 1.0}
     distill = {
         "model": "/x/pruned",
         "teacher": "/home/somebody/full",
@@ -127,6 +128,7 @@ def test_stages_are_told_from_their_recipes_without_paths(folder: Path) -> None:
     assert first.startswith("- Distilled without labels; teacher: `full`, metric `mse`, on `emoji`")
     assert "max_steps 150" in first
     assert "- Trained with the loss `mac`, on `M-BEIR`, split train: temperature 0.05, hard_temperature 0.04" in second
+    assert "hard_temperature 0.04, schedule_end 1.0" in second
     assert "matryoshka_dims" not in second
     assert "somebody" not in card
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,6 +42,13 @@ def test_the_published_means_stand_beside_a_mean_of_all_rows() -> None:
     assert f"| {NOT_MEASURED}" not in card_table(results)
     results.rows.append(row("mscoco_task0", 0.1, "global"))  # a mean of one row, beside means of sixteen
     assert table(results)[-1] == ["", "**mean**", "", "", "**50.0**", "**10.0**", "", "", ""]
+
+
+def test_a_corrected_figure_never_enters_a_card() -> None:
+    plain = MBEIRResults("test", [row("mscoco_task0", 0.5)])
+    corrected = replace(plain.rows[0], corrected={"score": 0.75, "hit@5": 0.75})
+    made = {"popularity_penalty": 0.2}
+    assert card_table(MBEIRResults("test", [corrected], made_from=made)) == card_table(plain)
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ def test_other_models_with_ids_in_features_or_labels(make_model: MakeModel, pair
 
 
 def test_the_schedule_finds_it_and_moves_it(make_model: MakeModel) -> None:
-    loss = CachedMultimodalMACLoss(make_model(), 0.08, 0.02, schedule="linear")
+    loss = CachedMultimodalMACLoss(make_model(), 0.08, 0.02, schedule="linear", schedule_end=1.0)
     assert list(find_scheduled_losses(MatryoshkaLoss(loss.model, loss, [4])).values()) == [loss]  # type: ignore[arg-type]
     callback = TemperatureScheduleCallback(loss)
     callback.on_step_begin(None, TrainerState(global_step=5, max_steps=10), None)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss, add_temperature_schedule, find_scheduled_losses
 from puma_hf.losses.joint import JointDistillationLoss, LossTerms
+from puma_hf.losses.temperature import IDLE_FORWARDS_BEFORE_WARNING
 from tests.losses.conftest import DIM
 
 MakeModel = Callable[[], SentenceTransformer]
@@ -108,6 +109,33 @@ def test_inside_matryoshka(make_model: MakeModel, pairs: Dataset, kind: str) -> 
     torch.testing.assert_close(terms["distillation"], 0.1 * expected)
 
 
+@pytest.mark.parametrize("start", [{}, {"contrastive_weight_start": 0.5}, {"distillation_weight_start": 0.0}])
+def test_weights_move_in_a_straight_line(make_model: MakeModel, pairs: Dataset, start: dict[str, float]) -> None:
+    model = make_model()
+    columns = columns_of(model, pairs)
+    plain = JointDistillationLoss(model, MultimodalMACLoss(model, 0.05, 0.05))(copies(columns))
+    joint = JointDistillationLoss(model, MultimodalMACLoss(model, 0.05, 0.05), "mse", 0.9, 0.4, **start)
+    for share in (0.0, 0.25, 1.0):
+        joint.contrastive.progress = share
+        terms = joint(copies(columns))
+        weight = 0.5 + 0.4 * share if "contrastive_weight_start" in start else 0.9
+        torch.testing.assert_close(terms["contrastive"], weight * plain["contrastive"])
+        weight = 0.4 * share if "distillation_weight_start" in start else 0.4
+        torch.testing.assert_close(terms["distillation"], weight * plain["distillation"])
+
+
+def test_weights_that_nobody_moves_are_warned_of(
+    make_model: MakeModel, pairs: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model().train()
+    infonce = MultimodalMACLoss(model, 0.05, 0.05)
+    for start in ({}, {"contrastive_weight_start": 0.5}):
+        joint = JointDistillationLoss(model, infonce, **start)
+        for _ in range(IDLE_FORWARDS_BEFORE_WARNING):
+            joint(columns_of(model, pairs))
+        assert ("and a weight that moves is at its start" in caplog.text) == bool(start)
+
+
 def test_terms_add_up() -> None:
     first, second = LossTerms(a=torch.tensor(1.0)), LossTerms(a=torch.tensor(2.0), b=torch.tensor(4.0))
     total = sum([first, second * 0.5], start=0.0)
@@ -166,7 +194,7 @@ def test_training_logs_each_term(
 def test_errors(make_model: MakeModel, pairs: Dataset) -> None:
     model = make_model()
     contrastive = MultimodalMACLoss(model, schedule="constant")
-    for name in ("contrastive_weight", "distillation_weight"):
+    for name in ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start"):
         for weight in (-0.5, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=rf"{name} is {weight}, but a weight must be 0 or more and finite"):
                 JointDistillationLoss(model, contrastive, **{name: weight})
@@ -175,6 +203,8 @@ def test_errors(make_model: MakeModel, pairs: Dataset) -> None:
             ValueError, match=rf"a {type(refused).__name__}, but .*Pass a MultimodalMACLoss or a Multiple"
         ):
             JointDistillationLoss(model, refused)
+    with pytest.raises(ValueError, match=r"distillation_weight_start with a MultipleNegativesRankingLoss, .* Pass a"):
+        JointDistillationLoss(model, MultipleNegativesRankingLoss(model), distillation_weight_start=1.0)
     with pytest.raises(ValueError, match="metric is 'kl'"):
         JointDistillationLoss(model, contrastive, "kl")  # type: ignore[arg-type]
     columns = columns_of(model, pairs)
@@ -190,7 +220,9 @@ def test_errors(make_model: MakeModel, pairs: Dataset) -> None:
 def test_model_card_facts(make_model: MakeModel) -> None:
     model = make_model()
     loss = JointDistillationLoss(model, MultimodalMACLoss(model, temperature=0.07), "cosine", 1.0, 0.3)
+    loss.contrastive.progress = 1.0
     config = loss.get_config_dict()
+    assert "contrastive_weight_start" not in config
     assert config["contrastive"] == "MultimodalMACLoss"
     assert (config["temperature"], config["metric"], config["distillation_weight"]) == (0.07, "cosine", 0.3)
     assert "eprint={2507.08064}" in loss.citation

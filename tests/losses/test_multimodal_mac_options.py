@@ -139,7 +139,7 @@ def test_split_at_the_ends_is_multiple_negatives_ranking() -> None:
 
 def test_the_split_objective_follows_the_schedule() -> None:
     embeddings = make_embeddings()
-    loss = MultimodalMACLoss(nn.Identity(), 0.2, 0.1, schedule="linear", objective="split")
+    loss = MultimodalMACLoss(nn.Identity(), 0.2, 0.1, schedule="linear", schedule_end=1.0, objective="split")
     for progress, hard in ((0.0, 0.2), (0.5, 0.15), (1.0, 0.1)):
         loss.progress = progress
         value = loss.compute_loss_from_embeddings(embeddings, MODALITIES).item()

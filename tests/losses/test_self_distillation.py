@@ -33,6 +33,12 @@ def test_mse_sums_over_the_hidden_dimension_and_averages_over_the_batch() -> Non
     assert self_distillation_loss(teacher, teacher).item() == 0.0
 
 
+def test_the_released_mse_is_averaged_over_the_dimensions() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[4.0, 2.0], [0.0, 1.0]])
+    assert self_distillation_loss(student, teacher, "mse-mean").item() == (9 + 1) / 4
+    assert self_distillation_loss(student, teacher, "mse").item() == (9 + 1) / 2
+
+
 def test_cosine_ignores_lengths() -> None:
     student = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
     teacher = torch.tensor([[5.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
@@ -78,7 +84,7 @@ def test_function_errors() -> None:
         teacher[1, 2] = value
         with pytest.raises(ValueError, match=r"samples \[1\] of this batch are NaN or infinite.*Run the teacher in"):
             self_distillation_loss(states, teacher)
-    with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'cosine'\)"):
+    with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'mse-mean', 'cosine'\)"):
         self_distillation_loss(states, states, "kl")  # type: ignore[arg-type]
 
 
@@ -102,7 +108,7 @@ def test_one_column_takes_both_label_shapes(metric: Any) -> None:
 
 
 class Taught(nn.Module):
-    """Returns what a one-pass teacher has added to the features, and an embedding of the student's width."""
+    """Returns what a teacher has added to the features, and an embedding of the student's width."""
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         states = features["states"]

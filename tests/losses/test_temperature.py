@@ -34,8 +34,8 @@ MakeModel = Callable[[], SentenceTransformer]
 class RecordingLoss(MultimodalMACLoss):
     """Notes the hard temperature of every training forward."""
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.used: list[float] = []
 
     def compute_loss_from_embeddings(self, *args: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ def make_trainer(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> Calla
                 **arguments,
             },
         )
-        loss = RecordingLoss(model, **({"temperature": 0.08, "hard_temperature": 0.04} | (loss_kwargs or {})))
+        loss = RecordingLoss(model, 0.08, 0.04, **({"schedule": "cosine", "schedule_end": 1.0} | (loss_kwargs or {})))
         return SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
 
     return make
@@ -81,16 +81,61 @@ def make_trainer(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> Calla
 @pytest.mark.parametrize(
     ("kind", "start", "middle", "end"),
     [
+        ("exponential", 0.08, 0.08 * math.sqrt(0.5), 0.04),
         ("cosine", 0.08, 0.04 + 0.04 * math.sqrt(0.5), 0.04),
         ("linear", 0.08, 0.06, 0.04),
         ("constant", 0.04, 0.04, 0.04),
     ],
 )
-def test_schedule_values(kind: Any, start: float, middle: float, end: float) -> None:
-    schedule = TemperatureSchedule(0.08, 0.04, kind)
-    assert [schedule.value(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([start, middle, end])
+@pytest.mark.parametrize("schedule_end", [1.0, 0.5, 0.3])
+def test_schedule_values(kind: Any, start: float, middle: float, end: float, schedule_end: float) -> None:
+    schedule = TemperatureSchedule(0.08, 0.04, kind, schedule_end)
+    found = [schedule.value(share * schedule_end) for share in (0.0, 0.5, 1.0)]
+    assert found == pytest.approx([start, middle, end])
     assert schedule.value(-0.5) == schedule.value(0.0)
-    assert schedule.value(1.5) == schedule.value(1.0) == 0.04
+    assert schedule.value(1.5) == schedule.value(1.0) == schedule.value(schedule_end) == 0.04
+    assert schedule.value((1 + schedule_end) / 2) == 0.04
+
+
+# Three decimals at progress 0, 0.1, ..., 1, worked out from 0.03 * exp(-d * 2 * min(0.5, progress)).
+RELEASED = {
+    0.5: [0.030, 0.027, 0.025, 0.022, 0.020, 0.018, 0.018, 0.018, 0.018, 0.018, 0.018],
+    0.2: [0.030, 0.029, 0.028, 0.027, 0.026, 0.025, 0.025, 0.025, 0.025, 0.025, 0.025],
+}
+
+
+@pytest.mark.parametrize("decay", RELEASED)
+def test_the_released_values(decay: float) -> None:
+    schedule = TemperatureSchedule(0.03, 0.03 * math.exp(-decay))  # the rest is the default
+    found = [schedule.value(step / 10) for step in range(11)]
+    assert [round(value, 3) for value in found] == RELEASED[decay]
+    exact = [0.03 * math.exp(-decay * 2 * min(0.5, step / 10)) for step in range(11)]
+    assert found == pytest.approx(exact, rel=1e-12)
+
+
+def test_the_defaults_are_the_released_ones() -> None:
+    loss = MultimodalMACLoss(nn.Identity())
+    found = []
+    for step in range(11):
+        loss.progress = step / 10
+        found.append(loss.current_hard_temperature)
+    # What is rounded at the end there is rounded from the start here: 0.018 stands for 0.0182.
+    assert found == pytest.approx(RELEASED[0.5], abs=6e-4)
+    assert (found[0], found[5], found[10]) == (loss.temperature, 0.018, 0.018) == (0.03, 0.018, 0.018)
+
+
+def test_an_exponential_falls_by_one_factor() -> None:
+    values = [TemperatureSchedule(0.08, 0.02, "exponential", 1.0).value(step / 10) for step in range(11)]
+    assert [after / before for before, after in itertools.pairwise(values)] == pytest.approx([0.25**0.1] * 10)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.01, math.nan, math.inf])
+def test_a_schedule_ends_within_the_training(value: float) -> None:
+    message = rf"^schedule_end is {value}, but it must be above 0 and at most 1.*Use 0\.5 .*schedule='constant'"
+    with pytest.raises(ValueError, match=message):
+        TemperatureSchedule(0.05, 0.04, "constant", value)
+    with pytest.raises(ValueError, match=message):
+        MultimodalMACLoss(nn.Identity(), schedule_end=value)
 
 
 def test_cosine_falls_and_is_concave_while_linear_is_straight() -> None:
@@ -98,10 +143,10 @@ def test_cosine_falls_and_is_concave_while_linear_is_straight() -> None:
         return [after - before for before, after in itertools.pairwise(values)]
 
     steps = [step / 10 for step in range(11)]
-    cosine = differences([TemperatureSchedule(0.05, 0.04, "cosine").value(step) for step in steps])
+    cosine = differences([TemperatureSchedule(0.05, 0.04, "cosine", 1.0).value(step) for step in steps])
     assert all(difference < 0 for difference in cosine)
     assert all(difference < 0 for difference in differences(cosine))
-    linear = differences([TemperatureSchedule(0.05, 0.04, "linear").value(step) for step in steps])
+    linear = differences([TemperatureSchedule(0.05, 0.04, "linear", 1.0).value(step) for step in steps])
     assert linear == pytest.approx([-0.001] * 10)
 
 
@@ -114,7 +159,7 @@ def test_schedule_rejects_temperatures(value: float) -> None:
 
 
 def test_schedule_rejects_unknown_kind_and_nan_progress() -> None:
-    with pytest.raises(ValueError, match=r"schedule is 'step'.*'cosine', 'linear', 'constant'.*Choose"):
+    with pytest.raises(ValueError, match=r"schedule is 'step'.*'exponential', 'cosine', 'linear', 'constant'.*Choose"):
         TemperatureSchedule(0.05, 0.04, "step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"progress is nan.*\[0, 1\].*Pass"):
         TemperatureSchedule(0.05, 0.04).value(math.nan)
@@ -124,10 +169,10 @@ def test_schedule_rejects_unknown_kind_and_nan_progress() -> None:
 
 
 def test_loss_attributes_follow_progress() -> None:
-    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear")
+    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear", 0.5)
     assert (loss.progress, loss.current_hard_temperature) == (0.0, 0.08)
-    loss.progress = 0.25
-    assert (loss.temperature, loss.hard_temperature, loss.progress) == (0.08, 0.04, 0.25)
+    loss.progress = 0.125
+    assert (loss.temperature, loss.hard_temperature, loss.progress) == (0.08, 0.04, 0.125)
     assert loss.current_hard_temperature == pytest.approx(0.07)
     loss.progress = 7
     assert (loss.progress, loss.current_hard_temperature) == (1.0, 0.04)
@@ -190,7 +235,7 @@ def test_callback_rejects_a_loss_without_schedule(make_model: MakeModel) -> None
 
 
 def test_callback_events_by_hand(tmp_path: Path) -> None:
-    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear")
+    loss = ScheduledTemperatureLoss(0.08, 0.04, "linear", 1.0)
     callback = TemperatureScheduleCallback(loss)
     args, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
     state = TrainerState(global_step=3, max_steps=4, log_history=[{"loss": 1.0, "step": 3}])
@@ -291,7 +336,7 @@ def test_a_trainer_without_a_loss_is_told_of_the_callback(tmp_path: Path) -> Non
 def test_dict_of_losses_logs_each(tmp_path: Path, make_model: MakeModel, pairs: Dataset) -> None:
     model = make_model()
     losses = {
-        "one": MultimodalMACLoss(model, 0.08, 0.04, "linear"),
+        "one": MultimodalMACLoss(model, 0.08, 0.04, "linear", schedule_end=1.0),
         "two": MultimodalMACLoss(model, 0.05, 0.03, "constant"),
     }
     args = SentenceTransformerTrainingArguments(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
+from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from tests import released
 from tests.forks import SHARES
-from tests.losses.two_processes import ROWS, compute, run
+from tests.losses.two_processes import ROWS, compute, distinct_features, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -30,25 +34,36 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "apart": {"loss": MAC, "arguments": CONSTANT},
 }
+# The recipes as released, a third of the way through: stage 2's are the defaults.
+RELEASED: dict[str, dict[str, Any]] = {
+    name: {"settings": settings, "progress": 1 / 3}
+    for name, settings in {
+        "stage 1": released.STAGE_1,
+        "stage 1, growing": released.STAGE_1_GROWING,
+        "stage 2": {},
+    }.items()
+}
 
 
 @pytest.fixture(scope="module")
 def results(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """Of both processes, for all cases: starting them takes longer than what they compute."""
-    return run(CASES, puma_dir, tmp_path_factory.mktemp("processes"))
+    return run(CASES | RELEASED, puma_dir, tmp_path_factory.mktemp("processes"))
 
 
 def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(tensors).mean(dim=0)
 
 
-def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_gradients(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-5
+) -> None:
     assert set(found) == set(expected)
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.1
     assert {name.split(".")[2] for name in expected} == {"language_model", "visual"}
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], gradient, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -97,3 +112,25 @@ def test_without_gathering_each_device_has_its_own_candidates(
         average = {name: mean([half["gradients"][name] for half in halves]) for name in halves[0]["gradients"]}
         assert_same_gradients(result["apart"]["gradients"], average)
     assert mean([half["loss"] for half in halves]) < mean([result["mac"]["loss"] for result in results]) - 0.1
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_losses(puma_dir: Path, results: list[dict[str, dict[str, Any]]], name: str) -> None:
+    """Of all rows together, and the whole gradient; the released code's is this one divided by the devices."""
+    model = SentenceTransformer(modules=[PumaTransformer(str(puma_dir))], device="cpu").train().double()
+    features = distinct_features(model, slice(ROWS))
+    teachers, modalities = [column["teacher_state"] for column in features], features[1]["modality_ids"].tolist()
+    students = [model(column)["pooler_output"] for column in features]
+    progress = RELEASED[name]["progress"]
+    if name == "stage 2":
+        expected = released.stage_2(students, modalities, progress, decay=math.log(0.03 / 0.018))
+    else:
+        expected = released.stage_1(students, teachers, progress if "growing" in name else None)
+    expected.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    assert len(set(modalities)) == 3
+    halves = [result[name] for result in results]
+    torch.testing.assert_close(mean([half["loss"] for half in halves]), expected.detach(), rtol=0, atol=1e-9)
+    for half in [*halves, compute(RELEASED[name], str(puma_dir), slice(ROWS))]:
+        assert_same_gradients(half["gradients"], gradients, 1e-9)

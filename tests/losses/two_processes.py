@@ -1,7 +1,8 @@
 """A contrastive loss in two processes that share their candidates, for comparison with one process.
 
 Run as `python -m tests.losses.two_processes JOB.json` by `run`; `compute` alone is the one process. A case is
-`{"loss": "package.module.Class", "arguments": {...}}`.
+`{"loss": "package.module.Class", "arguments": {...}}`, or in float64 `{"settings": {...}}` of a `TrainConfig`, with the
+`"progress"` of the training.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
+from puma_hf.losses import find_scheduled_losses
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from puma_hf.trainer.config import TrainConfig
+from puma_hf.trainer.objectives import training_loss
 from tests.forks import SHARES, in_two_processes, run_worker
 from tests.patience import PATIENCE
+from tests.released import InFloat64
 
 ROWS = 8
 COLUMNS = ("anchor", "positive", "negative")
+DISTINCT = ("anchor", "negative")  # pairs without copies, in which nothing is masked
 
 
 def make_rows() -> dict[str, list[Any]]:
@@ -50,20 +56,43 @@ def make_rows() -> dict[str, list[Any]]:
 def compute(case: Mapping[str, Any], model_dir: str, rows: slice, *, parallel: bool = False) -> dict[str, Any]:
     """Loss and gradients of these rows; with `parallel` averaged over the processes, as a trainer would."""
     model = SentenceTransformer(modules=[PumaTransformer(model_dir)], device="cpu").train()
-    module, _, name = case["loss"].rpartition(".")
-    loss = getattr(importlib.import_module(module), name)(model, **case["arguments"])
+    columns = make_rows()
+    if "settings" in case:
+        settings = TrainConfig(model=model_dir, output="out", data="data", **case["settings"])
+        loss: Any = training_loss(
+            model.append(InFloat64()).double(), settings, num_devices=len(SHARES) if parallel else 1
+        )
+        (mac,) = find_scheduled_losses(loss).values()
+        mac.progress = case["progress"]
+        features = distinct_features(model, rows)
+    else:
+        module, _, name = case["loss"].rpartition(".")
+        mac = loss = getattr(importlib.import_module(module), name)(model, **case["arguments"])
+        features = [model.preprocess(columns[column][rows]) for column in COLUMNS]
     if parallel:
         loss.model = DistributedDataParallel(model)
-    columns = make_rows()
-    value = loss([model.preprocess(columns[column][rows]) for column in COLUMNS], None)
+    value = loss(features, None)
+    value = sum(value.values()) if isinstance(value, dict) else value
     value.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {
         "loss": value.detach(),
         "gradients": gradients,
-        "statistics": dict(loss.statistics),
-        "negative_counts": torch.stack(loss.negative_counts),
+        "statistics": dict(mac.statistics),
+        "negative_counts": torch.stack(mac.negative_counts),
     }
+
+
+def distinct_features(model: SentenceTransformer, rows: slice) -> list[dict[str, Any]]:
+    """Features of these rows of both `DISTINCT` columns, with what a teacher may have said of them."""
+    generator = torch.Generator().manual_seed(0)
+    features = []
+    for column in DISTINCT:
+        features.append(dict(model.preprocess(make_rows()[column][rows])))
+        size = model[0].model.config.text_config.hidden_size
+        said = torch.randn(ROWS, size, dtype=torch.float64, generator=generator)
+        features[-1]["teacher_state"] = said[rows]
+    return features
 
 
 def run(cases: Mapping[str, Mapping[str, Any]], model_dir: Path, folder: Path) -> list[dict[str, dict[str, Any]]]:

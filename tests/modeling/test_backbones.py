@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -147,6 +148,127 @@ def test_image_features_can_be_computed_once(pruned: Path, batches: list[dict[st
         expected = model(**arguments).embeddings
         given = {"image": model.get_image_features(arguments.pop("pixel_values"), arguments["image_grid_thw"])}
         assert torch.equal(model(**arguments, mm_encoder_outputs=given).embeddings, expected)
+
+
+# --- layers that are not the first
+
+# DeepStack needs the first three of the tiny Qwen3-VL, which gets two more for this.
+LISTS = {"qwen2_vl": [0, 3], "qwen2_5_vl": [1, 3], "qwen3_vl": [0, 1, 2, 4]}
+
+
+@pytest.fixture(scope="module")
+def deeper(family: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("deep") / "six", family, num_layers=6) if "3_" in family else source
+
+
+def put_together(family: str, source: Path, layers: list[int], ret_row: Tensor) -> Any:
+    """The stock model with these of its layers, and with the row of [RET] that pruning gives it."""
+    stock = FAMILIES[family][1].from_pretrained(source).eval().model
+    decoder = stock.language_model
+    decoder.layers = torch.nn.ModuleList(decoder.layers[layer] for layer in layers)
+    decoder.config.num_hidden_layers = len(layers)
+    with torch.no_grad():
+        decoder.embed_tokens.weight[-8:] = ret_row  # the padding rows, of which [RET] took the first
+    return stock
+
+
+def test_a_list_of_layers_is_the_stock_model_with_those_put_together(
+    family: str, deeper: Path, tmp_path: Path, batches: list[dict[str, Tensor]], images: list[Image.Image]
+) -> None:
+    layers = LISTS[family]
+    report = prune(deeper, tmp_path / "cut", keep_layers=layers)
+    assert report.kept_layers == layers
+    model = AutoModel.from_pretrained(tmp_path / "cut").eval()
+    assert (model.config.kept_layers, model.config.num_kept_layers) == (layers, len(layers))
+    stock = put_together(family, deeper, layers, model.get_input_embeddings().weight[model.config.ret_token_id].data)
+    for batch in batches:
+        with torch.inference_mode():
+            states = stock(
+                **batch, use_cache=False
+            ).last_hidden_state  # its layers have the numbers of their old places
+            expected = torch.nn.functional.normalize(at_ret(states, batch), dim=-1)
+            assert (model(**batch).embeddings - expected).abs().max() <= 1e-5
+    inputs: list[Any] = ["a red apple", images[0], {"image": images[1:], "text": "both", "instruction": "Find."}]
+    batch = AutoProcessor.from_pretrained(tmp_path / "cut").process_inputs(inputs)
+    with torch.inference_mode():
+        states = stock(**{name: batch[name] for name in NAMES}, use_cache=False).last_hidden_state
+    expected = torch.nn.functional.normalize(at_ret(states, batch), dim=-1).numpy()
+    for fast in (True, False):
+        sentences = SentenceTransformer(str(tmp_path / "cut"), trust_remote_code=True, device="cpu")
+        module: Any = sentences[0]
+        module.fast_path = module.fast_path if fast else None
+        np.testing.assert_allclose(sentences.encode(inputs), expected, rtol=0, atol=1e-5)
+    first = AutoModel.from_pretrained(deeper_first(deeper, tmp_path, len(layers))).eval()
+    assert (first(**batches[0]).embeddings - model(**batches[0]).embeddings).abs().max() > 0.05  # others, in truth
+
+
+def deeper_first(source: Path, folder: Path, kept: int) -> Path:
+    prune(source, folder / "first", num_kept_layers=kept)
+    return folder / "first"
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_a_list_loads_from_every_layout_and_by_every_way(
+    family: str, deeper: Path, tmp_path: Path, layout: str
+) -> None:
+    layers, model_class = LISTS[family], CLASSES[family][1]
+    folder = copy_checkpoint(deeper, tmp_path / "copy", layout=layout, num_shards=2, head=True)
+    original = read_weights(deeper)
+    config = CLASSES[family][0].from_pretrained(folder, keep_layers=layers)
+    ways = [{"keep_layers": layers}, {"keep_layers": ",".join(map(str, layers))}, {"config": copy.deepcopy(config)}]
+    for way in ways:
+        model, info = model_class.from_pretrained(folder, **way, output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"]
+        for name, tensor in model.state_dict().items():
+            old = layer_of(name)
+            assert torch.equal(
+                tensor, original[name.replace(f"layers.{old}.", f"layers.{layers[old]}.", 1) if old >= 0 else name]
+            )
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved")
+    assert again.config.kept_layers == layers
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert "_loaded_layers" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_lists_of_lists_are_layers_of_the_original(tmp_path: Path) -> None:
+    source = build_checkpoint(tmp_path / "source", "qwen2_vl", num_layers=6)
+    prune(source, tmp_path / "four", keep_layers="0-1,3,5")
+    report = prune(tmp_path / "four", tmp_path / "two", keep_layers=[0, 3])
+    prune(source, tmp_path / "direct", keep_layers=[0, 5])
+    two, direct = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "direct"))
+    assert set(two) == set(direct)
+    assert all(torch.equal(two[name], direct[name]) for name in two)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "direct")]
+    assert configs[0]["kept_layers"] == configs[1]["kept_layers"] == [0, 5]
+    assert (report.num_source_layers, report.kept_layers) == (4, [0, 3])
+    assert "decoder layers 0 and 3 of 4 (the original has 6), final norm\ndropped  decoder layers 1 to 2\n" in str(
+        report
+    )
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "cut to some of its decoder layers" in card
+    assert "- Kept: the vision tower, the token embedding, decoder layers 0 and 5, the final norm\n" in card
+    assert "- Dropped: decoder layers 1 to 4, the language-model head\n" in card
+    # AutoModel reads the configuration first, and hands it on.
+    loaded = AutoModel.from_pretrained(tmp_path / "four", keep_layers=[0, 3])
+    assert loaded.config.kept_layers == [0, 5]
+    assert all(torch.equal(loaded.state_dict()[name], direct[name]) for name in direct)
+
+
+def test_a_list_of_the_first_layers_is_their_number(source: Path, pruned: Path, tmp_path: Path) -> None:
+    prune(source, tmp_path / "pruned", keep_layers="0-1")
+    files = {path.name: path.read_bytes() for path in pruned.iterdir() if path.is_file()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir() if path.is_file()} == files
+    assert "kept_layers" not in json.loads(files["config.json"])
+
+
+@pytest.mark.parametrize("layers", [[0, 3], [1, 2], [0, 1, 3]])
+def test_what_deepstack_needs_stays(tmp_path: Path, layers: list[int]) -> None:
+    source = build_checkpoint(tmp_path / "source", "qwen3_vl")
+    message = r"lacks some of decoder layers 0 to 2; after these Qwen3-VL adds features .*\(DeepStack\)\. Keep these"
+    with pytest.raises(ValueError, match=message):
+        prune(source, tmp_path / "cut", keep_layers=layers)
+    assert not (tmp_path / "cut").exists()
 
 
 # --- loading

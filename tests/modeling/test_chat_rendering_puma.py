@@ -8,7 +8,9 @@ import pytest
 
 from puma_hf import PumaProcessor
 from puma_hf.modeling import chat_rendering_puma
-from puma_hf.modeling.chat_rendering_puma import VERBATIM_TEMPLATE, render
+from puma_hf.modeling.chat_rendering_puma import VERBATIM_TEMPLATES, render
+from puma_hf.modeling.reading_puma import READINGS
+from puma_hf.pruning import template_of
 
 Messages = list[dict[str, Any]]
 TEMPLATE = Path(chat_rendering_puma.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
@@ -75,4 +77,5 @@ def test_shapes_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_template_is_the_one_that_was_read() -> None:
-    assert hashlib.sha256(TEMPLATE.encode()).hexdigest() == VERBATIM_TEMPLATE
+    found = {hashlib.sha256(template_of(reading).encode()).hexdigest() for reading in READINGS.values()}
+    assert found == VERBATIM_TEMPLATES

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, Qwen2VLConfig
 
-from puma_hf import PumaConfig
-from puma_hf.modeling.configuration_puma import check_num_kept_layers
+from puma_hf import PumaConfig, PumaModel
+from puma_hf.modeling.configuration_puma import check_num_kept_layers, chosen_layers, named_layers
 
 NOT_AN_INTEGER = "num_kept_layers must be an integer, got {!r} .* Choose an integer from 1 to 4"
 OUT_OF_RANGE = "num_kept_layers={} is outside the decoder's 1 to 4 layers. Choose an integer from 1 to 4"
@@ -48,6 +49,69 @@ def test_without_an_argument_every_layer_stays(qwen_dir: Path) -> None:
 def test_layers_and_their_types_are_cut_together(qwen_dir: Path, kept: int) -> None:
     config = PumaConfig.from_pretrained(qwen_dir, num_kept_layers=kept)
     assert depths(config) == (kept, kept, kept, 4)
+
+
+def test_a_list_cuts_layers_and_their_types(tmp_path: Path) -> None:
+    text = {"num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    full: Any = PumaConfig(text_config=dict(text)).text_config
+    assert full.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 3
+    config = PumaConfig(text_config=dict(text), keep_layers="0,2,4-5")
+    cut: Any = config.text_config
+    assert depths(config) == (4, 4, 4, 6)
+    assert (config.kept_layers, config.layers_of_original) == ([0, 2, 4, 5], [0, 2, 4, 5])
+    assert cut.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert cut.max_window_layers == 2
+    config.save_pretrained(tmp_path)
+    again = PumaConfig.from_pretrained(tmp_path)
+    assert again.to_diff_dict() == config.to_diff_dict()
+    assert PumaConfig.from_pretrained(tmp_path, keep_layers=[1, 3]).kept_layers == [2, 5]
+    assert PumaConfig.from_pretrained(tmp_path, num_kept_layers=3).kept_layers == [0, 2, 4]
+    assert PumaConfig.from_pretrained(tmp_path, num_kept_layers=1).kept_layers is None
+    assert PumaConfig.from_pretrained(tmp_path, num_kept_layers=1).layers_of_original == [0]
+
+
+BAD_LISTS = {
+    "empty": ([], "but it is empty"),
+    "empty text": (" ", "but it is empty"),
+    "unsorted": ([0, 2, 1], "but 1 is out of range or out of order"),
+    "falling": ("3-1", "but '3-1' is out of range or out of order"),
+    "doubled": ([0, 1, 1], "but 1 is out of range or out of order"),
+    "overlapping": ("0-2,2-3", "but 2 is out of range or out of order"),
+    "too deep": ("0-4", "but 4 is out of range or out of order"),
+    "negative": ([-1, 2], "but -1 is out of range"),
+    "words": ("first", "but 'first' is out of range"),
+    "hole": ("0,,3", "but '' is out of range"),
+    "float": ([0.0, 1], "but 0.0 is out of range"),
+    "bool": ([True, 2], "but True is out of range"),
+    "number": (3.5, "but 3.5 is out of range"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_a_bad_list_is_refused(qwen_dir: Path, name: str) -> None:
+    layers, reason = BAD_LISTS[name]
+    message = re.escape(f"keep_layers={layers!r} must be rising numbers from 0 to 3, each once, {reason}")
+    for load in (PumaConfig.from_pretrained, PumaModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(qwen_dir, keep_layers=layers)
+
+
+def test_what_is_left_is_not_what_is_cut(qwen_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_kept_layers=2 and keep_layers=\[0, 3\] both say which layers"):
+        PumaConfig.from_pretrained(qwen_dir, num_kept_layers=2, keep_layers=[0, 3])
+    text = PumaConfig.from_pretrained(qwen_dir).text_config.to_dict()
+    with pytest.raises(ValueError, match=r"kept_layers=\[0, 3\] names 2 layers, .* has 4.*pass keep_layers"):
+        PumaConfig(text_config=text, kept_layers=[0, 3])
+    for load in (PumaConfig.from_pretrained, PumaModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"kept_layers tells which layers are left .* pass keep_layers"):
+            load(qwen_dir, kept_layers=[0, 3])
+
+
+def test_layers_in_words() -> None:
+    assert named_layers([4]) == "decoder layer 4"
+    assert named_layers([0, 1]) == "decoder layers 0 to 1"
+    assert named_layers([0, 2, 3, 9]) == "decoder layers 0, 2 to 3 and 9"
+    assert chosen_layers(None, " 0-1, 3", 4) == [0, 1, 3]
 
 
 def test_the_constructor_cuts_like_from_pretrained(qwen_dir: Path) -> None:

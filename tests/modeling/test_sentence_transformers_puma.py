@@ -46,6 +46,7 @@ COMPLETE = {
     "packing_puma.py",
     "processing_puma.py",
     "processor_config.json",
+    "reading_puma.py",
     "sentence_bert_config.json",
     "sentence_transformers_files_puma.py",
     "sentence_transformers_puma.py",

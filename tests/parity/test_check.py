@@ -54,6 +54,15 @@ def forms(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> _Forms:
     return forms
 
 
+@pytest.mark.parametrize("reading", ["puma", "puma-released"])
+def test_other_layers_and_another_reading(qwen_dir: Path, tmp_path: Path, reading: str) -> None:
+    prune(qwen_dir, tmp_path / "puma", keep_layers="0,3", reading=reading)
+    report = check(tmp_path / "puma")
+    assert report.ok, str(report)
+    # Stock classes do not have the positions of the second.
+    assert [row.form for row in report.rows] == (FORMS if reading == "puma" else FORMS[:8])
+
+
 def differing(report: Any) -> list[str]:
     return [row.form for row in report.rows if not row.ok]
 

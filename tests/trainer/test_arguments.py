@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
+from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.trainer import arguments
 from puma_hf.trainer.arguments import training_arguments
 from puma_hf.trainer.config import TrainConfig
+from tests.trainer.conftest import MakeStudent
 
 
 def config(**values: Any) -> TrainConfig:
@@ -19,6 +22,25 @@ def test_values_of_a_file_become_those_of_the_trainer() -> None:
     assert (made.weight_decay, str(made.optim.value), made.data_seed) == (0.01, "sgd", None)
     assert made.save_strategy == "steps"
     assert training_arguments(config(save_steps=0)).save_strategy == "no"
+
+
+def test_the_optimiser_is_the_one_that_was_asked_for(make_student: MakeStudent) -> None:
+    """As released: the adapter of layer 0 at half the rate, and AdamW's numbers."""
+    model = make_student()
+    values = {"first_layer_learning_rate": 1e-4, "adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-7}
+    made = training_arguments(config(learning_rate=2e-4, **values, training_arguments={"use_cpu": True}))
+    rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    trainer = PumaTrainer(model=model, args=made, train_dataset=rows, loss=MultimodalMACLoss(model))
+    optimizer = trainer.create_optimizer()
+    rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    slower = {name for name, weight in trained.items() if rates[id(weight)] == 1e-4}
+    assert slower == {name for name in trained if "language_model.layers.0." in name}
+    assert {name.split(".layers.")[1].split(".lora_")[1][0] for name in slower} == {"A", "B"}
+    assert {rates[id(trained[name])] for name in trained.keys() - slower} == {2e-4}
+    assert any("token_adapter" in name for name in trained.keys() - slower)
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.98), 1e-7)}
+    assert not training_arguments(config()).learning_rate_mapping
 
 
 @pytest.mark.parametrize(

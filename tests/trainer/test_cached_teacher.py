@@ -6,7 +6,6 @@ import os
 import signal
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from puma_hf.losses import multimodal_mac
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.teacher_cache import MANIFEST, TeacherCache
+from tests.forks import exit_signal, in_a_fork
 from tests.tiny import build_qwen2_vl
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
@@ -186,14 +186,7 @@ def same(first: dict[str, dict[str, Tensor]], second: dict[str, dict[str, Tensor
 
 def killed_while(run: Callable[[], Any]) -> None:
     """Run in a process of its own, which is to end by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        with suppress(BaseException):
-            run()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert exit_signal(in_a_fork(run)) == signal.SIGKILL
 
 
 @pytest.mark.usefixtures("small_shards")

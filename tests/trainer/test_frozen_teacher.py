@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from puma_hf import PumaModel, prune
 from puma_hf.checkpoint import StoredWeights
 from puma_hf.trainer import FrozenTeacher
+from puma_hf.trainer.full_model import StoredModel
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.teacher import frozen_teacher, one_pass_teacher
+from puma_hf.trainer.teacher import frozen_teacher
 from puma_hf.trainer.teacher_base import share_image_features
+from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
 from tests.tiny import build_qwen2_vl, canonical_name, copy_checkpoint
 from tests.trainer.conftest import MakeStudent
 
@@ -70,6 +72,62 @@ def test_states_are_the_full_models(
     assert not states.requires_grad
     student = model(dict(features))["pooler_output"]
     assert (student - states).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layers", [[0, 3], [1, 2]])
+def test_a_student_of_a_list_of_layers(
+    qwen_dir: Path,
+    full_dir: Path,
+    full_model: PumaModel,
+    make_student: MakeStudent,
+    tmp_path: Path,
+    images: list[Image.Image],
+    layers: list[int],
+) -> None:
+    prune(qwen_dir, tmp_path / "cut", keep_layers=layers)
+    model = make_student(tmp_path / "cut", disturbed=True)
+    features = model[0].preprocess(inputs_of("mixed", images))
+    expected = full_states(full_model, features)
+    for source in (qwen_dir, full_dir):
+        teacher = FrozenTeacher.from_pretrained(source, puma_model(model))
+        assert len(teacher.dropped_layers) == 2
+        assert torch.equal(teacher.states(features), expected)
+    loaded = frozen_teacher(full_model, puma_model(model))
+    assert torch.equal(loaded.states(features), expected)  # type: ignore[attr-defined]
+    # Whatever the student keeps, the teacher is the same model.
+    of_first = FrozenTeacher.from_pretrained(qwen_dir, puma_model(make_student()))
+    assert teacher.fingerprint() == of_first.fingerprint()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    before = model(dict(features))["pooler_output"].detach()
+    for _ in range(3):
+        loss = (model(dict(features))["pooler_output"] - teacher.states(features)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(teacher.states(features), expected)  # no drift
+    assert (model(dict(features))["pooler_output"] - before).abs().max() > 0.1
+    with pytest.raises(ValueError, match="it is the student itself"):
+        frozen_teacher(tmp_path / "cut", puma_model(model))
+
+
+def test_the_teacher_counts_positions_as_the_student_does(
+    qwen_dir: Path, full_model: PumaModel, make_student: MakeStudent, tmp_path: Path, images: list[Image.Image]
+) -> None:
+    prune(qwen_dir, tmp_path / "cut", num_kept_layers=2, reading="puma-released")
+    prune(qwen_dir, tmp_path / "full", num_kept_layers=4, reading="puma-released")
+    model = make_student(tmp_path / "cut")
+    features = model[0].preprocess(inputs_of("mixed", images))
+    whole = PumaModel.from_pretrained(tmp_path / "full").eval()
+    expected = full_states(whole, features)
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+    assert torch.equal(teacher.states(features), expected)
+    loaded = StoredModel(qwen_dir, puma_model(model)).load().eval()
+    assert torch.equal(full_states(loaded, features), expected)
+    assert (full_states(full_model, features) - expected).abs().max() > 1e-3  # which has M-RoPE
+    # States that were stored for the one are not the other's.
+    usual = puma_model(make_student())
+    assert FrozenTeacher.from_pretrained(qwen_dir, usual).fingerprint() != teacher.fingerprint()
+    assert checkpoint_sha256(qwen_dir, usual) != checkpoint_sha256(qwen_dir, puma_model(model))
 
 
 def test_teacher_may_be_a_full_puma_directory(full_dir: Path, full_model: PumaModel, make_student: MakeStudent) -> None:
@@ -278,7 +336,6 @@ def test_the_checkpoint_is_never_held_whole(
     monkeypatch.setattr(StoredWeights, "__getitem__", watch)
     monkeypatch.setattr(PumaModel, "from_pretrained", refuse)
     teachers: list[Any] = [make(source, puma_model(model)) for make in (FrozenTeacher.from_pretrained, frozen_teacher)]
-    teachers.append(one_pass_teacher(source, model))
     for teacher in teachers:
         found = dict(teacher.dropped_layers.named_parameters())
         expected = dict(full_model.language_model.layers[2:].named_parameters())

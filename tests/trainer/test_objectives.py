@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from torch import Tensor
 
+from puma_hf import PumaDistillationTrainer, PumaModel, PumaTrainer
 from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
 from puma_hf.losses.joint import JointDistillationLoss
 from puma_hf.losses.multimodal_mac import MultimodalMACLoss
+from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.config import TrainConfig
 from puma_hf.trainer.objectives import training_loss
+from tests import released
+from tests.trainer.conftest import MakeArguments, MakeStudent
 
 
 def config(**values: Any) -> TrainConfig:
@@ -41,11 +50,12 @@ def test_the_loss_is_of_the_kind_that_was_asked_for(
 
 def test_settings_reach_the_loss(sentence_transformer: SentenceTransformer) -> None:
     values = {"temperature": 0.1, "hard_temperature": 0.07, "schedule": "linear", "grouping": "query"}
+    values |= {"schedule_end": 0.7}
     values |= {"loss": "mac-split", "split_weight": 0.3, "false_negative_margin": 0.2, "mini_batch_num_tokens": 64}
     settings = training_loss(sentence_transformer, config(**values)).get_config_dict()  # type: ignore[operator]
     assert settings["temperature"] == 0.1
     assert settings["hard_temperature"] == 0.07
-    assert settings["schedule"] == "linear"
+    assert (settings["schedule"], settings["schedule_end"]) == ("linear", 0.7)
     assert settings["grouping"] == "query"
     assert settings["objective"] == "split"
     assert settings["split_weight"] == 0.3
@@ -97,3 +107,78 @@ def test_sizes_beyond_the_embedding(sentence_transformer: SentenceTransformer) -
     assert type(joint.loss) is JointDistillationLoss
     with pytest.raises(ValueError, match=r"matryoshka_dims=\[64\] must not exceed the embedding's 32 dimensions"):
         training_loss(sentence_transformer, config(matryoshka_dims=[64]))
+
+
+class Compared:
+    """Part of a trainer: compares the loss and the gradients of each step with what `expected` computes."""
+
+    compared = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        columns = self.collect_features(inputs)[0]  # type: ignore[attr-defined]
+        expected = self.expected(columns, self.state.global_step / self.state.max_steps)  # type: ignore[attr-defined]
+        weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}  # type: ignore[attr-defined]
+        gradients = torch.autograd.grad(expected, list(weights.values()))
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-9)
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=1e-9, msg=f"{name}, step {self.compared}")
+        assert max(gradient.abs().max() for gradient in gradients) > 0.1
+        self.compared += 1
+        return loss
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_stage_1_is_the_released_loss(
+    full_dir: Path, qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, growing: bool
+) -> None:
+    """Four steps of a run in float64, teacher and student; the teacher is compared with the full model."""
+    model = make_student(disturbed=True).append(released.InFloat64()).double()
+    full = PumaModel.from_pretrained(full_dir, dtype=torch.float64).eval()
+    recipe = released.STAGE_1_GROWING if growing else released.STAGE_1
+
+    class Trainer(Compared, PumaDistillationTrainer):
+        def expected(self, columns: list[dict[str, Any]], share: float) -> Tensor:
+            with torch.no_grad():
+                texts = [{name: column[name] for name in ("input_ids", "attention_mask")} for column in columns]
+                teachers = [full(**text).pooler_output for text in texts]
+            students = [model(dict(column))["pooler_output"] for column in columns]
+            return released.stage_1(students, teachers, share if growing else None)
+
+    words = ["red", "green", "blue", "an apple", "a pear", "a cat", "a table", "one"]
+    trainer = Trainer(
+        model=model,
+        args=make_arguments(learning_rate=1e-3),
+        train_dataset=Dataset.from_dict({"anchor": words, "positive": [f"{word}, two" for word in words]}),
+        loss=training_loss(model, config(**recipe)),
+        teacher=qwen_dir,
+    )
+    assert type(trainer.teacher) is FrozenTeacher
+    trainer.train()
+    assert trainer.compared == 4
+
+
+def test_stage_2_is_the_released_loss(
+    make_student: MakeStudent, make_arguments: MakeArguments, images: list[Image.Image], tmp_path: Path
+) -> None:
+    """At the defaults, with right answers of three modalities."""
+    model = make_student(disturbed=True).append(released.InFloat64()).double()
+
+    class Trainer(Compared, PumaTrainer):
+        def expected(self, columns: list[dict[str, Any]], share: float) -> Tensor:
+            modalities = columns[1]["modality_ids"].tolist()
+            students = [model(dict(column))["pooler_output"] for column in columns]
+            return released.stage_2(students, modalities, share, decay=math.log(0.03 / 0.018))
+
+    for number, image in enumerate(images[:2]):
+        image.save(tmp_path / f"{number}.png")
+    pictures = [None, str(tmp_path / "0.png"), None, str(tmp_path / "1.png")]
+    answers = [{"text": text, "image": path} for text, path in zip(["a", "b", "c", None], pictures, strict=True)]
+    trainer = Trainer(
+        model=model,
+        args=make_arguments(learning_rate=1e-3),
+        train_dataset=Dataset.from_dict({"anchor": ["red", "green", "blue", "one"], "positive": answers}),
+        loss=training_loss(model, config()),
+    )
+    trainer.train()
+    assert trainer.compared == 4

@@ -35,7 +35,7 @@ def pairs() -> Dataset:
 
 def test_schedule_is_added_and_logged(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
     model = make_student()
-    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.04, schedule="linear")
+    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.04, schedule="linear", schedule_end=1.0)
     trainer = PumaTrainer(model=model, args=make_arguments(max_steps=4), train_dataset=pairs, loss=loss)
     callbacks = trainer.callback_handler.callbacks
     assert sum(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks) == 1

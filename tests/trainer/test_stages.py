@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.export import export
+from puma_hf.hub.card import render_card
 from puma_hf.hub.card_results import find_results
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
@@ -32,7 +34,9 @@ from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.trainer.lora import BASE_FILE, puma_model
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.stages import distill, merge, train
+from tests import released
 from tests.data.mbeir_builder import build_mbeir, change_record, qid, query_path
+from tests.tiny import build_qwen2_vl
 
 QUICK: dict[str, Any] = {"batch_size": 4, "max_steps": 3, "logging_steps": 1, "lora_r": 2}
 
@@ -88,7 +92,8 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
     merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
     np.testing.assert_allclose(merged.encode(["a red apple"]), trained, atol=1e-5, rtol=0)
 
-    settings = {"hard_temperature": 0.02, "schedule": "linear", "num_negatives": 1, "save_steps": 3}
+    settings = {"temperature": 0.05, "hard_temperature": 0.02, "schedule": "linear", "schedule_end": 1.0}
+    settings |= {"num_negatives": 1, "save_steps": 3}
     saved = train(train_config(model=tmp_path / "merged", output=tmp_path / "second", lora_alpha=3, **settings))
     assert logged(saved / "checkpoint-3", "hard_temperature") == pytest.approx([0.05, 0.04, 0.03])
     assert not any("token_adapter" in name for name in adapter_tensors(saved))
@@ -109,7 +114,8 @@ def test_a_published_recipe_can_be_tried_on_any_machine(
     stage: Any, puma_dir: Path, qwen_dir: Path, mbeir_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its bfloat16 is that of the GPU, and where there is none, of the CPU."""
-    recipe = Path(__file__).parents[2] / "configs" / f"qwen2_vl_2b_{stage.__name__}.yaml"
+    name = "stage1_ours" if stage is distill else "stage2"
+    recipe = Path(__file__).parents[2] / "configs" / f"qwen2_vl_2b_{name}.yaml"
     paths = {"model": puma_dir, "output": tmp_path / "out", "data": mbeir_root}
     paths |= {"teacher": qwen_dir} if stage is distill else {"split": "train"}
     few = {"batch_size": 4, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0}
@@ -178,11 +184,11 @@ def test_limits_that_the_model_cannot_have(train_config: MakeConfig, tmp_path: P
 
 
 def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
-    saved = train(train_config(loss="infonce", save_steps=3))
+    saved = train(train_config(loss="infonce", temperature=0.05, save_steps=3))
     temperatures = [logged(saved / "checkpoint-3", name) for name in ("temperature", "hard_temperature")]
     assert temperatures == [[0.05] * len(temperatures[0])] * 2
     # MAC-Loss at equal temperatures is the same loss.
-    mac = train(train_config(output=tmp_path / "mac", hard_temperature=0.05, save_steps=3))
+    mac = train(train_config(output=tmp_path / "mac", temperature=0.05, hard_temperature=0.05, save_steps=3))
     assert logged(mac / "checkpoint-3", "loss") == pytest.approx(logged(saved / "checkpoint-3", "loss"), abs=1e-4)
 
 
@@ -394,17 +400,60 @@ def test_teacher_that_is_not_here(distill_config: MakeConfig) -> None:
         distill(distill_config(teacher=None))
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "cached"])
-def test_teachers(distill_config: MakeConfig, tmp_path: Path, mode: str) -> None:
-    saved = distill(distill_config(teacher_mode=mode, save_steps=3))
+def test_a_cached_teacher(distill_config: MakeConfig) -> None:
+    saved = distill(distill_config(teacher_mode="cached", save_steps=3))
     assert all(loss > 0 for loss in logged(saved / "checkpoint-3", "loss"))
-    assert (saved / "teacher_cache").is_dir() == (mode == "cached")
+    assert (saved / "teacher_cache").is_dir()
 
 
-def test_labels_and_teacher_in_one_pass(train_config: MakeConfig, qwen_dir: Path) -> None:
+def test_labels_and_teacher_in_one_forward_pass(train_config: MakeConfig, qwen_dir: Path) -> None:
     saved = train(train_config(distillation_weight=0.5, teacher=qwen_dir, save_steps=3))
     for term in ("distillation", "contrastive", "loss"):
         assert len(logged(saved / "checkpoint-3", term)) == 3, term
+
+
+@pytest.fixture
+def nli(tmp_path: Path) -> Path:
+    """Pairs as the released first stage reads them."""
+    table = tmp_path / "nli.csv"
+    table.write_text("sent0,sent1,hard_neg\n" + "".join(f"a{n},b{n},c{n}\n" for n in range(8)))
+    return table
+
+
+def test_the_released_first_stage(
+    train_config: MakeConfig, nli: Path, qwen_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From pairs to a merged model whose card tells of it; one copy serves student and teacher."""
+    optimiser = {"first_layer_learning_rate": 1e-3, "adam_beta2": 0.98, "adam_epsilon": 1e-7}
+    recipe = {**released.STAGE_1_GROWING, **optimiser, "data": nli, "teacher": qwen_dir}
+    saved = train(train_config(**recipe, save_steps=3, learning_rate=2e-3))
+    assert "is held whole" not in caplog.text
+    assert "not used" not in caplog.text
+    assert (
+        len(logged(saved / "checkpoint-3", "contrastive")) == len(logged(saved / "checkpoint-3", "distillation")) == 3
+    )
+    assert load_config(TrainConfig, saved / "train.yaml").contrastive_weight_start == 0.5
+    merge(MergeConfig(adapter=saved, output=tmp_path / "merged"))
+    card = render_card(tmp_path / "merged")
+    told = "Trained with the loss `infonce` and distillation of weight 0.01, metric `mse-mean`, on `nli.csv`"
+    assert (
+        f"{told}, split train: contrastive_weight 0.9, contrastive_weight_start 0.5, distillation_weight_start" in card
+    )
+    assert "temperature 0.05, num_negatives" in card
+    assert "hard_temperature" not in card
+
+
+def test_a_teacher_that_is_not_the_students_source(
+    train_config: MakeConfig, nli: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = {**released.STAGE_1, "data": nli}
+    with pytest.raises(ValueError, match=r"local folder named 'tiny-qwen2-vl', which is not here\. Pass teacher="):
+        train(train_config(**recipe))
+    other = build_qwen2_vl(tmp_path / "other", seed=1)
+    train(train_config(**recipe, teacher=other, max_steps=1))
+    assert re.search(
+        r"other', is held whole beside the student .* its weights are not the student's in \d+", caplog.text
+    )
 
 
 @pytest.mark.parametrize(("stage", "what"), [("distill", "a teacher calls"), ("train", "gradient caching .* calls")])
@@ -428,13 +477,11 @@ def test_too_few_rows_are_refused_before_a_teacher_is_asked(
     assert stale.is_dir()
 
 
-def test_more_than_the_pairs_have(train_config: MakeConfig, tmp_path: Path) -> None:
-    table = tmp_path / "nli.csv"
-    table.write_text("sent0,sent1,hard_neg\n" + "".join(f"a{n},b{n},c{n}\n" for n in range(8)))
-    saved = train(train_config(data=table, num_negatives=1, save_steps=3))
+def test_more_than_the_pairs_have(train_config: MakeConfig, nli: Path, tmp_path: Path) -> None:
+    saved = train(train_config(data=nli, num_negatives=1, save_steps=3))
     assert len(logged(saved / "checkpoint-3", "loss")) == 3
     with pytest.raises(ValueError, match=r"num_negatives=2 must be 0 to 1: .*nli\.csv has 1 a pair"):
-        train(train_config(data=table, num_negatives=2, output=tmp_path / "other"))
+        train(train_config(data=nli, num_negatives=2, output=tmp_path / "other"))
 
 
 @pytest.fixture

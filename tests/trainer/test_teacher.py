@@ -25,13 +25,12 @@ from puma_hf import (
 from puma_hf.trainer import FrozenTeacher, merge_adapter
 from puma_hf.trainer.cached_teacher import CachedTeacher
 from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.one_pass_teacher import OnePassTeacher
 from puma_hf.trainer.teacher_fingerprint import base_tensors
 from puma_hf.trainer.whole_teacher import WholeTeacher
 from tests.tiny import build_qwen2_vl
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
-MODES = ("frozen", "one_pass", "cached")
+MODES = ("frozen", "cached")
 
 
 @pytest.fixture
@@ -56,9 +55,7 @@ def other_dir(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind"), list(zip(MODES, (FrozenTeacher, OnePassTeacher, CachedTeacher), strict=True))
-)
+@pytest.mark.parametrize(("mode", "kind"), list(zip(MODES, (FrozenTeacher, CachedTeacher), strict=True)))
 def test_the_mode_decides(make_trainer: Any, mode: str, kind: type) -> None:
     assert type(make_trainer(mode).teacher) is kind
 
@@ -72,7 +69,6 @@ def test_the_pruned_model_as_an_object_shares_its_weights(full_dir: Path, make_t
     assert type(trainer.teacher) is FrozenTeacher
     layers = (puma_model(full) if wrapped else full).language_model.layers
     assert list(trainer.teacher.dropped_layers) == list(layers[2:])
-    assert type(make_trainer("one_pass", teacher=full).teacher) is OnePassTeacher
 
 
 @pytest.mark.parametrize("difference", ["weights", "attention", "depth", "dtype"])
@@ -221,28 +217,27 @@ def test_a_teacher_is_taken_as_it_is(qwen_dir: Path, make_trainer: Any, make_stu
     model = make_student()
     teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
     assert make_trainer(model=model, teacher=teacher).teacher is teacher
-    one_pass = make_trainer("one_pass", model=model, teacher=teacher).teacher
-    assert one_pass.dropped_layers is teacher.dropped_layers
-    assert make_trainer("one_pass", model=model, teacher=one_pass).teacher is one_pass
-    assert type(make_trainer("cached", model=model, teacher=teacher).teacher) is CachedTeacher
+    cached = make_trainer("cached", model=model, teacher=teacher).teacher
+    assert type(cached) is CachedTeacher
+    assert make_trainer(model=model, teacher=cached).teacher is cached
 
 
 # --- what is refused
 
 
 def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent) -> None:
-    with pytest.raises(
-        ValueError, match=r"teacher_mode is 'ema', but it must be one of \('frozen', 'one_pass', 'cached'\)"
-    ):
+    with pytest.raises(ValueError, match=r"teacher_mode='ema' must be one of 'frozen', 'cached'"):
         make_trainer("ema")
+    with pytest.raises(ValueError, match=r"'one_pass' is gone, as that teacher moved .* Take 'frozen', the full model"):
+        make_trainer("one_pass")
     with pytest.raises(ValueError, match=r"teacher_cache='here' is where .* but teacher_mode is 'frozen'\. Choose"):
         make_trainer(teacher_cache="here")
     with pytest.raises(ValueError, match=r"teacher is a int, but it must be a path, a Hub id, a PumaModel.*or nothing"):
         make_trainer(teacher=3)
     model = make_student()
-    one_pass = make_trainer("one_pass", model=model).teacher
-    with pytest.raises(ValueError, match=r"a OnePassTeacher answers only during it\. Pass the checkpoint"):
-        make_trainer("cached", model=model, teacher=one_pass)
+    cached = make_trainer("cached", model=model).teacher
+    with pytest.raises(ValueError, match=r"a CachedTeacher is no RunningTeacher, .* Pass the checkpoint"):
+        make_trainer("cached", model=model, teacher=cached)
     with pytest.raises(ValueError, match="The teacher is the student itself"):
         make_trainer(model=model, teacher=model)
 

@@ -1,0 +1,460 @@
+"""Every check that waits for a GPU, in one command of at most 25 minutes: what puma-hf does there was written on a CPU.
+
+    .venv/bin/python benchmarks/gpu.py                    # all of it; run it again to go on where it ended
+    .venv/bin/python benchmarks/gpu.py --minutes 9        # only as much as fits, the rest another time
+    .venv/bin/python benchmarks/gpu.py --only attention fast_path --again
+    .venv/bin/python benchmarks/gpu.py --list
+
+Weights are random; no download is made. Each check runs in a process of its own, so that one that crashes or runs out
+of memory ends alone, and what is done stands in `docs/gpu.json`, which the page "What was verified" shows. A result of
+another commit, device or torch is not counted as done. Without a CUDA GPU the checks are listed and the command ends.
+`--rehearse` runs them at tiny shapes on the CPU instead, to see that this program works; it writes no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "gpu.json"
+CONFIGS = ROOT / "configs"
+BACKBONE = ROOT / "demo" / "backbone"
+LEFT_OUT, KEPT = "left out", 12
+GIB = 2**30
+Figures = dict[str, Any]
+
+
+class LeftOut(Exception):
+    """A check that cannot be made here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Args:
+        says: What holds if it succeeds.
+        minutes: What it takes at most; one that takes longer is ended.
+        run: Makes it on a device; returns its figures, raises `AssertionError` if it does not hold.
+    """
+
+    says: str
+    minutes: float
+    run: Callable[[str], Figures]
+
+
+def holds(claim: bool, message: str) -> None:
+    """Raise AssertionError with the message if the claim is false; `python -O` does not remove it."""
+    if not claim:
+        raise AssertionError(message)
+
+
+# --- the fast path
+
+
+def attention(device: str) -> Figures:
+    """Blocks with and without shared prefixes, causal and not, against float32 attention of each sequence alone."""
+    from puma_hf.modeling import attention_puma
+    from puma_hf.modeling.attention_puma import Block, attend, blocks_of_lengths, sequences_of
+
+    # Two prefixes of 30 and 50 tokens; three sequences with the first, one with the second, then one without.
+    prefixes = blocks_of_lengths([30, 50])
+    first = (Block(2, 40, 40, 80, 80, 0, 30), Block(1, 1, 1, 160, 160, 0, 30))
+    shared = (*prefixes, *first, Block(1, 7, 7, 161, 161, 30, 50))
+    layouts = {"alone": blocks_of_lengths([1, 700, 33, 33, 5]), "shared prefix": shared}
+    worst: dict[str, float] = {}
+    for name, blocks in layouts.items():
+        sequences = sequences_of(blocks)
+        total = sum(block.count * block.num_queries for block in blocks)
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(total, heads, 128, generator=generator) for heads in (28, 4, 4))
+        for causal in (True, False):
+            exact = attend(query, key, value, sequences, scale=128**-0.5, causal=causal)  # float32, on the CPU
+            halves = (part.to(device, torch.bfloat16) for part in (query, key, value))
+            fast = attend(*halves, sequences.to(device), scale=128**-0.5, causal=causal)
+            worst[f"{name}{', causal' if causal else ''}"] = (fast.float().cpu() - exact).abs().max().item()
+    holds(max(worst.values()) < 0.03, f"largest differences {worst}, bfloat16 explains 0.03")
+    uses_kernel = device == "cuda" and attention_puma._has_varlen(torch.device(device), 128)
+    if device == "cuda" and not uses_kernel:
+        raise LeftOut(f"torch {torch.__version__} has no varlen_attn with scale and window; blocks: {worst}")
+    return {"largest difference": max(worst.values()), "varlen kernel": uses_kernel}
+
+
+def fast_path(device: str) -> Figures:
+    """The vectors of `encode` with the fast path and without, in both precisions, of texts, images and both."""
+    figures: Figures = {}
+    on_gpu = device == "cuda"
+    shapes = [("small", torch.float32), ("2b", torch.bfloat16)] if on_gpu else [("tiny", torch.float32)]
+    for shape, dtype in shapes:
+        figures |= _fast_against_plain(shape, dtype, device, "sdpa")
+    return figures
+
+
+def flash_attention(device: str) -> Figures:
+    """The plain path with flash-attn against the plain path with SDPA."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise LeftOut("flash-attn is not installed: pip install 'puma-hf[flash-attn]'")
+    return _fast_against_plain("2b", torch.bfloat16, device, "flash_attention_2")
+
+
+def _fast_against_plain(shape: str, dtype: torch.dtype, device: str, implementation: str) -> Figures:
+    from embed_contestants import fast_path as with_fast_path
+    from embed_models import Models
+    from embed_workloads import workloads
+
+    from puma_hf.modeling.fast_path_puma import FastPath
+
+    models = Models(shape, device=device, dtype=dtype, max_visual_tokens=256, seed=0)
+    model = models.at(models.num_layers // 2)
+    module: Any = model[0]
+    chosen = workloads(module.processor.tokenizer, device="cpu", scale=0.25, seed=0)
+    lowest = 1.0
+    for workload in chosen.values():
+        vectors = []
+        for setting in (FastPath(), None):
+            # Only the plain path asks transformers for an attention of this name.
+            module.model.set_attn_implementation("sdpa" if setting else implementation)
+            with with_fast_path(model, setting):
+                vectors.append(model.encode(workload.inputs, prompt=workload.prompt, convert_to_tensor=True).double())
+        lowest = min(lowest, (vectors[0] * vectors[1]).sum(dim=1).min().item())
+    bound = 1 - 1e-5 if dtype == torch.float32 else 0.999
+    holds(lowest >= bound, f"{shape}, {dtype}: lowest cosine {lowest:.6f} of fast and plain, at least {bound} expected")
+    return {f"1 - cosine, {shape}, {str(dtype).removeprefix('torch.')}": 1 - lowest}
+
+
+def tests(device: str) -> Figures:
+    """The tests that are skipped without a GPU: `embed` with and without worker processes, pinned copies."""
+    if device == "cpu":
+        raise LeftOut("they are skipped on a CPU")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    holds(done.returncode == 0, done.stdout[-2000:])
+    return {"pytest": done.stdout.strip().splitlines()[-1]}
+
+
+def throughput(shape: str) -> Callable[[str], Figures]:
+    """Inputs a second by depth, and beside plain sentence-transformers, from `embed.py`."""
+
+    def run(device: str) -> Figures:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "embed.json"
+            # "half" is captions and images as they come.
+            options = ["--device", device, "--json", str(output), "--repeats", "3", "--workloads", "captions", "images"]
+            options += ["--model", shape, "--num-kept-layers", str(KEPT), "--depths", "8", "12", "14"]
+            if device == "cpu":
+                options = ["--json", str(output), "--repeats", "1", "--scale", "0.05", "--workloads", "captions"]
+                options += ["--model", "tiny", "--depths", "2"]
+            _benchmark("embed.py", *options)
+            measured = json.loads(output.read_text())
+        rates = {f"{r['contestant']}, {r['workload']}": r["num_inputs"] / r["median"] for r in measured["results"]}
+        for name, row in measured["depths"].items():
+            rates |= {f"{one['contestant']}, {name}": one["num_inputs"] / one["median"] for one in row}
+        return {f"{name}, inputs/s": round(rate, 1) for name, rate in rates.items()}
+
+    return run
+
+
+def waits(device: str) -> Figures:
+    """Where the host waits for the device within a pass: not between the layers of the fast path."""
+    options = ["--device", "cuda", "--model", "2b"] if device == "cuda" else ["--model", "tiny", "--scale", "0.1"]
+    lines = _benchmark("embed.py", *options, "--profile").splitlines()
+    rows = [_cells(line) for line in lines if "fast path" in line]
+    between = {row[0]: int(row[4]) for row in rows}
+    holds(device == "cpu" or not any(between.values()), f"waits between products: {between}")
+    return {"waits between products": sum(between.values())}
+
+
+# --- training
+
+
+def teachers(device: str) -> Figures:
+    """A step of distillation with each teacher, beside two models held side by side."""
+    lines = _benchmark("teachers.py", *(["--full-size", "--num-kept-layers", str(KEPT)] if device == "cuda" else []))
+    rows = [_cells(line) for line in lines.splitlines() if line.startswith("|")]
+    return {row[0]: f"{row[1]} s, {row[3]} GiB" for row in rows[2:]}
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _benchmark(name: str, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    holds(done.returncode == 0, f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def stage(number: int) -> Callable[[str], Figures]:
+    """Some steps of a released stage at 7B shapes, k = 12: batch and precision of its recipe, random weights."""
+
+    def run(device: str) -> Figures:
+        shape, kept = ("7b", KEPT) if device == "cuda" else ("tiny", 2)
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            source = _random_checkpoint(shape, work / "source", device)
+            _command("prune", source, work / "pruned", num_kept_layers=kept, reading="puma-released")
+            data = _pairs(work, number, rows=256 if device == "cuda" else 8)
+            options: dict[str, Any] = {"teacher": source} if number == 1 else {}
+            if device == "cpu":
+                options |= {"batch_size": 4, "bf16": False, "dataloader_num_workers": 0}
+            recipe = CONFIGS / f"qwen2_vl_7b_stage{number}.yaml"
+            options |= {"max_steps": 3, "save_steps": 0, "logging_steps": 1}
+            seconds = _timed_steps()
+            _command("train", config=recipe, model=work / "pruned", output=work / "lora", data=data, **options)
+        figures: Figures = {"seconds a step": round(min(seconds), 3)}
+        if device == "cuda":
+            figures["peak GiB"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
+        return figures
+
+    return run
+
+
+def fsdp(device: str) -> Figures:
+    """Two steps of stage 2 under FSDP2, on as many GPUs as there are."""
+    number = max(1, torch.cuda.device_count())
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "accelerate_fsdp2.yaml"),
+    ]
+    launch += ["--num_processes", str(number), "--main_process_port", "0"]
+    if device == "cpu":
+        raise LeftOut("tests/trainer has it on two CPU processes")
+    return _small_training(launch, {"bf16": True})
+
+
+def four_bits(device: str) -> Figures:
+    """Two steps of stage 2 on a base in 4 bits (QLoRA)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LeftOut("bitsandbytes is not installed: pip install 'puma-hf[qlora]'")
+    if device == "cpu":
+        raise LeftOut("it needs CUDA")
+    return _small_training([sys.executable], {"load_in_4bit": True, "bf16": True})
+
+
+def _small_training(launch: list[str], options: dict[str, Any]) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        _command("prune", BACKBONE, work / "pruned", num_kept_layers=4)
+        words = ["train", str(work / "pruned"), str(work / "lora"), "--data", str(ROOT / "demo" / "emoji")]
+        words += ["--max-steps", "2", "--batch-size", "16", "--logging-steps", "1", "--save-steps", "0"]
+        words += [f"--{name.replace('_', '-')}" for name in options]
+        # -m is accelerate's way to name a module as well as Python's.
+        done = subprocess.run([*launch, "-m", "puma_hf.cli", *words], cwd=ROOT, capture_output=True, text=True)
+        holds(done.returncode == 0, done.stderr[-2000:])
+        holds((work / "lora" / "adapter_model.safetensors").is_file(), "no adapter was written")
+    return {}
+
+
+def _random_checkpoint(shape: str, folder: Path, device: str) -> Path:
+    """A random stock Qwen2-VL with the demo's tokenizer, whose few words are the first rows of its embedding."""
+    import shutil
+
+    from embed_models import PATCH_SIZE, SHAPES, Models
+    from transformers import AutoImageProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config = Qwen2VLConfig(**SHAPES[shape], **Models._token_ids(), tie_word_embeddings=False)
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            model = Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder)
+    for path in BACKBONE.glob("*token*.json"):
+        shutil.copy(path, folder)
+    pixels = (2 * PATCH_SIZE) ** 2
+    size = {"shortest_edge": 4 * pixels, "longest_edge": 300 * pixels}
+    AutoImageProcessor.from_pretrained(BACKBONE, patch_size=PATCH_SIZE, size=size).save_pretrained(folder)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return folder
+
+
+def _pairs(work: Path, stage: int, rows: int) -> Path:
+    """Pairs of texts of some 24 words for stage 1, and of a caption and an image of 300 visual tokens for stage 2."""
+    import numpy as np
+    from embed_workloads import jpeg, one_token_words
+    from transformers import AutoTokenizer
+
+    generator = np.random.default_rng(0)
+    words = one_token_words(AutoTokenizer.from_pretrained(BACKBONE))
+    texts = [" ".join(generator.choice(words, 24)) for _ in range(2 * rows)]
+    lines = [{"sent0": texts[2 * row], "sent1": texts[2 * row + 1]} for row in range(rows)]
+    if stage == 2:
+        lines = []
+        for row in range(rows):
+            image = work / f"{row}.jpg"
+            image.write_bytes(jpeg(generator, (560, 420)))
+            lines.append({"anchor": texts[row], "positive_image": str(image)})
+    path = work / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def _timed_steps() -> list[float]:
+    """A list that the seconds of every training step from now on are added to."""
+    from puma_hf import PumaTrainer
+
+    seconds: list[float] = []
+    step = PumaTrainer.training_step
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        loss = step(*arguments, **options)
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        return loss
+
+    PumaTrainer.training_step = timed  # type: ignore[method-assign]
+    return seconds
+
+
+def _command(name: str, *arguments: object, **options: object) -> None:
+    from puma_hf.cli import app
+
+    words = [name, *map(str, arguments)]
+    for option, value in options.items():
+        flag = option.replace("_", "-")
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", *([] if value is True else [str(value)])]
+    app(words, standalone_mode=False)
+
+
+# In the order of what the others rest on. Minutes add up to 25 on an H100-class GPU.
+CHECKS = {
+    "attention": Check("the varlen kernel masks as blocks do: causal from the last key, prefixes shared", 1, attention),
+    "fast_path": Check("the fast path gives the plain path's vectors, float32 and bfloat16", 2, fast_path),
+    "flash_attention": Check("flash-attn gives the vectors of the fast path", 2, flash_attention),
+    "tests": Check("the tests that need a GPU pass", 2, tests),
+    "waits": Check("the fast path does not wait for the device between layers", 1, waits),
+    "stage1": Check("steps of the released stage 1 at 7B shapes, k = 12: time and memory", 4, stage(1)),
+    "stage2": Check("steps of the released stage 2 at 7B shapes, k = 12: time and memory", 4, stage(2)),
+    "throughput_2b": Check("inputs a second at 2B for four depths, beside sentence-transformers", 3, throughput("2b")),
+    "throughput_7b": Check("inputs a second at 7B for four depths, beside sentence-transformers", 4, throughput("7b")),
+    "teachers": Check("steps with each teacher at 7B shapes, k = 12", 3, teachers),
+    "fsdp": Check("two steps under FSDP2", 1, fsdp),
+    "four_bits": Check("two steps on a base in 4 bits", 1, four_bits),
+}
+
+
+# --- all of them
+
+
+def where() -> dict[str, str]:
+    """What a result belongs to."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD:puma_hf"]
+    code = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {"puma_hf": code, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+
+def make(name: str, minutes: float, rehearse: bool) -> dict[str, Any]:
+    """The record of one check, made in a process of its own."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "record.json"
+        command = [
+            sys.executable,
+            __file__,
+            "--run",
+            name,
+            "--output",
+            str(output),
+            *(["--rehearse"] if rehearse else []),
+        ]
+        try:
+            limit = None if rehearse else 60 * minutes
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+            ended = f"ended with {done.returncode}: {done.stderr[-1500:]}"
+        except subprocess.TimeoutExpired:
+            ended = f"took more than {minutes} minutes"
+        found = json.loads(output.read_text()) if output.is_file() else {"verdict": "failed", "why": ended}
+    return found | {"seconds": round(time.monotonic() - start)}
+
+
+def run_here(name: str, device: str) -> dict[str, Any]:
+    """The record of one check, made in this process."""
+    try:
+        return {"verdict": "holds", "figures": CHECKS[name].run(device)}
+    except LeftOut as error:
+        return {"verdict": LEFT_OUT, "why": str(error)}
+    except AssertionError as error:
+        return {"verdict": "failed", "why": str(error)}
+
+
+def table(records: dict[str, Any]) -> str:
+    """All checks, those not made yet too, as a Markdown table."""
+    lines = ["| check | verdict | figures |", "|---|---|---|"]
+    for name, check in CHECKS.items():
+        record = records.get(name, {"verdict": "not run"})
+        figures = "; ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in record.get("figures", {}).items()
+        )
+        lines.append(f"| {check.says} | {record['verdict']} | {figures or record.get('why', '')[:200]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name the checks and end")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, help="these checks alone")
+    parser.add_argument("--again", action="store_true", help="also what is done")
+    parser.add_argument("--minutes", type=float, default=25, help="begin no check that might end later")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU; writes no result")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file of results")
+    parser.add_argument("--run", choices=CHECKS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        args.output.write_text(json.dumps(run_here(args.run, "cpu" if args.rehearse else "cuda")))
+        return
+    if args.list or not (args.rehearse or torch.cuda.is_available()):
+        for name, check in CHECKS.items():
+            print(f"{name:16} {check.minutes:2g} min  {check.says}")
+        if not args.list:
+            print("\nNone was run: torch sees no CUDA GPU.")
+        return
+    start = time.monotonic()
+    here = {"device": "CPU"} if args.rehearse else where()
+    records: dict[str, Any] = {}
+    if args.output.is_file() and not args.rehearse:
+        stored = json.loads(args.output.read_text(encoding="utf-8"))
+        records = stored["checks"] if stored["where"] == here else {}
+    for name in args.only or CHECKS:
+        done, left = (
+            records.get(name, {}).get("verdict") in ("holds", LEFT_OUT),
+            args.minutes * 60 - time.monotonic() + start,
+        )
+        if done and not args.again:
+            print(f"{name}: done before")
+            continue
+        if CHECKS[name].minutes * 60 > left:
+            print(f"{name}: needs up to {CHECKS[name].minutes:g} minutes, {left / 60:.1f} are left; run this again")
+            continue
+        records[name] = make(name, CHECKS[name].minutes, args.rehearse)
+        print(f"{name}: {json.dumps(records[name])}", flush=True)
+        if not args.rehearse:
+            args.output.write_text(json.dumps({"where": here, "checks": records}, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{here}\n\n{table(records)}")
+
+
+if __name__ == "__main__":
+    main()

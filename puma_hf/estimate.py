@@ -1,0 +1,296 @@
+"""What a training recipe takes, before anything is downloaded: parameters, memory, operations, hours.
+
+Shapes come from a `config.json` or from the known sizes of Qwen2-VL; parameters are counted on the meta device, where
+a tensor has a shape and no memory.  What is known only to whoever has the data (tokens, images and rows) is assumed,
+and said with the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from puma_hf.flops import count_parameters
+from puma_hf.modeling import PumaConfig, PumaModel
+from puma_hf.recipes import load_config, read_recipe
+from puma_hf.trainer.config import DistillConfig, StageConfig, TrainConfig
+from puma_hf.values import nearest
+
+# Memory in GiB and dense bfloat16 TFLOP/s (sums in float32, no sparsity), from the makers' data sheets.
+GPUS: dict[str, tuple[int, float]] = {
+    "RTX 3090": (24, 71),
+    "RTX 4090": (24, 165),
+    "L4": (24, 121),
+    "A10G": (24, 70),
+    "L40S": (48, 362),
+    "A100 80GB": (80, 312),
+    "H100": (80, 989),
+    "H200": (141, 989),
+    "B200": (180, 2250),
+}
+UTILISATION = 0.35  # ours: what training of models of this size reaches of a data sheet's figure
+FREE_SHARE = 0.08  # ours: what CUDA's context, kernels' workspaces and fragmentation take of a GPU
+
+# Hidden size, inner size of the MLP, heads, heads of keys and values, vocabulary: those of the published checkpoints,
+# which both have 28 layers. The rest is Qwen2VLConfig's default.
+_NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SHAPES = {"2b": (1536, 8960, 12, 2, 151_936), "7b": (3584, 18_944, 28, 4, 152_064)}
+_NUM_LAYERS = 28
+# Rows of the data that the recipes name: PUMA's released training script, and SimCSE's file.
+_ROWS = {"M-BEIR": 1_332_790, "nli_for_simcse.csv": 275_601}
+_NLI_TOKENS = 64  # its sentences are short: prompt and all, few are longer
+_PIXELS_OF_TOKEN = 28 * 28
+_BITS4 = 0.52  # bytes of a weight in doubly quantised NormalFloat4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one device holds and computes, and what the run takes.
+
+    Args:
+        parameters: Parameters of the pruned model, without the adapter and the teacher.
+        trainable: Those of the adapter.
+        memory: Bytes on each of `num_gpus` devices at the peak of a step, by what they are for.
+        flops_step: Operations of a step on each device.
+        flops_run: Likewise of the run; None if the number of rows is not known.
+        notes: What was assumed, one sentence each.
+    """
+
+    parameters: int
+    trainable: int
+    memory: dict[str, int]
+    flops_step: int
+    flops_run: int | None
+    num_gpus: int
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes on each device at the peak of a step."""
+        return sum(self.memory.values())
+
+    def fits(self, gpu: str) -> bool:
+        """Whether a device of this name holds it, with `FREE_SHARE` left to CUDA."""
+        return self.peak <= GPUS[gpu][0] * 2**30 * (1 - FREE_SHARE)
+
+    def hours(self, gpu: str) -> float | None:
+        """Hours of the run on `num_gpus` of these, at `UTILISATION` of what the data sheet promises."""
+        return None if self.flops_run is None else self.flops_run / (GPUS[gpu][1] * 1e12 * UTILISATION * 3600)
+
+    def to_markdown(self, gpus: tuple[str, ...] = tuple(GPUS)) -> str:
+        """The memory by part, and a row for each GPU; a ValueError if one is not in `GPUS`."""
+        if unknown := [name for name in gpus if name not in GPUS]:
+            raise ValueError(f"gpu={unknown[0]!r} is not known, must be one of {', '.join(GPUS)}.")
+        parts = "\n".join(f"| {name} | {size / 1e9:.1f} |" for name, size in self.memory.items() if size)
+        run = "unknown (--rows)" if self.flops_run is None else f"{self.flops_run / 1e18:.3g} EFLOP a GPU"
+        rows = "\n".join(
+            f"| {name} | {GPUS[name][0] * 2**30 / 1e9:.0f} | {'yes' if self.fits(name) else 'no'} | "
+            f"{'?' if (hours := self.hours(name)) is None else f'{hours:.3g}'} |"
+            for name in gpus
+        )
+        return (
+            f"{self.parameters / 1e9:.2f} B parameters, and {self.trainable / 1e6:.0f} M of LoRA that are trained\n\n"
+            f"| a GPU's memory at the peak of a step | GB |\n| --- | ---: |\n{parts}\n"
+            f"| **in all** | **{self.peak / 1e9:.1f}** |\n\n"
+            f"a step: {self.flops_step / 1e12:.4g} TFLOP a GPU; the run: {run}\n\n"
+            f"| GPU | GB | fits | hours on {self.num_gpus} |\n| --- | ---: | --- | ---: |\n{rows}\n\n"
+            + "\n".join(f"- {note}" for note in self.notes)
+        )
+
+
+def estimate(
+    recipe: str | Path,
+    *,
+    model: str | Path | None = None,
+    num_kept_layers: int | None = None,
+    tokens: int | None = None,
+    images: float | None = None,
+    rows: int | None = None,
+    num_gpus: int = 1,
+    device: str = "cuda",
+) -> Estimate:
+    """Estimate what a recipe of `distill` or `train` takes; nothing is loaded or downloaded.
+
+    Args:
+        recipe: YAML file.
+        model: Directory, config.json, or a published Qwen2-VL by id; None for the recipe's model: if its directory is
+            not there yet, its name is read, such as "puma-7b-k12".
+        num_kept_layers: Layers, if `model` has more.
+        tokens: Length that the rows of a batch are padded to; None for the recipe's `max_length`, of NLI pairs 64.
+        images: Images of a row, over all columns; None for 1, of texts 0.
+        rows: Rows of the data, if the recipe does not name data that are known.
+        num_gpus: Devices that the run is started on.
+        device: Kind of device; a dropout mask takes one byte a number on "cuda", four on "cpu".
+
+    Returns:
+        The estimate; `to_markdown()` shows it.
+
+    Raises:
+        ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
+
+    Example:
+        >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
+        True
+    """
+    given = {"num_gpus": num_gpus, "tokens": tokens, "rows": rows}
+    if wrong := [f"{name}={value}" for name, value in given.items() if value is not None and value < 1]:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1. Leave out what you do not know.")
+    config = _recipe(recipe)
+    shape, told = _shape(config, model, num_kept_layers)
+    is_nli = Path(config.data).name == "nli_for_simcse.csv"
+    pixels = config.max_pixels or 300 * _PIXELS_OF_TOKEN
+    images = (0 if is_nli else 1) if images is None else images
+    tokens = tokens or (_NLI_TOKENS if is_nli else config.max_length or 512)
+    tokens = max(tokens, math.ceil(pixels / _PIXELS_OF_TOKEN) + 34 if images else 0)
+    work = _Work(config, shape, tokens, config.batch_size * images, pixels, mask_bytes=1 if device == "cuda" else 4)
+    if rows is None and (rows := _ROWS.get(Path(config.data).name)) and is_nli and isinstance(config, DistillConfig):
+        rows *= 3  # each sentence for itself, if no two are equal
+    steps = config.max_steps if config.max_steps > 0 else None
+    if steps is None and rows is not None:
+        batch = config.batch_size * config.gradient_accumulation_steps * num_gpus
+        steps = math.ceil(rows / batch * config.num_train_epochs)
+    notes = (
+        told,
+        f"A step has {config.batch_size} rows of {work.columns} column(s) a GPU, padded to {tokens} tokens (--tokens), "
+        f"with {images:g} images a row (--images) of {pixels // _PIXELS_OF_TOKEN} visual tokens.",
+        f"The run is {'an unknown number of' if steps is None else f'{steps:,}'} steps.",
+        f"Assumed, not measured: {UTILISATION:.0%} of the data sheet's operations are reached, and {FREE_SHARE:.0%} of "
+        "the memory is left to CUDA. What a cached teacher takes once, before the run, is not in it.",
+    )
+    step, run = work.flops(), None if steps is None else work.flops() * steps
+    return Estimate(work.parameters, work.trainable, work.memory(), step, run, num_gpus, notes)
+
+
+class _Work:
+    """The sizes of a step on one device, and what follows from them."""
+
+    def __init__(self, config: Any, shape: Any, tokens: int, images: float, pixels: int, *, mask_bytes: int) -> None:
+        self.config, self.tokens, self.images, self.mask_bytes = config, tokens, images, mask_bytes
+        self.columns = 2 + config.num_negatives if isinstance(config, TrainConfig) else 1
+        with torch.device("meta"):
+            puma = PumaModel(shape)
+        text = shape.text_config
+        self.depth, self.full_depth = text.num_hidden_layers, shape.original_num_hidden_layers
+        self.hidden, self.inner = text.hidden_size, text.intermediate_size
+        self.table = text.vocab_size * text.hidden_size
+        self.parameters = count_parameters(puma)
+        self.layer = count_parameters(puma.language_model.layers[0])
+        linears = [part for part in puma.language_model.layers[0].modules() if isinstance(part, nn.Linear)]
+        self.adapter = sum(config.lora_r * (part.in_features + part.out_features) for part in linears)
+        self.trainable = self.depth * self.adapter + (self.hidden if config.train_ret_token else 0)
+        self.merger = count_parameters(puma.visual.merger)
+        self.tower = count_parameters(puma.visual) - self.merger
+        vision = shape.vision_config
+        self.vision_depth = vision.depth
+        self.vision_width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+        self.merged = vision.spatial_merge_size**2  # patches of a visual token
+        self.patches = pixels // vision.patch_size**2  # of an image
+        self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part. Base weights are in bfloat16, as pruned; the adapter and its AdamW in float32."""
+        dropped, base = (self.full_depth - self.depth) * self.layer, 2 * self.parameters
+        if self.config.load_in_4bit:
+            base -= int((2 - _BITS4) * self.depth * self.layer)
+            dropped += self.parameters  # a teacher that cannot share four-bit weights is held whole
+        # The forward pass keeps the adapter once more in bfloat16, for autocast.
+        memory = {"weights": base, "adapter, float32 and bfloat16": 6 * self.trainable}
+        memory |= {"its gradients": 4 * self.trainable, "AdamW's two moments": 8 * self.trainable}
+        memory["frozen teacher: the dropped layers"] = 2 * dropped if self.has_teacher else 0
+        return memory | {"activations": self._activations(), "images": self._pictures()}
+
+    def _pictures(self) -> int:
+        """Pixels of the whole batch, in float32; gradient caching keeps what the tower makes of them as well."""
+        kept = 2 * self.hidden * self.patches // self.merged if getattr(self.config, "cached", False) else 0
+        return int(self.images * (4 * self.patches * self.patch_size + kept))
+
+    def _activations(self) -> int:
+        """What is alive at the peak besides weights and inputs.
+
+        A decoder layer of width h and inner width m keeps, for each token until its backward pass, in bytes: its two
+        norms' float32 inputs 8 h; queries, keys, values (repeated for all heads under a mask) and the attention's
+        output 8 h; the bfloat16 inputs of the six adapters at width h with their dropout masks, 6 h (2 + mask); of the
+        MLP the gate, its SiLU and the up projection 6 m, and the down adapter's input and mask, m (2 + mask). Frozen
+        weights keep no input of their own. For a moment there are 12 m more, where the down adapter works in float32.
+
+        - Plain: all layers of all columns, since the loss needs all columns before the first backward pass.
+        - Gradient checkpointing: the input of each layer, 2 h, and one layer's whole content when it is recomputed.
+        - Gradient caching: the same for one mini-batch at a time.
+
+        The similarity matrix and embeddings are small beside them. The frozen vision tower keeps nothing, but its
+        widest moment (36 bytes a patch and unit of width, measured) comes while earlier columns are alive.
+        """
+        config, number = self.config, 2 if self.config.bf16 else 4
+        mask = self.mask_bytes if config.lora_dropout else 0
+        layer = self.hidden * (8 + 4 * number + 6 * (number + mask)) + self.inner * (4 * number + mask)
+        kept = self.depth * (number * self.hidden if config.gradient_checkpointing else layer)
+        moment = (layer if config.gradient_checkpointing else 0) + 12 * self.inner
+        columns, num_rows = self.columns, config.batch_size
+        if getattr(config, "cached", False):
+            by_tokens = config.mini_batch_num_tokens and max(1, config.mini_batch_num_tokens // self.tokens)
+            columns, num_rows = 1, min(config.batch_size, by_tokens or config.mini_batch_size)
+        saved = num_rows * self.tokens * kept
+        tower = 36 * self.vision_width * self.patches * min(self.images, num_rows)
+        # [RET] alone is trained in a copy of the whole table, whose gradient is as large.
+        table = 2 * number * self.table if config.train_ret_token else 0
+        return int(max(columns * saved + num_rows * self.tokens * moment, (columns - 1) * saved + tower) + table)
+
+    def flops(self) -> int:
+        """Operations of a step: matrix products of every token, padding too, and attention within the layers.
+
+        Backward passes go through the frozen weights once (no gradient of the weights) and through the adapters twice.
+        """
+        sequences = self.columns * self.config.batch_size
+        attention = 4 * self.tokens * self.hidden  # of a token in a layer
+        forward = 2 * (self.layer + self.adapter) + attention
+        backward = 2 * self.layer + 4 * self.adapter + 2 * attention
+        again = int(self.config.gradient_checkpointing) + int(getattr(self.config, "cached", False))
+        a_token = self.depth * ((1 + again) * forward + backward)
+        if self.has_teacher:
+            a_token += self.full_depth * (2 * self.layer + attention)
+        tower = self.patches * (2 * self.tower + 4 * self.patches * self.vision_width * self.vision_depth)
+        tower += 2 * self.patches // self.merged * self.merger
+        a_batch = sequences * self.tokens * a_token + self.images * tower
+        return int(self.config.gradient_accumulation_steps * a_batch)
+
+
+def _recipe(path: str | Path) -> StageConfig:
+    """The settings in a file of `distill` or `train`; a key that `train` alone has tells which."""
+    keys, lines = read_recipe(path)
+    distill, train = DistillConfig.__dataclass_fields__, TrainConfig.__dataclass_fields__
+    for key in keys:
+        if key not in train and key not in distill:
+            raise ValueError(
+                f"{path}, line {lines[key]}: {key!r} is a key of neither distill nor train, so this is no training "
+                f"recipe.{nearest(key, [*train, *distill])} See those in configs/."
+            )
+    return load_config(TrainConfig if any(key not in distill for key in keys) else DistillConfig, path)
+
+
+def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int | None) -> tuple[Any, str]:
+    """The configuration of the pruned model, and where it is from."""
+    name = str(config.model if model is None else model)
+    file = Path(name) if name.endswith(".json") else Path(name, "config.json")
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        shape = PumaConfig.from_dict(found, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
+        return shape, f"Shapes are those of {file}."
+    size = re.search(r"(?:qwen2-vl|puma)-([27])b\b", name.lower())
+    depth = re.search(r"\bk(\d+)\b", name.lower())
+    kept = num_kept_layers or (int(depth[1]) if depth else _NUM_LAYERS if model is not None else None)
+    if size is None or kept is None:
+        raise ValueError(
+            f"model={name!r} is no directory here, and its name does not tell a Qwen2-VL 2B or 7B and its layers. Give "
+            "--model (a directory, a config.json, or Qwen/Qwen2-VL-7B-Instruct) and --num-kept-layers."
+        )
+    text = dict(zip(_NAMES, _SHAPES[f"{size[1]}b"], strict=True), num_hidden_layers=_NUM_LAYERS)
+    shape = PumaConfig(text_config=text, vision_config={"hidden_size": text["hidden_size"]}, num_kept_layers=kept)
+    return shape, f"Shapes are those of Qwen2-VL-{size[1]}B with {kept} of {_NUM_LAYERS} layers, as {name!r} says."
