@@ -33,7 +33,7 @@ from puma_hf.trainer.lora import add_lora
 
 ROOT = Path(__file__).parents[1]
 TWO_B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
-NARROW = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 1}
+NARROW = {"hidden_size": 256, "intermediate_size": 1536, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def random_model(config: Any) -> PumaModel:
@@ -51,18 +51,17 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
     prune(ROOT / "demo" / "backbone", folder / "base", num_kept_layers=2)
     base = PumaConfig.from_pretrained(folder / "base")
     ids = {key: value for key, value in base.to_dict().items() if key.endswith("_token_id")}
+    kept, layers, depth = (14, 28, 32) if full else (4, 8, 2)
     text = {
         **base.text_config.to_dict(),
         **(TWO_B if full else NARROW),
         "head_dim": None,
         "vocab_size": 151_936,
-        "num_hidden_layers": 28,
+        "num_hidden_layers": layers,
         "layer_types": None,
         "max_position_embeddings": 32_768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
-    kept = 14 if full else 4
-    depth = 32 if full else 2
     shape = PumaConfig(text_config=text, vision_config={"depth": depth, "hidden_size": text["hidden_size"]}, **ids)
     shape = PumaConfig.from_dict(shape.to_dict(), num_kept_layers=kept)
     shape._attn_implementation = "sdpa"
@@ -91,9 +90,9 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
 
     def teacher(config: TrainConfig) -> dict[str, Any]:
         student = made[0][0].model
-        layers = [type(student.language_model.layers[0])(shape.text_config, 0) for _ in range(28 - kept)]
+        dropped = [type(student.language_model.layers[0])(shape.text_config, 0) for _ in range(layers - kept)]
         return {
-            "teacher": FrozenTeacher(student, torch.nn.ModuleList(layer.bfloat16() for layer in layers)),
+            "teacher": FrozenTeacher(student, torch.nn.ModuleList(layer.bfloat16() for layer in dropped)),
             "teacher_mode": "frozen",
             "teacher_cache": None,
         }
