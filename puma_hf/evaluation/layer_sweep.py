@@ -181,12 +181,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     """
     _check_one_process()
     if config.output is not None:  # better now than after an hour
-        from puma_hf.evaluation.sweep_plot import load_matplotlib
-
-        load_matplotlib()
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        if not os.access(config.output, os.W_OK):
-            raise PermissionError(f"output={str(config.output)!r} may not be written to. Name another directory.")
+        _make_output(config.output)
     budget = None if config.max_params is None else parse_parameters(config.max_params)
     with ExitStack() as stack:
         data = _open_data(config, stack)
@@ -217,9 +212,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             rows = _rows(inputs, zip(depths, embeddings, strict=False), teacher.to(device), costs, config.split)
             swept.append(SweptModel(name, rows))
             if joined:  # the full model ends that curve, too
-                others = _rows(
-                    inputs, zip(joined, embeddings[len(depths) :], strict=True), teacher.to(device), costs, config.split
-                )
+                joins = zip(joined, embeddings[len(depths) :], strict=True)
+                others = _rows(inputs, joins, teacher.to(device), costs, config.split)
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", (*others, rows[-1])))
         judged = inputs.num_judged(POOLS[config.pool][0])
         report = SweepReport(
@@ -274,6 +268,15 @@ def _rows(
             )
         )
     return tuple(rows)
+
+
+def _make_output(output: str | Path) -> None:
+    from puma_hf.evaluation.sweep_plot import load_matplotlib
+
+    load_matplotlib()
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"output={str(output)!r} may not be written to. Name another directory.")
 
 
 def _check_one_process() -> None:
