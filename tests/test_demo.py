@@ -109,11 +109,13 @@ def test_the_index_has_every_drawing_by_name_and_says_what_was_seen(tmp_path: Pa
     assert len(drawn) == len(pools["train"] | pools["test"])
     assert sum("unseen in training" in name for name in drawn) == len(pools["test"] - pools["train"])
     assert drawn["pizza (Noto, seen in training)"] == "noto/1f355.webp"
-    assert (table.parent / drawn["guitar (Twemoji, unseen in training)"]).is_file()
+    assert (table.parent / drawn["brown heart (Twemoji, unseen in training)"]).is_file()
     names = {name.rpartition(" (")[0] for name in drawn}
-    # Each of the words can be answered rightly, and wrongly.
-    for pattern in everyday.WORDS.values():
-        assert 0 < sum(re.fullmatch(pattern, name) is not None for name in names) < 50
+    # Each of the words can be answered wrongly, and rightly but for the guitar, which nobody asks for in val or test.
+    for word, pattern in everyday.WORDS.items():
+        right = {name for name in names if re.fullmatch(pattern, name)}
+        assert len(right) < 50
+        assert right or word == "guitar"
 
 
 def test_the_training_cuts_drawings_as_the_processor_does() -> None:
@@ -127,5 +129,5 @@ def test_the_training_cuts_drawings_as_the_processor_does() -> None:
 
 def test_the_teacher_is_asked_for_nothing_that_only_val_and_test_have() -> None:
     unseen = phrases.held_out(DATA)
-    assert {"guitar", "brain", "rocket, man, dark skin tone"} <= unseen
+    assert {"brain", "rocket, man, dark skin tone"} <= unseen
     assert unseen.isdisjoint({"pizza", "exploding head"})
