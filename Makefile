@@ -38,7 +38,7 @@ reproduce: $(STAMP) ## PUMA as released, on the demo's data; ARGS="--mbeir DIR -
 	@HF_HUB_OFFLINE=$(if $(ARGS),0,1) $(BIN)/python benchmarks/reproduce.py $(or $(ARGS),--tiny)
 
 test: $(STAMP) ## run the tests, offline; those of the examples are in `make docs`
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/docs
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/docs
 
 docs: $(STAMP) ## build the site into site/, and run every example of it, of README.md and of the docstrings
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -22,6 +22,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
+from everyday import INSTRUCTION, copy_drawings, try_words
 from picture import draw_answers
 from puma_hf.cli import app
 from puma_hf.flops import count_flops, count_parameters
@@ -33,8 +34,6 @@ DATA = DEMO / "emoji"
 BACKBONE = DEMO / "backbone"
 TEXT = "woman running: medium skin tone"
 IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
-
-INSTRUCTION = "Find a drawing of the emoji with this name."  # as in training
 
 NUM_KEPT_LAYERS = 4
 CONFIGS = DEMO.parent / "configs"
@@ -107,11 +106,12 @@ def measure(work: Path, split: str) -> dict[str, dict[str, float]]:
 
 
 def search(work: Path) -> Path:
-    """Index the test split's candidates with the trained model, and ask once."""
+    """Index all drawings with the trained model, and ask for everyday words."""
     index = work / "index"
     shutil.rmtree(index, ignore_errors=True)  # of another run's model
-    command("index", DATA, model=work / "puma", output=index)
+    command("index", copy_drawings(DATA, work / "drawings"), model=work / "puma", output=index)
     command("search", index, "brown heart", instruction=INSTRUCTION, **{"for": "image"}, top=3)
+    try_words(index)
     return index
 
 

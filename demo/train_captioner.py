@@ -9,18 +9,28 @@ the training stages more to do than `demo/backbone/`, which was trained as a ret
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from train_backbone import DEMO, build_model, build_tokenizer, save_stock
+from train_backbone import (
+    DEMO,
+    IMAGE_TOKENS,
+    PATCH,
+    SIDE,
+    Emoji,
+    build_model,
+    build_tokenizer,
+    patches,
+    save_stock,
+    train_texts,
+    vary,
+)
 
 PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>\n{question}<|im_end|>\n<|im_start|>assistant\n"
 QUESTIONS = (
@@ -32,42 +42,36 @@ QUESTIONS = (
 IGNORED = -100
 
 
-def captioned_drawings(data: Path) -> list[tuple[Path, list[str]]]:
+def captioned_drawings(emoji: Emoji) -> list[tuple[int, list[str]]]:
     """Every drawing of the train pool whose emoji's name is in it too, with what can be said of it."""
-    pool = (data / "cand_pool" / "global" / "mbeir_union_train_cand_pool.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in pool.splitlines()]
-    names = {json.loads(row["src_content"])["emoji"]: row["txt"] for row in rows if row["modality"] == "text"}
     drawings = []
-    for row in rows:
-        if row["modality"] == "image,text" and (name := names.get(Path(row["img_path"]).stem)):
-            drawings.append((data / row["img_path"], [name, f"{name}: {row['txt']}", f"{row['txt']}: {name}"]))
+    for item in emoji.candidates.values():
+        if item.text and item.image is not None and (name := emoji.names.get(item.emoji)):
+            captions = [name, f"{name}: {item.text}", f"{item.text}: {name}"]
+            if item.emoji in emoji.keywords:
+                captions.append(f"{name}: {emoji.keywords[item.emoji]}")
+            drawings.append((item.image, captions))
     return drawings
 
 
 class Captions(Dataset[dict[str, Any]]):
-    """Drawings as patches and one caption each, drawn anew with every reading."""
+    """Drawings, each a little changed, and one caption each, drawn anew with every reading."""
 
-    def __init__(self, data: Path, stock: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(stock)
-        self.tokenizer = tokenizer
+    def __init__(self, emoji: Emoji, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.emoji, self.tokenizer = emoji, tokenizer
         self.random = random.Random(seed)
-        self.rows = []
-        for path, captions in captioned_drawings(data):
-            with Image.open(path) as image:
-                patches = processor(images=image.convert("RGB"), return_tensors="pt")
-            self.rows.append((patches["pixel_values"], patches["image_grid_thw"], captions))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = captioned_drawings(emoji)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        patches, grid, captions = self.rows[index]
-        image = "<|image_pad|>" * (int(grid.prod()) // 4)
+        drawing, captions = self.rows[index]
+        image = "<|image_pad|>" * IMAGE_TOKENS
         prompt = self.tokenizer.encode(PROMPT.format(image=image, question=self.random.choice(QUESTIONS)))
         answer = self.tokenizer.encode(self.random.choice(captions) + "<|im_end|>")
-        return {"patches": patches, "grid": grid, "prompt": prompt, "answer": answer}
+        return {"drawing": drawing, "prompt": prompt, "answer": answer}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Right-padded batch; the loss counts the captions alone."""
@@ -76,13 +80,15 @@ class Captions(Dataset[dict[str, Any]]):
         ids = [row["prompt"] + row["answer"] for row in rows]
         labels = [[IGNORED] * len(row["prompt"]) + row["answer"] for row in rows]
         input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
+        drawings = torch.tensor([row["drawing"] for row in rows])
+        pixels = vary(self.emoji.drawings(drawings), self.emoji.mirrored[drawings], self.generator)
         return {
             "input_ids": input_ids,
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
             "labels": torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels]),
             "mm_token_type_ids": (input_ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
-            "pixel_values": torch.cat([row["patches"] for row in rows]),
-            "image_grid_thw": torch.cat([row["grid"] for row in rows]),
+            "pixel_values": patches(pixels),
+            "image_grid_thw": torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]]).repeat(len(rows), 1),
         }
 
 
@@ -101,10 +107,9 @@ def main() -> None:
         parser.error(f"{args.output} exists. Choose another --output.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(args.data, vocabulary_size=1536)
+    tokenizer = build_tokenizer(train_texts(args.data), vocabulary_size=1536)
     model = build_model(tokenizer, hidden_size=128, num_layers=8)
-    save_stock(model, tokenizer, args.work / "random-captioner")
-    captions = Captions(args.data, args.work / "random-captioner", tokenizer, args.seed)
+    captions = Captions(Emoji(args.data), tokenizer, args.seed)
     trainer = Trainer(
         model=model,
         train_dataset=captions,

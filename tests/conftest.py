@@ -62,6 +62,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """Nor is what earlier files have left looked through: modules imported on first use, fixtures of the session."""
+    gc.collect()  # only what the last file made
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     _CACHES.cleanup()
 

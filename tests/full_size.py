@@ -62,9 +62,14 @@ def build_model(
     adapter: bool = True,
     train_ret_token: bool = False,
     rank: int = 64,
+    depth: int = VISION_CONFIG["depth"],
 ) -> PumaModel:
-    """A PumaModel of the first k of 28 layers in bfloat16, by default with LoRA on all of their linears."""
-    config = PumaConfig(text_config=TEXT_CONFIG, vision_config=VISION_CONFIG, num_kept_layers=num_kept_layers)
+    """A PumaModel of the first k of 28 layers in bfloat16, by default with LoRA on all of their linears.
+
+    Counting takes as long as there are layers; a part of them, and of the tower's `depth`, has the same shares.
+    """
+    vision = VISION_CONFIG | {"depth": depth}
+    config = PumaConfig(text_config=TEXT_CONFIG, vision_config=vision, num_kept_layers=num_kept_layers)
     config.ret_token_id = RET_TOKEN_ID
     config._attn_implementation = "sdpa"
     with torch.device("meta"):

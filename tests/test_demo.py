@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import everyday
+import phrases
 import run
+import train_backbone
 from picture import QUERY_WIDTH, RIGHT, draw_answers
 from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
@@ -87,3 +95,39 @@ def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in trained:
         app(words, standalone_mode=False)
     assert [Path(model).name for model in models] == ["pruned", "distilled", "pruned"]
+
+
+def test_the_index_has_every_drawing_by_name_and_says_what_was_seen(tmp_path: Path) -> None:
+    table = everyday.copy_drawings(DATA, tmp_path / "drawings")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    drawn = {name: row["image"] for name, row in rows.items() if row["image"]}
+    pools = {
+        split: {Path(c.image) for c in MBEIR(DATA).global_pool(split).values() if c.modality == "image" and c.image}
+        for split in ("train", "test")
+    }
+    assert len(drawn) == len(pools["train"] | pools["test"])
+    assert sum("unseen in training" in name for name in drawn) == len(pools["test"] - pools["train"])
+    assert drawn["pizza (Noto, seen in training)"] == "noto/1f355.webp"
+    assert (table.parent / drawn["brown heart (Twemoji, unseen in training)"]).is_file()
+    names = {name.rpartition(" (")[0] for name in drawn}
+    # Each of the words can be answered wrongly, and rightly but for the guitar, which nobody asks for in val or test.
+    for word, pattern in everyday.WORDS.items():
+        right = {name for name in names if re.fullmatch(pattern, name)}
+        assert len(right) < 50
+        assert right or word == "guitar"
+
+
+def test_the_training_cuts_drawings_as_the_processor_does() -> None:
+    paths = [DATA / "mbeir_images" / "emoji_images" / "noto" / name for name in ("1f355.webp", "1f600.webp")]
+    arrays = [np.array(Image.open(path).convert("RGB")) for path in paths]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
+    processor = Qwen2VLImageProcessorPil.from_pretrained(run.BACKBONE)
+    expected = processor(images=arrays, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(train_backbone.patches(pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_the_teacher_is_asked_for_nothing_that_only_val_and_test_have() -> None:
+    unseen = phrases.held_out(DATA)
+    assert {"brain", "rocket, man, dark skin tone"} <= unseen
+    assert unseen.isdisjoint({"pizza", "exploding head"})

@@ -272,6 +272,8 @@ def test_the_card_shows_its_values() -> None:
         model_id="someone/puma",
         num_kept_layers=14,
         original_num_hidden_layers=28,
+        kept="decoder layers 0 to 13",
+        dropped="decoder layers 14 to 27",
         parameters_before=9876543,
         parameters_after=1234567,
         bytes_after=2469134,

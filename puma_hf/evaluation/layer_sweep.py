@@ -117,8 +117,7 @@ class SweepInputs:
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
             groups[key].append(row)
-        depths = len(decoder_of(model).layers) + (len(keep_last_depths(model)) if options.get("keep_last") else 0)
-        embeddings = self._room(model, name, depths)
+        embeddings = self._room(model, name, keep_last=options.get("keep_last", False))
         step = options["batch_size"] * _BATCHES_AT_ONCE  # what is copied is small
         with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
             for (prompt, _), rows in groups.items():
@@ -130,8 +129,10 @@ class SweepInputs:
                     progress.update(len(part))
         return embeddings
 
-    def _room(self, model: SentenceTransformer, name: str, depths: int) -> Tensor:
-        shape = (depths, len(self.inputs), decoder_of(model).config.hidden_size)
+    def _room(self, model: SentenceTransformer, name: str, *, keep_last: bool = False) -> Tensor:
+        decoder = decoder_of(model)
+        depths = len(decoder.layers) + (len(keep_last_depths(model)) if keep_last else 0)
+        shape = (depths, len(self.inputs), decoder.config.hidden_size)
         size = math.prod(shape) * 4
         logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, size / 1e6)
         try:
@@ -180,12 +181,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     """
     _check_one_process()
     if config.output is not None:  # better now than after an hour
-        from puma_hf.evaluation.sweep_plot import load_matplotlib
-
-        load_matplotlib()
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        if not os.access(config.output, os.W_OK):
-            raise PermissionError(f"output={str(config.output)!r} may not be written to. Name another directory.")
+        _make_output(config.output)
     budget = None if config.max_params is None else parse_parameters(config.max_params)
     with ExitStack() as stack:
         data = _open_data(config, stack)
@@ -216,9 +212,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             rows = _rows(inputs, zip(depths, embeddings, strict=False), teacher.to(device), costs, config.split)
             swept.append(SweptModel(name, rows))
             if joined:  # the full model ends that curve, too
-                others = _rows(
-                    inputs, zip(joined, embeddings[len(depths) :], strict=True), teacher.to(device), costs, config.split
-                )
+                joins = zip(joined, embeddings[len(depths) :], strict=True)
+                others = _rows(inputs, joins, teacher.to(device), costs, config.split)
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", (*others, rows[-1])))
         judged = inputs.num_judged(POOLS[config.pool][0])
         report = SweepReport(
@@ -273,6 +268,15 @@ def _rows(
             )
         )
     return tuple(rows)
+
+
+def _make_output(output: str | Path) -> None:
+    from puma_hf.evaluation.sweep_plot import load_matplotlib
+
+    load_matplotlib()
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"output={str(output)!r} may not be written to. Name another directory.")
 
 
 def _check_one_process() -> None:

@@ -143,13 +143,13 @@ def test_other_options_are_kept(make_arguments: MakeArguments) -> None:
     assert kept == {"preserve_rng_state": False, "use_reentrant": False}
 
 
-# --- counted at the true shapes of Qwen2-VL-7B
+# --- counted at the true shapes of Qwen2-VL-7B, with a quarter of the tower's 32 layers and of 12 of the decoder
 
-NUM_KEPT_LAYERS = 12
+NUM_KEPT_LAYERS, DEPTH = 3, 8
 
 
 def count(prepare: Callable[[PumaModel], None]) -> StepFlops:
-    model = build_model(NUM_KEPT_LAYERS).train()
+    model = build_model(NUM_KEPT_LAYERS, depth=DEPTH).train()
     prepare(model)
     features = image_item(model)
     return count_step(lambda: model(**{key: features[key] for key in features if key != "modality_ids"})[1].sum())
@@ -170,7 +170,7 @@ def ours(model: PumaModel) -> None:
 def test_it_costs_less_than_the_trap_at_true_shapes() -> None:
     plain, trapped, spared = count(lambda model: None), count(trap), count(ours)
     vision_forward, vision_backward = plain.of("visual")
-    assert vision_forward > 1e12
+    assert vision_forward > 1e12 / 4
     assert vision_backward == 0
     assert spared.of("visual") == (vision_forward, 0)
     assert spared.forward == trapped.forward == plain.forward
@@ -181,7 +181,7 @@ def test_it_costs_less_than_the_trap_at_true_shapes() -> None:
 
 
 def test_layers_are_really_checkpointed() -> None:
-    model = build_model(2)
+    model = build_model(2, depth=2)
     ours(model)
     assert all(layer.gradient_checkpointing for layer in model.language_model.layers)
     blocks = [block for block in model.visual.blocks if isinstance(block, GradientCheckpointingLayer)]

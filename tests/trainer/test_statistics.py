@@ -226,7 +226,7 @@ def test_mac_loss_is_logged_in_full(
     assert 1 <= entry["effective_rank"] <= 4
     assert entry["uniformity"] <= 0
     assert entry["items_per_second"] == pytest.approx(4 * entry["images_per_second"], rel=0.01)
-    assert entry["temperature"] == 0.05
+    assert entry["temperature"] == 0.03
     assert "teacher_cosine" not in entry
     assert not model._forward_hooks
 
