@@ -17,6 +17,8 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ TWO_B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 
 NARROW = {"hidden_size": 256, "intermediate_size": 1536, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def random_model(config: Any) -> PumaModel:
-    """A model whose weights are made in bfloat16, and so never take more memory than they keep."""
+@contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """Weights are made in bfloat16, and so never take more memory than they keep."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return PumaModel(config).requires_grad_(False)
+        yield
     finally:
         torch.set_default_dtype(default)
 
@@ -83,16 +86,18 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
         first: Any = model[0]
         first.processor.tokenizer.model_max_length = tokens
         first.processing_kwargs.get("text", {}).pop("max_length", None)
-        first.model = random_model(shape)
+        with in_bfloat16():
+            first.model = PumaModel(shape)
         first.model.name_or_path = str(config.model)
         add_lora(model, lora_config(r=config.lora_r, dropout=config.lora_dropout))
         return model
 
     def teacher(config: TrainConfig) -> dict[str, Any]:
         student = made[0][0].model
-        dropped = [type(student.language_model.layers[0])(shape.text_config, 0) for _ in range(layers - kept)]
+        with in_bfloat16():
+            dropped = [type(student.language_model.layers[0])(shape.text_config, 0) for _ in range(layers - kept)]
         return {
-            "teacher": FrozenTeacher(student, torch.nn.ModuleList(layer.bfloat16() for layer in dropped)),
+            "teacher": FrozenTeacher(student, torch.nn.ModuleList(dropped)),
             "teacher_mode": "frozen",
             "teacher_cache": None,
         }
