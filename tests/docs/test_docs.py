@@ -189,11 +189,12 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
         load(*arguments, **values)
         raise Understood
 
-    def pruned(*_: Any, **__: Any) -> Any:
+    def understood(*_: Any, **__: Any) -> Any:
         raise Understood
 
     monkeypatch.setattr(cli_options, "load_config", stop)
-    monkeypatch.setattr("puma_hf.pruning.prune", pruned)
+    for function in ("puma_hf.pruning.prune", "puma_hf.estimate.estimate"):
+        monkeypatch.setattr(function, understood)
 
     def parse(words: list[str]) -> None:
         with pytest.raises(Understood):
@@ -202,7 +203,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     return parse
 
 
-@pytest.mark.parametrize("words", [["prune", "a", "b"], ["train", "a", "b", "--rank", "3"], ["nothing"]])
+@pytest.mark.parametrize("words", [["prune", "a"], ["train", "a", "b", "--rank", "3"], ["nothing"]])
 def test_a_wrong_command_is_found(words: list[str], parse: Callable[[list[str]], None]) -> None:
     with pytest.raises(BaseException, match=r"(?i)missing|no such"):
         parse(words)
