@@ -50,6 +50,7 @@ COMMANDS = (
     "index",
     "search",
     "app",
+    "estimate",
     "export",
     "check",
     "push",
