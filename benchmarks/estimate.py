@@ -52,7 +52,7 @@ def in_bfloat16() -> Iterator[None]:
 def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folder: Path) -> dict[str, float]:
     """Train for two steps, and return bytes: `measured` and `estimated`."""
     prune(ROOT / "demo" / "backbone", folder / "base", num_kept_layers=2)
-    base = PumaConfig.from_pretrained(folder / "base")
+    base: Any = PumaConfig.from_pretrained(folder / "base")
     ids = {key: value for key, value in base.to_dict().items() if key.endswith("_token_id")}
     kept, layers, depth = (14, 28, 32) if full else (4, 8, 2)
     text = {
