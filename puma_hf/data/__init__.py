@@ -17,16 +17,13 @@ _NAMES = {
     "MBEIR_INSTRUCTIONS": "puma_hf.data.instructions",
     "Query": "puma_hf.data.mbeir_format",
     "TASK_MODALITIES": "puma_hf.data.mbeir_tasks",
-    "TwinBatchSampler": "puma_hf.data.twins",
     "build_nano": "puma_hf.data.nano",
     "check_pairs": "puma_hf.data.pairs_report",
     "load_items": "puma_hf.data.items",
     "load_mbeir": "puma_hf.data.mbeir",
     "load_mbeir_items": "puma_hf.data.items",
-    "load_nli": "puma_hf.data.nli",
     "load_pairs": "puma_hf.data.pairs",
     "open_mbeir": "puma_hf.data.mbeir_source",
-    "twin_keys": "puma_hf.data.twins",
     "write_mbeir": "puma_hf.data.pairs_mbeir",
 }
 
@@ -40,16 +37,13 @@ __all__ = [
     "MBEIRFormatError",
     "MBEIRTask",
     "Query",
-    "TwinBatchSampler",
     "build_nano",
     "check_pairs",
     "load_items",
     "load_mbeir",
     "load_mbeir_items",
-    "load_nli",
     "load_pairs",
     "open_mbeir",
-    "twin_keys",
     "write_mbeir",
 ]
 
@@ -66,9 +60,7 @@ if TYPE_CHECKING:
     from puma_hf.data.mbeir_source import open_mbeir
     from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
     from puma_hf.data.nano import build_nano
-    from puma_hf.data.nli import load_nli
     from puma_hf.data.pairs import load_pairs
     from puma_hf.data.pairs_mbeir import write_mbeir
     from puma_hf.data.pairs_report import check_pairs
     from puma_hf.data.sampler import DistinctPositivesBatchSampler
-    from puma_hf.data.twins import TwinBatchSampler, twin_keys

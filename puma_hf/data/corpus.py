@@ -12,7 +12,6 @@ import datasets
 
 from puma_hf.data.images import BrokenImageError, ImageFiles
 from puma_hf.data.mbeir_problems import SHOWN
-from puma_hf.data.nli import NLI_COLUMNS, nli_texts
 from puma_hf.data.pair_columns import CAPTION_NAMES
 from puma_hf.data.pair_rows import Offenders, named_tables
 from puma_hf.data.tables import Line, read_lines, without_decoding
@@ -20,6 +19,8 @@ from puma_hf.modeling.image_inputs_puma import is_image_name
 from puma_hf.values import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
+
+NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # as in SimCSE's nli_for_simcse.csv, which PUMA's first stage reads
 
 COLUMNS = ("text", "image", "instruction")
 
@@ -232,7 +233,10 @@ def _row_items(row: Mapping[str, Any], where: str, images: ImageFiles, ignored: 
     if "text" not in row and "image" not in row:
         if set(NLI_COLUMNS) <= set(row):
             ignored |= dict.fromkeys(name for name in row if name not in NLI_COLUMNS)
-            yield from ((text, None, None) for text in nli_texts(row, where))
+            for name in NLI_COLUMNS:
+                if (text := _text(row, name, where)) is None:
+                    raise ValueError(f"{where}: {name} is {shown(row[name])}, must be a text. Mend or remove the line.")
+                yield text, None, None
             return
         raise ValueError(
             f"{where}: no column text or image, nor {', '.join(NLI_COLUMNS)}. The columns here are "

@@ -12,7 +12,6 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from puma_hf.data import load_mbeir
-from puma_hf.data.nli import load_nli
 from puma_hf.data.pairs import load_pairs
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from tests.data.photos import make_photos, write_captions, write_csv
@@ -36,10 +35,15 @@ def test_rows_are_those_of_mbeir(folder: Path, root: Path) -> None:
         assert len(concatenate_datasets([pairs, mbeir])) == 2 + len(mbeir)
 
 
-def test_nli_is_read_as_load_nli_reads_it(tmp_path: Path) -> None:
+def test_nli_pairs_are_pairs(tmp_path: Path, root: Path) -> None:
     table = write_csv(tmp_path / "nli.csv", ["sent0", "sent1", "hard_neg"], [("a", "b", "c"), ("d", "e", " f")])
-    assert load_pairs(table)[:] == load_nli(table)[:]
-    assert load_pairs(table).features == load_nli(table).features
+    rows = load_pairs(table)
+    assert rows[1] == {
+        "anchor": {"text": "d", "image": None, "instruction": None},
+        "positive": {"text": "e", "image": None},
+        "negative_1": {"text": "f", "image": None},
+    }
+    assert rows.features == load_mbeir(root, num_negatives=1).features
     assert load_pairs(table, negatives=()).column_names == ["anchor", "positive"]
 
 
