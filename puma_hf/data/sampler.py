@@ -38,9 +38,6 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         num_devices: Number of processes that train together; `batch_size` is that of one.
         kwargs: What the trainer passes: batch_size, drop_last, generator, seed.
 
-    Raises:
-        ValueError: If `positives` has not as many rows as the dataset, or `num_devices` is less than 1.
-
     Example:
 
     ```python

@@ -13,9 +13,8 @@ from datasets import Dataset
 from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.data.items import load_items
-from puma_hf.data.mbeir import load_mbeir
-from puma_hf.data.mbeir_format import is_mbeir
+from puma_hf.data.items import load_items, load_mbeir
+from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.limits import read_limits, set_limits
