@@ -212,7 +212,7 @@ class TableCorpus(Corpus):
     number, from 0, is its id.
 
     Args:
-        path: A file that `puma_hf.data.tables.read_table` reads.
+        path: A file that `puma_hf.data.records.read_lines` reads.
 
     Raises:
         FileNotFoundError: If there is no such file.
