@@ -49,7 +49,7 @@ MUST_NOT_IMPORT = {
 # A prompt is defined once and read everywhere.
 CONSTANTS = "puma_hf.data.instructions"
 
-MAX_LINES = 400
+MAX_LINES = 600
 MAX_BODY_LINES = 60
 MAX_PUBLIC_NAMES = 15
 APACHE_2_0_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
