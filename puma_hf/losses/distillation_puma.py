@@ -10,8 +10,8 @@ import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
-from .mac_puma import PUMA_CITATION, MultimodalMACLoss, read_ids, restore_ids
-from .progress_puma import ScheduledTemperatureLoss
+from .mac_puma import PUMA_CITATION, read_ids, restore_ids
+from .progress_puma import is_scheduled
 from .schedule_puma import DistillationMetric, check_choice
 
 STUDENT_KEY = "pooler_output"
@@ -231,7 +231,7 @@ class JointDistillationLoss(nn.Module):
                 "forward pass. Pass a MultimodalMACLoss or a MultipleNegativesRankingLoss."
             )
         self._moves = len(self.weights) > 2
-        if self._moves and not isinstance(contrastive, ScheduledTemperatureLoss):
+        if self._moves and not is_scheduled(contrastive):
             raise ValueError(
                 f"{', '.join(list(self.weights)[2:])} with a {type(contrastive).__name__}, which is not told how much "
                 "of the training is done. Pass a MultimodalMACLoss; at equal temperatures it is InfoNCE."
@@ -243,7 +243,7 @@ class JointDistillationLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossTerms:
         """Embed every column once and compute `{"distillation": ..., "contrastive": ...}`, both weighted scalars."""
         columns = list(sentence_features)
-        is_mac = isinstance(self.contrastive, MultimodalMACLoss)
+        is_mac = is_scheduled(self.contrastive)
         ids = read_ids(columns, labels) if is_mac else (labels,)
         outputs = [self.model(features) for features in columns]
         if is_mac:

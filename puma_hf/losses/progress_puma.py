@@ -159,6 +159,15 @@ class TemperatureScheduleCallback(TrainerCallback):
                 record[f"{prefix}hard_temperature"] = loss.current_hard_temperature
 
 
+def is_scheduled(loss: nn.Module) -> bool:
+    """Whether it is a `ScheduledTemperatureLoss`, of this file or of a copy.
+
+    Classes do not tell: from a model's directory transformers loads each file that it is asked for with copies of all
+    that it imports.
+    """
+    return "temperature_schedule" in vars(loss)
+
+
 def find_scheduled_losses(loss: nn.Module | Mapping[str, Any] | None) -> dict[str, ScheduledTemperatureLoss]:
     """From log prefix to loss, those with a temperature schedule, also inside wrappers such as `MatryoshkaLoss`, once.
 
@@ -167,7 +176,7 @@ def find_scheduled_losses(loss: nn.Module | Mapping[str, Any] | None) -> dict[st
     found: dict[ScheduledTemperatureLoss, str] = {}
     for name, module in (loss if isinstance(loss, Mapping) else {"": loss}).items():
         modules = module.modules() if isinstance(module, nn.Module) else ()
-        inner = [child for child in modules if isinstance(child, ScheduledTemperatureLoss)]
+        inner: list[Any] = [child for child in modules if is_scheduled(child)]
         for index, child in enumerate(inner):
             parts = [name, str(index) if len(inner) > 1 else ""]
             found.setdefault(child, "".join(f"{part}_" for part in parts if part))
