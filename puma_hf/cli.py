@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from puma_hf import __version__
-from puma_hf.app.config import AppConfig
 from puma_hf.cli_options import config_command
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.embedding.config import EmbedConfig
@@ -24,7 +23,7 @@ from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.export_config import ExportConfig
 from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
-from puma_hf.search.config import IndexConfig, SearchConfig
+from puma_hf.search.config import AppConfig, IndexConfig, SearchConfig
 from puma_hf.termination import ends_well_on_sigterm
 from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
@@ -214,7 +213,7 @@ def index(config: IndexConfig) -> None:
 
     Example: puma-hf index photos --model puma-k14-mac --output photos-index
     """
-    from puma_hf.search.build import build_index as run
+    from puma_hf.search.index import build_index as run
 
     with ends_well_on_sigterm():
         report = run(config)

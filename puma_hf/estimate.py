@@ -7,7 +7,6 @@ and said with the result.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -134,6 +133,7 @@ def estimate(
 
     Raises:
         ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
+        OSError: If a `config.json` is damaged.
 
     Example:
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
@@ -142,6 +142,8 @@ def estimate(
     given = {"num_gpus": num_gpus, "tokens": tokens, "rows": rows}
     if wrong := [f"{name}={value}" for name, value in given.items() if value is not None and value < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1. Leave out what you do not know.")
+    if images is not None and not 0 <= images < math.inf:
+        raise ValueError(f"images={images} must be 0 or more images a row. Leave it out for 1, or of texts 0.")
     config = _recipe(recipe)
     shape, told = _shape(config, model, num_kept_layers)
     is_nli = Path(config.data).name == "nli_for_simcse.csv"
@@ -280,12 +282,12 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     name = str(config.model if model is None else model)
     file = Path(name) if name.endswith(".json") else Path(name, "config.json")
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        shape = PumaConfig.from_dict(found, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
+        shape = PumaConfig.from_pretrained(file, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
         return shape, f"Shapes are those of {file}."
     size = re.search(r"(?:qwen2-vl|puma)-([27])b\b", name.lower())
     depth = re.search(r"\bk(\d+)\b", name.lower())
-    kept = num_kept_layers or (int(depth[1]) if depth else _NUM_LAYERS if model is not None else None)
+    named = int(depth[1]) if depth else _NUM_LAYERS if model is not None else None
+    kept = named if num_kept_layers is None else num_kept_layers
     if size is None or kept is None:
         raise ValueError(
             f"model={name!r} is no directory here, and its name does not tell a Qwen2-VL 2B or 7B and its layers. Give "

@@ -231,7 +231,7 @@ def _processor_class(config: Any) -> type[PumaProcessor]:
 
 def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any, *, is_original: bool) -> str:
     own = None if is_original else read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")
-    name = str(asked or own or "puma")
+    name = str((own or "puma") if asked is None else asked)
     backbones = reading_of(name).backbones or (config.source_model_type,)
     if config.source_model_type not in backbones:
         raise ValueError(

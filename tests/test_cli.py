@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
-from puma_hf.app.config import AppConfig
+from puma_hf.app import AppConfig
 from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.embedding.config import EmbedConfig
@@ -32,7 +32,7 @@ from puma_hf.export_config import ExportConfig
 from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
 from puma_hf.pruning import prune
-from puma_hf.search.answers import Answers
+from puma_hf.search import Answers
 from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer import stages
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig

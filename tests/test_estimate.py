@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,24 @@ def test_the_released_batches_fit_the_gpus_they_were_run_on(name: str) -> None:
         ({"loss": "mac"}, {"num_gpus": 0, "rows": 0}, "num_gpus=0, rows=0 must be at least 1"),
         ({"compute_environment": "LOCAL"}, {}, r"recipe.yaml, line 9: 'compute_environment' is a key of neither"),
         ({"loss": "mac", "batch_size": 0}, {}, "batch_size=0 must be at least 1"),
+        ({"model": "puma-2b-k12"}, {"num_kept_layers": 0}, "num_kept_layers=0 is outside"),
+        ({}, {"images": -1}, "images=-1 must be 0 or more images a row"),
+        ({}, {"images": math.nan}, "images=nan must be 0 or more images"),
     ],
 )
 def test_wrong_input(recipe: Any, values: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate(recipe(**values), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [("{}", ValueError, "model_type=None, but PUMA prunes Qwen2-VL"), ("{", OSError, "not a valid JSON file")],
+)
+def test_a_config_that_is_none(recipe: Any, tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=message):
+        estimate(recipe(), model=tmp_path)
 
 
 def test_the_command(recipe: Any) -> None:

@@ -39,10 +39,10 @@ MUST_NOT_IMPORT = {
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "evaluation/": ("puma_hf.trainer", "puma_hf.embedding", "puma_hf.cli", "puma_hf.hub"),
     "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
-    # It copies what the upload would send, and knows nothing else of the Hub.
-    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub.push", "puma_hf.hub.card"),
+    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub", "puma_hf.app"),
     "hub/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.search", "puma_hf.app", "puma_hf.cli"),
-    "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
+    # A Space copies what the upload would send, and knows nothing else of the Hub.
+    "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub.push", "puma_hf.hub.card"),
     "parity/": ("puma_hf.cli",),
     "trainer/": ("puma_hf.cli",),
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
@@ -126,7 +126,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
 
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    tested = [EXTRAS[name] for name in ("faiss", "mteb", "plot", "test", "dev")]
+    tested = [EXTRAS[name] for name in ("app", "faiss", "mteb", "plot", "search", "test", "dev")]
     asked = [text for texts in (CORE, *tested) for text in texts if not text.startswith("puma-hf")]
     for requirement in map(Requirement, asked):
         assert requirement.name in pins

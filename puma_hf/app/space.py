@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 from huggingface_hub import SpaceCardData
 
 from puma_hf import __version__
-from puma_hf.app.cards import TITLE, count_line
-from puma_hf.app.config import FIRST_PORT
-from puma_hf.app.serve import require_gradio
+from puma_hf.app.launch import TITLE, count_line, require_gradio
 from puma_hf.files import new_directory
-from puma_hf.search.index import Index, open_index
-from puma_hf.search.portable import copy_index
-
-INDEX = "index"  # its folder in a Space
+from puma_hf.hub.push_files import files_to_push
+from puma_hf.search.config import FIRST_PORT
+from puma_hf.search.index import Index, create_table, keep_picture, tag_complete
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
 
@@ -28,7 +27,7 @@ from puma_hf.app.launch import launch
 
 if __name__ == "__main__":
     config = AppConfig(
-        index=Path(__file__).resolve().parent / "{index}",
+        index=Path(__file__).resolve().parent / "index",
         # A Space is reached from other machines, and through this port.
         host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
         port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{more}
@@ -36,11 +35,15 @@ if __name__ == "__main__":
     launch(config, started=print)
 '''
 
-_README = """# {title}
+_README = """---
+{settings}
+---
+
+# {title}
 
 {line}.
 
-This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `{index}/`, the embeddings, texts
+This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `index/`, the embeddings, texts
 and pictures that it searches{model}.
 
 Everything in a public Space can be downloaded: publish it only if you may publish all of that, and name its
@@ -54,7 +57,7 @@ hf upload ORG/NAME . --type space
 ```
 
 `requirements.txt` names `puma-hf` {version}. A Space installs it from the Python package index; if that version is not
-there, put an address of the source in its place, such as `puma-hf[app] @ git+https://ADDRESS`.
+there, put an address of the source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
 
 ## Run it here
 
@@ -75,6 +78,8 @@ def write_space(
 ) -> Path:
     """Write a folder that is a Space of the Hub as it is: the page, and a copy of an index that needs nothing else.
 
+    A picture is copied with all that its file says, such as the place that a camera wrote into it.
+
     Args:
         index: The index.
         folder: Where to, a new or empty directory. It is written whole or not at all.
@@ -83,55 +88,63 @@ def write_space(
         trust_remote_code: Whether the Space may run the code of a model's repository, which a PUMA model needs unless
             it is copied.
 
-    Returns:
-        The folder.
-
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If a picture of the index, or its model, is gone.
-        ImportError: If Gradio is missing, whose version a Space names.
-        ValueError: If the index is empty, a picture cannot be read, or the model's directory holds what should not be
-            published.
-
-    Example:
-        >>> from puma_hf.app import write_space
-        >>> from puma_hf.search import open_index
-        >>> write_space(open_index("index"), "space", model="org/puma-k14")  # doctest: +SKIP
-        PosixPath('space')
+        ValueError: If the index is empty, or the model's directory holds what should not be published.
     """
     require_gradio()
-    index.candidates()
+    index.num_candidates()
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
-        copy_index(index, draft / INDEX, model=model)
-        name = open_index(draft / INDEX).description["model"]
+        name = _copy_index(index, draft / "index", model)
         more = "" if instruction is None else f"\n        instruction={instruction!r},"
         more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
-        files = {
-            "app.py": _APP.format(index=INDEX, port=FIRST_PORT, more=more),
-            "requirements.txt": f"puma-hf[app]=={__version__}\n",
-            "README.md": _readme(index, name),
-        }
-        for file, content in files.items():
-            (draft / file).write_text(content, encoding="utf-8")
+        copied = name.startswith(".")
+        settings: Any = SpaceCardData(
+            title=TITLE,
+            sdk="gradio",
+            sdk_version=version("gradio"),
+            app_file="app.py",
+            models=None if copied else [name],
+            tags=["puma", "multimodal-retrieval"],
+        )
+        line = count_line(index, index.model if copied else name)
+        values = {"title": TITLE, "line": line, "model": ", and the model" if copied else "", "version": __version__}
+        readme = _README.format(settings=settings.to_yaml(), **values)
+        (draft / "app.py").write_text(_APP.format(port=FIRST_PORT, more=more), encoding="utf-8")
+        (draft / "requirements.txt").write_text(f"puma-hf[app,search]=={__version__}\n", encoding="utf-8")
+        (draft / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
 
 
-def _readme(index: Index, model: str) -> str:
-    """What the Hub shows of a Space, its settings first."""
-    copied = model.startswith(".")
-    settings: Any = SpaceCardData(
-        title=TITLE,
-        sdk="gradio",
-        sdk_version=version("gradio"),
-        app_file="app.py",
-        models=None if copied else [model],
-        tags=["puma", "multimodal-retrieval"],
-    )
-    body = _README.format(
-        title=TITLE,
-        line=count_line(index.counts, index.model if copied else model),
-        index=INDEX,
-        model=", and the model" if copied else "",
-        version=__version__,
-    )
-    return f"---\n{settings.to_yaml()}\n---\n\n{body}"
+def _copy_index(index: Index, folder: Path, model: str | None) -> str:
+    """Copy an index so that no path in it leads outside; what it calls its model now."""
+    folder.mkdir()
+    source = Path(index.model)
+    name = model or ("./model" if source.is_absolute() else index.model)
+    if name.startswith("."):
+        if not source.is_dir():
+            raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
+        (folder / "model").mkdir()
+        for file in files_to_push(source).names:
+            shutil.copyfile(source / file, folder / "model" / file)
+    revision = index.description["revision"] if name == index.model else None
+    about = {**index.description, "model": name, "revision": revision, "data": Path(index.description["data"]).name}
+    table = create_table(folder, about, index.table.schema.field("vector").type.list_size)
+    schema = table.schema
+    for batch in index.table.search().select(schema.names).limit(len(index)).to_batches(1000):
+        images = [path and _copy_picture(index.folder / path, folder) for path in batch["image"].to_pylist()]
+        columns = {**{name: batch[name] for name in schema.names}, "image": pa.array(images, pa.string())}
+        table.add(pa.table(columns, schema=schema))
+    tag_complete(table)
+    return name
+
+
+def _copy_picture(path: Path, folder: Path) -> str:
+    try:
+        return keep_picture(folder, path.read_bytes())
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{str(path)!r}, a picture of the index, cannot be copied ({error.strerror or error}). Run puma-hf index "
+            "again, which leaves out what is gone, and write the Space then."
+        ) from error

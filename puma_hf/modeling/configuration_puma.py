@@ -50,6 +50,11 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
     Raises:
         ValueError: If both are given, or neither, or what is given is no such number or list.
     """
+    if num_kept_layers is None and keep_layers is None:
+        raise ValueError(
+            f"Say which layers to keep: num_kept_layers (--num-kept-layers), from 1 to {num_hidden_layers} of them, or "
+            "keep_layers (--keep-layers), such as '0-2,5'."
+        )
     if keep_layers is None:
         return list(range(check_num_kept_layers(num_kept_layers, num_hidden_layers)))
     if num_kept_layers is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +87,22 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
+_of_checkpoint = ContextVar("of_checkpoint", default=False)
+
+
+@contextmanager
+def _numbered_as_in_checkpoint(yes: bool = True) -> Iterator[None]:
+    """Give the layers of models that are made meanwhile the numbers that they have in the checkpoint that is read.
+
+    Not an argument of the model, as a subclass may take a configuration alone.
+    """
+    before = _of_checkpoint.set(yes)
+    try:
+        yield
+    finally:
+        _of_checkpoint.reset(before)
+
+
 class PumaModelMixin(_MixinBase):
     """What makes a backbone a PUMA model: loading without the dropped layers, and the `[RET]` embedding."""
 
@@ -92,9 +111,9 @@ class PumaModelMixin(_MixinBase):
         # Not inherited: a class of the user's may be in a notebook, whose code no save can copy.
         cls._auto_class = None
 
-    def __init__(self, config: Any, of_checkpoint: bool = False) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
-        layers = config._loaded_layers if of_checkpoint else None
+        layers = config._loaded_layers if _of_checkpoint.get() else None
         if layers is not None:
             # Until its weights are there each layer has the number that it has in the checkpoint.
             decoder: Any = self.language_model
@@ -114,19 +133,19 @@ class PumaModelMixin(_MixinBase):
         """
         kwargs.setdefault("key_mapping", CHECKPOINT_KEY_MAPPING)
         # AutoModel has read the configuration already, and passes that.
-        if kwargs.get("keep_layers") is not None or getattr(kwargs.get("config"), "_loaded_layers", None):
-            kwargs["of_checkpoint"] = True
+        cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
         kwargs["use_safetensors"] = True
         return_loading_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # those found are reported below, with a reason and a remedy
-                **kwargs,
-            )
+            with _numbered_as_in_checkpoint(cuts):
+                loaded: Any = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # those found are reported below, with a reason and a remedy
+                    **kwargs,
+                )
         except ImportError as error:
             if "flash" in str(error).lower():
                 name = kwargs.get("attn_implementation") or "flash_attention_2"
@@ -153,7 +172,7 @@ class PumaModelMixin(_MixinBase):
             _check_adapter(wrong, str(place or pretrained_model_name_or_path))
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
-        if kwargs.get("of_checkpoint"):
+        if cuts:
             model.language_model.layers = torch.nn.ModuleList(model.language_model.layers)
             model.config._loaded_layers = None
         return (model, info) if return_loading_info else model
@@ -351,8 +370,8 @@ def _check_missing(model: Any, missing: set[str], source: str) -> None:
     """
     if not missing:
         return
-    with torch.device("meta"):
-        lacking = sorted(missing & set(_source_class(model)(model.config, of_checkpoint=True).state_dict()))
+    with torch.device("meta"), _numbered_as_in_checkpoint():
+        lacking = sorted(missing & set(_source_class(model)(model.config).state_dict()))
     if lacking:
         family = model.config_class.source_name
         raise ValueError(

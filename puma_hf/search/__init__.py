@@ -1,4 +1,4 @@
-"""Search a corpus by text, by picture, or by both: an index on disk, exact answers, a page to show them."""
+"""Search a corpus by text, by picture, or by both: an index in LanceDB, exact answers, a page to show them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ _NAMES = {
     "Answers": "puma_hf.search.answers",
     "Index": "puma_hf.search.index",
     "IndexConfig": "puma_hf.search.config",
-    "IndexReport": "puma_hf.search.build",
+    "IndexReport": "puma_hf.search.index",
     "Query": "puma_hf.search.query",
     "SearchConfig": "puma_hf.search.config",
     "Searcher": "puma_hf.search.query",
-    "build_index": "puma_hf.search.build",
-    "copy_index": "puma_hf.search.portable",
+    "build_index": "puma_hf.search.index",
     "open_index": "puma_hf.search.index",
     "open_searcher": "puma_hf.search.query",
 }
@@ -32,7 +31,6 @@ __all__ = [
     "SearchConfig",
     "Searcher",
     "build_index",
-    "copy_index",
     "open_index",
     "open_searcher",
 ]
@@ -42,8 +40,6 @@ __getattr__ = resolver(__name__, _NAMES)
 
 if TYPE_CHECKING:
     from puma_hf.search.answers import Answer, Answers
-    from puma_hf.search.build import IndexReport, build_index
     from puma_hf.search.config import IndexConfig, SearchConfig
-    from puma_hf.search.index import Index, open_index
-    from puma_hf.search.portable import copy_index
+    from puma_hf.search.index import Index, IndexReport, build_index, open_index
     from puma_hf.search.query import Query, Searcher, open_searcher

@@ -1,4 +1,4 @@
-"""The settings of an index and of a search: one truth for YAML files, the command's flags, and Python.
+"""The settings of an index, of a search and of its page: one truth for YAML files, the command's flags, and Python.
 
 Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 """
@@ -6,50 +6,36 @@ Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 # ruff: noqa: RUF009 - the calls make dataclass fields
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from puma_hf.embedding.config import EmbedConfig, OnError
+from puma_hf.embedding.config import EmbedConfig, FileFormat, OnError, Precision
 from puma_hf.settings import CheckedConfig, option, required
 
 Target = Literal["any", "text", "image"]
-Backend = Literal["torch", "faiss", "ann"]
+Backend = Literal["exact", "ann", "torch", "faiss"]
 RESCORE_MULTIPLIER = 50
 AnnKind = Literal["none", "hnsw", "int8", "binary"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.build.build_index`; `puma-hf index --help` explains every field.
-
-    They are those of `EmbedConfig`, since an index is a directory of embeddings and what is needed to show an answer;
-    and `ann`.
-
-    Raises:
-        ValueError: If a value is out of range; the message names value, constraint and remedy.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.search.config import IndexConfig
-
-    >>> IndexConfig(data="photos", model="puma-k4-mac", output="index").on_error
-    'skip'
-    ```
-    """
+    """Settings of `puma_hf.search.index.build_index`; `puma-hf index --help` explains every field."""
 
     model: str = option("", "PUMA directory, here or on the Hub; needed by the first run, which the index remembers.")
-    output: str | Path = required(
-        "Directory of the index. A run that was stopped goes on from there, and embeddings of the same data, model "
-        "and settings, made by puma-hf embed, are kept."
-    )
+    output: str | Path = required("Directory of the index; a run that was stopped goes on from there.")
     on_error: OnError = option("skip", "On an input that cannot be read: raise; or skip, which leaves it out.")
+    precision: Precision = option("float32", "Numbers that are stored: float32; or float16, half as large.")
+    shard_size: int = option(
+        4096, "Inputs embedded between two writes; a run that is killed loses at most these.", at_least=1, at_most=4096
+    )
+    calibration_size: int = option(1024, "Not used by an index.", at_least=2)
+    format: FileFormat = option("parquet", "Not used by an index, which is a table of LanceDB.")
     ann: AnnKind | None = option(
         None,
-        "Add a file for approximate search in large indexes (--backend ann; needs pip install 'puma-hf[faiss]'): hnsw "
-        "is quickest; int8 misses least; binary is smallest; none removes it. By default it stays what it is. "
-        "With --format safetensors a search reads only the rows that it rescores.",
+        "Add an index for approximate search in large corpora (--backend ann): hnsw is quickest; int8 misses least; "
+        "binary is smallest; none removes it. By default it stays what it is.",
     )
 
     def __post_init__(self) -> None:
@@ -58,6 +44,17 @@ class IndexConfig(EmbedConfig):
             raise ValueError(
                 "on_error='zero' would put zeros into the index, which no query finds. Choose skip, or raise."
             )
+        if self.precision not in ("float32", "float16"):
+            raise ValueError(
+                f"precision={self.precision!r} must be 'float32' or 'float16' in an index. Choose ann='int8' or "
+                "'binary' (--ann) for a search that reads less."
+            )
+
+    def notes(self) -> list[str]:
+        """Options that an index ignores, one sentence each."""
+        defaults = type(self).__dataclass_fields__
+        given = [name for name in ("calibration_size", "format") if getattr(self, name) != defaults[name].default]
+        return [f"{name}={getattr(self, name)!r}: not used by an index." for name in given]
 
 
 def _positional(text: str) -> Any:
@@ -67,20 +64,7 @@ def _positional(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(CheckedConfig):
-    """Settings of `puma_hf.search.query.search`; `puma-hf search --help` explains every field.
-
-    Raises:
-        ValueError: If there is no query, or a value is out of range; the message names value, constraint and remedy.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.search.config import SearchConfig
-
-    >>> SearchConfig(index="index", query="a red apple").top
-    10
-    ```
-    """
+    """Settings of `puma_hf.search.query.search`; `puma-hf search --help` explains every field."""
 
     index: str | Path = required("Directory that puma-hf index has written.", positional=True)
     query: str | None = _positional("What to look for, in words.")
@@ -96,9 +80,7 @@ class SearchConfig(CheckedConfig):
     html: str | Path | None = option(None, "File for a page of the answers, with small pictures inside.")
     model: str | None = option(None, "The model that made the index, if it is no longer where it was.")
     backend: Backend = option(
-        "torch",
-        "torch and faiss are exact; ann is approximate, for an index made with --ann. Both faiss and ann need pip "
-        "install 'puma-hf[faiss]'.",
+        "exact", "exact; or ann, approximate, for an index made with --ann. torch and faiss are old words for exact."
     )
     rescore_multiplier: int = option(
         RESCORE_MULTIPLIER,
@@ -122,3 +104,44 @@ class SearchConfig(CheckedConfig):
             )
         if self.html is not None and Path(self.html).is_dir():
             raise ValueError(f"html={str(self.html)!r} is a directory, must be a file. Name one, such as answers.html.")
+
+
+FIRST_PORT = 7860  # where Gradio's pages are, and what a Space shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig(CheckedConfig):
+    """Settings of `puma_hf.app.launch.launch`; `puma-hf app --help` explains every field."""
+
+    index: str | Path = required("Directory that puma-hf index has written.", positional=True)
+    host: str = option(
+        "127.0.0.1", "Address to serve at. The default is seen from this machine alone; 0.0.0.0 from all others, too."
+    )
+    port: int | None = option(
+        None,
+        f"Port to serve at; 0 for any. Default: {FIRST_PORT}, or the next that is free.",
+        at_least=0,
+        at_most=65535,
+    )
+    instruction: str | None = option(
+        None, "What queries ask for, in the words that the model was trained with; can be changed on the page."
+    )
+    top: int = option(24, "Answers to show.", at_least=1, at_most=200)
+    max_upload_mb: float = option(10.0, "Megabytes that the file of a picture may have.", above=0, at_most=1000)
+    open_browser: bool = option(False, "Open the page in a browser.")
+    space: str | Path | None = option(
+        None, "New directory for a Space of the Hub that shows this page; written instead of serving."
+    )
+    model: str | None = option(
+        None, "The model that made the index, if it is no longer where it was; of a Space, its name on the Hub."
+    )
+    backend: Backend = option("exact", "As for puma-hf search.")
+    trust_remote_code: bool = option(False, "Run the code of a Hub repository; a local directory's is run.")
+
+    def notes(self) -> list[str]:
+        """What a person should know before the run: options that this combination ignores."""
+        if self.space is None:
+            return []
+        of_serving = ("host", "port", "top", "max_upload_mb", "open_browser", "backend")
+        given = [one.name for one in fields(self) if one.name in of_serving and getattr(self, one.name) != one.default]
+        return [f"{name} is ignored: a Space is written, nothing is served. Its app.py can set it." for name in given]

@@ -5,26 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.embedding.config import EmbedConfig
-from puma_hf.embedding.embed import embed
-from puma_hf.embedding.results import BrokenInputError
 from puma_hf.embedding.run import open_model
 from puma_hf.evaluation.fingerprint import model_fingerprint, model_name
-from puma_hf.evaluation.search import exact_search
 from puma_hf.files import write_whole
 from puma_hf.modeling.image_inputs_puma import load_rgb_image
-from puma_hf.search.ann import require_faiss
-from puma_hf.search.answers import Answer, Answers
-from puma_hf.search.candidates import StoredCandidates
+from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.config import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
-from puma_hf.search.html import to_html
 from puma_hf.search.index import Index, open_index
 from puma_hf.settings import processing_of
 
@@ -35,12 +28,7 @@ MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far le
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What to look for: words, a picture, or both.
-
-    Args:
-        text: Words, or None.
-        image: A picture: PIL, path or bytes; or None.
-        instruction: What is asked for, in the words that the model was trained with, or None.
+    """What to look for: words, a picture (PIL, path or bytes), or both; and, as the model was trained, an instruction.
 
     Raises:
         ValueError: If there is nothing to look for, or the words are too many.
@@ -48,7 +36,7 @@ class Query:
     Example:
 
     ```python
-    >>> from puma_hf.search.query import Query
+    >>> from puma_hf.search import Query
 
     >>> Query(text="a red apple").model_input()
     {'text': 'a red apple'}
@@ -70,12 +58,7 @@ class Query:
                 )
 
     def model_input(self) -> dict[str, Any]:
-        """The query as one input of a model, its picture read.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read as a picture.
-        """
+        """The query as one input of a model, its picture read; FileNotFoundError or ValueError if it cannot be."""
         image = None if self.image is None else load_rgb_image(self.image, "image of the query")
         text = self.text if self.text and self.text.strip() else None
         values = {"image": image, "text": text, "instruction": self.instruction}
@@ -88,18 +71,12 @@ class Searcher:
     Args:
         index: The index.
         model: The model, as a `SentenceTransformer`.
-        backend: "torch", or "faiss" (`pip install 'puma-hf[faiss]'`), which are exact; or "ann", for which the index
-            needs a file of its own (`puma-hf index --ann`).
+        backend: "exact" ("torch" and "faiss" are old words for it); or "ann", for which `puma-hf index --ann` has
+            prepared the index.
         rescore_multiplier: With "ann": how many items are compared exactly for each answer that is wanted.
 
     Raises:
-        ImportError: If faiss is asked for and not installed.
         ValueError: If the index was made by another model, or has nothing for approximate search.
-
-    Example:
-        >>> from puma_hf.search import Query, Searcher, open_index
-        >>> searcher = Searcher(open_index("index"), model)  # doctest: +SKIP
-        >>> print(searcher.search(Query(text="a red apple"), target="image"))  # doctest: +SKIP
     """
 
     def __init__(
@@ -107,7 +84,7 @@ class Searcher:
         index: Index,
         model: SentenceTransformer,
         *,
-        backend: Backend = "torch",
+        backend: Backend = "exact",
         rescore_multiplier: int = RESCORE_MULTIPLIER,
     ) -> None:
         if rescore_multiplier < 1:
@@ -115,46 +92,32 @@ class Searcher:
         if model_fingerprint(model) != index.fingerprint:
             raise ValueError(
                 f"The index {str(index.folder)!r} was made by another model than {model_name(model)!r}, and vectors of "
-                f"two models cannot be compared. Search with {index.model!r} as it was then, its "
-                f"weights in {index.stored.manifest['settings']['weights_dtype']}, or make an index with this one."
+                f"two models cannot be compared. Search with {index.model!r} as it was then, its weights in "
+                f"{index.description['weights_dtype']}, or make an index with this one."
             )
-        self.index = index
-        self.model = model
-        self.backend: Backend = backend
-        self.rescore_multiplier = rescore_multiplier
         _check_backend(index, backend)
+        self.index, self.model = index, model
+        self._rescored = rescore_multiplier if backend == "ann" else None
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
-        """The embedding of a query, for an index elsewhere: in a database, say.
-
-        Args:
-            query: What to look for; a string is words.
-
-        Returns:
-            `(1, embedding_dim)`, of length 1.
+        """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1.
 
         Raises:
             FileNotFoundError: If the picture is no file.
             ValueError: If the query cannot be embedded.
         """
+        query = Query(text=query) if isinstance(query, str) else query
+        truncate_dim = self.index.description["truncate_dim"]
+        options: Any = {"processing_kwargs": processing_of("split")}  # what a person asks is text
+        options |= {"truncate_dim": truncate_dim, "normalize_embeddings": truncate_dim is not None}
+        model_input = query.model_input()
         try:
-            return embed(
-                self.model,
-                [_asked(query).model_input()],
-                num_workers=0,
-                truncate_dim=self.index.stored.manifest["settings"]["truncate_dim"],
-                processing_kwargs=processing_of("split"),  # what a person asks is text
-                show_progress_bar=False,
-            ).embeddings
-        except BrokenInputError as error:
-            reason = error.broken.message.removeprefix("inputs[0]: ")
-            raise ValueError(f"The query cannot be embedded: {reason}") from error
+            return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
+        except ValueError as error:
+            raise ValueError(f"The query cannot be embedded: {str(error).removeprefix('inputs[0]: ')}") from error
 
     def search(self, query: Query | str, *, target: Target = "any", top_k: int = 10) -> Answers:
         """Compare a query with all candidates, or with those that approximate search proposes.
-
-        A score is the cosine of the query's embedding in float32 and of the item's as it is stored: of an index in
-        int8 the middle of each step counts, of a binary one the sign of each dimension.
 
         Args:
             query: What to look for; a string is words.
@@ -162,54 +125,40 @@ class Searcher:
             top_k: Answers to give, at most all candidates.
 
         Returns:
-            The answers, best first; among equals the earlier item of the corpus.
+            The answers, best first. A score is the cosine of the query's embedding and of the item's as it is stored.
 
         Raises:
             FileNotFoundError: If the picture is no file.
             ValueError: If the query cannot be embedded, there is no such candidate, or a file of the index is damaged.
         """
-        query = _asked(query)
-        candidates = self.index.candidates(target)
-        rows = self.embed(query)
-        scores, positions = self._find(rows, candidates, top_k)
-        items = self.index.items(positions)
+        query = Query(text=query) if isinstance(query, str) else query
+        num_candidates = self.index.num_candidates(target)
+        row = self.embed(query)[0]
+        found = self.index.nearest(row, target, top_k, rescored=self._rescored)
+        if len(found) < min(top_k, num_candidates):  # a graph may not lead to enough of them, which is rare
+            found = self.index.nearest(row, target, top_k)
+        image = (
+            query.image if query.image is None or isinstance(query.image, str | Path) else type(query.image).__name__
+        )
         return Answers(
             query=query.text,
-            image=_name_of(query.image),
+            image=None if image is None else str(image),
             instruction=query.instruction,
             target=target,
-            num_candidates=len(candidates),
-            answers=tuple(
-                Answer(rank, score, item.id, item.modality, item.text, item.image)
-                for rank, (score, item) in enumerate(zip(scores, items, strict=True), 1)
-            ),
+            num_candidates=num_candidates,
+            answers=tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1)),
         )
-
-    def _find(
-        self, rows: NDArray[np.float32], candidates: StoredCandidates, top_k: int
-    ) -> tuple[list[float], list[int]]:
-        """Scores and rows of the best items for the embedding of one query, `(1, embedding_dim)`."""
-        backend: Literal["torch", "faiss"] = "torch" if self.backend == "ann" else self.backend
-        if self.backend == "ann" and top_k >= 1:
-            proposed = self.index.nearest(rows[0], candidates, self.rescore_multiplier * top_k)
-            # A graph may not lead to enough of them, which is rare; then all are compared.
-            candidates = proposed if len(proposed) >= min(top_k, len(candidates)) else candidates
-        found = exact_search(torch.from_numpy(rows), candidates, top_k, backend=backend)
-        return found.scores[0].tolist(), candidates.positions[found.indices[0].numpy()].tolist()
-
-
-def _asked(query: Query | str) -> Query:
-    return Query(text=query) if isinstance(query, str) else query
 
 
 def _check_backend(index: Index, backend: str) -> None:
     """Refuse a backend that does not exist, or that lacks what it needs, before a question is asked."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
-    if backend == "faiss":
-        require_faiss()
-    if backend == "ann" and len(index):
-        _ = index.ann
+    if backend == "ann" and len(index) and index.ann == "none":
+        raise ValueError(
+            f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with --ann "
+            "hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend exact)."
+        )
 
 
 def search(config: SearchConfig) -> Answers:
@@ -217,27 +166,16 @@ def search(config: SearchConfig) -> Answers:
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
 
-    Args:
-        config: What to look for, and where; see `SearchConfig`.
-
-    Returns:
-        The answers.
-
     Raises:
         FileNotFoundError: If the index, its model or the picture is missing.
-        ImportError: If faiss is asked for and not installed.
+        ImportError: If LanceDB is missing.
         ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
             or if the query cannot be embedded.
-
-    Example:
-        >>> from puma_hf.search.config import SearchConfig
-        >>> from puma_hf.search.query import search
-        >>> print(search(SearchConfig(index="index", query="a red apple", target="image")))  # doctest: +SKIP
     """
     for note in config.notes():
         logger.warning(note)
     index = open_index(config.index)
-    index.candidates(config.target)
+    index.num_candidates(config.target)
     _check_backend(index, config.backend)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     query.model_input()  # what is wrong is told before the model is loaded
@@ -258,11 +196,11 @@ def open_searcher(
     index: str | Path | Index,
     *,
     model: str | None = None,
-    backend: Backend = "torch",
+    backend: Backend = "exact",
     rescore_multiplier: int = RESCORE_MULTIPLIER,
     trust_remote_code: bool = False,
 ) -> Searcher:
-    """Open an index and its model, in the data type that it was made with.
+    """Open an index and its model, in the data type that it was made with; ask the searcher as often as is wanted.
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
 
@@ -273,38 +211,28 @@ def open_searcher(
         rescore_multiplier: As in `Searcher`.
         trust_remote_code: Run the code of a Hub repository.
 
-    Returns:
-        A searcher to ask as often as is wanted.
-
     Raises:
         FileNotFoundError: If there is no index, or its model is gone.
         ValueError: If the index is unfinished, damaged, or of another model.
 
     Example:
-        >>> from puma_hf.search.query import Query, open_searcher
+        >>> from puma_hf.search import Query, open_searcher
         >>> searcher = open_searcher("index")  # doctest: +SKIP
         >>> print(searcher.search(Query(text="a red apple")))  # doctest: +SKIP
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    name = model or opened.model
+    described, name = opened.description, model or opened.model
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(
             f"The model {name!r} of the index {str(opened.folder)!r} is gone. Pass model (--model), where it is now."
         )
-    described = opened.description
     config = EmbedConfig(
         data=described["data"],
         model=name,
         output=opened.folder,
-        truncate_dim=opened.stored.manifest["settings"]["truncate_dim"],
+        truncate_dim=described["truncate_dim"],
         dtype=described["dtype"],
         revision=described["revision"] if name == opened.model else None,
         trust_remote_code=trust_remote_code,
     )
     return Searcher(opened, open_model(config), backend=backend, rescore_multiplier=rescore_multiplier)
-
-
-def _name_of(image: Any) -> str | None:
-    if image is None:
-        return None
-    return str(image) if isinstance(image, str | Path) else type(image).__name__

@@ -89,7 +89,7 @@ class StageConfig(CheckedConfig):
     )
     learning_rate: float = option(1e-4, "Peak of the cosine schedule.", above=0, remedy="LamRA takes 1e-4 to 2e-4.")
     first_layer_learning_rate: float | None = option(
-        None, "Peak for the first decoder layer; default: learning_rate.", above=0, remedy="PUMA takes half of it."
+        None, "Peak for the first decoder layer; default: learning_rate.", above=0, remedy="PUMA takes 1e-4."
     )
     adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's mean of their squares; PUMA: 0.98.", at_least=0, below=1)
@@ -277,6 +277,10 @@ class TrainConfig(PairSettings, StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_teacher()
+        if not self.contrastive_weight and not (self.contrastive_weight_start or self.joint):
+            raise ValueError(
+                "contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Give one a weight above 0."
+            )
         if self.cached and self.joint:
             raise ValueError(
                 f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens} need "

@@ -23,7 +23,7 @@ class WholeTeacher(RunningTeacher):
         student: The pruned model.
 
     Raises:
-        ValueError: If the two are one, or differ in hidden size or in the ids of `[RET]` and of image tokens.
+        ValueError: If the two are one, or differ in hidden size, reading, or the ids of `[RET]` and of image tokens.
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064 distils from the model that was pruned; another teacher is this
     library's addition.
@@ -41,6 +41,12 @@ class WholeTeacher(RunningTeacher):
                     "Choose a teacher with the same tokenizer; an original Qwen2-VL gets its [RET] from puma_hf.prune "
                     "with num_kept_layers=<all of its layers>."
                 )
+        if model.config.positions != student.config.positions:
+            raise ValueError(
+                f"The teacher has {model.config.positions} positions and the student {student.config.positions}, so it "
+                "reads inputs in another way than the student's, which it is given (prune --reading). Choose a teacher "
+                "of the student's reading, or the original checkpoint."
+            )
         self.student = student
         self.model = model.requires_grad_(False).eval()
 

@@ -1,13 +1,14 @@
-"""An index with texts and ids that try to be something else, its page, and a browser."""
+"""An index with texts that try to be something else, its page, and questions as a browser would ask them."""
 
 from __future__ import annotations
 
+import http.client
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
 
@@ -15,30 +16,23 @@ from tests.patience import PATIENCE
 from tests.search.small_corpus import TEXTS, write_picture
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
     from sentence_transformers import SentenceTransformer
 
-    from puma_hf.search.query import Searcher
+    from puma_hf.search import Searcher
 
-MARK = "window.ran = 1"
-SCRIPT = f"<script>{MARK}</script><img src=x onerror='{MARK}'>"
-TEMPLATE = f"${{{MARK}}} {{{{#if 1}}}}ran{{{{/if}}}} `${{{MARK}}}` \" ' </li>"
-LONG = "a red apple on a table " * 500
+SCRIPT = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
 MAX_UPLOAD_MB = 0.25
 
 
 @pytest.fixture(scope="session")
 def index_dir(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine items: six of text, two pictures, and a picture with a text. Read only."""
-    from puma_hf.search.build import build_index
-    from puma_hf.search.config import IndexConfig
+    """Seven items: four of text, two pictures, and a picture with a text. Read only."""
+    from puma_hf.search import IndexConfig, build_index
 
     folder = tmp_path_factory.mktemp("app-corpus")
     lines: list[dict[str, Any]] = [{"id": f"t{row}", "text": text} for row, text in enumerate(TEXTS[:3])]
     lines += [
         {"id": SCRIPT, "text": SCRIPT},
-        {"id": "template", "text": TEMPLATE},
-        {"id": "long", "text": LONG},
         {"id": "i0", "image": write_picture(folder / "i0.png", 0).name},
         {"id": "i1", "image": write_picture(folder / "i1.png", 2).name},
         {"id": "b", "text": "a red picture", "image": write_picture(folder / "b.png", 1).name},
@@ -52,25 +46,13 @@ def index_dir(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def searcher(index_dir: Path, sentence_transformer: SentenceTransformer) -> Searcher:
     """Its searcher. Read only."""
-    from puma_hf.search.index import open_index
-    from puma_hf.search.query import Searcher
+    from puma_hf.search import Searcher, open_index
 
     return Searcher(open_index(index_dir), sentence_transformer)
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the served page puts what it makes; other modules' tests have the system's directory again."""
-    import tempfile
-
-    folder = tmp_path_factory.mktemp("app-temporary")
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    yield folder
-    tempfile.tempdir = before
-
-
-@pytest.fixture(scope="module")
-def url(searcher: Searcher, temporary: Path) -> Iterator[str]:
+def url(searcher: Searcher) -> Iterator[str]:
     """Where the page is served."""
     pytest.importorskip("gradio")
     from puma_hf.app import AppConfig, serving
@@ -80,47 +62,63 @@ def url(searcher: Searcher, temporary: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser(temporary: Path) -> Iterator[BrowserContext]:
-    """Debian's Chromium without a window, whose pages share what it has fetched and compiled of Gradio.
+def request(url: str, method: str, path: str, body: bytes | None = None, kind: str = "") -> tuple[int, bytes]:
+    """Status and body of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    try:
+        connection.request(method, path, body, {"content-type": kind} if kind else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
 
-    It has an event loop running, so it ends with its module.
+
+def upload(url: str, name: str, content: bytes) -> tuple[int, bytes]:
+    """What the server says to a file."""
+    head = f'--limit\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    body = head + content + b"\r\n--limit--\r\n"
+    return request(url, "POST", "/gradio_api/upload", body, "multipart/form-data; boundary=limit")
+
+
+class Visitor:
+    """Somebody who has the page open.
+
+    Args:
+        url: The page.
     """
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        reason = "there is no chromium on the PATH"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{reason}: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened.new_context(viewport={"width": 1100, "height": 800})
-        opened.close()
 
+    def __init__(self, url: str) -> None:
+        self.url, self.session = url, uuid4().hex
+        self.config = json.loads(request(url, "GET", "/config")[1])
 
-@pytest.fixture
-def page(browser: BrowserContext, url: str) -> Iterator[Page]:
-    """The page, opened anew, looking for anything.
+    def ask(self, text: str = "", image: str | None = None, target: str = "any") -> dict[str, Any]:
+        """What the server sends at last for a question; a picture is named by its path there."""
+        file = None if image is None else {"path": image, "meta": {"_type": "gradio.FileData"}}
+        return self._send(lambda one: one["api_name"] == "ask", [text, file, "", target], None)
 
-    Whatever is done with it, it asks nobody but its own server, which refuses nothing, and nothing breaks.
-    """
-    opened = browser.new_page()
-    opened.set_default_timeout(PATIENCE * 1000)
-    asked: list[str] = []
-    broken: list[str] = []
-    refused: list[str] = []
-    opened.on("response", lambda answer: refused.append(answer.url) if answer.status in (403, 404) else None)
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.on("pageerror", lambda error: broken.append(str(error)))
-    opened.goto(url)
-    opened.wait_for_selector("#ph-words textarea")
-    opened.wait_for_selector("#ph-target input[value=image]:checked", state="attached")
-    opened.check("#ph-target input[value=any]")
-    yield opened
-    ran = opened.evaluate("window.ran")
-    opened.close()
-    assert [address for address in asked if not address.startswith((f"{url}/", "data:", "blob:"))] == []
-    assert asked
-    assert broken == []
-    # Gradio has no progress to tell of a file that is refused.
-    assert [address for address in refused if "/upload_progress" not in address] == []
-    assert ran is None
+    def choose(self, part: str, place: Any, target: str = "any") -> dict[str, Any]:
+        """The same for an answer of the "gallery" or the "dataframe" as the next query."""
+        (number,) = [block["id"] for block in self.config["components"] if block["type"] == part]
+        event = {"index": place, "value": None}
+        return self._send(lambda one: one["targets"] == [[number, "select"]], [None, "", target], event, number)
+
+    def _send(
+        self, wanted: Callable[[Any], bool], data: list[Any], event: Any, target: int | None = None
+    ) -> dict[str, Any]:
+        number = next(one["id"] for one in self.config["dependencies"] if wanted(one))
+        body = {"data": data, "fn_index": number, "session_hash": self.session, "event_data": event}
+        body |= {} if target is None else {"trigger_id": target}
+        status, answer = request(
+            self.url, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), "application/json"
+        )
+        assert status == 200, answer
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=PATIENCE)
+        try:
+            connection.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")
+            for line in connection.getresponse():
+                message = json.loads(line[5:]) if line.startswith(b"data:") else {}
+                if message.get("msg") == "process_completed":
+                    return dict(message)
+        finally:
+            connection.close()
+        raise ConnectionError("the server has ended without an answer")

@@ -1,233 +1,172 @@
-"""The page, in a browser. Its fixture sees to it that no request leaves this machine and no script of a text runs."""
+"""The page, asked by HTTP as a browser asks it."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from puma_hf.app.asking import GONE, NOTHING
-from puma_hf.search.index import Index
-from puma_hf.search.query import Searcher
-from tests.app.conftest import LONG, SCRIPT, TEMPLATE
+from puma_hf.app import AppConfig
+from puma_hf.app.launch import launch, make_page
+from puma_hf.search import Searcher
+from tests.app.conftest import SCRIPT, Visitor, request, upload
 
-pytest.importorskip("gradio")
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-WORDS = "#ph-words textarea"
-PICTURE = "#ph-picture input[type=file]"
+gr = pytest.importorskip("gradio")
 
 
-def ids(page: Page) -> list[str]:
-    return page.locator(".ph-id").all_inner_texts()
+def shown(message: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """The note, the captions of the pictures and the rows of the table that the page shows after a question."""
+    assert message["success"], message
+    note, gallery, table, _ = message["output"]["data"][-4:]
+    rows = table["value"]["data"]
+    assert (gallery["visible"], table["visible"]) == (bool(gallery["value"]), rows != [[""] * 4])
+    return note, [card["caption"] for card in gallery["value"]], rows
 
 
-def search(page: Page, heading: str) -> None:
-    """Press the button, and wait for new answers, to what `heading` names; those before may have had the same."""
-    name = "document.querySelector('[data-search]')?.dataset.search"
-    before = page.evaluate(name)
-    page.click("#ph-search")
-    page.wait_for_function(f"before => {name} && {name} !== before", arg=before)
-    page.locator(".ph-asked h2", has_text=heading).wait_for()
+def test_words(url: str) -> None:
+    note, captions, rows = shown(Visitor(url).ask("a table"))
+    assert note == "7 of 7 items, best first"
+    assert rows[0] == ["1", "1.000", "t1", "a table"]
+    assert sorted(row[3] for row in rows) == sorted(["a red apple", "a table", "on", SCRIPT])
+    assert sorted(caption.split(" · ")[2] for caption in captions) == ["a red picture", "i0", "i1"]
+    ranks = [int(caption.split()[0]) for caption in captions] + [int(row[0]) for row in rows]
+    assert sorted(ranks) == list(range(1, 8))
+    note, captions, rows = shown(Visitor(url).ask("a table", target="image"))
+    assert (note, len(captions), rows) == ("3 of 3 pictures, best first", 3, [[""] * 4])
 
 
-def wait_for_words(page: Page, words: str) -> None:
-    """The page fills its fields one after another."""
-    page.wait_for_function("words => document.querySelector('#ph-words textarea').value === words", arg=words)
+def test_a_picture_that_was_uploaded_then_an_answer_as_the_next_query(url: str, index_dir: Path) -> None:
+    status, answer = upload(url, "a.png", (index_dir.parent / "i1.png").read_bytes())
+    assert status == 200
+    visitor = Visitor(url)
+    _, captions, rows = shown(visitor.ask(image=json.loads(answer)[0]))
+    assert captions[0] == "1 · 1.000 · i1"
+    chosen = visitor.choose("gallery", captions.index(next(one for one in captions if "a red picture" in one)))
+    text, picture, *_ = chosen["output"]["data"]
+    assert text == "a red picture"
+    assert request(url, "GET", f"/gradio_api/file={picture['path']}")[0] == 200
+    assert "1 · 1.000 · a red picture" in shown(chosen)[1]
+    rows = shown(chosen)[2]
+    chosen = visitor.choose("dataframe", [[row[2] for row in rows].index("t1"), 3], "text")
+    assert chosen["output"]["data"][:2] == ["a table", None]
+    assert shown(chosen)[2][0] == ["1", "1.000", "t1", "a table"]
 
 
-def choose(page: Page, path: Path) -> None:
-    page.set_input_files(PICTURE, path)
-    page.wait_for_selector("#ph-picture img")
+def test_answers_are_remembered_by_session_alone(url: str) -> None:
+    shown(Visitor(url).ask("a table"))
+    assert not Visitor(url).choose("gallery", 0)["success"]
 
 
-def test_words_and_an_instruction(page: Page) -> None:
-    assert page.title() == "Search by words and pictures"
-    assert "9 items (2 pictures, 1 picture with a text, 6 texts) · tiny-puma" in page.locator("#ph-head").inner_text()
-    page.fill(WORDS, "a table")
-    page.press(WORDS, "Enter")
-    page.locator(".ph-asked h2", has_text="“a table”").wait_for()
-    assert ids(page)[0] == "t1"
-    assert page.locator(".ph-score").first.inner_text() == "1.000"
-    assert page.locator(".ph-card").count() == 9
-    assert page.locator(".ph-card img").count() == 3
-    page.check("#ph-target input[value=image]")
-    page.click("#ph-search")
-    page.locator(".ph-note", has_text="3 of 3 pictures").wait_for()
-    assert sorted(ids(page)) == ["b", "i0", "i1"]
-    before = page.locator(".ph-score").all_inner_texts()
-    page.click("#ph-instruction button")
-    page.get_by_role("textbox", name="Instruction").fill("Find a picture.")
-    page.click("#ph-search")
-    page.wait_for_function("before => document.querySelector('.ph-score')?.innerText != before", arg=before[0])
-    assert page.locator(".ph-score").all_inner_texts() != before
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "nothing to look for. Give words, a picture, or both."),
+        ("x" * 10**6, "text of a query has 1,000,000 characters, must be at most 100,000"),
+    ],
+)
+def test_questions_that_are_none(url: str, text: str, message: str) -> None:
+    answer = Visitor(url).ask(text)
+    assert message in answer["output"]["error"]
+    assert not answer["success"]
 
 
-def test_a_picture_then_both(page: Page, index_dir: Path) -> None:
-    choose(page, index_dir.parent / "i1.png")
-    search(page, "This picture")
-    assert ids(page)[0] == "i1"
-    assert page.locator(".ph-asked img").count() == 1
-    page.fill(WORDS, "a red picture")
-    search(page, "“a red picture”")
-    assert page.locator(".ph-asked img").count() == 1
-    assert page.locator(".ph-card").count() == 9
+def test_pictures_that_cannot_be_read_name_no_path_of_the_server(url: str) -> None:
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"  # Pillow would start Ghostscript
+    message = Visitor(url).ask(image=json.loads(upload(url, "a.png", content)[1])[0])
+    assert not message["success"]
+    assert "/" not in str(message["output"]["error"]).replace("image/", "")
 
 
-def test_nothing_then_too_much_then_something(page: Page) -> None:
-    page.click("#ph-search")
-    problem = page.locator(".ph-problem")
-    problem.wait_for()
-    assert problem.inner_text() == NOTHING
-    page.fill(WORDS, "x" * 10**6)
-    page.click("#ph-search")
-    page.locator(".ph-problem", has_text="Text of a query has 1,000,000 characters, must be at most").wait_for()
-    page.fill(WORDS, "a table")
-    search(page, "“a table”")
-    assert problem.count() == 0
+def test_no_file_but_what_was_uploaded(url: str, index_dir: Path) -> None:
+    files = ["/etc/passwd", "pyproject.toml", index_dir.parent / "secret.txt", index_dir.parent / "i0.png"]
+    files += sorted(index_dir.glob("items.lance/data/*"))[:1]
+    for file in map(str, files):
+        for form in (file, file.replace("/", "%2f"), "".join(f"%{ord(letter):02x}" for letter in file)):
+            status, body = request(url, "GET", f"/gradio_api/file={form}")
+            assert status in (400, 403, 404), (form, status)
+            assert b"not to be seen" not in body
+        assert not Visitor(url).ask(image=str(Path(file).resolve()))["success"]
 
 
-def test_a_file_that_cannot_be_read_then_one_that_is_too_large(page: Page, tmp_path: Path, index_dir: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    choose(page, tmp_path / "a.png")
-    page.click("#ph-search")
-    page.locator(".ph-problem", has_text="The picture cannot be read as an image (cannot identify").wait_for()
-    assert "Traceback" not in page.content()
-    page.get_by_label("Remove Image").click()
-    choose(page, index_dir.parent / "i0.png")
-    search(page, "This picture")
-    assert ids(page)[0] == "i0"
-    page.get_by_label("Remove Image").click()
-    (tmp_path / "big.png").write_bytes(os.urandom(300_000))
-    page.set_input_files(PICTURE, tmp_path / "big.png")
-    page.locator(".toast-body", has_text='exceed the maximum allowed size of 256.0 Kb: "big.png"').wait_for()
-    page.fill(WORDS, "a table")
-    search(page, "“a table”")
-    assert page.locator(".ph-asked img").count() == 0
+def test_a_file_that_is_too_large(url: str) -> None:
+    assert upload(url, "big.png", os.urandom(300_000))[0] == 413
 
 
-def test_a_script_is_a_text(page: Page) -> None:
-    page.fill(WORDS, SCRIPT)
-    search(page, SCRIPT)
-    check_that_texts_are_shown(page, SCRIPT)
-    for text in (TEMPLATE, SCRIPT):
-        page.locator(".ph-card", has_text=text).locator("button").first.click()
-        page.locator(".ph-asked h2", has_text=text).wait_for()
-        check_that_texts_are_shown(page, text)
-    page.fill(WORDS, TEMPLATE)
-    search(page, TEMPLATE)
-    check_that_texts_are_shown(page, TEMPLATE)
+def test_only_this_machine_is_answered(url: str) -> None:
+    assert url.startswith("http://127.0.0.1:")
+    with socket.socket() as other, pytest.raises(OSError, match="refused"):
+        other.connect(("127.0.0.2", int(url.rpartition(":")[2])))
 
 
-def check_that_texts_are_shown(page: Page, asked: str) -> None:
-    wait_for_words(page, asked)
-    assert page.locator(".ph-asked h2").inner_text() == f"“{asked}”"
-    assert SCRIPT in ids(page)
-    shown = page.locator(".ph-text").all_inner_texts()
-    assert {SCRIPT, TEMPLATE} <= set(shown)
-    assert any(len(words) == 280 and words.endswith("…") and LONG.startswith(words[:279]) for words in shown)
-    assert page.locator(".ph-card img").count() == 3
-
-
-def test_an_answer_is_the_next_query(page: Page) -> None:
-    page.fill(WORDS, "an apple")
-    search(page, "“an apple”")
-    with_text, without, words = (page.locator(f".ph-card:has([title={name}]) button") for name in ("b", "i0", "t1"))
-    with_text.click()
-    page.locator(".ph-asked h2", has_text="“a red picture”").wait_for()
-    assert ids(page)[0] == "b"
-    wait_for_words(page, "a red picture")
-    page.wait_for_selector("#ph-picture img")
-    without.click()
-    page.locator(".ph-asked h2", has_text="This picture").wait_for()
-    assert ids(page)[0] == "i0"
-    wait_for_words(page, "")
-    page.wait_for_selector("#ph-picture img")
-    search(page, "This picture")  # what is in the fields now is the same query
-    assert ids(page)[0] == "i0"
-    assert page.locator(".ph-score").first.inner_text() == "1.000"
-    words.click()
-    page.locator(".ph-asked h2", has_text="“a table”").wait_for()
-    wait_for_words(page, "a table")
-    page.wait_for_selector("#ph-picture img", state="detached")
-    page.evaluate("document.querySelector('[data-search]').dataset.search = 'earlier'")
-    words.click()
-    page.locator(".toast-body", has_text=GONE).wait_for()
-    assert ids(page)[0] == "t1"
-
-
-def test_a_narrow_page(page: Page) -> None:
-    page.set_viewport_size({"width": 375, "height": 700})
-    page.fill(WORDS, SCRIPT)
-    page.click("#ph-search")
-    page.wait_for_selector(".ph-card")
-    wide = (
-        "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 376).map(e => e.className)"
-    )
-    assert page.evaluate(wide) == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    page.wait_for_function("document.querySelector('.ph-asked').getBoundingClientRect().top < 500")
-    lefts = page.evaluate("[...document.querySelectorAll('.ph-card')].map(e => e.getBoundingClientRect().left)")
-    assert len(set(lefts)) == 2
-
-
-# --- without a browser
-
-
-def page_of(
-    searcher: Searcher, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: Any
-) -> Any:
-    from puma_hf.app.config import AppConfig
-    from puma_hf.app.page import make_page
-
-    monkeypatch.setattr(Index, "counts", counts)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    return make_page(searcher, AppConfig(index="index", **settings), tmp_path)
+# --- what is built
 
 
 @pytest.mark.parametrize(
     ("counts", "choices"),
     [
         ({"text": 3}, ["any"]),
-        ({"image": 3}, ["any"]),
+        ({"image": 2, "image,text": 1}, ["any"]),
         ({"image,text": 3, "text": 1}, ["any", "image", "text"]),
-        ({"image,text": 3, "text": 0}, ["any"]),
     ],
 )
 def test_only_what_the_index_has_can_be_chosen(
-    searcher: Searcher, counts: dict[str, int], choices: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    searcher: Searcher, counts: dict[str, int], choices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gradio as gr
-
-    made = page_of(searcher, counts, monkeypatch, tmp_path)
-    (radio,) = (block for block in made.blocks.values() if isinstance(block, gr.Radio))
+    monkeypatch.setattr(searcher.index, "counts", counts)
+    page = make_page(searcher, AppConfig(index="index", instruction="Find it."))
+    (radio,) = (block for block in page.blocks.values() if isinstance(block, gr.Radio))
     assert [value for _, value in radio.choices] == choices
-    assert radio.visible == (len(choices) > 1)
-    assert radio.value == ("image" if "image" in choices else "any")
+    assert (radio.visible, radio.value) == (len(choices) > 1, "image" if len(choices) > 1 else "any")
+    (field,) = (one for one in page.blocks.values() if isinstance(one, gr.Textbox) and one.label == "Instruction")
+    assert field.value == "Find it."
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in page.fns.values()} == {("model", 1)}
+    assert page.delete_cache == (900, 3600)
 
 
-@pytest.mark.parametrize("words", [None, "Find a picture."])
-def test_the_page_may_begin_with_an_instruction(
-    searcher: Searcher, words: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_index_that_is_empty(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searcher.index, "counts", {})
+    with pytest.raises(ValueError, match="is empty"):
+        make_page(searcher, AppConfig(index="index"))
+
+
+# --- the command
+
+
+def test_what_is_wrong_is_told_before_the_model_is_loaded() -> None:
+    with pytest.raises(FileNotFoundError, match="'gone' is no index"):
+        launch(AppConfig(index="gone", port=0))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ValueError, match=r"cannot be had .* Name another \(--port, --host\)"):
+            launch(AppConfig(index="gone", port=other.getsockname()[1]))
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puma_hf.app.launch.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"needs Gradio. Run: pip install 'puma-hf\[app\]'"):
+        launch(AppConfig(index="index"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_stopped(
+    searcher: Searcher, index_dir: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    import gradio as gr
+    said: list[str] = []
 
-    made = page_of(searcher, {"text": 3}, monkeypatch, tmp_path, instruction=words)
-    texts = (block for block in made.blocks.values() if isinstance(block, gr.Textbox))
-    (field,) = (text for text in texts if text.label == "Instruction")
-    (folded,) = (block for block in made.blocks.values() if isinstance(block, gr.Accordion))
-    assert (field.value, folded.open) == (words, words is not None)
+    def ask_and_stop(url: str) -> None:
+        said.extend((url, Visitor(url).ask("a table")["output"]["data"][0]))
+        os.kill(os.getpid(), number)
 
-
-def test_the_queue_is_bounded_and_uploads_end(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    made = page_of(searcher, {"text": 3}, monkeypatch, tmp_path)
-    assert made._queue.max_size == 32
-    assert made.delete_cache == (900, 3600)
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in made.fns.values()} == {("model", 1)}
-    assert not made.api_open
+    monkeypatch.setattr("puma_hf.app.launch.open_searcher", lambda *_, **__: searcher)
+    before = signal.getsignal(number)
+    launch(AppConfig(index=index_dir, port=0), started=ask_and_stop)
+    assert said[1] == "7 of 7 items, best first"
+    assert signal.getsignal(number) is before
+    with pytest.raises(ConnectionRefusedError):
+        request(said[0], "GET", "/config")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from puma_hf.search.build import build_index
-from puma_hf.search.config import IndexConfig
+from puma_hf.search import IndexConfig, build_index
 from tests.search.small_corpus import write_corpus
 
 

@@ -1,41 +1,30 @@
-"""The examples of databases: their answers are those of our own exact search, before and after the corpus changed."""
+"""The example of a database: its answers are those of our own exact search, before and after the corpus changed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.search import Query, Searcher, open_index
 from puma_hf.search.config import Target
-from puma_hf.search.index import manifest_hash, open_index
-from puma_hf.search.query import Query, Searcher
+from puma_hf.search.index import tag_complete
 
-# By the library that it needs: the example, the flag of its folder if there is one, and its word for a table.
-DATABASES = {"lancedb": ("lancedb_search", "", "table"), "qdrant_client": ("qdrant_search", "--path", "collection")}
+pytest.importorskip("qdrant_client")
 
 Run = Callable[..., list[tuple[float, str]]]
 
 
-@pytest.fixture(params=DATABASES)
-def database(request: pytest.FixtureRequest) -> str:
-    """The library of each database in turn."""
-    pytest.importorskip(request.param)
-    return str(request.param)
-
-
 @pytest.fixture
-def run(database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Ask the database: score and id of each answer."""
+    from examples.qdrant_search import main
 
     def ask(index: Path, *words: str) -> list[tuple[float, str]]:
-        example, flag, _ = DATABASES[database]
-        folder = str(tmp_path / "database")
-        placed = [*words, flag, folder] if flag else [folder, *words]
-        import_module(f"examples.{example}").main([str(index), *placed])
+        main([str(index), *words, "--path", str(tmp_path / "database")])
         lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
         return [(float(line[0]), line[2]) for line in lines]
 
@@ -84,11 +73,13 @@ def test_an_id_that_repeats(run: Run, make_index: Callable[[], Path], corpus: Pa
         run(make_index(), "on")
 
 
-def test_vectors_of_another_model(run: Run, database: str, make_index: Callable[[], Path]) -> None:
+def test_vectors_of_another_model(run: Run, make_index: Callable[[], Path]) -> None:
     index = make_index()
     run(index, "on")
-    manifest, described = index / "manifest.json", json.loads((index / "index.json").read_text())
-    manifest.write_text(manifest.read_text().replace(open_index(index).fingerprint, "0" * 64))
-    (index / "index.json").write_text(json.dumps({**described, "manifest_hash": manifest_hash(index)}))
-    with pytest.raises(SystemExit, match=rf"The {DATABASES[database][2]} 'items' .*is of another model than"):
+    opened = open_index(index)
+    opened.table.checkout_latest()
+    about = json.dumps({**opened.description, "fingerprint": "0" * 64})
+    opened.table.update_field_metadata({"path": "vector", "metadata": {"puma_hf": about}})
+    tag_complete(opened.table)
+    with pytest.raises(SystemExit, match=r"The collection 'items' .*is of another model than"):
         run(index, "on")

@@ -431,6 +431,8 @@ def test_a_subclass_with_a_new_head_loads_and_saves(puma_dir: Path, tmp_path: Pa
     reloaded, info = PumaWithHead.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not info["missing_keys"]
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in with_head.state_dict().items())
+    (cut,) = PumaWithHead.from_pretrained(puma_dir, keep_layers=[1]).language_model.layers
+    assert torch.equal(cut.mlp.up_proj.weight, with_head.language_model.layers[1].mlp.up_proj.weight)
     # Others open it as what it is made from, whose code lies beside it.
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_puma.PumaConfig",

@@ -18,8 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def index_dir(corpus: Path, puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its index, in shards of three. Read only."""
-    from puma_hf.search.build import build_index
-    from puma_hf.search.config import IndexConfig
+    from puma_hf.search import IndexConfig, build_index
 
     output = tmp_path_factory.mktemp("index") / "index"
     build_index(IndexConfig(data=corpus, model=str(puma_dir), output=output, shard_size=3))

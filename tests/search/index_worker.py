@@ -1,60 +1,62 @@
 """An index whose runs are killed where they are told to: as a script, so that it is real.
 
-`python -m tests.search.index_worker MODEL DATA FOLDER` leaves in FOLDER the indexes `whole` (never interrupted) and
-`killed` (killed at each of some places, then finished), of DATA first and of DATA without its first line then, and
-`refused.json`: what was said to who would have searched in between.
+`python -m tests.search.index_worker MODEL DATA FOLDER` leaves in FOLDER the index `killed`, of DATA without its first
+line, and `said.json`: before each run, how many items a search would have found, or what it was told.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from puma_hf.search.build import build_index
+from puma_hf.search import index as module
 from puma_hf.search.config import IndexConfig
-from puma_hf.search.index import open_index
-from tests.forks import exit_signal, in_a_fork, kill_in_write
+from tests.forks import exit_signal, in_a_fork
 
-# In the write of which file: while it embeds, while it writes items, and at the very end; then again while it embeds,
-# when all is embedded, and while it writes what approximate search needs.
-FIRST_KILLS = ("shard-00002.parquet", "items-00001.parquet", "index.json")
-THEN_KILLS = ("shard-00001.parquet", "manifest.json", "ann.faiss")
+# In the first runs before the second write of rows, and when all is written; then before what is gone is removed.
+# The last of each may end.
+KILLS = (("_add", 2), ("_finish", 1), ("_finish", 2)), (("_finish", 1), ("_finish", 2))
 
 
-def kill_and_finish(settings: IndexConfig, names: tuple[str, ...]) -> dict[str, str]:
-    """Kill it at every place; what `open_index` has said after each."""
-    said = {}
-    for name in names:
+def look_and_run(config: IndexConfig, said: Path, name: str, number: int) -> None:
+    """One run, in a fork that has loaded LanceDB itself, whose thread is in no other."""
+    try:
+        found: Any = len(module.open_index(config.output))
+    except (ValueError, OSError) as error:
+        found = str(error)
+    said.write_text(json.dumps([*(json.loads(said.read_text()) if said.exists() else []), found]))
+    plain, calls = getattr(module._Run, name), 0
 
-        def dying(name: str = name) -> None:
-            kill_in_write(name, 1)
-            build_index(settings)
+    def die(*values: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*values)
 
-        if exit_signal(in_a_fork(dying)) != signal.SIGKILL:
-            raise SystemExit(f"The run was not killed in the write of {name}.")
-        try:
-            open_index(settings.output)
-            said[name] = "opened"
-        except (ValueError, OSError) as error:
-            said[name] = str(error)
-    build_index(settings)
-    return said
+    setattr(module._Run, name, die)
+    module.build_index(config)
 
 
 def main(model: str, data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    said = []
+    config = IndexConfig(data=data, model=model, shard_size=2, output=folder / "killed")
     lines = data.read_text().splitlines(keepends=True)
-    for kept, kills in ((lines, FIRST_KILLS), (lines[1:], THEN_KILLS)):
+    texts = [f'{{"id": "new{number}", "text": "red {number}"}}\n' for number in range(4)]
+    for kept, kills in zip((lines, [*texts, *lines[1:]]), KILLS, strict=True):
         data.write_text("".join(kept))
-        values = {"data": data, "model": model, "shard_size": 2, "ann": "int8"}
-        build_index(IndexConfig(**values, output=folder / "whole"))  # type: ignore[arg-type]
-        said.append(kill_and_finish(IndexConfig(**values, output=folder / "killed"), kills))  # type: ignore[arg-type]
-    (folder / "refused.json").write_text(json.dumps(said))
+        for name, number in kills:
+            process = in_a_fork(
+                lambda name=name, number=number: look_and_run(config, folder / "said.json", name, number)
+            )
+            if exit_signal(process) != (signal.SIGKILL if (name, number) != kills[-1] else 0):
+                raise SystemExit(f"The run did not end as it should in {name}.")
 
 
 if __name__ == "__main__":

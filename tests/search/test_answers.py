@@ -1,12 +1,16 @@
-"""What was found, as lines and as plain values."""
+"""What was found, as lines, as plain values and as a page."""
 
 from __future__ import annotations
 
 import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from puma_hf.search.answers import Answer, Answers, one_line, shorten
+from puma_hf.search.answers import Answer, Answers, one_line, shorten, small_copy, to_html
 
 
 def test_lines() -> None:
@@ -49,3 +53,99 @@ def test_shortened(text: str, expected: str) -> None:
 
 def test_an_answer_that_is_long_is_a_line() -> None:
     assert len(str(Answer(1, 0.5, "a", "text", "word\n" * 200_000, None))) < 150
+
+
+# --- a page
+
+EVIL = "<script>alert(1)</script>\" onerror='alert(2)' {title} &amp;"
+
+
+class Page(HTMLParser):
+    """The tags with their attributes, and the text, of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def sources(self) -> list[str]:
+        return [str(values["src"]) for tag, values in self.tags if tag == "img"]
+
+
+def answers(
+    *found: Answer, query: str | None = "red", image: str | None = None, instruction: str | None = None
+) -> Answers:
+    return Answers(query, image, instruction, "any", 9, found)
+
+
+def test_every_text_is_escaped() -> None:
+    page = to_html(answers(Answer(1, 0.5, EVIL, "text", EVIL, None), query=EVIL, instruction=EVIL))
+    parsed = Page(page)
+    assert "script" not in [tag for tag, _ in parsed.tags]
+    assert parsed.text.count(EVIL) == 5  # title, heading, instruction, text, id
+    assert not [name for _, values in parsed.tags for name in values if name.startswith("on")]
+
+
+def test_a_description_cannot_leave_its_attribute(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    found = Page(to_html(answers(Answer(1, 0.5, "a", "image,text", EVIL, str(tmp_path / "a.png")))))
+    (picture,) = [values for tag, values in found.tags if tag == "img"]
+    assert picture.keys() == {"src", "alt"}
+    assert picture["alt"] == EVIL
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    for name, size in (("a.png", (4, 4)), ("q.png", (400, 4))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    found = answers(Answer(1, 0.5, "a", "image", None, str(tmp_path / "a.png")), image="q.png")
+    page = to_html(found, picture=tmp_path / "q.png")
+    parsed = Page(page)
+    assert [source.partition(",")[0] for source in parsed.sources()] == [
+        "data:image/jpeg;base64",
+        "data:image/png;base64",
+    ]
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|url\(|<link|@import", page)
+    assert "The best 1 of 9 items" in parsed.text
+
+
+def test_a_picture_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    gone, broken = (Answer(1, 0.5, name, "image", None, str(tmp_path / f"{name}.png")) for name in ("<a>", "b"))
+    parsed = Page(to_html(answers(gone, broken)))
+    assert parsed.sources() == []
+    assert f"This picture cannot be read: {tmp_path / '<a>.png'}" in parsed.text
+    assert f"This picture cannot be read: {tmp_path / 'b.png'}" in parsed.text
+
+
+def test_a_text_of_a_million_characters() -> None:
+    page = to_html(answers(Answer(1, 0.5, "a", "text", "word " * 200_000, None)))
+    assert len(page) < 10_000
+    assert "word…</p>" in page
+
+
+@pytest.mark.parametrize("query", [None, "", " \n"])
+def test_without_words(query: str | None) -> None:
+    parsed = Page(to_html(answers(query=query, image="q.png")))
+    assert parsed.text.count("Answers to a picture") == 2  # title and heading
+
+
+def test_letters_that_turn_a_line_around_are_left_out() -> None:
+    page = to_html(answers(Answer(1, 0.5, "a", "text", "red\u202e elppa\0", None)))
+    assert "<p>red elppa</p>" in page
+
+
+@pytest.mark.parametrize(("size", "expected"), [((640, 320), (100, 50)), ((10, 20), (10, 20))])
+def test_a_small_copy(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    original = Image.new("RGBA", size, (255, 0, 0, 0))
+    small = small_copy(original, 100)
+    assert small.size == expected
+    assert small.getpixel((5, 5)) == (255, 255, 255)  # transparent is white
+    assert original.size == size

@@ -1,113 +1,398 @@
-"""Open an index: what is whole, and what is not."""
+"""Make an index of each kind of corpus, again, and after a stop; open it."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow  # type: ignore[import-untyped]
 import pytest
+from filelock import FileLock
+from PIL import Image
+from pyarrow import parquet
+from sentence_transformers import SentenceTransformer
 
-from puma_hf.embedding.store import StoredEmbeddings, open_embeddings
-from puma_hf.search import index as index_module
-from puma_hf.search.index import DESCRIPTION, manifest_hash, open_index
-from puma_hf.search.items import DamagedItemsError
+from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.search import index as module
+from puma_hf.search.config import IndexConfig
+from puma_hf.search.index import Index, IndexReport, build_index, open_index
+from puma_hf.search.query import Searcher
+from tests.data.mbeir_builder import build_mbeir
+from tests.forks import in_two_processes, run_worker
+from tests.search.small_corpus import write_corpus, write_picture
+
+Make = Callable[..., IndexReport]
+
+
+@pytest.fixture
+def make(puma_dir: Path, tmp_path: Path) -> Make:
+    def run(data: Path, **values: Any) -> IndexReport:
+        given = {"data": data, "model": str(puma_dir), "output": tmp_path / "out", "shard_size": 3, **values}
+        return build_index(IndexConfig(**given))
+
+    return run
 
 
 @pytest.fixture
 def copy(index_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(index_dir, tmp_path / "copy"))
+    return Path(shutil.copytree(index_dir, tmp_path / "out"))
 
 
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an index by their ids."""
+    return {row["id"]: row for row in open_index(folder).table.to_arrow().to_pylist()}
 
 
-def test_what_it_holds(index_dir: Path, corpus: Path) -> None:
+def vectors(folder: Path, ids: list[str]) -> np.ndarray[Any, Any]:
+    found = rows(folder)
+    return np.array([found[name]["vector"] for name in ids])
+
+
+# --- what is made
+
+
+def test_what_it_holds(
+    index_dir: Path, corpus: Path, puma_dir: Path, sentence_transformer: SentenceTransformer
+) -> None:
     index = open_index(index_dir)
-    assert len(index) == 8
     assert index.counts == {"image": 2, "image,text": 1, "text": 5}
-    assert index.description["data"] == str(corpus.resolve())
-    found = index.items([7, 0, 4, 0])
-    assert [item.id for item in found] == ["i1", "t0", "b", "t0"]
-    assert found[2].text == "a red picture"
-    assert found[2].image == str((corpus.parent / "b.png").resolve())
+    assert [index.num_candidates(target) for target in ("any", "image", "text")] == [len(index), 3, 5] == [8, 3, 5]
+    assert (index.model, index.description["data"]) == (str(puma_dir.resolve()), str(corpus.resolve()))
+    row = rows(index_dir)["b"]
+    assert (row["text"], row["image"], row["modality"]) == (
+        "a red picture",
+        str((corpus.parent / "b.png").resolve()),
+        "image,text",
+    )
+    expected = sentence_transformer.encode([{"text": "a table"}, {"image": str(corpus.parent / "i1.png")}])
+    np.testing.assert_allclose(vectors(index_dir, ["t1", "i1"]), expected, atol=1e-5)
 
 
-def test_targets(index_dir: Path) -> None:
-    index = open_index(index_dir)
-    assert index.candidates().positions.tolist() == list(range(8))
-    assert index.candidates("image").positions.tolist() == [1, 4, 7]
-    assert index.candidates("text").positions.tolist() == [0, 2, 3, 5, 6]
-    with pytest.raises(ValueError, match="target is 'video', must be one of 'any', 'text', 'image'"):
-        index.candidates("video")  # type: ignore[arg-type]
+def test_another_reader_reads_it(index_dir: Path) -> None:
+    """LanceDB alone, as its own users would."""
+    import lancedb
+
+    table = lancedb.connect(str(index_dir)).open_table("items")
+    assert table.count_rows("modality LIKE 'image%'") == 3
+    assert (
+        json.loads(table.schema.field("vector").metadata[b"puma_hf"])["fingerprint"]
+        == open_index(index_dir).fingerprint
+    )
+
+
+def test_hundreds_of_pictures_and_broken_ones(make: Make, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    for number in range(300):
+        (data / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(data / str(number % 3) / f"{number // 3}.png")
+    (data / "1" / "50.png").write_bytes(b"\x89PNG\r\n\x1a\n, and then something else")
+    report = make(data, shard_size=128)
+    assert (report.counts, report.num_new, report.num_errors) == ({"image": 299}, 299, 1)
+    assert "indexed  299 of image; ask with: puma-hf search" in str(report)
+    assert "broken   1 inputs, see" in str(report)
+    (broken,) = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert broken["id"] == "1/50.png"
+    assert {"0/50.png", "2/50.png"} < set(rows(tmp_path / "out"))  # two of one name
+
+
+def test_a_broken_picture_can_stop_it(make: Make, tmp_path: Path) -> None:
+    write_picture(tmp_path / "photos" / "a.png", 0)
+    (tmp_path / "photos" / "m.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Input 'm.png' \(row 1\) cannot be embedded"):
+        make(tmp_path / "photos", on_error="raise")
+
+
+def test_broken_rows_of_a_table(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        '{"id": "a", "text": "red"}\n{"id": "b", "text": \n{"id": "\\ud800", "text": "x"}\n'
+    )
+    report = make(tmp_path / "t.jsonl")
+    assert (report.counts, report.num_errors) == ({"text": 1}, 2)
+    with pytest.raises(ValueError, match="line 2"):
+        make(tmp_path / "t.jsonl", on_error="raise")
+
+
+def test_a_text_of_a_hundred_thousand_characters(make: Make, tmp_path: Path) -> None:
+    text = "apple " * 17_000
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    assert make(tmp_path / "t.jsonl").counts == {"text": 1}
+    assert rows(tmp_path / "out")["0"]["text"] == text
+
+
+def test_a_pool_of_mbeir(make: Make, tmp_path: Path) -> None:
+    report = make(build_mbeir(tmp_path / "mbeir"))
+    assert set(report.counts) == {"image", "image,text", "text"}
+    assert sum(report.counts.values()) == len(rows(tmp_path / "out")) == report.num_new
+
+
+def test_pictures_inside_of_a_parquet_file_go_with_a_copied_folder(
+    make: Make, tmp_path: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 24), "red").save(buffer, "PNG")
+    held = [{"text": "a", "image": None}, {"text": None, "image": {"bytes": buffer.getvalue(), "path": "x.png"}}]
+    parquet.write_table(pyarrow.Table.from_pylist(held[::-1]), tmp_path / "t.parquet")
+    make(tmp_path / "t.parquet")
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    found = Searcher(open_index(tmp_path / "moved"), sentence_transformer).search("red", target="image").answers[0]
+    picture = Path(found.image or "")
+    assert (picture.parent, picture.suffix) == (tmp_path / "moved" / "images", ".png")
+    assert picture.read_bytes() == buffer.getvalue()
+
+
+@pytest.mark.parametrize("values", [{"precision": "float16"}, {"truncate_dim": 8}])
+def test_small_vectors(make: Make, corpus: Path, tmp_path: Path, values: dict[str, Any], puma_dir: Path) -> None:
+    from puma_hf.search.query import open_searcher
+
+    make(corpus, **values)
+    kind = open_index(tmp_path / "out").table.schema.field("vector").type
+    assert str(kind.value_type) == ("halffloat" if "precision" in values else "float")
+    searcher = open_searcher(tmp_path / "out")
+    row = searcher.embed("a table")[0]
+    assert row.shape == (kind.list_size,)
+    assert np.linalg.norm(row) == pytest.approx(1, abs=1e-5)
+    best = searcher.search("a table", top_k=1).answers[0]
+    assert (best.id, best.score) == ("t1", pytest.approx(1, abs=1e-3))
+
+
+def test_two_processes_share_the_work(puma_dir: Path, corpus: Path, index_dir: Path, tmp_path: Path) -> None:
+    run_worker("tests.search.test_index", puma_dir, corpus, tmp_path / "shared")
+    ids = sorted(rows(index_dir))
+    assert sorted(rows(tmp_path / "shared")) == ids
+    np.testing.assert_allclose(vectors(tmp_path / "shared", ids), vectors(index_dir, ids), atol=1e-5)
+
+
+# --- made again
+
+
+def test_items_added_changed_moved_and_removed(make: Make, tmp_path: Path) -> None:
+    data = write_corpus(tmp_path)
+    lines = data.read_text().splitlines(keepends=True)
+    make(data)
+    before = rows(tmp_path / "out")
+    new = json.dumps({"id": "new", "text": "an apple on a table"}) + "\n"
+    renamed = lines[3].replace('"t2"', '"other"')
+    data.write_text("".join([new, *lines[:2], renamed, *lines[4:]]))
+    report = make(data)
+    assert (report.num_new, report.num_kept, report.counts) == (1, 7, {"image": 2, "image,text": 1, "text": 5})
+    after = rows(tmp_path / "out")
+    assert sorted(after) == ["b", "i0", "i1", "new", "other", "t0", "t3", "t4"]
+    assert after["other"]["vector"] == before["t2"]["vector"]
+    assert all(after[name] == before[name] for name in after if name in before)
+    make(data, output=tmp_path / "fresh")
+    np.testing.assert_allclose(
+        vectors(tmp_path / "out", sorted(after)), vectors(tmp_path / "fresh", sorted(after)), atol=1e-5
+    )
+
+
+def test_lines_without_ids_keep_their_embeddings_when_one_before_them_goes(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a red apple\na table\non\n")
+    make(tmp_path / "t.txt")
+    (tmp_path / "t.txt").write_text("a table\non\n")
+    assert make(tmp_path / "t.txt").num_new == 0
+    assert {name: row["text"] for name, row in rows(tmp_path / "out").items()} == {"0": "a table", "1": "on"}
+
+
+def test_pictures_added_changed_removed_and_mended(make: Make, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    pictures = [write_picture(data / f"{name}.png", number) for number, name in enumerate("bcdefg")]
+    (data / "h.png").write_bytes(b"no picture")
+    assert make(data).num_errors == 1
+    write_picture(data / "a.png", 9)
+    write_picture(data / "h.png", 7)
+    pictures[0].unlink()
+    os.utime(pictures[3], ns=(1, 1))
+    report = make(data)
+    assert (report.num_new, report.num_errors) == (3, 0)
+    assert sorted(rows(tmp_path / "out")) == [f"{name}.png" for name in "acdefgh"]
+    assert not (tmp_path / "out" / "errors.jsonl").exists()
+
+
+def test_a_corpus_that_was_moved_shows_its_pictures(make: Make, tmp_path: Path) -> None:
+    write_picture(tmp_path / "photos" / "a.png", 0)
+    make(tmp_path / "photos")
+    shutil.move(tmp_path / "photos", tmp_path / "moved")
+    assert make(tmp_path / "moved").num_new == 0
+    assert rows(tmp_path / "out")["a.png"]["image"] == str((tmp_path / "moved" / "a.png").resolve())
+
+
+def test_again_nothing_is_embedded_and_the_model_is_remembered(make: Make, corpus: Path, copy: Path) -> None:
+    before = open_index(copy)
+    assert make(corpus, model="").num_new == 0
+    after = open_index(copy)
+    assert (after.table.version, after.description) == (before.table.version, before.description)
+    with pytest.raises(ValueError, match=r"model is missing: '.*new' is no index yet.*as in --model DIRECTORY"):
+        make(corpus, model="", output=copy.parent / "new")
+
+
+def test_another_corpus_and_ids_that_repeat_are_told(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, ids in (("one", ("a", "b")), ("two", ("a", "a"))):
+        lines = [json.dumps({"id": id, "text": f"text {number}"}) for number, id in enumerate(ids)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    make(tmp_path / "one.jsonl")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert make(tmp_path / "two.jsonl").counts == {"text": 2}
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(f"out was of {tmp_path.resolve() / 'one.jsonl'}, and becomes one of " in text for text in warnings)
+    assert any(text.startswith("1 ids are of several items (first: 'a').") for text in warnings)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
+def test_approximate_search_is_added_kept_up_to_date_and_removed(
+    make: Make, tmp_path: Path, kind: str, sentence_transformer: SentenceTransformer
+) -> None:
+    data = write_corpus(tmp_path)
+    make(data)
+    assert make(data, ann=kind).num_new == 0
+    data.write_text(data.read_text() + '{"id": "new", "text": "apple"}\n')
+    make(data)
+    index = open_index(tmp_path / "out")
+    assert index.ann == kind
+    (statistics,) = index.table.list_indices()
+    assert (statistics.num_indexed_rows, statistics.num_unindexed_rows) == (9, 0)
+    exact, approximate = (
+        Searcher(index, sentence_transformer, backend=backend)  # type: ignore[arg-type]
+        for backend in ("exact", "ann")
+    )
+    for target in ("any", "image", "text"):
+        found, expected = (one.search("a red apple", target=target, top_k=3) for one in (approximate, exact))
+        assert [answer.id for answer in found.answers] == [answer.id for answer in expected.answers]
+        assert found.answers[0].score == pytest.approx(expected.answers[0].score, abs=1e-5)
+    make(data, ann="none")
+    assert open_index(tmp_path / "out").ann == "none"
+
+
+def test_many_small_runs_are_put_together(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_FRAGMENTS", 2)
+    make(write_corpus(tmp_path), shard_size=1)
+    index = open_index(tmp_path / "out")
+    assert index.table.stats()["fragment_stats"]["num_fragments"] == 1
+    assert len(index) == 8
+
+
+# --- stopped, and in use
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_runs_that_are_killed(puma_dir: Path, tmp_path: Path) -> None:
+    data = write_corpus(tmp_path)
+    run_worker("tests.search.index_worker", puma_dir, data, tmp_path)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert "is no index" in said[0]
+    assert all("has not finished. Wait for it, or run puma-hf index again" in text for text in said[1:3])
+    assert said[3:] == [8, 8]  # the earlier version, whole, until the later one is
+    build_index(IndexConfig(data=data, model=str(puma_dir), output=tmp_path / "whole"))
+    ids = sorted(rows(tmp_path / "whole"))
+    assert sorted(rows(tmp_path / "killed")) == ids
+    assert len(ids) == 11
+    np.testing.assert_allclose(vectors(tmp_path / "killed", ids), vectors(tmp_path / "whole", ids), atol=1e-5)
+
+
+def test_another_run_is_refused_and_who_searches_is_not(make: Make, corpus: Path, copy: Path) -> None:
+    with FileLock(copy / LOCK_FILE):
+        with pytest.raises(DirectoryInUseError, match=r"'.*out' is in use"):
+            make(corpus)
+        assert len(open_index(copy)) == 8
+
+
+def test_who_has_an_index_open_goes_on_with_it(
+    make: Make, tmp_path: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    data = write_corpus(tmp_path)
+    make(data)
+    searcher = Searcher(open_index(tmp_path / "out"), sentence_transformer)
+    before = searcher.search("a table")
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[4:]))
+    make(data)
+    assert searcher.search("a table") == before
+    assert len(Searcher(open_index(tmp_path / "out"), sentence_transformer).search("a table").answers) == 4
+
+
+# --- what is refused
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is no index. Name a directory that puma-hf index has written"):
-        open_index(tmp_path / "nowhere")
+        open_index(tmp_path)
 
 
-def test_embeddings_alone(copy: Path) -> None:
-    (copy / DESCRIPTION).unlink()
-    with pytest.raises(ValueError, match=r"but no index.json.* Run puma-hf index with it as --output"):
-        open_index(copy)
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"data": "photos", "model": "org/puma"}')
+    message = rf"older puma-hf index: it has {name}.* Make it anew: puma-hf index photos --model org/puma --output NEW"
+    for action in (lambda: open_index(tmp_path / "out"), lambda: make(corpus)):
+        with pytest.raises(ValueError, match=message):
+            action()
 
 
-def test_half_written_embeddings(copy: Path) -> None:
-    edit(copy / "manifest.json", complete=False)
-    with pytest.raises(ValueError, match="has not finished"):
-        open_index(copy)
-
-
-def test_embeddings_made_anew(copy: Path) -> None:
-    edit(copy / "manifest.json", num_errors=1)
-    with pytest.raises(ValueError, match=r"are newer than its index.json: .* run puma-hf index again"):
-        open_index(copy)
-
-
-def test_made_anew_while_it_is_opened(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_then_change(folder: Path) -> StoredEmbeddings:
-        stored = open_embeddings(folder)
-        edit(folder / "manifest.json", num_errors=1)
-        edit(folder / DESCRIPTION, manifest_hash=manifest_hash(folder))
-        return stored
-
-    monkeypatch.setattr(index_module, "open_embeddings", open_then_change)
-    with pytest.raises(ValueError, match=r"are newer than its index.json"):
-        open_index(copy)
+@pytest.mark.parametrize("version", [1, 3, None])
+def test_another_format(make: Make, corpus: Path, copy: Path, version: int | None) -> None:
+    table = open_index(copy).table
+    table.checkout_latest()
+    about = {} if version is None else {"puma_hf": json.dumps({"format_version": version})}
+    table.update_field_metadata({"path": "vector", "metadata": about, "replace": True})
+    with pytest.raises(ValueError, match=rf"table 'items' of format {version}, must be 2 of puma-hf index. Choose"):
+        make(corpus)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2}, "version 2, must be .* at most version 1. Install a newer puma-hf"),
-        ({"format": "something"}, "is of format 'something'"),
-        (None, "describes no index"),
+        ({"dtype": "bfloat16"}, r"fingerprint is .* weights_dtype is 'float32' there, 'bfloat16' here"),
+        ({"precision": "float16"}, "precision is 'float32' there, 'float16' here. Choose another directory, or delete"),
+        ({"truncate_dim": 8}, "truncate_dim is None there, 8 here"),
+        ({"prompt": "Find it."}, "prompt is None there, 'Find it.' here"),
     ],
 )
-def test_another_file_of_that_name(copy: Path, values: dict[str, Any] | None, message: str) -> None:
-    if values is None:
-        (copy / DESCRIPTION).write_text("[]")
-    else:
-        edit(copy / DESCRIPTION, **values)
+def test_vectors_that_cannot_be_compared(make: Make, corpus: Path, copy: Path, values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_index(copy)
+        make(corpus, **values)
+    assert len(open_index(copy)) == 8
 
 
-def test_items_of_another_index(copy: Path) -> None:
-    shutil.copy(copy / "items-00001.parquet", copy / "items-00000.parquet")
-    index = open_index(copy)
-    assert index.items([4])[0].id == "b"
-    with pytest.raises(DamagedItemsError, match=r"items-00000.parquet' is missing or not what"):
-        index.items([0])
-    with pytest.raises(DamagedItemsError, match=r"items-00000.parquet"):
-        index.candidates("image")
+def test_a_target_that_there_is_not(index_dir: Path, make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target is 'video', must be one of 'any', 'text', 'image'"):
+        open_index(index_dir).num_candidates("video")  # type: ignore[arg-type]
+    (tmp_path / "t.txt").write_text("a\nb\n")
+    make(tmp_path / "t.txt")
+    message = r"has no image to find, only 2 of text. Look for 'any' \(--for any\), or index a corpus that holds images"
+    with pytest.raises(ValueError, match=message):
+        open_index(tmp_path / "out").num_candidates("image")
 
 
-def test_the_name_of_its_model(copy: Path, puma_dir: Path) -> None:
-    assert open_index(copy).model == str(puma_dir.resolve())
-    for name, expected in (("./model", str((copy / "model").resolve())), ("org/puma", "org/puma")):
-        edit(copy / DESCRIPTION, model=name)
-        assert open_index(copy).model == expected
+def test_an_empty_index(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
+    assert "indexed  no items" in str(make(tmp_path / "photos", ann="hnsw"))
+    with pytest.raises(ValueError, match="is empty: nothing of its corpus could be embedded"):
+        open_index(tmp_path / "out").num_candidates()
+
+
+def test_damaged_files(copy: Path, sentence_transformer: SentenceTransformer) -> None:
+    searcher = Searcher(Index(copy, open_index(copy).table), sentence_transformer)
+    for file in (copy / "items.lance" / "data").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"The index '.*out' cannot be read \(.*delete it and run puma-hf index again"):
+        searcher.search("a table")
+
+
+def test_without_lancedb(make: Make, corpus: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    for action in (lambda: open_index(index_dir), lambda: make(corpus)):
+        with pytest.raises(ImportError, match=r"needs LanceDB .* Run: pip install 'puma-hf\[search\]'"):
+            action()
+
+
+if __name__ == "__main__":  # by `run_worker`
+    model, data, output = sys.argv[1:]
+    in_two_processes(lambda rank: build_index(IndexConfig(data=data, model=model, output=output, shard_size=3)))

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.search.build import build_index
 from puma_hf.search.config import IndexConfig, SearchConfig
-from puma_hf.search.index import open_index
+from puma_hf.search.index import build_index, open_index
 from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, open_searcher, search
 from tests.search.small_corpus import write_picture
 
@@ -68,10 +67,31 @@ def test_an_instruction_changes_the_query(searcher: Searcher) -> None:
     assert [answer.score for answer in plain.answers] != [answer.score for answer in told.answers]
 
 
-def test_faiss_finds_the_same(searcher: Searcher) -> None:
-    pytest.importorskip("faiss")
-    query = Query(text="an apple")
-    assert Searcher(searcher.index, searcher.model, backend="faiss").search(query) == searcher.search(query)
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_old_words_for_exact(searcher: Searcher, backend: Any) -> None:
+    assert Searcher(searcher.index, searcher.model, backend=backend).search("a table") == searcher.search("a table")
+
+
+def test_backends_that_there_are_not(searcher: Searcher) -> None:
+    for backend, message in (
+        ("annoy", "backend is 'annoy', must be one of 'exact', 'ann'"),
+        ("ann", r"has nothing for approximate search. Run puma-hf index again with --ann hnsw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Searcher(searcher.index, searcher.model, backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rescore_multiplier is 0, must be 1 or more"):
+        Searcher(searcher.index, searcher.model, rescore_multiplier=0)
+
+
+def test_a_query_costs_an_encode_and_a_search(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for owner, name in ((searcher.model, "encode"), (searcher.index, "nearest")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, plain=plain, name=name, **k: (calls.append(name), plain(*a, **k))[1]
+        )
+    searcher.search("a table")
+    assert calls == ["encode", "nearest"]
 
 
 def test_words_that_name_a_file_are_words(searcher: Searcher, corpus: Path) -> None:
@@ -138,13 +158,15 @@ def test_vectors_of_another_model_are_refused(index_dir: Path, puma_dir: Path, t
         search(SearchConfig(index=index_dir, query="a", model=str(other)))
 
 
-def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(index_dir, tmp_path / "index"))
-    description = json.loads((moved / "index.json").read_text())
-    (moved / "index.json").write_text(json.dumps({**description, "model": str(tmp_path / "gone")}))
-    with pytest.raises(FileNotFoundError, match=r"The model .*gone' of the index .* is gone. Pass model \(--model\)"):
-        search(SearchConfig(index=moved, query="a"))
-    assert search(SearchConfig(index=moved, query="a", model=str(puma_dir), top=1)).answers
+def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    index, moved = (Path(shutil.copytree(old, tmp_path / old.name)) for old in (index_dir, puma_dir))
+    build_index(IndexConfig(data=corpus, model=str(moved), output=index))
+    shutil.move(moved, tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"The model .*tiny-puma' of the index .* is gone. Pass model \(--model\)"
+    ):
+        search(SearchConfig(index=index, query="a"))
+    assert search(SearchConfig(index=index, query="a", model=str(tmp_path / "elsewhere"), top=1)).answers
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(
@@ -155,30 +177,6 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(
         search(SearchConfig(index=index_dir, image=tmp_path / "gone.png"))
     with pytest.raises(FileNotFoundError, match="is no index"):
         search(SearchConfig(index=tmp_path, query="a"))
-
-
-def test_pictures_of_an_index_that_has_none(puma_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    build_index(IndexConfig(data=tmp_path / "t.jsonl", model=str(puma_dir), output=tmp_path / "index"))
-    message = r"has no image to find, only 2 of text. Look for 'any' \(--for any\), or index a corpus that holds images"
-    with pytest.raises(ValueError, match=message):
-        search(SearchConfig(index=tmp_path / "index", query="a", target="image"))
-
-
-def test_an_empty_index(puma_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
-    report = build_index(IndexConfig(data=tmp_path / "photos", model=str(puma_dir), output=tmp_path / "index"))
-    assert "indexed  no items" in str(report)
-    with pytest.raises(ValueError, match="is empty: nothing of its corpus could be embedded"):
-        search(SearchConfig(index=tmp_path / "index", query="a"))
-
-
-@pytest.mark.parametrize("values", [{"precision": "int8"}, {"precision": "binary"}, {"truncate_dim": 8}])
-def test_small_vectors(puma_dir: Path, corpus: Path, tmp_path: Path, values: dict[str, Any]) -> None:
-    build_index(IndexConfig(data=corpus, model=str(puma_dir), output=tmp_path / "index", **values))
-    (best,) = search(SearchConfig(index=tmp_path / "index", image=corpus.parent / "i1.png", top=1)).answers
-    assert best.id == "i1"
 
 
 def test_a_picture_outside(searcher: Searcher, tmp_path: Path) -> None:
@@ -194,7 +192,6 @@ def test_open_and_ask(index_dir: Path, puma_dir: Path, searcher: Searcher) -> No
     assert searcher.search("a table") == searcher.search(query)  # a string is words
     np.testing.assert_array_equal(searcher.embed("a table"), searcher.embed(query))
     row = searcher.embed(query)
-    assert row.shape == (1, searcher.index.stored.embedding_dim)
     np.testing.assert_allclose(row[0], searcher.model.encode("a table"), atol=1e-5)
     with pytest.raises(FileNotFoundError, match=r"is gone. Pass model \(--model\), where it is now"):
         open_searcher(index_dir, model=str(puma_dir / "nowhere"))

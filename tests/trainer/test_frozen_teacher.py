@@ -24,6 +24,7 @@ from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.teacher import frozen_teacher
 from puma_hf.trainer.teacher_base import share_image_features
 from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
+from puma_hf.trainer.whole_teacher import WholeTeacher
 from tests.tiny import build_qwen2_vl, canonical_name, copy_checkpoint
 from tests.trainer.conftest import MakeStudent
 
@@ -124,6 +125,8 @@ def test_the_teacher_counts_positions_as_the_student_does(
     loaded = StoredModel(qwen_dir, puma_model(model)).load().eval()
     assert torch.equal(full_states(loaded, features), expected)
     assert (full_states(full_model, features) - expected).abs().max() > 1e-3  # which has M-RoPE
+    with pytest.raises(ValueError, match=r"The teacher has mrope positions and the student sequential, .* Choose a"):
+        WholeTeacher(full_model, puma_model(model))
     # States that were stored for the one are not the other's.
     usual = puma_model(make_student())
     assert FrozenTeacher.from_pretrained(qwen_dir, usual).fingerprint() != teacher.fingerprint()
