@@ -13,13 +13,6 @@ from typing import Any, Literal, get_type_hints
 from puma_hf.values import convert
 
 SpecialTokens = Literal["raise", "split"]
-Schedule = Literal["exponential", "cosine", "linear", "constant"]
-DistillationMetric = Literal["mse", "mse-mean", "cosine"]
-
-# MAC-Loss as its authors released it: 0.03 falls to 0.03 * exp(-0.5), rounded, over the first half of training.
-TEMPERATURE, HARD_TEMPERATURE = 0.03, 0.018
-SCHEDULE: Schedule = "exponential"
-SCHEDULE_END = 0.5
 
 
 def option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import puma_hf
+from puma_hf.hub.push_files import loss_files
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "puma_hf"
@@ -156,6 +157,12 @@ def test_files_that_travel_are_flat(source: str) -> None:
     siblings = {Path(name).stem for name in MODELING if Path(name).parent == Path("modeling")}
     assert Path(source).parent == Path("modeling")
     assert flat_import_errors(tree_of(source), siblings) == []
+
+
+@pytest.mark.parametrize("name", loss_files())
+def test_losses_are_flat_as_they_travel(name: str) -> None:
+    siblings = {Path(other).stem for other in (*MODELING, *loss_files())}
+    assert flat_import_errors(ast.parse(loss_files()[name]), siblings) == []
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def make_card(
         directory: As for `write_card`.
         results: As for `write_card`.
         options: As for `write_card`.
-        travelling: Whether the result files go into the model's repository, and are called as they will be there.
+        travelling: Whether result files and losses go into the repository, and are called as they will be there.
     """
     folder = Path(directory)
     options = options or CardOptions()
@@ -144,6 +144,7 @@ def make_card(
         title=None if options.repo_id else folder.resolve().name,
         puma_hf_version=__version__,
         is_adapter=is_adapter,
+        travelling=travelling,
         **usage_values(folder, found, facts.get("embedding_dim")),
         **(cost_values(model, found) if not is_adapter else {}),
         training=training,

@@ -21,7 +21,7 @@ from puma_hf.hub.push_base import AdapterBase, check_base_on_hub, read_base
 from puma_hf.hub.push_config import PushConfig
 from puma_hf.hub.push_contents import holds_secret
 from puma_hf.hub.push_errors import told
-from puma_hf.hub.push_files import CARD, PushFiles, files_to_push, is_model_file
+from puma_hf.hub.push_files import CARD, PushFiles, files_to_push, is_model_file, loss_files
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,9 @@ def _stage(files: PushFiles, folder: Path, base: AdapterBase | None) -> Path:
             (folder / name).symlink_to((files.directory / name).resolve())
         else:
             shutil.copyfile(files.directory / name, folder / name)
+    if "messages_puma.py" in files.names:  # the model's code, which that of the losses lies beside
+        for name, code in loss_files().items():
+            (folder / name).write_text(code, encoding="utf-8")
     if base is not None:  # a name on this machine may be relative to the current directory
         (folder / ADAPTER_CONFIG).write_bytes(base.config(base.name if base.local is None else base.local.resolve()))
     return folder

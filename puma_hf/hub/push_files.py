@@ -111,6 +111,12 @@ def files_to_push(directory: str | Path) -> PushFiles:
     return PushFiles(folder, tuple(chosen), tuple(left_out), is_adapter)
 
 
+def loss_files() -> dict[str, str]:
+    """The losses as they lie flat beside the model's code, by file name: fine-tuning goes on from the Hub alone."""
+    sources = sorted((Path(__file__).parents[1] / "losses").glob("*_puma.py"))
+    return {path.name: path.read_text(encoding="utf-8").replace("from puma_hf.modeling.", "from .") for path in sources}
+
+
 def is_model_file(name: str) -> bool:
     """Whether a file of a repository has a name that a push of ours gives: an older one may then be removed."""
     shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name)
@@ -168,7 +174,7 @@ def _code_files(folder: Path) -> set[str]:
             f"{str(folder)!r} lacks {Path(str(error.filename)).name}, which its code imports. "
             "Write the directory again."
         ) from error
-    return {*own, *imported, *(path.name for path in files)}
+    return {*own, *loss_files(), *imported, *(path.name for path in files)}
 
 
 def _named_modules(folder: Path) -> Iterator[str]:

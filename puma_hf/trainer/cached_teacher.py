@@ -17,8 +17,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.losses.multimodal_mac import CONTENT_KEY
-from puma_hf.losses.self_distillation import TEACHER_KEY
+from puma_hf.losses.distillation_puma import TEACHER_KEY
+from puma_hf.losses.mac_puma import CONTENT_KEY
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
 from puma_hf.trainer.teacher_cache import CacheManifest, StoredStates, TeacherCache
 from puma_hf.trainer.teacher_fingerprint import datasets_sha256

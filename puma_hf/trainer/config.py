@@ -13,23 +13,20 @@ from typing import Any, Literal
 
 from puma_hf.data.pairs_config import PairSettings
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
-from puma_hf.settings import (
+from puma_hf.losses.schedule_puma import (
     HARD_TEMPERATURE,
     SCHEDULE,
     SCHEDULE_END,
+    SPLIT_WEIGHT,
     TEMPERATURE,
-    CheckedConfig,
     DistillationMetric,
+    ModalityGrouping,
     Schedule,
-    SpecialTokens,
-    option,
-    required,
-    special_tokens_option,
 )
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, special_tokens_option
 
 TeacherMode = Literal["frozen", "cached"]
 Loss = Literal["mac", "mac-split", "infonce"]
-Grouping = Literal["target", "query"]
 
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
@@ -227,8 +224,12 @@ class TrainConfig(PairSettings, StageConfig):
         at_most=1,
         remedy="Take 1.0 to let it fall to the end, or schedule='constant'.",
     )
-    grouping: Grouping = option("target", "Whose modality makes a candidate hard: the target's (paper) or the query's.")
-    split_weight: float = option(0.2, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1)
+    grouping: ModalityGrouping = option(
+        "target", "Whose modality makes a candidate hard: the target's (paper) or the query's."
+    )
+    split_weight: float = option(
+        SPLIT_WEIGHT, "Share of the part within a modality; mac-split only.", at_least=0, at_most=1
+    )
     num_negatives: int = option(0, "Hard negatives per query.", at_least=0)
     train_fraction: float = option(1.0, "Share of the labelled rows to use, drawn by seed.", above=0, at_most=1)
     mini_batch_size: int | None = option(

@@ -8,9 +8,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 
-from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
-from puma_hf.losses.joint import JointDistillationLoss
-from puma_hf.losses.multimodal_mac import MultimodalMACLoss
+from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss
 from puma_hf.trainer.config import TrainConfig
 
 

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesSymmetricRankingLoss,
 )
 
-from puma_hf.losses.temperature import ScheduledTemperatureLoss
+from puma_hf.losses import ScheduledTemperatureLoss
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from puma_hf.losses.image_features import runs_tower_once
-from puma_hf.losses.self_distillation import TEACHER_KEY
+from puma_hf.losses.cached_mac_puma import runs_tower_once
+from puma_hf.losses.distillation_puma import TEACHER_KEY
 from puma_hf.modeling import PumaModel
 
 

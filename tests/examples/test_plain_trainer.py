@@ -15,7 +15,7 @@ from transformers import Trainer
 from examples import plain_trainer
 from puma_hf import PumaModel, PumaProcessor
 from puma_hf.hub.push_files import files_to_push
-from puma_hf.losses.temperature import ScheduledTemperatureLoss
+from puma_hf.losses import ScheduledTemperatureLoss
 from tests.data.mbeir_builder import build_mbeir
 
 

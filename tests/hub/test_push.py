@@ -22,6 +22,7 @@ from puma_hf.hub import fresh_load
 from puma_hf.hub.card_results import MeasuredModel
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub as push
+from puma_hf.hub.push_files import loss_files
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
 from tests.hub.test_card_results import PRINT, write_results
 from tests.warm_process import WarmProcess, warm_process
@@ -95,8 +96,10 @@ def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubSe
     size = (folder / "model.safetensors").stat().st_size
     assert f"{size:>14,} bytes" in shown
     assert f"{report.num_bytes:>14,} bytes" in shown
-    assert report.num_bytes == sum(path.stat().st_size for path in folder.iterdir() if path.name not in (
-        "README.md", "results.md")) + len(report.card.encode())  # fmt: skip
+    assert report.num_bytes == sum(map(len, loads[0].content.values())) + len(report.card.encode())
+    assert set(loads[0].content) == {path.name for path in folder.iterdir()} - {"README.md", "results.md"} | {
+        *loss_files()
+    }
     assert "left out  results.md" in shown
     assert "dry run" in shown
     assert report.card in shown
@@ -498,7 +501,7 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     report = push(folder, "org/puma", token=TOKEN, message="first")
     repository = hub.repositories["org/puma"]
     files = repository.branches["main"]
-    assert files.keys() == {path.name for path in folder.iterdir()}
+    assert files.keys() == {path.name for path in folder.iterdir()} | {*loss_files()}
     for path in folder.iterdir():
         if path.name != "README.md":
             assert files[path.name] == path.read_bytes(), path.name

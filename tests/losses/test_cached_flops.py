@@ -15,8 +15,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import nn
 
 from puma_hf import PumaModel
-from puma_hf.losses import MultimodalMACLoss
-from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
+from puma_hf.losses import CachedMultimodalMACLoss, MultimodalMACLoss
 from tests.full_size import VISION_CONFIG, StepFlops, build_model, count_step, image_item, sentence_transformer
 
 # With less, sentence-transformers' mixin would cut the positions, whose first axis is not the batch, in two.

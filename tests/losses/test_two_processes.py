@@ -18,8 +18,8 @@ from tests.losses.two_processes import ROWS, compute, distinct_features, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-MAC = "puma_hf.losses.multimodal_mac.MultimodalMACLoss"
-CACHED = "puma_hf.losses.cached_multimodal_mac.CachedMultimodalMACLoss"
+MAC = "puma_hf.losses.mac_puma.MultimodalMACLoss"
+CACHED = "puma_hf.losses.cached_mac_puma.CachedMultimodalMACLoss"
 CONSTANT = {"schedule": "constant", "temperature": 0.1, "hard_temperature": 0.05}
 GATHERED = {**CONSTANT, "gather_across_devices": True}
 CASES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import puma_hf.trainer.cached_teacher as cached
 from puma_hf import PumaDistillationTrainer, SelfDistillationLoss
-from puma_hf.losses import multimodal_mac
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.teacher_cache import MANIFEST, TeacherCache
@@ -302,10 +301,6 @@ def test_a_cache_that_is_a_file(make_trainer: MakeTrainer, tmp_path: Path, monke
     monkeypatch.setattr(cached.StatesJob, "dataset_sha256", lambda job: pytest.fail("the dataset was read first"))
     with pytest.raises(NotADirectoryError, match=r"teacher_cache='.*cache' must be a directory, .* is a file\. Choose"):
         make_trainer()
-
-
-def test_the_name_of_content_ids_is_that_of_the_losses() -> None:
-    assert cached.CONTENT_KEY is multimodal_mac.CONTENT_KEY
 
 
 def test_content_that_was_not_stored(make_trainer: MakeTrainer, images: list[Image.Image]) -> None:

@@ -13,9 +13,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from torch import Tensor
 
 from puma_hf import PumaDistillationTrainer, PumaModel, PumaTrainer
-from puma_hf.losses.cached_multimodal_mac import CachedMultimodalMACLoss
-from puma_hf.losses.joint import JointDistillationLoss
-from puma_hf.losses.multimodal_mac import MultimodalMACLoss
+from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.config import TrainConfig
 from puma_hf.trainer.objectives import training_loss

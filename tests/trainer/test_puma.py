@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
-from puma_hf.losses.temperature import TemperatureScheduleCallback
+from puma_hf.losses import TemperatureScheduleCallback
 from puma_hf.trainer.lora import BASE_FILE
 from tests.trainer.conftest import MakeArguments, MakeStudent
 

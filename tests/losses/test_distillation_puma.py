@@ -1,5 +1,8 @@
+"""Self-distillation by hand, in features, labels and Matryoshka; and both losses joined in one forward pass."""
+
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,30 +10,150 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from puma_hf.losses import MultimodalMACLoss, SelfDistillationLoss, add_temperature_schedule, find_scheduled_losses
-from puma_hf.losses.joint import JointDistillationLoss, LossTerms
-from puma_hf.losses.temperature import IDLE_FORWARDS_BEFORE_WARNING
+from puma_hf.losses import (
+    JointDistillationLoss,
+    MultimodalMACLoss,
+    SelfDistillationLoss,
+    add_temperature_schedule,
+    find_scheduled_losses,
+    self_distillation_loss,
+)
+from puma_hf.losses.distillation_puma import LossTerms
+from puma_hf.losses.progress_puma import IDLE_FORWARDS_BEFORE_WARNING
 from tests.losses.conftest import DIM
 
 MakeModel = Callable[[], SentenceTransformer]
-MakeContrastive = Callable[[SentenceTransformer], Any]
-
-CONTRASTIVE: dict[str, MakeContrastive] = {
+CONTRASTIVE: dict[str, Callable[[SentenceTransformer], Any]] = {
     "mac": lambda model: MultimodalMACLoss(model, schedule="constant"),
     "infonce": lambda model: MultipleNegativesRankingLoss(model),
 }
+
+
+def test_metrics_by_hand() -> None:
+    student = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 4.0], [3.0, 4.0]], requires_grad=True)
+    loss = self_distillation_loss(student, teacher)
+    assert loss.item() == (4 + 25) / 2  # summed over the dimensions, averaged over the batch
+    assert self_distillation_loss(student, teacher, "mse-mean").item() == (4 + 25) / 4
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.tolist() == [[0.0, -2.0], [-3.0, -4.0]]  # 2 (h_s - h_t) / batch_size
+    assert teacher.grad is None
+
+
+def test_cosine_ignores_lengths() -> None:
+    student = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    teacher = torch.tensor([[5.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    expected = (0 + (1 - math.sqrt(0.5)) + 2) / 3
+    assert self_distillation_loss(student, teacher, "cosine").item() == pytest.approx(expected, abs=1e-6)
+    scaled = self_distillation_loss(student * 7, teacher * 0.1, "cosine")
+    assert scaled.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_low_precision_states_are_compared_in_float32(metric: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 64, generator=generator).bfloat16() for _ in range(2))
+    loss = self_distillation_loss(student, teacher, metric)
+    assert loss.dtype == torch.float32
+    expected = self_distillation_loss(student.double(), teacher.double(), metric)
+    assert expected.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_function_errors() -> None:
+    states = torch.zeros(2, 3)
+    for student, teacher in ((states, torch.zeros(2, 4)), (states, torch.zeros(3, 3)), (states[0], states[0])):
+        with pytest.raises(ValueError, match=r"^student states are .* teacher states .*the same.*Use the full model"):
+            self_distillation_loss(student, teacher)
+    for value in (math.nan, math.inf):
+        teacher = states.clone()
+        teacher[1, 2] = value
+        with pytest.raises(ValueError, match=r"samples \[1\] of this batch are NaN or infinite.*Run the teacher in"):
+            self_distillation_loss(states, teacher)
+    with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'mse-mean', 'cosine'\)"):
+        self_distillation_loss(states, states, "kl")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="metric is 'kl'"):
+        SelfDistillationLoss(nn.Identity(), "kl")  # type: ignore[arg-type]
+
+
+class Taught(nn.Module):
+    """Returns what a teacher has added to the features, and an embedding of the student's width."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        states = features["states"]
+        return {**features, "pooler_output": states, "sentence_embedding": nn.functional.normalize(states, dim=1)}
+
+    def get_embedding_dimension(self) -> int:
+        return 6
+
+
+def taught_columns(columns: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    names = ("states", "teacher_state")
+    return [{name: torch.randn(4, 6, generator=generator) for name in names} for _ in range(columns)]
+
+
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_states_are_those_of_the_features_or_labels(metric: Any) -> None:
+    columns, loss = taught_columns(3), SelfDistillationLoss(Taught(), metric)
+    each = [self_distillation_loss(column["states"], column["teacher_state"], metric).item() for column in columns]
+    for labels in (None, torch.tensor([1, 0, 1, 0]), torch.zeros(4, 3, 6)):
+        assert loss(columns, labels).item() == pytest.approx(sum(each) / 3, rel=1e-6)
+    # Where not every column has them, labels count.
+    labels = torch.stack([column["teacher_state"] for column in columns], dim=1)
+    del columns[1]["teacher_state"]
+    columns[0]["teacher_state"] = torch.zeros(4, 6)
+    assert loss(columns, labels).item() == pytest.approx(sum(each) / 3, rel=1e-6)
+    for one in (labels[:, 1], labels[:, 1:2]):
+        assert loss(columns[1:2], one).item() == pytest.approx(each[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("as_labels", [False, True])
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_inside_matryoshka_the_first_dimensions_are_compared(metric: Any, as_labels: bool) -> None:
+    model: Any = Taught()
+    weights = {6: 1.0, 4: 0.5, 2: 0.25}
+    columns = taught_columns(2)
+    expected = sum(
+        weight * self_distillation_loss(c["states"][:, :dim], c["teacher_state"][:, :dim], metric) / 2
+        for dim, weight in weights.items()
+        for c in columns
+    )
+    labels = torch.stack([c.pop("teacher_state") for c in columns], dim=1) if as_labels else None
+    loss: Any = MatryoshkaLoss(model, SelfDistillationLoss(model, metric), list(weights), list(weights.values()))
+    torch.testing.assert_close(loss(columns, labels), expected)
+
+
+def test_a_narrow_embedding_hides_no_other_hidden_size() -> None:
+    columns, model = taught_columns(1), Taught()
+    columns[0]["teacher_state"] = torch.zeros(4, 8)
+    plain: Any = SelfDistillationLoss(model)
+    for loss, width in ((plain, 6), (MatryoshkaLoss(model, plain, [4]), 4)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"states are \(4, {width}\) and teacher states \(4, 8\)"):
+            loss(columns, None)
+
+
+def test_module_errors() -> None:
+    loss, columns = SelfDistillationLoss(Taught()), [{"states": torch.zeros(2, 3)}] * 2
+    with pytest.raises(ValueError, match=r"no 'teacher_state' and labels is None.*Use PumaDistillationTrainer, or add"):
+        loss(columns)
+    for labels in (torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"labels are .*for 2 column\(s\).*\(batch_size, 2, hidden_size\)"):
+            loss(columns, labels)
+    with pytest.raises(ValueError, match=r"features \['states'\].*needs 'pooler_output'.*Use a PUMA model"):
+        SelfDistillationLoss(nn.Identity())(columns, torch.zeros(2, 2, 3))
+
+
+# --- joined with a contrastive loss
 
 
 def columns_of(model: SentenceTransformer, pairs: Dataset, *, content: bool = False) -> list[dict[str, Any]]:
@@ -97,7 +220,7 @@ def test_content_ids_reach_the_contrastive_loss(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("kind", CONTRASTIVE)
-def test_inside_matryoshka(make_model: MakeModel, pairs: Dataset, kind: str) -> None:
+def test_both_inside_matryoshka(make_model: MakeModel, pairs: Dataset, kind: str) -> None:
     model = make_model()
     columns = columns_of(model, pairs)
     contrastive, dims, weights = CONTRASTIVE[kind](model), [DIM, 4, 2], [1.0, 0.5, 0.25]
@@ -145,12 +268,6 @@ def test_terms_add_up() -> None:
         first + 1.0
 
 
-def test_the_schedule_is_found(make_model: MakeModel) -> None:
-    model = make_model()
-    contrastive = MultimodalMACLoss(model)
-    assert find_scheduled_losses(JointDistillationLoss(model, contrastive)) == {"": contrastive}
-
-
 @pytest.mark.parametrize("matryoshka", [False, True])
 @pytest.mark.parametrize("kind", CONTRASTIVE)
 def test_training_logs_each_term(
@@ -191,7 +308,7 @@ def test_training_logs_each_term(
     assert {"eval_distillation", "eval_contrastive"} <= set().union(*trainer.state.log_history)
 
 
-def test_errors(make_model: MakeModel, pairs: Dataset) -> None:
+def test_errors_of_both(make_model: MakeModel, pairs: Dataset) -> None:
     model = make_model()
     contrastive = MultimodalMACLoss(model, schedule="constant")
     for name in ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start"):
@@ -220,9 +337,10 @@ def test_errors(make_model: MakeModel, pairs: Dataset) -> None:
 def test_model_card_facts(make_model: MakeModel) -> None:
     model = make_model()
     loss = JointDistillationLoss(model, MultimodalMACLoss(model, temperature=0.07), "cosine", 1.0, 0.3)
-    loss.contrastive.progress = 1.0
+    assert find_scheduled_losses(loss) == {"": loss.contrastive}
     config = loss.get_config_dict()
     assert "contrastive_weight_start" not in config
-    assert config["contrastive"] == "MultimodalMACLoss"
-    assert (config["temperature"], config["metric"], config["distillation_weight"]) == (0.07, "cosine", 0.3)
-    assert "eprint={2507.08064}" in loss.citation
+    assert (config["contrastive"], config["temperature"]) == ("MultimodalMACLoss", 0.07)
+    assert (config["metric"], config["distillation_weight"]) == ("cosine", 0.3)
+    assert loss.distillation.get_config_dict() == {"metric": "cosine"}
+    assert "eprint={2507.08064}" in loss.citation == loss.distillation.citation

@@ -1,0 +1,295 @@
+"""MAC-Loss over batches larger than memory, by gradient caching that runs a frozen vision tower once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses import gradcache
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, has_static_embedding_input
+from torch import Tensor, nn
+from transformers import Qwen2VLModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .mac_puma import MultimodalMACLoss, read_ids
+
+# Of each medium: the patches of all samples, their grids, and how many of these a sample has.
+_MEDIA = {
+    "image": ("pixel_values", "image_grid_thw", "num_images_per_sample"),
+    "video": ("pixel_values_videos", "video_grid_thw", "num_videos_per_sample"),
+}
+# Features with one column per token, and so the only ones that lose the padding of a mini-batch.
+_TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")
+_GRADIENT_CACHING_CITATION = """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Gao, Luyu and Zhang, Yunyi and Han, Jiawei and Callan, Jamie},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    url={https://arxiv.org/abs/2101.06983},
+}
+"""
+
+
+class _Batch(NamedTuple):
+    """What belongs to the embeddings of a batch: ids of each column, and where its rows are sorted, their order."""
+
+    modality_ids: list[Tensor]
+    content_ids: list[Tensor] | None
+    orders: list[list[int]]
+
+
+class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
+    """[`MultimodalMACLoss`] whose batch may be far larger than what fits into memory at once.
+
+    Contrastive learning lives on negatives, so on large batches, whose samples cannot be embedded one mini-batch after
+    the other as usual: each needs all others. Gradient caching (Gao et al. 2021, arXiv 2101.06983), as
+    sentence-transformers has it, embeds them twice: first without gradients, which gives the loss and its gradient with
+    respect to every embedding, then once more, mini-batch by mini-batch, to carry these gradients into the model. Value
+    and gradients are those of the plain loss but for the random numbers of dropout; memory is that of one mini-batch.
+    The time of the first pass is added, so take the plain loss while the batch fits, and a large
+    `per_device_train_batch_size` here: gradient accumulation gives no further negatives.
+
+    For PUMA models a frozen vision tower runs once: what it returns in the first pass, `num_visual_tokens *
+    hidden_size` numbers per image, less than its pixels, is kept for the second. Mini-batches hold samples of like
+    length, so a text is not padded to the length of an image. Both passes run under the same autocast, so the cached
+    gradients fit the embeddings.
+
+    Args:
+        model: A SentenceTransformer.
+        arguments: Those of [`MultimodalMACLoss`], in its order, or by name as `options`.
+        mini_batch_size: Samples embedded at a time, of one column. It changes neither value nor gradients: take the
+            largest that fits.
+        mini_batch_num_tokens: Budget of tokens embedded at a time instead, padding and visual tokens included, so that
+            mini-batches of large images are small and those of texts large. A sample that exceeds it is embedded alone.
+            On several devices it needs sentence-transformers 6.2.
+        keep_image_features: Run a frozen vision tower once. With False it runs in both passes, as a trainable one does.
+        show_progress_bar: Show the progress over the mini-batches.
+        options: See `arguments`.
+
+    Relations:
+        - Inside `MatryoshkaLoss` it embeds each mini-batch twice for all dimensions together.
+        - With equal temperatures it is `CachedMultipleNegativesRankingLoss(scale=1 / temperature)`.
+
+    Raises:
+        ValueError: As for [`MultimodalMACLoss`]; or if a mini-batch size or budget is not a positive integer, or the
+            model is a `StaticEmbedding`.
+
+    Example:
+        >>> CachedMultimodalMACLoss(nn.Identity(), mini_batch_size=16).get_config_dict()["mini_batch_size"]
+        16
+    """
+
+    citation = MultimodalMACLoss.citation + _GRADIENT_CACHING_CITATION
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *arguments: Any,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        keep_image_features: bool = True,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, *arguments, **options)
+        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(
+                    f"{name} is {value!r}, but it must be an integer of at least 1. Leave it out, or use 32."
+                )
+        if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
+            raise ValueError(
+                "the model embeds its inputs with a StaticEmbedding, whose features cannot be cut into mini-batches. "
+                "Use MultimodalMACLoss: such a model needs little memory."
+            )
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.keep_image_features = keep_image_features
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns without gradients, compute the loss, and arrange for the second pass in its `backward()`.
+
+        Arguments and errors are those of [`MultimodalMACLoss`]; the features stay as they are.
+        """
+        columns = [dict(features) for features in sentence_features]
+        batch = _Batch(*read_ids(columns, labels), [])
+        self._check_devices()
+        if (puma := find_puma_model(self.model)) is not None:
+            for index, features in enumerate(columns):
+                cut = MiniBatches(features, self.mini_batch_size, self.mini_batch_num_tokens, puma.device.type)
+                batch.orders.append(cut.order)
+                # All that the mixin reads of a column to cut it is a cost per sample.
+                columns[index] = {"attention_mask": cut.costs, "mini_batches": cut}
+        self.warn_if_schedule_idles(training=self.model.training)
+        # As labels of the mixin, which every wrapper hands on untouched.
+        loss: Tensor = self.forward_cached(columns, batch)  # type: ignore[arg-type]
+        return loss
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        """The plain loss of embeddings that come in mini-batches, each `(num_samples, embedding_dim)`."""
+        embeddings = [torch.cat(column) for column in reps]
+        for index, order in enumerate(labels.orders):
+            embeddings[index] = embeddings[index][torch.tensor(order).argsort().to(embeddings[index].device)]
+        loss = self.compute_loss_from_embeddings(embeddings, labels.modality_ids, labels.content_ids)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Any],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """Embed one mini-batch, in either pass, as the mixin does; the first pass asks for the random state."""
+        cut: MiniBatches | None = sentence_feature.get("mini_batches")
+        if cut is None:
+            found: tuple[Tensor, RandContext | None] = super().embed_minibatch(
+                sentence_feature, begin, end, with_grad, copy_random_state, random_state
+            )
+            return found
+        features = cut.take(begin, end)
+        keep = copy_random_state and self.keep_image_features and can_keep_image_features(self.model)
+        keeping = cut.keeping(find_puma_model(self.model).visual, begin) if keep else nullcontext()
+        with random_state or nullcontext(), torch.autocast(**cut.autocast), torch.set_grad_enabled(with_grad), keeping:
+            state = RandContext(*features.values()) if copy_random_state else None
+            embeddings: Tensor = self.model(features)["sentence_embedding"]
+        return embeddings, state
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings that the model card shows."""
+        names = ("mini_batch_size", "mini_batch_num_tokens", "keep_image_features")
+        return {**super().get_config_dict(), **{name: getattr(self, name) for name in names}}
+
+    def _check_devices(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        size = torch.distributed.get_world_size() if distributed else 1
+        if self.mini_batch_num_tokens is not None and size > 1 and not hasattr(gradcache, "_ddp_replay_context"):
+            raise ValueError(
+                f"mini_batch_num_tokens is {self.mini_batch_num_tokens} on {size} devices, whose numbers of "
+                "mini-batches differ then; before sentence-transformers 6.2 they would wait for each other forever. "
+                "Upgrade sentence-transformers, or set mini_batch_size instead."
+            )
+
+
+def find_puma_model(model: nn.Module) -> Any:
+    """The `PumaModel` inside a SentenceTransformer, however a trainer has wrapped it; None if there is none."""
+    inner: Any = model
+    while (wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None))) is not None:
+        inner = wrapped
+    first = inner[0] if isinstance(inner, nn.Sequential) and len(inner) else None
+    backbone = getattr(first, "model", None)
+    return backbone if getattr(getattr(backbone, "config", None), "model_type", None) == "puma" else None
+
+
+def runs_tower_once(puma: Any) -> bool:
+    """Whether what the vision tower returns may be used twice: it is frozen, and the model takes it back."""
+    accepted = "mm_encoder_outputs" in inspect.signature(Qwen2VLModel.forward).parameters
+    return accepted and not any(parameter.requires_grad for parameter in puma.visual.parameters())
+
+
+def can_keep_image_features(model: nn.Module) -> bool:
+    """Whether it may, and can be read, as the model is called: compiled code passes hooks by."""
+    compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
+    return not compiled and runs_tower_once(find_puma_model(model))
+
+
+class MiniBatches:
+    """The mini-batches of one column, the same in both passes, and the image features of the first pass.
+
+    Rows are sorted by length, so that a mini-batch holds little padding, and those with images come last:
+    gradients are exchanged between devices in the last mini-batch, which must reach a trained vision tower too. A
+    single mini-batch keeps the order of the rows. A token budget counts what is computed: the samples of a
+    mini-batch times the tokens of its longest, visual ones among them.
+
+    Attributes:
+        order: The rows in the order of the mini-batches.
+        costs: `(batch_size, 1)`, such that a greedy packing of rows with a total cost of at most `num_tokens`
+            gives the mini-batches.
+        autocast: The autocast of the first pass; the second is usually called outside it, by `backward()`.
+    """
+
+    def __init__(self, features: dict[str, Any], size: int, num_tokens: int | None, device_type: str) -> None:
+        self._features = features
+        self._media: dict[str, Sequence[Tensor]] = {}  # of each sample
+        self._encoded: dict[int, list[Any]] = {}
+        enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if enabled else None
+        self.autocast: dict[str, Any] = {"device_type": device_type, "dtype": dtype, "enabled": enabled}
+        num_rows, width = features["input_ids"].shape
+        budget = num_rows * width if num_tokens is None else num_tokens
+        self.order = list(range(num_rows))
+        self.costs = torch.ones(num_rows, 1, dtype=torch.long)
+        if num_rows * width <= budget if num_tokens else num_rows <= size:
+            return
+        counts = [0] * num_rows
+        for pixels, grid, count in _MEDIA.values():
+            if features.get(pixels) is not None:
+                per_sample = features[count].tolist()
+                counts = [sum(both) for both in zip(counts, per_sample, strict=True)]
+                patches = features[grid].cpu().prod(dim=1).split(per_sample)
+                self._media[grid] = features[grid].split(per_sample)
+                self._media[pixels] = features[pixels].split([int(part.sum()) for part in patches])
+        lengths: list[int] = features["attention_mask"].sum(dim=1).tolist()
+        self.order.sort(key=lambda row: (counts[row] > 0, lengths[row]))
+        begin = widest = 0
+        for end, row in enumerate(self.order if num_tokens else [], start=1):
+            widest = max(widest, lengths[row])
+            if (end - begin) * widest > budget and end - begin > 1:
+                begin, widest = end - 1, lengths[row]
+            # The others of its mini-batch cost 1 each.
+            self.costs[begin] = max(budget - (end - begin - 1), 1)
+
+    def take(self, begin: int, end: int) -> dict[str, Any]:
+        """Features of one mini-batch, without padding that its rows do not need, with what was kept for it."""
+        rows = self.order[begin:end]
+        features = dict(self._features) if len(rows) == len(self.order) else self._take(rows)
+        media = [medium for medium, (pixels, *_) in _MEDIA.items() if features.get(pixels) is not None]
+        if media and len(self._encoded.get(begin, [])) == len(media):
+            for medium in media:
+                del features[_MEDIA[medium][0]]
+            features["mm_encoder_outputs"] = dict(zip(media, self._encoded[begin], strict=True))
+        return features
+
+    def _take(self, rows: list[int]) -> dict[str, Any]:
+        index, taken = torch.tensor(rows), dict[str, Any]()
+        for key, value in self._features.items():
+            if key in self._media:
+                parts = [self._media[key][row] for row in rows]
+                taken |= {key: torch.cat(parts)} if any(map(len, parts)) else {}
+            elif isinstance(value, Tensor) and value.ndim and len(value) == len(self.order):
+                taken[key] = value[index.to(value.device)]
+            else:
+                taken[key] = value
+        tokens = taken["attention_mask"].any(dim=0).nonzero().flatten()
+        first, last = tokens[[0, -1]].tolist()
+        return {key: value[:, first : last + 1] if key in _TOKEN_KEYS else value for key, value in taken.items()}
+
+    @contextmanager
+    def keeping(self, tower: nn.Module, begin: int) -> Iterator[None]:
+        """Keep the image features that the tower gives for the mini-batch at `begin` in this context."""
+        kept = self._encoded[begin] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            pooled: Any = output.pooler_output
+            pooled = (pooled,) if isinstance(pooled, Tensor) else pooled
+            # Without the states of all patches, which are as large and which nobody reads.
+            kept.append(BaseModelOutputWithPooling(pooler_output=pooled))
+
+        # The model runs its tower itself, under whatever wraps it: autocast, another device's shards.
+        handle = tower.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()

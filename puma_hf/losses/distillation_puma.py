@@ -1,0 +1,269 @@
+"""Self-distillation: the pruned model's [RET] state learns the full model's; alone, or with a contrastive loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
+from torch import Tensor, nn
+
+from .mac_puma import PUMA_CITATION, read_ids, restore_ids
+from .progress_puma import is_scheduled
+from .schedule_puma import DistillationMetric, check_choice
+
+STUDENT_KEY = "pooler_output"
+# Where a teacher puts its states among the features of a column.
+TEACHER_KEY = "teacher_state"
+
+
+def self_distillation_loss(student: Tensor, teacher: Tensor, metric: DistillationMetric = "mse") -> Tensor:
+    """Distance between the student's and the teacher's [RET] states, averaged over the batch.
+
+    - `"mse"`: `mean_i ||h_t,i - h_s,i||^2`, L_distill as PUMA's paper writes it (ACM MM 2025, arXiv 2507.08064).
+      The squared differences are summed, not averaged, over the hidden dimension.
+    - `"mse-mean"`: the same averaged over the hidden dimension, as in the code that its authors released.
+    - `"cosine"`: `mean_i (1 - cos(h_t,i, h_s,i))`, which ignores lengths, as retrieval does.
+
+    Args:
+        student: States of the pruned model after its final norm, `(batch_size, hidden_size)`.
+        teacher: States of the full model after its final norm, likewise; finite. Detached here.
+        metric: One of the above.
+
+    Returns:
+        The loss, a scalar in float32 (float64 if both states are).
+
+    Example:
+        >>> self_distillation_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        3.0
+    """
+    check_choice("metric", metric, DistillationMetric)
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student states are {tuple(student.shape)} and teacher states {tuple(teacher.shape)}, but both must be "
+            "the same (batch_size, hidden_size), a [RET] state per sample. Use the full model that the student was "
+            "pruned from as the teacher, or recompute the cached states with it."
+        )
+    dtype = torch.float64 if student.dtype == teacher.dtype == torch.float64 else torch.float32
+    student, teacher = student.to(dtype), teacher.detach().to(device=student.device, dtype=dtype)
+    if not torch.isfinite(teacher).all():
+        broken = (~torch.isfinite(teacher)).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the teacher states of the samples {broken} of this batch are NaN or infinite, but they must be finite. "
+            "Run the teacher in bfloat16 or float32 instead of float16, or recompute the cached states."
+        )
+    if metric == "cosine":
+        return (1.0 - torch.nn.functional.cosine_similarity(student, teacher, dim=1)).mean()
+    squares = (teacher - student).square()
+    return squares.mean() if metric == "mse-mean" else squares.sum(dim=1).mean()
+
+
+class SelfDistillationLoss(nn.Module):
+    """Pull the pruned model's [RET] state towards the full model's: PUMA's self-distillation.
+
+    `L_distill = mean_i ||h_t,i - h_s,i||^2` (ACM MM 2025, arXiv 2507.08064), averaged over the columns: `h_s` is the
+    [RET] state after the last kept layer and `h_t` the one after the last layer of the full model, both after the final
+    norm. Beware of `hidden_states` here: `hidden_states[k]` of the full model is the state before the norm and
+    `hidden_states[-1]` the one after it. The student's state is `features["pooler_output"]`, which the model writes
+    after its final norm and before L2 normalisation.
+
+    Alone it needs no labels, and is this library's first stage; the authors' has a contrastive term besides, see
+    `JointDistillationLoss`. Inside `MatryoshkaLoss` the first d dimensions of both states are compared.
+    `sentence_transformers.losses.MSELoss` compares the normalised `sentence_embedding` instead, averaged over the
+    hidden dimension.
+
+    Args:
+        model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
+        metric: `"mse"` (the paper), `"mse-mean"` (its released code) or `"cosine"`, see `self_distillation_loss`.
+
+    Requirements:
+        1. One or more columns of inputs.
+        2. The teacher's states: as `teacher_state` `(batch_size, hidden_size)` in the features of all columns, where
+           `PumaDistillationTrainer` puts them, or else as labels, `(batch_size, num_columns, hidden_size)`, or
+           `(batch_size, hidden_size)` for one column.
+
+    Example:
+        >>> class Student(nn.Module):
+        ...     def forward(self, features):
+        ...         return {"pooler_output": features["states"]}
+        >>> loss = SelfDistillationLoss(Student())
+        >>> loss([{"states": torch.zeros(2, 3)}], torch.ones(2, 3)).item()
+        3.0
+    """
+
+    citation = PUMA_CITATION
+
+    def __init__(self, model: nn.Module, metric: DistillationMetric = "mse") -> None:
+        super().__init__()
+        check_choice("metric", metric, DistillationMetric)
+        self.model = model
+        self.metric: DistillationMetric = metric
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Embed every column, a dict of model inputs, and compare its [RET] states with the teacher's: a scalar."""
+        return self.compute_loss_from_outputs([self.model(features) for features in sentence_features], labels)
+
+    def compute_loss_from_outputs(self, outputs: list[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The same from what the model returned for each column: `pooler_output` and, as a rule, `teacher_state`."""
+        teacher = [output[TEACHER_KEY] for output in outputs if output.get(TEACHER_KEY) is not None]
+        if len(teacher) < len(outputs):
+            teacher = _teacher_columns(labels, len(outputs))
+        losses = [
+            self_distillation_loss(*_cut(output, theirs), self.metric)
+            for output, theirs in zip(outputs, teacher, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings that the model card shows."""
+        return {"metric": self.metric}
+
+
+def _cut(output: dict[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's states, at the width of the embedding where `MatryoshkaLoss` has shortened it."""
+    if STUDENT_KEY not in output:
+        raise ValueError(
+            f"the model returned the features {sorted(output)}, but self-distillation needs {STUDENT_KEY!r}, the [RET] "
+            "state after the final norm. Use a PUMA model, or an input module that returns this feature."
+        )
+    student: Tensor = output[STUDENT_KEY]
+    width = output.get("sentence_embedding", student).shape[-1]
+    # States of another hidden size stay apart, to be refused; labels come shortened already.
+    fits = teacher.shape[-1] == student.shape[-1]
+    return student[..., :width], teacher[..., :width] if fits else teacher
+
+
+def _teacher_columns(labels: Tensor | None, num_columns: int) -> list[Tensor]:
+    if labels is None:
+        raise ValueError(
+            f"the features have no {TEACHER_KEY!r} and labels is None, but self-distillation needs the teacher's "
+            "[RET] states. Use PumaDistillationTrainer, or add a label column with the cached states to the dataset."
+        )
+    if labels.ndim == 2 and num_columns == 1:
+        labels = labels.unsqueeze(1)
+    if labels.ndim != 3 or labels.shape[1] != num_columns or not labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, but for {num_columns} column(s) they must be "
+            f"floating-point teacher states (batch_size, {num_columns}, hidden_size). Pass one state per sample and "
+            "column, in the order of the columns."
+        )
+    return list(labels.unbind(1))
+
+
+class LossTerms(dict[str, Tensor]):
+    """Named terms of a loss, which a sentence-transformers trainer sums and logs one by one.
+
+    Unlike a plain dict they can be weighted and added up term by term, as `MatryoshkaLoss` does.
+    """
+
+    def __mul__(self, weight: float) -> LossTerms:
+        return LossTerms({name: value * weight for name, value in self.items()})
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: LossTerms | float) -> LossTerms:
+        if isinstance(other, LossTerms):
+            zero = torch.zeros(())
+            return LossTerms({name: self.get(name, zero) + other.get(name, zero) for name in {**self, **other}})
+        return self if other == 0 else NotImplemented  # what a sum starts from
+
+    __radd__ = __add__
+
+
+class JointDistillationLoss(nn.Module):
+    """Self-distillation and a contrastive loss together: the model embeds each column once for both.
+
+    `contrastive_weight * contrastive + distillation_weight * distillation`, where the distillation is the mean over
+    the columns. The first stage of PUMA (ACM MM 2025, arXiv 2507.08064), as its authors released it, is InfoNCE at 0.05
+    with the weight 0.9, and `0.1 * 0.05 * (mse(query) + mse(candidate))`, averaged over the dimensions: here the weight
+    0.01 of `"mse-mean"`, as a sum of two columns is twice their mean. In its variant both weights move with the share
+    of the training that is done, from 0.5 to 0.9 and from 0.5 to 0.1. With MAC-Loss, which is this library's addition,
+    the second stage need not forget what the full model knew.
+
+    On several devices the loss is the mean over all rows, and so is the gradient that DistributedDataParallel averages:
+    that of one device with the whole batch. The released code leaves each device the part of its own rows, and the
+    average of these is the same gradient divided by the number of devices.
+
+    Args:
+        model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
+        contrastive: A `MultimodalMACLoss` or `MultipleNegativesRankingLoss` of the same model, whose labels are used.
+        metric: See `self_distillation_loss`.
+        contrastive_weight: Weight of the contrastive term. The two terms differ in size: the `"mse"` grows with the
+            hidden size, so look at both in the log before choosing.
+        distillation_weight: Weight of the distillation term.
+        contrastive_weight_start: Where the weight begins, if it is to move in a straight line over the training to
+            `contrastive_weight`. It needs a contrastive loss that is told the progress: a `MultimodalMACLoss`.
+        distillation_weight_start: Likewise for `distillation_weight`.
+
+    It takes (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples, and the teacher's
+    states as `teacher_state` features, where `PumaDistillationTrainer` puts them.
+
+    Example:
+        >>> infonce = MultimodalMACLoss(model, 0.05, 0.05)  # doctest: +SKIP
+        >>> loss = JointDistillationLoss(model, infonce, "mse-mean", 0.9, 0.01)  # doctest: +SKIP
+    """
+
+    citation = PUMA_CITATION
+
+    def __init__(
+        self,
+        model: nn.Module,
+        contrastive: nn.Module,
+        metric: DistillationMetric = "mse",
+        contrastive_weight: float = 1.0,
+        distillation_weight: float = 1.0,
+        *,
+        contrastive_weight_start: float | None = None,
+        distillation_weight_start: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = {"contrastive_weight": contrastive_weight, "distillation_weight": distillation_weight}
+        starts = {"contrastive_weight": contrastive_weight_start, "distillation_weight": distillation_weight_start}
+        self.weights |= {f"{name}_start": start for name, start in starts.items() if start is not None}
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight) or weight < 0:
+                raise ValueError(f"{name} is {weight}, but a weight must be 0 or more and finite. Choose 1.0 to start.")
+        if uses_gradient_cache(contrastive) or not hasattr(contrastive, "compute_loss_from_embeddings"):
+            raise ValueError(
+                f"contrastive is a {type(contrastive).__name__}, but it must compute its loss from embeddings of one "
+                "forward pass. Pass a MultimodalMACLoss or a MultipleNegativesRankingLoss."
+            )
+        self._moves = len(self.weights) > 2
+        if self._moves and not is_scheduled(contrastive):
+            raise ValueError(
+                f"{', '.join(list(self.weights)[2:])} with a {type(contrastive).__name__}, which is not told how much "
+                "of the training is done. Pass a MultimodalMACLoss; at equal temperatures it is InfoNCE."
+            )
+        self.model = model
+        self.contrastive: Any = contrastive
+        self.distillation = SelfDistillationLoss(model, metric)
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossTerms:
+        """Embed every column once and compute `{"distillation": ..., "contrastive": ...}`, both weighted scalars."""
+        columns = list(sentence_features)
+        is_mac = is_scheduled(self.contrastive)
+        ids = read_ids(columns, labels) if is_mac else (labels,)
+        outputs = [self.model(features) for features in columns]
+        if is_mac:
+            restore_ids(columns, *ids)
+            self.contrastive.warn_if_schedule_idles(training=self.model.training, moves=self._moves)
+        embeddings = [output["sentence_embedding"] for output in outputs]
+        contrastive = self.contrastive.compute_loss_from_embeddings(embeddings, *ids)
+        return LossTerms(
+            distillation=self.weight("distillation_weight") * self.distillation.compute_loss_from_outputs(outputs),
+            contrastive=self.weight("contrastive_weight") * contrastive,
+        )
+
+    def weight(self, name: str) -> float:
+        """The weight `"contrastive_weight"` or `"distillation_weight"` at the present progress."""
+        end = self.weights[name]
+        start = self.weights.get(f"{name}_start", end)
+        return end if start == end else start + (end - start) * self.contrastive.progress
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings that the model card shows."""
+        config: dict[str, Any] = getattr(self.contrastive, "get_config_dict", dict)()
+        own = {"metric": self.distillation.metric, **self.weights}
+        return {"contrastive": type(self.contrastive).__name__, **config, **own}

@@ -1,0 +1,208 @@
+"""How far a training is: the losses whose temperature depends on it, and the callback that tells them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from .schedule_puma import SCHEDULE_END, Schedule, TemperatureSchedule, check_temperatures, clamp_progress
+
+logger = logging.getLogger(__name__)
+
+# Large enough that a hand-written loop with gradient accumulation, which sets `progress` once per optimizer
+# step, has done so at least once; small enough that a forgotten schedule is noticed within the first minute.
+IDLE_FORWARDS_BEFORE_WARNING = 32
+
+
+class ScheduledTemperatureLoss(nn.Module):
+    """Base of the losses with a fixed temperature and a second, scheduled one.
+
+    A module cannot see the step count of the trainer that calls it, so the position on the schedule comes from outside:
+    `TemperatureScheduleCallback` sets `progress`, and so does a hand-written training loop.
+
+    Args:
+        temperature: Temperature of the inter-modality candidates, and the start of the schedule.
+        hard_temperature: End of the schedule of the intra-modality candidates.
+        schedule: Its kind, see `TemperatureSchedule`, which also says what a ValueError refuses.
+        schedule_end: Share of the training after which the hard temperature stays, in (0, 1].
+
+    Example:
+        >>> loss = ScheduledTemperatureLoss(temperature=0.05, hard_temperature=0.04, schedule="linear")
+        >>> loss.progress = 0.25
+        >>> round(loss.current_hard_temperature, 6)
+        0.045
+    """
+
+    def __init__(
+        self, temperature: float, hard_temperature: float, schedule: Schedule, schedule_end: float = SCHEDULE_END
+    ) -> None:
+        super().__init__()
+        # Checked by these names first: the schedule would call them `start` and `end`.
+        check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
+        self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule, schedule_end)
+        self._progress = 0.0
+        self._progress_was_set = False
+        self._idle_forwards = 0
+        if hard_temperature > temperature:
+            # A legitimate ablation, hence no error, but the opposite of the method and what two swapped arguments
+            # look like.
+            logger.warning(
+                f"hard_temperature={hard_temperature:g} is above temperature={temperature:g}, so intra-modality "
+                "candidates get the softer distribution, the reverse of PUMA. Swap the two if this is not intended."
+            )
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the inter-modality candidates, the same during the whole run."""
+        return self.temperature_schedule.start
+
+    @property
+    def hard_temperature(self) -> float:
+        """Temperature of the intra-modality candidates once the schedule has ended."""
+        return self.temperature_schedule.end
+
+    @property
+    def current_hard_temperature(self) -> float:
+        """Temperature of the intra-modality candidates at the present `progress`."""
+        return self.temperature_schedule.value(self._progress)
+
+    @property
+    def progress(self) -> float:
+        """Done training steps over all training steps, in [0, 1]."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        self._progress = clamp_progress(value)
+        self._progress_was_set = True
+
+    def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
+        """Warn once when the loss is trained and nobody moves its schedule, or whatever else `moves` with it.
+
+        `training` says whether the model is in training mode; evaluation never counts.
+        """
+        schedule = self.temperature_schedule
+        moves |= schedule.kind != "constant" and schedule.start != schedule.end
+        if self._progress_was_set or not moves or not training or not torch.is_grad_enabled():
+            return
+        self._idle_forwards += 1
+        if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:
+            logger.warning(
+                f"{type(self).__name__} has been trained for {self._idle_forwards} forward passes, but its "
+                f"{schedule.kind!r} schedule never moved: hard_temperature is still {self.current_hard_temperature:g} "
+                f"instead of going to {schedule.end:g}, and a weight that moves is at its start. Call "
+                "puma_hf.losses.add_temperature_schedule(trainer) before trainer.train(), set loss.progress "
+                "in your own training loop, or choose schedule='constant'."
+            )
+
+
+class TemperatureScheduleCallback(TrainerCallback):
+    """Move the temperature schedules of a loss along with the trainer's optimizer steps.
+
+    Before every optimizer step `progress = global_step / max_steps`. Both numbers belong to the trainer's restored
+    state, so a run that resumes from a checkpoint continues at the temperature it stopped at, and gradient accumulation
+    changes nothing. Training logs gain `temperature` and `hard_temperature` (the value of the last step); with several
+    scheduled losses each name is prefixed by the dataset's name and an underscore.
+
+    An evaluation loss uses the temperature of its step too, so `eval_loss` values of different steps are not on one
+    scale: choose the best checkpoint by a retrieval metric.
+
+    Prefer `add_temperature_schedule(trainer)`: it also places the callback before the reporting ones (TensorBoard,
+    W&B), which otherwise send the logs before the temperatures are in them.
+
+    Args:
+        loss: A scheduled loss, a loss that wraps one, or a dict from dataset name to loss; a ValueError without one.
+
+    Example:
+        >>> loss = ScheduledTemperatureLoss(temperature=0.05, hard_temperature=0.04, schedule="cosine")
+        >>> list(TemperatureScheduleCallback(loss).losses) == [""]
+        True
+    """
+
+    def __init__(self, loss: nn.Module | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.losses = find_scheduled_losses(loss)
+        if not self.losses:
+            modules = list(loss.values()) if isinstance(loss, Mapping) else [loss]
+            shown = " and ".join(f"a {type(module).__name__}" for module in modules) or "an empty dict"
+            raise ValueError(
+                f"loss is {shown}, but a temperature schedule needs a ScheduledTemperatureLoss in it. Pass the "
+                "MultimodalMACLoss that the trainer uses, or leave the schedule out."
+            )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the progress of this optimizer step."""
+        if state.max_steps > 0:
+            for loss in self.losses.values():
+                loss.progress = state.global_step / state.max_steps
+
+    # That of the restored (or zero) step, and that after the last one: 1.0 unless the run stopped early.
+    on_train_begin = on_train_end = on_step_begin
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Add the temperatures to a training record."""
+        if logs is None or "loss" not in logs:
+            return
+        # The trainer appends a copy of the logs to the history before it calls the callbacks.
+        is_last = state.log_history and state.log_history[-1].get("step") == state.global_step
+        for record in [logs, *state.log_history[-1:]] if is_last else [logs]:
+            for prefix, loss in self.losses.items():
+                record[f"{prefix}temperature"] = loss.temperature
+                record[f"{prefix}hard_temperature"] = loss.current_hard_temperature
+
+
+def is_scheduled(loss: nn.Module) -> bool:
+    """Whether it is a `ScheduledTemperatureLoss`, of this file or of a copy.
+
+    Classes do not tell: from a model's directory transformers loads each file that it is asked for with copies of all
+    that it imports.
+    """
+    return "temperature_schedule" in vars(loss)
+
+
+def find_scheduled_losses(loss: nn.Module | Mapping[str, Any] | None) -> dict[str, ScheduledTemperatureLoss]:
+    """From log prefix to loss, those with a temperature schedule, also inside wrappers such as `MatryoshkaLoss`, once.
+
+    `loss` is what a trainer holds: a module or a dict from dataset name to module. A single loss has the prefix `""`.
+    """
+    found: dict[ScheduledTemperatureLoss, str] = {}
+    for name, module in (loss if isinstance(loss, Mapping) else {"": loss}).items():
+        modules = module.modules() if isinstance(module, nn.Module) else ()
+        inner: list[Any] = [child for child in modules if is_scheduled(child)]
+        for index, child in enumerate(inner):
+            parts = [name, str(index) if len(inner) > 1 else ""]
+            found.setdefault(child, "".join(f"{part}_" for part in parts if part))
+    # One loss needs no name to tell it apart, whatever the dataset or the wrapper is called.
+    return {prefix if len(found) > 1 else "": child for child, prefix in found.items()}
+
+
+def add_temperature_schedule(trainer: Any) -> TemperatureScheduleCallback:
+    """Give a sentence-transformers trainer the callback that moves its loss's temperature schedule.
+
+    A plain `SentenceTransformerTrainer` calls its loss with features and labels only and offers the loss no hook, so
+    one line is needed after building it: `add_temperature_schedule(trainer)`. Calling this twice does nothing more. Its
+    `loss` is, wraps, or is a dict with a `MultimodalMACLoss`, or a ValueError says so. The callback is placed right
+    after the trainer's flow control so that reporting callbacks see its values.
+    """
+    if getattr(trainer, "loss", None) is None:
+        raise ValueError(
+            f"A {type(trainer).__name__} has no attribute loss, of which the schedule would be read. Name the loss: "
+            "trainer.add_callback(TemperatureScheduleCallback(loss))."
+        )
+    callback = TemperatureScheduleCallback(trainer.loss)
+    callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
+    for known in callbacks:
+        if isinstance(known, TemperatureScheduleCallback) and {*known.losses.values()} >= {*callback.losses.values()}:
+            callback = known
+            callbacks.remove(known)
+            break
+    callbacks.insert(1, callback)
+    return callback

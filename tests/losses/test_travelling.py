@@ -1,0 +1,36 @@
+"""A pushed directory carries the losses: they open where puma_hf is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from puma_hf.hub.push_files import files_to_push, loss_files
+from puma_hf.losses import MultimodalMACLoss
+from tests.forks import run_worker
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_losses_of_a_directory_train_it_without_puma_hf(puma_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pushed"
+    shutil.copytree(puma_dir, folder)
+    for name, code in loss_files().items():
+        (folder / name).write_text(code)
+    assert {*loss_files()} <= {*files_to_push(folder).names}  # so that it can be pushed again
+    run_worker("tests.losses.without_puma_hf", folder, tmp_path / "modules", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu").train()
+    loss = MultimodalMACLoss(model)
+    loss([model.preprocess(texts) for texts in (["a red apple", "two"], ["a table", "in"])]).backward()
+    expected = sum(weight.grad.abs().sum().item() for weight in model.parameters() if weight.grad is not None)
+    assert expected > 0
+    assert found["MultimodalMACLoss"] == pytest.approx(expected, rel=1e-5)
+    assert found["CachedMultimodalMACLoss"] == pytest.approx(expected, rel=1e-4)
+    assert found["terms"] == ["contrastive", "distillation"]
+    assert found["losses"] == [""]
