@@ -1,4 +1,4 @@
-"""What `ablation.py` runs: a model whose inputs are prepared once, its training stages, and the twins of the emoji."""
+"""What `ablation.py` runs: a model whose inputs are prepared once, and its training stages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from torch import Tensor, nn
+from torch import nn
 
 from puma_hf import (
+    JointDistillationLoss,
     MultimodalMACLoss,
     PumaDistillationTrainer,
     PumaTrainer,
@@ -26,8 +27,21 @@ from puma_hf.trainer.lora import merge_adapter, save_base_fingerprint
 
 BATCH_SIZE = 64
 LORA_R = 16
-LOSSES = ("InfoNCE", "InfoNCE, scheduled", "MAC, constant", "MAC, scheduled", "split 0.2 (ours)")
-MORE_LOSSES = ("split 0.5 (ours)",)  # on the captioner only
+RELEASED: dict[str, Any] = {
+    "temperature": 0.03,
+    "hard_temperature": 0.018,
+    "schedule": "exponential",
+    "schedule_end": 0.5,
+}
+# All mask false negatives alike. At equal temperatures MAC-Loss is InfoNCE.
+LOSSES: dict[str, dict[str, Any]] = {
+    "InfoNCE 0.05": {"temperature": 0.05, "hard_temperature": 0.05, "schedule": "constant"},
+    "InfoNCE 0.03": {"temperature": 0.03, "hard_temperature": 0.03, "schedule": "constant"},
+    "MAC 0.05 to 0.04": {"temperature": 0.05, "hard_temperature": 0.04, "schedule": "cosine", "schedule_end": 1.0},
+    "MAC 0.018 throughout": {**RELEASED, "schedule": "constant"},
+    "MAC as released": RELEASED,
+    "split 0.2 (ours)": {**RELEASED, "objective": "split", "split_weight": 0.2},
+}
 
 
 class Prepared:
@@ -85,51 +99,29 @@ class Prepared:
         return features
 
 
-class OneTemperature(MultimodalMACLoss):
-    """InfoNCE with the schedule of MAC-Loss for every candidate: to it all candidates are of one modality."""
-
-    def compute_loss_from_embeddings(
-        self, embeddings: list[Tensor], modality_ids: list[Tensor], content_ids: list[Tensor] | None = None
-    ) -> Tensor:
-        """MAC-Loss of a batch with one modality."""
-        return super().compute_loss_from_embeddings(
-            embeddings, [torch.zeros_like(ids) for ids in modality_ids], content_ids
-        )
+def labelled_rows(data: Path, share: float) -> Dataset:
+    """The rows of a share of the positives' emoji, drawn once: every seed and every loss sees the same."""
+    rows = load_mbeir(data, "train", with_ids=True)
+    emoji = _emoji_of_candidates(data)
+    names = sorted({emoji[did] for did in rows["did"]})
+    kept = set(random.Random(0).sample(names, max(1, round(share * len(names)))))
+    return rows.select([index for index, did in enumerate(rows["did"]) if emoji[did] in kept])
 
 
-def make_loss(name: str, model: nn.Module, temperature: float, hard_temperature: float) -> MultimodalMACLoss:
-    """One of `LOSSES` or `MORE_LOSSES`. All mask false negatives alike; what is scheduled falls to the end."""
-    falling: dict[str, Any] = {"schedule": "cosine", "schedule_end": 1.0}
-    if name == "InfoNCE":
-        return MultimodalMACLoss(model, temperature, temperature, schedule="constant")
-    if name == "InfoNCE, scheduled":
-        return OneTemperature(model, temperature, hard_temperature, **falling)
-    if name == "MAC, constant":
-        return MultimodalMACLoss(model, temperature, hard_temperature, schedule="constant")
-    if name == "MAC, scheduled":
-        return MultimodalMACLoss(model, temperature, hard_temperature, **falling)
-    weight = float(name.split()[1])
-    return MultimodalMACLoss(model, temperature, hard_temperature, **falling, objective="split", split_weight=weight)
-
-
-def concepts_of_rows(data: Path, rows: Dataset) -> list[str]:
-    """The emoji that each row asks for: of an image its file's name, of a text the one with this name."""
+def _emoji_of_candidates(data: Path) -> dict[str, str]:
+    """Of each candidate: a drawing's emoji is its file's name, a text's is in its source."""
     pool = (data / "cand_pool" / "global" / "mbeir_union_train_cand_pool.jsonl").read_text(encoding="utf-8")
-    concepts = {}
+    found = {}
     for candidate in map(json.loads, pool.splitlines()):
         source = candidate["src_content"]
-        concepts[candidate["did"]] = json.loads(source)["emoji"] if source else Path(candidate["img_path"]).stem
-    return [concepts[did] for did in rows["did"]]
+        found[candidate["did"]] = json.loads(source)["emoji"] if source else Path(candidate["img_path"]).stem
+    return found
 
 
-def labelled_rows(data: Path, fraction: float) -> Dataset:
-    """The rows of a share of the concepts, drawn once: every seed and every loss sees the same."""
-    rows = load_mbeir(data, "train", with_ids=True)
-    concepts = concepts_of_rows(data, rows)
-    rows = rows.add_column("concept", concepts)
-    names = sorted(set(concepts))
-    kept = set(random.Random(0).sample(names, max(1, round(fraction * len(names)))))
-    return rows.select([index for index, concept in enumerate(concepts) if concept in kept])
+def text_rows(rows: Dataset) -> Dataset:
+    """The pairs of two texts, which stand for the NLI pairs of the released stage 1."""
+    pairs = zip(rows["anchor"], rows["positive"], strict=True)
+    return rows.select([index for index, pair in enumerate(pairs) if not any(item["image"] for item in pair)])
 
 
 def arguments(output: Path, steps: int, learning_rate: float, seed: int) -> SentenceTransformerTrainingArguments:
@@ -163,32 +155,36 @@ def open_student(folder: Path, prepared: Prepared, seed: int, train_ret_token: b
 
 
 def distil(
-    pruned: Path,
-    backbone: Path,
+    start: Path,
+    teacher: Path,
     output: Path,
     prepared: Prepared,
+    rows: Dataset | None,
     *,
     data: Path,
-    mode: str,
     steps: int,
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Stage 1 with one of the teachers, merged."""
-    model = open_student(pruned, prepared, seed, train_ret_token=True)
+    """Stage 1, merged: label-free on all inputs if there are no `rows`, else as released, on their pairs of texts."""
+    model = open_student(start, prepared, seed, train_ret_token=rows is None)
     adapter = output.with_name(f"{output.name}-lora")
+    options: dict[str, Any] = {"train_dataset": load_mbeir_items(data, "train", seed=0)}
+    if rows is not None:
+        pairs = text_rows(rows)
+        infonce = MultimodalMACLoss(model, **LOSSES["InfoNCE 0.05"])
+        options = {
+            "train_dataset": pairs.select_columns(["anchor", "positive"]),
+            "positives": pairs["positives"],
+            "loss": JointDistillationLoss(model, infonce, "mse-mean", 0.9, 0.01),
+        }
     trainer = PumaDistillationTrainer(
-        model=model,
-        teacher=str(backbone),
-        teacher_mode=mode,
-        **({"teacher_cache": output.with_name("teacher-cache")} if mode == "cached" else {}),
-        args=arguments(adapter, steps, learning_rate, seed),
-        train_dataset=load_mbeir_items(data, "train", seed=0),
+        model=model, teacher=str(teacher), args=arguments(adapter, steps, learning_rate, seed), **options
     )
     trainer.train()
     model.save_pretrained(str(adapter), create_model_card=False)
     save_base_fingerprint(model, adapter)
-    merge_adapter(adapter, output, base=pruned, overwrite=True)
+    merge_adapter(adapter, output, base=start, overwrite=True)
 
 
 def contrast(
@@ -197,11 +193,8 @@ def contrast(
     rows: Dataset,
     *,
     loss: str,
-    twins: bool,
     steps: int,
     learning_rate: float,
-    temperature: float,
-    hard_temperature: float,
     seed: int,
     work: Path,
 ) -> SentenceTransformer:
@@ -212,8 +205,7 @@ def contrast(
         args=arguments(work / "run", steps, learning_rate, seed),
         train_dataset=rows.select_columns(["anchor", "positive"]),
         positives=rows["positives"],
-        twins=rows["concept"] if twins else None,
-        loss=make_loss(loss, model, temperature, hard_temperature),
+        loss=MultimodalMACLoss(model, **LOSSES[loss]),
     )
     trainer.train()
     return model
