@@ -194,12 +194,13 @@ class PumaTransformer(Transformer):
 class _Features(dict[str, Any]):
     """What `forward` returns; `encode` asks it for the states of all tokens, and does not say so before."""
 
-    def __init__(self, features: dict[str, Any], module: PumaTransformer) -> None:
+    def __init__(self, features: dict[str, Any], module: PumaTransformer | None = None) -> None:
+        # In mixed precision accelerate makes a copy of what a model returns, by the features alone.
         super().__init__(features)
         self._module = module
 
     def __missing__(self, name: str) -> Any:
-        if name != "token_embeddings":
+        if name != "token_embeddings" or self._module is None:
             raise KeyError(name)
         masks = self["attention_mask"].bool()
         states = zip(self._module._run(self).last_hidden_state, masks, strict=True)

@@ -266,9 +266,13 @@ class PumaTrainer(SentenceTransformerTrainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, *args, **kwargs)
             return
+        card: Any = self.model.model_card_data
+        # For its card sentence-transformers would encode, on this process alone, and wait for the others for ever.
+        given, card.generate_widget_examples = card.generate_widget_examples, False
         with whole_weights(self.model):
             if self.args.should_save:
                 self._save(output_dir)
+        card.generate_widget_examples = given
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -11,6 +11,8 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor
 
@@ -53,6 +55,46 @@ def test_no_schedule_for_other_losses(make_student: MakeStudent, make_arguments:
     assert not any(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks)
     trainer.train()
     assert not any("temperature" in entry for entry in trainer.state.log_history)
+
+
+class Encodes(BaseEvaluator):
+    """What every evaluator does; its only figure is the length of an embedding."""
+
+    primary_metric = "length"
+
+    def __call__(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {self.primary_metric: float(model.encode("an apple", convert_to_tensor=True).float().norm())}
+
+
+def test_an_evaluator_encodes_in_mixed_precision(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    """accelerate then makes a copy of what the model returns."""
+    model = make_student()
+    arguments = make_arguments(max_steps=1, bf16=True, eval_strategy="steps", eval_steps=1)
+    loss = MultimodalMACLoss(model)
+    PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=loss, evaluator=Encodes()).train()
+
+
+def test_no_process_encodes_alone_for_the_card_under_fsdp(
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others would not come to the forward pass, in which all put their parts of the weights together."""
+    model = make_student()
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=MultimodalMACLoss(model))
+    encoded: list[Any] = []
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: encoded.append(args))
+    trainer.save_model(str(tmp_path / "alone"))
+    assert encoded  # sentence-transformers does
+    encoded.clear()
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    trainer.save_model(str(tmp_path / "sharded"))
+    assert not encoded
+    assert model.model_card_data.generate_widget_examples
 
 
 def test_rows_of_a_trained_batch_share_no_answer(
