@@ -43,7 +43,7 @@ from torch.nn.functional import cosine_similarity
 from transformers.utils import logging as transformers_logging
 
 from puma_hf import prune
-from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.evaluation.layer_sweep import SweepInputs
 
 DATA = BACKBONE.parent / "emoji"

@@ -57,6 +57,7 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
     kept, layers, depth = (14, 28, 32) if full else (4, 8, 2)
     text = {
         **base.text_config.to_dict(),
+        "dtype": "bfloat16",  # else the decoder is made in the demo's float32, whatever the default is
         **(TWO_B if full else NARROW),
         "head_dim": None,
         "vocab_size": 151_936,

@@ -24,7 +24,7 @@ from typing import Any
 from accelerate import PartialState
 
 from puma_hf.cli import app
-from puma_hf.data.mbeir import load_mbeir
+from puma_hf.data.items import load_mbeir
 from puma_hf.files import ADAPTER_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
-from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.evaluation.layer_states import encode_all_layers
 from puma_hf.evaluation.layer_sweep import SweepInputs, open_model
 

@@ -19,10 +19,12 @@ _WORDS: dict[type, str] = {
 }
 _WORDS_FOR_VALUES: dict[type, str] = {list: "a list", tuple: "a list", dict: "a mapping"}
 _MOST_SHOWN = 200  # characters of a value in an error
-# What was a choice once, and why it is none now.
+# What was a choice or a key once, and why it is none now.
 _GONE = {
     "one_pass": " 'one_pass' is gone, as that teacher moved with the student and both collapsed. Take 'frozen', the "
-    "full model untouched, as PUMA's authors do."
+    "full model untouched, as PUMA's authors do.",
+    "batches": " 'batches' is gone, as twin batches made no loss better: leave it out. No two rows of a batch share a "
+    "right answer, as before.",
 }
 # YAML 1.1 reads 2e-4, without a point, as text.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
@@ -81,7 +83,9 @@ def describe(hint: Any) -> str:
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
-    """A sentence that names what may have been meant, or nothing."""
+    """A sentence that names what may have been meant, or why it is gone, or nothing."""
+    if str(name) in _GONE:
+        return _GONE[str(name)]
     near = get_close_matches(str(name), list(names), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -89,8 +93,7 @@ def nearest(name: object, names: Iterable[str]) -> str:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    meant = _GONE.get(str(value)) or nearest(value, choices)
-    raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.{meant}")
+    raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.{nearest(value, choices)}")
 
 
 def shown(value: object) -> str:

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from puma_hf import cli
 from puma_hf.app import AppConfig
-from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems
 from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.data.records import MBEIRFormatError, Problems
 from puma_hf.embedding.config import EmbedConfig
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir

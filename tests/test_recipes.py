@@ -147,3 +147,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
         save_config(MergeConfig(adapter="c", output="d"), file)
     assert file.read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def test_a_key_that_is_gone_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("model: a\noutput: b\ndata: c\nbatches: twin\n")
+    with pytest.raises(ValueError, match=r"line 4: 'batches' is no key of .*'batches' is gone, .*leave it out"):
+        load_config(TrainConfig, tmp_path / "train.yaml")

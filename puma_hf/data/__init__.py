@@ -8,26 +8,23 @@ from puma_hf.lazy import resolver
 
 # Name -> module. Resolved on first use: the command reads `pairs_config` for its options, and --help is to be quick.
 _NAMES = {
-    "Candidate": "puma_hf.data.mbeir_format",
+    "Candidate": "puma_hf.data.records",
     "DistinctPositivesBatchSampler": "puma_hf.data.sampler",
-    "MBEIR": "puma_hf.data.mbeir_reader",
-    "MBEIRFormatError": "puma_hf.data.mbeir_format",
-    "MBEIRTask": "puma_hf.data.mbeir_tasks",
-    "MBEIR_DATASET_IDS": "puma_hf.data.mbeir_tasks",
+    "MBEIR": "puma_hf.data.mbeir",
+    "MBEIRFormatError": "puma_hf.data.records",
+    "MBEIRTask": "puma_hf.data.mbeir",
+    "MBEIR_DATASET_IDS": "puma_hf.data.mbeir",
     "MBEIR_INSTRUCTIONS": "puma_hf.data.instructions",
-    "Query": "puma_hf.data.mbeir_format",
-    "TASK_MODALITIES": "puma_hf.data.mbeir_tasks",
-    "TwinBatchSampler": "puma_hf.data.twins",
-    "build_nano": "puma_hf.data.nano",
+    "Query": "puma_hf.data.records",
+    "TASK_MODALITIES": "puma_hf.data.mbeir",
+    "build_nano": "puma_hf.data.mbeir_write",
     "check_pairs": "puma_hf.data.pairs_report",
     "load_items": "puma_hf.data.items",
-    "load_mbeir": "puma_hf.data.mbeir",
+    "load_mbeir": "puma_hf.data.items",
     "load_mbeir_items": "puma_hf.data.items",
-    "load_nli": "puma_hf.data.nli",
     "load_pairs": "puma_hf.data.pairs",
-    "open_mbeir": "puma_hf.data.mbeir_source",
-    "twin_keys": "puma_hf.data.twins",
-    "write_mbeir": "puma_hf.data.pairs_mbeir",
+    "open_mbeir": "puma_hf.data.mbeir_hub",
+    "write_mbeir": "puma_hf.data.mbeir_write",
 }
 
 __all__ = [
@@ -40,16 +37,13 @@ __all__ = [
     "MBEIRFormatError",
     "MBEIRTask",
     "Query",
-    "TwinBatchSampler",
     "build_nano",
     "check_pairs",
     "load_items",
     "load_mbeir",
     "load_mbeir_items",
-    "load_nli",
     "load_pairs",
     "open_mbeir",
-    "twin_keys",
     "write_mbeir",
 ]
 
@@ -59,16 +53,11 @@ __getattr__ = resolver(__name__, _NAMES)
 
 if TYPE_CHECKING:
     from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-    from puma_hf.data.items import load_items, load_mbeir_items
-    from puma_hf.data.mbeir import load_mbeir
-    from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query
-    from puma_hf.data.mbeir_reader import MBEIR
-    from puma_hf.data.mbeir_source import open_mbeir
-    from puma_hf.data.mbeir_tasks import MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
-    from puma_hf.data.nano import build_nano
-    from puma_hf.data.nli import load_nli
+    from puma_hf.data.items import load_items, load_mbeir, load_mbeir_items
+    from puma_hf.data.mbeir import MBEIR, MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
+    from puma_hf.data.mbeir_hub import open_mbeir
+    from puma_hf.data.mbeir_write import build_nano, write_mbeir
     from puma_hf.data.pairs import load_pairs
-    from puma_hf.data.pairs_mbeir import write_mbeir
     from puma_hf.data.pairs_report import check_pairs
+    from puma_hf.data.records import Candidate, MBEIRFormatError, Query
     from puma_hf.data.sampler import DistinctPositivesBatchSampler
-    from puma_hf.data.twins import TwinBatchSampler, twin_keys

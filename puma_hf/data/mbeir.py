@@ -1,205 +1,577 @@
-"""Training rows from a folder in M-BEIR's layout.
+"""M-BEIR: its tasks, its folder layout, its records, and training rows of it.
+
+    query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl
+    query/train/mbeir_<dataset>_train.jsonl                    (all tasks of a dataset)
+    query/union_train/mbeir_union_up_train.jsonl
+    cand_pool/local/mbeir_<dataset>_task<n>_cand_pool.jsonl    (or ..._task<n>_<split>_cand_pool.jsonl: MSCOCO)
+    cand_pool/global/mbeir_union_<split>_cand_pool.jsonl
+    qrels/<split>/mbeir_<dataset>_task<n>_<split>_qrels.txt
+    instructions/query_instructions.tsv
+    and images, at the img_path of each record
 
 Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Container, Iterable, Iterator, Mapping
+import random
+import re
+from array import array
+from collections.abc import Container, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
+import numpy as np
+from numpy.typing import NDArray
 
-from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query, location
-from puma_hf.data.mbeir_problems import Problems
-from puma_hf.data.mbeir_reader import MBEIR, seeded_random, select_tasks
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.images import ImageFinder
+from puma_hf.data.records import (
+    RECORD_ID,
+    Candidate,
+    Problems,
+    Query,
+    cut_off,
+    dataset_id_of,
+    file_state,
+    location,
+    on_disk,
+    parse_candidate,
+    parse_query,
+    read_lines,
+    wrong,
+)
+from puma_hf.modeling.messages_puma import MODALITY_NAMES
 from puma_hf.values import shown
-
-__all__ = ["MBEIR", "load_mbeir"]
 
 logger = logging.getLogger(__name__)
 
+MBEIR_MODALITIES: tuple[str, str, str] = MODALITY_NAMES[:3]
+TEXT, IMAGE, IMAGE_TEXT = MBEIR_MODALITIES
+# Task 5, image -> image,text, is reserved by M-BEIR and has no data.
+TASK_MODALITIES: dict[int, tuple[str, str]] = {
+    0: (TEXT, IMAGE),
+    1: (TEXT, TEXT),
+    2: (TEXT, IMAGE_TEXT),
+    3: (IMAGE, TEXT),
+    4: (IMAGE, IMAGE),
+    6: (IMAGE_TEXT, TEXT),
+    7: (IMAGE_TEXT, IMAGE),
+    8: (IMAGE_TEXT, IMAGE_TEXT),
+}
+TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODALITIES.items()}
+MBEIR_DATASET_IDS: dict[str, int] = {
+    "visualnews": 0,
+    "fashion200k": 1,
+    "webqa": 2,
+    "edis": 3,
+    "nights": 4,
+    "oven": 5,
+    "infoseek": 6,
+    "fashioniq": 7,
+    "cirr": 8,
+    "mscoco": 9,
+}
+NANO_FILE, IMPORT_FILE = "nano.json", "import.json"  # what a folder made from another dataset says of itself
+UNION_PREFIX = "union_"
 
-def load_mbeir(
-    root: str | Path | MBEIR,
-    split: str = "train",
-    *,
-    tasks: Iterable[str] | None = None,
-    num_negatives: int = 0,
-    missing_negatives: Literal["error", "drop"] = "error",
-    seed: int = 0,
-    with_ids: bool = False,
-) -> datasets.Dataset:
-    """Training rows of M-BEIR, one a query, for `SentenceTransformerTrainer` and its relatives.
+_NAMES_TASK = re.compile(r"(\w+)_task(\d+)")
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+_SHORT_NAMES = {TEXT: "t", IMAGE: "i", IMAGE_TEXT: "it"}
+_STRING = datasets.Value("string")
+_POOL = datasets.Features({"did": _STRING, "text": _STRING, "image": _STRING})
 
-    Every cell is a struct `{"text": str | None, "image": absolute path | None}`, the anchor's also has
-    "instruction"; images are read when a batch is collated.  The candidates come from the global pool of the
-    split.  Each choice depends only on the seed and the row, never on the order of calls:
 
-    - the instruction: one of its wordings;
-    - the positive: one of `pos_cand_list`;
-    - the negatives: drawn from `neg_cand_list`, less the positives, without repetition; a query with fewer
-      than `num_negatives` repeats its own in turn, which counts them twice in a softmax; one with none at all
-      is an error or is dropped, see `missing_negatives`.
+@dataclass(frozen=True, order=True)
+class MBEIRTask:
+    """One row of M-BEIR: a dataset and a direction of retrieval.
 
     Args:
-        root: Folder in M-BEIR's layout, or an `MBEIR` of it.
-        split: "train" (the files of each task or dataset), "union_train" (M-BEIR's mixture, smaller datasets
-            repeated), or any other split.
-        tasks: Names such as "webqa_task1"; None for all.
-        num_negatives: Number of columns `negative_1`, `negative_2`, ...
-        missing_negatives: What to do with a query without hard negatives if `num_negatives` > 0.
-        seed: Seed of the choices above.
-        with_ids: Whether to add the columns `qid`, `did` (the chosen positive) and `positives` (all of them),
-            which a batch sampler can use to keep false negatives apart.  Remove them before training: a
-            trainer embeds every column.
-
-    Returns:
-        A dataset with the columns anchor, positive, negative_1 .. negative_n.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        MBEIRFormatError: If a file is not what the format says; the message names file and line.
-        FileNotFoundError: If a file or an image is missing.
+        task_id: M-BEIR's task number, a key of `TASK_MODALITIES`.
+        dataset: Name of the dataset as in the file names, in lower case.
 
     Example:
-        >>> rows = load_mbeir("demo/emoji", num_negatives=1)
-        >>> rows.column_names
-        ['anchor', 'positive', 'negative_1']
+        >>> MBEIRTask(6, "oven").arrow
+        'it -> t'
     """
-    if num_negatives < 0:
-        raise ValueError(f"num_negatives is {num_negatives}, must be 0 or more; 0 trains on in-batch negatives alone")
-    if missing_negatives not in ("error", "drop"):
-        raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
-    data = root if isinstance(root, MBEIR) else MBEIR(root)
-    pool = data.global_pool(split)
-    columns: dict[str, list[Any]] = {name: [] for name in training_features(num_negatives, with_ids)}
-    dropped = 0
-    for query, row, path in _select_queries(data, split, tasks, pool, seed):
-        positive = pool[_choose_positive(query, row, seed)]
-        negatives = _choose_negatives(query, num_negatives, row, seed)
-        if negatives is None and missing_negatives == "drop":
-            dropped += 1
+
+    task_id: int
+    dataset: str
+
+    @property
+    def name(self) -> str:
+        """`<dataset>_task<n>`, the stem that M-BEIR's file names share."""
+        return f"{self.dataset}_task{self.task_id}"
+
+    @property
+    def query_modality(self) -> str:
+        """Modality of the queries."""
+        return TASK_MODALITIES[self.task_id][0]
+
+    @property
+    def candidate_modality(self) -> str:
+        """Modality of the relevant candidates."""
+        return TASK_MODALITIES[self.task_id][1]
+
+    @property
+    def arrow(self) -> str:
+        """The direction as M-BEIR's tables print it, such as `t -> i`."""
+        return " -> ".join(_SHORT_NAMES[modality] for modality in TASK_MODALITIES[self.task_id])
+
+    @property
+    def reported_k(self) -> int:
+        """The k whose hit@k papers report for this row: 10 for the two fashion datasets, else 5."""
+        return 10 if self.dataset in ("fashion200k", "fashioniq") else 5
+
+
+def task_named(name: str, where: str | Path) -> MBEIRTask | None:
+    """The task of a name such as "cirr_task7", or None if it names none; a number that M-BEIR has not is an error."""
+    match = _NAMES_TASK.fullmatch(name)
+    if match is not None and int(match[2]) not in TASK_MODALITIES:
+        raise wrong(where, f"task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}")
+    return None if match is None else MBEIRTask(int(match[2]), match[1])
+
+
+def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) -> list[MBEIRTask]:
+    """The tasks with these names, in the order of `available`; None for all. A ValueError if one is not there."""
+    if names is None:
+        return list(available)
+    wanted = {names} if isinstance(names, str) else set(names)
+    known = [task.name for task in available]
+    if not wanted or not wanted <= set(known):
+        raise ValueError(f"tasks is {sorted(wanted)}, must be some of {known}; choose from these or leave it out")
+    return [task for task in available if task.name in wanted]
+
+
+# --- files
+
+
+def is_mbeir(folder: Path) -> bool:
+    """Whether a folder is in M-BEIR's layout: it holds a file of queries or a pool under the name of the layout."""
+    return any(any(folder.glob(f"{part}/*/mbeir_*.jsonl")) for part in ("query", "cand_pool"))
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse a file that is not there, or of which a clone without Git LFS left a pointer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise FileNotFoundError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
+
+
+def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their places; broken lines are counted and left out."""
+    check_is_file(path)
+    empty = True
+    for line in read_lines(path):
+        empty = False
+        if line.error is not None:
+            problems.add(line.error)
+        else:
+            yield line.where, dict(line.columns)
+    if empty:
+        raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
+
+
+def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str, ...]], dict[int, str]]:
+    """M-BEIR's prompts by (dataset_id, query modality, candidate modality), and the name of each dataset id."""
+    check_is_file(path)
+    prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
+    names: dict[int, str] = {}
+    try:
+        table = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise wrong(path, f"it is not UTF-8 ({error}); download it again, or convert it") from error
+    for number, line in enumerate(table.split("\n")[1:], start=2):  # line 1 is the header
+        if not line.strip():
             continue
-        if negatives is None:
-            raise MBEIRFormatError(
-                f"{location(path, query.line)}: query {shown(query.qid)} has no negatives but num_negatives is "
-                f"{num_negatives}; pass num_negatives=0 or missing_negatives='drop'"
-            )
-        instruction = data.instruction(query, positive.modality, seed, row=row)
-        columns["anchor"].append({**_cell(query), "instruction": instruction})
-        columns["positive"].append(_cell(positive))
-        for number, did in enumerate(negatives, start=1):
-            columns[f"negative_{number}"].append(_cell(pool[did]))
-        if with_ids:
-            columns["qid"].append(query.qid)
-            columns["did"].append(positive.did)
-            columns["positives"].append(list(query.positives))
-    if dropped:
-        logger.warning("Dropped %d queries of %s without negatives", dropped, split)
-    return datasets.Dataset.from_dict(columns, features=training_features(num_negatives, with_ids))
+        cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
+        where, wordings = location(path, number), tuple(cell for cell in cells[4:] if cell)
+        if not wordings or not cells[3].isdecimal():
+            columns = "query modality, candidate modality, dataset name, a dataset id and at least one prompt"
+            raise wrong(where, f"expected {columns}, separated by tabs, got {shown(line)}")
+        key = (int(cells[3]), cells[0], cells[1])
+        if key in prompts:
+            raise wrong(where, f"instruction key {key} was already given; keep one row")
+        prompts[key], names[key[0]] = wordings, cells[2].lower()
+    return prompts, names
 
 
-def _select_queries(
-    data: MBEIR, split: str, names: Iterable[str] | None, pool: Mapping[str, Candidate], seed: int
-) -> Iterator[tuple[Query, int, Path]]:
-    """Each query of the wanted tasks with its row number and its file; candidates are checked."""
-    mixed = mixed_queries(data, split, pool, seed)
-    tasks = data.task_files(split) if mixed else data.tasks(split)
-    wanted = select_tasks(sorted({*tasks, *(task for *_, task in mixed)}), names)
-    for task in tasks:
-        if task in wanted:
-            path = data.query_path(split, task)
-            queries = data.queries(task, split)
-            _check_candidates(queries, pool, path)
-            for row, query in enumerate(queries):
-                yield query, row, path
-    for query, row, path, task in mixed:
-        if task in wanted:
-            yield query, row, path
+def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[str, dict[str, int]]:
+    """Relevance judgements, lines of `qid 0 did relevance task_id`: for each qid the dids with a positive relevance.
+
+    OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
+    dataset than its query's that is absent from the pool is left out, and the log says how many were.  Any other
+    unknown did is an error.
+    """
+    check_is_file(path)
+    qrels: dict[str, dict[str, int]] = {}
+    foreign: dict[str, None] = {}
+    with Problems(path) as problems, path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                problems.attempt(_judge, qrels, foreign, line, location(path, number), qids, dids)
+    if foreign:
+        logger.info(
+            "%s: left out %d judged candidates of other datasets that this pool does not hold, such as %s",
+            *(path.name, len(foreign), ", ".join(list(foreign)[:3])),
+        )
+    return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
 
 
-def mixed_queries(
-    data: MBEIR, split: str, pool: Mapping[str, Candidate], seed: int
-) -> list[tuple[Query, int, Path, MBEIRTask]]:
-    """The queries of files that do not tell their task, which then the positive tells.
+def _judge(
+    qrels: dict[str, dict[str, int]],
+    foreign: dict[str, None],
+    line: bytes,
+    where: str,
+    qids: Container[str],
+    dids: Container[str],
+) -> None:
+    text = line.decode(errors="replace")
+    cells = text.split()
+    is_right = len(cells) == 5 and cells[3].isdecimal()
+    if not is_right or not (RECORD_ID.fullmatch(cells[0]) and RECORD_ID.fullmatch(cells[2])):
+        expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
+        message = f"{expected}, got {shown(text.removesuffix(chr(10)))}"
+        raise wrong(where, message, "malformed line") if text.endswith("\n") else cut_off(where, message)
+    qid, did, relevance = cells[0], cells[2], int(cells[3])
+    if qid not in qids:
+        raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
+    if did not in dids:
+        if dataset_id_of(did) == dataset_id_of(qid):
+            raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
+        foreign[did] = None
+    elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
+        raise wrong(
+            where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}", "contradiction"
+        )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The file in which a nano or imported folder says what it holds, and what it says; None of a plain folder."""
+    path = next((folder / name for name in (NANO_FILE, IMPORT_FILE) if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        # A relative image root counts from the folder, so that both can move together.
+        image_root = (folder.resolve() / values["image_root"]).resolve()
+        names = ("settings", "content_hash", "files")
+        return path, {"image_root": image_root, **{name: values[name] for name in names}}
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"it does not say what the folder holds ({type(error).__name__}: {error})"
+        raise wrong(path, f"{what}; remove the folder and build it anew", "broken JSON") from error
+
+
+class Pool(Mapping[str, Candidate]):
+    """The candidates of a pool by did, in the file's order.
+
+    They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        table = rows.with_format("arrow")[:]
+        self._table = table
+        self._columns = [table[name] for name in _POOL]
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Hashes of the dids in ascending order, and the row of each."""
+        hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
+        order = np.argsort(hashes, kind="stable").astype(np.int32)
+        return hashes[order], order
+
+    def _row(self, did: object) -> int | None:
+        hashes, order = self._index
+        wanted = hash(did)
+        place = int(np.searchsorted(hashes, wanted))
+        while place < len(hashes) and hashes[place] == wanted:
+            row = int(order[place])
+            if self._columns[0][row].as_py() == did:
+                return row
+            place += 1
+        return None
+
+    def __contains__(self, did: object) -> bool:
+        return self._row(did) is not None
+
+    def __getitem__(self, did: str) -> Candidate:
+        row = self._row(did)
+        if row is None:
+            raise KeyError(did)
+        return Candidate(*(column[row].as_py() for column in self._columns))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All of them; much faster than one by one."""
+        for batch in self._table.to_batches(1000):
+            for content in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield Candidate(*content)
+
+    def values(self) -> ValuesView[Candidate]:
+        return _Values(self)
+
+    def items(self) -> ItemsView[str, Candidate]:
+        return _Items(self)
+
+
+class _Values(ValuesView[Candidate]):
+    def __iter__(self) -> Iterator[Candidate]:
+        return self._mapping.candidates()  # type: ignore[attr-defined, no-any-return]
+
+
+class _Items(ItemsView[str, Candidate]):
+    def __iter__(self) -> Iterator[tuple[str, Candidate]]:
+        return ((one.id, one) for one in self._mapping.candidates())  # type: ignore[attr-defined]
+
+
+class Layout:
+    """Where the files of a folder in M-BEIR's layout are."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def query_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of the queries of a task."""
+        return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
+
+    def qrels_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of the judgements of a task."""
+        return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
+
+    def pool_path(self, name: str) -> Path:
+        """File of the candidates of a task, by its name."""
+        return self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl"
+
+    def union_pool_path(self, split: str) -> Path:
+        """File of the candidates of all tasks."""
+        return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
+
+    @property
+    def instruction_path(self) -> Path:
+        """The table of instructions."""
+        return self.root / "instructions" / "query_instructions.tsv"
+
+
+class MBEIR(Layout):
+    """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
+
+    Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
+    MBEIRFormatError, or as a FileNotFoundError if only files are missing. Pools and training rows that were read are
+    kept in the cache of `datasets`, until their file changes.
 
     Args:
-        data: The dataset.
-        split: The split.
-        pool: The split's global pool.
-        seed: Seed of the choice of a positive.
-
-    Returns:
-        Each query with its row number, its file and its task.
+        root: The folder.
+        image_root: Folder that every `img_path` is relative to, if not the one that a nano or imported folder
+            names, or else `root`; images outside of it are refused.
 
     Raises:
-        MBEIRFormatError: If a query has no positive, or a candidate is not in the pool.
+        FileNotFoundError: If `root` is not a folder, or the images' folder is gone.
+        MBEIRFormatError: If a nano or imported folder's own description of itself cannot be read.
+
+    Example:
+        >>> data = MBEIR("demo/emoji")
+        >>> [task.arrow for task in data.tasks("test")]
+        ['t -> i', 't -> t', 't -> it', 'i -> t', 'i -> i', 'it -> t', 'it -> i', 'it -> it']
     """
-    rows = []
-    for path in data.mixed_paths(split):
-        queries = data.mixed_queries(path)
-        _check_candidates(queries, pool, path)
-        for row, query in enumerate(queries):
-            task = data.task_of(query, pool[_choose_positive(query, row, seed)].modality)
-            rows.append((query, row, path, task))
-    return rows
+
+    def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
+        super().__init__(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
+        self._origin = read_origin(self.root)
+        if image_root is None:
+            image_root = self.root if self._origin is None else self._origin[1]["image_root"]
+        self.image_root = Path(image_root).resolve()
+        if not self.image_root.is_dir():
+            named = "" if self._origin is None else f", which {self._origin[0]} names,"
+            remedy = "put it back, or name the one they are in now: MBEIR(..., image_root=...), in Python alone"
+            raise FileNotFoundError(f"The images' folder {self.image_root}{named} is not there; {remedy}")
+        self._images = ImageFinder(self.image_root)
+
+    @cached_property
+    def content_hash(self) -> str | None:
+        """SHA-256 of what a nano folder holds, see `build_nano`; None for any other folder."""
+        if self._origin is None or self._origin[1]["content_hash"] is None:
+            return None
+        path, says = self._origin
+        for name, expected in says["files"].items():
+            file = path.parent / name
+            if not file.is_file() or file_hash(file) != expected:
+                what = f"it was changed or removed after {path} was written, whose content_hash does not hold now"
+                raise wrong(file, f"{what}; remove the folder and build it anew", "changed file")
+        return str(says["content_hash"])
+
+    def tasks(self, split: str = "test") -> list[MBEIRTask]:
+        """The tasks that have queries in a split, by task number and then by dataset; there must be one."""
+        if found := self.task_files(split):
+            return found
+        there = sorted(path.name for path in (self.root / "query").glob("*"))
+        what = f"{self.root / 'query' / split} holds no mbeir_<dataset>_task<n>_{split}.jsonl"
+        raise FileNotFoundError(f"{what}; the splits here are {there}")
+
+    def task_files(self, split: str) -> list[MBEIRTask]:
+        """As `tasks`, but without an error if there are none."""
+        return sorted(task for name, path in self._query_files(split) if (task := task_named(name, path)))
+
+    def mixed_paths(self, split: str) -> list[Path]:
+        """Query files whose names do not tell the task: M-BEIR's own of "train", one a dataset, or a union.
+
+        A dataset that also has files of its tasks is left out, for these hold the same.
+        """
+        if split.startswith(UNION_PREFIX):
+            folder, part = self.root / "query" / split, split.removeprefix(UNION_PREFIX)
+            repeated = folder / f"mbeir_union_up_{part}.jsonl"  # "up": smaller datasets repeated
+            return [repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"]
+        known = {task.dataset for task in self.task_files(split)}
+        files = self._query_files(split)
+        return [path for name, path in files if not _NAMES_TASK.fullmatch(name) and name not in known]
+
+    def _query_files(self, split: str) -> list[tuple[str, Path]]:
+        """The query files, and what stands between `mbeir_` and the split in their names."""
+        pattern = re.compile(rf"mbeir_(\w+)_{re.escape(split)}\.jsonl")
+        files = sorted((self.root / "query" / split).glob("mbeir_*.jsonl"))
+        return [(match[1], file) for file in files if (match := pattern.fullmatch(file.name))]
+
+    def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
+        """The queries of one task, in the file's order; a qid may come once."""
+        path = self.query_path(split, task)
+        with Problems(path) as problems:
+            return list(self.read_queries(path, problems, task))
+
+    def union_queries(self, split: str = "union_train") -> list[Query]:
+        """The queries of all tasks from one file, in which a qid may come many times."""
+        path = self.mixed_paths(split)[0]
+        with Problems(path) as problems:
+            return list(self.read_queries(path, problems))
+
+    def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
+        """The good queries of a file as a stream.
+
+        In that of one task a qid may come once; in a union many times, as M-BEIR repeats its smaller datasets.
+        """
+        lines: dict[str, int] = {}
+        for where, record in read_jsonl(path, problems):
+            line = int(where.rpartition(" ")[2])
+            query = problems.attempt(parse_query, record, line, where, self._images)
+            if query is None:
+                continue
+            if task is not None and lines.setdefault(query.id, line) != line:
+                message = f"qid {shown(query.id)} is also on line {lines[query.id]}"
+                problems.add(wrong(where, message, "duplicated id"))
+            elif task is not None and query.modality != task.query_modality:
+                message = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
+                message += " queries; move the line to the file of its own task"
+                problems.add(wrong(where, message, "query of another task"))
+            else:
+                yield query
+
+    def local_pool(self, task: MBEIRTask, split: str = "test") -> Pool:
+        """The candidates of one task alone, of its split where that has its own (MSCOCO's val and test differ)."""
+        return self._read_pool(self.local_pool_path(task, split))
+
+    def global_pool(self, split: str = "test") -> Pool:
+        """The candidates of all tasks; "union_train" has those of "train".
+
+        Without a file of its own "val" has that of "test": M-BEIR's local pools serve both.
+        """
+        return self._read_pool(self.global_pool_path(split))
+
+    def _read_pool(self, path: Path) -> Pool:
+        check_is_file(path)
+        return Pool(on_disk(partial(self._pool_rows, path), _POOL, ["pool 1", file_state(path), str(self.image_root)]))
+
+    def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        hashes = array("q")  # of the dids: 8 bytes each
+        with Problems(path) as problems:
+            for where, record in read_jsonl(path, problems):
+                candidate = problems.attempt(parse_candidate, record, where, self._images)
+                if candidate is not None:
+                    hashes.append(hash(candidate.id))
+                    yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
+            values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+            if repeated := set(values[counts > 1].tolist()):
+                seen: set[Any] = set()
+                for where, record in read_jsonl(path, Problems(path)):
+                    did = record.get("did")
+                    if isinstance(did, str) and hash(did) in repeated:
+                        if did in seen:
+                            problems.add(wrong(where, f"did {shown(did)} was already given", "duplicated id"))
+                        seen.add(did)
+
+    def qrels(
+        self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]
+    ) -> dict[str, dict[str, int]]:
+        """Relevance of the candidates of a pool to the queries of a task, see `read_qrels`."""
+        return read_qrels(self.qrels_path(split, task), {query.id for query in queries}, pool)
+
+    def instruction(self, query: Query, candidate_modality: str, seed: int | None = None, *, row: int = 0) -> str:
+        """The instruction that tells the model what this query looks for, word for word.
+
+        Args:
+            query: The query.
+            candidate_modality: Modality it looks for: "text", "image" or "image,text".
+            seed: None for the first wording (evaluation); a number for one of the wordings, always the same
+                for the same seed, qid and row (training).
+            row: Tells repetitions of one query apart.
+        """
+        wordings = self.wordings(query, candidate_modality)
+        return wordings[0] if seed is None else seeded_random(seed, "instruction", query.id, row).choice(wordings)
+
+    def wordings(self, query: Query, candidate_modality: str) -> tuple[str, ...]:
+        """All wordings of a query's instruction, in the table's order."""
+        prompts, _ = self._instructions
+        key = (query.dataset_id, query.modality, candidate_modality)
+        if key not in prompts:
+            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}"
+            raise wrong(self.instruction_path, f"{what}, needed by query {shown(query.id)}; add the row")
+        return prompts[key]
+
+    def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
+        """The task of a query from a file whose name does not say it, by the modality of its positive.
+
+        A dataset that is not one of M-BEIR's ten has its name from the table of instructions.
+        """
+        task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
+        if task_id is None:
+            what = f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
+            raise wrong(f"query {shown(query.id)}", what)
+        names = {number: name for name, number in MBEIR_DATASET_IDS.items()}
+        number = query.dataset_id
+        return MBEIRTask(task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}")
+
+    def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
+        """File of the candidates of a task, see `local_pool`."""
+        own = self.pool_path(f"{task.name}_{split}")
+        return own if own.is_file() else self.pool_path(task.name)
+
+    def global_pool_path(self, split: str) -> Path:
+        """File of the candidates of all tasks, see `global_pool`."""
+        path = self.union_pool_path(split.removeprefix(UNION_PREFIX))
+        return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
+
+    @cached_property
+    def _instructions(self) -> tuple[dict[tuple[int, str, str], tuple[str, ...]], dict[int, str]]:
+        return read_instructions(self.instruction_path)
 
 
-def _check_candidates(queries: Iterable[Query], pool: Container[str], path: Path) -> None:
-    with Problems(path) as problems:
-        for query in queries:
-            problems.attempt(_check_candidates_of, query, pool, location(path, query.line))
-
-
-def _check_candidates_of(query: Query, pool: Container[str], where: str) -> None:
-    if not query.positives:
-        raise MBEIRFormatError(
-            f"{where}: pos_cand_list of query {shown(query.qid)} is empty; a training row needs a positive",
-            "no positive",
-        )
-    for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
-        unknown = [did for did in dids if did not in pool]
-        if unknown:
-            raise MBEIRFormatError(
-                f"{where}: {name} has dids that are not in the global pool of the split: {shown(unknown[:3])}",
-                "did that is in no pool",
-            )
-
-
-def _choose_positive(query: Query, row: int, seed: int) -> str:
-    return seeded_random(seed, "positive", query.qid, row).choice(query.positives)
-
-
-def _choose_negatives(query: Query, count: int, row: int, seed: int) -> list[str] | None:
-    """`count` dids, or None if the query has none to choose from."""
-    if count == 0:
-        return []
-    usable = [did for did in query.negatives if did not in query.positives]
-    if not usable:
-        return None
-    seeded_random(seed, "negatives", query.qid, row).shuffle(usable)
-    return [usable[index % len(usable)] for index in range(count)]
-
-
-def _cell(record: Query | Candidate) -> dict[str, str | None]:
-    return {"text": record.text, "image": record.image}
-
-
-def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
-    """The columns of training rows.
-
-    Args:
-        num_negatives: Number of columns `negative_1`, `negative_2`, ...
-        with_ids: Whether there are `qid`, `did` and `positives`.
-    """
-    string = datasets.Value("string")
-    features: dict[str, Any] = {"anchor": {"text": string, "image": string, "instruction": string}}
-    for name in ("positive", *(f"negative_{number}" for number in range(1, num_negatives + 1))):
-        features[name] = {"text": string, "image": string}
-    if with_ids:
-        features |= {"qid": string, "did": string, "positives": datasets.List(string)}
-    return datasets.Features(features)
+def seeded_random(seed: int, *key: object) -> random.Random:
+    """A generator that depends on the seed and the key alone: the same in every process and on every machine."""
+    return random.Random(":".join(map(str, (seed, *key))))  # a string seed is hashed with SHA-512

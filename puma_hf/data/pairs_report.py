@@ -9,17 +9,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
-from puma_hf.data.images import ImageFiles
-from puma_hf.data.pair_columns import Given
-from puma_hf.data.pair_ids import PairIds
-from puma_hf.data.pair_rows import Cell, Direction, Offenders, Pair, PairOptions, PairSource, read_pairs
-from puma_hf.data.pairs import load_pairs
+from puma_hf.data.mbeir_write import write_mbeir
+from puma_hf.data.pairs import Pair, PairIds, PairOptions, PairSource, load_pairs, read_pairs
 from puma_hf.data.pairs_config import PairsConfig
-from puma_hf.data.pairs_mbeir import write_mbeir
+from puma_hf.data.records import Problems, Record
+from puma_hf.files import write_whole
 from puma_hf.modeling.messages_puma import MODALITY_NAMES
-from puma_hf.settings import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +28,10 @@ ANCHOR_IS_POSITIVE = "anchor that is its own positive"
 SEVERAL_POSITIVES = "anchor with several positives"
 SEVERAL_ANCHORS = "positive of several anchors"
 
-_SIDES = ("anchors", "positives", "negatives")
-
 
 @dataclass(frozen=True)
 class Found:
-    """Something that was found: how often, and where first.
-
-    Args:
-        kind: What it is.
-        count: How often.
-        first: The first five, each with its line.
-    """
+    """Something that was found: what, how often, and the first five, each with its line."""
 
     kind: str
     count: int
@@ -50,14 +40,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest, middle and largest of some numbers.
-
-    Args:
-        count: How many numbers.
-        smallest: The smallest.
-        median: The middle one; of an even count the lower of the two.
-        largest: The largest.
-    """
+    """Some numbers: how many, the smallest, the middle one (of an even count the lower of the two) and the largest."""
 
     count: int
     smallest: int
@@ -67,8 +50,7 @@ class Spread:
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Spread | None:
         """That of some numbers, None of none."""
-        ordered = sorted(numbers)
-        return cls(len(ordered), ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]) if ordered else None
+        return cls(len(numbers), min(numbers), median_low(numbers), max(numbers)) if numbers else None
 
     def __str__(self) -> str:
         return f"{self.smallest:,} to {self.largest:,}, median {self.median:,}"
@@ -116,81 +98,43 @@ class PairsReport:
         return {"ok": self.ok, **asdict(self)}
 
     def to_json(self, path: str | Path) -> None:
-        """Write `to_dict` to a file, whole or not at all.
-
-        Args:
-            path: The file.
-        """
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}-{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write `to_dict` to a file, whole or not at all."""
+        write_whole(Path(path), (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
     def __str__(self) -> str:
-        lines = [f"Pairs of {self.source}", *_lines("columns", self.columns.split("; "))]
-        rows = f"{self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used"
-        lines += [*_lines("rows", [rows]), *_lines("pairs", [f"{self.num_pairs:,}"])]
-        for side in _SIDES:
-            counts = [f"{count:,} {name}" for name, count in self.modalities[side].items()]
-            lines += _lines(side, [", ".join(counts)] if counts else [])
+        lines = [f"Pairs of {self.source}", *_lines("columns", *self.columns.split("; "))]
+        lines += _lines("rows", f"{self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used")
+        lines += _lines("pairs", f"{self.num_pairs:,}")
+        for side, counts in self.modalities.items():
+            lines += _lines(side, ", ".join(f"{count:,} {name}" for name, count in counts.items())) if counts else []
         if self.image_widths is not None and self.image_heights is not None:
             how = "decoded" if self.decoded else "headers read"
             size = f"{self.image_widths.count:,} files ({how}); width {self.image_widths}; height {self.image_heights}"
-            lines += _lines("images", [size])
-        texts = [f"{side}: {spread} characters" for side, spread in self.text_lengths.items()]
-        lines += _lines("texts", texts)
+            lines += _lines("images", size)
+        lines += _lines("texts", *(f"{side}: {spread} characters" for side, spread in self.text_lengths.items()))
         for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
             lines += ["", f"{title}:"] if entries else []
             for entry in entries:
-                lines.append(f"  {entry.count:,} x {entry.kind}")
-                lines += [f"    {message}" for message in entry.first]
+                lines += [f"  {entry.count:,} x {entry.kind}", *(f"    {message}" for message in entry.first)]
                 lines += [f"    and {entry.count - len(entry.first):,} more"] if entry.count > len(entry.first) else []
-        return "\n".join([*lines, "", self._verdict()])
-
-    def _verdict(self) -> str:
-        if self.ok:
-            return "All rows can be trained on."
-        if not self.num_pairs:
-            return "No row can be trained on: mend them."
-        return "Mend these rows, or leave them out (on_error='drop', in a command --bad-pairs drop)."
+        verdict = "Mend these rows, or leave them out (on_error='drop', in a command --bad-pairs drop)."
+        if self.ok or not self.num_pairs:
+            verdict = "All rows can be trained on." if self.ok else "No row can be trained on: mend them."
+        return "\n".join([*lines, "", verdict])
 
 
-def _lines(title: str, texts: Sequence[str]) -> list[str]:
+def _lines(title: str, *texts: str) -> list[str]:
     return [f"  {title if number == 0 else '':<10} {text}" for number, text in enumerate(texts)]
 
 
-def check_pairs(
-    source: PairSource,
-    *,
-    anchor: Given | None = None,
-    positive: Given | None = None,
-    negatives: Sequence[Given] | Given | None = None,
-    instruction: str | None = None,
-    reverse_instruction: str | None = None,
-    direction: Direction | None = None,
-    decode: bool = False,
-    images_to: str | Path | None = None,
-    special_tokens: SpecialTokens = "raise",
-) -> PairsReport:
+def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     """Look at everything that `load_pairs` would read, without stopping at what is wrong.
 
     Nothing is written. Equal texts are those that differ in case and blanks at most, equal images copies of a file.
 
     Args:
-        source: As in `load_pairs`, and so are all others.
-        anchor: Column or columns of what asks.
-        positive: Column or columns of the right answers.
-        negatives: One of these for each wrong answer; `()` for none.
-        instruction: What the anchors look for.
-        reverse_instruction: What the positives look for with `direction="both"`.
-        direction: Which side asks.
-        decode: Whether to decode every image, which takes as long as an epoch of reading them.
-        images_to: Folder that `load_pairs` is to save images to; here they are looked at alone.
-        special_tokens: Whether a text with a special token is wrong.
+        source: As in `load_pairs`.
+        options: As in `load_pairs`. To `decode` takes as long as an epoch of reading the images.
 
     Returns:
         The report.
@@ -203,7 +147,7 @@ def check_pairs(
 
     ```python
     >>> from datasets import Dataset
-    >>> from puma_hf.data.pairs_report import check_pairs
+    >>> from puma_hf.data import check_pairs
 
     >>> images = ["demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp", "none.png"]
     >>> report = check_pairs(Dataset.from_dict({"image": images, "caption": ["an apple", "a pear"]}))
@@ -211,37 +155,27 @@ def check_pairs(
     (False, [(1, 'image missing')])
     ```
     """
-    options = PairOptions(
-        anchor=anchor,
-        positive=positive,
-        negatives=negatives,
-        instruction=instruction,
-        reverse_instruction=reverse_instruction,
-        direction=direction,
-        decode=decode,
-        images_to=images_to,
-        special_tokens=special_tokens,
-    )
-    reading = read_pairs(source, options, dry=True)
-    sides = _sides(reading.pairs)
-    modalities = {name: Counter(cell.modality for cell in cells) for name, cells in sides.items()}
-    lengths = {name: Spread.of([len(cell.text) for cell in cells if cell.text]) for name, cells in sides.items()}
-    widths, heights = _sizes(reading.images)
+    checked = PairOptions(**options)
+    reading = read_pairs(source, checked, dry=True)
+    pairs = reading.pairs
+    sides = {"anchors": [pair.anchor for pair in pairs], "positives": [pair.positive for pair in pairs]}
+    sides["negatives"] = [record for pair in pairs for record in pair.negatives]
+    modalities = {side: Counter(record.modality for record in records) for side, records in sides.items()}
+    lengths = {side: Spread.of([len(one.text) for one in records if one.text]) for side, records in sides.items()}
+    sizes = reading.images.sizes.values()
     return PairsReport(
         source=reading.name,
         columns=str(reading.columns),
         num_rows=reading.num_rows,
         num_rows_left_out=reading.num_rows_left_out,
-        num_pairs=len(reading.pairs),
-        modalities={
-            side: {name: counts[name] for name in MODALITY_NAMES if counts[name]} for side, counts in modalities.items()
-        },
-        offenders=_found(reading.offenders),
-        notes=_found(_notes(reading.pairs)),
-        image_widths=widths,
-        image_heights=heights,
-        text_lengths={name: spread for name, spread in lengths.items() if spread is not None},
-        decoded=decode,
+        num_pairs=len(pairs),
+        modalities={side: {n: counts[n] for n in MODALITY_NAMES if counts[n]} for side, counts in modalities.items()},
+        offenders=_found(reading.problems),
+        notes=_found(_notes(pairs)),
+        image_widths=Spread.of([width for width, _ in sizes]),
+        image_heights=Spread.of([height for _, height in sizes]),
+        text_lengths={side: spread for side, spread in lengths.items() if spread is not None},
+        decoded=checked.decode,
     )
 
 
@@ -260,8 +194,7 @@ def pairs(config: PairsConfig) -> PairsReport:
         FileExistsError: If `config.mbeir` is there already.
         ValueError: If there are no rows at all, or a column is missing.
     """
-    arguments = config.pair_arguments()
-    arguments["special_tokens"] = config.special_tokens
+    arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
     report = check_pairs(config.data, decode=config.decode, **arguments)
     if config.json is not None:
         report.to_json(config.json)
@@ -276,51 +209,43 @@ def pairs(config: PairsConfig) -> PairsReport:
     return report
 
 
-def _sides(pairs: Sequence[Pair]) -> dict[str, list[Cell]]:
-    cells = ([pair.anchor for pair in pairs], [pair.positive for pair in pairs])
-    return dict(zip(_SIDES, (*cells, [cell for pair in pairs for cell in pair.negatives]), strict=True))
+def _found(problems: Problems) -> tuple[Found, ...]:
+    return tuple(Found(kind, count, tuple(problems.first[kind])) for kind, count in problems.counts.items())
 
 
-def _sizes(images: ImageFiles) -> tuple[Spread | None, Spread | None]:
-    sizes = images.sizes.values()
-    return Spread.of([width for width, _ in sizes]), Spread.of([height for _, height in sizes])
-
-
-def _found(offenders: Offenders) -> tuple[Found, ...]:
-    return tuple(Found(kind, count, tuple(offenders.first[kind])) for kind, count in offenders.counts.items())
-
-
-def _notes(pairs: Sequence[Pair]) -> Offenders:
+def _notes(pairs: Sequence[Pair]) -> Problems:
     ids = PairIds(pairs)
-    notes = Offenders()
+    notes = Problems()
     seen: dict[tuple[str, ...], str] = {}
+    known: set[str] = set()
     anchors: dict[str, dict[str, str]] = {}  # of each positive, with the first place of each anchor
+
+    def note(kind: str, pair: Pair, text: str) -> None:
+        notes.add(ValueError(f"{pair.where}: {text}"), kind)
+
     for pair in pairs:
         anchor, positive = ids.of(pair.anchor), ids.of(pair.positive)
         key = (anchor, positive, *map(ids.of, pair.negatives), pair.instruction or "")
         if key in seen:
-            notes.add(DUPLICATE, f"{pair.where}: the same as {seen[key]}")
+            note(DUPLICATE, pair, f"the same as {seen[key]}")
         seen.setdefault(key, pair.where)
         if anchor == positive:
-            notes.add(ANCHOR_IS_POSITIVE, f"{pair.where}: {_shown(pair.anchor)}")
+            note(ANCHOR_IS_POSITIVE, pair, _shown(pair.anchor))
         right = ids.positives(pair.anchor)
         for negative in pair.negatives:
             if ids.of(negative) in right:
-                notes.add(NEGATIVE_IS_RIGHT, f"{pair.where}: {_shown(negative)}")
-        anchors.setdefault(positive, {}).setdefault(anchor, f"{pair.where}: {_shown(pair.positive)}")
-    known: set[str] = set()
-    for pair in pairs:
-        anchor, right = ids.of(pair.anchor), ids.positives(pair.anchor)
+                note(NEGATIVE_IS_RIGHT, pair, _shown(negative))
         if anchor not in known and len(right) > 1:
-            notes.add(SEVERAL_POSITIVES, f"{pair.where}: {_shown(pair.anchor)} has {len(right)}")
+            note(SEVERAL_POSITIVES, pair, f"{_shown(pair.anchor)} has {len(right)}")
         known.add(anchor)
+        anchors.setdefault(positive, {}).setdefault(anchor, f"{pair.where}: {_shown(pair.positive)}")
     for places in anchors.values():
         if len(places) > 1:
-            notes.add(SEVERAL_ANCHORS, f"{next(iter(places.values()))} has {len(places)}")
+            notes.add(ValueError(f"{next(iter(places.values()))} has {len(places)}"), SEVERAL_ANCHORS)
     return notes
 
 
-def _shown(cell: Cell) -> str:
-    text = None if cell.text is None else cell.text if len(cell.text) <= 60 else cell.text[:57] + "..."
-    image = None if cell.image is None else os.path.basename(cell.image)
+def _shown(record: Record) -> str:
+    text = None if record.text is None else record.text if len(record.text) <= 60 else record.text[:57] + "..."
+    image = None if record.image is None else os.path.basename(record.image)
     return " with ".join(repr(part) for part in (text, image) if part is not None)

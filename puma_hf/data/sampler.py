@@ -1,9 +1,10 @@
-"""A batch sampler that keeps false negatives of M-BEIR rows apart."""
+"""A batch sampler that keeps false negatives apart."""
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,6 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 
 LOOKED_AT_PER_ROW = 8  # waiting rows, for each row of a batch
 LOOKED_AT_LAST = 8  # waiting rows, for each row of the dataset, once no new ones are left
-CUT_AFTER = 8  # units that are too large for the rest of a batch, before one is cut to fit
-
-Unit = tuple[int, ...]
 
 
 class DistinctPositivesBatchSampler(DefaultBatchSampler):
@@ -40,14 +38,11 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         num_devices: Number of processes that train together; `batch_size` is that of one.
         kwargs: What the trainer passes: batch_size, drop_last, generator, seed.
 
-    Raises:
-        ValueError: If `positives` has not as many rows as the dataset, or `num_devices` is less than 1.
-
     Example:
 
     ```python
     >>> from datasets import Dataset
-    >>> from puma_hf.data.sampler import DistinctPositivesBatchSampler
+    >>> from puma_hf.data import DistinctPositivesBatchSampler
 
     >>> dataset = Dataset.from_dict({"anchor": ["a", "b", "c", "d"]})
     >>> positives = [["x"], ["x"], ["y"], ["z"]]
@@ -67,97 +62,73 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
             )
         if num_devices < 1:
             raise ValueError(f"num_devices is {num_devices}, must be 1 or more: pass the number of processes.")
-        self.positives: list[frozenset[str]] = [frozenset(ids) for ids in positives]
+        # Numbers in one array take 4 bytes an id; a million sets of texts would take some hundred each.
+        numbers: dict[str, int] = {}
+        self._answers, self._starts = array("i"), array("q", [0])
+        for ids in positives:
+            self._answers.extend(numbers.setdefault(one, len(numbers)) for one in ids)
+            self._starts.append(len(self._answers))
         self.num_devices = num_devices
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = self.generator or torch.Generator()
         generator.manual_seed((self.seed or 0) + self.epoch)
-        new = self._units(generator)
-        waiting: deque[Unit] = deque()
-        looks_left = LOOKED_AT_LAST * len(self.positives)
+        num_rows = len(self._starts) - 1
+        new = iter(torch.randperm(num_rows, generator=generator).tolist())
+        waiting: deque[int] = deque()
+        looks_left = LOOKED_AT_LAST * num_rows
         seen: list[int] = []
         for _ in range(len(self) // self.num_devices):
-            used: set[Hashable] = set()
-            step = [_Batch(self.batch_size, used) for _ in range(self.num_devices)]
+            used: set[int] = set()
+            step: list[list[int]] = [[] for _ in range(self.num_devices)]
             for batch in step:
-                looks_left -= self._fill(batch, new, waiting, looks_left)
-            short = any(batch.room for batch in step)
+                looks_left -= self._fill(batch, used, new, waiting, looks_left)
+            short = any(len(batch) < self.batch_size for batch in step)
             if short and self.drop_last:
                 return
             if short and self.num_devices > 1:
-                self._fill_again(step, seen)
-            if not step[0].rows or (self.num_devices > 1 and any(batch.room for batch in step)):
+                self._fill_again(step, used, seen)
+            if not step[0] or (self.num_devices > 1 and any(len(batch) < self.batch_size for batch in step)):
                 return
-            yield from (batch.rows for batch in step)
+            yield from step
             if self.num_devices > 1:
                 if short:
                     return
-                seen += (row for batch in step for row in batch.rows)
+                seen += (row for batch in step for row in batch)
 
-    def _fill(self, batch: _Batch, new: Iterator[Unit], waiting: deque[Unit], looks_left: int) -> int:
+    def _fill(self, batch: list[int], used: set[int], new: Iterator[int], waiting: deque[int], looks_left: int) -> int:
         """Fill a batch with rows that have not come yet, and return how many looks at the last ones it took."""
         # Rows that waited go first. Only some are looked at: an answer that very many rows share would
         # else make an epoch quadratic.
         for _ in range(min(len(waiting), LOOKED_AT_PER_ROW * self.batch_size)):
-            self._place(waiting.popleft(), batch, waiting)
-        while batch.room and (unit := next(new, None)) is not None:
-            self._place(unit, batch, waiting)
-        if not batch.room:
+            self._place(waiting.popleft(), batch, used, waiting)
+        while len(batch) < self.batch_size and (row := next(new, None)) is not None:
+            self._place(row, batch, used, waiting)
+        if len(batch) == self.batch_size:
             return 0
-        batch.too_large = CUT_AFTER  # no new rows are left
-        looks = min(len(waiting), looks_left)
+        looks = min(len(waiting), looks_left)  # no new rows are left
         for _ in range(looks):
-            self._place(waiting.popleft(), batch, waiting)
+            self._place(waiting.popleft(), batch, used, waiting)
         return looks
 
-    def _fill_again(self, step: list[_Batch], seen: list[int]) -> None:
+    def _fill_again(self, step: list[list[int]], used: set[int], seen: list[int]) -> None:
         """Fill the last step with rows that came before: every device needs as many."""
         rows = iter(seen)
         for batch in step:
-            while batch.room and (row := next(rows, None)) is not None:
-                batch.add((row,), self._ids((row,)))
+            while len(batch) < self.batch_size and (row := next(rows, None)) is not None:
+                self._place(row, batch, used, deque())
 
-    def _units(self, generator: torch.Generator) -> Iterator[Unit]:
-        """Rows that are to come together, in the order of the epoch; here each is on its own."""
-        for row in torch.randperm(len(self.positives), generator=generator).tolist():
-            yield (row,)
-
-    def _ids(self, unit: Unit) -> set[Hashable]:
-        """What no other unit of a batch may share."""
-        return {answer for row in unit for answer in self.positives[row]}
-
-    def _place(self, unit: Unit, batch: _Batch, waiting: deque[Unit]) -> None:
-        rest = batch.add(unit, self._ids(unit)) if batch.room else unit
-        if rest:
-            waiting.append(rest)
+    def _place(self, row: int, batch: list[int], used: set[int], waiting: deque[int]) -> None:
+        """Take a row into a batch, or let it wait if the batch is full or knows one of its answers."""
+        answers = self._answers[self._starts[row] : self._starts[row + 1]]
+        if len(batch) == self.batch_size or not used.isdisjoint(answers):
+            waiting.append(row)
+        else:
+            batch.append(row)
+            used.update(answers)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.positives), self.batch_size * self.num_devices)
+        full, rest = divmod(len(self._starts) - 1, self.batch_size * self.num_devices)
         # A first step on several devices has no earlier rows that could fill it.
         rest_comes = rest and not self.drop_last and (full or self.num_devices == 1)
         return (full + bool(rest_comes)) * self.num_devices
-
-
-class _Batch:
-    """The rows of a batch so far, and what those of its step share with no other."""
-
-    def __init__(self, size: int, used: set[Hashable]) -> None:
-        self.rows: list[int] = []
-        self.room = size
-        self.too_large = 0
-        self._used = used
-
-    def add(self, unit: Unit, ids: set[Hashable]) -> Unit:
-        """Take a unit if it fits, and return what could not be taken."""
-        if not self._used.isdisjoint(ids):
-            return unit
-        if len(unit) > self.room:
-            self.too_large += 1
-            if self.too_large < CUT_AFTER:
-                return unit
-        taken, rest = unit[: self.room], unit[self.room :]
-        self.rows += taken
-        self.room -= len(taken)
-        self._used |= ids
-        return rest

@@ -118,7 +118,7 @@ class Measure:
 
     Args:
         processor: A `PumaProcessor`.
-        images_kwargs: Options of the image processor for this call, with a complete `size`.
+        images_kwargs: Options of the image processor for this call; what its `size` leaves out is the processor's.
         max_length: Longest sequence in tokens; by default the tokenizer's `model_max_length`.
         open_files: Whether a few image files may be opened to see how large they are. With a loader of the user's
             own a path may be anything.
@@ -133,7 +133,7 @@ class Measure:
         open_files: bool = True,
     ) -> None:
         self._tokenizer, self._image_processor = processor.tokenizer, processor.image_processor
-        size = dict((images_kwargs or {}).get("size") or self._image_processor.size)
+        size = {**dict(self._image_processor.size), **((images_kwargs or {}).get("size") or {})}
         self._images_kwargs = {
             **(images_kwargs or {}),
             "size": size,

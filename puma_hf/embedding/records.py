@@ -20,11 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puma_hf.data.corpus import COLUMNS, LeftOut, image_files, image_table, item_lines
-from puma_hf.data.mbeir_format import ImageFinder, is_mbeir, parse_candidate
-from puma_hf.data.mbeir_problems import MBEIRFormatError, Problems, check_is_file
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.tables import Line, read_lines
+from puma_hf.data.images import ImageFinder, LeftOut, image_files, image_table
+from puma_hf.data.mbeir import MBEIR, check_is_file, is_mbeir
+from puma_hf.data.records import COLUMNS, Line, MBEIRFormatError, Problems, item_lines, parse_candidate, read_lines
 from puma_hf.embedding.config import OnError
 from puma_hf.values import cut, is_unicode, shown
 
@@ -214,7 +212,7 @@ class TableCorpus(Corpus):
     number, from 0, is its id.
 
     Args:
-        path: A file that `puma_hf.data.tables.read_table` reads.
+        path: A file that `puma_hf.data.records.read_lines` reads.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.mbeir_format import Candidate, Query
+from puma_hf.data.records import Candidate, Query
 from puma_hf.evaluation.embedding_cache import EmbeddingCache
 from puma_hf.evaluation.processes import broadcast, connect, gather
 

@@ -23,10 +23,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.checkpoint import open_checkpoint
-from puma_hf.data.mbeir_reader import MBEIR, select_tasks
-from puma_hf.data.mbeir_source import open_mbeir
-from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.data.nano import build_nano
+from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.fingerprint import short_name

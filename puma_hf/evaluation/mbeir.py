@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from puma_hf import __version__
-from puma_hf.data.mbeir_reader import MBEIR, select_tasks
-from puma_hf.data.mbeir_source import open_mbeir
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.evaluation.embedding_cache import EmbeddingCache
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
 from puma_hf.evaluation.fingerprint import model_fingerprint

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIRTask
 from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
 
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.

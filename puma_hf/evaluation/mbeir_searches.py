@@ -9,9 +9,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIR, MBEIRTask
+from puma_hf.data.records import Candidate, MBEIRFormatError, Query
 from puma_hf.evaluation.mbeir_results import MBEIRTaskResult
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 
@@ -27,7 +26,7 @@ class Search:
 
     task: MBEIRTask
     pool_name: str
-    pool: dict[str, Candidate]
+    pool: Mapping[str, Candidate]
     queries: list[Query]
     relevance: dict[str, dict[str, int]]
 

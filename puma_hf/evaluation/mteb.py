@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIRTask
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta

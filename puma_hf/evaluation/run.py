@@ -9,9 +9,9 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_source import open_mbeir
-from puma_hf.data.nano import build_nano
+from puma_hf.data.mbeir import MBEIR
+from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.mbeir import evaluate_mbeir

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from puma_hf.data.mbeir_format import MBEIRFormatError, location
+from puma_hf.data.records import MBEIRFormatError, location
 from puma_hf.evaluation.mbeir_results import written_whole
 
 TAG = "puma-hf"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIRTask
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
 

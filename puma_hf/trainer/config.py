@@ -27,7 +27,6 @@ from puma_hf.settings import CheckedConfig, SpecialTokens, option, required, spe
 
 TeacherMode = Literal["frozen", "cached"]
 Loss = Literal["mac", "mac-split", "infonce"]
-Batches = Literal["mixed", "twin"]
 
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
@@ -233,9 +232,6 @@ class TrainConfig(PairSettings, StageConfig):
     )
     num_negatives: int = option(0, "Hard negatives per query.", at_least=0)
     train_fraction: float = option(1.0, "Share of the labelled rows to use, drawn by seed.", above=0, at_most=1)
-    batches: Batches = option(
-        "mixed", "mixed: rows in random order; twin: rows about one thing together, with targets of several modalities."
-    )
     mini_batch_size: int | None = option(
         None, "Gradient caching: rows per forward pass, so that batch_size may exceed the memory.", at_least=1
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
-from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.losses import add_temperature_schedule, find_scheduled_losses
 from puma_hf.trainer.checkpoints import (
     explain_full_disk,
@@ -28,7 +27,7 @@ from puma_hf.trainer.checkpoints import (
 from puma_hf.trainer.gradient_checkpointing import enabled_by_backbone, set_non_reentrant, spare_frozen_vision
 from puma_hf.trainer.lora import is_puma_model, puma_model, save_base_fingerprint
 from puma_hf.trainer.replay import describe_batches
-from puma_hf.trainer.row_checks import check_row_lists, check_rows
+from puma_hf.trainer.row_checks import check_positives, check_rows
 from puma_hf.trainer.sharding import whole_weights
 from puma_hf.trainer.statistics import TrainingStatistics
 
@@ -59,14 +58,12 @@ class PumaTrainer(SentenceTransformerTrainer):
         positives: For each row of `train_dataset`, the ids of all its right answers, as
             `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step's batches then share one,
             on one device or over several, so that no row's positive is a right answer of another.
-        twins: For each row of `train_dataset`, the key of its group, as `puma_hf.data.twins.twin_keys` makes
-            them. Rows of a group then come into a batch together, see `TwinBatchSampler`.
         kwargs: See `args`.
 
     Raises:
-        ValueError: If a dataset is empty, or `train_dataset` is not one with as many rows as `positives` or
-            `twins`; if no row could ever have a negative that the loss needs; if one process sees several
-            GPUs; if checkpointing is to be reentrant.
+        ValueError: If a dataset is empty, or `train_dataset` is not one with as many rows as `positives`; if no
+            row could ever have a negative that the loss needs; if one process sees several GPUs; if checkpointing is
+            to be reentrant.
 
     Example:
 
@@ -86,7 +83,6 @@ class PumaTrainer(SentenceTransformerTrainer):
         self,
         *args: Any,
         positives: Sequence[Sequence[str]] | None = None,
-        twins: Sequence[Hashable] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -95,8 +91,8 @@ class PumaTrainer(SentenceTransformerTrainer):
                 f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "
                 "Run `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        self.positives, self.twins = positives, twins
-        check_row_lists(self.train_dataset, positives=positives, twins=twins)
+        self.positives = positives
+        check_positives(self.train_dataset, positives)
         check_rows(self, self.train_dataset, "train_dataset", self.args.train_batch_size)
         check_rows(self, self.eval_dataset, "eval_dataset", self.args.eval_batch_size)
         self._checkpointed = is_puma_model(self.model) and set_non_reentrant(self.args)
@@ -157,12 +153,10 @@ class PumaTrainer(SentenceTransformerTrainer):
         super().create_accelerator_and_postprocess()
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The sampler of the arguments, or for training rows that of `twins` or `positives`."""
+        """The sampler of the arguments, or for training rows that of `positives`."""
         if dataset is not self.train_dataset:
             return super().get_batch_sampler(dataset, *args, **kwargs)
         devices = self.args.world_size
-        if self.twins is not None:
-            return TwinBatchSampler(dataset, self.twins, self.positives, *args, num_devices=devices, **kwargs)
         if self.positives is not None:
             return DistinctPositivesBatchSampler(dataset, self.positives, *args, num_devices=devices, **kwargs)
         return super().get_batch_sampler(dataset, *args, **kwargs)

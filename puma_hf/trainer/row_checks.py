@@ -70,18 +70,16 @@ def check_rows(trainer: Any, datasets: Any, what: str, batch_size: int) -> None:
             )
 
 
-def check_row_lists(dataset: Any, **lists: Sequence[Any] | None) -> None:
-    """Raise a ValueError if a list that belongs to the rows of one dataset does not fit it."""
-    for name, values in lists.items():
-        if values is None:
-            continue
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"{name} belong to the rows of one dataset, but train_dataset is a {type(dataset).__name__}. "
-                f"Concatenate the datasets, or leave {name} out."
-            )
-        if len(values) != len(dataset):
-            entry = "list of ids" if name == "positives" else "key"
-            raise ValueError(
-                f"{name} has {len(values)} rows and train_dataset {len(dataset)}. Pass one {entry} per row."
-            )
+def check_positives(dataset: Any, positives: Sequence[Any] | None) -> None:
+    """Raise a ValueError if `positives`, which belong to the rows of one dataset, do not fit it."""
+    if positives is None:
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"positives belong to the rows of one dataset, but train_dataset is a {type(dataset).__name__}. "
+            "Concatenate the datasets, or leave positives out."
+        )
+    if len(positives) != len(dataset):
+        raise ValueError(
+            f"positives has {len(positives)} rows and train_dataset {len(dataset)}. Pass one list of ids per row."
+        )

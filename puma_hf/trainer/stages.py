@@ -13,11 +13,9 @@ from datasets import Dataset
 from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.data.items import load_items
-from puma_hf.data.mbeir import load_mbeir
-from puma_hf.data.mbeir_format import is_mbeir
+from puma_hf.data.items import load_items, load_mbeir
+from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
-from puma_hf.data.twins import twin_keys
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.limits import read_limits, set_limits
 from puma_hf.losses import SelfDistillationLoss
@@ -122,7 +120,6 @@ def train(config: TrainConfig) -> Path:
         args=arguments,
         train_dataset=rows.select_columns([name for name in rows.column_names if name not in _ID_COLUMNS]),
         positives=rows["positives"] if "positives" in rows.column_names else None,
-        twins=twin_keys(rows) if config.batches == "twin" else None,
         loss=training_loss(model, config, num_devices=PartialState().num_processes),
         **(_teacher_arguments(config) if config.joint else {}),
     )

@@ -190,8 +190,8 @@ class TrainingStatistics:
                     "is InfoNCE at the hard temperature. If the data has several target modalities, mix them: train "
                     "on one dataset, as load_mbeir returns it or datasets.concatenate_datasets joins it, with "
                     "BatchSamplers.BATCH_SAMPLER (the default), BatchSamplers.NO_DUPLICATES, or "
-                    "PumaTrainer(positives=...) or (twins=...). A DatasetDict fills each batch from one of its "
-                    "datasets, whichever of MultiDatasetBatchSamplers is chosen.",
+                    "PumaTrainer(positives=...). A DatasetDict fills each batch from one of its datasets, whichever "
+                    "of MultiDatasetBatchSamplers is chosen.",
                     f"{prefix.removesuffix('_')}: " if prefix else "",
                 )
 

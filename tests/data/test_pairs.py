@@ -3,24 +3,409 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from puma_hf.data import load_mbeir
-from puma_hf.data.nli import load_nli
-from puma_hf.data.pairs import load_pairs
-from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.data import DistinctPositivesBatchSampler, load_mbeir, load_pairs, pairs_config
+from puma_hf.data.pairs import (
+    NO_TEXT,
+    Direction,
+    Pair,
+    PairColumns,
+    PairIds,
+    PairOptions,
+    PairReading,
+    Part,
+    find_columns,
+    read_pairs,
+)
+from puma_hf.data.pairs_config import PairsConfig, PairSettings
+from puma_hf.data.records import Record
 from tests.data.photos import make_photos, write_captions, write_csv
+
+# --- columns
+
+
+def guess(rows: list[dict[str, Any]], **given: Any) -> PairColumns:
+    return find_columns(rows, PairOptions(**given))
+
+
+def row(*names: str, **values: Any) -> list[dict[str, Any]]:
+    return [{**dict.fromkeys(names, "x"), **values}]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["image", "caption"], "anchor: caption (text); positive: image (image)"),
+        (["file_name", "text"], "anchor: text (text); positive: file_name (image)"),
+        (["image_path", "title", "id"], "anchor: title (text); positive: image_path (image); ignored: id"),
+        (["anchor", "positive"], "anchor: anchor (text); positive: positive (text)"),
+        (["question", "answer", "text"], "anchor: question (text); positive: answer (text); ignored: text"),
+        (["query", "image", "caption"], "anchor: query (text); positive: image (image); ignored: caption"),
+        (["positive", "caption"], "anchor: caption (text); positive: positive (text)"),
+        (
+            ["sent0", "sent1", "hard_neg"],
+            "anchor: sent0 (text); positive: sent1 (text); negative 1: hard_neg (text)",
+        ),
+        (
+            ["query", "query_image", "positive_image", "negative_2", "negative_10", "negative_1_image", "instruction"],
+            "anchor: query (text), query_image (image); positive: positive_image (image); negative 1: "
+            "negative_1_image (image); negative 2: negative_2 (text); negative 3: negative_10 (text); "
+            "instruction: instruction",
+        ),
+    ],
+)
+def test_names_that_are_guessed(names: list[str], expected: str) -> None:
+    assert str(guess(row(*names))) == expected
+
+
+def test_values_tell_images_from_texts() -> None:
+    rows = row(anchor="a shoe", positive="shoes/1.JPG")
+    assert guess(rows).positive == Part(image="positive")
+    rows += row(anchor="a hat", positive="the file 1.jpg shows a hat, no path")
+    assert guess(rows).positive == Part(text="positive")
+    arrow = {"bytes": None, "path": "1.jpg"}
+    assert guess(row("caption", image=arrow)).positive == Part(image="image")
+    assert guess(row("anchor", positive={"text": "a", "image": None})).positive == Part(both="positive")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"anchor": "bild"}, "anchor: bild (image); positive: caption (text); ignored: titel"),
+        ({"anchor": "titel", "positive": "bild"}, "anchor: titel (text); positive: bild (image); ignored: caption"),
+        (
+            {"anchor": {"text": "caption", "image": "bild"}, "positive": "titel"},
+            "anchor: caption (text), bild (image); positive: titel (text)",
+        ),
+        (
+            {"anchor": "text=caption, image=bild", "positive": "titel"},
+            "anchor: caption (text), bild (image); positive: titel (text)",
+        ),
+        (
+            {"positive": {"image": "titel"}, "negatives": "bild"},
+            "anchor: caption (text); positive: titel (image); negative 1: bild (image)",
+        ),
+        (
+            {"positive": "bild", "negatives": [{"text": "titel"}, "image=bild"]},
+            "anchor: caption (text); positive: bild (image); negative 1: titel (text); negative 2: bild (image)",
+        ),
+    ],
+)
+def test_what_is_given_wins(given: dict[str, Any], expected: str) -> None:
+    assert str(guess(row("caption", "titel", bild="1.png"), **given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        (["caption", "id"], {}, r"No column for the positive: the columns are caption, id\. Name it \(positive=\.\.\."),
+        (
+            ["positive"],
+            {},
+            r"No column for the anchor: the columns are positive\. .*--anchor\), or call it one of anch",
+        ),
+        ([], {}, r"No column for the anchor: the columns are none"),
+        (["a", "b"], {"anchor": "c", "positive": "b"}, r"anchor: there is no column 'c'; the columns are a, b\."),
+        (["text1", "b"], {"anchor": "b", "positive": "txt1"}, r"positive: .* Did you mean 'text1'\?"),
+        (["a", "b"], {"anchor": {"text": "a", "image": "c"}, "positive": "b"}, r"anchor: there is no column 'c'"),
+        (["a", "b"], {"anchor": {"sound": "a"}}, r"anchor=\{'sound': 'a'\} must be a column, or name columns of text"),
+        (["a", "b"], {"anchor": {}}, r"anchor=\{\} must be a column"),
+        (["a", "b"], {"anchor": 3}, r"anchor=3 must be a column"),
+        (["a", "b"], {"anchor": "a", "positive": "b", "negatives": ["c"]}, r"negatives: there is no column 'c'"),
+        (["sentence1", "sentence2", "label"], {}, r"There is a column 'label', .* some rows are no right pairs"),
+        (["query", "document", "relevance"], {}, r"There is a column 'relevance'"),
+        (["a", "b"], {"anchor": "a", "positive": "a"}, r"anchor and positive are both a \(text\)\. Name two"),
+    ],
+)
+def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guess(row(*columns), **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"image": "a.png", "question": "what?", "answer": "a shoe"}, "image"),
+        ({"image": {"bytes": b"", "path": None}, "question": "what?", "answer": "a shoe"}, "image"),
+        ({"image": "a.png", "caption": "in red", "target_image": "b.png"}, "target_image"),
+        ({"image": "a.png", "caption": "in red", "image_2": "b.png"}, "image_2"),
+    ],
+)
+def test_images_of_either_side_are_not_ignored(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"The column '{name}' holds images, but its name does not tell whose"):
+        guess([values])
+    given = {"text": next(one for one in ("question", "caption") if one in values), "image": "image"}
+    assert guess([values], anchor=given, positive="answer" if "answer" in values else name)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image": {"bytes": b"", "path": None}, "caption": "red", "filename": "a.png", "img_id": "1"},
+        {"query": "red", "document": "a shoe", "path": "notes/a.txt"},
+        {"query": "red", "document": "a shoe", "url": "https://shop/a.png"},
+        {"query": "red", "positive": "a shoe", "negative_image": "b.png"},
+    ],
+)
+def test_other_names_of_files_do_not_matter(values: dict[str, Any]) -> None:
+    assert guess([values])
+
+
+# --- ids
+
+
+def test_equal_content_has_equal_ids(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos")
+    a, copy, b = (str(folder / name) for name in ("a.png", "copy of a.png", "deep/b.png"))
+    cells = [
+        Record(image=a),
+        Record(image=copy),
+        Record(image=b),
+        Record(text="x", image=a),
+        Record(text="x"),
+        Record(text=" X "),
+    ]
+    ids = PairIds([Pair("", cell, cell) for cell in cells])
+    numbers = [ids.of(cell) for cell in cells]
+    assert numbers[0] == numbers[1]
+    assert numbers[4] == numbers[5]
+    assert len(set(numbers)) == 4
+    assert ids.image(a) == ids.image(copy) != ids.image(b)
+
+
+def test_positives_of_all_pairs_of_an_anchor() -> None:
+    red, dark, other = Record(text="red"), Record(text="dark"), Record(text="other")
+    ids = PairIds(
+        [Pair("", red, dark), Pair("", other, dark), Pair("", Record(text="RED"), other), Pair("", red, dark)]
+    )
+    assert ids.positives(red) == [ids.of(dark), ids.of(other)]
+    assert ids.positives(other) == [ids.of(dark)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_telling_positives_keep_the_same_rows_apart_as_all(seed: int) -> None:
+    draw = random.Random(seed)
+    sides = [(f"anchor {draw.randrange(12)}", f"positive {draw.randrange(25)}") for _ in range(40)]
+    pairs = [Pair("", Record(text=anchor), Record(text=positive)) for anchor, positive in sides]
+    ids = PairIds(pairs)
+    for one in pairs:
+        telling = ids.telling_positives(one)
+        assert telling[0] == ids.of(one.positive)
+        assert set(telling) <= set(ids.positives(one.anchor))
+        for other in pairs:
+            together = set(ids.positives(one.anchor)) & set(ids.positives(other.anchor))
+            assert bool(set(telling) & set(ids.telling_positives(other))) == bool(together)
+
+
+def test_an_anchor_of_many_pairs_does_not_name_all_its_positives_in_each() -> None:
+    pairs = [Pair("", Record(text="a shoe"), Record(text=f"shoe {number}")) for number in range(100)]
+    ids = PairIds([*pairs, Pair("", Record(text="a boot"), Record(text="shoe 7"))])
+    assert {len(ids.telling_positives(pair)) for pair in pairs} == {1, 2}
+    assert all(ids.of(Record(text="shoe 7")) in ids.telling_positives(pair) for pair in pairs)
+
+
+# --- rows
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos")
+
+
+def read(source: Any, **options: Any) -> PairReading:
+    return read_pairs(source, PairOptions(**options))
+
+
+def write_jsonl(folder: Path, *rows: Any, name: str = "pairs.jsonl") -> Path:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def test_a_caption_asks_for_its_image(folder: Path) -> None:
+    table = write_captions(folder, {"a.png": " a red one ", "deep/b.png": "green, wide"})
+    reading = read(table)
+    assert reading.pairs == [
+        Pair(f"{table}, line 2", Record(text="a red one"), Record(image=str(folder / "a.png"))),
+        Pair(f"{table}, line 3", Record(text="green, wide"), Record(image=str(folder / "deep/b.png"))),
+    ]
+    assert (reading.num_rows, reading.num_rows_left_out, reading.name) == (2, 0, str(table))
+    assert read(folder).pairs == reading.pairs
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "Captions.json"])
+def test_the_table_of_a_folder(folder: Path, name: str) -> None:
+    (folder / "notes.csv").write_text("other")
+    write_jsonl(folder, {"file_name": "a.png", "text": "red"}, name=name)
+    assert read(folder).pairs[0].anchor.text == "red"
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    for number in (1, 0):
+        rows = Dataset.from_dict({"anchor": [f"a{number}"], "positive": ["b"]})
+        rows.to_parquet(str(tmp_path / f"{number}.parquet"))
+    assert [pair.anchor.text for pair in read(tmp_path).pairs] == ["a0", "a1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"must hold one table called metadata or captions .*; the tables here: none\. Name the file"),
+        (["a.csv"], r"the tables here: a\.csv"),
+        (["captions.csv", "metadata.csv"], r"the tables here: captions\.csv, metadata\.csv"),
+        (["a.csv", "b.parquet"], r"the tables here: a\.csv, b\.parquet"),
+    ],
+)
+def test_folders_without_one_table(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("a,b\n")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("none.csv", FileNotFoundError, r"'none\.csv' is neither a file nor a folder\. Check the path"),
+        (3, ValueError, r"The source is a int, must be a path or a datasets\.Dataset"),
+        (DatasetDict(), ValueError, r"The source is a DatasetDict, .*choose one split"),
+        (Dataset.from_dict({"anchor": [], "positive": []}), ValueError, r"the dataset holds no rows\. Name a source"),
+    ],
+)
+def test_sources_that_are_none(source: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        read(source)
+
+
+def test_a_dataset_may_name_any_path(folder: Path) -> None:
+    outside = str(folder.parent / "outside.png")
+    rows = Dataset.from_dict({"caption": ["a"], "image": [outside]})
+    expected = [Pair("the dataset, row 1", Record(text="a"), Record(image=outside))]
+    assert read(rows).pairs == expected
+    assert read(rows.cast_column("image", ImageFeature())).pairs == expected
+
+
+def test_structs_as_load_pairs_makes_them(folder: Path) -> None:
+    path = str(folder / "a.png")
+    rows = Dataset.from_dict(
+        {
+            "anchor": [{"text": "a", "image": path, "instruction": "Find it."}],
+            "positive": [{"text": None, "image": path}],
+            "negative_1": [{"text": "b", "image": None}],
+        }
+    )
+    expected = Pair(
+        "the dataset, row 1", Record(text="a", image=path), Record(image=path), (Record(text="b"),), "Find it."
+    )
+    assert read(rows).pairs == [expected]
+
+
+def test_a_list_of_captions_makes_as_many_pairs(folder: Path) -> None:
+    table = write_jsonl(folder, {"image": "a.png", "captions": ["red", " ", "dark red", None]})
+    reading = read(table)
+    assert [pair.anchor.text for pair in reading.pairs] == ["red", "dark red"]
+    assert len({pair.positive for pair in reading.pairs}) == 1
+    assert reading.num_rows == 1
+
+
+def test_either_part_of_a_composed_side_may_be_empty(folder: Path) -> None:
+    rows = [{"query": "in green", "query_image": "a.png"}, {"query": "", "query_image": "a.png"}, {"query": "green"}]
+    reading = read(write_jsonl(folder, *({**row, "positive": "x"} for row in rows)))
+    assert [pair.anchor.modality for pair in reading.pairs] == ["image,text", "image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"caption": " "}, "anchor missing", r"line 2: anchor is empty \(column caption\)\. Fill it"),
+        ({"caption": []}, "anchor missing", r"line 2: anchor is empty"),
+        ({"image": None}, "positive missing", r"line 2: positive is empty \(column image\)"),
+        ({"image": ""}, "positive missing", r"line 2: positive is empty"),
+        ({"negative_1": ""}, "negative missing", r"line 2: negative_1 is empty"),
+        ({"negative_1": ["a", "b"]}, NO_TEXT, r"line 2: negative_1 is \['a', 'b'\], .*a column of its own"),
+        ({"caption": 3}, NO_TEXT, r"line 2: anchor is 3, must be a text or null\. Convert the column"),
+        ({"caption": ["a", 3]}, NO_TEXT, r"line 2: anchor is 3, must be a text"),
+        ({"caption": "\ud83d"}, NO_TEXT, r"line 2: anchor is '\\ud83d', which holds half a character"),
+        ({"instruction": 3}, NO_TEXT, r"line 2: instruction is 3, must be a text"),
+        ({"image": 3}, "image refused", r"line 2: image is 3, must be the path"),
+        ({"image": "../outside.png"}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
+        ({"image": {"path": "../outside.png"}}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
+        ({"image": "none.png"}, "image missing", r"line 2: image 'none\.png' is not a file"),
+        ({"image": "broken.png"}, "image broken", r"line 2: '.*broken\.png' cannot be read"),
+    ],
+)
+def test_offenders(folder: Path, row: dict[str, Any], kind: str, message: str) -> None:
+    good = {"image": "a.png", "caption": "red", "negative_1": "blue"}
+    reading = read(write_jsonl(folder, good, {**good, **row}, good))
+    assert dict(reading.problems.counts) == {kind: 1}
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(reading.problems.first[kind][0])
+    assert [pair.where[-6:] for pair in reading.pairs] == ["line 1", "line 3"]
+    assert (reading.num_rows, reading.num_rows_left_out) == (3, 1)
+
+
+def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:
+    table = write_csv(
+        folder / "c.csv", ["image", "caption", "task"], [("a.png", "red", " Find it. "), ("a.png", "x", "")]
+    )
+    assert [pair.instruction for pair in read(table, instruction="task").pairs] == ["Find it.", None]
+    assert [pair.instruction for pair in read(table, instruction=" Find the photo.").pairs] == ["Find the photo."] * 2
+    assert [pair.instruction for pair in read(table).pairs] == [None, None]
+    with pytest.raises(ValueError, match=r"instruction='taks' must be a text of several words or a column; .*task"):
+        read(table, instruction="taks")
+    # A sentence need not have blanks.
+    assert read(table, instruction="找到图片。").pairs[0].instruction == "找到图片。"
+
+
+def test_directions(folder: Path) -> None:
+    table = write_captions(folder, {"a.png": "red"})
+    text, image = Record(text="red"), Record(image=str(folder / "a.png"))
+
+    def sides(**options: Any) -> list[tuple[Record, Record, str | None]]:
+        return [(pair.anchor, pair.positive, pair.instruction) for pair in read(table, **options).pairs]
+
+    assert sides(direction="text-to-image") == [(text, image, None)]
+    assert sides(direction="image-to-text", instruction="Find a caption.") == [(image, text, "Find a caption.")]
+    assert sides(anchor="file_name", direction="text-to-image") == [(text, image, None)]
+    assert sides(direction="both") == [(text, image, None), (image, text, None)]
+    both = sides(direction="both", instruction="Find an image.", reverse_instruction="Find a caption.")
+    assert both == [(text, image, "Find an image."), (image, text, "Find a caption.")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "both", "instruction": "Find it."}, r"direction='both' with instruction='Find it\.' needs rev"),
+        ({"direction": "both", "instruction": "task"}, r"with instruction='task' needs reverse_instruction"),
+        (
+            {"reverse_instruction": "Find it."},
+            r"reverse_instruction='Find it\.' is for direction='both' only, not None",
+        ),
+        ({"direction": "both", "negatives": "wrong"}, r"direction='both' turns pairs round, but their negatives"),
+        ({"direction": "image-to-text", "negatives": "wrong"}, r"direction='image-to-text' turns pairs round"),
+        (
+            {"direction": "text-to-image", "positive": "wrong"},
+            r"direction='text-to-image' needs one side of texts and one of images, found anchor: caption \(text\); pos",
+        ),
+    ],
+)
+def test_directions_that_do_not_fit(folder: Path, options: dict[str, Any], message: str) -> None:
+    table = write_csv(
+        folder / "c.csv", ["image", "caption", "task", "wrong"], [("none.png", "red", "Find it.", "blue")]
+    )
+    with pytest.raises(ValueError, match=message):
+        read(table, **options)
+
+
+# --- training rows
 
 
 def test_rows_are_those_of_mbeir(folder: Path, root: Path) -> None:
@@ -36,34 +421,16 @@ def test_rows_are_those_of_mbeir(folder: Path, root: Path) -> None:
         assert len(concatenate_datasets([pairs, mbeir])) == 2 + len(mbeir)
 
 
-def test_nli_is_read_as_load_nli_reads_it(tmp_path: Path) -> None:
+def test_nli_pairs_are_pairs(tmp_path: Path, root: Path) -> None:
     table = write_csv(tmp_path / "nli.csv", ["sent0", "sent1", "hard_neg"], [("a", "b", "c"), ("d", "e", " f")])
-    assert load_pairs(table)[:] == load_nli(table)[:]
-    assert load_pairs(table).features == load_nli(table).features
+    rows = load_pairs(table)
+    assert rows[1] == {
+        "anchor": {"text": "d", "image": None, "instruction": None},
+        "positive": {"text": "e", "image": None},
+        "negative_1": {"text": "f", "image": None},
+    }
+    assert rows.features == load_mbeir(root, num_negatives=1).features
     assert load_pairs(table, negatives=()).column_names == ["anchor", "positive"]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
-def test_every_kind_of_table(folder: Path, suffix: str) -> None:
-    expected = load_pairs(write_captions(folder, {"a.png": "red"}))
-    table = folder / f"table{suffix}"
-    row = {"file_name": "a.png", "caption": "red"}
-    if suffix == ".parquet":
-        Dataset.from_list([row]).to_parquet(str(table))
-    elif suffix.startswith(".json"):
-        table.write_text(json.dumps([row] if suffix == ".json" else row))
-    else:
-        table.write_text("\n".join("\t,"[suffix == ".csv"].join(line) for line in (row.keys(), row.values())))
-    assert load_pairs(table)[:] == expected[:]
-
-
-def test_its_own_rows_again(folder: Path) -> None:
-    write_captions(folder, {"a.png": "red", "deep/b.png": "green"})
-    rows = load_pairs(folder, instruction="Find the photo.", with_ids=True)
-    assert load_pairs(rows, with_ids=True)[:] == rows[:]
-
-
-# --- ids
 
 
 def test_one_image_with_five_captions(folder: Path) -> None:
@@ -79,9 +446,6 @@ def test_one_image_with_five_captions(folder: Path) -> None:
     turned = load_pairs(folder, direction="image-to-text", with_ids=True)
     assert set(map(len, turned["positives"])) == {1, 2}  # as many as keep the rows of an image apart
     assert turned["qid"] == rows["did"]
-
-
-# --- offenders
 
 
 def offending(folder: Path) -> Path:
@@ -101,32 +465,12 @@ def test_offenders_are_counted_in_one_error(folder: Path) -> None:
     assert message.endswith("(on_error='drop', in a command --bad-pairs drop).")
 
 
-def test_no_more_than_five_are_shown(folder: Path) -> None:
-    table = write_captions(folder, [(f"{number}.png", "x") for number in range(9)])
-    with pytest.raises(ValueError, match=r"9 of 9 rows cannot be used: 9 x image missing") as caught:
-        load_pairs(table)
-    assert str(caught.value).count("there is no image") == 5
-
-
 def test_offenders_can_be_dropped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="puma_hf"):
         rows = load_pairs(offending(folder), on_error="drop")
     assert [anchor["text"] for anchor in rows["anchor"]] == ["red", "green"]
     assert "captions.csv: left out 5 of 7 rows: 2 x image missing, 1 x image broken" in caplog.text
     assert "captions.csv: 2 pairs; anchor: caption (text); positive: file_name (image)" in caplog.text
-
-
-def test_dropping_all_is_an_error(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"1 of 1 rows cannot be used: 1 x image missing"):
-        load_pairs(write_captions(folder, {"none.png": "x"}), on_error="drop")
-
-
-def test_on_error_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"on_error='ignore' must be 'raise' or 'drop'"):
-        load_pairs("none.csv", on_error="ignore")  # type: ignore[arg-type]
-
-
-# --- images
 
 
 def test_images_are_decoded_if_wanted(folder: Path) -> None:
@@ -150,3 +494,37 @@ def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
         saved = load_pairs(source, images_to=tmp_path / "saved")["positive"][0]["image"]
         assert Path(saved).read_bytes() == stream.getvalue()
     assert len(list((tmp_path / "saved").iterdir())) == 1
+
+
+# --- settings
+
+
+def test_settings_are_the_arguments_of_load_pairs() -> None:
+    names = {entry.name for entry in fields(PairSettings)} - {"bad_pairs"}
+    assert names <= {entry.name for entry in fields(PairOptions)}
+    assert get_args(pairs_config.PairDirection) == get_args(Direction)
+    assert (get_args(pairs_config.BadPairs), PairSettings().bad_pairs) == (("raise", "drop"), "raise")
+
+
+def test_only_what_was_given_is_passed_on() -> None:
+    assert PairsConfig(data="photos").pair_arguments() == {}
+    given: dict[str, Any] = {"anchor": "caption", "negatives": ("a", "b"), "direction": "both", "images_to": "out"}
+    assert PairsConfig(data="photos", bad_pairs="drop", decode=True, **given).pair_arguments() == given
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"direction": "text-to-text"}, r"direction='text-to-text' must be one of 'text-to-image'"),
+        ({"bad_pairs": "ignore"}, r"bad_pairs='ignore' must be one of 'raise', 'drop'"),
+        ({"val_fraction": 1.5}, r"val_fraction=1\.5 must be at least 0 and at most 1"),
+        ({"seed": -1}, r"seed=-1 must be at least 0"),
+        (
+            {"val_fraction": 0.6, "test_fraction": 0.6},
+            r"val_fraction=0\.6 and test_fraction=0\.6 must be 1 at most tog",
+        ),
+    ],
+)
+def test_values_that_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PairsConfig(data="photos", **values)

@@ -96,8 +96,11 @@ def test_the_same_call_gives_the_same_bits(sentence_transformer: Any, inputs: li
     np.testing.assert_array_equal(first, second)
 
 
-def test_settings_of_the_processor_are_passed_on(sentence_transformer: Any, inputs: list[Any]) -> None:
-    settings = {"image": {"size": {"shortest_edge": 256, "longest_edge": 1024}}, "text": {"max_length": 120}}
+@pytest.mark.parametrize("size", [{"shortest_edge": 256, "longest_edge": 1024}, {"longest_edge": 1024}])
+def test_settings_of_the_processor_are_passed_on(
+    sentence_transformer: Any, inputs: list[Any], size: dict[str, int]
+) -> None:
+    settings = {"image": {"size": size}, "text": {"max_length": 120}}
     expected = sentence_transformer.encode(inputs, processing_kwargs=settings)
     result = embed(sentence_transformer, inputs, processing_kwargs=settings)
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)

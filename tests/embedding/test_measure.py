@@ -83,7 +83,10 @@ def test_a_decompression_bomb_is_measured_without_a_warning(monkeypatch: pytest.
     assert image_size(png(8, 8), open_files=True) is None
 
 
-@pytest.mark.parametrize("images_kwargs", [None, {"size": {"shortest_edge": 256, "longest_edge": 6400}}])
+@pytest.mark.parametrize(
+    "images_kwargs",
+    [None, {"size": {"shortest_edge": 256, "longest_edge": 6400}}, {"size": {"longest_edge": 6400}}],
+)
 def test_images_count_as_the_processor_counts(processor: Any, images: list[Any], images_kwargs: Any) -> None:
     measure = Measure(processor, images_kwargs=images_kwargs)
     batch = processor.process_inputs(images, images_kwargs=images_kwargs)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from puma_hf.data.mbeir_format import Candidate, Query
+from puma_hf.data.records import Candidate, Query
 from puma_hf.evaluation.embedding_cache import EmbeddingCache
 from puma_hf.evaluation.encoding import (
     ContentKeys,
@@ -23,7 +23,7 @@ from tests.evaluation.fake_encoder import FakeEncoder
 
 
 def text(number: int, content: str | None = None) -> Candidate:
-    return Candidate(f"1:{number}", content or f"text {number}", None, "text")
+    return Candidate(f"1:{number}", content or f"text {number}", None)
 
 
 def items(count: int, prompt: str = "", first: int = 0) -> list[Item]:
@@ -38,7 +38,7 @@ def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
     key = keys.key(text(1, "a"), "")
     assert 0 <= key < 2**63
     assert keys.key(text(2, "a"), "") == key  # whatever its id
-    assert keys.key(Query("2:5", "a", None, "text", (), (), 1), "") == key
+    assert keys.key(Query("2:5", "a", None, (), (), 1), "") == key
     others = [keys.key(text(1, "b"), ""), keys.key(text(1, "a"), "find it"), keys.key(text(1, "a"), " ")]
     assert len({key, *others}) == 4
     # What is one string is not two, however they are joined.
@@ -53,7 +53,7 @@ def test_a_key_knows_the_image(tmp_path: Path) -> None:
 
     def key(folder: str) -> int:
         path = os.path.realpath(tmp_path / folder / "a.png")
-        return ContentKeys(tmp_path / folder).key(Candidate("1:1", None, path, "image"), "")
+        return ContentKeys(tmp_path / folder).key(Candidate("1:1", None, path), "")
 
     before = key("here")
     assert key("there") == before  # a moved dataset keeps its embeddings
@@ -70,7 +70,7 @@ def test_a_key_knows_the_image(tmp_path: Path) -> None:
 
 
 def test_a_shard_has_one_prompt_and_one_modality() -> None:
-    picture = Candidate("1:9", None, "a.png", "image")
+    picture = Candidate("1:9", None, "a.png")
     mixed = [*items(3), Item(100, picture, ""), *items(2, "find", first=10), Item(101, picture, ""), *items(2, first=3)]
     shards = plan_shards(mixed, 2)
     assert [[item.key for item in shard] for shard in shards] == [[0, 1], [2, 3], [4], [100, 101], [10, 11]]
@@ -181,4 +181,4 @@ def test_arguments_that_cannot_be_passed_on(name: str) -> None:
 
 def test_record_ids() -> None:
     assert record_id(text(3)) == "1:3"
-    assert record_id(Query("2:5", "a", None, "text", (), (), 1)) == "2:5"
+    assert record_id(Query("2:5", "a", None, (), (), 1)) == "2:5"

@@ -17,9 +17,9 @@ from sentence_transformers import (
 from sentence_transformers.base.evaluation import SequentialEvaluator
 
 from puma_hf import MultimodalMACLoss, PumaTrainer, evaluate_mbeir
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.nano import build_nano
+from puma_hf.data.mbeir import MBEIR
+from puma_hf.data.mbeir_write import build_nano
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.evaluator import MBEIREvaluator
 from tests.data import mbeir_builder as builder
 from tests.evaluation.fake_encoder import FakeEncoder

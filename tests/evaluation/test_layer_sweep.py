@@ -14,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir import MBEIR
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation import layer_sweep
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.layer_sweep import SweepInputs, open_model, sweep

@@ -15,9 +15,8 @@ import torch
 import transformers
 
 from puma_hf import __version__
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_tasks import TASK_MODALITIES, MBEIRTask
+from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, MBEIRTask
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from tests.data import mbeir_builder as builder
@@ -491,7 +490,7 @@ def test_an_empty_pool(root: Path, pool: Literal["local", "global"]) -> None:
     path = builder.local_pool_path(root, 1) if pool == "local" else builder.global_pool_path(root, "test")
     path.write_text("")
     model = FakeEncoder()
-    with pytest.raises(MBEIRFormatError, match=r"_cand_pool\.jsonl.*pool is empty"):
+    with pytest.raises(MBEIRFormatError, match=r"_cand_pool\.jsonl.*the file is empty"):
         evaluate_mbeir(model, root, tasks="toys_task1", pool=pool)
     assert not model.calls
 

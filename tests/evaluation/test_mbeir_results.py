@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIRTask
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult, written_whole
 from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_NOTE
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from puma_hf.data.mbeir_format import Candidate, MBEIRFormatError, Query
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_tasks import MBEIRTask
+from puma_hf.data.mbeir import MBEIR, MBEIRTask
+from puma_hf.data.records import Candidate, MBEIRFormatError, Query
 from puma_hf.evaluation.mbeir_searches import Search, read_searches, task_result
 from tests.data import mbeir_builder as builder
 
@@ -15,8 +14,11 @@ TASK = MBEIRTask(1, "toys")
 
 def search(relevance: dict[str, dict[str, int]], dataset: str = "toys") -> Search:
     modalities = {"1:1": "text", "1:2": "image", "1:3": "text", "1:4": "image"}
-    pool = {did: Candidate(did, "a", "b.png", modality) for did, modality in modalities.items()}
-    queries = [Query(f"1:{number}", "q", None, "text", (), (), number) for number in (11, 12, 13)]
+    pool = {
+        did: Candidate(did, "a" if "text" in modality else None, "b.png" if "image" in modality else None)
+        for did, modality in modalities.items()
+    }
+    queries = [Query(f"1:{number}", "q", None, (), (), number) for number in (11, 12, 13)]
     return Search(MBEIRTask(1, dataset), "local", pool, queries, relevance)
 
 

@@ -9,9 +9,8 @@ import pytest
 import pytrec_eval
 import pytrec_eval_ext
 
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_tasks import TASK_MODALITIES, MBEIRTask
+from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, MBEIRTask
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.trec import falling_scores, read_qrels_file, read_run, write_qrels, write_run
 from tests.data import mbeir_builder as builder

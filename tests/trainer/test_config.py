@@ -110,7 +110,6 @@ def test_values_that_both_stages_refuse(values: dict[str, Any], message: str) ->
         ({"schedule": "sudden"}, r"schedule='sudden' must be one of"),
         ({"schedule_end": 0}, r"schedule_end=0\.0 must be above 0 and at most 1\. Take 1\.0 to let it fall to the end"),
         ({"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0"),
-        ({"batches": "twins"}, r"batches='twins' must be one of .*Did you mean 'twin'\?"),
         ({"num_negatives": -1}, r"num_negatives=-1 must be at least 0"),
         ({"split_weight": 1.5}, r"split_weight=1\.5 must be at least 0 and at most 1"),
         ({"train_fraction": 0}, r"train_fraction=0\.0 must be above 0 and at most 1"),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
-from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.losses import TemperatureScheduleCallback
 from puma_hf.trainer.lora import BASE_FILE
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -160,36 +159,6 @@ def test_other_models_are_saved_without_a_note_of_their_base(
     checkpoint = Path(arguments.output_dir) / "checkpoint-1"
     assert checkpoint.is_dir()
     assert not (checkpoint / BASE_FILE).exists()
-
-
-# --- twins
-
-
-def test_twins_come_together(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
-    def sampler(**lists: Any) -> Any:
-        model = make_student()
-        loss = MultimodalMACLoss(model)
-        trainer: Any = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=loss, **lists)
-        return trainer.get_train_dataloader().batch_sampler
-
-    keys = [row // 2 for row in range(ROWS)]
-    twins = sampler(twins=keys)
-    assert isinstance(twins, TwinBatchSampler)
-    batches = list(twins)
-    assert sorted(row for batch in batches for row in batch) == list(range(ROWS))
-    assert all(sorted(keys[row] for row in batch)[::2] == sorted({keys[row] for row in batch}) for batch in batches)
-    both = sampler(twins=keys, positives=POSITIVES)
-    assert isinstance(both, TwinBatchSampler)
-    assert [sorted(ids) for ids in both.positives] == [sorted(ids) for ids in POSITIVES]
-
-
-def test_twins_must_fit(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
-    model = make_student()
-    arguments = {"model": model, "args": make_arguments(), "loss": MultimodalMACLoss(model)}
-    with pytest.raises(ValueError, match=r"twins has 2 rows and train_dataset 16\. Pass one key per row\."):
-        PumaTrainer(**arguments, train_dataset=pairs, twins=["a", "b"])
-    with pytest.raises(ValueError, match=r"twins belong to .* a DatasetDict\. Concatenate .* or leave twins out\."):
-        PumaTrainer(**arguments, train_dataset=DatasetDict(one=pairs), twins=["a"])
 
 
 # --- epochs

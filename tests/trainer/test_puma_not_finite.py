@@ -64,7 +64,7 @@ def breaking(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Da
     """A trainer of which the n-th batch, counted from the start of the process, breaks."""
 
     def make(call: int, value: float = math.nan, *, gradient_only: bool = False, **changes: Any) -> RowsSeen:
-        lists = {name: changes.pop(name) for name in ("positives", "twins") if name in changes}
+        positives = changes.pop("positives", None)
         dataset = changes.pop("train_dataset", pairs)
         model = make_student()
         return RowsSeen(
@@ -72,7 +72,7 @@ def breaking(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Da
             args=make_arguments(**{"max_steps": 12, **changes}),
             train_dataset=dataset,
             loss=BreakingLoss(model, call, value, gradient_only=gradient_only),
-            **lists,
+            positives=positives,
         )
 
     return make
@@ -106,7 +106,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value: float, filtered:
         {"gradient_accumulation_steps": 2},
         {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
         {"positives": POSITIVES},
-        {"twins": [row // 2 for row in range(ROWS)]},
         {"batch_sampler": "no_duplicates"},
     ],
 )

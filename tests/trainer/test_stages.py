@@ -20,7 +20,6 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Train
 from puma_hf import prune
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
-from puma_hf.data.twins import TwinBatchSampler
 from puma_hf.export import export
 from puma_hf.hub.card import render_card
 from puma_hf.hub.card_results import find_results
@@ -226,20 +225,6 @@ def test_rows_of_a_batch_share_no_answer(train_config: MakeConfig, mbeir_root: P
     for batch in batches:
         answers = [answer for row in batch for answer in set(positives[row])]
         assert len(answers) == len(set(answers))
-
-
-def test_twin_batches(train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(stages, "twin_keys", lambda rows: [row // 2 for row in range(len(rows))])
-    make = TwinBatchSampler.__init__
-
-    def record(self: TwinBatchSampler, dataset: Any, twins: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(twins)
-        make(self, dataset, twins, *args, **kwargs)
-
-    monkeypatch.setattr(TwinBatchSampler, "__init__", record)
-    train(train_config(batches="twin", max_steps=1))
-    assert seen == [[row // 2 for row in range(32)]]
 
 
 def test_a_share_of_the_labelled_rows(

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from puma_hf import evaluate_mbeir
-from puma_hf.data.mbeir_reader import MBEIR
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.evaluation.metric_path import metric_path
 from puma_hf.evaluation.metrics import retrieval_metrics
 from tests.evaluation.fake_encoder import FakeEncoder

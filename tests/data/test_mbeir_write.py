@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from puma_hf.data import nano as nano_module
-from puma_hf.data.mbeir import MBEIR, load_mbeir
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.data.nano import build_nano
+from puma_hf.data import (
+    MBEIR,
+    MBEIRFormatError,
+    MBEIRTask,
+    build_nano,
+    load_mbeir,
+    load_pairs,
+    mbeir_write,
+    write_mbeir,
+)
+from puma_hf.data.mbeir_write import make_folder, query_record
 from tests.data import mbeir_builder as builder
+from tests.data.photos import make_photos, write_captions
 
 EMOJI = Path(__file__).parents[2] / "demo" / "emoji"
 TEXTS = MBEIRTask(1, builder.DATASET)
@@ -18,6 +29,65 @@ TEXTS = MBEIRTask(1, builder.DATASET)
 QIDS = ["11:1100", "11:1101"]
 DIDS = ["11:100", "11:101", "11:102", "11:103", "11:104"]
 HASH = "bbc73a3cfb95801a9c798694c01e07bdde4293a7c74095533f7600138dd71c10"
+
+
+# --- folders written whole
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def write(folder: Path) -> None:
+    (folder / "a").write_text("a")
+
+
+def test_it_is_written_once(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "data"
+    make_folder(folder, write)
+    assert (folder / "a").read_text() == "a"
+    make_folder(folder, lambda _: pytest.fail("written again"))
+    assert visible(folder.parent) == ["data"]
+
+
+def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mbeir_write.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            make_folder(tmp_path / "data", die)
+    assert visible(tmp_path) == [".data.partial"]
+    make_folder(tmp_path / "data", write)
+    assert visible(tmp_path / "data") == ["a"]
+    assert visible(tmp_path) == ["data"]
+
+
+def test_who_comes_at_the_same_time_waits(tmp_path: Path) -> None:
+    started, calls = threading.Event(), []
+
+    def slow(folder: Path) -> None:
+        calls.append(folder)
+        started.set()
+        write(folder)
+
+    first = threading.Thread(target=make_folder, args=(tmp_path / "data", slow))
+    first.start()
+    assert started.wait(10)
+    make_folder(tmp_path / "data", slow)
+    first.join()
+    assert len(calls) == 1
+
+
+def test_candidates_outside_the_pool_are_left_out(root: Path) -> None:
+    query = MBEIR(root).queries(MBEIR(root).tasks()[1])[1]
+    record = query_record(query, root, {"11:102", "11:104"})
+    assert (record["pos_cand_list"], record["neg_cand_list"]) == (["11:102"], ["11:104"])
+
+
+# --- a small part
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -133,16 +203,10 @@ def test_another_datasets_judgements_count_where_its_candidates_are(root: Path, 
     assert "12:7" in nano.qrels(TEXTS, "test", queries, {*pool, "12:7"})[builder.qid(1, 0)]
 
 
-def test_it_can_be_trained_on(root: Path, tmp_path: Path) -> None:
-    nano = build_nano(MBEIR(root), tmp_path / "nano", split="test", num_queries=2, num_candidates=3)
-    rows = load_mbeir(nano, "test")
-    assert len(rows) == 2 * len(builder.MODALITIES)
-
-
 def test_opening_again_is_no_building(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nano").mkdir()  # an empty folder is nobody's
     first = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
-    monkeypatch.setattr(nano_module, "_write", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(mbeir_write, "_write_nano", lambda *_: pytest.fail("built again"))
     again = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     assert again.content_hash == first.content_hash
     for settings, message in (
@@ -168,13 +232,6 @@ def test_nothing_else_is_overwritten(root: Path, tmp_path: Path) -> None:
         build_nano(MBEIR(root), tmp_path / "file")
 
 
-def test_a_nano_of_a_nano(root: Path, tmp_path: Path) -> None:
-    first = build_nano(MBEIR(root), tmp_path / "first", num_queries=3, num_candidates=5)
-    second = build_nano(first, tmp_path / "second", num_queries=1, num_candidates=4)
-    assert second.image_root == first.image_root == root.resolve()
-    assert set(second.global_pool()) < set(first.global_pool())
-
-
 def test_moved_images(root: Path, tmp_path: Path) -> None:
     nano = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     root.rename(tmp_path / "moved")
@@ -192,7 +249,7 @@ def test_a_nano_that_was_changed_has_no_hash(root: Path, tmp_path: Path) -> None
     nano = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     path = builder.qrels_path(nano.root, 1, "test")
     path.write_text(path.read_text().replace(" 1 1", " 2 1"))
-    with pytest.raises(MBEIRFormatError, match=r"task1_test_qrels\.txt was changed or removed"):
+    with pytest.raises(MBEIRFormatError, match=r"task1_test_qrels\.txt: it was changed or removed"):
         _ = MBEIR(nano.root).content_hash
 
 
@@ -202,7 +259,124 @@ def test_one_did_with_two_meanings(root: Path, tmp_path: Path) -> None:
         build_nano(MBEIR(root), tmp_path / "nano", tasks=["toys_task1", "toys_task3"])
 
 
-@pytest.mark.parametrize("name", ["num_queries", "num_candidates"])
-def test_wrong_numbers(root: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is -1, must be 0 or more; 0 takes all of them"):
-        build_nano(MBEIR(root), tmp_path / "nano", **{name: -1})
+# --- pairs of one's own
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+def texts(pairs: list[tuple[str, str]], **columns: Any) -> Dataset:
+    anchors, positives = zip(*pairs, strict=True)
+    return load_pairs(Dataset.from_dict({"anchor": list(anchors), "positive": list(positives), **columns}))
+
+
+def relations(data: MBEIR, split: str) -> set[tuple[str | None, str | None]]:
+    """Text of each query with that of each of its right answers, by the qrels."""
+    found = set()
+    for task in data.tasks(split):
+        queries, pool = data.queries(task, split), data.local_pool(task, split)
+        for qid, judged in data.qrels(task, split, queries, pool).items():
+            query = next(query for query in queries if query.qid == qid)
+            assert set(query.positives) == set(judged)
+            found |= {(query.text, pool[did].text) for did in judged}
+    return found
+
+
+def test_the_folder_holds_the_pairs(tmp_path: Path) -> None:
+    pairs = [(f"a{number}", f"b{number}") for number in range(10)]
+    data = write_mbeir(texts(pairs), tmp_path / "out", test_fraction=0.3, val_fraction=0.2)
+    splits = [relations(data, split) for split in ("train", "val", "test")]
+    assert list(map(len, splits)) == [5, 2, 3]
+    assert set.union(*splits) == set(pairs)
+    task = data.tasks("test")[0]
+    assert (task.task_id, task.name) == (1, "pairs_task1")
+    for pool in (data.local_pool(task), *map(data.global_pool, ("train", "val", "test"))):
+        assert [candidate.text for candidate in pool.values()] == [f"b{number}" for number in range(10)]
+        assert next(iter(pool)) == "100:1"
+    train = load_mbeir(data, with_ids=True)
+    assert {(row["anchor"]["text"], row["positive"]["text"]) for row in train} == splits[0]
+    assert set(row["anchor"]["instruction"] for row in train) == {"Find the text that matches the given text."}
+
+
+def test_the_seed_alone_makes_the_splits(tmp_path: Path) -> None:
+    rows = texts([(f"a{number}", f"b{number}") for number in range(20)])
+    found = [
+        relations(write_mbeir(rows, tmp_path / str(number), seed=seed), "test") for number, seed in enumerate([0, 0, 1])
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_right_answers_come_together_and_stay_in_one_split(tmp_path: Path) -> None:
+    pairs = [("a", "x"), ("A ", "y"), ("b", "Y"), ("c", "z"), ("d", "w"), ("a", "x")]
+    data = write_mbeir(texts(pairs), tmp_path / "out", test_fraction=0.5, val_fraction=0)
+    train, test = relations(data, "train"), relations(data, "test")
+    assert {("a", "x"), ("a", "y"), ("b", "y")} in (train, test)
+    assert train | test == {("a", "x"), ("a", "y"), ("b", "y"), ("c", "z"), ("d", "w")}
+    assert len(data.global_pool("test")) == 4
+
+
+def test_images_in_both_directions(folder: Path, tmp_path: Path) -> None:
+    write_captions(folder, [("a.png", "red"), ("copy of a.png", "crimson"), ("deep/b.png", "green")])
+    rows = load_pairs(folder, direction="both", instruction="Find it.", reverse_instruction="Say\t it.")
+    data = write_mbeir(rows, tmp_path / "out", dataset="photos", dataset_id=123, test_fraction=1, val_fraction=0)
+    assert [(task.name, task.arrow) for task in data.tasks("test")] == [
+        ("photos_task0", "t -> i"),
+        ("photos_task3", "i -> t"),
+    ]
+    first, second = data.tasks("test")
+    to_image, to_text = (data.queries(task, "test") for task in (first, second))
+    assert [len(query.positives) for query in to_image] == [1, 1, 1]
+    assert [len(query.positives) for query in to_text] == [2, 1]
+    assert data.instruction(to_image[0], "image") == "Find it."
+    assert data.instruction(to_text[0], "text") == "Say it."
+    assert [candidate.modality for candidate in data.local_pool(first).values()] == ["image", "image"]
+    assert len(data.global_pool()) == 5
+    image = next(iter(data.local_pool(first).values())).image
+    assert image is not None
+    assert image.startswith(str(tmp_path / "out" / "mbeir_images" / "photos_images"))
+    assert os.path.samefile(image, folder / "a.png")
+    assert all(query.qid.startswith("123:") for query in to_text)
+
+
+def test_negatives_go_along_unless_they_are_right(tmp_path: Path) -> None:
+    columns = {"negative": ["n", "x", "m"]}
+    rows = texts([("a", "x"), ("a", "y"), ("b", "z")], **columns)
+    data = write_mbeir(rows, tmp_path / "out", test_fraction=1, val_fraction=0)
+    task = data.tasks("test")[0]
+    pool = data.local_pool(task)
+    negatives = {query.text: [pool[did].text for did in query.negatives] for query in data.queries(task)}
+    assert negatives == {"a": ["n"], "b": ["m"]}
+    assert [candidate.text for candidate in pool.values()] == ["x", "n", "y", "z", "m"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "my photos"}, r"dataset='my photos' must be letters, digits and underscores"),
+        ({"dataset_id": 9}, r"dataset_id=9 must be 100 or more: smaller ones are M-BEIR's own"),
+        ({"val_fraction": 0.6, "test_fraction": 0.6}, r"must be 0 to 1, and 1 at most together.*Lower one"),
+        ({"test_fraction": -0.1}, r"test_fraction=-0\.1 must be 0 to 1"),
+        ({"test_fraction": 0.1}, r"test_fraction=0\.1 of 2 queries in 2 groups .* leaves the split empty\. Raise it"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_mbeir(texts([("a", "x"), ("b", "y")]), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_mbeir_has_not(folder: Path, tmp_path: Path) -> None:
+    row = {"anchor_image": str(folder / "a.png"), "positive": "b", "positive_image": str(folder / "a.png")}
+    with pytest.raises(
+        ValueError, match=r"the dataset, row 1: M-BEIR has no task from 'image' to 'image,text'\. Leave"
+    ):
+        write_mbeir(load_pairs(Dataset.from_list([row])), tmp_path / "out")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for output in (tmp_path, tmp_path / "notes"):
+        with pytest.raises(OSError, match=r"is not empty|is a file"):
+            write_mbeir(texts([("a", "x")]), output)

@@ -3,24 +3,31 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 
-from puma_hf.data import mbeir_parquet, mbeir_source, whole_folder
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir_format import MBEIRFormatError
-from puma_hf.data.mbeir_reader import MBEIR
-from puma_hf.data.mbeir_source import open_mbeir
-from puma_hf.data.mbeir_tasks import MBEIRTask
-from puma_hf.data.nano import build_nano
+from puma_hf.data import (
+    MBEIR,
+    MBEIR_INSTRUCTIONS,
+    MBEIRFormatError,
+    MBEIRTask,
+    build_nano,
+    mbeir_hub,
+    mbeir_write,
+    open_mbeir,
+)
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from tests.data import mbeir_builder as builder
-from tests.data.parquet_builder import Layout, write_copy
+from tests.data.parquet_builder import Layout, Row, write_copy
 
-EMOJI = Path(__file__).parents[2] / "demo" / "emoji"
+Change = Callable[[list[Row], list[Row], list[Row]], None]
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ class FakeHub:
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
-    monkeypatch.setattr(mbeir_source, "snapshot_download", hub)
+    monkeypatch.setattr(mbeir_hub, "snapshot_download", hub)
     return hub
 
 
@@ -95,44 +102,28 @@ def test_copies_in_a_folder(root: Path, copies: Path, cache: Path) -> None:
     assert list(moved.global_pool()) == list(together)
 
 
-def test_some_of_the_copies(copies: Path, cache: Path) -> None:
-    data = open_mbeir(copies, tasks=["toys_task7"], cache_dir=cache)
-    assert data.tasks() == [MBEIRTask(7, "toys")]
-    assert data.global_pool() == data.local_pool(data.tasks()[0])
-    assert data.root != open_mbeir(copies, cache_dir=cache).root
-    with pytest.raises(ValueError, match=r"tasks is \['cirr_task7'\], must be some of \['toys_task1', 'toys_task7'\]"):
-        open_mbeir(copies, tasks=["cirr_task7"], cache_dir=cache)
-
-
 def test_it_is_imported_once(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_mbeir(copies, cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(mbeir_source, "import_copy", lambda *_, **__: pytest.fail("imported again"))
+        patch.setattr(mbeir_hub, "import_copy", lambda *_, **__: pytest.fail("imported again"))
         assert open_mbeir(copies, cache_dir=cache).root == first.root
     file = next(copies.glob("mbeir_toys_task1/query/*"))
     os.utime(file, ns=(1, 1))  # another file
     assert open_mbeir(copies, cache_dir=cache).root != first.root
 
 
-def test_the_default_cache_is_that_of_hugging_face(
-    copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mbeir_source.constants, "HF_HOME", str(tmp_path / "hf"))
-    assert open_mbeir(copies).root.is_relative_to(tmp_path / "hf" / "puma_hf" / "mbeir" / "datasets")
-
-
 def test_a_killed_import_goes_on(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the second of two tasks, after an image: nothing of that is read, and the first is not done again."""
     whole = open_mbeir(copies, cache_dir=cache.with_name("whole"))
-    put, done = mbeir_parquet._ImageStore.put, []
+    put, done = mbeir_hub._store_image, []
 
     def killed(*args: Any) -> str:
         done.append(put(*args))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mbeir_parquet._ImageStore, "put", killed)
-        patch.setattr(whole_folder.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(mbeir_hub, "_store_image", killed)
+        patch.setattr(mbeir_write.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             open_mbeir(copies, cache_dir=cache)
     assert len(list((cache / "tasks").glob("toys_task*"))) == 1
@@ -165,13 +156,6 @@ def test_one_copy_with_an_official_name(official: Path, cache: Path) -> None:
     # CIRR's number is 8; the builder's ids have their own, so only the table itself can be looked at.
     row = ["image,text", "image", "cirr", "8", MBEIR_INSTRUCTIONS["mbeir_cirr_task7"]]
     assert data.instruction_path.read_text().splitlines()[1].split("\t") == row
-
-
-def test_a_snapshot_of_the_hubs_cache_knows_its_name(official: Path, tmp_path: Path, cache: Path) -> None:
-    snapshot = tmp_path / "datasets--mteb--mbeir_cirr_task7" / "snapshots"
-    snapshot.mkdir(parents=True)
-    official.rename(snapshot / "0a1b")
-    assert open_mbeir(snapshot / "0a1b", cache_dir=cache).tasks()[0].name == "cirr_task7"
 
 
 @pytest.mark.parametrize("layout", ["mrbench", "mteb"])
@@ -224,8 +208,8 @@ def test_a_download_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_offline_and_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the Hub's own client."""
-    monkeypatch.setattr(mbeir_source.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(mbeir_source.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(mbeir_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(mbeir_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(FileNotFoundError, match=r"could not be downloaded \(.*\)\. .* offline, run `hf download"):
         open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache)
     assert not cache.exists()
@@ -243,12 +227,6 @@ def test_no_such_source(source: str, message: str, cache: Path) -> None:
         open_mbeir(source, cache_dir=cache)
 
 
-def test_a_file_is_no_source(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"file' is neither a folder nor the name of a dataset"):
-        open_mbeir(tmp_path / "file", cache_dir=cache)
-
-
 def test_a_folder_of_something_else(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "some" / "thing").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"some is not M-BEIR: it has no query/ .*<n>\. N.* puma-hf pairs "):
@@ -260,16 +238,6 @@ def test_a_folder_has_no_revision(root: Path) -> None:
         ValueError, match=r"revision is 'main', but .*mbeir is a folder; a revision is for the Hub.*--data-revision"
     ):
         open_mbeir(root, revision="main")
-
-
-def test_a_dataset_of_ones_own_needs_its_instructions(copies: Path, cache: Path) -> None:
-    (copies / "query_instructions.tsv").rename(copies / "mbeir_toys_task7" / "query_instructions.tsv")
-    assert len(open_mbeir(copies, cache_dir=cache).tasks()) == 2
-    (copies / "mbeir_toys_task7" / "query_instructions.tsv").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"toys_task1 is none of M-BEIR's tasks, .* Put a query_instructions\.tsv"
-    ):
-        open_mbeir(copies, cache_dir=cache)
 
 
 def test_the_table_gives_a_dataset_its_number(root: Path, tmp_path: Path, cache: Path) -> None:
@@ -290,18 +258,9 @@ def test_a_did_that_means_two_things(root: Path, copies: Path, cache: Path) -> N
 
     shutil.rmtree(copies / "mbeir_toys_task7")
     write_copy(root, copies, 7, change=clash)
-    with pytest.raises(MBEIRFormatError, match=r"did '11:100' is something else in another task's corpus"):
+    with pytest.raises(MBEIRFormatError, match=r"did '11:100' was already given for something else"):
         open_mbeir(copies, cache_dir=cache)
     assert not [path for path in (cache / "datasets").iterdir() if path.is_dir()]
-
-
-def test_without_links_files_are_copied(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError("not supported")
-
-    monkeypatch.setattr(mbeir_source.os, "link", no_links)
-    data = open_mbeir(copies, cache_dir=cache)
-    assert len(data.global_pool()) == 2 * builder.NUM_CANDIDATES
 
 
 class HashEncoder:
@@ -328,3 +287,100 @@ def test_an_import_gives_the_same_figures_as_the_original(root: Path, tmp_path: 
     assert one.rankings == other.rankings
     assert one.rows == other.rows
     assert len(one.rows) == 2 * len(builder.MODALITIES)
+
+
+# --- files and rows of a copy
+
+
+def imported(
+    root: Path, tmp_path: Path, number: int, layout: Layout = "mrbench", change: Change | None = None
+) -> MBEIR:
+    folder = write_copy(root, tmp_path, number, layout, change)
+    shutil.copy(builder.instructions_path(root), folder)
+    return open_mbeir(folder, cache_dir=tmp_path / "to")
+
+
+def task(number: int) -> MBEIRTask:
+    return MBEIRTask(number, builder.DATASET)
+
+
+def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path, cache: Path) -> None:
+    folder = write_copy(root, tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match=r"queries has no split 'val', only \['test'\]\. Ask for one"):
+        mbeir_hub.find_copy(folder, task(1), "val")
+    (folder / "corpus" / "corpus-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 files of its corpus are there\. .* interrupted: run"):
+        mbeir_hub.find_copy(folder, task(1))
+    shutil.rmtree(folder / "corpus")
+    with pytest.raises(FileNotFoundError, match=r"no Parquet files of corpus\. If it was downloaded, .*interrupted"):
+        mbeir_hub.find_copy(folder, task(1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_images_keep_their_bytes_and_are_named_after_them(root: Path, tmp_path: Path, kind: str) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (3, 2), "red").save(buffer, kind)
+
+    def same_image(corpus: list[Row], queries: list[Row], _: list[Row]) -> None:
+        for row in (*corpus, *queries):
+            row["image"] = {"bytes": buffer.getvalue(), "path": "wrong.txt"}
+
+    data = imported(root, tmp_path, 4, change=same_image)
+    (path,) = {Path(candidate.image or "") for candidate in data.local_pool(task(4)).values()}
+    assert path.read_bytes() == buffer.getvalue()
+    assert path.suffix == {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
+    assert len([file for file in (tmp_path / "to" / "images").rglob("*") if file.is_file()]) == 1
+
+
+def test_other_spellings_of_ids(root: Path, tmp_path: Path) -> None:
+    def prefix(corpus: list[Row], queries: list[Row], qrels: list[Row]) -> None:
+        for rows, names in ((corpus, ["id"]), (queries, ["id"]), (qrels, ["query-id", "corpus-id"])):
+            for row in rows:
+                row |= {name: f"{'query-test' if name != 'corpus-id' else 'corpus'}-{row[name]}" for name in names}
+
+    data = imported(root, tmp_path, 1, change=prefix)
+    assert [query.qid for query in data.queries(task(1))] == [builder.qid(1, n) for n in range(builder.NUM_QUERIES)]
+    assert list(data.local_pool(task(1))) == [builder.did(1, n) for n in range(builder.NUM_CANDIDATES)]
+
+
+def set_row(table: int, row: int, **values: Any) -> Change:
+    return lambda *tables: tables[table][row].update(values)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (1, set_row(0, 1, id="11:100"), r"did '11:100' was already given for something else"),
+        (1, set_row(1, 1, id="11:1100"), r"line 2: qid '11:1100' is also on line 1"),
+        (1, set_row(0, 1, id="a b"), r"line 2: did must look like '<dataset_id>:<number>', got"),
+        (1, set_row(0, 1, modality="image"), "line 2: modality is 'image' but the line holds text"),
+        (1, set_row(0, 1, text=" "), "line 2: modality is 'text' but the line holds neither text nor image"),
+        (4, set_row(0, 1, image=None), "line 2: modality is 'image' but the line holds neither"),
+        (4, set_row(0, 1, image={"bytes": b"no image", "path": None}), "row 2: the image cannot be read"),
+        (4, set_row(0, 1, image={"bytes": b"", "path": None}), "row 2: the image holds no bytes"),
+        (4, set_row(1, 1, text="too", modality="image,text"), "line 2: query_modality is 'image,text' but task 4 has"),
+        (1, set_row(2, 1, score=-1), "row 2: score is -1, must be a whole number of 0 or more"),
+        (1, lambda *t: t[2].append({**t[2][0], "score": 3}), "'11:1100' and '11:100' were judged 1 before, now 3"),
+        (1, lambda *t: t[0].clear(), "the file is empty"),
+    ],
+)
+def test_wrong_rows(root: Path, tmp_path: Path, number: int, change: Change, message: str) -> None:
+    def read() -> None:
+        data = imported(root, tmp_path, number, change=change)
+        data.queries(task(number))
+        data.local_pool(task(number))
+
+    with pytest.raises(MBEIRFormatError, match=message):
+        read()
+
+
+def test_a_struct_of_nothing_is_no_image(root: Path, tmp_path: Path) -> None:
+    data = imported(root, tmp_path, 1, "mteb", set_row(0, 1, image={"bytes": None, "path": None}))
+    assert {candidate.image for candidate in data.local_pool(task(1)).values()} == {None}
+
+
+def test_a_missing_column(root: Path, tmp_path: Path) -> None:
+    path = write_copy(root, tmp_path, 1) / "qrels/test-00000-of-00001.parquet"
+    parquet.write_table(parquet.read_table(path).drop_columns("score"), path)
+    with pytest.raises(MBEIRFormatError, match=rf"{path}: no column score or relevance, only query-id, corpus-id"):
+        mbeir_hub.import_copy(mbeir_hub.find_copy(path.parents[1], task(1)), tmp_path / "to", tmp_path, "test", None)

@@ -1,0 +1,489 @@
+"""Write folders in M-BEIR's layout: pairs of one's own, and small parts of a dataset to measure on in training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from puma_hf.data.mbeir import (
+    MBEIR,
+    NANO_FILE,
+    TASK_OF_MODALITIES,
+    Layout,
+    MBEIRTask,
+    file_hash,
+    read_origin,
+    seeded_random,
+    select_tasks,
+)
+from puma_hf.data.pairs import Pair, PairIds, PairOptions, read_pairs
+from puma_hf.data.records import Candidate, Query, Record, wrong
+from puma_hf.files import new_directory
+from puma_hf.values import shown
+
+logger = logging.getLogger(__name__)
+
+FIRST_FREE_ID = 100  # below are M-BEIR's own datasets and those that may join them
+MAX_WORDINGS = 50
+_SPLITS = ("train", "val", "test")
+_IN_WORDS = {"text": "text", "image": "image", "image,text": "image with text"}
+_NANO_VERSION = 1  # of how queries and candidates are chosen; part of the settings, so of the hash
+
+Item = TypeVar("Item")
+
+
+# --- files
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines to a file of the layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON Lines."""
+    write_lines(path, (json.dumps(record, ensure_ascii=False) for record in records))
+
+
+def write_instructions(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Write M-BEIR's table: query modality, candidate modality, dataset name, dataset id, prompts."""
+    width = max(map(len, rows)) - 4
+    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
+    header += [f"prompt_{number}" for number in range(1, width + 1)]
+    write_lines(path, ("\t".join(row) for row in (header, *rows)))
+
+
+def candidate_record(candidate: Candidate, image_root: Path) -> dict[str, Any]:
+    """A candidate as a line of a pool."""
+    image = _relative(candidate.image, image_root)
+    return {"did": candidate.id, "txt": candidate.text, "img_path": image, "modality": candidate.modality}
+
+
+def query_record(query: Query, image_root: Path, pool: Container[str]) -> dict[str, Any]:
+    """A query as a line of a query file; candidates that are not in the global pool are left out."""
+    return {
+        "qid": query.id,
+        "query_txt": query.text,
+        "query_img_path": _relative(query.image, image_root),
+        "query_modality": query.modality,
+        "pos_cand_list": [did for did in query.positives if did in pool],
+        "neg_cand_list": [did for did in query.negatives if did in pool],
+    }
+
+
+def _relative(image: str | None, image_root: Path) -> str | None:
+    return None if image is None else Path(os.path.relpath(image, image_root)).as_posix()
+
+
+def link(source: str | Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_origin(path: Path, image_root: str, settings: Mapping[str, Any], *, content_hash: str | None = None) -> None:
+    """Write what a folder says of itself, see `read_origin`; its other files must be there."""
+    # Only a content hash needs them, and an imported pool has gigabytes.
+    files = [] if content_hash is None else [file for file in path.parent.rglob("*") if file.is_file()]
+    hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in sorted(files)}
+    values = {"image_root": image_root, "settings": dict(settings), "content_hash": content_hash, "files": hashes}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written whole or not at all, unless it is there, once for all processes that ask for it.
+
+    It is written beside its place and renamed. What a killed process left behind is removed by the next one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            return
+        draft = folder.parent / f".{folder.name}.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            draft.mkdir()
+            write(draft)
+            os.replace(draft, folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def text_hash(parts: Iterable[object]) -> str:
+    """SHA-256 of a sequence of values, as hexadecimal digits; values with another split are another hash."""
+    lines = (json.dumps(part, ensure_ascii=False, separators=(",", ":")) + "\n" for part in parts)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# --- a small part of a dataset
+
+
+def build_nano(
+    data: MBEIR,
+    output: str | Path,
+    *,
+    split: str = "test",
+    tasks: Iterable[str] | None = None,
+    num_queries: int = 200,
+    num_candidates: int = 2000,
+    seed: int = 0,
+) -> MBEIR:
+    """A folder in M-BEIR's layout with some of the queries and candidates of each task.
+
+    Of each task's queries with a relevant candidate in its local pool, `num_queries` are drawn. Its local pool then
+    holds every candidate that is relevant to one of them, their hard negatives (the first of each query, then the
+    second of each ...), and others drawn with the seed, in the source's order. The global pool is that of all local
+    pools. The same data, settings and seed give the same folder on every machine.
+
+    Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the
+    SHA-256 of all ids, texts, image bytes, judgements, instructions and settings; where the data lies does not
+    change it. Report it with a figure. A folder that was built with the same settings from the same place is opened
+    as it is, even if the data has changed.
+
+    Args:
+        data: The dataset, which may itself be such a part.
+        output: The folder, which is written whole or not at all.
+        split: The split to take queries from.
+        tasks: Names such as "webqa_task1"; None for all of the split.
+        num_queries: Queries of each task, or all if there are fewer; 0 for all.
+        num_candidates: Candidates of each local pool, or all if there are fewer; 0 for all. Relevant ones are
+            never left out, so there may be more.
+        seed: Seed of what is drawn.
+
+    Raises:
+        ValueError: If an argument is out of range, or `output` was built with other settings.
+        FileExistsError: If `output` holds anything else.
+        MBEIRFormatError: If a task has no judged query.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from puma_hf.data import MBEIR, build_nano
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     nano = build_nano(MBEIR("demo/emoji"), f"{parent}/nano", tasks=["emoji_task1"], num_candidates=50)
+    ...     len(nano.queries(nano.tasks()[0])), len(nano.global_pool())
+    (167, 167)
+    ```
+    """
+    for name, value in (("num_queries", num_queries), ("num_candidates", num_candidates)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, must be 0 or more; 0 takes all of them")
+    chosen = select_tasks(data.tasks(split), tasks)
+    folder = Path(output)
+    names = [task.name for task in chosen]
+    settings = {"version": _NANO_VERSION, "split": split, "tasks": names}
+    settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    make_folder(folder, lambda draft: _write_nano(data, draft, settings, chosen))
+    _check_settings(folder, settings, data.image_root)
+    return MBEIR(folder)
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any], image_root: Path) -> None:
+    """Refuse a folder that is no nano, or another one."""
+    origin = read_origin(folder) if folder.is_dir() else None
+    if origin is None or origin[0].name != NANO_FILE:
+        raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
+    remedy = "Name another folder, remove this one, or use its settings."
+    for name, value in settings.items():
+        if (there := origin[1]["settings"].get(name)) != value:
+            raise ValueError(f"{folder} was built with {name}={there!r}, not {value!r}. {remedy}")
+    if (there := origin[1]["image_root"]) != image_root:
+        raise ValueError(f"{folder} was built with the images in {there}, not {image_root}. {remedy}")
+
+
+def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequence[MBEIRTask]) -> None:
+    split, root, layout = settings["split"], data.image_root, Layout(folder)
+    parts = [(task, *_choose(data, task, settings)) for task in tasks]
+    everything: dict[str, Candidate] = {}
+    for task, _, pool, _ in parts:
+        for candidate in pool:
+            if everything.setdefault(candidate.id, candidate) != candidate:
+                what = f"did {shown(candidate.id)} of {task.name} is something else in another task's pool"
+                raise wrong(data.root, f"{what}; a did must mean the same in every pool", "contradiction")
+    images: dict[str | None, str | None] = {None: None}
+
+    def content(record: Record) -> list[object]:
+        if record.image not in images:
+            images[record.image] = file_hash(Path(record.image or ""))  # each is read once
+        return [record.id, record.modality, record.text, images[record.image]]
+
+    contents: list[object] = [settings]
+    for task, queries, pool, qrels in parts:
+        records = [query_record(query, root, everything) for query in queries]
+        write_records(layout.query_path(split, task), records)
+        write_records(layout.pool_path(task.name), (candidate_record(candidate, root) for candidate in pool))
+        write_lines(layout.qrels_path(split, task), qrels)
+        wordings = {data.wordings(query, task.candidate_modality): None for query in queries}
+        contents += [task.name, list(wordings), qrels]
+        for query, record in zip(queries, records, strict=True):
+            contents.append([*content(query), record["pos_cand_list"], record["neg_cand_list"]])
+        contents += map(content, pool)
+    write_records(layout.union_pool_path(split), (candidate_record(one, root) for one in everything.values()))
+    layout.instruction_path.parent.mkdir()
+    shutil.copyfile(data.instruction_path, layout.instruction_path)
+    write_origin(folder / NANO_FILE, str(root), settings, content_hash=text_hash(contents))
+
+
+def _choose(
+    data: MBEIR, task: MBEIRTask, settings: Mapping[str, Any]
+) -> tuple[list[Query], list[Candidate], list[str]]:
+    """The queries, candidates and lines of the qrels that are taken of a task."""
+    split, seed = settings["split"], settings["seed"]
+    queries, pool = data.queries(task, split), data.local_pool(task, split)
+    relevant = data.qrels(task, split, queries, pool)
+    judged = [query for query in queries if relevant.get(query.qid)]
+    if not judged:
+        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool"
+        raise wrong(data.root, f"{what}; look at its qrels, or name the other tasks (tasks=[...], --tasks)")
+    taken = _sample(judged, settings["num_queries"] or len(judged), seeded_random(seed, "nano queries", task.name))
+    # Relevant candidates, then hard negatives, those of all queries in turn.
+    wanted = dict.fromkeys(did for query in taken for did in relevant[query.qid])
+    limit = settings["num_candidates"] or len(pool)
+    for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
+        if len(wanted) >= limit:
+            break
+        if did in pool:
+            wanted[did] = None
+    others = [did for did in pool if did not in wanted]
+    generator = seeded_random(seed, "nano candidates", task.name)
+    wanted |= dict.fromkeys(_sample(others, max(limit - len(wanted), 0), generator))
+    # Judgements of other datasets' candidates are kept: they may be in the global pool.
+    everywhere = data.qrels(task, split, queries, _Everything())
+    judgements = ((query.qid, *judgement) for query in taken for judgement in everywhere[query.qid].items())
+    lines = [f"{qid} 0 {did} {relevance} {task.task_id}" for qid, did, relevance in judgements]
+    return taken, [candidate for did, candidate in pool.items() if did in wanted], lines
+
+
+def _sample(items: Sequence[Item], count: int, generator: random.Random) -> list[Item]:
+    """Some of the items, in their own order."""
+    return [items[index] for index in sorted(generator.sample(range(len(items)), min(count, len(items))))]
+
+
+class _Everything:
+    """A pool that holds every did."""
+
+    def __contains__(self, did: object) -> bool:
+        return True
+
+
+# --- pairs of one's own
+
+
+@dataclass
+class _Anchor:
+    """An anchor that looks for one modality, with all its right answers."""
+
+    record: Record
+    task: MBEIRTask
+    positives: dict[str, None] = field(default_factory=dict)  # content ids
+    negatives: dict[str, None] = field(default_factory=dict)
+
+
+def write_mbeir(
+    rows: datasets.Dataset,
+    output: str | Path,
+    *,
+    dataset: str = "pairs",
+    dataset_id: int = FIRST_FREE_ID,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+) -> MBEIR:
+    """Write pairs as a folder in M-BEIR's layout, for `puma-hf evaluate --data` and `puma-hf train --data`.
+
+    An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
+    are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
+    directly or through others, come into one split: no anchor and no positive of val or test is trained on, but a
+    positive may be a negative or the image of a captioned candidate elsewhere. Instructions are those
+    of the rows, as the wordings of their task; a task without any has a plain sentence.
+
+    Images are hard links where the file system allows, else copies: the folder holds all it needs, but do not edit
+    an image in place.
+
+    Args:
+        rows: As `load_pairs` makes them.
+        output: New folder.
+        dataset: Its name in file names: letters, digits and underscores.
+        dataset_id: Its number, the first part of each id; 100 or more.
+        val_fraction: Share of the queries for val.
+        test_fraction: Share of the queries for test; 1 makes a set for evaluation alone.
+        seed: Seed of the splits.
+
+    Raises:
+        FileExistsError: If the output is not empty.
+        ValueError: If a row cannot be used, M-BEIR has no task between two modalities, or a split stays empty.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from puma_hf.data import load_pairs, write_mbeir
+
+    >>> rows = load_pairs(Dataset.from_dict({"question": ["1 + 1?", "2 + 2?"], "answer": ["two", "four"]}))
+    >>> write_mbeir(rows, "sums", val_fraction=0, test_fraction=0.5).tasks("test")
+    [MBEIRTask(task_id=1, dataset='pairs')]
+    ```
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+", dataset):
+        raise ValueError(f"dataset={dataset!r} must be letters, digits and underscores: it stands in file names.")
+    if dataset_id < FIRST_FREE_ID:
+        raise ValueError(f"dataset_id={dataset_id} must be {FIRST_FREE_ID} or more: smaller ones are M-BEIR's own.")
+    if not (0 <= val_fraction <= 1 and 0 <= test_fraction <= 1 and val_fraction + test_fraction <= 1):
+        both = f"val_fraction={val_fraction} and test_fraction={test_fraction}"
+        raise ValueError(f"{both} must be 0 to 1, and 1 at most together; what they leave is for training. Lower one.")
+    with new_directory(output, overwrite=False) as folder:
+        reading = read_pairs(rows, PairOptions(special_tokens="split"))
+        if reading.problems:
+            raise ValueError(reading.refusal())
+        ids = PairIds(reading.pairs)
+        anchors, records = _collect(reading.pairs, ids, dataset)
+        splits = _split(anchors, ids, {"test": test_fraction, "val": val_fraction}, seed)
+        dids = {content: f"{dataset_id}:{number}" for number, content in enumerate(records, start=1)}
+        images = folder / "mbeir_images" / f"{dataset}_images"
+        pool = {key: Candidate(dids[key], one.text, _place(one, images, ids)) for key, one in records.items()}
+        layout = Layout(folder)
+        for task in sorted({anchor.task for anchor in anchors}):
+            own = [anchor.positives | anchor.negatives for anchor in anchors if anchor.task == task]
+            wanted = set().union(*own)
+            lines = (candidate_record(one, folder) for key, one in pool.items() if key in wanted)
+            write_records(layout.pool_path(task.name), lines)
+        for split in ("train", "test"):  # val has that of test
+            write_records(layout.union_pool_path(split), (candidate_record(one, folder) for one in pool.values()))
+        numbers = iter(range(len(pool) + 1, len(pool) + len(anchors) + 1))
+        for split, chosen in splits.items():
+            by_task: dict[MBEIRTask, list[Query]] = defaultdict(list)
+            for anchor in chosen:
+                right, bad = (tuple(dids[key] for key in keys) for keys in (anchor.positives, anchor.negatives))
+                qid, image = f"{dataset_id}:{next(numbers)}", _place(anchor.record, images, ids)
+                by_task[anchor.task].append(Query(qid, anchor.record.text, image, right, bad))
+            for task, queries in by_task.items():
+                all_dids = set(dids.values())
+                lines = (query_record(query, folder, all_dids) for query in queries)
+                write_records(layout.query_path(split, task), lines)
+                judged = ((query.qid, did) for query in queries for did in query.positives)
+                write_lines(layout.qrels_path(split, task), (f"{q} 0 {did} 1 {task.task_id}" for q, did in judged))
+        write_instructions(layout.instruction_path, _instruction_rows(reading.pairs, dataset, dataset_id))
+    counts = ", ".join(f"{len(splits[name])} {name}" for name in _SPLITS)
+    logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
+    return MBEIR(output)
+
+
+def _task(pair: Pair, dataset: str) -> MBEIRTask:
+    modalities = (pair.anchor.modality, pair.positive.modality)
+    if modalities not in TASK_OF_MODALITIES:
+        what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
+        raise ValueError(f"{pair.where}: {what}. Leave such pairs out, or swap the sides (anchor, positive).")
+    return MBEIRTask(TASK_OF_MODALITIES[modalities], dataset)
+
+
+def _collect(pairs: Iterable[Pair], ids: PairIds, dataset: str) -> tuple[list[_Anchor], dict[str, Record]]:
+    """The anchors with their answers, and the records of all answers by content."""
+    anchors: dict[Any, _Anchor] = {}
+    records: dict[str, Record] = {}
+    for pair in pairs:
+        task = _task(pair, dataset)
+        anchor = anchors.setdefault((task, ids.of(pair.anchor)), _Anchor(pair.anchor, task))
+        anchor.positives[ids.of(pair.positive)] = None
+        anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))
+        for record in (pair.positive, *pair.negatives):
+            records.setdefault(ids.of(record), record)
+    for anchor in anchors.values():
+        for content in anchor.positives:
+            anchor.negatives.pop(content, None)
+    return list(anchors.values()), records
+
+
+def _split(anchors: list[_Anchor], ids: PairIds, fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:
+    """The anchors of each split, in their own order; those that share anything stay together."""
+    groups = _groups(anchors, ids)
+    random.Random(seed).shuffle(groups)
+    splits: dict[str, list[int]] = {name: [] for name in _SPLITS}
+    rooms = {name: round(fraction * len(anchors)) for name, fraction in fractions.items()}
+    for group in groups:
+        name = next((name for name, room in rooms.items() if len(group) <= room), "train")
+        if name == "train" and math.isclose(sum(fractions.values()), 1):  # there is no training
+            name = max(rooms, key=lambda name: rooms[name])
+        if name != "train":
+            rooms[name] -= len(group)
+        splits[name] += group
+    for name, fraction in fractions.items():
+        if fraction and not splits[name]:
+            of = f"{len(anchors)} queries in {len(groups)} groups that share no anchor and no positive"
+            raise ValueError(f"{name}_fraction={fraction} of {of} leaves the split empty. Raise it, or set it to 0.")
+    return {name: [anchors[number] for number in sorted(numbers)] for name, numbers in splits.items()}
+
+
+def _groups(anchors: list[_Anchor], ids: PairIds) -> list[list[int]]:
+    """Numbers of the anchors that share content, directly or through others."""
+    parents = list(range(len(anchors)))
+
+    def find(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = parents[parents[number]]
+            number = parents[number]
+        return number
+
+    owners: dict[str, int] = {}
+    for number, anchor in enumerate(anchors):
+        for content in (ids.of(anchor.record), *anchor.positives):
+            parents[find(number)] = find(owners.setdefault(content, number))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(anchors)):
+        groups[find(number)].append(number)
+    return list(groups.values())
+
+
+def _place(record: Record, folder: Path, ids: PairIds) -> str | None:
+    """The image of a record in the folder, under a name by what it holds."""
+    if record.image is None:
+        return None
+    content = ids.image(record.image).encode("utf-8", "surrogateescape")
+    name = hashlib.blake2b(content, digest_size=12).hexdigest()
+    target = folder / name[:2] / f"{name}{Path(record.image).suffix.lower()}"
+    if not target.exists():
+        link(os.path.realpath(record.image), target)
+    return str(target)
+
+
+def _instruction_rows(pairs: Iterable[Pair], dataset: str, dataset_id: int) -> list[list[str]]:
+    """The instructions of each task, in their order; a plain sentence where there is none."""
+    found: dict[MBEIRTask, dict[str, None]] = defaultdict(dict)
+    for pair in pairs:
+        wordings = found[_task(pair, dataset)]
+        if pair.instruction is not None:
+            # Tabs and quotation marks at the ends have a meaning in the table.
+            wordings[" ".join(pair.instruction.split()).strip('"')] = None
+            if len(wordings) > MAX_WORDINGS:
+                what = f"more than {MAX_WORDINGS} different instructions for one task"
+                raise ValueError(f"{pair.where}: {what}. Put what differs from row to row into the anchor's text.")
+    rows = []
+    for task, wordings in sorted(found.items()):
+        asks, answers = task.query_modality, task.candidate_modality
+        plain = f"Find the {_IN_WORDS[answers]} that matches the given {_IN_WORDS[asks]}."
+        rows.append([asks, answers, dataset, str(dataset_id), *(wordings or [plain])])
+    return rows
