@@ -224,7 +224,7 @@ def stage(number: int) -> Callable[[str], Figures]:
             # The recipe's split is one of M-BEIR's.
             options: dict[str, Any] = {"teacher": source} if number == 1 else {"split": "train"}
             if device == "cpu":
-                options |= {"batch_size": 4, "bf16": False, "dataloader_num_workers": 0}
+                options |= {"batch_size": 4, "dataloader_num_workers": 2}
             recipe = CONFIGS / f"qwen2_vl_7b_stage{number}.yaml"
             options |= {"max_steps": 3, "save_steps": 0, "logging_steps": 1}
             seconds = _timed_steps()
