@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.configs import EmbedConfig
 from puma_hf.embedding.corpus_store import ERRORS, MANIFEST, RANGES, EmbeddingStore
 from puma_hf.embedding.precision import quantize, ranges_of
 from puma_hf.embedding.record_embeddings import embed_records, embedding_dim, expect_less
@@ -104,7 +104,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         OSError: If the disk is full; finished shards are kept.
 
     Example:
-        >>> from puma_hf.embedding.config import EmbedConfig
+        >>> from puma_hf.configs import EmbedConfig
         >>> from puma_hf.embedding.run import embed_corpus
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
