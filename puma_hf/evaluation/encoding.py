@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from puma_hf.data.records import Candidate, Query
 from puma_hf.evaluation.embedding_cache import EmbeddingCache
-from puma_hf.evaluation.processes import broadcast, connect, gather
+from puma_hf.processes import broadcast, connect, gather
 
 logger = logging.getLogger(__name__)
 
