@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from puma_hf.evaluation.sweep_config import parse_parameters
+from puma_hf.configs import parse_parameters
 from puma_hf.files import write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
+from puma_hf.configs import SweepConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation import layer_sweep
@@ -30,7 +31,6 @@ from puma_hf.evaluation.layer_sweep import (
     sweep,
 )
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
 from puma_hf.flops import count_flops, count_parameters, plain_forward
 from tests.data import mbeir_builder as builder
