@@ -27,8 +27,7 @@ from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_t
 from puma_hf.embedding.measure import Measure, Rates
 from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
-from puma_hf.settings import processing_of
-from puma_hf.values import shown
+from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
 

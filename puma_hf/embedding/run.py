@@ -22,11 +22,19 @@ from puma_hf.configs import EmbedConfig
 from puma_hf.embedding.embed import WINDOW, embed_records, embedding_dim, quantize, ranges_of
 from puma_hf.embedding.records import Corpus, Record, open_corpus
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
-from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 from puma_hf.files import is_puma_directory, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
-from puma_hf.termination import sigterm_waits, stop_if_sigterm
+from puma_hf.processes import (
+    broadcast,
+    connect,
+    gather,
+    locked_for_all,
+    own_device,
+    shared_folder,
+    sigterm_waits,
+    stop_if_sigterm,
+)
 
 logger = logging.getLogger(__name__)
 

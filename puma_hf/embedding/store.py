@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from puma_hf.files import write_whole
-from puma_hf.values import shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from puma_hf.configs import EmbedConfig
 from puma_hf.embedding import run
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 embed = importlib.import_module("puma_hf.embedding.embed")
