@@ -116,7 +116,7 @@ class MeasuredModel:
         Raises:
             ValueError: If the model cannot be loaded.
         """
-        from puma_hf.evaluation.fingerprint import model_fingerprint
+        from puma_hf.fingerprint import model_fingerprint
 
         if truncate_dim not in self._fingerprints:
             model = self._loaded()
