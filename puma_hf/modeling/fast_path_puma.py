@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_window_index
 
 from .attention_puma import Sequences, attend, blocks_of_lengths, sequences_of
-from .packing_puma import PackedBatch, PackedImages
+from .packing_puma import PackedImages, PackedPart
 
 # "flash" in a name makes the vision towers pass all images in one call, with the ends of each.
 _ATTENTION_NAME = "puma_flash_blocks"
@@ -78,33 +78,33 @@ def _is_as_made(module: nn.Module, child: str = "") -> bool:
     return not hooked and "forward" not in vars(module) and (not child or child in module._modules)
 
 
-def packed_states(model: Any, batch: PackedBatch, fast_path: FastPath) -> Tensor:
-    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, in the order of `batch.rows`.
+def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
+    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, in the order of `part.rows`.
 
     Args:
         model: A PUMA model.
-        batch: On its device.
+        part: On its device.
         fast_path: Which savings to make.
     """
     decoder = model.language_model
-    hidden = decoder.embed_tokens(batch.input_ids)
-    images = batch.images
+    hidden = decoder.embed_tokens(part.input_ids)
+    images = part.images
     added: list[Tensor] = []
     if images is not None:
         features, added = _image_features(model.visual, images, fast_path)
         hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
     # One position's cosines and sines serve all heads.
-    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], batch.position_ids))
+    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], part.position_ids))
     *inner_layers, last_layer = decoder.layers
     for number, layer in enumerate(inner_layers):
-        hidden = decoder_layer(layer, hidden, (cos, sin), batch.sequences)
+        hidden = decoder_layer(layer, hidden, (cos, sin), part.sequences)
         if images is not None and number < len(added):  # DeepStack
             hidden = hidden.index_add(0, images.token_index, added[number].to(hidden.dtype))
     # Later tokens see every key and value of the last layer, but nothing reads its other outputs.
     if fast_path.last_token_only:
-        states = decoder_layer(last_layer, hidden, (cos, sin), batch.last_sequences, batch.last_index)
+        states = decoder_layer(last_layer, hidden, (cos, sin), part.last_sequences, part.last_index)
     else:
-        states = decoder_layer(last_layer, hidden, (cos, sin), batch.sequences)[batch.last_index]
+        states = decoder_layer(last_layer, hidden, (cos, sin), part.sequences)[part.last_index]
     normed: Tensor = decoder.norm(states)
     return normed
 

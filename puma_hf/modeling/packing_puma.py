@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -44,11 +44,11 @@ class PackedImages:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """Inputs as the fast path takes them.
+class PackedPart:
+    """Inputs of a batch that are computed at once.
 
     Args:
-        rows: Which inputs of the whole batch these are, in the order of `last_index`.
+        rows: Which inputs of the batch these are, in the order of `last_index`.
         input_ids: `(num_tokens,)`: shared prefixes first, then what is left of each input.
         position_ids: `(3, 1, num_tokens)` positions in time, height and width.
         sequences: Which tokens attend to which.
@@ -65,18 +65,33 @@ class PackedBatch:
     last_index: Tensor
     images: PackedImages | None
 
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Inputs as the fast path takes them: in parts of a bounded number of tokens, each input in one of them."""
+
+    parts: tuple[PackedPart, ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of inputs."""
+        return sum(len(part.rows) for part in self.parts)
+
     @property
     def num_tokens(self) -> int:
         """Number of tokens that the decoder computes."""
-        return len(self.input_ids)
+        return sum(len(part.input_ids) for part in self.parts)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on a device."""
-        return mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory, from where a GPU copies it while it computes."""
-        return mapped(self, lambda tensor: tensor.pin_memory())
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return PackedBatch(tuple(mapped(part, change) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -92,9 +107,9 @@ class Packer:
 
     ```python
     >>> model = SentenceTransformer("puma-demo", trust_remote_code=True)  # doctest: +SKIP
-    >>> batches = model[0].packer("Find the drawing.")(["a red apple", "a green one"])  # doctest: +SKIP
+    >>> batch = model[0].packer("Find the drawing.")(["a red apple", "a green one"])  # doctest: +SKIP
     >>> with torch.inference_mode():  # doctest: +SKIP
-    ...     model[0].embed_batch(batches)["sentence_embedding"].shape
+    ...     model[0].embed_batch(batch)["sentence_embedding"].shape
     torch.Size([2, 1536])
     ```
     """
@@ -103,7 +118,12 @@ class Packer:
     options: Mapping[str, Any]
     layout: Mapping[str, Any] | None
 
-    def __call__(self, inputs: Sequence[Any]) -> list[PackedBatch] | dict[str, Any]:
+    @property
+    def packing(self) -> bool:
+        """Whether it takes the padding out."""
+        return self.layout is not None
+
+    def __call__(self, inputs: Sequence[Any]) -> PackedBatch | dict[str, Any]:
         """What `embed_batch` takes; see `PumaProcessor.process_inputs` for the inputs, and for errors."""
         return self.pack(self.process(inputs))
 
@@ -111,7 +131,7 @@ class Packer:
         """The processor's features of a batch, padded."""
         return dict(self.processor.process_inputs(list(inputs), **self.options))
 
-    def pack(self, features: dict[str, Any]) -> list[PackedBatch] | dict[str, Any]:
+    def pack(self, features: dict[str, Any]) -> PackedBatch | dict[str, Any]:
         """The batch without padding; the features themselves where that cannot be, as with videos."""
         if self.layout is None or features.get("pixel_values_videos") is not None:
             return features
@@ -138,8 +158,8 @@ def pack(
     shared_prefix: bool = True,
     sequential: bool = False,
     max_tokens: float = float("inf"),
-) -> list[PackedBatch]:
-    """Take the padding out of a batch, and cut it into batches that suit the device.
+) -> PackedBatch:
+    """Take the padding out of a batch, and cut it into parts that suit the device.
 
     Args:
         features: A batch of `PumaProcessor.process_inputs` without videos: `input_ids` and `attention_mask`
@@ -150,10 +170,10 @@ def pack(
         dtype: Data type of the pixels.
         shared_prefix: Whether first tokens that inputs share are computed once for all of them.
         sequential: Whether positions count every token, those of images too, instead of M-RoPE.
-        max_tokens: Most tokens of each batch, but for one input that alone has more.
+        max_tokens: Most tokens of a part, but for one input that alone has more.
 
     Returns:
-        The batches, on the CPU; each knows which `rows` it has.
+        The batch, on the CPU.
 
     Raises:
         ValueError: If there are more or fewer image tokens than the images have.
@@ -165,8 +185,8 @@ def pack(
     >>> from puma_hf.modeling.packing_puma import pack
 
     >>> tokens, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    >>> (batch,) = pack({"input_ids": tokens, "attention_mask": mask}, image_token_id=1, merge_size=2)
-    >>> batch.rows, batch.input_ids.tolist(), batch.last_index.tolist()
+    >>> (part,) = pack({"input_ids": tokens, "attention_mask": mask}, image_token_id=1, merge_size=2).parts
+    >>> part.rows, part.input_ids.tolist(), part.last_index.tolist()
     ((1, 0), [8, 9, 5, 6, 7], [1, 4])
     ```
     """
@@ -180,23 +200,24 @@ def pack(
         groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
     pixels = () if grids is None else features["pixel_values"].split(grids.prod(dim=1).tolist())
     first_images = np.cumsum([0, *num_images])
-    batches = []
-    for part in _cut(groups, [len(row) for row in rows], max_tokens):
-        order = [row for group in part for row in group.rows]
-        pieces = [(group.rows[0], slice(group.prefix_length)) for group in part if group.prefix_length]
-        pieces += [(row, slice(group.prefix_length, None)) for group in part for row in group.rows]
+    parts = []
+    lengths = [len(row) for row in rows]
+    for cut in _cut(groups, lengths, max_tokens):
+        order = [row for group in cut for row in group.rows]
+        pieces = [(group.rows[0], slice(group.prefix_length)) for group in cut if group.prefix_length]
+        pieces += [(row, slice(group.prefix_length, None)) for group in cut for row in group.rows]
         input_ids = torch.from_numpy(np.concatenate([rows[row][piece] for row, piece in pieces]))
         places = np.concatenate([positions[row][:, piece] for row, piece in pieces], axis=1)
         ends = np.cumsum([len(rows[row][piece]) for row, piece in pieces])
-        sequences, last_sequences = _lay_out(part, [len(row) for row in rows])
+        sequences, last_sequences = _lay_out(cut, lengths)
         wanted = [image for row in order for image in range(first_images[row], first_images[row + 1])]
         images = None
         if grids is not None and wanted:
-            chosen = torch.cat([pixels[image] for image in wanted]).to(dtype)
+            pixel_values = torch.cat([pixels[image] for image in wanted]).to(dtype)
             token_index = (input_ids == image_token_id).nonzero().flatten()
-            images = _images(chosen, grids[wanted], token_index, merge_size)
-        batches.append(
-            PackedBatch(
+            images = _images(pixel_values, grids[wanted], token_index, merge_size)
+        parts.append(
+            PackedPart(
                 rows=tuple(order),
                 input_ids=input_ids,
                 position_ids=torch.from_numpy(places)[:, None],
@@ -206,7 +227,7 @@ def pack(
                 images=images,
             )
         )
-    return batches
+    return PackedBatch(tuple(parts))
 
 
 def _unpadded(features: Mapping[str, Any]) -> list[np.ndarray]:
@@ -418,4 +439,4 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
     return positions, count
 
 
-__all__ = ["Group", "PackedBatch", "PackedImages", "Packer", "group_by_prefix", "mrope_positions", "pack"]
+__all__ = ["Group", "PackedBatch", "PackedImages", "PackedPart", "Packer", "group_by_prefix", "mrope_positions", "pack"]

@@ -149,11 +149,11 @@ class PumaTransformer(Transformer):
     def _packed(self, features: dict[str, Any]) -> dict[str, Any]:
         return self.embed_batch(self.packer().pack(features))
 
-    def embed_batch(self, batch: list[PackedBatch] | dict[str, Any]) -> dict[str, Any]:
+    def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
         """Embed what a `packer` made, in evaluation mode and without gradients.
 
         Args:
-            batch: Packed batches, on any device, or features on the model's.
+            batch: A packed batch, on any device, or features on the model's.
 
         Returns:
             `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, in the order of the inputs.
@@ -163,9 +163,10 @@ class PumaTransformer(Transformer):
             # A model that is wrapped, as by torch.compile, stays as it is: compiled code notices every change.
             with fast_vision(self.model.visual, fast_path if self.model is self._unwrapped() else _PLAIN):
                 return self._plain(batch)
-        states = [packed_states(self.model, part.to(self.model.device), fast_path) for part in batch]
-        order = torch.tensor([row for part in batch for row in part.rows]).argsort()
-        pooled = torch.cat(states)[order.to(self.model.device)]
+        device = self.model.device
+        states = [packed_states(self.model, part, fast_path) for part in batch.to(device).parts]
+        order = torch.tensor([row for part in batch.parts for row in part.rows]).argsort()
+        pooled = torch.cat(states)[order.to(device)]
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
 
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
