@@ -247,4 +247,12 @@ def _vision_attention(
     return attend(query, key, value, found, scale=scaling, causal=False)[None], None
 
 
-__all__ = ["FastPath", "after_attention", "before_attention", "can_pack", "decoder_layer", "fast_vision", "packed_states"]
+__all__ = [
+    "FastPath",
+    "after_attention",
+    "before_attention",
+    "can_pack",
+    "decoder_layer",
+    "fast_vision",
+    "packed_states",
+]

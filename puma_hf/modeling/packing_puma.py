@@ -297,7 +297,8 @@ def _best_split(order: Sequence[int], common: Sequence[int], depth: int = 0) -> 
     """
     if not common:
         return 0, []
-    length, saved, groups = min(common), 0, []
+    length, saved = min(common), 0
+    groups: list[Group] = []
     if depth < _DEEPEST_SPLIT:
         cuts = [number + 1 for number, tokens in enumerate(common) if tokens == length]
         for start, end in pairwise([0, *cuts, len(order)]):
@@ -374,7 +375,8 @@ def _all_positions(
 ) -> tuple[list[np.ndarray], list[int]]:
     """M-RoPE positions `(3, sequence_length)` of each input, and how many images it has."""
     merged = [] if grids is None else (grids // torch.tensor([1, merge_size, merge_size])).tolist()
-    positions, counts = [], []
+    positions: list[np.ndarray] = []
+    counts: list[int] = []
     for row in rows:
         found, count = mrope_positions(row == image_token_id, merged[sum(counts) :])
         positions.append(found)
