@@ -17,10 +17,11 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from puma_hf.embedding.batches import cut
-from puma_hf.embedding.embed import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS, embed
+from puma_hf.embedding.embed import embed
+from puma_hf.embedding.prepare import cut
 from puma_hf.modeling.fast_path_puma import FastPath
 from puma_hf.modeling.modeling_puma import last_token_state
+from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 
 Run = Callable[[], Tensor]
 Contestant = Callable[[Workload], Run]
@@ -31,7 +32,7 @@ PLAIN_SMALL = f"{PLAIN}, batches of {SMALL_BATCH_SIZE}"
 LAMRA, VLM2VEC = "in LamRA's manner", "in VLM2Vec's manner"
 READY, READY_PLAIN = "fast path, ready tensors", "plain forward pass, ready tensors"
 LOOP_BATCH_SIZE = 16
-READY_TOKENS = {"cpu": CPU_BATCH_TOKENS, "cuda": CUDA_BATCH_TOKENS}
+READY_TOKENS = {"cpu": CPU_TOKENS, "cuda": CUDA_TOKENS}
 
 
 def contestants(

@@ -1,4 +1,4 @@
-"""Embed many records, shard by shard, into a cache: stopped at any point, it goes on where it was."""
+"""The embeddings of an evaluation: of many records, by any model with an `encode`, kept in a store as they are made."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from puma_hf.data.records import Candidate, Query
+from puma_hf.embedding.embed import BrokenInputError, is_puma, iterate_embeddings
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.fingerprint import content_key, image_content
 from puma_hf.processes import broadcast, connect, gather
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 1024
 _BATCHES_AT_ONCE = 8  # so many batches a call: `encode` sorts by length, and the progress bar moves
+# Records in memory at a time, in shards for each process: a pool of millions stays in its file.
+_SHARDS_AT_ONCE = 8
 _SHOWN = 5
 # Arguments of `encode` that say how it runs, not what comes out.
-_HOW_IT_RUNS = (
+_HOW_IT_RUNS = {
     "batch_size",
     "chunk_size",
     "convert_to_numpy",
@@ -34,9 +37,12 @@ _HOW_IT_RUNS = (
     "device",
     "pool",
     "show_progress_bar",
-)
+}
 # Arguments that would take the instruction's place, or make something else than comparable embeddings.
 _REFUSED = ("output_value", "precision", "prompt", "prompt_name")
+
+Pair = tuple[Query | Candidate, str]
+"""A record, and the instruction that goes with it; the empty one keeps a model's default prompt away."""
 
 
 class Encoder(Protocol):
@@ -46,163 +52,135 @@ class Encoder(Protocol):
         """Embed inputs as rows: a tensor or array `(len(inputs), embedding_dim)`."""
 
 
-class Item(NamedTuple):
-    """One record to embed, with the instruction that goes with it."""
-
-    key: int
-    record: Query | Candidate
-    prompt: str
-
-
-class ContentKeys:
-    """Names what is embedded by what it is, so that a store outlives a moved folder but not a changed file.
-
-    A key is of the prompt, the text, and the image's path below the root, size and time of change.
-
-    Args:
-        root: Folder of the images.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self._root = os.path.realpath(root)
-
-    def key(self, record: Query | Candidate, prompt: str) -> int:
-        """The key of a record with its prompt."""
-        return content_key(prompt, record.text, image_content(record.image, self._root))
-
-    def items(self, records: Iterable[Query | Candidate], prompts: Iterable[str]) -> list[Item]:
-        """Records and prompts with their keys."""
-        pairs = zip(records, prompts, strict=True)
-        return [Item(self.key(record, prompt), record, prompt) for record, prompt in pairs]
-
-
-def plan_shards(items: Iterable[Item], shard_size: int = SHARD_SIZE) -> list[list[Item]]:
-    """Cut items into shards of one prompt and one modality each, every key once.
-
-    The plan is the same whatever the cache holds: what shares a batch with what changes the last digits of an
-    embedding, so a run that was stopped must go on with the same batches.
-
-    Args:
-        items: What to embed.
-        shard_size: Items of a shard.
-
-    Returns:
-        The shards, in the order that their prompts and modalities first appear in.
-
-    Raises:
-        ValueError: If the shard size is below 1.
-    """
-    if shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size}, must be 1 or more")
-    groups: dict[tuple[str, str], dict[int, Item]] = {}
-    seen: set[int] = set()
-    for item in items:
-        if item.key not in seen:
-            seen.add(item.key)
-            groups.setdefault((item.prompt, item.record.modality), {})[item.key] = item
-    shards = []
-    for group in groups.values():
-        members = list(group.values())
-        shards += [members[start : start + shard_size] for start in range(0, len(members), shard_size)]
-    return shards
-
-
-@dataclass(frozen=True)
-class Embedder:
-    """Embeds shards with a model and puts them into a cache.
+def iterate_rows(
+    model: Any, pairs: Sequence[Pair], *, batch_size: int = 32, encode_kwargs: Mapping[str, Any] | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Embed records with an instruction each: a PUMA as `embed` does, and any other model by its `encode`.
 
     Args:
         model: The model.
-        cache: Where embeddings go.
-        batch_size: Batch size of `encode`.
-        show_progress_bar: Whether the main process shows its progress and the time that is left.
+        pairs: The records and their instructions.
+        batch_size: Of `encode`, which gets inputs of one instruction and one modality at a time. A PUMA has no use for
+            it: its batches are cut by tokens.
         encode_kwargs: Further arguments of `encode`.
+
+    Returns:
+        An iterator over places in `pairs` and their rows, float32 `(num_places, embedding_dim)` on the CPU.
+
+    Raises:
+        ValueError: If an input cannot be read, or `encode` returns a wrong shape, NaN or infinity.
+        FileNotFoundError: If an image is gone.
+    """
+    options = dict(encode_kwargs or {})
+    how = {name: options[name] for name in ("truncate_dim", "processing_kwargs") if name in options}
+    if is_puma(model) and options.keys() <= how.keys() | _HOW_IT_RUNS:
+        inputs = [{**as_dict(record), **({"instruction": prompt} if prompt else {})} for record, prompt in pairs]
+        try:
+            for indices, rows in iterate_embeddings(model, inputs, prompt="", show_progress_bar=False, **how):
+                yield _checked(indices.tolist(), rows, pairs)
+        except BrokenInputError as error:
+            raise ValueError(_named(pairs[error.index][0], error.broken.message)) from error
+        return
+    options = {"batch_size": batch_size, "show_progress_bar": False, **options}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, (record, prompt) in enumerate(pairs):
+        groups.setdefault((prompt, record.modality), []).append(place)
+    step = max(1, batch_size) * _BATCHES_AT_ONCE
+    dim = None
+    for (prompt, modality), places in groups.items():
+        for part in (places[start : start + step] for start in range(0, len(places), step)):
+            records = [pairs[place][0] for place in part]
+            encode = partial(model.encode, prompt=prompt, **options)
+            found = encode_named(encode, [record.model_input for record in records], records)
+            rows = torch.as_tensor(found).float().cpu()
+            dim = rows.shape[-1] if dim is None else dim
+            if rows.shape != (len(part), dim):  # one row would be taken for all
+                raise ValueError(
+                    f"encode returned {tuple(rows.shape)} for {len(part)} inputs of modality {modality!r}, expected "
+                    f"({len(part)}, {dim if rows.ndim == 2 else 'embedding_dim'}), the same for every modality"
+                )
+            yield _checked(part, rows, pairs)
+
+
+class Embedder:
+    """Embeds records into a store; what is there is not embedded again.
+
+    A record is known by what it is, so that a store outlives a moved folder but not a changed file: its instruction,
+    its text, and path, size and time of change of its image.
+
+    Args:
+        model: The model.
+        store: Where embeddings go.
+        image_root: Folder of the images.
+        batch_size: As in `iterate_rows`.
+        encode_kwargs: Likewise.
+        shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
+        show_progress_bar: Whether the main process shows its progress and the time that is left.
     """
 
-    model: Encoder
-    cache: EmbeddingStore
-    batch_size: int = 32
-    show_progress_bar: bool = True
-    encode_kwargs: Mapping[str, Any] | None = None
+    def __init__(
+        self,
+        model: Encoder,
+        store: EmbeddingStore,
+        image_root: str | Path,
+        *,
+        batch_size: int = 32,
+        encode_kwargs: Mapping[str, Any] | None = None,
+        shard_size: int = SHARD_SIZE,
+        show_progress_bar: bool = True,
+    ) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size is {shard_size}, must be 1 or more")
+        self._model, self._store, self._root = model, store, os.path.realpath(image_root)
+        self._options: dict[str, Any] = {"batch_size": batch_size, "encode_kwargs": encode_kwargs}
+        self._shard_size, self._show = shard_size, show_progress_bar
 
-    def embed(self, shards: Sequence[Sequence[Item]]) -> None:
-        """Embed what the cache lacks; of several processes each has its share, and all wait for all.
+    def keys(self, pairs: Iterable[Pair]) -> Tensor:
+        """Embed what the store lacks; the keys `(num_pairs,)` of all, in their order.
 
-        Args:
-            shards: As `plan_shards` cuts them.
+        A window of records is in memory at a time. Of several processes each embeds its share, and all wait for all.
 
         Raises:
-            ValueError: If `encode` returns a wrong shape, NaN or infinity.
+            ValueError: As in `iterate_rows`, or if an embedding is too large for the type of the store.
             OSError: If the disk is full; finished shards are kept.
         """
+        keys = [torch.empty(0, dtype=torch.int64)]
+        remaining = iter(pairs)
+        while window := list(islice(remaining, self._shard_size * _SHARDS_AT_ONCE * connect()[1])):
+            keys.append(torch.tensor([self.key(record, prompt) for record, prompt in window]))
+            self._embed(window, keys[-1])
+        return torch.cat(keys)
+
+    def key(self, record: Query | Candidate, prompt: str) -> int:
+        """What a record with its instruction is found by."""
+        return content_key(prompt, record.text, image_content(record.image, self._root))
+
+    def _embed(self, window: Sequence[Pair], keys: Tensor) -> None:
         rank, count = connect()
-        self.cache.refresh()
+        self._store.refresh()
         # One process looks and tells the others: on a network drive they may not see the same files yet.
-        missing = [self._missing(shard) for shard in shards] if rank == 0 else []
-        todo = [number for number, items in enumerate(missing) if items]
-        # The largest first, so that every process has about as much to do.
-        numbers = broadcast(sorted(todo, key=lambda number: -len(missing[number])))
-        if rank == 0:
-            total, to_do = sum(map(len, shards)), sum(map(len, missing))
-            logger.info("%d inputs to embed: %d already are, %d to do", total, total - to_do, to_do)
-        mine = [self._missing(shards[number]) for number in numbers[rank::count]]
-        hidden = not self.show_progress_bar or rank > 0 or not mine
-        with tqdm(total=sum(map(len, mine)), desc="Embedding", unit="item", disable=hidden, smoothing=0.1) as progress:
-            for items in mine:
-                parts: list[Tensor] = []
-                for rows in self._encode(items):
-                    _check_dim(rows, self.cache.embedding_dim or (parts or [rows])[0].shape[1], items)
-                    parts.append(rows)
-                    progress.update(len(rows))
-                self.cache.add(torch.tensor([item.key for item in items]), torch.cat(parts))
+        lacking = broadcast((~self._store.has(keys)).nonzero().flatten().tolist() if rank == 0 else [])
+        todo = list({int(keys[place]): place for place in reversed(lacking)}.values())[::-1]  # each key once
+        if rank == 0 and todo:
+            logger.info("%d inputs to embed: %d already are, %d to do", len(window), len(window) - len(todo), len(todo))
+        mine = todo[rank::count]
+        hidden = not self._show or rank > 0 or not mine
+        with tqdm(total=len(mine), desc="Embedding", unit="item", disable=hidden, smoothing=0.1) as progress:
+            for shard in (mine[start : start + self._shard_size] for start in range(0, len(mine), self._shard_size)):
+                rows: list[Tensor] = [torch.empty(0)] * len(shard)
+                for places, part in iterate_rows(self._model, [window[place] for place in shard], **self._options):
+                    for place, row in zip(places, part, strict=True):
+                        rows[place] = row
+                    progress.update(len(places))
+                self._store.add(keys[shard], torch.stack(rows))
         gather(None)
-        self.cache.refresh()
-
-    def _missing(self, shard: Sequence[Item]) -> list[Item]:
-        there = self.cache.has(torch.tensor([item.key for item in shard])).tolist()
-        return [item for item, is_there in zip(shard, there, strict=True) if not is_there]
-
-    def _encode(self, items: Sequence[Item]) -> Iterator[Tensor]:
-        """Embeddings of the items of one shard, `(call_size, embedding_dim)` at a time."""
-        options = {"batch_size": self.batch_size, "show_progress_bar": False, **(self.encode_kwargs or {})}
-        size = max(1, self.batch_size) * _BATCHES_AT_ONCE
-        for start in range(0, len(items), size):
-            part = items[start : start + size]
-            inputs = [item.record.model_input for item in part]
-            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            encode = partial(self.model.encode, prompt=part[0].prompt, **options)
-            rows = torch.as_tensor(encode_named(encode, inputs, [item.record for item in part])).float().cpu()
-            if rows.ndim != 2 or len(rows) != len(part):
-                raise ValueError(
-                    f"encode returned {tuple(rows.shape)} for {len(part)} inputs of modality "
-                    f"{part[0].record.modality!r}, expected ({len(part)}, embedding_dim)"
-                )
-            self._check_finite(rows, part)
-            yield rows
-
-    def _check_finite(self, rows: Tensor, items: Sequence[Item]) -> None:
-        bad = (~rows.to(self.cache.dtype).isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if not bad:
-            return
-        names = [record_id(items[row].record) for row in bad[:_SHOWN]]
-        remedy = "look at these inputs, or encode in float32 or bfloat16 instead of float16"
-        if rows.isfinite().all():
-            remedy = "they are too large for float16: choose embedding_dtype='bfloat16' or 'float32'"
-        raise ValueError(
-            f"the embeddings of {len(bad)} of {len(items)} inputs of modality {items[0].record.modality!r} are not "
-            f"finite as {self.cache.dtype}, first {names}; {remedy}"
-        )
+        self._store.refresh()
 
 
 def encode_named(
     encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Query | Candidate]
 ) -> Any:
     """What `encode` gives for inputs; if one cannot be read, the error names its record.
-
-    Args:
-        encode: Embeds inputs.
-        inputs: The inputs.
-        records: The record of each.
 
     Raises:
         FileNotFoundError: If an image is gone.
@@ -216,14 +194,8 @@ def encode_named(
                 encode([one])
             except (ValueError, FileNotFoundError) as own:
                 kind = FileNotFoundError if isinstance(own, FileNotFoundError) else ValueError
-                name = f"{type(record).__name__.lower()} {record_id(record)!r}"
-                raise kind(f"{name}: {str(own).removeprefix('inputs[0]: ')}") from error
+                raise kind(_named(record, str(own))) from error
         raise
-
-
-def record_id(record: Query | Candidate) -> str:
-    """The qid or did of a record."""
-    return record.qid if isinstance(record, Query) else record.did
 
 
 def check_encode_kwargs(encode_kwargs: Mapping[str, Any] | None) -> None:
@@ -242,21 +214,33 @@ def check_encode_kwargs(encode_kwargs: Mapping[str, Any] | None) -> None:
 
 
 def settings_of_encode(encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those arguments of `encode` that change what comes out, as plain values.
-
-    Raises:
-        ValueError: If one cannot be passed on.
-    """
+    """Those arguments of `encode` that change what comes out, as plain values; a ValueError as above."""
     check_encode_kwargs(encode_kwargs)
-    given = dict(encode_kwargs or {})
-    kept = {name: value for name, value in given.items() if name not in _HOW_IT_RUNS}
+    kept = {name: value for name, value in (encode_kwargs or {}).items() if name not in _HOW_IT_RUNS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True, default=str))
     return plain
 
 
-def _check_dim(rows: Tensor, dim: int, items: Sequence[Item]) -> None:
-    if rows.shape[1] != dim:
+def as_dict(record: Query | Candidate) -> dict[str, Any]:
+    """A record as an input that an instruction can be added to."""
+    values = {"image": record.image, "text": record.text}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(places: list[int], rows: Tensor, pairs: Sequence[Pair]) -> tuple[list[int], Tensor]:
+    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        names = [_id(pairs[places[row]][0]) for row in bad[:_SHOWN]]
         raise ValueError(
-            f"encode returned {tuple(rows.shape)} for {len(rows)} inputs of modality {items[0].record.modality!r}, "
-            f"expected ({len(rows)}, {dim}): the same embedding_dim for every modality"
+            f"the embeddings of {len(bad)} of {len(rows)} inputs are not finite, first {names}; look at these inputs, "
+            "or encode in float32 or bfloat16 instead of float16"
         )
+    return places, rows
+
+
+def _id(record: Query | Candidate) -> str:
+    return record.qid if isinstance(record, Query) else record.did
+
+
+def _named(record: Query | Candidate, message: str) -> str:
+    return f"{type(record).__name__.lower()} {_id(record)!r}: {message.partition(']: ')[2] or message}"
