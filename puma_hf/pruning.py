@@ -295,7 +295,7 @@ def _source_size(checkpoint: SourceCheckpoint, config: Any, model: PumaModel, is
     return parameters, parameters * dtype.itemsize
 
 
-# ------------------------------------------------------------------- limits: how large an image, how long a text is read
+# ------------------------------------------------------------------ limits: how large an image, how long a text is read
 
 
 def pixels_per_token(image_processor: Any) -> int:
