@@ -195,7 +195,7 @@ def _stage(files: PushFiles, folder: Path, base: AdapterBase | None) -> Path:
             (folder / name).symlink_to((files.directory / name).resolve())
         else:
             shutil.copyfile(files.directory / name, folder / name)
-    if "messages_puma.py" in files.names:  # the model's code, which that of the losses lies beside
+    if "inputs_puma.py" in files.names:  # the model's code, which that of the losses lies beside
         for name, code in loss_files().items():
             (folder / name).write_text(code, encoding="utf-8")
     if base is not None:  # a name on this machine may be relative to the current directory

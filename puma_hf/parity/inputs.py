@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from puma_hf.modeling.messages_puma import modality_of
+from puma_hf.modeling.inputs_puma import modality_of
 
 _WORDS = (
     *("a", "red", "apple", "on", "the", "wooden", "table", "of", "two", "old", "boats", "under", "grey", "sky", "who"),
