@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any
@@ -19,6 +21,16 @@ BASE_FILE = "puma_base.json"
 DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
+# huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+# What a loader reads of a directory: the list of what may be published. Whatever else lies there stays.
+_LOADED = (
+    *("config.json", "*_puma.py", ADAPTER_CONFIG, BASE_FILE, "LICENSE", "NOTICE"),
+    *("model.safetensors.index.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -49,6 +61,26 @@ def is_adapter_directory(directory: str | Path) -> bool:
             "distill, train or merge wrote."
         )
     return is_adapter
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it.
+
+    Example:
+        >>> is_hub_id("org/puma-k14"), is_hub_id("../puma-k14"), is_hub_id("/home/me/puma-k14")
+        (True, False, False)
+    """
+    is_forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return _HUB_ID.fullmatch(name) is not None and not is_forbidden
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files of a PUMA directory, or of an adapter's, that a loader reads, its card not among them."""
+    index = read_config(folder, "model.safetensors.index.json").get("weight_map")
+    # Of shards those that the index names: older ones may lie beside them.
+    weights = set(index.values()) if index else {"model.safetensors", ADAPTER_WEIGHTS}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if name in weights or any(fnmatch(name, pattern) for pattern in _LOADED)]
 
 
 def named_base(adapter: Path) -> str:
