@@ -19,7 +19,7 @@ TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers"
 
 
 def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
-    """Write the `README.md` of a PUMA directory from its configuration and from what `PruneReport.to_dict()` counted."""
+    """Write the `README.md` of a PUMA directory; `facts` is what `PruneReport.to_dict()` has."""
     source = config.source_name_or_path
     card_data = ModelCardData(
         library_name="sentence-transformers",

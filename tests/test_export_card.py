@@ -11,7 +11,7 @@ from transformers import Qwen2VLConfig
 
 from puma_hf.export import export
 from puma_hf.export_card import write_export_card
-from puma_hf.parity.forms import embed_features, features_of, open_auto_model
+from puma_hf.hub.check import embed_features, features_of, open_auto_model
 
 LINEAGE = {"num_kept_layers": 14, "original_num_hidden_layers": 28, "source_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
 

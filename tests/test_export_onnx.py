@@ -9,7 +9,7 @@ import torch
 
 from puma_hf import export_onnx, prune
 from puma_hf.export import export, is_export
-from puma_hf.parity.forms import embed_features, features_of, open_auto_model
+from puma_hf.hub.check import embed_features, features_of, open_auto_model
 from tests.tiny import build_checkpoint
 
 ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor
 
 from puma_hf import PumaProcessor, prune
-from puma_hf.hub.card import render_card
+from puma_hf.hub.card import make_card
 from puma_hf.limits import read_limits, set_limits, told_limits
 from puma_hf.trainer import merge_adapter
 from tests.tiny import build_checkpoint
@@ -51,7 +51,7 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
         f"- Images are scaled down to at most {expected:,} pixels, {tokens:,} visual tokens; texts are cut at 512 tok"
     )
     assert told in (tmp_path / "k3" / "README.md").read_text()
-    assert told in render_card(tmp_path / "k3")
+    assert told in make_card(tmp_path / "k3").text
     # Cut further, it keeps what it has.
     assert prune(tmp_path / "k3", tmp_path / "k2", num_kept_layers=2).max_pixels == expected
     assert [longest(tmp_path / name) for name in ("k3", "k2")] == [expected, expected]

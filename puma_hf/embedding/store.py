@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from puma_hf.embedding.config import FileFormat
+from puma_hf.configs import FileFormat
 from puma_hf.embedding.shards import (
     BrokenRecord,
     DamagedShardError,

@@ -23,13 +23,13 @@ from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.evaluation.embedding_cache import EmbeddingCache
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
-from puma_hf.evaluation.fingerprint import model_fingerprint
-from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
 from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.evaluation.search import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
+from puma_hf.fingerprint import model_fingerprint
+from puma_hf.fingerprint import model_name as name_of
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from puma_hf.configs import parse_parameters
 from puma_hf.evaluation.mbeir_results import written_whole
 from puma_hf.evaluation.sweep_choice import Depth, Recommendation, knee, recommend
-from puma_hf.evaluation.sweep_config import parse_parameters
 
 _SHOWN = ("hit@1", "ndcg@10")
 

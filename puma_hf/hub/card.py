@@ -17,12 +17,10 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
-from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.published import PUBLISHED
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.files import (
-    ADAPTER_CONFIG,
     DISTILL_RECIPE,
     TRAIN_RECIPE,
     is_adapter_directory,
@@ -31,6 +29,7 @@ from puma_hf.files import (
     read_config,
     write_whole,
 )
+from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.limits import told_limits
 from puma_hf.model_card import TAGS, fill_template
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -215,7 +214,8 @@ class MeasuredModel:
             # All decoder layers are of one size; of one layer alone its share is not known.
             if dropped and len(by_depth) == 1:
                 return None
-            return by_depth[-1] + more + (dropped and dropped * (by_depth[-1] - by_depth[-2]))
+            layer = by_depth[-1] - by_depth[-2] if dropped else 0
+            return by_depth[-1] + more + dropped * layer
 
         # The head, which is not counted in operations, has the shape of the token embedding.
         text = config.text_config

@@ -1,4 +1,4 @@
-"""Whether the forms of one model give the same embeddings: adapter, merged, saved again, exported, padded, truncated."""
+"""Whether the forms of one model give the same embeddings: merged, saved again, exported, padded, truncated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,20 @@ TOLERANCE = 1e-5
 COSINE_TOLERANCE = 1e-2
 _IMAGE_TOKEN = "<|image_pad|>"
 _FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-_WORDS = "a red apple on the table of two old boats who painted 7 windows? é 苹果 1998, near (north) bread. How".split()
+_WORDS = (
+    "a red apple",
+    "on the",
+    "table",
+    "of",
+    "two",
+    "who painted",
+    "7",
+    "windows?",
+    "é",
+    "苹果",
+    "1998,",
+    "(north)",
+)
 _FIND, _ANSWER = "Find an image that matches the sentence.", "Retrieve a passage that answers the question."
 
 Measure = Literal["difference", "1 - cosine", "relative difference"]
@@ -171,12 +184,8 @@ class Forms:
         expected = self.reference if expected is None else expected
         return compare(form, to, found, expected, [", ".join(one) for one in self.inputs], **options)
 
-    def _model(self, dtype: torch.dtype = torch.float32) -> Any:
-        model: Any = AutoModel.from_pretrained(self.folder, dtype=dtype, trust_remote_code=True)
-        return model.to(self.device).eval()
-
     def by_auto_model(self) -> Iterator[ParityRow]:
-        model = self._model()
+        model = open_auto_model(self.folder, torch.float32, self.device)
         self.reference = embed_features(model, self.features)
         padded = features_of(self.folder, self.inputs, padding_side="right")
         yield self._row("padded on the right", embed_features(model, padded), to="padded on the left")
@@ -206,9 +215,8 @@ class Forms:
             return self._row("saved and loaded again", encode(model, self.inputs), expected, to="SentenceTransformer")
 
     def rounded(self) -> ParityRow:
-        return self._row(
-            "in bfloat16", embed_features(self._model(torch.bfloat16), self.features), measure="1 - cosine"
-        )
+        model = open_auto_model(self.folder, torch.bfloat16, self.device)
+        return self._row("in bfloat16", embed_features(model, self.features), measure="1 - cosine")
 
     def exported(self, folder: Path | None) -> Iterator[ParityRow]:
         if folder is None and read_config(self.folder).get("positions", "mrope") != "mrope":
@@ -240,6 +248,12 @@ class Forms:
 
 
 # --- embeddings by every way in
+
+
+def open_auto_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A PUMA directory by AutoModel, with the code that lies in it."""
+    model: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+    return model.to(device).eval()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from puma_hf.configs import PushConfig
 from puma_hf.files import (
     ADAPTER_CONFIG,
     BASE_FILE,
@@ -29,7 +30,6 @@ from puma_hf.files import (
 )
 from puma_hf.hub.card import CardOptions, make_card
 from puma_hf.hub.load_check import LoadCheck, check_loads
-from puma_hf.hub.push_config import PushConfig
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +297,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             raise
         status = getattr(getattr(cause, "response", None), "status_code", None)
         kind = PermissionError if status in (401, 403) else ConnectionError
-        reason = str(cause).strip().partition("\n")[0]
+        reason = " ".join(str(cause).split())[:300]
         raise kind(
             f"The push to {repo_id!r} failed ({reason}). A commit is made whole or not at all, so the repository is as "
             "it was, or empty if it is new. Mend what is named and run it again; large files are not sent twice."

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 
-from puma_hf.embedding.config import FileFormat
+from puma_hf.configs import FileFormat
 from puma_hf.embedding.shards import BrokenRecord, DamagedShardError, Shard, ShardInfo
 from puma_hf.embedding.store import EmbeddingStore, open_embeddings
 
