@@ -15,10 +15,10 @@ from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)

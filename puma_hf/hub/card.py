@@ -203,12 +203,12 @@ class MeasuredModel:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
-        from puma_hf.evaluation.layer_costs import layer_costs
+        from puma_hf.evaluation.layer_sweep import layer_costs
 
         if self.model is None:
             return {}
         counted, config = layer_costs(self.model), self.model[0].model.config
-        dropped = config.original_num_hidden_layers - config.num_kept_layers
+        dropped: int = config.original_num_hidden_layers - config.num_kept_layers
 
         def before(by_depth: Sequence[int], more: int = 0) -> int | None:
             # All decoder layers are of one size; of one layer alone its share is not known.

@@ -225,8 +225,7 @@ class Forms:
         if folder is None:
             folder = self.scratch / "exported"
             export(self.folder, folder)
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        model.to(self.device).eval()
+        model = open_stock(folder, torch.float32, self.device)
         yield self._row("exported, stock classes", embed_stock(model, self.features))
         yield self._row("exported, stock inputs too", embed_stock(model, stock_features(folder, self.inputs)))
         found, expected = (StoredWeights(open_checkpoint(one)) for one in (folder, self.folder))
@@ -262,6 +261,12 @@ def _opened(folder: Path, dtype: torch.dtype | str, device: str) -> Iterator[Sen
     model = SentenceTransformer(str(folder), trust_remote_code=True, device=device, model_kwargs={"dtype": dtype})
     yield model.eval()
     model.to("meta")
+
+
+def open_stock(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """An export by the stock class, without remote code."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
 
 
 def features_of(folder: Path, inputs: Sequence[Any], *, padding_side: str = "left") -> dict[str, Tensor]:

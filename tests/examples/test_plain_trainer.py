@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from examples import plain_trainer
 from puma_hf import PumaModel, PumaProcessor
+from puma_hf.files import model_files
 from puma_hf.losses import ScheduledTemperatureLoss
 from tests.data.mbeir_builder import build_mbeir
 
