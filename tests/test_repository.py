@@ -40,9 +40,8 @@ MUST_NOT_IMPORT = {
     "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
     "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub", "puma_hf.app"),
-    "hub/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.search", "puma_hf.app", "puma_hf.cli"),
-    # A Space copies what the upload would send, and knows nothing else of the Hub.
-    "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub.push", "puma_hf.hub.card"),
+    "hub/": ("puma_hf.search", "puma_hf.app", "puma_hf.cli"),
+    "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
     "trainer/": ("puma_hf.cli",),
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
 }
