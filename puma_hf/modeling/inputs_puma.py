@@ -478,11 +478,13 @@ def read_frames(video: Any, where: str) -> tuple[np.ndarray, float | None]:
     if is_file and not is_av_available():
         raise ImportError(f"{where}: a video file needs PyAV. Run `pip install 'puma-hf[video]'`.")
     try:
-        if isinstance(video, bytes):
-            frames, about = read_video_pyav(BytesIO(video), _all_frames)
-            return np.asarray(frames), about.fps
         if is_file:
-            frames, about = load_video(str(video), backend="pyav", sample_indices_fn=_all_frames)
+            source: Any = BytesIO(video) if isinstance(video, bytes) else str(video)
+            options: dict[str, Any] = {"sample_indices_fn": _all_frames}
+            if isinstance(video, bytes):
+                frames, about = read_video_pyav(source, **options)
+            else:
+                frames, about = load_video(source, backend="pyav", **options)
             return np.asarray(frames), about.fps
         if hasattr(video, "shape"):
             return np.ascontiguousarray(video), None
