@@ -59,7 +59,7 @@ IMAGE_FORMATS = frozenset((
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_TIMEOUT = 30.0  # seconds
 # By EXIF's orientation, 1 to 8.
-_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+_TURNS: dict[Any, Image.Transpose] = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
 
 
 class _RefusedError(ValueError):
