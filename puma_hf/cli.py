@@ -16,17 +16,23 @@ import typer
 
 from puma_hf import __version__
 from puma_hf.cli_options import config_command
-from puma_hf.data.pairs_config import PairsConfig
-from puma_hf.embedding.config import EmbedConfig
-from puma_hf.evaluation.config import EvaluateConfig
-from puma_hf.evaluation.sweep_config import SweepConfig
-from puma_hf.export_config import ExportConfig
-from puma_hf.hub.push_config import PushConfig
-from puma_hf.parity.config import CheckConfig
-from puma_hf.search.config import AppConfig, IndexConfig, SearchConfig
+from puma_hf.configs import (
+    AppConfig,
+    CheckConfig,
+    DistillConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    IndexConfig,
+    MergeConfig,
+    PairsConfig,
+    PushConfig,
+    SearchConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from puma_hf.termination import ends_well_on_sigterm
 from puma_hf.trainer.checkpoints import is_full_disk
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -174,7 +180,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
     """
-    from puma_hf.evaluation.run import evaluate as run
+    from puma_hf.evaluation.mbeir import evaluate as run
 
     with ends_well_on_sigterm():
         results = run(config)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint, own_name
+from puma_hf.configs import ExportFormat
 from puma_hf.export_card import write_export_card
-from puma_hf.export_config import ExportFormat
 from puma_hf.export_onnx import check_onnx_is_installed, write_onnx
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,19 @@ BASE_FILE = "puma_base.json"
 DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
+# huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it.
+
+    Example:
+        >>> is_hub_id("org/puma-k14"), is_hub_id("../puma-k14"), is_hub_id("/home/me/puma-k14")
+        (True, False, False)
+    """
+    is_forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return _HUB_ID.fullmatch(name) is not None and not is_forbidden
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:

@@ -41,7 +41,7 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
 
     ```python
     >>> from puma_hf.recipes import load_config
-    >>> from puma_hf.trainer.config import DistillConfig
+    >>> from puma_hf.configs import DistillConfig
 
     >>> config = load_config(DistillConfig, "configs/demo_distill.yaml", max_steps=10)
     >>> config.batch_size, config.max_steps

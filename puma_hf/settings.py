@@ -61,6 +61,12 @@ class CheckedConfig:
         """What a person should know before the run: options that this combination ignores."""
         return []
 
+    def _unused(self, why: str, *names: str) -> list[str]:
+        """One sentence about those of the fields that were given, though `why` leaves them without effect."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
+        return [f"{', '.join(given)}: not used with {why}."] if given else []
+
 
 def _default_as_remedy(entry: Field[Any]) -> str:
     given = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"

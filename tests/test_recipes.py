@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.recipes import config_text, load_config, save_config
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
 PATHS = "model: pruned\noutput: out\ndata: mbeir\n"
 

@@ -10,12 +10,12 @@ from puma_hf.lazy import resolver
 _NAMES = {
     "BrokenInput": "puma_hf.embedding.results",
     "BrokenInputError": "puma_hf.embedding.results",
-    "EmbedConfig": "puma_hf.embedding.config",
+    "EmbedConfig": "puma_hf.configs",
     "EmbedReport": "puma_hf.embedding.run",
     "EmbedResult": "puma_hf.embedding.results",
     "embed_corpus": "puma_hf.embedding.run",
     "iterate_embeddings": "puma_hf.embedding.embed",
-    "open_embeddings": "puma_hf.embedding.store",
+    "open_embeddings": "puma_hf.embedding.corpus_store",
 }
 
 __all__ = [
@@ -33,8 +33,8 @@ __getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:
-    from puma_hf.embedding.config import EmbedConfig
+    from puma_hf.configs import EmbedConfig
+    from puma_hf.embedding.corpus_store import open_embeddings
     from puma_hf.embedding.embed import iterate_embeddings
     from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
     from puma_hf.embedding.run import EmbedReport, embed_corpus
-    from puma_hf.embedding.store import open_embeddings

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from puma_hf.configs import OnError, Precision
 from puma_hf.embedding.batches import plan_batches
-from puma_hf.embedding.config import OnError, Precision
 from puma_hf.embedding.device import Rows, Runner
 from puma_hf.embedding.features import take
 from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_tokens

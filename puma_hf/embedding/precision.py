@@ -8,7 +8,7 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
-from puma_hf.embedding.config import Precision
+from puma_hf.configs import Precision
 from puma_hf.embedding.results import BrokenInput, EmbedResult
 
 _SCALED = ("int8", "uint8")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.configs import EmbedConfig
 from puma_hf.embedding.embed import iterate_embeddings
 from puma_hf.embedding.precision import Collector
 from puma_hf.embedding.records import Record

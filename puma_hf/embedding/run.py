@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.configs import EmbedConfig
+from puma_hf.embedding.corpus_store import ERRORS, MANIFEST, RANGES, EmbeddingStore
 from puma_hf.embedding.precision import quantize, ranges_of
 from puma_hf.embedding.record_embeddings import embed_records, embedding_dim, expect_less
 from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from puma_hf.embedding.results import EmbedResult
 from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
-from puma_hf.embedding.store import ERRORS, MANIFEST, RANGES, EmbeddingStore
 from puma_hf.embedding.unfinished import UnfinishedShard
-from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
 from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 from puma_hf.files import is_puma_directory
+from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         OSError: If the disk is full; finished shards are kept.
 
     Example:
-        >>> from puma_hf.embedding.config import EmbedConfig
+        >>> from puma_hf.configs import EmbedConfig
         >>> from puma_hf.embedding.run import embed_corpus
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP

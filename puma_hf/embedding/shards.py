@@ -17,7 +17,7 @@ from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from puma_hf.embedding.config import FileFormat
+from puma_hf.configs import FileFormat
 from puma_hf.files import write_whole
 
 _KEY = "puma_hf"  # where the files have their description

@@ -23,19 +23,19 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf.checkpoint import open_checkpoint
+from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.encoding import encode_named
-from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
 from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, keep_last_depths, progress_bar
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.search import exact_search
-from puma_hf.evaluation.sweep_config import SweepConfig, parse_parameters
+from puma_hf.evaluation.mbeir import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
+from puma_hf.evaluation.topk import exact_search
+from puma_hf.fingerprint import short_name
 from puma_hf.flops import count_parameters
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
@@ -174,7 +174,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         ImportError: If `output` is given and matplotlib is not installed.
 
     Example:
-        >>> from puma_hf.evaluation.sweep_config import SweepConfig
+        >>> from puma_hf.configs import SweepConfig
         >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """

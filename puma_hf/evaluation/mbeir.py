@@ -20,15 +20,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
+from puma_hf.configs import EvaluateConfig
 from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import Candidate, MBEIRFormatError, Query
-from puma_hf.evaluation.config import EvaluateConfig
-from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
-from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
-from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 from puma_hf.evaluation.processes import (
     connect,
@@ -39,8 +37,17 @@ from puma_hf.evaluation.processes import (
     shared_folder,
 )
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
-from puma_hf.evaluation.topk import SearchResult, check_backend, exact_search, less_popular, merge_results
+from puma_hf.evaluation.topk import (
+    SearchResult,
+    StoredCandidates,
+    check_backend,
+    exact_search,
+    less_popular,
+    merge_results,
+)
 from puma_hf.files import read_config, write_whole
+from puma_hf.fingerprint import model_fingerprint, short_name
+from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 from puma_hf.settings import processing_of
@@ -102,6 +109,23 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
     if skipped:
         logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(skipped))
     return searches
+
+
+def distinct_candidates(searches: Iterable[Search]) -> dict[str, Candidate]:
+    """Every candidate of some searches once, by did, for who holds them in memory: those of the largest pool first.
+
+    Raises:
+        MBEIRFormatError: If a did means two things.
+    """
+    distinct: dict[str, Candidate] = {}
+    for search in sorted(searches, key=lambda search: -len(search.pool)):
+        for did, candidate in search.pool.items():
+            if distinct.setdefault(did, candidate) != candidate:
+                raise MBEIRFormatError(
+                    f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
+                    f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
+                )
+    return distinct
 
 
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
@@ -307,14 +331,15 @@ def _embed(
 
 
 def _search_shares(
-    queries: Tensor, store: EmbeddingCache, keys: Tensor, top_k: int, device: Any, backend: Any
+    queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any, backend: Any
 ) -> SearchResult:
     """Search a pool, each process its slice of it."""
     rank, count = connect()
     start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
     found: SearchResult | None = None
     if stop > start:
-        scores, indices = exact_search(queries, store.source(keys[start:stop]), top_k, device=device, backend=backend)
+        candidates = StoredCandidates(store, keys[start:stop])
+        scores, indices = exact_search(queries, candidates, top_k, device=device, backend=backend)
         found = SearchResult(scores, indices + start)
     return merge_results([part for part in gather(found) if part is not None], top_k)
 
@@ -384,7 +409,7 @@ def _warn_of_replacing(path: Path, results: MBEIRResults, searches: Iterable[Sea
         )
 
 
-def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingCache:
+def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
     """The stored embeddings in a folder, which must be of this model and these settings, or a ValueError says so."""
     fingerprint = made_from["model_fingerprint"]
     if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
@@ -400,7 +425,7 @@ def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) 
         "encode_kwargs": {} if options == {"processing_kwargs": processing_of("split")} else options,
     }
     with main_process_first():
-        return EmbeddingCache(folder, settings, dtype=dtype)
+        return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
 
 # --- the command

@@ -114,9 +114,7 @@ def wrong_modality_at_1(
     return wrong_modality_at_k(rankings, relevance, modalities, k=1)
 
 
-def _check(
-    rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], ks: Sequence[int]
-) -> None:
+def _check(rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], ks: Sequence[int]) -> None:
     if len(rankings) != len(relevance) or not rankings or min(ks) < 1:
         raise ValueError(
             f"{len(rankings)} rankings, {len(relevance)} relevance judgements, and k is {sorted(set(ks))}; give one of "
@@ -124,4 +122,6 @@ def _check(
         )
     for row, judged in enumerate(relevance):
         if not any(gain > 0 for gain in judged.values()):
-            raise ValueError(f"query {row} has no relevant candidate; leave such queries out and say how many there are")
+            raise ValueError(
+                f"query {row} has no relevant candidate; leave such queries out and say how many there are"
+            )

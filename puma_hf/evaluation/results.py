@@ -289,9 +289,7 @@ def falling_scores(scores: Sequence[float]) -> list[float]:
     return fallen
 
 
-def write_run(
-    path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float]]], *, tag: str = "puma-hf"
-) -> None:
+def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float]]], *, tag: str = "puma-hf") -> None:
     """Write rankings for trec_eval, whole or not at all.
 
     Args:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from puma_hf.evaluation.mbeir_results import written_whole
+from puma_hf.configs import parse_parameters
 from puma_hf.evaluation.sweep_choice import Depth, Recommendation, knee, recommend
-from puma_hf.evaluation.sweep_config import parse_parameters
+from puma_hf.files import write_whole
 
 _SHOWN = ("hit@1", "ndcg@10")
 
@@ -254,8 +254,7 @@ class SweepReport:
         folder = Path(folder)
         content = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         for name, text in {"sweep.json": content, "sweep.md": self.to_markdown()}.items():
-            with written_whole(folder / name) as file:
-                file.write(text)
+            write_whole(folder / name, text.encode())
         self.plot(folder / "sweep.png")
 
 

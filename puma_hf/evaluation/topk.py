@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
+
+from puma_hf.embedding.store import EmbeddingStore
 
 # Cosines are float32 and are compared in steps of 2^-24, which is as fine as float32 is just below 1. Summing a product
 # of d numbers rounds a few times: candidates nearer to each other than about 2e-7 may come in either order.
 _STEPS = 2**24
+_TILE = 64  # columns that a matrix product computes at a time, or a multiple of them
 _ROW_BITS = 32
 _ROW_MASK = 2**_ROW_BITS - 1
 
@@ -26,6 +30,20 @@ class CandidateBlocks(Protocol):
 
     def blocks(self, block_size: int) -> Iterator[tuple[int, Tensor]]:
         """All rows in order, at most `block_size` at a time, each block with the number of its first row."""
+
+
+@dataclass(frozen=True)
+class StoredCandidates:
+    """The embeddings of some keys of a store, `(num_keys,)` int64, in their order; they stay on the disk."""
+
+    store: EmbeddingStore
+    keys: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def blocks(self, block_size: int) -> Iterator[tuple[int, Tensor]]:
+        return self.store.blocks(self.keys, block_size)
 
 
 class SearchResult(NamedTuple):
@@ -89,9 +107,16 @@ def exact_search(
     with _full_float32():
         for start, block in blocks:
             rows = _unit_rows("candidates", block.to(device), start, queries.shape[1])
+            # All products have one shape, of whole tiles: of another a copy's score may differ in its last digit, and
+            # the tie with the copy would be lost.
+            missing = -(-block_size // _TILE) * _TILE - len(rows)
+            padded = pad(rows, (0, 0, 0, missing)) if missing else rows
             for first in range(0, len(queries), block_size):
                 part = slice(first, first + block_size)
-                _keep_best(keys[part], queries[part], rows, start, backend)
+                if backend == "faiss":
+                    _keep_best(keys[part], *_faiss_best(queries[part], rows, top_k), start)
+                else:
+                    _keep_best(keys[part], (queries[part] @ padded.T)[:, : len(rows)], None, start)
     return _from_keys(keys.to(home))
 
 
@@ -152,26 +177,24 @@ def check_backend(backend: str) -> None:
         raise ImportError("backend 'faiss' needs faiss: pip install 'puma-hf[faiss]', or choose 'torch'")
 
 
-def _keep_best(keys: Tensor, queries: Tensor, rows: Tensor, start: int, backend: str) -> None:
-    """Merge a block into the best keys so far, `(num_queries, top_k)`, in place."""
-    top_k = keys.shape[1]
-    if backend == "faiss":
-        import faiss
+def _keep_best(keys: Tensor, scores: Tensor, columns: Tensor | None, start: int) -> None:
+    """Merge scores of a block, `(num_queries, n)`, into the best keys so far, `(num_queries, top_k)`, in place."""
+    # Most blocks hold nothing for most queries, and a maximum is found much quicker than the best k. A tie with the
+    # last one that is kept adds nothing, since rows only go up.
+    better = (_steps(scores.amax(dim=1)) > keys[:, -1] >> _ROW_BITS).nonzero().flatten()
+    if len(better):
+        top_k, width = keys.shape[1], scores.shape[1]
+        rows = torch.arange(start, start + width, device=keys.device) if columns is None else columns[better] + start
+        found = _to_keys(scores[better], rows).topk(min(top_k, width), dim=1).values
+        keys[better] = torch.cat([keys[better], found], dim=1).topk(top_k, dim=1).values
 
-        k, metric = min(top_k, len(rows)), faiss.METRIC_INNER_PRODUCT
-        found, columns = faiss.knn(queries.cpu().numpy(), rows.cpu().numpy(), k, metric=metric)
-        better, scores = torch.arange(len(queries)), torch.from_numpy(found)
-        places = torch.from_numpy(columns)
-    else:
-        scores = queries @ rows.T
-        # Most blocks hold nothing for most queries, and a maximum is found much quicker than the best k. A tie with
-        # the last one that is kept adds nothing, since rows only go up.
-        better = (_steps(scores.amax(dim=1)) > keys[:, -1] >> _ROW_BITS).nonzero().flatten()
-        scores = scores if len(better) == len(scores) else scores[better]
-        places = torch.arange(len(rows), device=scores.device)
-    block_keys = _to_keys(scores, places + start)
-    block_keys = block_keys.topk(min(top_k, block_keys.shape[1]), dim=1).values
-    keys[better] = torch.cat([keys[better], block_keys], dim=1).topk(top_k, dim=1).values
+
+def _faiss_best(queries: Tensor, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    import faiss
+
+    k, metric = min(top_k, len(rows)), faiss.METRIC_INNER_PRODUCT
+    scores, columns = faiss.knn(queries.cpu().numpy(), rows.cpu().numpy(), k, metric=metric)
+    return torch.from_numpy(scores).to(queries.device), torch.from_numpy(columns).to(queries.device)
 
 
 def _to_keys(scores: Tensor, rows: Tensor) -> Tensor:

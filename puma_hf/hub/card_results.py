@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]
 
-from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 
@@ -116,7 +116,7 @@ class MeasuredModel:
         Raises:
             ValueError: If the model cannot be loaded.
         """
-        from puma_hf.evaluation.fingerprint import model_fingerprint
+        from puma_hf.fingerprint import model_fingerprint
 
         if truncate_dim not in self._fingerprints:
             model = self._loaded()

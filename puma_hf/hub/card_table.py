@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from puma_hf.data.mbeir import MBEIRTask
-from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.published import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
+from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
+from puma_hf.evaluation.results import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
 
 NOT_MEASURED = "not measured"
 _POOLS = {
@@ -35,7 +35,7 @@ def card_table(results: MBEIRResults) -> str:
 
     ```python
     >>> from puma_hf.hub.card_table import card_table
-    >>> from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
+    >>> from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
 
     >>> row = MBEIRTaskResult("toys", 0, "local", 100, 50, 0, 0.625, {"hit@5": 0.625})
     >>> print(card_table(MBEIRResults("val", [row])).splitlines()[2])

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from puma_hf.trainer.config import FIRST_LAYER, StageConfig
+from puma_hf.configs import FIRST_LAYER, StageConfig
 from puma_hf.values import convert, nearest
 
 # Values of training_arguments of these types are checked here; the Trainer would fail on them much later.
@@ -36,7 +36,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
 
     ```python
     >>> from puma_hf.trainer.arguments import training_arguments
-    >>> from puma_hf.trainer.config import TrainConfig
+    >>> from puma_hf.configs import TrainConfig
 
     >>> training_arguments(TrainConfig(model="puma-k4", output="lora", data="demo/emoji")).lr_scheduler_type.value
     'cosine'

@@ -8,8 +8,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 
+from puma_hf.configs import TrainConfig
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss
-from puma_hf.trainer.config import TrainConfig
 
 
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:

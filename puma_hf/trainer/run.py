@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from puma_hf.configs import RECIPES, DistillConfig, StageConfig, TrainConfig
 from puma_hf.recipes import config_text, save_config
 from puma_hf.trainer.checkpoints import (
     CHECKPOINT_NAME,
@@ -22,7 +23,6 @@ from puma_hf.trainer.checkpoints import (
     last_whole_checkpoint,
     written_whole,
 )
-from puma_hf.trainer.config import RECIPES, DistillConfig, StageConfig, TrainConfig
 from puma_hf.trainer.lora import save_base_fingerprint
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.sharding import whole_weights

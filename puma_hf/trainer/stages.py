@@ -13,6 +13,7 @@ from datasets import Dataset
 from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.configs import DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
@@ -22,7 +23,6 @@ from puma_hf.losses import SelfDistillationLoss
 from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
 from puma_hf.settings import processing_of
 from puma_hf.trainer.arguments import training_arguments
-from puma_hf.trainer.config import DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora import add_lora, lora_config, merge_adapter, puma_model
 from puma_hf.trainer.objectives import training_loss
@@ -57,7 +57,7 @@ def distill(config: DistillConfig) -> Path:
     Example:
 
     ```python
-    >>> from puma_hf.trainer.config import DistillConfig
+    >>> from puma_hf.configs import DistillConfig
     >>> from puma_hf.trainer.stages import distill
 
     >>> config = DistillConfig(model="puma-k4", output="puma-k4-lora", data="demo/emoji", teacher="demo/backbone")
@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> Path:
     Example:
 
     ```python
-    >>> from puma_hf.trainer.config import TrainConfig
+    >>> from puma_hf.configs import TrainConfig
     >>> from puma_hf.trainer.stages import train
 
     >>> config = TrainConfig(model="puma-k4-distilled", output="puma-k4-mac-lora", data="demo/emoji")

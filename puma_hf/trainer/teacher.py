@@ -9,8 +9,8 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.configs import TeacherMode
 from puma_hf.modeling import PumaModel
-from puma_hf.trainer.config import TeacherMode
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
 from puma_hf.trainer.full_model import StoredModel, check_hidden_size, different_base_weights, dropped_layers
 from puma_hf.trainer.lora import puma_model

@@ -21,8 +21,8 @@ import torch
 from filelock import FileLock
 
 from puma_hf import cli
+from puma_hf.configs import EmbedConfig
 from puma_hf.embedding import record_embeddings, run
-from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.run import EmbedReport, embed_corpus
 from puma_hf.locks import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write

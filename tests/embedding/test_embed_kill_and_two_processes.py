@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from puma_hf.embedding.store import open_embeddings
+from puma_hf.embedding.corpus_store import open_embeddings
 from puma_hf.locks import LOCK_FILE
 from tests.forks import SHARES, run_worker
 

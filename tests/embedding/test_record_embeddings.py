@@ -11,8 +11,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
+from puma_hf.configs import EmbedConfig
 from puma_hf.embedding import record_embeddings
-from puma_hf.embedding.config import EmbedConfig
 from puma_hf.embedding.record_embeddings import embed_records, embedding_dim
 from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, EmbedResult

@@ -15,11 +15,11 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
+from puma_hf.configs import EmbedConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.embedding import record_embeddings, run
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.embedding.corpus_store import ERRORS, open_embeddings
 from puma_hf.embedding.run import EmbedReport, embed_corpus
-from puma_hf.embedding.store import ERRORS, open_embeddings
 from puma_hf.locks import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import build_mbeir
 

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from puma_hf.embedding.config import FileFormat
+from puma_hf.configs import FileFormat
 from puma_hf.embedding.shards import (
     BrokenRecord,
     DamagedShardError,

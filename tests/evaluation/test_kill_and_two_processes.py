@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.results import MBEIRResults
 from tests.data.mbeir_builder import build_mbeir
 from tests.evaluation.evaluation_worker import NUM_KILLS
 from tests.forks import SHARES, run_worker

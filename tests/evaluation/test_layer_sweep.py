@@ -14,14 +14,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
+from puma_hf.configs import SweepConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation import layer_sweep
 from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.layer_sweep import SweepInputs, open_model, sweep
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.sweep_config import SweepConfig
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
 from puma_hf.flops import count_parameters
 from tests.data import mbeir_builder as builder

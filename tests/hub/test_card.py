@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
 from puma_hf.evaluation.layer_costs import LayerCosts
-from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
+from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.flops import count_flops
 from puma_hf.hub.card import CardOptions, render_card, write_card

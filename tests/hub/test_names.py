@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from puma_hf.hub.names import is_hub_id
+from puma_hf.files import is_hub_id
 
 
 @pytest.mark.parametrize(

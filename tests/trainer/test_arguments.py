@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
+from puma_hf.configs import TrainConfig
 from puma_hf.trainer import arguments
 from puma_hf.trainer.arguments import training_arguments
-from puma_hf.trainer.config import TrainConfig
 from tests.trainer.conftest import MakeStudent
 
 

@@ -9,8 +9,8 @@ import pytest
 import transformers.modeling_utils
 from safetensors import SafetensorError
 
+from puma_hf.configs import DistillConfig
 from puma_hf.trainer.checkpoints import UNFINISHED
-from puma_hf.trainer.config import DistillConfig
 from puma_hf.trainer.lora import BASE_FILE
 from puma_hf.trainer.stages import distill
 

@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, TrainerState
 
 from puma_hf import prune
+from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.export import export
@@ -29,7 +30,6 @@ from puma_hf.limits import set_limits
 from puma_hf.losses import MultimodalMACLoss
 from puma_hf.recipes import load_config
 from puma_hf.trainer import stages
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.trainer.lora import BASE_FILE, puma_model
 from puma_hf.trainer.puma import PumaTrainer
 from puma_hf.trainer.stages import distill, merge, train
