@@ -31,8 +31,8 @@ from puma_hf.configs import (
     SweepConfig,
     TrainConfig,
 )
-from puma_hf.termination import ends_well_on_sigterm
-from puma_hf.trainer.checkpoints import is_full_disk
+from puma_hf.files import is_full_disk
+from puma_hf.processes import ends_well_on_sigterm
 
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")

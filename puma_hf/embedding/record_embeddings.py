@@ -15,9 +15,8 @@ from puma_hf.embedding.precision import Collector
 from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
 from puma_hf.embedding.unfinished import UnfinishedShard
-from puma_hf.settings import processing_of
-from puma_hf.termination import sigterm_waits, stop_if_sigterm
-from puma_hf.values import shown
+from puma_hf.processes import sigterm_waits, stop_if_sigterm
+from puma_hf.settings import processing_of, shown
 
 _SHOWN = 5
 _PLACE = re.compile(r"^inputs\[\d+\]: ")  # in a shard, which says nothing to who knows ids

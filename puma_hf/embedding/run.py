@@ -25,10 +25,10 @@ from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
 from puma_hf.embedding.results import EmbedResult
 from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
 from puma_hf.embedding.unfinished import UnfinishedShard
-from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 from puma_hf.files import is_puma_directory
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from puma_hf.evaluation.mbeir import (
     read_searches,
     task_result,
 )
-from puma_hf.evaluation.processes import main_process_first
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.topk import exact_search
+from puma_hf.processes import main_process_first
 
 logger = logging.getLogger(__name__)
 

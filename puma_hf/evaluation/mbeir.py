@@ -28,14 +28,6 @@ from puma_hf.data.records import Candidate, MBEIRFormatError, Query
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
-from puma_hf.evaluation.processes import (
-    connect,
-    gather,
-    locked_for_all,
-    main_process_first,
-    own_device,
-    shared_folder,
-)
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
 from puma_hf.evaluation.topk import (
     SearchResult,
@@ -50,6 +42,14 @@ from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import (
+    connect,
+    gather,
+    locked_for_all,
+    main_process_first,
+    own_device,
+    shared_folder,
+)
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)

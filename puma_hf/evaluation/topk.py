@@ -202,7 +202,8 @@ def _to_keys(scores: Tensor, rows: Tensor) -> Tensor:
 
     No two are equal, so `topk` has one answer; on floats it leaves the order of ties to chance.
     """
-    return (_steps(scores) << _ROW_BITS) + (_ROW_MASK - rows)
+    keys: Tensor = (_steps(scores) << _ROW_BITS) + (_ROW_MASK - rows)
+    return keys
 
 
 def _from_keys(keys: Tensor) -> SearchResult:

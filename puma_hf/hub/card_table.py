@@ -6,8 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from puma_hf.data.mbeir import MBEIRTask
-from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.results import PUBLISHED, PUBLISHED_MODELS, PUBLISHED_NOTE, published_mean
+from puma_hf.evaluation.results import (
+    PUBLISHED,
+    PUBLISHED_MODELS,
+    PUBLISHED_NOTE,
+    MBEIRResults,
+    MBEIRTaskResult,
+    published_mean,
+)
 
 NOT_MEASURED = "not measured"
 _POOLS = {

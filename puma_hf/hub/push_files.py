@@ -13,10 +13,9 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, is_adapter_directory
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, LOCK_FILE, is_adapter_directory
 from puma_hf.hub.card_results import RECIPE_NAMES, RESULT_NAMES
 from puma_hf.hub.push_contents import content_problem, holds_secret
-from puma_hf.locks import LOCK_FILE
 
 CARD = "README.md"
 

@@ -27,10 +27,10 @@ from puma_hf.configs import AnnKind, IndexConfig, Target
 from puma_hf.embedding.record_embeddings import embed_records, embedding_dim
 from puma_hf.embedding.records import Corpus, Record, open_corpus
 from puma_hf.embedding.run import open_model
-from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint
 from puma_hf.modeling.image_inputs_puma import open_image
+from puma_hf.processes import broadcast, connect, gather, locked_for_all
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from puma_hf import cli
 from puma_hf.configs import EmbedConfig
 from puma_hf.embedding import record_embeddings, run
 from puma_hf.embedding.run import EmbedReport, embed_corpus
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 # In the n-th call of the model, or the n-th write of a file whose name ends so: some shards are finished in between.

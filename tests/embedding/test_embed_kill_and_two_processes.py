@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from puma_hf.embedding.corpus_store import open_embeddings
-from puma_hf.locks import LOCK_FILE
+from puma_hf.files import LOCK_FILE
 from tests.forks import SHARES, run_worker
 
 NUM_ROWS, SHARD_SIZE, BROKEN = 43, 5, 17

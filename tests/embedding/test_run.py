@@ -20,7 +20,7 @@ from puma_hf.data.mbeir import MBEIR
 from puma_hf.embedding import record_embeddings, run
 from puma_hf.embedding.corpus_store import ERRORS, open_embeddings
 from puma_hf.embedding.run import EmbedReport, embed_corpus
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import build_mbeir
 
 TEXTS = ["a red apple", "a table", "on", "a red table on an apple", "a", "apple apple apple", "red"]

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.results import PUBLISHED, PUBLISHED_NOTE
+from puma_hf.evaluation.results import PUBLISHED, PUBLISHED_NOTE, MBEIRResults, MBEIRTaskResult
 from puma_hf.hub.card_table import NOT_MEASURED, card_table, is_mbeir, made_from
 
 
