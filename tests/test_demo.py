@@ -19,7 +19,7 @@ import train_backbone
 from picture import QUERY_WIDTH, RIGHT, draw_answers
 from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.trec import write_run
+from puma_hf.evaluation.results import write_run
 from puma_hf.trainer import stages
 
 ROOT = Path(__file__).parents[1]
