@@ -171,8 +171,8 @@ def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
     left, right = figures[0].axes
     assert figures[0].get_suptitle().splitlines() == [
         "Layer sweep on toys (val split, 400 queries, 2,000 candidates)",
-        "Recommended: k = 3 of distilled keeps 99% of the score, with 87% of the parameters, 73% (image) and 60% (text) "
-        "of the FLOPs",
+        "Recommended: k = 3 of distilled keeps 99% of the score, with 87% of the parameters, 73% (image) and 60% "
+        "(text) of the FLOPs",
     ]
     said = texts(left)
     for part in ("recommended: k = 3", "full model, 80.0", "97 % of it", "full (knee at k = 2)"):
