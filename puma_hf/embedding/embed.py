@@ -184,7 +184,10 @@ def iterate_embeddings(
     total = len(inputs) if isinstance(inputs, Sized) else None
     packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
     measure = Measure(
-        packer.processor, images_kwargs=packer.images_kwargs, max_length=packer.max_length, open_files=load is None
+        packer.processor,
+        images_kwargs=packer.options["images_kwargs"],
+        max_length=packer.options["max_length"],
+        open_files=load is None,
     )
     prepared = iterate_prepared(
         plan_batches(inputs, measure, first_rates(packer), budget, sort=sort, padded=not packer.packing),
