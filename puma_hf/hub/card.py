@@ -16,7 +16,7 @@ from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, rea
 from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.hub.card_table import card_table, made_from
 from puma_hf.hub.template import TAGS, fill_template
-from puma_hf.limits import told_limits
+from puma_hf.pruning import told_limits
 
 
 @dataclass(frozen=True)

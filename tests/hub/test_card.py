@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
+from puma_hf.estimate import count_flops
 from puma_hf.evaluation.layer_sweep import LayerCosts
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
-from puma_hf.flops import count_flops
 from puma_hf.hub.card import CardOptions, render_card, write_card
 from puma_hf.hub.card_results import MeasuredModel
 from puma_hf.hub.template import fill_template, with_training_note

@@ -26,8 +26,8 @@ from puma_hf.hub.card import render_card
 from puma_hf.hub.card_results import find_results
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
-from puma_hf.limits import set_limits
 from puma_hf.losses import MultimodalMACLoss
+from puma_hf.pruning import set_limits
 from puma_hf.settings import load_config
 from puma_hf.trainer import stages
 from puma_hf.trainer.lora import BASE_FILE, puma_model
