@@ -275,7 +275,7 @@ def check(config: CheckConfig) -> None:
 
     Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
     """
-    from puma_hf.parity.check import check as run
+    from puma_hf.hub.check import check as run
 
     report = run(**asdict(config))
     typer.echo(str(report))
