@@ -448,7 +448,7 @@ class EmbedConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckedConfig):
-    """Settings of `puma_hf.evaluation.run.evaluate`.
+    """Settings of `puma_hf.evaluation.mbeir.evaluate`.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
