@@ -357,7 +357,7 @@ def _not_a_list(inputs: Any) -> str:
 
 
 def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
-    if not (isinstance(model, torch.nn.Sequential) and len(model) and hasattr(model[0], "packer")):
+    if not is_puma(model):
         raise ValueError(
             f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
             "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
@@ -373,6 +373,12 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: i
             raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
+
+
+def is_puma(model: Any) -> bool:
+    """Whether a model is a PUMA as a `SentenceTransformer`, with the code of this version."""
+    is_ours = isinstance(model, torch.nn.Sequential) and len(model) > 0 and hasattr(model[0], "packer")
+    return is_ours and hasattr(model[0].packer(), "layout")
 
 
 def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from puma_hf.modeling.image_inputs_puma import is_image_reference, open_image
+from puma_hf.modeling.inputs_puma import is_image_reference, open_image
 
 WINDOW = 4096  # inputs that are sorted together
 _HELD_BYTES = 256 * 2**20  # of images that a window of a stream keeps in memory

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.records import Record
 from puma_hf.embedding.embed import BrokenInputError, is_puma, iterate_embeddings
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.fingerprint import content_key, image_content
@@ -28,6 +30,7 @@ _BATCHES_AT_ONCE = 8  # so many batches a call: `encode` sorts by length, and th
 # Records in memory at a time, in shards for each process: a pool of millions stays in its file.
 _SHARDS_AT_ONCE = 8
 _SHOWN = 5
+_PLACE = re.compile(r"^inputs\[\d+\]: ")
 # Arguments of `encode` that say how it runs, not what comes out.
 _HOW_IT_RUNS = {
     "batch_size",
@@ -41,7 +44,7 @@ _HOW_IT_RUNS = {
 # Arguments that would take the instruction's place, or make something else than comparable embeddings.
 _REFUSED = ("output_value", "precision", "prompt", "prompt_name")
 
-Pair = tuple[Query | Candidate, str]
+Pair = tuple[Record, str]
 """A record, and the instruction that goes with it; the empty one keeps a model's default prompt away."""
 
 
@@ -74,7 +77,7 @@ def iterate_rows(
     options = dict(encode_kwargs or {})
     how = {name: options[name] for name in ("truncate_dim", "processing_kwargs") if name in options}
     if is_puma(model) and options.keys() <= how.keys() | _HOW_IT_RUNS:
-        inputs = [{**as_dict(record), **({"instruction": prompt} if prompt else {})} for record, prompt in pairs]
+        inputs = [replace(record, instruction=prompt or None).model_input for record, prompt in pairs]
         try:
             for indices, rows in iterate_embeddings(model, inputs, prompt="", show_progress_bar=False, **how):
                 yield _checked(indices.tolist(), rows, pairs)
@@ -151,7 +154,7 @@ class Embedder:
             self._embed(window, keys[-1])
         return torch.cat(keys)
 
-    def key(self, record: Query | Candidate, prompt: str) -> int:
+    def key(self, record: Record, prompt: str) -> int:
         """What a record with its instruction is found by."""
         return content_key(prompt, record.text, image_content(record.image, self._root))
 
@@ -160,7 +163,10 @@ class Embedder:
         self._store.refresh()
         # One process looks and tells the others: on a network drive they may not see the same files yet.
         lacking = broadcast((~self._store.has(keys)).nonzero().flatten().tolist() if rank == 0 else [])
-        todo = list({int(keys[place]): place for place in reversed(lacking)}.values())[::-1]  # each key once
+        first: dict[int, int] = {}  # the place of each key
+        for place in lacking:
+            first.setdefault(int(keys[place]), place)
+        todo = [*first.values()]
         if rank == 0 and todo:
             logger.info("%d inputs to embed: %d already are, %d to do", len(window), len(window) - len(todo), len(todo))
         mine = todo[rank::count]
@@ -177,9 +183,7 @@ class Embedder:
         self._store.refresh()
 
 
-def encode_named(
-    encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Query | Candidate]
-) -> Any:
+def encode_named(encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Record]) -> Any:
     """What `encode` gives for inputs; if one cannot be read, the error names its record.
 
     Raises:
@@ -221,16 +225,10 @@ def settings_of_encode(encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any
     return plain
 
 
-def as_dict(record: Query | Candidate) -> dict[str, Any]:
-    """A record as an input that an instruction can be added to."""
-    values = {"image": record.image, "text": record.text}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _checked(places: list[int], rows: Tensor, pairs: Sequence[Pair]) -> tuple[list[int], Tensor]:
     bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        names = [_id(pairs[places[row]][0]) for row in bad[:_SHOWN]]
+        names = [pairs[places[row]][0].id for row in bad[:_SHOWN]]
         raise ValueError(
             f"the embeddings of {len(bad)} of {len(rows)} inputs are not finite, first {names}; look at these inputs, "
             "or encode in float32 or bfloat16 instead of float16"
@@ -238,9 +236,6 @@ def _checked(places: list[int], rows: Tensor, pairs: Sequence[Pair]) -> tuple[li
     return places, rows
 
 
-def _id(record: Query | Candidate) -> str:
-    return record.qid if isinstance(record, Query) else record.did
-
-
-def _named(record: Query | Candidate, message: str) -> str:
-    return f"{type(record).__name__.lower()} {_id(record)!r}: {message.partition(']: ')[2] or message}"
+def _named(record: Record, message: str) -> str:
+    """An error about an input, by the record instead of its place."""
+    return f"{type(record).__name__.lower()} {record.id!r}: {_PLACE.sub('', message)}"

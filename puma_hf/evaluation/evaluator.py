@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from puma_hf.data.mbeir import MBEIR, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.records import Candidate, Query
-from puma_hf.evaluation.encoding import check_encode_kwargs
+from puma_hf.evaluation.encoding import check_encode_kwargs, iterate_rows
 from puma_hf.evaluation.mbeir import (
     NDCG_K,
     POOLS,
@@ -108,7 +108,8 @@ class MBEIREvaluator(BaseEvaluator):
         self.instruction_seed, self.write_csv = instruction_seed, write_csv
         self.csv_file = f"M-BEIR_evaluation{f'_{name}' if name else ''}_results.csv"
         self.primary_metric = f"{f'{name}_' if name else ''}{POOLS[pool][0]}_score"
-        self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
+        self._batch_size = batch_size
+        self._encode_kwargs = {"show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
         names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
         # Every process makes an evaluator; an import from the Hub is for one of them.
         is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -178,21 +179,11 @@ class MBEIREvaluator(BaseEvaluator):
 
     def _encode(self, model: Any, records: Sequence[Query | Candidate], prompts: Sequence[str]) -> Tensor:
         """Embeddings `(len(records), embedding_dim)` in the order of the records; one modality goes together."""
-        groups: dict[tuple[str, str], list[int]] = {}
-        for row, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-            groups.setdefault((prompt, record.modality), []).append(row)
         embeddings: Tensor | None = None
-        for (prompt, modality), rows in groups.items():
-            inputs = [records[row].model_input for row in rows]
-            encoded = torch.as_tensor(model.encode(inputs, prompt=prompt, **self._options)).float().cpu()
-            if embeddings is None:
-                embeddings = torch.empty(len(records), encoded.shape[-1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
-                raise ValueError(
-                    f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
-                    f"expected ({len(rows)}, {embeddings.shape[1]})"
-                )
-            embeddings[rows] = encoded
+        pairs = [*zip(records, prompts, strict=True)]
+        for places, rows in iterate_rows(model, pairs, batch_size=self._batch_size, encode_kwargs=self._encode_kwargs):
+            embeddings = torch.empty(len(records), rows.shape[1]) if embeddings is None else embeddings
+            embeddings[places] = rows
         return torch.empty(0, 0) if embeddings is None else embeddings
 
 

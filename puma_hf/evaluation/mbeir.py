@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import Candidate, MBEIRFormatError, Query
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
+from puma_hf.evaluation.encoding import SHARD_SIZE, Embedder, Encoder, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
 from puma_hf.evaluation.topk import (
@@ -57,8 +56,6 @@ logger = logging.getLogger(__name__)
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Records in memory at a time, in shards for each process: a pool of millions stays in its file.
-_SHARDS_AT_ONCE = 8
 # Whose releases may change the last digits of an embedding.
 _LIBRARIES = ("torch", "transformers", "sentence-transformers")
 
@@ -201,8 +198,8 @@ def evaluate_mbeir(
     """Measure a model on M-BEIR or any dataset in its layout.
 
     Each distinct candidate is encoded once, without instruction, however many pools it is in.  Queries are
-    encoded with their task's instruction as `prompt`.  Inputs of one modality go together: text,
-    `{"image": path}` or `{"image": path, "text": ...}`.
+    encoded with their task's instruction as `prompt`.  A PUMA embeds as in `puma_hf.embed`; of any other model `encode`
+    gets inputs of one modality at a time: text, `{"image": path}` or `{"image": path, "text": ...}`.
 
     Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
     it was. Started by `accelerate launch` or `torchrun`, every process embeds a share and searches a share of each
@@ -215,7 +212,7 @@ def evaluate_mbeir(
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Batch size of `encode`.
+        batch_size: Batch size of `encode`; the batches of a PUMA are cut by tokens.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
@@ -274,17 +271,24 @@ def evaluate_mbeir(
         output = folder if output_dir is not None and connect()[0] == 0 else None
         if output is not None:
             _warn_of_replacing(output / "results.json", results, searches)
-        embedder = Embedder(model, store, batch_size, show_progress_bar, encode_kwargs)
-        content = ContentKeys(getattr(opened, "image_root", opened.root))
+        embedder = Embedder(
+            model,
+            store,
+            getattr(opened, "image_root", opened.root),
+            batch_size=batch_size,
+            encode_kwargs=encode_kwargs,
+            shard_size=shard_size,
+            show_progress_bar=show_progress_bar,
+        )
         for group in _by_pool(searches):
             # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            pool_keys = _embed(embedder, content, ((one, "") for one in group[0].pool.values()), shard_size)
+            pool_keys = embedder.keys((one, "") for one in group[0].pool.values())
             prompted = [
                 (query, opened.instruction(query, search.task.candidate_modality, instruction_seed))
                 for search in group
                 for query in search.queries
             ]
-            asked = [store.rows(_embed(embedder, content, prompted, shard_size))]
+            asked = [store.rows(embedder.keys(prompted))]
             if popularity_penalty is not None:
                 # Each task by the popularity among its own queries, as if it were evaluated alone.
                 tasks_rows = asked[0].split([len(search.queries) for search in group])
@@ -312,22 +316,6 @@ def _by_pool(searches: Iterable[Search]) -> list[list[Search]]:
     for search in searches:
         groups.setdefault(id(search.pool), []).append(search)
     return list(groups.values())
-
-
-def _embed(
-    embedder: Embedder, content: ContentKeys, pairs: Iterable[tuple[Query | Candidate, str]], shard_size: int
-) -> Tensor:
-    """Embed the records, with a prompt each, that the store lacks; the keys `(num_records,)` of all in their order.
-
-    A window of records after the other: the processes share out each, and what is in memory is one of them.
-    """
-    keys = [torch.empty(0, dtype=torch.int64)]
-    remaining = iter(pairs)
-    while window := list(islice(remaining, shard_size * _SHARDS_AT_ONCE * connect()[1])):
-        items = content.items(*zip(*window, strict=True))
-        embedder.embed(plan_shards(items, shard_size))
-        keys.append(torch.tensor([item.key for item in items]))
-    return torch.cat(keys)
 
 
 def _search_shares(
