@@ -9,8 +9,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from puma_hf.data.mbeir import MBEIR, MBEIRTask
-from puma_hf.data.records import Candidate, MBEIRFormatError, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.mbeir_results import MBEIRTaskResult
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 

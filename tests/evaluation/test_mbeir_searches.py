@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from puma_hf.data.mbeir import MBEIR, MBEIRTask
-from puma_hf.data.records import Candidate, MBEIRFormatError, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.mbeir_searches import Search, read_searches, task_result
 from tests.data import mbeir_builder as builder
 
