@@ -28,7 +28,7 @@ from sentence_transformers import SentenceTransformer
 from puma_hf import PumaConfig, PumaModel, lora_config, prune
 from puma_hf.configs import TrainConfig
 from puma_hf.estimate import estimate
-from puma_hf.recipes import load_config
+from puma_hf.settings import load_config
 from puma_hf.trainer import stages
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
 from puma_hf.trainer.lora import add_lora

@@ -31,7 +31,7 @@ from puma_hf.configs import (
     parse_parameters,
 )
 from puma_hf.losses import MultimodalMACLoss
-from puma_hf.recipes import load_config, save_config
+from puma_hf.settings import load_config, save_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [*sorted(path.name for path in CONFIGS.glob("*_stage*.yaml")), "demo_distill.yaml", "demo_train.yaml"]

@@ -46,7 +46,7 @@ from puma_hf.data.records import (
     wrong,
 )
 from puma_hf.fingerprint import image_content
-from puma_hf.values import cut, is_unicode, shown
+from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
 

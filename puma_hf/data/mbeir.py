@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from puma_hf.data.images import Images
 from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, location, on_disk, read_lines, wrong
-from puma_hf.modeling.messages_puma import MODALITY_NAMES, modality_of
-from puma_hf.values import shown
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES, modality_of
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 

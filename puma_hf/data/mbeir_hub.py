@@ -48,7 +48,7 @@ from puma_hf.data.mbeir_write import (
 )
 from puma_hf.data.records import Problems, read_lines, wrong
 from puma_hf.files import write_whole
-from puma_hf.values import shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 

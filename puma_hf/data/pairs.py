@@ -29,10 +29,8 @@ from puma_hf.data.records import (
     text_value,
     wrong,
 )
-from puma_hf.modeling.image_inputs_puma import is_image_name
-from puma_hf.modeling.messages_puma import SPECIAL_TOKEN
-from puma_hf.settings import SpecialTokens
-from puma_hf.values import cut, shown
+from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
+from puma_hf.settings import SpecialTokens, cut, shown
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ _NAMES = {
     "EmbedResult": "puma_hf.embedding.results",
     "embed_corpus": "puma_hf.embedding.run",
     "iterate_embeddings": "puma_hf.embedding.embed",
-    "open_embeddings": "puma_hf.embedding.corpus_store",
+    "open_embeddings": "puma_hf.embedding.store",
 }
 
 __all__ = [
@@ -34,7 +34,7 @@ __getattr__ = resolver(__name__, _NAMES)
 
 if TYPE_CHECKING:
     from puma_hf.configs import EmbedConfig
-    from puma_hf.embedding.corpus_store import open_embeddings
     from puma_hf.embedding.embed import iterate_embeddings
     from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
     from puma_hf.embedding.run import EmbedReport, embed_corpus
+    from puma_hf.embedding.store import open_embeddings

@@ -34,6 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from puma_hf.files import write_whole
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,11 @@ class EmbeddingStore:
     def __len__(self) -> int:
         """Number of keys, as of the last `refresh`."""
         return len(self._keys)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of files that hold rows, likewise."""
+        return len(self._shards)
 
     def __iter__(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
         """Ids and rows `(num_rows, embedding_width)` of one shard after the other.
@@ -230,10 +236,12 @@ class EmbeddingStore:
             if _is_shard(path) and path.name not in kept:
                 self.say(complete=False)
                 path.unlink()
+        self._remove_drafts(0.0)
         self.refresh()
 
     def say(self, **about: Any) -> None:
         """Change what `manifest.json` says besides the settings; `complete` tells readers that a run has finished."""
+        self.manifest = read_manifest(self.folder)  # another process may have changed it
         said = {**self.manifest, **about}
         if said != self.manifest:
             self.manifest = said
@@ -273,10 +281,11 @@ class EmbeddingStore:
         self.embedding_dim = dim
         return keys
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def _refuse(self, name: str, reason: str) -> Tensor | None:
         if name not in self._damaged:  # said once, not at every refresh
             self._damaged.add(name)
             logger.warning("%s %s: it counts as absent, and its embeddings are made anew", self.folder / name, reason)
+        return None
 
     def _read(self, name: str, places: Tensor) -> Tensor:
         path = self.folder / name
@@ -313,10 +322,7 @@ class EmbeddingStore:
         if wanted is not None:
             with disk_full_explained(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for draft in self.folder.glob(".*.tmp"):
-                    with suppress(FileNotFoundError):
-                        if time.time() - draft.stat().st_mtime > _STALE_SECONDS:
-                            draft.unlink()
+                self._remove_drafts(_STALE_SECONDS)
                 if not (self.folder / MANIFEST).exists():
                     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
                     self.manifest = {**head, "settings": wanted, "complete": False}
@@ -324,14 +330,23 @@ class EmbeddingStore:
         # Read in any case: another process may have written another one meanwhile.
         manifest = read_manifest(self.folder)
         found = manifest["settings"]
-        names = [] if wanted is None else sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-        if names:
-            values = "; ".join(f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here" for name in names)
+        wanted = found if wanted is None else wanted
+        if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+            values = "; ".join(
+                f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names
+            )
             raise ValueError(
                 f"The embeddings in {str(self.folder)!r} were made with other settings: {values}. Choose another "
                 "directory, or delete this one to make them again."
             )
         return manifest
+
+    def _remove_drafts(self, age: float) -> None:
+        """Remove what writers that were killed have left, if it is older than so many seconds."""
+        for draft in self.folder.glob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime >= age:
+                    draft.unlink()
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
@@ -372,7 +387,7 @@ def open_embeddings(folder: str | Path) -> EmbeddingStore:
 
     Returns:
         What it holds; iterate over it for `(ids, rows)` of one shard after the other. Its `settings["precision"]` says
-        what the numbers are; of int8 and uint8 `manifest["ranges"]` are the lowest and highest values `(2,
+        what the numbers are; of int8 and uint8 `settings["ranges"]` are the lowest and highest values `(2,
         embedding_dim)`, which `sentence_transformers.util.quantize_embeddings` needs for the queries, too.
 
     Raises:

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.processes import broadcast, connect, gather
 from puma_hf.fingerprint import content_key, image_content
+from puma_hf.processes import broadcast, connect, gather
 
 logger = logging.getLogger(__name__)
 

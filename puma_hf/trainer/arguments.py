@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from puma_hf.configs import FIRST_LAYER, StageConfig
-from puma_hf.values import convert, nearest
+from puma_hf.settings import convert, nearest
 
 # Values of training_arguments of these types are checked here; the Trainer would fail on them much later.
 _SIMPLE = {bool, int, float, type(None)}

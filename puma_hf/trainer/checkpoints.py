@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puma_hf.files import ADAPTER_CONFIG
+from puma_hf.files import ADAPTER_CONFIG, is_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # off betrays just as well.
 HASHED_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
-# What torch.save and safetensors say when a write fails: neither raises an OSError.
-_FULL_DISK_WORDS = (
-    "no space left",
-    "os error 28",
-    "disk quota",
-    "os error 122",
-    "pytorchstreamwriter",
-    "inline_container",
-    "file write failed",
-)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -196,21 +186,6 @@ def explain_full_disk(folder: str | Path, checkpoints: str | Path | None = None)
         )
         explained.errno = errno.ENOSPC
         raise explained from error
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that nothing more could be written.
-
-    Args:
-        error: What was raised, by Python, torch or safetensors.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

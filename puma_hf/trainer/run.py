@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from puma_hf.configs import RECIPES, DistillConfig, StageConfig, TrainConfig
-from puma_hf.recipes import config_text, save_config
+from puma_hf.settings import config_text, save_config
 from puma_hf.trainer.checkpoints import (
     CHECKPOINT_NAME,
     UNFINISHED,

@@ -11,13 +11,13 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import TeacherMode
 from puma_hf.modeling import PumaModel
+from puma_hf.settings import convert
 from puma_hf.trainer.frozen_teacher import FrozenTeacher
 from puma_hf.trainer.full_model import StoredModel, check_hidden_size, different_base_weights, dropped_layers
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.quantization import is_quantized
 from puma_hf.trainer.teacher_base import RunningTeacher, Teacher
 from puma_hf.trainer.whole_teacher import WholeTeacher
-from puma_hf.values import convert
 
 logger = logging.getLogger(__name__)
 

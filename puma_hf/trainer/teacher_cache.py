@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from puma_hf.trainer.checkpoints import is_full_disk
+from puma_hf.files import is_full_disk
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 4096

@@ -20,40 +20,33 @@ from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.flops import plain_forward
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
-from puma_hf.modeling.packing_puma import PackedBatch
+from puma_hf.modeling.packing_puma import PackedPart
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from puma_hf.opening import plain_forward
 
 KINDS = ("text", "image", "image and text", "two images and text", "chat")
 # What lies in a directory that both loaders open where puma_hf is not installed.
 COMPLETE = {
     "attention_puma.py",
-    "chat_rendering_puma.py",
+    "processing_puma.py",
     "chat_template.jinja",
     "config.json",
     "config_sentence_transformers.json",
     "configuration_puma.py",
     "content_ids_puma.py",
     "fast_path_puma.py",
-    "image_inputs_puma.py",
-    "messages_puma.py",
+    "inputs_puma.py",
     "model.safetensors",
     "modeling_puma.py",
     "modules.json",
-    "packer_puma.py",
     "packing_puma.py",
-    "processing_puma.py",
     "processor_config.json",
-    "reading_puma.py",
     "sentence_bert_config.json",
-    "sentence_transformers_files_puma.py",
     "sentence_transformers_puma.py",
-    "shared_prefix_puma.py",
     "tokenizer.json",
     "tokenizer_config.json",
-    "video_puma.py",
 }
 
 
@@ -296,9 +289,9 @@ def fast(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PumaTransform
     """A model of the package's own classes, and the number of inputs of every batch that was packed."""
     packed: list[int] = []
 
-    def watched(model: Any, batch: PackedBatch, *args: Any) -> torch.Tensor:
-        packed.append(batch.num_inputs)
-        return packed_states(model, batch, *args)
+    def watched(model: Any, part: PackedPart, *args: Any) -> torch.Tensor:
+        packed.append(len(part.rows))
+        return packed_states(model, part, *args)
 
     monkeypatch.setattr(sentence_transformers_puma, "packed_states", watched)
     return PumaTransformer(str(puma_dir)).eval(), packed
@@ -315,9 +308,12 @@ def test_encode_takes_the_fast_path(fast: tuple[PumaTransformer, list[int]], ima
     model = SentenceTransformer(modules=[module], device="cpu")
     vectors = model.encode(inputs, batch_size=3, prompt="Find it.")
     assert packed == [3, 2]
+    module.fast_path = FastPath(max_tokens=100)
+    assert_close(vectors, model.encode(inputs, prompt="Find it."))
+    assert (len(packed), sum(packed)) == (2 + 5, 5 + 5)  # one batch, but no two inputs fit into 100 tokens
     module.fast_path = None
     assert_close(vectors, model.encode(inputs, batch_size=3, prompt="Find it."))
-    assert packed == [3, 2]
+    assert sum(packed) == 10
 
 
 def test_training_and_gradients_take_the_plain_path(fast: tuple[PumaTransformer, list[int]]) -> None:

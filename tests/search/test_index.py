@@ -20,7 +20,7 @@ from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import IndexConfig
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from puma_hf.search import index as module
 from puma_hf.search.index import Index, IndexReport, build_index, open_index
 from puma_hf.search.query import Searcher

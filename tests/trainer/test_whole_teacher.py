@@ -9,7 +9,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import PumaModel, prune
-from puma_hf.flops import plain_forward
+from puma_hf.opening import plain_forward
 from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.lora import puma_model
 from puma_hf.trainer.teacher import frozen_teacher
