@@ -385,7 +385,7 @@ class Corpus:
         except (MBEIRFormatError, FileNotFoundError) as error:
             if self.on_error == "raise":
                 raise
-            return Record(str(row), row=row, problem=str(error))
+            return Record(_id_of(line) or str(row), row=row, problem=str(error))
 
     def parse(self, line: Line) -> Record:
         """A line without its row, whatever `on_error` says."""
@@ -430,21 +430,13 @@ class Corpus:
             logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
         if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
             what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
-            logger.warning("%s: %d rows have the id of another one. %s.", self.path, repeated, what)
+            logger.warning("%s: %d ids are of several items. %s.", self.path, repeated, what)
         return Survey(num_items, [self.record(*one) for one in sorted(sample, key=lambda pair: pair[0])])
 
     def content_hash(self, record: Record) -> str:
         """A name for what a model sees of a record, and not for its id; the folder of the corpus may be moved."""
-        return _hash([record.text, record.instruction, image_content(record.image, self.images.root or "")])
-
-
-def input_hash(records: Sequence[Record], content_hashes: Sequence[str]) -> str:
-    """A name for what these records are: their ids, and the hash of each one's content."""
-    return _hash([[record.id, content] for record, content in zip(records, content_hashes, strict=True)])
-
-
-def _hash(values: Sequence[Any]) -> str:
-    return blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+        content = [record.text, record.instruction, image_content(record.image, self.images.root or "")]
+        return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def open_corpus(
@@ -519,8 +511,7 @@ def _folder_record(line: Line, images: Images) -> Record:
 
 
 def _table_record(line: Line, images: Images) -> Record:
-    value, image = line.columns.get("id"), line.columns.get("image")
-    is_id = isinstance(value, str | int) and not isinstance(value, bool) and is_unicode(str(value))
+    image = line.columns.get("image")
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
         below = f"must be the path of a file below {images.root}"
@@ -531,4 +522,11 @@ def _table_record(line: Line, images: Images) -> Record:
         raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
     if image and isinstance(image, str):
         image = images.find(image, line.where, may_be_missing=True)
-    return Record(str(value) if is_id else "", text, image or None, instruction=instruction)
+    return Record(_id_of(line), text, image or None, instruction=instruction)
+
+
+def _id_of(line: Line) -> str:
+    """The id of a row of a table, "" if it has none that can be one."""
+    value = line.columns.get("id", "")
+    is_id = isinstance(value, str | int) and not isinstance(value, bool) and is_unicode(str(value))
+    return str(value) if is_id else ""

@@ -359,7 +359,7 @@ def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"instruction='taks' must be a text of several words or a column of"):
         read(table, instruction="taks")
     # A sentence need not have blanks.
-    assert read(table, instruction="找到图片。").pairs[0].instruction == "找到图片。"
+    assert read(table, instruction="找到图片。").pairs[0].anchor.instruction == "找到图片。"
 
 
 def test_directions(folder: Path) -> None:
