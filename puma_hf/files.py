@@ -30,8 +30,10 @@ LOCK_FILE = ".puma-hf.lock"
 # huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
 _HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 # What torch and safetensors say of a full disk: their errors carry no errno.
-_FULL_DISK_WORDS = ("no space left", "os error 28", "disk quota", "os error 122", "file write failed")
-_FULL_DISK_WORDS += ("pytorchstreamwriter", "inline_container")
+_FULL_DISK_WORDS = (
+    *("no space left", "os error 28", "disk quota", "os error 122"),
+    *("file write failed", "pytorchstreamwriter", "inline_container"),
+)
 _PATIENCE = 0.2  # seconds: a run that ends at this moment removes its lock, and the next one makes its own
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
