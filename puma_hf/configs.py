@@ -140,7 +140,7 @@ class EmbedConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckedConfig):
-    """Settings of `puma_hf.evaluation.run.evaluate`.
+    """Settings of `puma_hf.evaluation.mbeir.evaluate`.
 
     Args:
         model: PUMA directory, or any SentenceTransformer here or on the Hub.
@@ -400,8 +400,7 @@ class PushConfig(CheckedConfig):
         create_pr: Open a pull request instead of writing to the branch.
         dry_run: Check and load everything, list files, bytes and the card, and upload nothing.
         message: Message of the commit.
-        results: results.json, sweep.json, train.yaml or distill.yaml for the card; default: those found beside the
-            model.
+        results: results.json, train.yaml or distill.yaml for the card; default: those found beside the model.
         base_model: Hub id of what the model was made from, or that an adapter belongs to.
         license: Licence of the model in the Hub's spelling, such as apache-2.0.
         base_license: Licence of what it was made from, for the card.
@@ -434,7 +433,7 @@ class PushConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CheckedConfig):
-    """Settings of `puma_hf.parity.check.check`.
+    """Settings of `puma_hf.hub.check.check`.
 
     Args:
         directory: PUMA directory, or one of an adapter. Its code is run.

@@ -35,10 +35,10 @@ from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.encoding import encode_named
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.search import exact_search
+from puma_hf.evaluation.mbeir import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
+from puma_hf.evaluation.topk import exact_search
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.hub.push_files import files_to_push, loss_files
+from puma_hf.files import model_files
+from puma_hf.hub.push import travelling_files
 from puma_hf.losses import MultimodalMACLoss
 from tests.forks import run_worker
 
@@ -19,9 +20,9 @@ from tests.forks import run_worker
 def test_the_losses_of_a_directory_train_it_without_puma_hf(puma_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pushed"
     shutil.copytree(puma_dir, folder)
-    for name, code in loss_files().items():
+    for name, code in travelling_files().items():
         (folder / name).write_text(code)
-    assert {*loss_files()} <= {*files_to_push(folder).names}  # so that it can be pushed again
+    assert {*travelling_files()} <= {*model_files(folder)}  # so that it can be pushed again
     run_worker("tests.losses.without_puma_hf", folder, tmp_path / "modules", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
 
