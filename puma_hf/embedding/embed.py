@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig, OnError, Precision
+from puma_hf.data.records import Record
 from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepared
-from puma_hf.embedding.records import Record
 from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 from puma_hf.settings import processing_of, shown
 

@@ -126,7 +126,6 @@ class Embedder:
         model: Encoder,
         store: EmbeddingStore,
         image_root: str | Path,
-        *,
         batch_size: int = 32,
         encode_kwargs: Mapping[str, Any] | None = None,
         shard_size: int = SHARD_SIZE,

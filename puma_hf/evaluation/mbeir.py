@@ -19,11 +19,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
-from puma_hf.configs import EvaluateConfig
-from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.configs import EvaluateConfig, SweepConfig
+from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
-from puma_hf.data.records import Candidate, MBEIRFormatError, Query
+from puma_hf.data.records import MBEIRFormatError
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Embedder, Encoder, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
@@ -271,15 +271,8 @@ def evaluate_mbeir(
         output = folder if output_dir is not None and connect()[0] == 0 else None
         if output is not None:
             _warn_of_replacing(output / "results.json", results, searches)
-        embedder = Embedder(
-            model,
-            store,
-            getattr(opened, "image_root", opened.root),
-            batch_size=batch_size,
-            encode_kwargs=encode_kwargs,
-            shard_size=shard_size,
-            show_progress_bar=show_progress_bar,
-        )
+        images = getattr(opened, "image_root", opened.root)
+        embedder = Embedder(model, store, images, batch_size, encode_kwargs, shard_size, show_progress_bar)
         for group in _by_pool(searches):
             # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
             pool_keys = embedder.keys((one, "") for one in group[0].pool.values())
@@ -474,15 +467,13 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
     if folder is None:
         folder = stack.enter_context(shared_folder(None)) / "nano"
     with main_process_first():
-        return build_nano(
-            data,
-            folder,
-            split=config.split,
-            tasks=tasks,
-            num_queries=config.nano_queries,
-            num_candidates=config.nano_candidates,
-            seed=config.nano_seed,
-        )
+        return draw_nano(data, folder, config)
+
+
+def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
+    """The seeded subset that the settings of a command describe, written into a folder."""
+    numbers = {"num_queries": config.nano_queries, "num_candidates": config.nano_candidates}
+    return build_nano(data, folder, split=config.split, tasks=config.tasks or None, seed=config.nano_seed, **numbers)
 
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:
