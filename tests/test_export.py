@@ -190,7 +190,7 @@ def test_report(puma_dir: Path, tmp_path: Path, model: PumaModel) -> None:
 
 def test_what_is_no_puma_model(qwen_dir: Path, exported: Path, tmp_path: Path) -> None:
     for folder in (qwen_dir, exported):
-        with pytest.raises(ValueError, match=r"model_type='qwen2_vl', but what is exported is a PUMA model \(puma, "):
+        with pytest.raises(ValueError, match=r"model_type='qwen2_vl' and is no PUMA model"):
             export(folder, tmp_path / "stock")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
