@@ -491,7 +491,7 @@ class EvaluateConfig(CheckedConfig):
     embedding_dtype: EmbeddingDtype = option(
         "float32", "Data type that embeddings are stored in; two bytes halve the disk space."
     )
-    search_backend: SearchBackend = option("torch", "Both are exact; faiss needs pip install 'puma-hf[faiss]'.")
+    search_backend: SearchBackend = option("torch", "Kept for older recipes: torch and faiss are one search.")
     truncate_dim: int | None = option(None, _TRUNCATE_DIM, at_least=1)
     special_tokens: SpecialTokens = special_tokens_option()
     revision: str | None = option(None, _REVISION)

@@ -32,7 +32,7 @@ MODELING = [name for name in SOURCES if name.startswith("modeling/")]
 # All of them come with sentence-transformers, so a model loads wherever that is installed.
 MODELING_MAY_IMPORT = {"PIL", "numpy", "sentence_transformers", "torch", "transformers"}
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "flash_attn": "flash-attn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
 # Who may not import whom inside the package; the data flow of CONTRIBUTING.md as a table.
 MUST_NOT_IMPORT = {
     "losses/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
@@ -124,7 +124,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
 
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    tested = [EXTRAS[name] for name in ("app", "faiss", "mteb", "plot", "search", "test", "dev")]
+    tested = [EXTRAS[name] for name in ("app", "mteb", "plot", "search", "test", "dev")]
     asked = [text for texts in (CORE, *tested) for text in texts if not text.startswith("puma-hf")]
     for requirement in map(Requirement, asked):
         assert requirement.name in pins
