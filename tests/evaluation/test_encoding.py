@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import embed_into, settings_of_encode
 from tests.evaluation.fake_encoder import FakeEncoder
