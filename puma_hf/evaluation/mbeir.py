@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
-from puma_hf.configs import EvaluateConfig
+from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
@@ -420,15 +420,13 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
     if folder is None:
         folder = stack.enter_context(shared_folder(None)) / "nano"
     with main_process_first():
-        return build_nano(
-            data,
-            folder,
-            split=config.split,
-            tasks=tasks,
-            num_queries=config.nano_queries,
-            num_candidates=config.nano_candidates,
-            seed=config.nano_seed,
-        )
+        return draw_nano(data, folder, config)
+
+
+def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
+    """The seeded subset that the settings of a command describe, written into a folder."""
+    numbers = {"num_queries": config.nano_queries, "num_candidates": config.nano_candidates}
+    return build_nano(data, folder, split=config.split, tasks=config.tasks or None, seed=config.nano_seed, **numbers)
 
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:
