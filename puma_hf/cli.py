@@ -219,7 +219,7 @@ def index(config: IndexConfig) -> None:
 
     Example: puma-hf index photos --model puma-k14-mac --output photos-index
     """
-    from puma_hf.search.index import build_index as run
+    from puma_hf.search.build import build_index as run
 
     with ends_well_on_sigterm():
         report = run(config)
@@ -247,7 +247,7 @@ def show(config: AppConfig) -> None:
 
     Example: puma-hf app photos-index
     """
-    from puma_hf.app.launch import launch as run
+    from puma_hf.search.page import launch as run
 
     run(config, started=lambda place: typer.echo(_started(config, place)))
 

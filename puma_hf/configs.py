@@ -581,7 +581,7 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.index.build_index`; `puma-hf index --help` explains every field."""
+    """Settings of `puma_hf.search.build.build_index`; `puma-hf index --help` explains every field."""
 
     model: str = option("", "PUMA directory, here or on the Hub; needed by the first run, which the index remembers.")
     output: str | Path = required("Directory of the index; a run that was stopped goes on from there.")
@@ -658,7 +658,7 @@ class SearchConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.app.launch.launch`; `puma-hf app --help` explains every field."""
+    """Settings of `puma_hf.search.page.launch`; `puma-hf app --help` explains every field."""
 
     index: str | Path = required("Directory that puma-hf index has written.", positional=True)
     host: str = option(

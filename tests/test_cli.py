@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from puma_hf import cli
-from puma_hf.app import AppConfig
 from puma_hf.configs import (
+    AppConfig,
     CheckConfig,
     DistillConfig,
     EmbedConfig,

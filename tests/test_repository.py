@@ -39,9 +39,8 @@ MUST_NOT_IMPORT = {
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
-    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub", "puma_hf.app"),
-    "hub/": ("puma_hf.search", "puma_hf.app", "puma_hf.cli"),
-    "app/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
+    "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
+    "hub/": ("puma_hf.cli",),
     "trainer/": ("puma_hf.cli",),
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
 }

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import Target
 from puma_hf.search import Query, Searcher, open_index
-from puma_hf.search.index import tag_complete
+from puma_hf.search.build import tag_complete
 
 pytest.importorskip("qdrant_client")
 
