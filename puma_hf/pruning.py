@@ -22,9 +22,7 @@ from puma_hf.model_card import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
-from puma_hf.modeling.processing_puma import PIPELINES
-from puma_hf.modeling.reading_puma import Reading, reading_of
-from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, Reading, reading_of, write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
 

@@ -199,7 +199,7 @@ def test_the_library_does_not_print(source: str) -> None:
     assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
 
 
-@pytest.mark.parametrize("source", [name for name in SOURCES if name != "modeling/image_inputs_puma.py"])
+@pytest.mark.parametrize("source", [name for name in SOURCES if name != "modeling/inputs_puma.py"])
 def test_images_are_opened_in_one_place(source: str) -> None:
     """`open_image` names the formats: without them Pillow runs Ghostscript for an EPS under any name."""
     assert "Image.open(" not in (PACKAGE / source).read_text(encoding="utf-8")

@@ -17,8 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.published import PUBLISHED
+from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.files import (
     DISTILL_RECIPE,

@@ -173,7 +173,7 @@ def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int
             (staged / name).symlink_to((folder / name).resolve())
         else:
             shutil.copyfile(folder / name, staged / name)
-    if (staged / "messages_puma.py").is_file():  # the model's code, which that of the losses lies beside
+    if (staged / "inputs_puma.py").is_file():  # the model's code, which that of the losses lies beside
         for name, code in travelling_files().items():
             (staged / name).write_text(code, encoding="utf-8")
     if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory

@@ -23,7 +23,7 @@ from puma_hf.configs import RECIPES
 from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, is_hub_id, named_base, new_directory
 from puma_hf.model_card import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
-from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import write_sentence_transformers_files
 from puma_hf.pruning import read_limits, set_limits, told_limits
 
 logger = logging.getLogger(__name__)

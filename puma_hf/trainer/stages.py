@@ -19,7 +19,7 @@ from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
 from puma_hf.losses import SelfDistillationLoss
-from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
+from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
 from puma_hf.pruning import read_limits, set_limits
 from puma_hf.settings import processing_of
 from puma_hf.trainer.arguments import training_arguments

@@ -19,8 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
 from puma_hf.estimate import count_flops
-from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
-from puma_hf.evaluation.published import PUBLISHED
+from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.fingerprint import model_fingerprint
 from puma_hf.hub.card import CardOptions, MeasuredModel, find_results, make_card, read_results, write_card
