@@ -20,7 +20,7 @@ from PIL import Image
 from puma_hf.configs import AppConfig
 from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
-from puma_hf.search.index import Index, open_index
+from puma_hf.search.index import Index
 from puma_hf.search.query import Query, Searcher, open_searcher
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,13 @@ _MODALITIES = {
 
 
 def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
-    """Serve the page of an index until Ctrl-C or SIGTERM, or write it as a Space.
+    """Serve the page of an index until Ctrl-C or SIGTERM.
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
 
     Args:
         config: Which index, and where; see `AppConfig`.
-        started: Called with the page's address, or the Space's directory, once it is there.
+        started: Called with the page's address, once it is there.
 
     Raises:
         FileNotFoundError: If the index or its model is missing.
@@ -52,20 +52,11 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         ValueError: If the index is empty, unfinished, damaged or of another model.
         OSError: If the port is in use.
     """
-    started = started or logger.info
-    for note in config.notes():
-        logger.warning(note)
     require_gradio()
-    index = open_index(config.index)
     loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
-    if config.space is not None:
-        from puma_hf.search.space import write_space
-
-        started(str(write_space(index, config.space, instruction=config.instruction, **loading)))
-        return
-    searcher = open_searcher(index, backend=config.backend, **loading)
+    searcher = open_searcher(config.index, backend=config.backend, **loading)
     with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
-        started(url)
+        (started or logger.info)(url)
         threading.Event().wait()
 
 

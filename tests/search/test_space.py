@@ -12,7 +12,7 @@ from huggingface_hub import SpaceCard
 
 import puma_hf
 from puma_hf.search import AppConfig, Searcher, open_index, open_searcher, write_space
-from puma_hf.search.page import launch
+from puma_hf.search.space import write_configured
 
 pytest.importorskip("gradio")
 
@@ -110,10 +110,8 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
 
 
 def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    said: list[str] = []
     config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
-    launch(config, started=said.append)
-    assert said == [str(tmp_path / "space")]
+    assert write_configured(config) == tmp_path / "space"
     assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
 
