@@ -358,7 +358,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a character that it cannot show must not end the work
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "sentence_transformers", "datasets", "faiss"):
+    for noisy in ("httpx", "sentence_transformers", "datasets"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     # peft asks for it; nobody who merges an adapter can change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -158,7 +158,7 @@ class EvaluateConfig(CheckedConfig):
         nano_seed: Seed of what the nano benchmark holds.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
         embedding_dtype: Data type that embeddings are stored in; two bytes halve the disk space.
-        search_backend: Both are exact; faiss needs pip install 'puma-hf[faiss]'.
+        search_backend: Kept for older recipes: torch and faiss are one search.
         data_revision: Branch, tag or commit of data on the Hub.
     """
 
