@@ -256,7 +256,7 @@ def index(config: IndexConfig) -> None:
 
     Example: puma-hf index photos --model puma-k14-mac --output photos-index
     """
-    from puma_hf.search.index import build_index as run
+    from puma_hf.search.build import build_index as run
 
     with ends_well_on_sigterm():
         _echo_first(str(run(config)))
@@ -283,11 +283,11 @@ def show(config: AppConfig) -> None:
     Example: puma-hf app photos-index
     """
     if config.space is None:
-        from puma_hf.app.launch import launch
+        from puma_hf.search.page import launch
 
         launch(config, started=lambda url: click.echo(f"serving {config.index} at {url}; Ctrl-C ends it"))
     else:
-        from puma_hf.app.space import write_configured
+        from puma_hf.search.space import write_configured
 
         place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
         click.echo(f"saved the Space to {place}; look at it first with: {run} {place}/app.py")

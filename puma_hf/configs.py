@@ -247,7 +247,7 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.index.build_index`.
+    """Settings of `puma_hf.search.build.build_index`.
 
     Args:
         model: PUMA directory, here or on the Hub; needed by the first run, which the index remembers.
@@ -328,7 +328,7 @@ class SearchConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.app.launch.launch`.
+    """Settings of `puma_hf.search.page.launch`.
 
     Args:
         index: Directory that puma-hf index has written.

@@ -138,7 +138,7 @@ def test_a_puma_embeds_as_by_encode(
         (expected,) = sentence_transformer.encode([record.model_input], prompt=prompt, **wanted)
         np.testing.assert_allclose(row, expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"^query '9:7': no image file at '.*gone\.png'\. Check the path\.$"):
-        embed(store, sentence_transformer, [*texts(2), (Query("9:7", None, str(tmp_path / "gone.png")), "")])
+        embed(store, sentence_transformer, [(Query("9:7", None, str(tmp_path / "gone.png")), "")], **options)
 
 
 def test_an_input_that_cannot_be_read_is_named(store: EmbeddingStore) -> None:
