@@ -137,7 +137,9 @@ def test_a_puma_embeds_as_by_encode(
         wanted = {"normalize_embeddings": True, **options}
         (expected,) = sentence_transformer.encode([record.model_input], prompt=prompt, **wanted)
         np.testing.assert_allclose(row, expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"^query '9:7': no image file at '.*gone\.png'\. Check the path\.$"):
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"^query '9:7': no image file at '.*gone\.png'\. Check the path\.$"
+    ):
         embed(store, sentence_transformer, [(Query("9:7", None, str(tmp_path / "gone.png")), "")], **options)
 
 
