@@ -25,7 +25,6 @@ from puma_hf.hub.push_config import PushConfig
 from puma_hf.parity.config import CheckConfig
 from puma_hf.search.config import AppConfig, IndexConfig, SearchConfig
 from puma_hf.termination import ends_well_on_sigterm
-from puma_hf.trainer.checkpoints import is_full_disk
 from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 
 # Switch off the progress bars of transformers and of datasets.
@@ -294,8 +293,8 @@ def _is_first_process() -> bool:
 
 
 def _is_of_a_file(error: Exception) -> bool:
-    """Whether a file could not be written or read: safetensors and torch have errors of their own for that."""
-    return type(error).__name__ == "SafetensorError" or is_full_disk(error)
+    """Whether a file could not be written or read: safetensors has an error of its own for that."""
+    return type(error).__name__ == "SafetensorError"
 
 
 def _close_progress_bars() -> None:

@@ -29,8 +29,7 @@ class AdapterBase:
         name: Hub id that the pushed adapter names.
         local: The same base on this machine; None if it is only on the Hub.
         settings: The adapter's own settings.
-        sha256: What `puma_hf.trainer.lora.weights_sha256` gave for the weights that it was trained on; None if it is
-            not known.
+        sha256: What training noted of the weights that it was trained on (`weights_sha256`); None if it is not known.
     """
 
     name: str

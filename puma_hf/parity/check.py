@@ -214,7 +214,7 @@ def _check_arguments(
 def _merged(adapter: Path, merged: str | Path | None, base: str | Path | None, scratch: Path) -> Path:
     if merged is not None:
         return Path(merged)
-    from puma_hf.trainer.lora import merge_adapter
+    from puma_hf.trainer.merge import merge_adapter
 
     merge_adapter(adapter, scratch / "merged", base=base)
     return scratch / "merged"
