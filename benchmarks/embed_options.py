@@ -176,7 +176,7 @@ def measure_random(args: argparse.Namespace, names: list[str]) -> list[Measured]
 def measure_trained(names: list[str], device: str) -> dict[str, tuple[float, dict[str, float]]]:
     """The lowest cosine and the means of the figures of the demo's backbone, cut to half of its layers."""
     data = MBEIR(DATA)
-    inputs = SweepInputs.read(data, data.tasks(SPLIT), SPLIT, ["local"])
+    inputs = SweepInputs(data, data.tasks(SPLIT), SPLIT, ["local"])
     results: dict[str, tuple[float, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prune(BACKBONE, Path(folder, "pruned"), num_kept_layers=4)
@@ -187,7 +187,7 @@ def measure_trained(names: list[str], device: str) -> dict[str, tuple[float, dic
     for name in names:
         vectors = embed_inputs(with_option(base, name), inputs, batch_size=64).float()
         expected = vectors if expected is None else expected
-        figures = inputs.results(vectors, SPLIT).mean("local")
+        figures = inputs.results(vectors).mean("local")
         results[name] = (cosine_similarity(vectors, expected).min().item(), figures)
     return results
 

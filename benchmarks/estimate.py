@@ -26,10 +26,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import PumaConfig, PumaModel, lora_config, prune
+from puma_hf.configs import TrainConfig
 from puma_hf.estimate import estimate
-from puma_hf.recipes import load_config
+from puma_hf.settings import load_config
 from puma_hf.trainer import stages
-from puma_hf.trainer.config import TrainConfig
 from puma_hf.trainer.lora_puma import add_lora
 from puma_hf.trainer.teachers import FrozenTeacher
 

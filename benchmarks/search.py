@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/search.py
     .venv/bin/python benchmarks/search.py --candidates 20000 --dim 64 --backend faiss
 
-Random embeddings are written block by block into an `EmbeddingCache` and searched there. The peak is that of the whole
+Random embeddings are written block by block into an `EmbeddingStore` and searched there. The peak is that of the whole
 process, less what the libraries take: writing the pool, the queries, the search. A sample of the queries is searched
 again one candidate after the other in float64, with NumPy and none of the code that is measured; ids must be the same.
 """
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from puma_hf.evaluation.candidate_source import CandidateSource
-from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.embedding.store import EmbeddingStore
+from puma_hf.evaluation.candidate_source import CandidateSource, StoredCandidates
 from puma_hf.evaluation.search import exact_search
 
 SHARD_SIZE = 4096
@@ -30,13 +30,15 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat1
 
 
 def write_pool(folder: str, candidates: int, dim: int, dtype: torch.dtype) -> CandidateSource:
-    """A cache of random embeddings; shards that are there from an earlier run are kept."""
-    cache = EmbeddingCache(folder, {"benchmark": "random", "dim": dim}, dtype=dtype)
+    """A store of random embeddings; shards that are there from an earlier run are kept."""
+    settings = {"benchmark": "random", "dim": dim}
+    store = EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
     keys = torch.arange(candidates)
     for number, shard in enumerate(keys.split(SHARD_SIZE)):
-        if not bool(cache.has(shard).all()):
-            cache.write(shard, torch.randn(len(shard), dim, generator=torch.Generator().manual_seed(number)))
-    return cache.source(keys)
+        if not bool(store.has(shard).all()):
+            store.add(shard, torch.randn(len(shard), dim, generator=torch.Generator().manual_seed(number)))
+    store.refresh()
+    return StoredCandidates(store, keys)
 
 
 def brute_force(queries: NDArray[np.float64], source: CandidateSource, top_k: int) -> list[list[int]]:

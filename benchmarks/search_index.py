@@ -29,7 +29,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 
-from puma_hf.search.config import RESCORE_MULTIPLIER
+from puma_hf.configs import RESCORE_MULTIPLIER
 from puma_hf.search.index import FORMAT_VERSION, create_table, open_index, tag_complete, update_ann
 
 QUERIES = "queries.npy"  # drawn once, so that it takes no memory where that is measured

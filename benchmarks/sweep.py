@@ -24,31 +24,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.layer_states import encode_all_layers
-from puma_hf.evaluation.layer_sweep import SweepInputs, open_model
+from puma_hf.evaluation.layer_sweep import SweepInputs, encode_all_layers, open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLIT = "val"
 
 
-def groups_of(inputs: SweepInputs) -> list[tuple[str, list[int]]]:
-    """Rows of one prompt and modality, as the sweep encodes them."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, key in enumerate(zip(inputs.prompts, inputs.modalities, strict=True)):
-        groups.setdefault(key, []).append(row)
-    return [(prompt, rows) for (prompt, _), rows in groups.items()]
-
-
 def embed(model: SentenceTransformer, inputs: SweepInputs, batch_size: int) -> Tensor:
-    """The embeddings of one model, `(len(inputs), hidden_size)`, in the sweep's order and with its groups."""
-    embeddings = torch.empty(0, 0)
-    for prompt, rows in groups_of(inputs):
-        part = [inputs.inputs[row] for row in rows]
+    """The embeddings of one model, `(len(records), hidden_size)`, in the sweep's order and with its groups."""
+    embeddings: dict[int, Tensor] = {}
+    for (prompt, _), rows in inputs.groups.items():
+        part = [inputs.records[row].model_input for row in rows]
         encoded = model.encode(part, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
-        if not embeddings.numel():
-            embeddings = torch.empty(len(inputs.inputs), encoded.shape[1])
-        embeddings[rows] = torch.as_tensor(encoded)
-    return embeddings
+        embeddings |= zip(rows, torch.as_tensor(encoded), strict=True)
+    return torch.stack([embeddings[row] for row in range(len(inputs.records))])
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -73,11 +62,11 @@ def measure_cost(model: SentenceTransformer, inputs: SweepInputs, repeats: int, 
             seconds(lambda: inputs.encode(model, "sweep", batch_size=batch_size, show_progress_bar=False))
         )
     ratios = [ours / theirs for ours, theirs in zip(all_depths, full, strict=True)]
-    print(f"{len(inputs.inputs):,} inputs, {repeats} times each, in turns")
+    print(f"{len(inputs.records):,} inputs, {repeats} times each, in turns")
     print(f"full model, depth L alone   median {statistics.median(full):6.2f} s  lowest {min(full):6.2f} s")
     print(f"sweep, depths 1 to L        median {statistics.median(all_depths):6.2f} s  lowest {min(all_depths):6.2f} s")
     print(f"ratio of neighbours         median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    few = inputs.inputs[:batch_size]
+    few = [record.model_input for record in inputs.records[:batch_size]]
     one = flops(lambda: model.encode(few, prompt="", batch_size=batch_size, show_progress_bar=False))
     every = flops(lambda: encode_all_layers(model, few, batch_size=batch_size))
     print(f"operations of one batch     {one:,} and {every:,}: {every / one:.4f} x")
@@ -91,7 +80,7 @@ def compare_with_pruned(model: SentenceTransformer, backbone: Path, inputs: Swee
             prune(backbone, Path(folder, "pruned"), num_kept_layers=number)
             pruned = SentenceTransformer(str(Path(folder, "pruned")), trust_remote_code=True, device=str(model.device))
             theirs = embed(pruned, inputs, batch_size)
-        tables = [inputs.results(embeddings, SPLIT).mean("local") for embeddings in (ours, theirs)]
+        tables = [inputs.results(embeddings).mean("local") for embeddings in (ours, theirs)]
         metric = max(abs(tables[0][name] - tables[1][name]) for name in tables[0])
         vector = float((ours - theirs).abs().max())
         print(f"k = {number}: vectors differ by at most {vector:.1e}, means of metrics by {metric:.1e}")
@@ -107,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("puma_hf").setLevel(logging.WARNING)
     data = MBEIR(args.data)
-    inputs = SweepInputs.read(data, data.tasks(SPLIT), SPLIT, ["local"])
+    inputs = SweepInputs(data, data.tasks(SPLIT), SPLIT, ["local"])
     with open_model(str(args.backbone)) as model:
         measure_cost(model, inputs, args.repeats, args.batch_size)
         if not args.skip_pruned:

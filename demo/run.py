@@ -25,9 +25,9 @@ from transformers.utils import logging as transformers_logging
 from everyday import INSTRUCTION, copy_drawings, try_words
 from picture import draw_answers
 from puma_hf.cli import app
+from puma_hf.configs import DistillConfig, TrainConfig
 from puma_hf.flops import count_flops, count_parameters
-from puma_hf.recipes import load_config
-from puma_hf.trainer.config import DistillConfig, TrainConfig
+from puma_hf.settings import load_config
 
 DEMO = Path(__file__).resolve().parent
 DATA = DEMO / "emoji"

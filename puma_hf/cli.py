@@ -16,16 +16,23 @@ import typer
 
 from puma_hf import __version__
 from puma_hf.cli_options import config_command
-from puma_hf.data.pairs_config import PairsConfig
-from puma_hf.embedding.config import EmbedConfig
-from puma_hf.evaluation.config import EvaluateConfig
-from puma_hf.evaluation.sweep_config import SweepConfig
-from puma_hf.export_config import ExportConfig
-from puma_hf.hub.push_config import PushConfig
-from puma_hf.parity.config import CheckConfig
-from puma_hf.search.config import AppConfig, IndexConfig, SearchConfig
-from puma_hf.termination import ends_well_on_sigterm
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
+from puma_hf.configs import (
+    AppConfig,
+    CheckConfig,
+    DistillConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    IndexConfig,
+    MergeConfig,
+    PairsConfig,
+    PushConfig,
+    SearchConfig,
+    SweepConfig,
+    TrainConfig,
+)
+from puma_hf.files import is_full_disk
+from puma_hf.processes import ends_well_on_sigterm
 
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -293,8 +300,8 @@ def _is_first_process() -> bool:
 
 
 def _is_of_a_file(error: Exception) -> bool:
-    """Whether a file could not be written or read: safetensors has an error of its own for that."""
-    return type(error).__name__ == "SafetensorError"
+    """Whether a file could not be written or read: safetensors and torch have errors of their own for that."""
+    return type(error).__name__ == "SafetensorError" or is_full_disk(error)
 
 
 def _close_progress_bars() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from puma_hf.recipes import load_config
+from puma_hf.settings import load_config
 
 Config = TypeVar("Config")
 

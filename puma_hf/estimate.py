@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from puma_hf.configs import DistillConfig, StageConfig, TrainConfig
 from puma_hf.flops import count_parameters
 from puma_hf.modeling import PumaConfig, PumaModel
-from puma_hf.recipes import load_config, read_recipe
-from puma_hf.trainer.config import DistillConfig, StageConfig, TrainConfig
-from puma_hf.values import nearest
+from puma_hf.settings import load_config, nearest, read_recipe
 
 # Memory in GiB and dense bfloat16 TFLOP/s (sums in float32, no sparsity), from the makers' data sheets.
 GPUS: dict[str, tuple[int, float]] = {

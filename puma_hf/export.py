@@ -1,64 +1,47 @@
-"""Write a PUMA model as a plain checkpoint of its backbone, for programs that know nothing of PUMA."""
+"""Write a PUMA model as a plain checkpoint of its backbone, or as ONNX, for programs that know nothing of PUMA."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jinja2 import Template
+from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, SourceCheckpoint, open_checkpoint, own_name
-from puma_hf.export_card import write_export_card
-from puma_hf.export_config import ExportFormat
-from puma_hf.export_onnx import check_onnx_is_installed, write_onnx
-from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
+from puma_hf.checkpoint import StoredWeights, open_checkpoint
+from puma_hf.configs import ExportFormat
+from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config, write_json
 from puma_hf.modeling import RET_TOKEN
-from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
+from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
+from puma_hf.modeling.modeling_puma import last_token_state
 from puma_hf.modeling.reading_puma import reading_of
-from puma_hf.values import convert
+from puma_hf.settings import convert
 
 logger = logging.getLogger(__name__)
 
 # In an export's config.json: what the checkpoint was made of. The stock classes carry it along and do not read it.
 LINEAGE_KEY = "puma_export"
-CHAT_TEMPLATE = "chat_template.jinja"
-_PUMA_FIELDS = tuple(entry.name for entry in fields(PumaConfigMixin))
-# Where a save notes things of PUMA's, or of the machine that saved.
-_NOT_STOCK = ("auto_map", "is_local", "local_files_only")
-
-
-@dataclass(frozen=True)
-class _Backbone:
-    """A stock class, and how tensors are called in the checkpoints that were published for it."""
-
-    model_class: Any
-    processor_class: str
-    text_prefix: str
-    vision_prefix: str
-
-
-# By the model_type of the original. vLLM's loaders rename from these names, as the stock classes do.
-_BACKBONES = {
-    "qwen2_vl": _Backbone(Qwen2VLForConditionalGeneration, "Qwen2VLProcessor", "model.", "visual."),
-    "qwen2_5_vl": _Backbone(Qwen2_5_VLForConditionalGeneration, "Qwen2_5_VLProcessor", "model.", "visual."),
-    "qwen3_vl": _Backbone(
-        Qwen3VLForConditionalGeneration, "Qwen3VLProcessor", "model.language_model.", "model.visual."
-    ),
-}
+ONNX_NAME = "model.onnx"
+_TEMPLATE = "chat_template.jinja"
+_CARD = Path(__file__).with_name("export_card.jinja")
+# What a save notes of PUMA, or of the machine that saved.
+_NOT_STOCK = ("auto_map", "is_local", "local_files_only", "custom_pipelines")
+_NEEDED_FOR_ONNX = ("onnx", "onnxruntime", "onnxscript")
+# Largest difference of a number of a unit vector; float32 on another runtime differs by 1e-7.
+_ONNX_BOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -107,11 +90,12 @@ def export(
 ) -> ExportReport:
     """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
 
-    Or, with `format="onnx"`, as an ONNX graph that embeds texts; see `puma_hf.export_onnx.write_onnx`.
-
     The weights are the same, bit for bit, under the names of the published checkpoints; the language-model head is
     tied to the token embedding. The last hidden state at the last token, scaled to unit length, is the embedding.
-    `puma_hf.parity.check.check` compares the two. One weight file is in memory at a time.
+    `puma-hf check --exported` compares the two.
+
+    Or, with `format="onnx"`, a graph that embeds texts: it takes `input_ids` and `attention_mask`, int64 `(batch_size,
+    sequence_length)`, padded on either side, and gives `sentence_embedding`, float32 `(batch_size, embedding_dim)`.
 
     Args:
         source: PUMA directory, or Hub id of one.
@@ -130,19 +114,16 @@ def export(
             reading has positions that stock classes do not give to images.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
+        RuntimeError: If onnxruntime computes other embeddings than PyTorch.
 
     Example:
-
-    ```python
-    >>> from puma_hf.export import export
-
-    >>> print(export("puma-k14-mac", "puma-k14-stock"))  # doctest: +SKIP
-    ```
+        >>> print(export("puma-k14-mac", "puma-k14-stock"))  # doctest: +SKIP
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(source)!r} is an adapter. Merge it first (puma-hf merge), and export the result.")
-    if convert("format", format, ExportFormat) == "onnx":
-        check_onnx_is_installed()
+    missing = [name for name in _NEEDED_FOR_ONNX if find_spec(name) is None]
+    if convert("format", format, ExportFormat) == "onnx" and missing:
+        raise ImportError(f"format='onnx' needs {', '.join(missing)}, not installed here: pip install 'puma-hf[onnx]'.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
     if model_type not in PUMA_MODEL_TYPES:
@@ -156,138 +137,159 @@ def export(
             f"{str(source)!r} has {puma_config.positions} positions, but stock classes and vLLM give images those of "
             "M-RoPE, so other embeddings. Serve the PUMA directory itself, or export its texts (--format onnx)."
         )
-    backbone = _BACKBONES[puma_config.source_model_type]
-    config = _stock_config(puma_config, backbone)
+    config = _stock_config(puma_config)
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
-        shapes, num_bytes = _write_weights(checkpoint, backbone, folder)
-        _check_weights(shapes, config, backbone, checkpoint.name)
-        config.save_pretrained(folder)
-        _write_processor(checkpoint, backbone, folder)
+        parameters = _write_weights(StoredWeights(checkpoint), config, folder, checkpoint.name)
+        num_bytes = sum(parameter.nbytes for parameter in parameters)
+        _write_processor(checkpoint.folder, config.model_type, folder)
         if format == "onnx":
-            num_bytes = write_onnx(folder)
-        told = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")).told
-        write_export_card(folder, config, getattr(config, LINEAGE_KEY), onnx=format == "onnx", told=told)
-    layers = int(config.text_config.num_hidden_layers)
+            num_bytes = _write_onnx(folder)
+        reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
+        write_export_card(folder, config, onnx=format == "onnx", told=reading.told)
+    layers, count = config.text_config.num_hidden_layers, sum(parameter.numel() for parameter in parameters)
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
-    num_parameters = sum(shape.numel() for shape in shapes.values())
-    return ExportReport(str(source), str(output), config.model_type, layers, num_parameters, num_bytes, format)
+    return ExportReport(str(source), str(output), config.model_type, layers, count, num_bytes, format)
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what `export` wrote, judged by its `config.json`."""
-    config = read_config(folder)
-    return config.get("model_type") in _BACKBONES and LINEAGE_KEY in config
+    return LINEAGE_KEY in read_config(folder)
 
 
 def _is_ours(folder: Path) -> bool:
     return is_puma_directory(folder) or is_export(folder)
 
 
-def _stock_config(puma_config: Any, backbone: _Backbone) -> Any:
+def _stock_config(puma_config: Any) -> Any:
     """The stock configuration: as many layers as were kept, and a head that needs no tensor of its own."""
-    settings = puma_config.to_dict()
-    lineage = {name: settings.pop(name) for name in _PUMA_FIELDS if name in settings}
-    for name in ("auto_map", "custom_pipelines"):
-        settings.pop(name, None)
+    settings = {name: value for name, value in puma_config.to_dict().items() if name not in _NOT_STOCK}
+    own = [entry.name for entry in fields(PumaConfigMixin)]
+    lineage = {name: settings.pop(name) for name in own if name in settings}
     settings["model_type"] = puma_config.source_model_type
-    config = backbone.model_class.config_class.from_dict(settings)
-    config.architectures = [backbone.model_class.__name__]
+    config = CONFIG_MAPPING[puma_config.source_model_type].from_dict(settings)
     # transformers reads the first of the two, vLLM the one of the text tower.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     setattr(config, LINEAGE_KEY, lineage)
     return config
 
 
-def _write_weights(
-    checkpoint: SourceCheckpoint, backbone: _Backbone, folder: Path
-) -> tuple[dict[str, torch.Size], int]:
-    """The source's weight files, one by one, under the names of the published checkpoints."""
-    shapes: dict[str, torch.Size] = {}
-    weight_map: dict[str, str] = {}
-    num_bytes = 0
-    for file_name in sorted(set(checkpoint.weight_files.values())):
-        names = [name for name, file in checkpoint.weight_files.items() if file == file_name]
-        try:
-            with safe_open(checkpoint.fetch(file_name), framework="pt") as file:
-                tensors = {_stock_name(name, backbone): file.get_tensor(name) for name in names if _is_read(name)}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file_name!r} of {checkpoint.name!r} is damaged, or lacks a tensor that it should hold ({error}). "
-                "Download or save it again."
-            ) from error
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-        weight_map |= dict.fromkeys(tensors, file_name)
-        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if set(weight_map.values()) != {SINGLE_NAME}:
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return shapes, num_bytes
-
-
-def _is_read(name: str) -> bool:
-    return not name.startswith("lm_head.")
-
-
-def _stock_name(name: str, backbone: _Backbone) -> str:
-    name = own_name(name)
-    prefixes = (("language_model.", backbone.text_prefix), ("visual.", backbone.vision_prefix))
-    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
-
-
-def _check_weights(shapes: dict[str, torch.Size], config: Any, backbone: _Backbone, source: str) -> None:
-    """Raise if the stock class would not find exactly its own tensors."""
-    with torch.device("meta"):
-        model = backbone.model_class(config)
-    needed = {
-        _stock_name(name, backbone): tensor.shape for name, tensor in model.state_dict().items() if _is_read(name)
-    }
-    wrong = sorted(name for name in needed.keys() | shapes.keys() if needed.get(name) != shapes.get(name))
-    if wrong:
+def _write_weights(stored: StoredWeights, config: Any, folder: Path, source: str) -> list[nn.Parameter]:
+    """Save the stock model, which names tensors as the published checkpoints do; its parameters, the head aside."""
+    with torch.device("meta"):  # where the whole model takes no memory: it is held once, by the tensors that are read
+        model: Any = AutoModelForImageTextToText.from_config(config)
+    try:
+        model.model.load_state_dict(dict(stored), assign=True)
+    except RuntimeError as error:
         raise ValueError(
-            f"{source!r} has other tensors than its config.json says ({len(wrong)} differ, first: {wrong[0]}, "
-            f"{tuple(shapes.get(wrong[0], ()))} instead of {tuple(needed.get(wrong[0], ()))}). Weights and "
-            "configuration are of different models: download or save it again."
-        )
+            f"{source!r} has other tensors than its config.json says. Weights and configuration are of different "
+            f"models: download or save it again. {error}"
+        ) from error
+    model.tie_weights()
+    model.save_pretrained(folder, max_shard_size="5GB")
+    (folder / "generation_config.json").unlink(missing_ok=True)  # it does not generate
+    return list(model.model.parameters())
 
 
-def _write_processor(checkpoint: SourceCheckpoint, backbone: _Backbone, folder: Path) -> None:
+def _write_processor(source: Path, model_type: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template, as a published checkpoint has them."""
-    source = checkpoint.folder
-    template = source / CHAT_TEMPLATE
-    if not template.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint.name!r} has no {CHAT_TEMPLATE}, which ends every prompt in {RET_TOKEN}. Copy it from the "
-            "model's repository."
-        )
     tokenizer = AutoTokenizer.from_pretrained(source)
     if RET_TOKEN not in tokenizer.get_vocab():
         raise ValueError(
-            f"The tokenizer of {checkpoint.name!r} does not know {RET_TOKEN}, where embeddings are read: its files are "
+            f"The tokenizer of {str(source)!r} does not know {RET_TOKEN}, where embeddings are read: its files are "
             "missing or belong to another model. Download or save it again."
         )
     tokenizer.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-    shutil.copyfile(template, folder / CHAT_TEMPLATE)
-    _rewrite(folder / "tokenizer_config.json", processor_class=backbone.processor_class)
-    _rewrite(folder / "preprocessor_config.json", processor_class=backbone.processor_class)
-    parts = _read_json(source / "processor_config.json")
-    if "video_processor" in parts:  # a Qwen2-VL, of the first release only where torchvision could make one
-        settings = {name: value for name, value in parts["video_processor"].items() if name not in _NOT_STOCK}
-        _write_json(folder / "video_preprocessor_config.json", settings)
+    shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
+    written = {name: read_config(folder, name) for name in ("tokenizer_config.json", "preprocessor_config.json")}
+    written = {name: {**one, "processor_class": PROCESSOR_MAPPING_NAMES[model_type]} for name, one in written.items()}
+    if video := read_config(source, "processor_config.json").get("video_processor"):
+        written["video_preprocessor_config.json"] = video  # of the first release only where torchvision could make one
+    for name, settings in written.items():
+        write_json(folder / name, {key: value for key, value in settings.items() if key not in _NOT_STOCK})
 
 
-def _rewrite(path: Path, **values: str) -> None:
-    settings = {name: value for name, value in _read_json(path).items() if name not in _NOT_STOCK}
-    _write_json(path, settings | values)
+def write_export_card(folder: Path, config: Any, *, onnx: bool = False, told: str = "") -> None:
+    """Write the `README.md` of an export.
+
+    Args:
+        folder: The directory.
+        config: Its stock configuration, with its lineage.
+        onnx: Whether it is an ONNX graph.
+        told: What the reading makes of inputs, which is to be done before the template.
+    """
+    lineage = getattr(config, LINEAGE_KEY)
+    source, kept = lineage["source_name_or_path"], lineage["num_kept_layers"]
+    text = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+        onnx=onnx,
+        title=f"{source or config.model_type}, {kept} layers",
+        name="path/to/this/directory",
+        model_type=config.model_type,
+        kept=named_layers(lineage.get("kept_layers") or range(kept)),
+        total=lineage["original_num_hidden_layers"],
+        source=f"`{source}`" if source else "its source",
+        dim=config.text_config.hidden_size,
+        told=f"\nThe model was made to read inputs {told}: bring texts into that form first." if told else "",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+# ---------------------------------------------------------------------------------------------------------------- ONNX
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+class _TextEmbedder(nn.Module):
+    """The decoder of a stock model, its positions, and what makes an embedding of its states."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # The same in time, height and width: a text has no others.
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).expand(3, -1, -1)
+        states = self.decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return nn.functional.normalize(last_token_state(states, attention_mask), dim=-1)
+
+
+def _write_onnx(folder: Path) -> int:
+    """Put an ONNX graph in the place of a stock export's weights, compare the two, and return its bytes."""
+    from onnxruntime import InferenceSession
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    embedder = _TextEmbedder(model.model.language_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        program: Any = torch.onnx.export(
+            embedder,
+            _onnx_batch(tokenizer, ["a red apple", "a"]),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["sentence_embedding"],
+            dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}),
+            dynamo=True,
+            verbose=False,
+        )
+    program.save(folder / ONNX_NAME, external_data=True)
+    # Other texts, of other lengths: what the export took for a constant shows.
+    batch = _onnx_batch(tokenizer, ["two green pears on a table", "a", "an apple"])
+    session = InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
+    inputs = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), batch, strict=True)}
+    with torch.inference_mode():
+        difference = float((torch.from_numpy(session.run(None, inputs)[0]) - embedder(*batch)).abs().max())
+    if not difference <= _ONNX_BOUND:
+        raise RuntimeError(
+            f"The ONNX graph gives other embeddings than PyTorch: they differ by {difference:.1e}, at most "
+            f"{_ONNX_BOUND} is right. Try other releases of torch, onnxscript and onnxruntime."
+        )
+    for name in ("*.safetensors*", "*preprocessor_config.json"):
+        for path in folder.glob(name):
+            path.unlink()
+    return sum(path.stat().st_size for path in folder.glob(f"{ONNX_NAME}*"))
+
+
+def _onnx_batch(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    encoded = tokenizer(prompts, padding=True, return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]

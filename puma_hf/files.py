@@ -1,15 +1,21 @@
-"""What a directory of ours is, and how a directory or a file is written whole or not at all."""
+"""What a directory of ours is, and how a directory or a file is written: whole or not at all, by one run at a time."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # What peft calls the two files of an adapter.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,6 +25,33 @@ BASE_FILE = "puma_base.json"
 DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
+LOCK_FILE = ".puma-hf.lock"
+
+# huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+# What torch and safetensors say of a full disk: their errors carry no errno.
+_FULL_DISK_WORDS = ("no space left", "os error 28", "disk quota", "os error 122", "file write failed")
+_FULL_DISK_WORDS += ("pytorchstreamwriter", "inline_container")
+_PATIENCE = 0.2  # seconds: a run that ends at this moment removes its lock, and the next one makes its own
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+
+
+class DirectoryInUseError(OSError):
+    """Another run writes into the directory."""
+
+
+# ---------------------------------------------------------------------------------------------------- what a folder is
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it.
+
+    Example:
+        >>> is_hub_id("org/puma-k14"), is_hub_id("../puma-k14"), is_hub_id("/home/me/puma-k14")
+        (True, False, False)
+    """
+    is_forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return _HUB_ID.fullmatch(name) is not None and not is_forbidden
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -62,6 +95,52 @@ def named_base(adapter: Path) -> str:
     return next((str(place) for place in places if name and is_puma_directory(place)), name)
 
 
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file whole or not at all; its folder is made if need be. Of several processes that write it one wins.
+
+    Args:
+        path: The file, which is replaced if it is there.
+        content: What it is to hold.
+        sync: Whether it must be on the disk when this returns; of thousands of small files, that can be copied again,
+            this would cost a wait each.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(draft, 0o644)  # mkstemp lets nobody else read it
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that people can read, whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error of Python, torch or safetensors, or what it came from, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def new_directory(
     output_dir: str | Path,
@@ -82,100 +161,97 @@ def new_directory(
         FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is not ours.
         ValueError: If it is, or holds, the folder that is being read.
         NotADirectoryError: If it is a file.
-        PermissionError: If its parent cannot be written.
+        OSError: If its parent cannot be written.
     """
-    target = Path(output_dir).resolve()
+    target, name = Path(output_dir).resolve(), f"output_dir {str(output_dir)!r}"
     if forbidden is not None and forbidden.resolve().is_relative_to(target):
-        raise ValueError(f"output_dir {str(output_dir)!r} is, or holds, the source itself. Choose another directory.")
+        raise ValueError(f"{name} is, or holds, the source itself. Choose another directory.")
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"output_dir {str(output_dir)!r} is a file. Choose a directory.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise NotADirectoryError(f"{name} is a file. Choose a directory.")
+    is_full = target.is_dir() and any(target.iterdir())
+    if is_full and not overwrite:
+        raise FileExistsError(f"{name} is not empty. Choose another, or pass overwrite=True (--overwrite).")
+    if is_full and not is_ours(target):
         raise FileExistsError(
-            f"output_dir {str(output_dir)!r} is not empty. Choose another, or pass overwrite=True (--overwrite)."
+            f"{name} holds files, but no PUMA model: overwriting would delete what is not ours. Choose another "
+            "directory, or empty it yourself."
         )
-    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
-        raise FileExistsError(
-            f"output_dir {str(output_dir)!r} holds files, but no PUMA model: overwriting would delete what is not "
-            "ours. Choose another directory, or empty it yourself."
-        )
-    new_parents = [parent for parent in target.parents if not parent.exists()]
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    parked = draft.with_name(f".old{draft.name}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise PermissionError(
-            f"output_dir {str(output_dir)!r} cannot be written ({error}). Choose another directory."
-        ) from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        _move_into_place(temporary, target)
+        draft.chmod(0o755)
+        yield draft
+        # A directory that has content cannot be replaced in one step: park it, and only then remove it.
+        if target.exists():
+            os.replace(target, parked)
+        os.replace(draft, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # somebody else may have put something there
-                parent.rmdir()
+        if parked.exists():
+            os.replace(parked, target)
+        shutil.rmtree(draft, ignore_errors=True)
+        _remove_if_empty(made)
         raise
+    shutil.rmtree(parked, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(temporary, target)
-        return
-    # A directory cannot be replaced in one step when it has content: park it, and only then remove it.
-    parked = Path(mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / target.name
-    os.replace(target, parked)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(parked, target)
-        parked.parent.rmdir()
-        raise
-    shutil.rmtree(parked.parent)
+def _remove_if_empty(made: list[Path]) -> None:
+    with suppress(OSError):  # somebody else may have put something there
+        for directory in made:
+            directory.rmdir()
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A draft beside a file, which takes its place when the block ends well and is removed when it does not.
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep every other run out of a directory as long as the block lasts; who only reads is not kept out.
 
-    Args:
-        path: The file, which is replaced if it is there; its folder is made if need be.
-
-    Yields:
-        The draft, an empty file.
+    The directory is made if need be. In it lies a hidden file, removed at the end; one that a killed run has left locks
+    nothing, as the lock is the operating system's. Inside of the block the same directory may be locked again, which
+    does nothing. On a file system that has no locks a warning is all that happens.
 
     Raises:
-        OSError: If it cannot be written.
+        DirectoryInUseError: At once, if another run has it, in this process or in another.
+        NotADirectoryError: If it is a file.
+        OSError: If it cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, locked(folder):
+        ...     pass
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    draft = Path(name)
+    from filelock import FileLock, Timeout  # 50 ms, which --help need not wait for
+
+    directory = Path(folder)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"output_dir {str(folder)!r} is a file. Choose a directory.")
+    directory = directory.resolve()  # a link may have another end later
+    if directory in _held.get():
+        yield
+        return
+    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    # Not filelock's lock by a file alone, which outlives a killed process.
+    lock = FileLock(directory / LOCK_FILE, timeout=_PATIENCE, thread_local=False, fallback_to_soft=False)
     try:
-        yield draft
-        draft.chmod(0o644)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a file whole or not at all; its folder is made if need be.
-
-    Several processes may write the same file at once: one of them wins.
-
-    Args:
-        path: The file, which is replaced if it is there.
-        content: What it is to hold.
-        sync: Whether it must be on the disk when this returns; of thousands of small files, that can be copied again,
-            this would cost a wait each.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    with whole_file(path) as draft, draft.open("wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
+        lock.acquire()  # makes the directory again if a run that failed has removed it just now
+    except Timeout as error:
+        raise DirectoryInUseError(
+            f"{str(folder)!r} is in use: another run writes there, and only one may at a time. Wait until it has "
+            "ended, and run the same command again, or choose another directory."
+        ) from error
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s). See to it yourself that no other run writes there at the same time.",
+            folder,
+            error.strerror or error,
+        )
+    token = _held.set(_held.get() | {directory})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        with suppress(OSError):  # while it is locked: who waits for it finds out that it is gone, and makes another
+            (directory / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
+        _remove_if_empty(made)

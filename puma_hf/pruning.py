@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.files import new_directory, read_config
+from puma_hf.files import PUMA_MODEL_TYPES, new_directory, read_config
 from puma_hf.hub.template import write_model_card
-from puma_hf.limits import DEFAULT_VISUAL_TOKENS, pixels_per_token, set_limits, told_limits
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
@@ -35,17 +28,10 @@ from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_tra
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PruneReport", "prune", "write_sentence_transformers_files"]
-
+# As PUMA and LamRA read images, in training and in evaluation. A general model's limit is thousands.
+DEFAULT_VISUAL_TOKENS = 300
 _MODELING = Path(__file__).parent / "modeling"
-
-# What each backbone is before pruning, to count its parameters. A PUMA directory that is pruned further is none of
-# these: it has no language-model head to count.
-_ORIGINALS: dict[str, Any] = {
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-}
+_IMAGE_TOKEN = "<|image_pad|>"
 
 
 @dataclass(frozen=True)
@@ -179,57 +165,55 @@ def prune(
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not known to torch. Choose 'auto', 'float32', 'bfloat16' or 'float16'.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
-    source_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
-    config = config_class_of(source_type).from_pretrained(checkpoint.folder)
+    model_type = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    is_original = model_type not in PUMA_MODEL_TYPES
+    config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     layers = chosen_layers(num_kept_layers, keep_layers, config.num_kept_layers or 0)
-    name = _chosen_reading(reading, checkpoint, config, is_original=source_type in _ORIGINALS)
+    name = _chosen_reading(reading, checkpoint, config, is_original)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        processor = _build_processor(checkpoint, _processor_class(config), name)
-        before = _limit_images(processor, max_pixels, is_original=source_type in _ORIGINALS)
+        processor = _build_processor(checkpoint, config, name)
+        source_max_pixels = int(processor.image_processor.size["longest_edge"])
+        _limit_images(processor, max_pixels, is_original)
         model = _load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
         model.config.positions = reading_of(name).positions
         model.config.custom_pipelines = PIPELINES
-        model.config.source_name_or_path = config.source_name_or_path or _short_name(checkpoint)
+        # A local path says where the user keeps files; only its last part is worth publishing.
+        own_name = checkpoint.repo_id or checkpoint.folder.resolve().name
+        model.config.source_name_or_path = config.source_name_or_path or own_name
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
-        source_class = _ORIGINALS.get(source_type, type(model))
-        report = _report(checkpoint, source_class, config, model, output_dir, processor.image_processor, before)
-        report = replace(report, kept_layers=None if layers == list(range(len(layers))) else layers, reading=name)
-        facts: dict[str, Any] = {**report.to_dict(), "backbone": config.source_name, "limits": told_limits(folder)}
-        facts["kept_layers"] = model.config.kept_layers  # of the original, which the source may not be
-        if source_type not in _ORIGINALS:  # what a PUMA directory had is not what the original has
-            report = replace(report, num_source_layers=config.num_kept_layers)
-            facts |= {"parameters_before": None, "bytes_before": None}
+        before, bytes_before = _source_size(checkpoint, config, model, is_original)
+        longest = processor.image_processor.size["longest_edge"]
+        report = PruneReport(
+            source=checkpoint.name,
+            output_dir=str(output_dir),
+            num_kept_layers=len(layers),
+            original_num_hidden_layers=int(model.config.original_num_hidden_layers or 0),
+            parameters_before=before,
+            parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+            bytes_before=bytes_before,
+            bytes_after=sum(parameter.nbytes for parameter in model.parameters()),
+            max_pixels=longest,
+            max_visual_tokens=longest // pixels_per_token(processor.image_processor),
+            source_max_pixels=source_max_pixels,
+            num_source_layers=None if is_original else config.num_kept_layers,
+            kept_layers=None if layers == list(range(len(layers))) else layers,
+            reading=name,
+        )
+        facts = {**report.to_dict(), "backbone": config.source_name, "limits": told_limits(folder)}
+        # The card speaks of the original: its layers are known by the model, its size only where it was read itself.
+        facts |= {"kept_layers": model.config.kept_layers}
+        facts |= {} if is_original else {"parameters_before": None, "bytes_before": None}
         write_model_card(folder, model.config, facts)
-    num_layers = report.num_source_layers or report.original_num_hidden_layers
-    logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), num_layers, output_dir)
+    total = report.num_source_layers or report.original_num_hidden_layers
+    logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), total, output_dir)
     return report
 
 
-def _short_name(checkpoint: SourceCheckpoint) -> str:
-    # A local path says where the user keeps files; only its last part is worth publishing.
-    return checkpoint.repo_id or checkpoint.folder.resolve().name
-
-
-def _load_kept(checkpoint: SourceCheckpoint, config: Any, layers: list[int], dtype: str | torch.dtype) -> PumaModel:
-    model_class = MODEL_CLASSES[type(config)]
-    with kept_weights(checkpoint, layers) as weights:
-        try:
-            model: PumaModel = model_class.from_pretrained(weights, keep_layers=layers, dtype=dtype)
-        except ValueError as error:
-            # The temporary folder's name says nothing to the user.
-            raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
-    return model
-
-
-def _processor_class(config: Any) -> type[PumaProcessor]:
-    return PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor
-
-
-def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any, *, is_original: bool) -> str:
+def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any, is_original: bool) -> str:
     own = None if is_original else read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")
     name = str((own or "puma") if asked is None else asked)
     backbones = reading_of(name).backbones or (config.source_model_type,)
@@ -252,34 +236,32 @@ def template_of(reading: Reading) -> str:
     return text if reading.system is None else f"{{%- set system = {json.dumps(reading.system)} -%}}\n{text}"
 
 
-def _build_processor(checkpoint: SourceCheckpoint, processor_class: type[PumaProcessor], reading: str) -> PumaProcessor:
-    folder = checkpoint.folder
-    arguments = {
-        "image_processor": AutoImageProcessor.from_pretrained(folder),
-        "tokenizer": AutoTokenizer.from_pretrained(folder),
-        "video_processor": get_video_processor_config(folder) or None,  # settings: they need no torchvision
-    }
-    image_token = "<|image_pad|>"
+def _build_processor(checkpoint: SourceCheckpoint, config: Any, reading: str) -> PumaProcessor:
+    folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
     # Without tokenizer files transformers builds an empty tokenizer.
-    if image_token not in arguments["tokenizer"].get_vocab():
+    if _IMAGE_TOKEN not in tokenizer.get_vocab():
         raise ValueError(
-            f"The tokenizer of {checkpoint.name!r} does not know {image_token!r}: its files are missing or "
+            f"The tokenizer of {checkpoint.name!r} does not know {_IMAGE_TOKEN!r}: its files are missing or "
             "belong to another model. Download the checkpoint again, with its tokenizer."
         )
-    return processor_class(**arguments, chat_template=template_of(reading_of(reading)), reading=reading)
+    return (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
+        image_processor=AutoImageProcessor.from_pretrained(folder),
+        tokenizer=tokenizer,
+        video_processor=get_video_processor_config(folder) or None,  # settings: they need no torchvision
+        chat_template=template_of(reading_of(reading)),
+        reading=reading,
+    )
 
 
-def _limit_images(processor: PumaProcessor, max_pixels: Any, *, is_original: bool) -> int:
-    """Set the limit that is asked for, or a default one; the source's own is returned."""
-    images = processor.image_processor
-    shortest, longest = images.size["shortest_edge"], int(images.size["longest_edge"])
-    if max_pixels is None and is_original:
-        max_pixels = min(longest, max(shortest, DEFAULT_VISUAL_TOKENS * pixels_per_token(images)))
-    if isinstance(max_pixels, str) and max_pixels != "source":
-        raise ValueError(f"max_pixels={max_pixels!r} must be a whole number, or 'source' to keep the source's limit.")
-    if max_pixels not in (None, "source"):
-        set_limits(processor, max_pixels=max_pixels)
-    return longest
+def _load_kept(checkpoint: SourceCheckpoint, config: Any, layers: list[int], dtype: str | torch.dtype) -> PumaModel:
+    model_class = MODEL_CLASSES[type(config)]
+    with kept_weights(checkpoint, layers) as weights:
+        try:
+            model: PumaModel = model_class.from_pretrained(weights, keep_layers=layers, dtype=dtype)
+        except ValueError as error:
+            # The temporary folder's name says nothing to the user.
+            raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
+    return model
 
 
 def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
@@ -291,7 +273,7 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
     ret_token_id = int(tokenizer.convert_tokens_to_ids(RET_TOKEN))
     if is_new:
         embedding: Any = model.get_input_embeddings()
-        if ret_token_id >= len(embedding.weight):
+        if ret_token_id >= len(embedding.weight):  # Qwen pads the vocabulary, so that most have a row to spare
             embedding = model.resize_token_embeddings(ret_token_id + 1, mean_resizing=False)
         with torch.no_grad():
             weight = embedding.weight
@@ -299,32 +281,95 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
     model.config.ret_token_id = ret_token_id
 
 
-def _report(
-    checkpoint: SourceCheckpoint,
-    source_class: Any,
-    source_config: Any,
-    model: PumaModel,
-    output_dir: str | Path,
-    images: Any,
-    source_max_pixels: int,
-) -> PruneReport:
+def _source_size(checkpoint: SourceCheckpoint, config: Any, model: PumaModel, is_original: bool) -> tuple[int, int]:
+    """Parameters and bytes of the source: an original has a language-model head to count, a PUMA directory none."""
     with torch.device("meta"):
-        original = source_class(source_config)
-    before = sum(parameter.numel() for parameter in original.parameters())
-    after = sum(parameter.numel() for parameter in model.parameters())
+        if is_original:
+            whole = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint.folder))
+        else:
+            whole = type(model)(config)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
     # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
-    named = (source_config.dtype, source_config.text_config.dtype)
-    source_dtype = next((dtype for dtype in named if isinstance(dtype, torch.dtype)), model.dtype)
-    return PruneReport(
-        source=checkpoint.name,
-        output_dir=str(output_dir),
-        num_kept_layers=int(model.config.num_kept_layers or 0),
-        original_num_hidden_layers=int(model.config.original_num_hidden_layers or 0),
-        parameters_before=before,
-        parameters_after=after,
-        bytes_before=before * source_dtype.itemsize,
-        bytes_after=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        max_pixels=images.size["longest_edge"],
-        max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
-        source_max_pixels=source_max_pixels,
-    )
+    named = (config.dtype, config.text_config.dtype)
+    dtype = next((dtype for dtype in named if isinstance(dtype, torch.dtype)), model.dtype)
+    return parameters, parameters * dtype.itemsize
+
+
+# ------------------------------------------------------------------ limits: how large an image, how long a text is read
+
+
+def pixels_per_token(image_processor: Any) -> int:
+    """Pixels that make one visual token: 28 x 28 for Qwen2-VL and Qwen2.5-VL, 32 x 32 for Qwen3-VL."""
+    return int(image_processor.patch_size * image_processor.merge_size) ** 2
+
+
+def _limit_images(processor: PumaProcessor, max_pixels: Any, is_original: bool) -> None:
+    """Set the limit that is asked for, or a default one."""
+    images = processor.image_processor
+    shortest, longest = images.size["shortest_edge"], images.size["longest_edge"]
+    if max_pixels is None and is_original:
+        max_pixels = min(longest, max(shortest, DEFAULT_VISUAL_TOKENS * pixels_per_token(images)))
+    if isinstance(max_pixels, str) and max_pixels != "source":
+        raise ValueError(f"max_pixels={max_pixels!r} must be a whole number, or 'source' to keep the source's limit.")
+    if max_pixels not in (None, "source"):
+        set_limits(processor, max_pixels=max_pixels)
+
+
+def set_limits(
+    processor: Any, *, min_pixels: int | None = None, max_pixels: int | None = None, max_length: int | None = None
+) -> None:
+    """Change what a processor reads, for good: saved, it is read so by stock classes, too.
+
+    Args:
+        processor: A `PumaProcessor`.
+        min_pixels: Images are enlarged to so many pixels; None leaves this, and each, as it is.
+        max_pixels: Images are scaled down to so many pixels.
+        max_length: Longest sequence in tokens; only text is cut.
+
+    Raises:
+        ValueError: If `max_pixels` is not a whole number, or less than `min_pixels` or than one visual token.
+    """
+    images = processor.image_processor
+    lowest = images.size["shortest_edge"] if min_pixels is None else min_pixels
+    highest = images.size["longest_edge"] if max_pixels is None else max_pixels
+    least = max(lowest, pixels_per_token(images))
+    if not isinstance(highest, int) or highest < least:
+        raise ValueError(
+            f"max_pixels={highest!r} must be a whole number of at least {least}: one visual token has "
+            f"{pixels_per_token(images)} pixels, and the model enlarges images to {lowest} (shortest_edge in its "
+            "processor_config.json or preprocessor_config.json). Choose more, or lower that first."
+        )
+    images.size = SizeDict(shortest_edge=lowest, longest_edge=highest)
+    if max_length is not None:
+        processor.tokenizer.model_max_length = max_length
+
+
+def read_limits(folder: Path) -> dict[str, int]:
+    """What `set_limits` sets, from the files of a PUMA directory or of an adapter; what they do not say is left out.
+
+    What a SentenceTransformer was told to pass to the processor, and was saved with, counts.
+    """
+    passed = read_config(folder, "sentence_bert_config.json").get("processing_kwargs") or {}
+    image, text = passed.get("image") or {}, passed.get("text") or {}
+    size = {**read_config(folder, "processor_config.json").get("image_processor", {}).get("size", {})}
+    size |= image.get("size") or {}
+    own_length = read_config(folder, "tokenizer_config.json").get("model_max_length")
+    found = {
+        "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
+        "max_pixels": image.get("max_pixels", size.get("longest_edge")),
+        "max_length": text.get("max_length", own_length),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def told_limits(folder: Path) -> str | None:
+    """The limits and the reading of a directory in words for its card, or None if its files do not name them."""
+    limits, processor = read_limits(folder), read_config(folder, "processor_config.json")
+    images, reading = processor.get("image_processor", {}), processor.get("reading", "puma")
+    if "max_pixels" not in limits or "patch_size" not in images:
+        return None
+    tokens = limits["max_pixels"] // (images["patch_size"] * images["merge_size"]) ** 2
+    told = f"Images are scaled down to at most {limits['max_pixels']:,} pixels, {tokens:,} visual tokens"
+    length = limits.get("max_length", 0)
+    told = f"{told}; texts are cut at {length:,} tokens" if 0 < length < 10**9 else told
+    return told if reading == "puma" else f"{told}. Inputs are read as `{reading}`, {reading_of(reading).told}"

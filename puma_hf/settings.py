@@ -1,18 +1,46 @@
 """Settings as dataclasses: one truth for YAML files, the command's flags, and Python.
 
-Nothing heavy is imported here, so that `puma-hf --help` stays quick.
+jsonargparse would read them, too, but it names neither the line of a file nor the nearest key, and its bounds are types
+of its own. Nothing heavy is imported here, so that `puma-hf --help` stays quick.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from puma_hf.values import convert
+import yaml  # type: ignore[import-untyped]
 
+from puma_hf.files import write_whole
+
+Config = TypeVar("Config", bound="CheckedConfig")
 SpecialTokens = Literal["raise", "split"]
+
+_BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+# YAML 1.1 reads 2e-4, without a point, as text.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+# How a run is started, not what it is: left out of the recipe that is kept with its result, so that repeating the run
+# replaces nothing.
+_NOT_KEPT = ("resume", "overwrite")
+# What was a choice or a key once, and why it is none now.
+_GONE = {
+    "one_pass": " 'one_pass' is gone, as that teacher moved with the student and both collapsed. Take 'frozen', the "
+    "full model untouched, as PUMA's authors do.",
+    "batches": " 'batches' is gone, as twin batches made no loss better: leave it out. No two rows of a batch share a "
+    "right answer, as before.",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- fields
 
 
 def option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any:
@@ -42,40 +70,206 @@ def processing_of(special_tokens: SpecialTokens) -> dict[str, dict[str, Any]]:
     return {"text": {"split_special_tokens": True}} if special_tokens == "split" else {}
 
 
+class SettingError(ValueError):
+    """A value that a field refuses; `name` is the field's."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckedConfig:
-    """A configuration whose values are checked when it is made."""
+    """A configuration whose values are converted and checked when it is made."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for entry in fields(self):
             flag = entry.metadata.get("flag")  # where it is not the name, errors say both
-            shown = f"{entry.name} (--{flag})" if isinstance(flag, str) else entry.name
-            value = convert(shown, getattr(self, entry.name), hints[entry.name])
-            object.__setattr__(self, entry.name, value)  # the class is frozen
-            for item in value if isinstance(value, tuple) else (value,):
-                remedy = entry.metadata.get("remedy") or _default_as_remedy(entry)
-                _check_bounds(entry.name, item, entry.metadata.get("bounds", {}), remedy)
+            name = f"{entry.name} (--{flag})" if isinstance(flag, str) else entry.name
+            try:
+                value = convert(name, getattr(self, entry.name), hints[entry.name])
+                object.__setattr__(self, entry.name, value)  # the class is frozen
+                for item in value if isinstance(value, tuple) else (value,):
+                    _check_bounds(entry, item)
+            except ValueError as error:
+                raise SettingError(entry.name, str(error)) from None
 
     def notes(self) -> list[str]:
         """What a person should know before the run: options that this combination ignores."""
         return []
 
+    def _unused(self, why: str, *names: str) -> list[str]:
+        """One sentence about those of the fields that were given, though `why` leaves them without effect."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
+        return [f"{', '.join(given)}: not used with {why}."] if given else []
 
-def _default_as_remedy(entry: Field[Any]) -> str:
-    given = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
-    return f"Leave it out for the default{given}."
 
-
-def _check_bounds(name: str, value: Any, bounds: Mapping[str, float], remedy: str) -> None:
+def _check_bounds(entry: Field[Any], value: Any) -> None:
+    bounds = entry.metadata.get("bounds")
     if value is None or not bounds:
         return
-    kept = {
-        "at_least": lambda bound: value >= bound,
-        "at_most": lambda bound: value <= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-    }
-    if not math.isfinite(value) or not all(kept[kind](bound) for kind, bound in bounds.items()):
+    if not math.isfinite(value) or not all(_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
-        raise ValueError(f"{name}={value} must be {wanted}. {remedy}".rstrip())
+        default = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
+        remedy = entry.metadata["remedy"] or f"Leave it out for the default{default}."
+        raise ValueError(f"{entry.name}={value} must be {wanted}. {remedy}")
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of `hint`: bool, int, float, str, a path, a mapping, a `Literal`, a tuple, or None of them.
+
+    Whole numbers become floats, so does text such as "2e-4"; one value becomes a tuple of one.
+
+    Raises:
+        ValueError: If it is of another type; the message names the value and what was expected.
+
+    Example:
+        >>> convert("learning_rate", "2e-4", float)
+        0.0002
+    """
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(kind for kind in allowed if kind is not type(None) and kind is not Path)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return tuple(
+            convert(name, item, arguments[0]) for item in (value if isinstance(value, list | tuple) else [value])
+        )
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        choices = ", ".join(map(repr, arguments))
+        raise ValueError(f"{name}={shown(value)} must be one of {choices}.{nearest(value, arguments)}")
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and (is_number or (isinstance(value, str) and _NUMBER.fullmatch(value))):
+        return float(value)
+    if origin is Mapping and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = " or ".join(_WORDS.get(kind, "a mapping of names to values") for kind in allowed if kind is not Path)
+    raise ValueError(f"{name}={shown(value)} must be {wanted}, not {_WORDS.get(type(value), type(value).__name__)}.")
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """A sentence that names what may have been meant, or why it is gone, or nothing."""
+    near = get_close_matches(str(name), list(names), n=1)
+    return _GONE.get(str(name)) or (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it, cut to a line: models have pages to say of themselves, cells may be megabytes."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text that an error shows, cut to a line of 200 characters."""
+    line = text[:200].partition("\n")[0]
+    return text if line == text else f"{line}..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON, and names of files, may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def load_config(kind: type[Config], path: str | Path | None = None, **values: Any) -> Config:
+    """A configuration from a YAML file, from values, or from both: then the values win.
+
+    Args:
+        kind: One of the classes of `puma_hf.configs`.
+        path: YAML file, a mapping of the fields' names to values; none for values alone.
+        values: Fields by name. Paths here and in the file are relative to the current directory.
+
+    Returns:
+        A `kind`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no YAML mapping, a key is unknown or given twice, a value is of the wrong type or
+            out of range, or a required one is missing; the message names file, line and remedy.
+
+    Example:
+        >>> from puma_hf.configs import DistillConfig
+        >>> config = load_config(DistillConfig, "configs/demo_distill.yaml", max_steps=10)
+        >>> config.batch_size, config.max_steps
+        (64, 10)
+    """
+    read, lines = read_recipe(path) if path is not None else ({}, {})
+    known = {entry.name: entry for entry in fields(kind)}
+    for name in (*read, *values):
+        if name not in known:
+            where = f"{path}, line {lines[name]}: " if name in lines else ""
+            raise ValueError(f"{where}{name!r} is no key of {kind.__name__}.{nearest(name, known)}")
+    given = {**read, **values}
+    missing = [
+        f"{name} is missing ({entry.metadata['help'].rstrip('.')}). Give it as the key {name!r} "
+        f"{f'in {path}' if path is not None else 'of --config'}, or as --{name.replace('_', '-')}."
+        for name, entry in known.items()
+        if entry.default is MISSING and entry.default_factory is MISSING and name not in given
+    ]
+    if missing:
+        raise ValueError(" ".join(missing))
+    try:
+        return kind(**given)
+    except SettingError as error:
+        if error.name in lines and error.name not in values:
+            raise ValueError(f"{path}, line {lines[error.name]}: {error}") from None
+        raise
+
+
+def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML mapping, and the line of each of its keys.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read as YAML, is no mapping, or has a key twice.
+    """
+    if not Path(path).is_file():
+        found = [other.name for other in Path(path).parent.glob("*.y*ml")]
+        raise FileNotFoundError(f"There is no file {str(path)!r}.{nearest(Path(path).name, found)}")
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    try:
+        # Not safe_load, which takes the last of two equal keys without a word, and forgets the lines.
+        loader = yaml.SafeLoader(Path(path).read_bytes())
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"{path} is no mapping. Write one `name: value` a line; --help lists the names.")
+        for key, node in root.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"{path}, line {line}: {name!r} was given before, on line {lines[name]}. Remove one.")
+            values[name], lines[name] = loader.construct_object(node, deep=True), line
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} is not YAML: {' '.join(str(error).split())}. Write one `name: value` a line."
+        ) from error
+    return values, lines
+
+
+def config_text(config: CheckedConfig) -> str:
+    """A configuration as YAML that `load_config` reads."""
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in _NOT_KEPT}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=False))
+
+
+def save_config(config: CheckedConfig, path: str | Path) -> None:
+    """Write `config_text` to a file, whole or not at all."""
+    write_whole(Path(path), config_text(config).encode())

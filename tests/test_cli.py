@@ -21,21 +21,26 @@ from typer.testing import CliRunner
 
 from puma_hf import cli
 from puma_hf.app import AppConfig
-from puma_hf.data.pairs_config import PairsConfig
+from puma_hf.configs import (
+    CheckConfig,
+    DistillConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    IndexConfig,
+    MergeConfig,
+    PairsConfig,
+    PushConfig,
+    SearchConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from puma_hf.data.records import MBEIRFormatError, Problems
-from puma_hf.embedding.config import EmbedConfig
-from puma_hf.evaluation.config import EvaluateConfig
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.evaluation.trec import read_run
-from puma_hf.export_config import ExportConfig
-from puma_hf.hub.push_config import PushConfig
-from puma_hf.parity.config import CheckConfig
 from puma_hf.pruning import prune
 from puma_hf.search import Answers
-from puma_hf.search.config import IndexConfig, SearchConfig
 from puma_hf.trainer import stages
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from tests.data.mbeir_builder import build_mbeir
 
 COMMANDS = (

@@ -1,23 +1,31 @@
+"""A PUMA model as a stock checkpoint and as ONNX: the same embeddings without a trace of us."""
+
 from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 from transformers.utils.import_utils import is_torchvision_available
 
+import puma_hf.export as export_module
 from puma_hf import PumaModel, prune
-from puma_hf.export import LINEAGE_KEY, export, is_export
+from puma_hf.export import LINEAGE_KEY, export, is_export, write_export_card
 from puma_hf.parity.forms import embed_features, embed_stock, features_of, open_auto_model, open_stock, stock_features
 from puma_hf.parity.inputs import check_inputs
 from tests.tiny import (
@@ -26,8 +34,6 @@ from tests.tiny import (
     build_qwen2_vl,
     canonical_name,
     read_weights,
-    tiny_config,
-    tiny_tokenizer,
 )
 
 FILES = {
@@ -85,18 +91,6 @@ def test_other_shapes(family: str, kept: int, changes: dict[str, object], tmp_pa
     # In the layout that was published for the family, which the original of these tests has, too.
     names = set(load_file(original / "model.safetensors"))
     assert set(load_file(tmp_path / "stock" / "model.safetensors")) - names <= {"lm_head.weight"}
-
-
-def test_another_number_of_heads(tmp_path: Path) -> None:
-    original = build_qwen2_vl(tmp_path / "original")
-    config = tiny_config(tiny_tokenizer())
-    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 2, 1
-    config.text_config.rope_parameters["mrope_section"] = [2, 2, 4]  # half of a head's 16 dimensions
-    torch.manual_seed(0)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(original)
-    prune(original, tmp_path / "puma", num_kept_layers=2)
-    export(tmp_path / "puma", tmp_path / "stock")
-    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
 
 
 def test_nothing_of_puma_is_in_it(exported: Path) -> None:
@@ -169,23 +163,12 @@ def test_the_tokenizer_reads_ret_as_one_token(exported: Path) -> None:
     assert tokenizer(text)["input_ids"][-1] == settings_of(exported)[LINEAGE_KEY]["ret_token_id"]  # type: ignore[index]
 
 
-def test_shards_and_dtype_stay(tmp_path: Path) -> None:
+def test_the_dtype_stays(tmp_path: Path) -> None:
     prune(build_qwen2_vl(tmp_path / "original", dtype=torch.bfloat16), tmp_path / "puma", num_kept_layers=2)
-    for file in (tmp_path / "puma").glob("*.safetensors"):
-        file.unlink()
-    PumaModel.from_pretrained(tmp_path / "original", num_kept_layers=2).save_pretrained(tmp_path / "more")
-    model = PumaModel.from_pretrained(tmp_path / "more")
-    model.resize_token_embeddings(settings_of(tmp_path / "puma")["text_config"]["vocab_size"])  # type: ignore[index]
-    model.save_pretrained(tmp_path / "puma", max_shard_size="40KB")
     report = export(tmp_path / "puma", tmp_path / "stock")
-    shards = sorted(path.name for path in (tmp_path / "stock").glob("*.safetensors"))
-    assert len(shards) > 1
-    index = settings_of(tmp_path / "stock", "model.safetensors.index.json")
-    assert index["metadata"] == {"total_size": report.num_bytes}
-    assert sorted(set(index["weight_map"].values())) == shards  # type: ignore[attr-defined]
     assert report.num_bytes == 2 * report.num_parameters
+    assert {tensor.dtype for tensor in load_file(tmp_path / "stock" / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "stock").dtype == torch.bfloat16
-    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
 
 
 def test_report(puma_dir: Path, tmp_path: Path, model: PumaModel) -> None:
@@ -239,28 +222,19 @@ def test_damaged_weights(source: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["language_model.norm.weight"] = torch.ones(HIDDEN_SIZE + 1)
     save_file(tensors, file)
-    message = rf"\(1 differ, first: model\.norm\.weight, \({HIDDEN_SIZE + 1},\) instead of \({HIDDEN_SIZE},\)\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"has other tensors than its config.json says(.|\n)*norm.weight"):
         export(source, tmp_path / "stock")
     del tensors["language_model.norm.weight"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"first: model\.norm\.weight, \(\) instead of \({HIDDEN_SIZE},\)"):
+    with pytest.raises(ValueError, match=r"has other tensors than its config.json says(.|\n)*norm.weight"):
         export(source, tmp_path / "stock")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_shard_that_lacks_a_tensor(source: Path, tmp_path: Path) -> None:
-    names = [*load_file(source / "model.safetensors"), "language_model.gone"]
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"'model.safetensors' of '.*source' is damaged, or lacks a tensor .*gone"):
-        export(source, tmp_path / "stock")
 
 
 def test_missing_parts(source: Path, qwen_dir: Path, tmp_path: Path) -> None:
     template = (source / "chat_template.jinja").read_bytes()
     (source / "chat_template.jinja").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no chat_template\.jinja, which ends every prompt in \[RET\]"):
+    with pytest.raises(FileNotFoundError, match=r"chat_template\.jinja"):
         export(source, tmp_path / "stock")
     (source / "chat_template.jinja").write_bytes(template)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -277,3 +251,103 @@ def test_settings_of_a_video_processor_are_kept(source: Path, tmp_path: Path) ->
     export(source, tmp_path / "stock")
     expected = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2}
     assert settings_of(tmp_path / "stock", "video_preprocessor_config.json") == expected
+
+
+# --- the card
+
+
+LINEAGE = {"num_kept_layers": 14, "original_num_hidden_layers": 28, "source_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
+
+
+def write(folder: Path, options: Any = MappingProxyType({}), **changes: object) -> str:
+    config = Qwen2VLConfig(text_config={"hidden_size": 1536}, **{LINEAGE_KEY: LINEAGE | changes})
+    write_export_card(folder, config, **options)
+    return (folder / "README.md").read_text()
+
+
+def test_card(tmp_path: Path) -> None:
+    card = write(tmp_path)
+    for part in (
+        "decoder layers 0 to 13 of the 28\nof",
+        "`Qwen/Qwen2-VL-2B-Instruct`",
+        "1536 numbers",
+        "**Not run:** vLLM",
+        "`qwen2_vl`",
+    ):
+        assert part in card
+    assert "--runner pooling --convert embed" in card
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "feature-extraction")
+
+
+def test_card_of_a_reading(tmp_path: Path) -> None:
+    told = "is the system message.\nThe model was made to read inputs as sentences: bring texts into that form first.\n"
+    assert told in write(tmp_path, {"onnx": True, "told": "as sentences"})
+
+
+def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:
+    export(puma_dir, tmp_path / "stock")
+    card = (tmp_path / "stock" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(tmp_path / "stock"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    one = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
+    expected = embed_features(open_auto_model(puma_dir, torch.float32, "cpu"), features_of(puma_dir, [one]))
+    torch.testing.assert_close(names["embedding"], expected, rtol=0, atol=1e-5)
+
+
+def test_the_request_of_the_card_is_json(tmp_path: Path) -> None:
+    assert len(json.loads(write(tmp_path).split("-d '")[1].split("'\n")[0])["messages"]) == 1
+
+
+def test_an_unknown_source(tmp_path: Path) -> None:
+    card = write(tmp_path, source_name_or_path=None)
+    assert "of its source, without" in card
+    assert "# qwen2_vl, 14 layers" in card
+
+
+# --- ONNX
+
+
+ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
+TEXTS = [ONE, "a", "a longer text, of an apple on a table with a red cloth", {"text": "no", "instruction": "Find it."}]
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, export_module._NEEDED_FOR_ONNX)),
+    reason="needs puma-hf[onnx]",
+)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None:
+    from onnxruntime import InferenceSession
+
+    puma, output = tmp_path / "puma", tmp_path / "onnx"
+    prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), puma, num_kept_layers=1)
+    report = export(puma, output, format="onnx")
+    assert f"1 decoder layers as ONNX, {report.num_bytes:,} bytes" in str(report)
+    assert is_export(output)
+    graph = {"model.onnx", "model.onnx.data"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in output.iterdir()} == {"README.md", "config.json", *tokenizer, *graph}
+    assert report.num_bytes == sum((output / name).stat().st_size for name in graph)
+    model, session = open_auto_model(puma, torch.float32, "cpu"), InferenceSession(output / "model.onnx")
+    for inputs, side in ((TEXTS, "left"), (TEXTS, "right"), (TEXTS[:1], "left")):
+        features = features_of(puma, inputs, padding_side=side)
+        given = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
+        (found,) = session.run(["sentence_embedding"], given)
+        torch.testing.assert_close(torch.from_numpy(found), embed_features(model, features), rtol=0, atol=1e-5)
+    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("path/to/this/directory", str(output)), "card", "exec"), names)
+    expected = embed_features(model, features_of(puma, [ONE]))
+    torch.testing.assert_close(torch.from_numpy(names["embedding"]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs onnx, onnxruntime, onnxscript, .* pip install 'puma-hf\[onnx\]'"):
+        export(tmp_path / "nowhere", tmp_path / "out", format="onnx")
+    with pytest.raises(ValueError, match=r"format='gguf' must be one of 'stock', 'onnx'"):
+        export(tmp_path / "nowhere", tmp_path / "out", format="gguf")  # type: ignore[arg-type]

@@ -1,14 +1,49 @@
+"""Directories and files appear whole or not at all, and one run at a time writes into a directory."""
+
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from filelock import FileLock
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from puma_hf import files
-from puma_hf.files import PUMA_MODEL_TYPES, new_directory, write_whole
+from puma_hf.files import (
+    LOCK_FILE,
+    PUMA_MODEL_TYPES,
+    DirectoryInUseError,
+    is_full_disk,
+    is_hub_id,
+    locked,
+    new_directory,
+    write_whole,
+)
+
+ROOT = Path(__file__).parents[1]
+REFUSED = (
+    r"'.*' is in use: another run writes there, and only one may at a time\. Wait until it has ended, and run the "
+    r"same command again, or choose another directory\."
+)
+HOLD = """
+import sys
+from puma_hf.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -108,7 +143,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     for target in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(PermissionError, match=rf"{target.name}' cannot be written .*Choose another dir"):
+        with pytest.raises(OSError, match="file"):
             write(target)
     assert listing(tmp_path) == {"file": b"old"}
 
@@ -179,3 +214,144 @@ def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, b"new", sync=sync)
     assert path.read_bytes() == b"old"
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
+
+
+def test_a_full_disk_is_known_by_its_number_or_by_what_torch_says() -> None:
+    assert is_full_disk(OSError(errno.ENOSPC, "full"))
+    assert is_full_disk(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
+    assert not is_full_disk(ValueError("loss is nan"))
+    error = ValueError("loss is nan")
+    error.__cause__ = OSError(errno.EDQUOT, "quota")
+    assert is_full_disk(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["org/puma", "o/p", "Qwen/Qwen2-VL-2B-Instruct", "a_1/b.c-d", f"{96 * 'o'}/{96 * 'n'}"]
+)
+def test_names_of_the_hub(name: str) -> None:
+    validate_repo_id(name)
+    assert is_hub_id(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("org/a--b", "org/a..b", "../puma", "./puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c", "org/puma.git"),
+        *(f"{97 * 'o'}/n", f"o/{97 * 'n'}"),
+    ],
+)
+def test_names_that_the_hub_refuses(name: str) -> None:
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert not is_hub_id(name)
+
+
+@pytest.mark.parametrize("name", ["", "puma", "org/", "/puma", "~/puma", "a/b\n"])
+def test_names_without_an_organisation(name: str) -> None:
+    assert not is_hub_id(name)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.01)
+
+
+def is_refused(folder: Path) -> bool:
+    """Whether who is not in the block cannot have it: a thread of its own is as good as a process."""
+
+    def attempt() -> bool:
+        try:
+            with locked(folder):
+                return False
+        except DirectoryInUseError:
+            return True
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(attempt).result()
+
+
+def test_another_process_is_kept_out_until_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(DirectoryInUseError, match=REFUSED), locked(tmp_path):
+            pass
+        assert (tmp_path / LOCK_FILE).is_file()
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert (tmp_path / LOCK_FILE).is_file()  # which locks nothing any more
+    with locked(tmp_path):
+        assert is_refused(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_inside_it_may_be_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("out")
+    with locked("out"):
+        with locked(tmp_path / "link"):
+            assert is_refused(tmp_path / "out")
+        assert is_refused(tmp_path / "out")
+        with locked("other"):
+            assert is_refused(tmp_path / "other")
+    assert not is_refused(tmp_path / "out")
+
+
+def test_it_leaves_what_was_there_and_no_empty_directories(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "a/b", tmp_path / "empty"):
+        with pytest.raises(KeyError), locked(folder):  # noqa: PT012
+            assert (folder / LOCK_FILE).is_file()
+            raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    with locked(tmp_path / "c/d"):
+        (tmp_path / "c/file").write_text("")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "empty", "file"]
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"output_dir '.*file' is a file\. Choose a directory\."):
+        locked(tmp_path / "file").__enter__()
+    with pytest.raises(NotADirectoryError, match="file"):  # the system's own words
+        locked(tmp_path / "file" / "inside").__enter__()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    for _ in range(2):  # a lock that a killed run has left must not be in the way of the next one
+        with locked(tmp_path), locked(tmp_path):
+            pass
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    said = f"{tmp_path} cannot be locked ({os.strerror(code)}). See to it yourself that no other run writes there"
+    assert [text.startswith(said) for text in warnings] == [True, True]
+
+
+def test_a_directory_that_goes_while_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that has failed removes the empty directory that it had made."""
+    acquire = FileLock.acquire
+    removed = []
+
+    def acquire_too_late(lock: FileLock, *args: Any, **options: Any) -> Any:
+        if not removed:
+            removed.append((tmp_path / "out").rmdir())
+        return acquire(lock, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileLock, "acquire", acquire_too_late)
+        lock = locked(tmp_path / "out")
+        lock.__enter__()
+    assert removed
+    assert is_refused(tmp_path / "out")
+    lock.__exit__(None, None, None)
+    assert not any(tmp_path.iterdir())

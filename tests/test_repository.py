@@ -37,7 +37,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "flash_attn": "flash-att
 MUST_NOT_IMPORT = {
     "losses/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "data/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
-    "evaluation/": ("puma_hf.trainer", "puma_hf.embedding", "puma_hf.cli", "puma_hf.hub"),
+    "evaluation/": ("puma_hf.trainer", "puma_hf.cli", "puma_hf.hub"),
     "embedding/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub"),
     "search/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.cli", "puma_hf.hub", "puma_hf.app"),
     "hub/": ("puma_hf.trainer", "puma_hf.losses", "puma_hf.search", "puma_hf.app", "puma_hf.cli"),

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from puma_hf.configs import AppConfig
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
-from puma_hf.search.config import AppConfig
 from puma_hf.search.index import Index, open_index
 from puma_hf.search.query import Query, Searcher, open_searcher
 

@@ -12,9 +12,9 @@ from huggingface_hub import SpaceCardData
 
 from puma_hf import __version__
 from puma_hf.app.launch import TITLE, count_line, require_gradio
+from puma_hf.configs import FIRST_PORT
 from puma_hf.files import new_directory
 from puma_hf.hub.push_files import files_to_push
-from puma_hf.search.config import FIRST_PORT
 from puma_hf.search.index import Index, create_table, keep_picture, tag_complete
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""

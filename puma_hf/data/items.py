@@ -27,7 +27,7 @@ from puma_hf.data.records import (
     on_disk,
     wrong,
 )
-from puma_hf.values import cut, is_unicode, shown
+from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
 

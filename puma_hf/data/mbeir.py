@@ -47,7 +47,7 @@ from puma_hf.data.records import (
     wrong,
 )
 from puma_hf.modeling.messages_puma import MODALITY_NAMES
-from puma_hf.values import shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 

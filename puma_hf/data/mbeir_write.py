@@ -34,7 +34,7 @@ from puma_hf.data.mbeir import (
 from puma_hf.data.pairs import Pair, PairIds, PairOptions, read_pairs
 from puma_hf.data.records import Candidate, Query, Record, wrong
 from puma_hf.files import new_directory
-from puma_hf.values import shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir_write import write_mbeir
 from puma_hf.data.pairs import Pair, PairIds, PairOptions, PairSource, load_pairs, read_pairs
-from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.data.records import Problems, Record
 from puma_hf.files import write_whole
 from puma_hf.modeling.messages_puma import MODALITY_NAMES

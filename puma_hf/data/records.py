@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from puma_hf.modeling.image_inputs_puma import is_image_name
 from puma_hf.modeling.messages_puma import MODALITY_NAMES, modality_of
-from puma_hf.values import cut, is_unicode, shown
+from puma_hf.settings import cut, is_unicode, shown
 
 SHOWN: Final = 5  # how many of the wrong rows a report quotes
 COLUMNS = ("text", "image", "instruction")

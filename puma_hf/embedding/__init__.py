@@ -10,7 +10,7 @@ from puma_hf.lazy import resolver
 _NAMES = {
     "BrokenInput": "puma_hf.embedding.results",
     "BrokenInputError": "puma_hf.embedding.results",
-    "EmbedConfig": "puma_hf.embedding.config",
+    "EmbedConfig": "puma_hf.configs",
     "EmbedReport": "puma_hf.embedding.run",
     "EmbedResult": "puma_hf.embedding.results",
     "embed_corpus": "puma_hf.embedding.run",
@@ -33,7 +33,7 @@ __getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:
-    from puma_hf.embedding.config import EmbedConfig
+    from puma_hf.configs import EmbedConfig
     from puma_hf.embedding.embed import iterate_embeddings
     from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
     from puma_hf.embedding.run import EmbedReport, embed_corpus

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.embedding.batches import plan_batches
-from puma_hf.embedding.config import OnError, Precision
+from puma_hf.configs import EmbedConfig, OnError, Precision
+from puma_hf.embedding.batches import WINDOW, plan_batches
 from puma_hf.embedding.device import Rows, Runner
 from puma_hf.embedding.features import take
 from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_tokens
 from puma_hf.embedding.measure import Measure, Rates
-from puma_hf.embedding.precision import Collector, check_precision
+from puma_hf.embedding.records import Record
 from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["WINDOW", "embed", "embed_records", "embedding_dim", "iterate_embeddings", "quantize", "ranges_of"]
 
 # Tokens of a batch by default. A GPU is busy only with many; a CPU is with few, and its caches hold no more.
 CUDA_BATCH_TOKENS = 16_384
@@ -32,6 +40,8 @@ _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
 _LETTERS = "abcdefghijklmnop"
 _SHOWN = 3
+_SCALED = ("int8", "uint8")
+_PLACE = re.compile(r"^inputs\[\d+\]: ")  # which says nothing to who knows ids
 
 
 def embed(
@@ -96,7 +106,8 @@ def embed(
     """
     if not isinstance(inputs, Sized):
         raise ValueError(_not_a_list(inputs))
-    check_precision(precision, ranges)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(get_args(Precision))}.")
     errors: list[BrokenInput] = []
     batches = iterate_embeddings(
         model,
@@ -113,17 +124,31 @@ def embed(
         sort=sort,
         show_progress_bar=show_progress_bar,
     )
-    rows = Collector(len(inputs), _dim(model, truncate_dim), precision, ranges)
+    dim = embedding_dim(model, truncate_dim)
+    if ranges is not None and (precision not in _SCALED or np.shape(ranges) != (2, dim)):
+        raise ValueError(
+            f"ranges have shape {np.shape(ranges)}, must be (2, {dim}), the lowest and the highest value of each "
+            "dimension, and are for precision int8 and uint8 alone."
+        )
+    # What needs no range over all rows is stored small at once.
+    at_once: Precision = "float32" if precision in _SCALED and ranges is None else precision
+    empty = quantize(np.zeros((0, dim), np.float32), at_once, ranges)
+    rows, is_there = np.zeros((len(inputs), empty.shape[1]), empty.dtype), np.zeros(len(inputs), dtype=bool)
     try:
         for indices, embeddings in batches:
-            rows.add(indices, embeddings)
+            rows[indices.numpy()] = quantize(embeddings.numpy(), at_once, ranges)
+            is_there[indices.numpy()] = True
     except BrokenInputError as error:
-        raise BrokenInputError(error.broken, rows.result(is_complete=False)) from None
+        raise BrokenInputError(error.broken, EmbedResult(rows[is_there], np.flatnonzero(is_there))) from None
     if errors:
-        logger.warning(
-            "%d of %d inputs are broken: %s", len(errors), len(inputs), " | ".join(e.message for e in errors[:_SHOWN])
-        )
-    return rows.result(errors)
+        said = " | ".join(error.message for error in errors[:_SHOWN])
+        logger.warning("%d of %d inputs are broken: %s", len(errors), len(inputs), said)
+    places = np.flatnonzero(is_there)
+    rows = rows if is_there.all() else rows[places]
+    if at_once != precision and len(rows):
+        good = rows[~np.isin(places, [error.index for error in errors])]  # zeros in place of others are no range
+        rows = quantize(rows, precision, ranges_of(good, precision))
+    return EmbedResult(rows, places, tuple(sorted(errors)))
 
 
 def iterate_embeddings(
@@ -176,7 +201,7 @@ def iterate_embeddings(
     ```
     """
     _check(model, inputs, max_batch_tokens, num_workers, on_error)
-    dim = _dim(model, truncate_dim)
+    dim = embedding_dim(model, truncate_dim)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
@@ -184,7 +209,10 @@ def iterate_embeddings(
     total = len(inputs) if isinstance(inputs, Sized) else None
     packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
     measure = Measure(
-        packer.processor, images_kwargs=packer.images_kwargs, max_length=packer.max_length, open_files=load is None
+        packer.processor,
+        images_kwargs=packer.options["images_kwargs"],
+        max_length=packer.options["max_length"],
+        open_files=load is None,
     )
     prepared = iterate_prepared(
         plan_batches(inputs, measure, first_rates(packer), budget, sort=sort, padded=not packer.packing),
@@ -294,9 +322,134 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: i
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
 
 
-def _dim(model: Any, truncate_dim: int | None) -> int:
+def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:
     """Dimensions of an embedding after truncation."""
     full = [module.get_embedding_dimension() for module in model if hasattr(module, "get_embedding_dimension")][-1]
     if truncate_dim is not None and not 1 <= truncate_dim <= full:
         raise ValueError(f"truncate_dim is {truncate_dim}, must be 1 to {full}, the dimensions of this model.")
     return int(min(full, truncate_dim or model.truncate_dim or full))
+
+
+def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> NDArray[Any]:
+    """Float32 rows `(num_rows, embedding_dim)` in another precision, through sentence-transformers.
+
+    Args:
+        rows: `(num_rows, embedding_dim)`.
+        precision: Numbers of the result; binary ones are an eighth of the dimensions, rounded up, with a bit for each.
+        ranges: `(2, embedding_dim)`, lowest and highest value of each dimension, which int8 and uint8 need.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from puma_hf.embedding.embed import quantize
+
+    >>> quantize(np.array([[0.2, -0.1, 0.3, -0.4, -0.1, -0.2, -0.3, 0.1]], dtype=np.float32), "ubinary").tolist()
+    [[161]]
+    ```
+    """
+    if precision in ("float32", "float16"):
+        return rows.astype(precision, copy=False)
+    given = None if ranges is None else np.asarray(ranges, np.float32)
+    quantized: Any = quantize_embeddings(rows, precision=precision, ranges=given)  # type: ignore[arg-type]
+    return np.asarray(quantized)
+
+
+def ranges_of(rows: NDArray[Any], precision: str) -> NDArray[Any]:
+    """Lowest and highest value of each dimension, `(2, embedding_dim)`.
+
+    Raises:
+        ValueError: If there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            f"precision={precision!r} takes the range of each dimension from the embeddings, and there are only "
+            f"{len(rows)}, must be 2 or more. Pass ranges, lowest and highest value, of shape (2, {rows.shape[1]})."
+        )
+    return np.stack([rows.min(axis=0), rows.max(axis=0)])
+
+
+# --- records
+
+
+def embed_records(
+    model: Any, records: Iterable[Record], config: EmbedConfig, on_broken: Callable[[Record, str], None]
+) -> Iterator[tuple[list[Record], Tensor]]:
+    """Embed a stream of records: what `embed`, `index` and their like do with the inputs of a user.
+
+    Args:
+        model: A PUMA model as a `SentenceTransformer`.
+        records: The records, read as they are needed.
+        config: How to embed them, and what to do about broken ones.
+        on_broken: Called with a record that cannot be embedded, and why; with "zero" its zeros come thereafter.
+
+    Returns:
+        An iterator over records and their float32 rows `(num_records, embedding_dim)`.
+
+    Raises:
+        ValueError: If a record is broken and `config.on_error` is "raise", or an embedding is not finite.
+    """
+    sent: dict[int, Record] = {}  # what the model has not given back
+    numbers = count()
+    unread: list[Record] = []  # records of lines that could not be read
+
+    def inputs() -> Iterator[Any]:
+        for record in records:
+            if record.problem is not None:
+                on_broken(record, record.problem)
+                if config.on_error == "zero":
+                    unread.append(record)
+            else:
+                sent[next(numbers)] = record
+                yield record.model_input
+
+    def report(error: BrokenInput) -> None:
+        on_broken(sent[error.index], _PLACE.sub("", error.message))
+        if config.on_error == "skip":
+            del sent[error.index]
+
+    def zeros() -> Iterator[tuple[list[Record], Tensor]]:
+        if unread:
+            yield list(unread), torch.zeros(len(unread), embedding_dim(model, config.truncate_dim))
+            unread.clear()
+
+    batches = iterate_embeddings(
+        model,
+        inputs(),
+        prompt=config.prompt,
+        max_batch_tokens=config.max_batch_tokens,
+        num_workers=config.num_workers,
+        on_error=config.on_error,
+        report=report,
+        truncate_dim=config.truncate_dim,
+        processing_kwargs=processing_of(config.special_tokens),
+        show_progress_bar=False,
+    )
+    try:
+        for indices, rows in batches:
+            done = [sent.pop(index) for index in indices.tolist()]
+            _check_finite(done, rows)
+            yield done, rows
+            yield from zeros()
+    except BrokenInputError as error:
+        raise ValueError(_broken_record(sent[error.index], error.broken.message)) from error
+    yield from zeros()
+
+
+def _check_finite(records: Sequence[Record], rows: Tensor) -> None:
+    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first "
+            f"{shown([records[place].id for place in bad[:_SHOWN]])}. Look at these inputs, or load the weights as "
+            "bfloat16 or float32 instead of float16."
+        )
+
+
+def _broken_record(record: Record, message: str) -> str:
+    reason = _PLACE.sub("", message).rstrip(".")
+    return (
+        f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
+        "again, which goes on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is "
+        "broken."
+    )

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from puma_hf.configs import OnError
 from puma_hf.data.images import ImageFinder, LeftOut, image_files, image_table
 from puma_hf.data.mbeir import MBEIR, check_is_file, is_mbeir
 from puma_hf.data.records import COLUMNS, Line, MBEIRFormatError, Problems, item_lines, parse_candidate, read_lines
-from puma_hf.embedding.config import OnError
-from puma_hf.values import cut, is_unicode, shown
+from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
 

@@ -1,75 +1,70 @@
-"""Embed a corpus to disk, as a function of one configuration: it opens the corpus, the model and the directory."""
+"""`puma-hf embed`: a corpus into a store, as a function of one configuration; a run that was stopped goes on."""
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 import time
+from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.embedding.config import EmbedConfig
-from puma_hf.embedding.precision import quantize, ranges_of
-from puma_hf.embedding.record_embeddings import embed_records, embedding_dim, expect_less
-from puma_hf.embedding.records import Corpus, Record, input_hash, open_corpus
-from puma_hf.embedding.results import EmbedResult
-from puma_hf.embedding.shards import BrokenRecord, Shard, ShardInfo
-from puma_hf.embedding.store import ERRORS, MANIFEST, RANGES, EmbeddingStore
-from puma_hf.embedding.unfinished import UnfinishedShard
-from puma_hf.evaluation.fingerprint import model_fingerprint, short_name
-from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
-from puma_hf.files import is_puma_directory
+from puma_hf.configs import EmbedConfig
+from puma_hf.embedding.embed import WINDOW, embed_records, embedding_dim, quantize, ranges_of
+from puma_hf.embedding.records import Corpus, Record, open_corpus
+from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
+from puma_hf.files import is_puma_directory, write_whole
+from puma_hf.fingerprint import content_key, model_fingerprint, short_name
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import (
+    broadcast,
+    connect,
+    gather,
+    locked_for_all,
+    own_device,
+    shared_folder,
+    sigterm_waits,
+    stop_if_sigterm,
+)
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+ERRORS = "errors.jsonl"
+# What is embedded is written at least so often: a run that is killed loses no more than this.
+_SECONDS = 60.0
+_LOOKED_UP = 256  # records whose keys are looked up together; so many are in memory with the bytes of their images
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
+_STORED_AS = {"binary": torch.int8, "ubinary": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedReport:
-    """What a run of `embed_corpus` has done; `str()` tells it in a few lines.
+    """What a run of `embed_corpus` has done; `str()` tells it in a few lines."""
 
-    Args:
-        output: The directory.
-        num_items: Inputs of the corpus.
-        num_rows: Embeddings in the directory.
-        num_errors: Inputs that could not be embedded.
-        num_shards: Shards in the directory.
-        num_new_shards: Those of them that this run has made.
-        num_new_items: Inputs of these that this run has embedded.
-        embedding_dim: Dimensions of an embedding.
-        precision: What is stored of them.
-        seconds: Time from the first input to the last.
-    """
-
-    output: str
-    num_items: int
-    num_rows: int
-    num_errors: int
-    num_shards: int
-    num_new_shards: int
-    num_new_items: int
+    output: str  # the directory
+    num_items: int  # inputs of the corpus
+    num_rows: int  # embeddings in the directory
+    num_errors: int  # inputs that could not be embedded
+    num_shards: int  # shards in the directory
+    num_new_items: int  # inputs that this run has embedded
     embedding_dim: int
     precision: str
-    seconds: float
+    seconds: float  # from the first input to the last
 
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
+        before = self.num_items - self.num_errors - self.num_new_items
         lines = [
-            f"embedded {_count(self.num_new_items, 'input')}{rate}; "
-            f"{self.num_items - self.num_new_items:,} already were",
+            f"embedded {_count(self.num_new_items, 'input')}{rate}; {before:,} already were",
             f"saved    {_count(self.num_rows, 'embedding')} of {self.embedding_dim} dimensions as {self.precision} in "
             f"{_count(self.num_shards, 'shard')}: {self.output}",
         ]
@@ -85,10 +80,10 @@ def _count(count: int, name: str) -> str:
 def embed_corpus(config: EmbedConfig) -> EmbedReport:
     """Embed a corpus into a directory of shards; a run that was stopped goes on where it was.
 
-    Shards are of consecutive inputs, and each is written whole or not at all. A shard is made again if its inputs
-    changed: ids, texts, instructions, or path, size or time of change of an image. What an error leaves of a shard is
-    kept beside it, and the next run embeds the rest. Started by `accelerate launch` or `torchrun`, the processes share
-    the shards, and all return the same report. `open_embeddings` reads the result.
+    A row is found again by its id and its content: text, instruction, and path, size and time of change of an image. So
+    only what is new is embedded, and what is no longer in the corpus is removed at the end. Rows of a shard are in the
+    order of the corpus. Started by `accelerate launch` or `torchrun`, the processes share the corpus, and all return
+    the same report. `open_embeddings` reads the result.
 
     Args:
         config: What to embed, with which model, and where to; see `EmbedConfig`.
@@ -99,12 +94,12 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     Raises:
         FileNotFoundError: If the corpus is missing.
         ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no PUMA
-            model, or the directory holds embeddings of another model or setting.
+            model, or the directory holds embeddings of another model, setting or version.
         DirectoryInUseError: If another run writes into the directory.
-        OSError: If the disk is full; finished shards are kept.
+        OSError: If the disk is full; what was written before is kept.
 
     Example:
-        >>> from puma_hf.embedding.config import EmbedConfig
+        >>> from puma_hf.configs import EmbedConfig
         >>> from puma_hf.embedding.run import embed_corpus
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
@@ -114,169 +109,188 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     with locked_for_all(config.output):
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
-        is_main = connect()[0] == 0
-        survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if is_main else None
+        survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if connect()[0] == 0 else None
         num_items = broadcast(survey.num_items if survey is not None else 0)
         model = open_model(config)
-        with shared_folder(config.output) as folder, _disk_explained(folder):
-            store = EmbeddingStore(folder, _settings(config, model), config.format)
+        with shared_folder(config.output) as folder:
+            settings = _settings(config, model)
+            if config.is_scaled:
+                settings["ranges"] = broadcast(
+                    None if survey is None else _ranges(folder, model, survey.sample, config)
+                )
+            store = EmbeddingStore(
+                folder,
+                settings,
+                dtype=_STORED_AS.get(config.precision) or getattr(torch, config.precision),
+                file_format=config.format,
+            )
             gather(None)  # all have looked before anyone writes
-            if is_main and not (folder / MANIFEST).is_file():
-                store.begin()
-            if config.is_scaled and survey is not None and not store.load_ranges():
-                ranges = _find_ranges(model, survey.sample, config)
-                store.save_ranges(ranges)
-                store.ranges = ranges
-            store.ranges = broadcast(store.ranges)
             return _Run(config, corpus, model, store).run(num_items)
-
-
-class _Work(NamedTuple):
-    """A shard of the corpus: what it will say of itself, its inputs and a hash of each, and itself if it is there."""
-
-    wanted: ShardInfo
-    records: list[Record]
-    content_hashes: list[str]
-    there: ShardInfo | None
 
 
 class _Run:
     """The work of one process, and what all of them come to."""
 
     def __init__(self, config: EmbedConfig, corpus: Corpus, model: SentenceTransformer, store: EmbeddingStore) -> None:
-        self.config = config
-        self.corpus = corpus
-        self.model = model
-        self.store = store
+        self.config, self.corpus, self.model, self.store = config, corpus, model, store
         self.rank, self.count = connect()
-        self.new: list[ShardInfo] = []
-        self.num_kept = 0  # inputs of these that an earlier run has embedded
+        self.keys = array("q")  # of all records of this process, 8 bytes each
+        self.waiting: dict[int, int] = {}  # the key of each record that the model has not seen, by its row
+        self.errors: list[dict[str, Any]] = []
+        self.num_read = self.num_new = 0
+        self.progress: Any = None
 
     def run(self, num_items: int) -> EmbedReport:
-        """Make what is missing, and finish the directory."""
-        start = time.monotonic()
-        size = self.config.shard_size
+        """Embed what is missing, remove what is gone, and say that the directory is complete."""
+        start, size = time.monotonic(), self.config.shard_size
         mine = sum(min(size, num_items - first) for first in range(self.rank * size, num_items, self.count * size))
         shares = "" if self.count == 1 else f", process 1 of {self.count}"
-        with tqdm(total=mine, desc=f"Embedding{shares}", unit="item", disable=self.rank > 0, smoothing=0.1) as progress:
-            found = self._work(progress)
+        with tqdm(total=mine, desc=f"Embedding{shares}", unit="item", disable=self.rank > 0, smoothing=0.1) as bar:
+            self.progress = bar
+            self._embed()
         seconds = time.monotonic() - start
-        shards = sorted((info for part in gather(found) for info in part), key=lambda info: info.shard)
-        new = [info for part in gather(self.new) for info in part]
-        num_kept = sum(gather(self.num_kept))
-        self._check_whole(shards)
-        dim = embedding_dim(self.model, self.config)
+        if any(num_read != num_items for num_read in gather(self.num_read)):
+            raise ValueError(
+                f"{self.corpus.path} changed while it was read. Run the same command again: what is done is kept."
+            )
+        errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
+        keys = torch.cat([torch.tensor(part) for part in gather(self.keys)])
         if self.rank == 0:
-            described = {
-                "model": short_name(self.config.model),
-                "data": short_name(self.config.data),
-                "embedding_dim": dim,
-                "dtype": str(quantize(np.ones((1, dim), np.float32), self.config.precision, self.store.ranges).dtype),
-                "ranges": RANGES if self.config.is_scaled else None,
-            }
-            self.store.finish(shards, described)
+            self._finish(keys, num_items, errors)
+        num_new, seconds = sum(gather(self.num_new)), max(gather(seconds))
+        self.store.refresh()
         return EmbedReport(
             output=str(self.config.output),
-            num_items=sum(info.num_items for info in shards),
-            num_rows=sum(info.num_rows for info in shards),
-            num_errors=sum(info.num_errors for info in shards),
-            num_shards=len(shards),
-            num_new_shards=len(new),
-            num_new_items=sum(info.num_items for info in new) - num_kept,
-            embedding_dim=dim,
+            num_items=num_items,
+            num_rows=len(self.store),
+            num_errors=len(errors),
+            num_shards=self.store.num_shards,
+            num_new_items=num_new,
+            embedding_dim=embedding_dim(self.model, self.config.truncate_dim),
             precision=self.config.precision,
-            seconds=max(gather(seconds)),
+            seconds=seconds,
         )
 
-    def _work(self, progress: Any) -> list[ShardInfo]:
-        """All shards of this process, one after the other: the next one is read, and the last written, meanwhile."""
-        found: list[ShardInfo] = []
-        writes: list[Future[ShardInfo]] = []
-        with ThreadPoolExecutor(1) as writer:
-            for work in _ahead(self._my_shards()):
-                if work.there is not None:
-                    expect_less(progress, len(work.records))
-                    found.append(work.there)
-                    continue
-                unfinished = UnfinishedShard(self.store.folder, work.wanted, work.content_hashes)
-                result = embed_records(self.model, work.records, self.config, progress, unfinished)
-                self.num_kept += unfinished.num_kept
-                # Before the wait for the last one: whatever ends the run in it, this one is written.
-                writes.append(writer.submit(self._write, work, result, unfinished))
-                if len(writes) > 1:
-                    self.new.append(writes.pop(0).result())  # one at a time waits in memory
-            self.new += [write.result() for write in writes]
-        return found + self.new
+    def _embed(self) -> None:
+        """Embed the records that the store lacks, and write them in the order of the corpus, a shard at a time.
 
-    def _my_shards(self) -> Iterator[_Work]:
-        """Every so-many-th shard of the corpus."""
-        # Where inputs are left out for their special tokens, they may be read as text the next time.
-        how = self.config.on_error + (", split" if self.config.special_tokens == "split" else "")
-        for number, records in self._my_records():
-            hashes = [self.corpus.content_hash(record) for record in records]
-            key = input_hash(records, hashes)
-            wanted = self.store.info(number, records[0].row, len(records), key, how)
-            yield _Work(wanted, records, hashes, self.store.finished(wanted))
+        Inside a window of the corpus rows arrive by length. With a window more than a shard in the buffer, its first
+        rows are all there: only then are they written, unless a minute has passed.
+        """
+        buffer: list[tuple[int, int, str, Tensor]] = []
+        written = time.monotonic()
+        with sigterm_waits():
+            try:
+                for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
+                    for record, row in zip(records, rows, strict=True):
+                        buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
+                    self.progress.update(len(records))
+                    is_late = time.monotonic() - written > _SECONDS
+                    if is_late or len(buffer) >= self.config.shard_size + WINDOW:
+                        buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
+                        written = time.monotonic()
+                    stop_if_sigterm()
+            finally:  # whatever ends the run, what is done is kept
+                self._write(buffer, len(buffer))
 
-    def _my_records(self) -> Iterator[tuple[int, list[Record]]]:
-        """The number and the inputs of each of these shards; the lines of the others are not kept."""
-        records: list[Record] = []
-        number = 0
+    def _missing(self) -> Iterator[Record]:
+        """The records of this process, every so-many-th shard of the corpus, that the store lacks."""
+        lines = self._my_lines()
+        while part := [self.corpus.record(row, line) for row, line in islice(lines, _LOOKED_UP)]:
+            keys = [content_key(record.id, self.corpus.content_hash(record)) for record in part]
+            self.keys.extend(keys)
+            for record, key, is_there in zip(part, keys, self.store.has(torch.tensor(keys)).tolist(), strict=True):
+                if is_there:  # not done: so the rate, and the time left, are those of the work
+                    self.progress.total -= 1
+                else:
+                    self.waiting[record.row] = key
+                    yield record
+
+    def _my_lines(self) -> Iterator[tuple[int, Any]]:
         for row, line in enumerate(self.corpus.lines()):
-            if row // self.config.shard_size != number:
-                if records:
-                    yield number, records
-                number, records = row // self.config.shard_size, []
-            if number % self.count == self.rank:
-                records.append(self.corpus.record(row, line))
-        if records:
-            yield number, records
+            self.num_read = row + 1
+            if row // self.config.shard_size % self.count == self.rank:
+                yield row, line
 
-    def _write(self, work: _Work, result: EmbedResult, unfinished: UnfinishedShard) -> ShardInfo:
-        records = work.records
-        rows = [records[place] for place in result.indices.tolist()]
-        content = Shard(
-            [record.id for record in rows],
-            np.array([record.row for record in rows], np.int64),
-            quantize(result.embeddings, self.config.precision, self.store.ranges),
-        )
-        broken = [(records[error.index], error.message) for error in result.errors]
-        errors = [BrokenRecord(record.row, record.id, message) for record, message in broken]
-        info = self.store.write(work.wanted, content, errors)
-        unfinished.remove()
-        return info
+    def _broken(self, record: Record, message: str) -> None:
+        """Note a record that cannot be embedded.
 
-    def _check_whole(self, shards: Sequence[ShardInfo]) -> None:
-        """All processes must have read the same corpus."""
-        ends = [info.first_row + info.num_items for info in shards]
-        starts = [info.first_row for info in shards]
-        if starts != [0, *ends[:-1]]:
-            raise ValueError(
-                f"{self.corpus.path} changed while it was read. Run the same command again: finished shards are kept."
+        Its key stays absent, so that every run tries it again and lists it again. Zeros in its place have the
+        complement of the key, which no content has.
+        """
+        self.errors.append({"row": record.row, "id": record.id, "message": message})
+        if self.config.on_error == "zero":
+            self.waiting[record.row] = ~self.waiting[record.row]
+            self.keys.append(self.waiting[record.row])
+        else:
+            del self.waiting[record.row]
+            self.progress.update(1)
+
+    def _write(self, buffer: list[tuple[int, int, str, Tensor]], count: int) -> list[tuple[int, int, str, Tensor]]:
+        """Write the first rows of the buffer; what is left of it."""
+        buffer.sort(key=lambda entry: entry[0])
+        self.num_new += sum(key >= 0 for _, key, _, _ in buffer[:count])
+        for start in range(0, count, self.config.shard_size):
+            part = buffer[start : min(count, start + self.config.shard_size)]
+            there = self.store.has(torch.tensor([key for _, key, _, _ in part])).tolist()  # zeros of an earlier run
+            if part := [entry for entry, is_there in zip(part, there, strict=True) if not is_there]:
+                numbers, keys, ids, rows = zip(*part, strict=True)
+                values = quantize(torch.stack(rows).numpy(), self.config.precision, self.store.settings.get("ranges"))
+                self.store.add(torch.tensor(keys), torch.from_numpy(values), ids=ids, order=numbers[0])
+        return buffer[count:]
+
+    def _finish(self, keys: Tensor, num_items: int, errors: Sequence[dict[str, Any]]) -> None:
+        path = self.store.folder / ERRORS
+        with disk_full_explained(self.store.folder):
+            self.store.keep(keys)
+            text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+            content = text.encode("utf-8", "backslashreplace")
+            if not errors:
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_bytes() != content:
+                write_whole(path, content)
+            self.store.say(
+                complete=True,
+                model=short_name(self.config.model),
+                data=short_name(self.config.data),
+                num_items=num_items,
+                num_rows=len(self.store),
+                num_errors=len(errors),
             )
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each made while the one before is worked on."""
-    end: Any = object()
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = reader.submit(next, items, end)
-            yield item
+def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
+    """What the embeddings depend on besides the inputs."""
+    values: dict[str, Any] = {
+        "fingerprint": model_fingerprint(model),
+        "weights_dtype": str(model.dtype).removeprefix("torch."),
+        "prompt": config.prompt,
+        "truncate_dim": config.truncate_dim,
+        "precision": config.precision,
+    }
+    return {**values, "calibration_size": config.calibration_size} if config.is_scaled else values
 
 
-def _find_ranges(model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig) -> NDArray[np.float32]:
-    """The least and the largest value of every dimension among the embeddings of a sample, `(2, embedding_dim)`."""
+def _ranges(
+    folder: Path, model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig
+) -> list[list[float]] | None:
+    """The least and the largest value of every dimension, `(2, embedding_dim)`: those of an earlier run, or a sample's.
+
+    A corpus that grows keeps its ranges: else the integers of its first rows would mean something else.
+    """
+    if (folder / MANIFEST).is_file():
+        found: list[list[float]] | None = read_manifest(folder)["settings"].get("ranges")
+        return found
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
-    # What is broken is told with its shard.
-    rows = embed_records(model, sample, replace(config, on_error="skip")).embeddings
+    # What is broken is told when its turn comes.
+    parts = embed_records(model, sample, replace(config, on_error="skip"), lambda *_: None)
+    rows = torch.cat([torch.empty(0, embedding_dim(model, config.truncate_dim)), *(rows for _, rows in parts)]).numpy()
     if len(rows) < 2:
         raise ValueError(
             f"precision={config.precision!r} is scaled by the embeddings of 2 inputs or more, and of {len(sample)} "
             f"drawn {len(rows)} could be embedded. Take float32, float16 or binary, or a larger calibration_size."
         )
-    return ranges_of(rows, config.precision)
+    return np.asarray(ranges_of(rows, config.precision)).tolist()  # type: ignore[no-any-return]
 
 
 def open_model(config: EmbedConfig) -> SentenceTransformer:
@@ -303,30 +317,3 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         first: Any = model[0]
         first.fast_path = None
     return model
-
-
-def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
-    """What the embeddings, and the cut into shards, depend on besides the inputs."""
-    values: dict[str, Any] = {
-        "fingerprint": model_fingerprint(model),
-        "weights_dtype": str(model.dtype).removeprefix("torch."),
-        "prompt": config.prompt,
-        "truncate_dim": config.truncate_dim,
-        "precision": config.precision,
-        "shard_size": config.shard_size,
-    }
-    return {**values, "calibration_size": config.calibration_size} if config.is_scaled else values
-
-
-@contextmanager
-def _disk_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"{str(folder)!r} could not be written, the disk is full ({error.strerror}). Finished shards are kept: "
-            "make room, and run the same command again",
-        ) from error

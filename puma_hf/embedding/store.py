@@ -1,338 +1,444 @@
-"""A directory of embeddings: shards of consecutive inputs, and a manifest that says what they are."""
+"""The one store of embeddings on disk: shards of rows that are found by the content they were made of.
+
+`embed` writes a corpus into one, `evaluate` keeps in one what it has embedded. A directory holds
+
+    manifest.json                the settings that all rows depend on, and what a finished run says of them
+    shard-00000-5f0c1a….parquet  columns key (int64), id (if there are ids) and embedding (a list of fixed size)
+
+or, as safetensors, `shard-….safetensors` with tensors `keys` and `embeddings`, and `shard-….ids.parquet` beside it if
+there are ids. Parquet is for users, who read it with whatever reads tables. safetensors is for programs: rows are
+mapped from the file, so that a few of them are read at once, where Parquet decodes all of a shard (about 0.1 GB a
+second).
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from pyarrow import parquet
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
-from puma_hf.embedding.config import FileFormat
-from puma_hf.embedding.shards import (
-    BrokenRecord,
-    DamagedShardError,
-    Shard,
-    ShardInfo,
-    read_ids,
-    read_info,
-    read_shard,
-    shard_files,
-    write_shard,
-)
-from puma_hf.embedding.unfinished import LEFTOVERS
 from puma_hf.files import write_whole
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-ERRORS = "errors.jsonl"
-RANGES = "ranges.safetensors"
-FORMAT = "puma_hf embeddings of a corpus"
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "puma_hf embeddings", 2
+_KEY = "puma_hf"  # where a shard says what it is
+_SHARD = re.compile(r"shard-\d{5,}-[0-9a-f]{24}\.(?:parquet|safetensors|ids\.parquet)")
+_IDS = ".ids.parquet"
+_STALE_SECONDS = 3600.0  # a draft that is so old is that of a process that died
+_SHOWN = 5
+_DAMAGES = (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError, IndexError)
 
-_SHARD_FILE = re.compile(r"shard-(\d{5,})\.(?:parquet|safetensors|ids\.parquet)")
-_DRAFTS = (".shard-*.tmp", f".{MANIFEST}-*.tmp", f".{ERRORS}-*.tmp", f".{RANGES}-*.tmp", *LEFTOVERS)
+
+class DamagedShardError(ValueError):
+    """A shard is gone or spoiled since its store was opened."""
 
 
 class EmbeddingStore:
-    """The directory that a run writes to; several processes may, shards of their own.
+    """A directory of embeddings, each found by the key of the content that it belongs to.
 
-    What is there of the same settings is kept, so a run that was stopped goes on.
-
-    Args:
-        folder: The directory, which exists.
-        settings: What the embeddings depend on besides the inputs; anything that JSON can hold.
-        file_format: "parquet" or "safetensors".
-
-    Raises:
-        ValueError: If it holds embeddings of other settings, or shards without a manifest.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], file_format: FileFormat) -> None:
-        self.folder = folder
-        self.file_format = file_format
-        self.settings: dict[str, Any] = json.loads(json.dumps({**settings, "file_format": file_format}))
-        self.ranges: NDArray[np.float32] | None = None
-        self._has_begun = False
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            if strange := sorted(file.name for file in self.folder.iterdir() if _SHARD_FILE.fullmatch(file.name)):
-                raise ValueError(
-                    f"{str(self.folder)!r} holds {strange[0]}, but no {MANIFEST}: nobody knows what it is. Choose "
-                    "another directory, or remove the shards."
-                )
-            return
-        found = _read_manifest(path)["settings"]
-        names = sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
-        if names:
-            values = "; ".join(
-                f"{name} is {found.get(name)!r} there, {self.settings.get(name)!r} here" for name in names
-            )
-            raise ValueError(
-                f"The embeddings in {str(self.folder)!r} are of another model or setting: {values}. Choose another "
-                "directory, or delete this one to make them again."
-            )
-
-    def begin(self) -> None:
-        """Mark the directory as unfinished, before anything in it changes."""
-        if not self._has_begun:
-            self._write_manifest({"complete": False})
-            self._has_begun = True
-
-    def load_ranges(self) -> bool:
-        """Take the ranges that an earlier run has written; whether there are any."""
-        path = self.folder / RANGES
-        if self.ranges is None and path.is_file() and (self.folder / MANIFEST).is_file():
-            try:
-                self.ranges = load(path.read_bytes())["ranges"]
-            except (SafetensorError, KeyError) as error:
-                logger.warning("%s cannot be read (%s): the ranges are made anew", path, error)
-        return self.ranges is not None
-
-    def save_ranges(self, ranges: NDArray[np.float32]) -> None:
-        """Write the least and the largest value of every dimension, `(2, embedding_dim)`."""
-        self.begin()
-        write_whole(self.folder / RANGES, save({"ranges": np.ascontiguousarray(ranges, np.float32)}))
-
-    def info(self, shard: int, first_row: int, num_items: int, input_hash: str, on_error: str) -> ShardInfo:
-        """What a shard that is still to be made will say of itself."""
-        ranges = "" if self.ranges is None else hashlib.sha256(self.ranges.tobytes()).hexdigest()
-        settings = hashlib.sha256(json.dumps([self.settings, ranges], sort_keys=True).encode()).hexdigest()
-        return ShardInfo(
-            settings=settings,
-            shard=shard,
-            first_row=first_row,
-            num_items=num_items,
-            num_rows=0,
-            num_errors=0,
-            on_error=on_error,
-            input_hash=input_hash,
-        )
-
-    def finished(self, wanted: ShardInfo) -> ShardInfo | None:
-        """The shard, if it is there and of the same inputs and settings."""
-        try:
-            found, _ = read_info(self.folder, wanted.shard, self.file_format)
-        except DamagedShardError:
-            return None
-        return found if found.is_of(wanted) else None
-
-    def write(self, info: ShardInfo, content: Shard, errors: Sequence[BrokenRecord]) -> ShardInfo:
-        """Write a shard, whole or not at all.
-
-        Raises:
-            OSError: If the disk is full; finished shards are kept.
-        """
-        self.begin()
-        return write_shard(self.folder, self.file_format, info, content, errors)
-
-    def finish(self, shards: Sequence[ShardInfo], described: Mapping[str, Any]) -> None:
-        """Write the manifest and the list of errors; remove what a longer corpus or a killed run has left.
-
-        Args:
-            shards: All shards of the corpus, in order.
-            described: What else is told of the embeddings, such as `embedding_dim`.
-
-        Raises:
-            DamagedShardError: If one is no longer there.
-        """
-        lines: list[bytes] = []
-        for info in shards:
-            if info.num_errors:
-                _, errors = read_info(self.folder, info.shard, self.file_format)
-                lines += [json.dumps(error._asdict(), ensure_ascii=False).encode() + b"\n" for error in errors]
-        text = b"".join(lines)
-        self._remove_leftovers(len(shards))
-        path = self.folder / ERRORS
-        if not text:
-            path.unlink(missing_ok=True)
-        elif not path.is_file() or path.read_bytes() != text:
-            write_whole(path, text)
-        counts = {
-            "num_items": sum(info.num_items for info in shards),
-            "num_rows": sum(info.num_rows for info in shards),
-            "num_errors": sum(info.num_errors for info in shards),
-        }
-        entries = [_entry(info, self.folder, self.file_format) for info in shards]
-        self._write_manifest({"complete": True, **described, **counts, "shards": entries})
-
-    def _remove_leftovers(self, num_shards: int) -> None:
-        others = [
-            file
-            for file in sorted(self.folder.iterdir())
-            if (match := _SHARD_FILE.fullmatch(file.name)) and int(match[1]) >= num_shards
-        ]
-        if others:
-            self.begin()
-            logger.info("%s: removed %d files of a longer corpus, from %s on", self.folder, len(others), others[0].name)
-        for file in [*others, *(draft for pattern in _DRAFTS for draft in self.folder.glob(pattern))]:
-            file.unlink(missing_ok=True)
-
-    def _write_manifest(self, values: Mapping[str, Any]) -> None:
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        text = json.dumps({**head, "settings": self.settings, **values}, indent=2, ensure_ascii=False) + "\n"
-        path = self.folder / MANIFEST
-        content = text.encode("utf-8", "backslashreplace")
-        if not path.is_file() or path.read_bytes() != content:
-            write_whole(path, content)
-
-
-class StoredEmbeddings:
-    """Embeddings that `puma-hf embed` has written; rows are read from the disk as they are asked for.
+    A shard is one file, written whole or not at all, and named by a hash of its keys and settings, so that several
+    processes may write at once. In memory are the keys alone, 16 bytes each. A shard that is cut off counts as absent;
+    what it held is embedded again. Where a key is in several shards, the one of the lowest name counts.
 
     Args:
-        folder: The directory.
-        manifest: Its manifest.
+        folder: The directory, which is made if need be.
+        settings: What the embeddings depend on besides the content, such as the model's fingerprint; anything that
+            JSON can hold. None takes those that are there.
+        dtype: Type of the numbers: what is added is converted to it.
+        file_format: "parquet" or "safetensors"; bfloat16 needs the latter.
 
     Attributes:
         folder: The directory.
-        manifest: What it says: model, fingerprint, settings, and each shard's files and hashes.
-        embedding_dim: Dimensions of an embedding; packed ones have an eighth as many numbers.
-        precision: What the numbers are: float32, float16, int8, uint8, binary or ubinary.
-        ranges: For int8 and uint8 the least and the largest value of every dimension, `(2, embedding_dim)`, that
-            `sentence_transformers.util.quantize_embeddings` needs for the queries, too; None otherwise.
+        settings: The settings.
+        manifest: All that `manifest.json` says.
+        embedding_dim: Numbers of one row; None as long as there is none. Packed bits have an eighth of the dimensions.
+
+    Raises:
+        ValueError: If the directory holds embeddings of other settings, or of an older version of puma_hf.
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = EmbeddingStore(folder, {"model": "tiny"})
+        ...     store.add(torch.tensor([7, 3]), torch.eye(2))
+        ...     store.refresh()
+        ...     store.has(torch.tensor([3, 4])), store.rows(torch.tensor([3]))
+        (tensor([ True, False]), tensor([[0., 1.]]))
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.embedding_dim: int = manifest["embedding_dim"]
-        self.precision: str = manifest["settings"]["precision"]
-        self.ranges: NDArray[np.float32] | None = None
-        if manifest.get("ranges"):
-            self.ranges = load((folder / manifest["ranges"]).read_bytes())["ranges"]
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any] | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        file_format: Literal["parquet", "safetensors"] = "parquet",
+    ) -> None:
+        self.folder, self.dtype, self.file_format = Path(folder), dtype, file_format
+        self.embedding_dim: int | None = None
+        self.manifest = self._settle(settings)
+        self.settings: dict[str, Any] = self.manifest["settings"]
+        self.dtype = getattr(torch, self.settings["embedding_dtype"])
+        self.file_format = self.settings["file_format"]
+        self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True)}
+        self._shards: dict[str, Tensor] = {}  # the keys of each
+        self._damaged: set[str] = set()
+        self.refresh()
 
     def __len__(self) -> int:
-        """Number of embeddings."""
-        return int(self.manifest["num_rows"])
+        """Number of keys, as of the last `refresh`."""
+        return len(self._keys)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of files that hold rows, likewise."""
+        return len(self._shards)
 
     def __iter__(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
-        """Ids and embeddings `(num_rows, embedding_width)` of one shard after the other.
+        """Ids and rows `(num_rows, embedding_width)` of one shard after the other.
 
         Raises:
             DamagedShardError: If a shard is gone, or no longer what it was.
         """
-        for shard in self.shards():
-            yield shard.ids, shard.embeddings
+        for name, keys in self._shards.items():
+            yield self._ids(name), self._read(name, torch.arange(len(keys))).numpy()
 
-    def shards(self) -> Iterator[Shard]:
-        """The shards, with the number of each row's input, too; their contents are checked by their hashes.
+    def refresh(self) -> None:
+        """Take in the shards that were written since, by this process or by others."""
+        names = sorted(path.name for path in self.folder.glob(f"shard-*.{self.file_format}") if _is_shard(path))
+        self._shards = {name: keys for name in names if (keys := self._keys_of(name)) is not None}
+        lengths = torch.tensor([0, *map(len, self._shards.values())])
+        keys = torch.cat([torch.empty(0, dtype=torch.int64), *self._shards.values()])
+        self._keys, self._order = keys.sort(stable=True)
+        self._names, self._starts = [*self._shards], lengths.cumsum(0)
 
-        Raises:
-            DamagedShardError: If one is gone, or no longer what it was.
-        """
-        for number in range(len(self.manifest["shards"])):
-            yield self.shard(number)
-
-    def shard(self, number: int) -> Shard:
-        """One of the shards, checked by its hash.
-
-        Raises:
-            DamagedShardError: If it is gone, or no longer what it was.
-        """
-        entry = self.manifest["shards"][number]
-        shard = read_shard(self.folder, number, self.manifest["settings"]["file_format"])
-        if shard.content_hash != entry["content_hash"]:
-            raise DamagedShardError(
-                f"{', '.join(entry['files'])} in {str(self.folder)!r} changed after the run that made it. Delete "
-                "it, and run puma-hf embed again."
-            )
-        return shard
-
-    def ids(self) -> Iterator[str]:
-        """The ids of all rows, one after the other; no embedding is read.
-
-        Raises:
-            DamagedShardError: If a shard is gone or cut off.
-        """
-        for number in range(len(self.manifest["shards"])):
-            yield from read_ids(self.folder, number, self.manifest["settings"]["file_format"])
-
-    def to_float(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """Stored rows as the numbers that they stand for: the middle of each step of an integer, the sign of each bit.
+    def has(self, keys: Tensor) -> Tensor:
+        """Whether the embedding of each key was there at the last `refresh`.
 
         Args:
-            rows: `(num_rows, embedding_width)`.
+            keys: `(num_keys,)` int64.
 
         Returns:
-            `(num_rows, embedding_dim)`.
+            `(num_keys,)` bool.
         """
-        if self.precision in ("binary", "ubinary"):
-            packed = (rows.astype(np.int16) + 128).astype(np.uint8) if self.precision == "binary" else rows
-            return np.unpackbits(packed, axis=1, count=self.embedding_dim).astype(np.float32) * 2 - 1
-        if self.ranges is None:
-            return rows.astype(np.float32)
-        steps = (self.ranges[1] - self.ranges[0]) / 255
-        places = rows.astype(np.float32) + (128 if self.precision == "int8" else 0)
-        return np.asarray(self.ranges[0] + (places + 0.5) * steps, np.float32)
+        return self._find(keys) >= 0
+
+    def add(self, keys: Tensor, embeddings: Tensor, *, ids: Sequence[str] | None = None, order: int = 0) -> str:
+        """Write one shard, whole or not at all; `refresh` makes it seen.
+
+        Args:
+            keys: `(num_keys,)` int64.
+            embeddings: `(num_keys, embedding_width)`, finite.
+            ids: The user's names of the rows.
+            order: Files come in the order of these numbers.
+
+        Returns:
+            The name of the file.
+
+        Raises:
+            ValueError: If a shape or a value is not as said.
+            OSError: If the disk is full; finished shards are kept.
+        """
+        rows = embeddings.detach().to("cpu", self.dtype).contiguous()
+        if rows.ndim != 2 or len(rows) != len(keys) or rows.shape[1] != (self.embedding_dim or rows.shape[1]):
+            raise ValueError(
+                f"embeddings is {tuple(rows.shape)} for {len(keys)} keys, must be (num_keys, "
+                f"{self.embedding_dim or 'embedding_dim'}); name in the settings what changes their size"
+            )
+        if rows.is_floating_point() and not bool(rows.isfinite().all()):
+            raise ValueError(f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32")
+        keys = keys.cpu().contiguous()
+        # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
+        digest = hashlib.sha256(self._metadata[_KEY].encode() + keys.numpy().tobytes()).hexdigest()[:24]
+        name = f"shard-{order:05d}-{digest}"
+        columns: dict[str, Any] = {"key": pa.array(keys.numpy())}
+        if ids is not None:
+            # Names of files, and JSON, may hold half a character, which no table can.
+            columns["id"] = pa.array([one.encode("utf-8", "backslashreplace").decode() for one in ids], pa.string())
+        with disk_full_explained(self.folder):
+            self.say(complete=False)  # before anything changes
+            if self.file_format == "parquet":
+                columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), rows.shape[1])
+                write_whole(self.folder / f"{name}.parquet", self._table(columns))
+            else:
+                if ids is not None:  # first: the shard is there when its safetensors file is
+                    write_whole(self.folder / f"{name}{_IDS}", self._table(columns))
+                # As bytes, since the file then fails as files do: safetensors' own error is no OSError.
+                tensors = {"keys": keys, "embeddings": rows}
+                write_whole(self.folder / f"{name}.safetensors", save(tensors, metadata=self._metadata))
+        self.embedding_dim = rows.shape[1]
+        return f"{name}.{self.file_format}"
+
+    def rows(self, keys: Tensor) -> Tensor:
+        """Rows `(num_keys, embedding_width)` in the order of the keys.
+
+        Raises:
+            ValueError: If a key is not there.
+            DamagedShardError: If a shard is no longer what it was.
+        """
+        places = self._find(keys)
+        if bool((places < 0).any()):
+            missing = keys[places < 0]
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} keys have no embedding in {str(self.folder)!r}, first keys "
+                f"{missing[:_SHOWN].tolist()}; add them first, or call refresh() if another process did"
+            )
+        rows = torch.empty(len(keys), self.embedding_dim or 0, dtype=self.dtype)
+        shards = torch.searchsorted(self._starts, places, right=True) - 1
+        for shard in shards.unique().tolist():
+            where = (shards == shard).nonzero().flatten()
+            rows[where] = self._read(self._names[shard], places[where] - self._starts[shard])
+        return rows
+
+    def blocks(self, keys: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
+        """The same rows, at most `block_size` in memory at a time, each block with the number of its first row."""
+        for start in range(0, len(keys), block_size):
+            yield start, self.rows(keys[start : start + block_size])
+
+    def keep(self, keys: Tensor) -> None:
+        """Remove all rows but those of these keys, and of each key all but one; shards that hold others are rewritten.
+
+        No other process may write meanwhile.
+        """
+        self.refresh()
+        at = self._find(keys.unique())
+        is_kept = torch.zeros(int(self._starts[-1]), dtype=torch.bool)
+        is_kept[at[at >= 0]] = True
+        kept = set()
+        for number, (name, own) in enumerate(self._shards.items()):
+            places = is_kept[self._starts[number] : self._starts[number + 1]].nonzero().flatten()
+            if 0 < len(places) < len(own):
+                ids, order = self._ids(name), int(name.split("-")[1])
+                some = [ids[place] for place in places.tolist()] if ids else None
+                name = self.add(own[places], self._read(name, places), ids=some, order=order)
+            kept |= {name, name.replace(".safetensors", _IDS)} if len(places) else set()
+        for path in self.folder.iterdir():
+            if _is_shard(path) and path.name not in kept:
+                self.say(complete=False)
+                path.unlink()
+        self._remove_drafts(0.0)
+        self.refresh()
+
+    def say(self, **about: Any) -> None:
+        """Change what `manifest.json` says besides the settings; `complete` tells readers that a run has finished."""
+        self.manifest = read_manifest(self.folder)  # another process may have changed it
+        said = {**self.manifest, **about}
+        if said != self.manifest:
+            self.manifest = said
+            self._write_manifest()
+
+    def _find(self, keys: Tensor) -> Tensor:
+        """Number of the row of each key, counted over all shards; -1 where there is none."""
+        if keys.ndim != 1 or keys.dtype is not torch.int64:
+            raise ValueError(f"keys is {tuple(keys.shape)} of {keys.dtype}, must be (num_keys,) of torch.int64")
+        if not len(self._keys):
+            return torch.full_like(keys, -1, device="cpu")
+        at = torch.searchsorted(self._keys, keys.cpu()).clamp(max=len(self._keys) - 1)
+        return torch.where(self._keys[at] == keys.cpu(), self._order[at], -1)
+
+    def _keys_of(self, name: str) -> Tensor | None:
+        """The keys of a shard; None if it is cut off, or not of these settings."""
+        if name in self._shards:
+            return self._shards[name]
+        path = self.folder / name
+        try:
+            if self.file_format == "parquet":
+                file = parquet.ParquetFile(path)
+                metadata = {_KEY: (file.schema_arrow.metadata or {}).get(_KEY.encode(), b"").decode()}
+                keys = torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
+                dim = file.schema_arrow.field("embedding").type.list_size
+            else:
+                with safe_open(path, framework="pt") as opened:
+                    metadata, keys = opened.metadata(), opened.get_tensor("keys").clone()
+                    dim = opened.get_slice("embeddings").get_shape()[1]
+        except FileNotFoundError:  # another process has just removed it
+            return None
+        except _DAMAGES as error:
+            return self._refuse(name, f"is cut or spoiled ({error})")
+        if metadata != self._metadata or dim != (self.embedding_dim or dim):
+            return self._refuse(name, "is not of these settings")
+        self._damaged.discard(name)
+        self.embedding_dim = dim
+        return keys
+
+    def _refuse(self, name: str, reason: str) -> Tensor | None:
+        if name not in self._damaged:  # said once, not at every refresh
+            self._damaged.add(name)
+            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", self.folder / name, reason)
+        return None
+
+    def _read(self, name: str, places: Tensor) -> Tensor:
+        path = self.folder / name
+        with _damage_explained(path):
+            if self.file_format == "safetensors":
+                with safe_open(path, framework="pt") as file:
+                    embeddings: Tensor = file.get_tensor("embeddings")
+                    return embeddings[places]  # mapped from the file: only the pages of these rows are read
+            table = parquet.read_table(path, columns=["embedding"], page_checksum_verification=True)
+            flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            return torch.from_numpy(flat.reshape(len(table), -1)[places.numpy()])
+
+    def _ids(self, name: str) -> list[str]:
+        """The ids of a shard; none if it was added without."""
+        path = self.folder / name.replace(".safetensors", _IDS)
+        with _damage_explained(path):
+            if path.name != name and not path.is_file():
+                return []
+            file = parquet.ParquetFile(path, page_checksum_verification=True)
+            return file.read(columns=["id"])["id"].to_pylist() if "id" in file.schema_arrow.names else []
+
+    def _table(self, columns: Mapping[str, Any]) -> bytes:
+        buffer = io.BytesIO()
+        # Parquet has no integers of one byte: only as indices into a dictionary of 256 they take no more.
+        small = ["embedding.list.element"] if self.dtype.itemsize == 1 and "embedding" in columns else False
+        table = pa.table(dict(columns)).replace_schema_metadata(self._metadata)
+        parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
+        return buffer.getvalue()
+
+    def _settle(self, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The manifest of the directory, a new one if there is none; settings must be those that are there."""
+        kind = {"embedding_dtype": str(self.dtype).removeprefix("torch."), "file_format": self.file_format}
+        wanted = None if settings is None else json.loads(json.dumps({**settings, **kind}))
+        if wanted is not None:
+            with disk_full_explained(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_drafts(_STALE_SECONDS)
+                if not (self.folder / MANIFEST).exists():
+                    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+                    self.manifest = {**head, "settings": wanted, "complete": False}
+                    self._write_manifest()
+        # Read in any case: another process may have written another one meanwhile.
+        manifest = read_manifest(self.folder)
+        found = manifest["settings"]
+        wanted = found if wanted is None else wanted
+        if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+            values = "; ".join(
+                f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names
+            )
+            raise ValueError(
+                f"The embeddings in {str(self.folder)!r} were made with other settings: {values}. Choose another "
+                "directory, or delete this one to make them again."
+            )
+        return manifest
+
+    def _remove_drafts(self, age: float) -> None:
+        """Remove what writers that were killed have left, if it is older than so many seconds."""
+        for draft in self.folder.glob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime >= age:
+                    draft.unlink()
+
+    def _write_manifest(self) -> None:
+        text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.folder / MANIFEST, text.encode("utf-8", "backslashreplace"))
 
 
-def open_embeddings(folder: str | Path) -> StoredEmbeddings:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a store says.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST}. Name a directory that puma-hf embed has written.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = (manifest["format"], manifest["format_version"]) == (FORMAT, FORMAT_VERSION)
+    except (ValueError, TypeError, KeyError):
+        manifest, is_ours = {}, False
+    if not is_ours:
+        command = "run the command that made it again"
+        if {"model", "data"} <= manifest.keys():
+            command += f": puma-hf embed {manifest['data']} --model {manifest['model']} --output {folder}"
+        raise ValueError(
+            f"{str(path)!r} is no manifest of this version of puma-hf, which reads {FORMAT!r}, version "
+            f"{FORMAT_VERSION}. To make the embeddings anew, delete the directory and {command}"
+        )
+    return dict(manifest)
+
+
+def open_embeddings(folder: str | Path) -> EmbeddingStore:
     """Open a directory that `puma-hf embed` has written.
 
     Args:
         folder: The directory.
 
     Returns:
-        What it holds; iterate over it for `(ids, rows)` of one shard after the other.
+        What it holds; iterate over it for `(ids, rows)` of one shard after the other. Its `settings["precision"]` says
+        what the numbers are; of int8 and uint8 `settings["ranges"]` are the lowest and highest values `(2,
+        embedding_dim)`, which `sentence_transformers.util.quantize_embeddings` needs for the queries, too.
 
     Raises:
         FileNotFoundError: If it has no manifest.
-        ValueError: If its run was not finished, a shard is missing, or it is of a later version.
+        ValueError: If its run was not finished, rows are missing, or it is of another version.
 
     Example:
-        >>> from puma_hf.embedding.store import open_embeddings
         >>> for ids, rows in open_embeddings("embeddings"):  # doctest: +SKIP
         ...     index.add_with_ids(rows, ids)
     """
     path = Path(folder)
-    if not (path / MANIFEST).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST}. Name a directory that puma-hf embed has written.")
-    manifest = _read_manifest(path / MANIFEST)
-    if not manifest.get("complete"):
+    manifest = read_manifest(path)
+    if not manifest["complete"]:
         raise ValueError(
             f"The run that writes {str(folder)!r} has not finished. Wait for it, or run the same command again: it "
             "goes on where it was."
         )
-    for number, entry in enumerate(manifest["shards"]):
-        if gone := [name for name in entry["files"] if not (path / name).is_file()]:
-            raise ValueError(
-                f"{gone[0]} (shard {number} of {len(manifest['shards'])}) is missing in {str(folder)!r}. Copy the "
-                "whole directory, or run puma-hf embed again."
-            )
-    return StoredEmbeddings(path, manifest)
-
-
-def _entry(info: ShardInfo, folder: Path, file_format: FileFormat) -> dict[str, Any]:
-    names = ("first_row", "num_items", "num_rows", "num_errors", "input_hash", "content_hash")
-    values = asdict(info)
-    files = [path.name for path in shard_files(folder, info.shard, file_format)]
-    return {"files": files, **{name: values[name] for name in names}}
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind, version, _ = manifest["format"], manifest["format_version"], dict(manifest["settings"])
-    except (ValueError, TypeError, KeyError) as error:
+    store = EmbeddingStore(path, None)
+    if len(store) != manifest["num_rows"]:
         raise ValueError(
-            f"{str(path)!r} is no manifest of embeddings ({error!r}). Choose another directory."
-        ) from error
-    if kind != FORMAT or not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{str(path)!r} is of format {kind!r}, version {version!r}, must be {FORMAT!r}, at most version "
-            f"{FORMAT_VERSION}. Install a newer puma-hf, or choose another directory."
+            f"{str(folder)!r} has {len(store)} embeddings, and its run has made {manifest['num_rows']}. Copy the whole "
+            "directory, or run puma-hf embed again, which makes what is missing."
         )
-    return manifest
+    return store
+
+
+@contextmanager
+def disk_full_explained(folder: Path) -> Iterator[None]:
+    """Say of an OSError of a full disk what is lost and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{str(folder)!r} could not be written, the disk is full ({error.strerror}). Finished shards are kept: "
+            "make room, and run the same command again",
+        ) from error
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGES as error:
+        raise DamagedShardError(
+            f"{str(path)!r} can no longer be read ({error}). Delete this file and run the same command again: its "
+            "embeddings are then made anew"
+        ) from error
+
+
+def _is_shard(path: Path) -> bool:
+    return _SHARD.fullmatch(path.name) is not None

@@ -8,12 +8,12 @@ from puma_hf.lazy import resolver
 
 # Name -> module. Resolved on first use: the command reads `config` for its options, and --help is to be quick.
 _NAMES = {
-    "EvaluateConfig": "puma_hf.evaluation.config",
+    "EvaluateConfig": "puma_hf.configs",
     "MBEIREvaluator": "puma_hf.evaluation.evaluator",
     "MBEIRResults": "puma_hf.evaluation.mbeir_results",
     "MBEIRTaskResult": "puma_hf.evaluation.mbeir_results",
     "SearchResult": "puma_hf.evaluation.search",
-    "SweepConfig": "puma_hf.evaluation.sweep_config",
+    "SweepConfig": "puma_hf.configs",
     "SweepReport": "puma_hf.evaluation.sweep_report",
     "evaluate": "puma_hf.evaluation.run",
     "evaluate_mbeir": "puma_hf.evaluation.mbeir",
@@ -52,7 +52,7 @@ __getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:
-    from puma_hf.evaluation.config import EvaluateConfig
+    from puma_hf.configs import EvaluateConfig, SweepConfig
     from puma_hf.evaluation.evaluator import MBEIREvaluator
     from puma_hf.evaluation.layer_sweep import sweep
     from puma_hf.evaluation.mbeir import evaluate_mbeir
@@ -61,5 +61,4 @@ if TYPE_CHECKING:
     from puma_hf.evaluation.mteb import mbeir_prompts, mbeir_scores, puma_model_meta
     from puma_hf.evaluation.run import evaluate
     from puma_hf.evaluation.search import SearchResult, exact_search, merge_results
-    from puma_hf.evaluation.sweep_config import SweepConfig
     from puma_hf.evaluation.sweep_report import SweepReport

@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from puma_hf.embedding.store import EmbeddingStore
+
 
 @runtime_checkable
 class CandidateSource(Protocol):
@@ -52,3 +54,23 @@ class TensorCandidates:
 
     def rows(self, indices: Tensor) -> Tensor:
         return self.embeddings[indices.to(self.embeddings.device)]
+
+
+class StoredCandidates:
+    """The rows of some keys of a store, `(num_keys,)`, in their order; they stay on the disk until asked for."""
+
+    def __init__(self, store: EmbeddingStore, keys: Tensor) -> None:
+        self._store, self._keys = store, keys
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._store.embedding_dim or 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def blocks(self, block_size: int) -> Iterator[tuple[int, Tensor]]:
+        return self._store.blocks(self._keys, block_size)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self._store.rows(self._keys[indices.cpu()])

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from puma_hf.data.records import Candidate, Query
-from puma_hf.evaluation.embedding_cache import EmbeddingCache
-from puma_hf.evaluation.processes import broadcast, connect, gather
+from puma_hf.embedding.store import EmbeddingStore
+from puma_hf.fingerprint import content_key, image_content
+from puma_hf.processes import broadcast, connect, gather
 
 logger = logging.getLogger(__name__)
 
@@ -55,30 +55,20 @@ class Item(NamedTuple):
 
 
 class ContentKeys:
-    """Names what is embedded by what it is, so that a cache outlives a moved folder but not a changed file.
+    """Names what is embedded by what it is, so that a store outlives a moved folder but not a changed file.
 
-    A key is 63 bits of a hash of the prompt, the text, and the image's path below the root, size and time of change.
-    Of ten million records two have the same key by chance once in 200,000 times.
+    A key is of the prompt, the text, and the image's path below the root, size and time of change.
 
     Args:
         root: Folder of the images.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self._prefix = os.path.realpath(root) + os.sep
+        self._root = os.path.realpath(root)
 
     def key(self, record: Query | Candidate, prompt: str) -> int:
-        """The key of a record with its prompt.
-
-        Raises:
-            FileNotFoundError: If its image is gone.
-        """
-        image: list[str | int] | None = None
-        if record.image is not None:
-            status = os.stat(record.image)
-            image = [record.image.removeprefix(self._prefix), status.st_size, status.st_mtime_ns]
-        content = json.dumps([prompt, record.text, image]).encode()
-        return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1
+        """The key of a record with its prompt."""
+        return content_key(prompt, record.text, image_content(record.image, self._root))
 
     def items(self, records: Iterable[Query | Candidate], prompts: Iterable[str]) -> list[Item]:
         """Records and prompts with their keys."""
@@ -130,7 +120,7 @@ class Embedder:
     """
 
     model: Encoder
-    cache: EmbeddingCache
+    cache: EmbeddingStore
     batch_size: int = 32
     show_progress_bar: bool = True
     encode_kwargs: Mapping[str, Any] | None = None
@@ -164,7 +154,7 @@ class Embedder:
                     _check_dim(rows, self.cache.embedding_dim or (parts or [rows])[0].shape[1], items)
                     parts.append(rows)
                     progress.update(len(rows))
-                self.cache.write(torch.tensor([item.key for item in items]), torch.cat(parts))
+                self.cache.add(torch.tensor([item.key for item in items]), torch.cat(parts))
         gather(None)
         self.cache.refresh()
 

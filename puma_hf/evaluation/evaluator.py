@@ -23,8 +23,8 @@ from puma_hf.data.records import Candidate, Query
 from puma_hf.evaluation.encoding import check_encode_kwargs
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, read_searches, task_result
-from puma_hf.evaluation.processes import main_process_first
 from puma_hf.evaluation.search import exact_search
+from puma_hf.processes import main_process_first
 
 logger = logging.getLogger(__name__)
 

@@ -1,44 +1,49 @@
-"""Measure every depth of a model in one pass: how to choose k.
+"""How to choose k: every depth of a model measured in one forward pass of the whole model.
+
+A model pruned to k layers returns `norm(h_k)`, and one pass of all L layers computes h_1 .. h_L anyway. So the last
+token's state is kept after every layer, and L evaluations cost the operations of one.
 
 Source: PUMA, ACM MM 2025, arXiv 2507.08064 prunes to the first k layers; measuring all k at once is this library's.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint
+from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
-from puma_hf.evaluation.alignment import linear_cka, mean_cosine
 from puma_hf.evaluation.encoding import encode_named
-from puma_hf.evaluation.fingerprint import short_name
-from puma_hf.evaluation.layer_costs import LayerCosts, layer_costs
-from puma_hf.evaluation.layer_states import decoder_of, encode_all_layers, keep_last_depths, progress_bar
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
+from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.search import exact_search
-from puma_hf.evaluation.sweep_config import SweepConfig, parse_parameters
-from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
-from puma_hf.flops import count_parameters
+from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
+from puma_hf.files import is_puma_directory, read_config
+from puma_hf.fingerprint import short_name
+from puma_hf.flops import plain_forward
 from puma_hf.modeling.configuration_puma import config_class_of
-from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from puma_hf.modeling.modeling_puma import last_token_state
 from puma_hf.opening import open_sentence_transformer
 from puma_hf.pruning import prune
 from puma_hf.settings import processing_of
@@ -48,112 +53,306 @@ logger = logging.getLogger(__name__)
 _KS = (1, 5, 10)
 # Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
 _BATCHES_AT_ONCE = 16
+_TEXT_TOKENS = 64
+_IMAGE_SIDE = 16  # tokens along each side of a square image
+
+
+# --- The embeddings of all depths -----------------------------------------------------------------------------------
+
+
+def decoder_of(model: SentenceTransformer) -> Any:
+    """The decoder of a PUMA model, which has the `layers` and the final `norm`.
+
+    Raises:
+        ValueError: If it is another kind of model, or has modules after the PUMA model.
+    """
+    decoder = getattr(getattr(model[0], "model", None), "language_model", None)
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or len(model) > 1:
+        names = [type(module).__name__ for module in model]
+        raise ValueError(f"The model is made of {names}, must be a PUMA model alone. Make one with `puma-hf prune`.")
+    return decoder
+
+
+def keep_last_depths(model: SentenceTransformer) -> range:
+    """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay.
+
+    Raises:
+        ValueError: If the last layer's attention is of another type than that of layers before it.
+    """
+    decoder, puma = decoder_of(model), cast(Any, model[0])
+    # A state goes into the last layer with the mask of the layer that it was made for.
+    if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
+        raise ValueError(
+            f"keep_last needs one kind of attention, the layers have {sorted(types)}. Evaluate such models one by one."
+        )
+    return range(puma.model.config.num_deepstack_layers + 1, len(decoder.layers))
+
+
+@contextmanager
+def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[None]:
+    """Within the block, the embeddings of all depths of an input lie side by side in the one that `model` returns."""
+    decoder = decoder_of(model)
+    masks: list[Any] = []
+    states: list[Tensor] = []
+    joined_states: list[Tensor] = []
+
+    def last_state(output: Any) -> Tensor:
+        # Picking rows copies them, so a layer's other positions are free to go: memory grows by L x hidden_size an
+        # input, not by the length of the sequence.
+        return last_token_state(output[0] if isinstance(output, tuple) else output, masks[-1])
+
+    def begin(_module: nn.Module, args: Any) -> None:
+        masks[:] = [args[0].get("attention_mask")]
+        states.clear()
+        joined_states.clear()
+
+    def join(_layer: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        # `forward`, not a call, which would run the last layer's own hook.
+        joined_states.append(last_state(decoder.layers[-1].forward(*args, **options)))
+
+    def finish(_module: nn.Module, _args: Any, features: dict[str, Any]) -> dict[str, Any]:
+        device = next(decoder.norm.parameters()).device
+        normed = decoder.norm(torch.stack([state.to(device) for state in (*states, *joined_states)], dim=1))
+        embeddings = nn.functional.normalize(normed.float(), dim=-1)
+        return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
+
+    hooks = [model[0].register_forward_pre_hook(begin)]
+    hooks += [layer.register_forward_hook(lambda *args: states.append(last_state(args[2]))) for layer in decoder.layers]
+    hooks += [decoder.layers[k - 1].register_forward_pre_hook(join, with_kwargs=True) for k in joined]
+    hooks += [model[0].register_forward_hook(finish)]
+    truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut off the depths, which lie side by side
+    try:
+        with plain_forward(model):  # the fast path calls no layer as a whole
+            yield
+    finally:
+        model.truncate_dim = truncate_dim
+        for hook in hooks:
+            hook.remove()
+
+
+def encode_all_layers(
+    model: SentenceTransformer,
+    inputs: Sequence[Any],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    processing_kwargs: Mapping[str, Any] | None = None,
+    keep_last: bool = False,
+) -> Tensor:
+    """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
+
+    The embedding at depth k is `L2(norm(h_k)[RET])`, where h_k is what layer k hands on.
+
+    Args:
+        model: A `SentenceTransformer` of a PUMA directory of L layers.
+        inputs: Inputs of `model.encode`.
+        prompt: Their instruction; None for none.
+        batch_size: Inputs per forward pass.
+        processing_kwargs: As in `model.encode`.
+        keep_last: Whether to embed as the models of the first k - 1 layers and the last would, too: one more call of
+            the last layer for each.
+
+    Returns:
+        `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers. With
+        `keep_last` a row for each of `keep_last_depths` comes after these.
+
+    Raises:
+        ValueError: If the model is no PUMA model, or an embedding is not finite.
+
+    Example:
+        >>> encode_all_layers(model, ["a red apple", {"image": "apple.png"}]).shape  # doctest: +SKIP
+        torch.Size([28, 2, 1536])
+    """
+    num_layers, joined = len(decoder_of(model).layers), keep_last_depths(model) if keep_last else range(0)
+    with _all_depths(model, joined):
+        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+        encoded = model.encode(
+            list(inputs), prompt=prompt or "", batch_size=batch_size, show_progress_bar=False,
+            processing_kwargs=processing_kwargs,
+        )  # fmt: skip
+    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
+    spoilt = (~torch.isfinite(embeddings).all(dim=2)).sum(dim=1).tolist()
+    if any(spoilt):
+        first = next(row for row, count in enumerate(spoilt) if count)
+        k = [*range(1, num_layers + 1), *joined][first]
+        raise ValueError(
+            f"At k = {k}, {spoilt[first]} of {len(inputs)} embeddings hold NaN or infinity. Look at their inputs, or "
+            "use float32 or bfloat16 instead of float16."
+        )
+    return embeddings
+
+
+# --- How alike two depths are ---------------------------------------------------------------------------------------
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Linear centred kernel alignment of two spaces `(num_inputs, dim)` and `(num_inputs, other_dim)`, in float64.
+
+    `||Y^T X||^2 / (||X^T X|| ||Y^T Y||)` in Frobenius norms, with the columns of X and Y centred: how alike the
+    similarities among the inputs are. Turning, mirroring or scaling a space as a whole changes nothing.
+
+    Returns:
+        A number from 0 to 1; NaN where all rows of a space are alike.
+
+    Example:
+        >>> import torch
+        >>> square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        >>> round(linear_cka(square, 3 * square.flip(1)), 6), round(linear_cka(square, square[:, :1]), 6)
+        (1.0, 0.707107)
+
+    Source: Kornblith et al., ICML 2019, arXiv 1905.00414, equations 3 and 4.
+    """
+    # Through dim x dim products: the Gram matrices of the definition would be num_inputs x num_inputs.
+    x, y = (space.double() - space.double().mean(dim=0) for space in (first, second))
+    norms = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).square().sum() / norms) if norms > 0 else math.nan
+
+
+# --- What each depth costs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SweepInputs:
-    """What is embedded, and which rows of the embeddings are searched.
+class LayerCosts:
+    """What the models pruned to k = 1 .. L layers cost; entry k - 1 of each is that of k layers.
 
     Args:
-        records: All distinct candidates, then the queries of each task.
-        inputs: What the model sees of each.
-        prompts: The instruction of each; empty for candidates.
-        modalities: The modality of each.
-        searches: The tasks and pools.
-        row_of: The row of each candidate, by did.
-        first_query: The row of each task's first query.
+        parameters: Parameters, each shared one once.
+        bytes: Their bytes in the model's own data type.
+        flops_text: Operations of a text whose whole prompt has `text_tokens` tokens.
+        flops_image: Operations of an image of `image_tokens` visual tokens, vision tower included.
+        text_tokens: Length of that text's prompt, 64.
+        image_tokens: Visual tokens of that image: 256, or as many as the model's own limits leave of them.
     """
 
-    records: list[Any]
-    inputs: list[Any]
-    prompts: list[str]
-    modalities: list[str]
-    searches: list[Search]
-    row_of: dict[str, int]
-    first_query: dict[MBEIRTask, int]
+    parameters: tuple[int, ...]
+    bytes: tuple[int, ...]
+    flops_text: tuple[int, ...]
+    flops_image: tuple[int, ...]
+    text_tokens: int
+    image_tokens: int
 
-    @classmethod
-    def read(cls, data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pools: Sequence[str]) -> SweepInputs:
-        """Read and check every file, before anything is embedded.
 
-        Args:
-            data: The dataset.
-            tasks: Its tasks.
-            split: Its split.
-            pools: "local", "global" or both.
+def layer_costs(model: SentenceTransformer) -> LayerCosts:
+    """Count what each depth costs, on the real model; each count equals that of the model pruned to it.
 
-        Returns:
-            The inputs.
+    Raises:
+        ValueError: If the model is no PUMA model.
 
-        Raises:
-            MBEIRFormatError: If a file is not what the format says, or a did means two things.
-        """
-        searches = read_searches(data, tasks, split, pools)
-        candidates = distinct_candidates(searches)
-        records: list[Any] = list(candidates.values())
-        prompts = [""] * len(records)
-        first_query = {}
-        for search in {search.task: search for search in searches}.values():
-            first_query[search.task] = len(records)
-            records += search.queries
+    Example:
+        >>> layer_costs(model).parameters[-1]  # doctest: +SKIP
+        1543714304
+    """
+    layers = decoder_of(model).layers
+    puma: Any = model[0]
+    images = puma.processor.image_processor
+    side = _IMAGE_SIDE * images.patch_size * images.merge_size
+    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * _TEXT_TOKENS)], max_length=_TEXT_TOKENS)
+    # A model that was trained on short texts alone may have a limit below that of an image's tokens.
+    picture = {"image": Image.new("RGB", (side, side), "white")}
+    image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
+
+    def sizes(measure: Callable[[Any], int]) -> tuple[int, ...]:
+        by_layer = [sum(map(measure, layer.parameters())) for layer in layers]
+        return _cut(sum(map(measure, model.parameters())), by_layer)
+
+    return LayerCosts(
+        parameters=sizes(lambda parameter: parameter.numel()),
+        bytes=sizes(lambda parameter: parameter.nbytes),
+        flops_text=flops_by_depth(model, text),
+        flops_image=flops_by_depth(model, image),
+        text_tokens=int(text["attention_mask"].sum()),
+        image_tokens=int((image["input_ids"] == puma.model.config.image_token_id).sum()),
+    )
+
+
+def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
+    """Operations of one batch at every depth, as `puma_hf.flops.count_flops` counts them, from one forward pass.
+
+    Args:
+        model: A `SentenceTransformer` of a PUMA directory of L layers.
+        features: What its `preprocess` returned.
+
+    Returns:
+        L numbers; number k - 1 equals the count of the model pruned to k layers.
+    """
+    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
+    # The counter knows products, not every fused attention kernel: let attention be computed as products.
+    way = plain_forward(model)
+    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(features)
+    spent = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    by_layer = [
+        next(count for name, count in spent.items() if name.endswith(f".language_model.layers.{number}"))
+        for number in range(len(decoder_of(model).layers))
+    ]
+    return _cut(int(counter.get_total_flops()), by_layer)
+
+
+def _cut(total: int, by_layer: Sequence[int]) -> tuple[int, ...]:
+    """`total` without the layers from k on, for k = 1 .. L."""
+    return tuple(total - sum(by_layer[kept:]) for kept in range(1, len(by_layer) + 1))
+
+
+# --- The sweep ------------------------------------------------------------------------------------------------------
+
+
+class SweepInputs:
+    """What is embedded: every candidate once, then the queries of each task with their instruction.
+
+    Args:
+        data: The dataset.
+        tasks: Its tasks.
+        split: Its split.
+        pools: "local", "global" or both.
+
+    Raises:
+        MBEIRFormatError: If a file is not what the format says, or a did means two things.
+    """
+
+    def __init__(self, data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pools: Sequence[str]) -> None:
+        self.split = split
+        self.searches = read_searches(data, tasks, split, pools)
+        candidates = distinct_candidates(self.searches)
+        self.row_of = {did: row for row, did in enumerate(candidates)}
+        self.records: list[Any] = list(candidates.values())
+        self.first_query: dict[MBEIRTask, int] = {}
+        prompts = [""] * len(candidates)
+        for search in self.searches[: len(tasks)]:  # every pool has the same queries
+            self.first_query[search.task] = len(prompts)
+            self.records += search.queries
             prompts += [data.instruction(query, search.task.candidate_modality) for query in search.queries]
-        return cls(
-            records=records,
-            inputs=[record.model_input for record in records],
-            prompts=prompts,
-            modalities=[record.modality for record in records],
-            searches=searches,
-            row_of={did: row for row, did in enumerate(candidates)},
-            first_query=first_query,
-        )
-
-    def num_judged(self, pool: str) -> tuple[int, ...]:
-        """Queries of each task to which something in this pool is relevant: those that the figures are means of."""
-        return tuple(len(search.relevance) for search in self.searches if search.pool_name == pool)
+        # What is embedded together: the rows of one prompt and one modality.
+        self.groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row, (prompt, record) in enumerate(zip(prompts, self.records, strict=True)):
+            self.groups[prompt, record.modality].append(row)
 
     def encode(self, model: SentenceTransformer, name: str, *, show_progress_bar: bool, **options: Any) -> Tensor:
         """The embeddings of all depths from one pass, as `encode_all_layers` orders them."""
-        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for row, key in enumerate(zip(self.prompts, self.modalities, strict=True)):
-            groups[key].append(row)
-        embeddings = self._room(model, name, keep_last=options.get("keep_last", False))
-        step = options["batch_size"] * _BATCHES_AT_ONCE  # what is copied is small
-        with progress_bar(len(self.inputs), name, show=show_progress_bar) as progress:
-            for (prompt, _), rows in groups.items():
-                for start in range(0, len(rows), step):
-                    part = rows[start : start + step]
-                    inputs, records = [self.inputs[row] for row in part], [self.records[row] for row in part]
+        num_depths = len(decoder_of(model).layers) + (len(keep_last_depths(model)) if options.get("keep_last") else 0)
+        shape = (num_depths, len(self.records), decoder_of(model).config.hidden_size)
+        logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, math.prod(shape) * 4 / 1e6)
+        embeddings = torch.empty(shape)  # all at once, so that too many fail before the hours of work
+        step = options["batch_size"] * _BATCHES_AT_ONCE
+        with tqdm(total=len(self.records), desc=name, unit="input", disable=not show_progress_bar) as progress:
+            for (prompt, _), rows in self.groups.items():
+                for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+                    records = [self.records[row] for row in part]
                     encode = partial(encode_all_layers, model, prompt=prompt, **options)
-                    embeddings[:, part] = encode_named(encode, inputs, records)
+                    embeddings[:, part] = encode_named(encode, [record.model_input for record in records], records)
                     progress.update(len(part))
         return embeddings
 
-    def _room(self, model: SentenceTransformer, name: str, *, keep_last: bool = False) -> Tensor:
-        decoder = decoder_of(model)
-        depths = len(decoder.layers) + (len(keep_last_depths(model)) if keep_last else 0)
-        shape = (depths, len(self.inputs), decoder.config.hidden_size)
-        size = math.prod(shape) * 4
-        logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, size / 1e6)
-        try:
-            return torch.empty(shape)
-        except RuntimeError as error:  # torch's own says how many bytes, not what for
-            raise ValueError(
-                f"The embeddings of {shape[1]:,} inputs at {shape[0]} depths take {size / 1e9:,.1f} GB, which must fit "
-                "into memory. Choose fewer candidates or tasks."
-            ) from error
-
-    def results(self, embeddings: Tensor, split: str) -> MBEIRResults:
-        """M-BEIR's table for one depth; `embeddings` is `(len(inputs), hidden_size)`."""
+    def results(self, embeddings: Tensor) -> MBEIRResults:
+        """M-BEIR's table for one depth; `embeddings` is `(len(records), hidden_size)`."""
         rows = []
         for search in self.searches:
             first, dids = self.first_query[search.task], list(search.pool)
             queries = embeddings[first : first + len(search.queries)]
             pool = embeddings[[self.row_of[did] for did in dids]]
-            found = exact_search(queries, pool, max(*_KS, NDCG_K, search.task.reported_k))
-            ranked = [[dids[index] for index in ranking] for ranking in found.indices.tolist()]
-            rankings = {query.qid: ranking for query, ranking in zip(search.queries, ranked, strict=True)}
-            rows.append(task_result(search, rankings, _KS))
-        return MBEIRResults(split=split, rows=rows)
+            found = exact_search(queries, pool, max(*_KS, NDCG_K, search.task.reported_k)).indices.tolist()
+            ranked = zip(search.queries, found, strict=True)
+            rows.append(task_result(search, {query.qid: [dids[row] for row in best] for query, best in ranked}, _KS))
+        return MBEIRResults(split=self.split, rows=rows)
 
 
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
@@ -167,54 +366,48 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         Quality, closeness to the full model, and costs of every k; it recommends one.
 
     Raises:
-        ValueError: If a model is no Qwen2-VL, 2.5 or 3, the budget is below the first layer, or this is one of several
-            processes.
+        ValueError: If a model is no Qwen2-VL, 2.5 or 3, or this is one of several processes.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed.
 
     Example:
-        >>> from puma_hf.evaluation.sweep_config import SweepConfig
+        >>> from puma_hf.configs import SweepConfig
         >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
-    _check_one_process()
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"The sweep runs in one process, not {count}. Start it without torchrun or accelerate launch.")
     if config.output is not None:  # better now than after an hour
-        _make_output(config.output)
-    budget = None if config.max_params is None else parse_parameters(config.max_params)
+        load_matplotlib()
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    sources, pools = [str(config.model), *config.compare], POOLS[config.pool]
+    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+    options["processing_kwargs"] = processing_of(config.special_tokens)
     with ExitStack() as stack:
         data = _open_data(config, stack)
         tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        inputs = SweepInputs.read(data, tasks, config.split, POOLS[config.pool])
-        sources = [str(config.model), *config.compare]
-        _check_sources(sources, budget)
+        inputs = SweepInputs(data, tasks, config.split, pools)
+        for source in sources:  # what is wrong with the last model shows before the first is embedded
+            config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         swept: list[SweptModel] = []
-        teacher: Tensor | None = None
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
-                embeddings = inputs.encode(
-                    model,
-                    name,
-                    batch_size=config.batch_size,
-                    keep_last=config.keep_last,
-                    processing_kwargs=processing_of(config.special_tokens),
-                    show_progress_bar=show_progress_bar,
-                )
+                embeddings = inputs.encode(model, name, show_progress_bar=show_progress_bar, **options)
                 # Not every accelerator knows float64.
                 device = model.device if model.device.type == "cuda" else torch.device("cpu")
-                depths = [*range(1, len(decoder_of(model).layers) + 1)]
-                joined = [*keep_last_depths(model)] if config.keep_last else []
-            full = embeddings[len(depths) - 1]
-            if teacher is None:
-                teacher, tokens = full.clone(), (costs.text_tokens, costs.image_tokens)
-            rows = _rows(inputs, zip(depths, embeddings, strict=False), teacher.to(device), costs, config.split)
-            swept.append(SweptModel(name, rows))
+                num_layers = len(costs.parameters)
+                joined = keep_last_depths(model) if config.keep_last else range(0)
+            if not swept:
+                full, tokens = embeddings[num_layers - 1].clone(), (costs.text_tokens, costs.image_tokens)
+            depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
+            rows = [_row(k, costs, depth.to(device), full.to(device), inputs.results(depth)) for k, depth in depths]
+            swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if joined:  # the full model ends that curve, too
-                joins = zip(joined, embeddings[len(depths) :], strict=True)
-                others = _rows(inputs, joins, teacher.to(device), costs, config.split)
-                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", (*others, rows[-1])))
-        judged = inputs.num_judged(POOLS[config.pool][0])
+                others = (*rows[num_layers:], rows[num_layers - 1])
+                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", others))
+        judged = tuple(len(search.relevance) for search in inputs.searches if search.pool_name == pools[0])
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
@@ -224,12 +417,12 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             num_queries=sum(judged),
             task_queries=judged,
             num_candidates=len(inputs.row_of),
-            pool=POOLS[config.pool][0],
+            pool=pools[0],
             metric=config.metric,
             text_tokens=tokens[0],
             image_tokens=tokens[1],
             keep=config.keep,
-            max_params=budget,
+            max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )
     if config.output is not None:
         try:
@@ -240,98 +433,40 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
-def _rows(
-    inputs: SweepInputs, depths: Iterable[tuple[int, Tensor]], teacher: Tensor, costs: LayerCosts, split: str
-) -> tuple[SweepRow, ...]:
-    """One row for each k and its embeddings; all layers cost the same, so it is k that tells the costs."""
-    rows = []
-    for k, depth in depths:
-        number = k - 1
-        results = inputs.results(depth, split)
-        on_device = depth.to(teacher.device)
-        cka = linear_cka(on_device, teacher)
-        rows.append(
-            SweepRow(
-                k=k,
-                parameters=costs.parameters[number],
-                bytes=costs.bytes[number],
-                flops_text=costs.flops_text[number],
-                flops_image=costs.flops_image[number],
-                cka=None if math.isnan(cka) else cka,
-                cosine=mean_cosine(on_device, teacher) if depth.shape == teacher.shape else None,
-                quality={pool: results.mean(pool) for pool in results.pools},
-                scores={
-                    pool: {row.task.name: row.score for row in results.rows if row.pool == pool}
-                    for pool in results.pools
-                },
-            )
-        )
-    return tuple(rows)
-
-
-def _make_output(output: str | Path) -> None:
-    from puma_hf.evaluation.sweep_plot import load_matplotlib
-
-    load_matplotlib()
-    Path(output).mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
-        raise PermissionError(f"output={str(output)!r} may not be written to. Name another directory.")
-
-
-def _check_one_process() -> None:
-    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(
-            f"The sweep was started in {count} processes, must be in one: each would do all the work and write the "
-            "same files. Start it without torchrun or accelerate launch."
-        )
-
-
-def _check_sources(sources: Sequence[str], budget: int | None) -> None:
-    """Find what is wrong with the last model before the first is embedded; no weights are read."""
-    smallest = {}
-    for source in sources:
-        folder = open_checkpoint(source).folder
-        config_class = config_class_of(_model_type(folder))
-        config = config_class.from_pretrained(folder, num_kept_layers=1)
-        with torch.device("meta"):
-            smallest[source] = count_parameters(MODEL_CLASSES[config_class](config))
-    least = min(smallest, key=lambda source: smallest[source])
-    if budget is not None and smallest[least] > budget:
-        raise ValueError(
-            f"max_params={budget:,} must be at least {smallest[least]:,}, the parameters of {short_name(least)} cut to "
-            "k = 1. Raise the budget, or sweep a smaller model."
-        )
-
-
-def _model_type(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+def _row(k: int, costs: LayerCosts, embeddings: Tensor, full: Tensor, results: MBEIRResults) -> SweepRow:
+    """One row; all layers cost the same, so it is k that tells the costs, whichever layers are kept."""
+    cka, cosine = linear_cka(embeddings, full), None
+    if embeddings.shape == full.shape:
+        cosine = float(torch.cosine_similarity(embeddings.double(), full.double()).mean())
+    scores: dict[str, dict[str, float]] = {pool: {} for pool in results.pools}
+    for row in results.rows:
+        scores[row.pool][row.task.name] = row.score
+    return SweepRow(
+        k=k,
+        **{name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")},
+        cka=None if math.isnan(cka) else cka,
+        cosine=cosine,
+        quality={pool: results.mean(pool) for pool in results.pools},
+        scores=scores,
+    )
 
 
 @contextmanager
 def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
-    """A PUMA directory as it is; an original checkpoint with `[RET]`, its processor and all its layers.
-
-    Args:
-        source: Folder or Hub id.
-        trust_remote_code: Whether to run the code of a Hub repository; a local directory's is run.
-
-    Yields:
-        The model. An original checkpoint is given what it lacks in a temporary directory, gone when the block ends.
+    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it is no Qwen2-VL, 2.5 or 3.
     """
-    checkpoint = open_checkpoint(source)
-    model_type = _model_type(checkpoint.folder)
-    config_class = config_class_of(model_type)
-    if model_type == config_class.model_type:
+    folder = open_checkpoint(source).folder
+    if is_puma_directory(folder):
         yield open_sentence_transformer(source, trust_remote_code=trust_remote_code)
         return
-    with TemporaryDirectory(prefix="puma-hf-") as folder:
+    with TemporaryDirectory(prefix="puma-hf-") as copy:
         logger.info("%s is an original checkpoint: it gets [RET] in a temporary copy of all its layers", source)
-        full = Path(folder, short_name(source))
-        prune(source, full, num_kept_layers=config_class.from_pretrained(checkpoint.folder).num_kept_layers)
+        full, config = Path(copy, short_name(source)), AutoConfig.from_pretrained(folder)
+        prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
         yield open_sentence_transformer(str(full))
 
 
@@ -340,10 +475,9 @@ def _open_data(config: SweepConfig, stack: ExitStack) -> MBEIR:
     data = open_mbeir(config.data, split=config.split, tasks=tasks)
     if not config.nano_queries and not config.nano_candidates:
         return data
-    folder = stack.enter_context(TemporaryDirectory(prefix="puma-hf-"))
     return build_nano(
         data,
-        Path(folder, "nano"),
+        Path(stack.enter_context(TemporaryDirectory(prefix="puma-hf-")), "nano"),
         split=config.split,
         tasks=tasks,
         num_queries=config.nano_queries,

@@ -21,15 +21,16 @@ from torch import Tensor
 from puma_hf import __version__
 from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.embedding.store import EmbeddingStore
+from puma_hf.evaluation.candidate_source import StoredCandidates
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
-from puma_hf.evaluation.fingerprint import model_fingerprint
-from puma_hf.evaluation.fingerprint import model_name as name_of
 from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
 from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.evaluation.search import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.evaluation.trec import write_qrels, write_run
+from puma_hf.fingerprint import model_fingerprint
+from puma_hf.fingerprint import model_name as name_of
+from puma_hf.processes import connect, gather, main_process_first, shared_folder
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class _Inputs:
 
 
 def _rankings(
-    cache: EmbeddingCache,
+    cache: EmbeddingStore,
     inputs: _Inputs,
     searches: Sequence[Search],
     top_k: int,
@@ -223,14 +224,14 @@ def _ranked(group: Sequence[Search], found: SearchResult) -> Iterator[_Ranked]:
 
 
 def _search_pool(
-    queries: Tensor, cache: EmbeddingCache, keys: Tensor, top_k: int, options: Mapping[str, Any]
+    queries: Tensor, cache: EmbeddingStore, keys: Tensor, top_k: int, options: Mapping[str, Any]
 ) -> SearchResult:
     """Search a pool, each process its slice of it."""
     rank, count = connect()
     start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
     found: SearchResult | None = None
     if stop > start:
-        scores, indices = exact_search(queries, cache.source(keys[start:stop]), top_k, **options)
+        scores, indices = exact_search(queries, StoredCandidates(cache, keys[start:stop]), top_k, **options)
         found = SearchResult(scores.cpu(), indices.cpu() + start)
     return merge_results([part for part in gather(found) if part is not None], top_k)
 
@@ -286,7 +287,7 @@ def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Se
         )
 
 
-def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingCache:
+def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
     """The stored embeddings in a folder, which must be of this model and these settings.
 
     Raises:
@@ -311,7 +312,7 @@ def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtyp
         "model": fingerprint,
     }
     with main_process_first():
-        return EmbeddingCache(folder, settings, dtype=dtype)
+        return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
 
 def _default_device(backend: str) -> torch.device:

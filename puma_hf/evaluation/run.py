@@ -9,16 +9,16 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.configs import EvaluateConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
-from puma_hf.evaluation.config import EvaluateConfig
-from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.processes import locked_for_all, main_process_first, own_device, shared_folder
+from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         DirectoryInUseError: If another run writes into the output.
 
     Example:
-        >>> from puma_hf.evaluation.config import EvaluateConfig
+        >>> from puma_hf.configs import EvaluateConfig
         >>> from puma_hf.evaluation.run import evaluate
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP

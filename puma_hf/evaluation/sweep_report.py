@@ -1,36 +1,35 @@
-"""The result of a layer sweep: one row a model and depth, as JSON, Markdown and a picture."""
+"""What a layer sweep found: a row for each model and depth, the k to take, and both as JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from puma_hf.evaluation.mbeir_results import written_whole
-from puma_hf.evaluation.sweep_choice import Depth, Recommendation, knee, recommend
-from puma_hf.evaluation.sweep_config import parse_parameters
+from puma_hf.configs import parse_parameters
+from puma_hf.files import write_whole
 
-_SHOWN = ("hit@1", "ndcg@10")
+_EPSILON = 1e-9  # below this, two qualities are one
+_UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+# Okabe and Ito's colours, which colour-blind people tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_INK, _MUTED, _GRID = "#1f2328", "#6b7280", "#e5e7eb"
+_FEW = 12  # points of a line that can each bear a label
+_SMALL = 9
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A model cut to k layers.
+    """A model cut to `k` layers.
 
-    Args:
-        k: Layers kept.
-        parameters: Its parameters.
-        bytes: Their bytes in the data type it was measured in.
-        flops_text: Operations of one text.
-        flops_image: Operations of one image.
-        cka: Linear CKA to the full model over all queries and candidates; None where it is not defined.
-        cosine: Mean cosine to the full model's embeddings; None if they have another size.
-        quality: For each pool, the mean over its tasks of each metric, and of the "score".
-        scores: For each pool, the score of each task.
+    `cka` and `cosine` are to the full model's embeddings, None where they are not defined. `quality` holds, for each
+    pool, the mean over its tasks of each metric and of the "score"; `scores` the score of each task.
     """
 
     k: int
@@ -46,15 +45,49 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweptModel:
-    """All depths of a model.
-
-    Args:
-        name: What the report calls it.
-        rows: One for each k = 1 .. L; of the first k - 1 layers with the last, one for each k that can be.
-    """
+    """A model's rows: one for each k = 1 .. L, or for each k that can keep the last layer, too."""
 
     name: str
     rows: tuple[SweepRow, ...]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A choice of k, how it was made, the model to cut, and its share of the full model's quality if that has any."""
+
+    k: int
+    reason: str
+    model: str = ""
+    kept: float | None = None
+
+
+def knee(costs: Sequence[float], qualities: Sequence[float]) -> int | None:
+    """Where a curve of quality against rising costs bends most: the point farthest above its chord.
+
+    Both axes are scaled to their own ranges first, so that units do not matter.
+
+    Returns:
+        The index of the knee, the cheapest of several; None if no point lies above the chord.
+
+    Raises:
+        ValueError: If the costs do not rise.
+
+    Example:
+        >>> knee([1, 2, 3, 4], [0.1, 0.7, 0.8, 0.9])
+        1
+
+    Source: the idea of Kneedle, Satopää et al., ICDCS Workshops 2011, without its smoothing.
+    """
+    if any(a >= b for a, b in pairwise(costs)):
+        raise ValueError(f"costs={list(costs)} must rise. Give them from the shallowest depth to the deepest.")
+    span = max(qualities, default=0.0) - min(qualities, default=0.0)
+    if len(costs) < 3 or span <= _EPSILON:
+        return None
+    slope = (qualities[-1] - qualities[0]) / (costs[-1] - costs[0])
+    points = zip(costs, qualities, strict=True)
+    # Rounded, so that of points equally far above the chord the first wins, whatever the last digits say.
+    above = [round((quality - qualities[0] - slope * (cost - costs[0])) / span, 9) for cost, quality in points]
+    return above.index(max(above)) if max(above) > _EPSILON else None
 
 
 @dataclass(frozen=True)
@@ -109,154 +142,133 @@ class SweepReport:
         return row.quality[self.pool][self.metric]
 
     def knee(self, model: int = 0) -> int | None:
-        """The k at which quality against FLOPs bends most, see `sweep_choice.knee`.
-
-        Args:
-            model: Number of the model in `models`.
-
-        Returns:
-            The k, or None if the curve has no knee.
-        """
+        """The k at which quality against FLOPs bends most, of the model of this number; None if the curve has none."""
         rows = self.models[model].rows
         found = knee([row.flops_image for row in rows], [self.quality(row) for row in rows])
         return None if found is None else rows[found].k
+
+    @property
+    def margin(self) -> float:
+        """About half of the 95 % interval of the full model's quality, if other queries had been drawn."""
+        # A query counts as 0 or 1, which vary most. Tasks weigh the same, so a small one adds much. Two hits and two
+        # misses are added (Agresti and Coull, 1998): no figure is sure because all queries were alike. Differences
+        # between depths vary less, as they answer the same queries.
+        counts = [count for count in self.task_queries if count]
+        number = len(counts) ** 2 / sum(1 / count for count in counts) + 4  # as many queries, were all in one task
+        mean = (self.quality(self.full) * (number - 4) + 2) / number
+        return 1.96 * math.sqrt(mean * (1 - mean) / number)
 
     def recommend(self, max_params: str | float | None = None, keep: float = 0.97) -> Recommendation:
         """The smallest k, of any of the models, that keeps enough of the full model's quality.
 
         Args:
             max_params: Budget of parameters, such as "4B", "800M" or a number; None for none.
-            keep: Share of the full model's quality to keep.
+            keep: Share of the full model's quality to keep, above 0 and at most 1.
 
         Returns:
             The choice, and in plain words how it was decided. If nothing within the budget keeps enough, it is the best
-            there, and the reason says so.
+            there, or the smallest of all, and the reason says so.
 
         Raises:
-            ValueError: If nothing fits into the budget, or an argument is out of range.
+            ValueError: If an argument is out of range.
         """
-        depths = [
-            Depth(model.name, row.k, row.parameters, self.quality(row)) for model in self.models for row in model.rows
-        ]
-        full = depths[len(self.models[0].rows) - 1]
-        budget = None if max_params is None else parse_parameters(max_params)
-        chosen = recommend(depths, full, max_params=budget, keep=keep, metric=self.metric)
-        return replace(
-            chosen,
-            reason=f"{chosen.reason} With {self.num_queries:,} queries a {self.metric} is known to about "
-            f"{100 * self.margin:.1f} points either way: choose with more queries if that decides.",
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep} must be above 0 and at most 1. It is a share, such as 0.97.")
+        budget = math.inf if max_params is None else parse_parameters(max_params)
+        within = "" if max_params is None else f" within the budget of {budget:,} parameters"
+        # The smallest first, and of equals the better: (parameters, k, minus quality, model).
+        rows = sorted(
+            (row.parameters, row.k, -self.quality(row), model.name) for model in self.models for row in model.rows
         )
-
-    @property
-    def margin(self) -> float:
-        """About half of the 95 % interval of the full model's quality, if other queries had been drawn.
-
-        A query counts as 0 or 1, which vary most. Tasks weigh the same, so a small one adds much; and two hits and two
-        misses are added (Agresti and Coull, 1998), for no figure is sure because all queries were alike. Differences
-        between depths, which answer the same queries, vary less.
-        """
-        counts = [count for count in self.task_queries if count]
-        number = len(counts) ** 2 / sum(1 / count for count in counts) + 4  # as many queries, were all in one task
-        mean = (self.quality(self.full) * (number - 4) + 2) / number
-        return 1.96 * math.sqrt(mean * (1 - mean) / number)
+        full, fitting = self.quality(self.full), [row for row in rows if row[0] <= budget]
+        enough = [row for row in rows if -row[2] >= keep * full - _EPSILON]
+        best = min(fitting or rows[:1], key=lambda row: (row[2], row[0]))
+        if not fitting:
+            why = f"Nothing is{within}: this is the smallest."
+        elif full <= 0:
+            why = f"The full model's {self.metric} is 0, so no share of it can be kept. "
+            why += f"This is the best there is{within}. Look at the data, or at the model, before choosing."
+        elif enough and enough[0] in fitting:
+            best = enough[0]
+            why = f"It is the smallest that keeps at least {_percent(keep)} of the full model{within}."
+            before = [row for row in rows if (row[1], row[3]) == (best[1] - 1, best[3])]
+            why += "".join(f" k = {k} keeps {_percent(-worse / full)}." for _, k, worse, _ in before)
+        else:
+            why = f"None{within} keeps {_percent(keep)} of the full model; this is the best there."
+            for size, k, _, name in enough[:1]:
+                why += f" To keep it takes k = {k} of {name}, of {size:,} parameters."
+        size, k, worst, name = best
+        kept, worth = None, "."
+        if full > 0:
+            kept, share = -worst / full, _percent(size / self.full.parameters)
+            worth = f": {self.metric} {-100 * worst:.1f}, {_percent(kept)} of the full model's {100 * full:.1f}, with "
+            worth += f"{size:,} parameters, {share} of its."
+        known = f"With {self.num_queries:,} queries a {self.metric} is known to about {100 * self.margin:.1f} points "
+        known += "either way: choose with more queries if that decides."
+        return Recommendation(k, f"k = {k} of {name}{worth} {why} {known}", name, kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values that JSON can hold, the same for the same figures.
-
-        Returns:
-            The fields, and under "knees" and "recommendation" what follows from them.
-        """
+        """The fields as plain values that JSON can hold, and what follows: "knees" and "recommendation"."""
         knees = {model.name: self.knee(number) for number, model in enumerate(self.models)}
         values = asdict(self) | {"knees": knees, "recommendation": asdict(self.recommendation)}
         return dict(json.loads(json.dumps(values, allow_nan=False)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SweepReport:
-        """The report that `to_dict` wrote; knees and recommendation are found anew.
-
-        Args:
-            values: What `to_dict` returned, or JSON gave back.
-
-        Returns:
-            The report.
-        """
+        """The report that `to_dict` wrote; knees and recommendation are found anew."""
         fields = {name: value for name, value in values.items() if name not in ("knees", "recommendation")}
+        models = [SweptModel(one["name"], tuple(SweepRow(**row) for row in one["rows"])) for one in fields["models"]]
         lists = {name: tuple(fields[name]) for name in ("tasks", "task_queries")}
-        models = [
-            SweptModel(model["name"], tuple(SweepRow(**row) for row in model["rows"])) for model in fields.pop("models")
-        ]
-        return cls(models=tuple(models), **fields | lists)
+        return cls(**fields | lists | {"models": tuple(models)})
 
     def to_markdown(self) -> str:
-        """The tables, one a model, and the recommendation.
-
-        Returns:
-            Markdown that ends in a newline; quality in percent.
-        """
-        name = self.metric
+        """The tables, one a model, and the recommendation; quality in percent."""
         tasks = f"{len(self.tasks)} tasks" if len(self.tasks) > 1 else self.tasks[0]
         parts = [
             f"Layer sweep on {self.data}, {self.split} split, {tasks}, {self.num_queries:,} queries, "
             f'{self.num_candidates:,} candidates, {self.pool} pools. Quality in percent; "kept" is the share of the '
-            f"full model's {name}. FLOPs of a text of {self.text_tokens} tokens and of an image of {self.image_tokens} "
-            "visual tokens. CKA and cosine are to the full model's embeddings.\n"
+            f"full model's {self.metric}. FLOPs of a text of {self.text_tokens} tokens and of an image of "
+            f"{self.image_tokens} visual tokens. CKA and cosine are to the full model's embeddings.\n"
         ]
+        best = self.recommendation
         for number, model in enumerate(self.models):
-            parts.append(f"**{model.name}**\n\n{self._table(model, self.knee(number))}")
-        parts.append(f"**Recommended: k = {self.recommendation.k}.** {self.recommendation.reason}\n")
+            parts.append(f"**{model.name}**\n\n{self._table(model, self.knee(number), best)}")
+        parts.append(f"**Recommended: k = {best.k}.** {best.reason}\n")
         return "\n".join(parts)
 
-    def _table(self, model: SweptModel, knee_at: int | None) -> str:
-        shown = [name for name in (self.metric, *_SHOWN) if name in self.full.quality[self.pool]]
-        names = list(dict.fromkeys(shown))
-        head = ["k", "parameters", "bytes", "FLOPs, text", "FLOPs, image", "of full", *names, "kept", "CKA", "cosine"]
-        lines = [_line([*head, ""]), _line([*(["---:"] * len(head)), "---"])]
-        best = self.recommendation
+    def _table(self, model: SweptModel, knee_at: int | None, best: Recommendation) -> str:
+        full, known = self.quality(self.full), self.full.quality[self.pool]
+        shown = dict.fromkeys(name for name in (self.metric, "hit@1", "ndcg@10") if name in known)
+        head = ["k", "parameters", "bytes", "FLOPs, text", "FLOPs, image", "of full", *shown, "kept", "CKA", "cosine"]
+        lines = [[*head, ""], [*(["---:"] * len(head)), "---"]]
         for row in model.rows:
-            cells = [str(row.k), f"{row.parameters:,}", f"{row.bytes:,}"]
-            cells += [si(row.flops_text), si(row.flops_image), f"{row.flops_image / self.full.flops_image:.0%}"]
-            cells += [f"{100 * row.quality[self.pool][name]:.1f}" for name in names]
-            kept = self.quality(row) / self.quality(self.full) if self.quality(self.full) else None
-            cells += ["" if kept is None else f"{100 * kept:.1f}", *map(_optional, (row.cka, row.cosine))]
+            cells = [str(row.k), f"{row.parameters:,}", f"{row.bytes:,}", si(row.flops_text), si(row.flops_image)]
+            cells += [f"{row.flops_image / self.full.flops_image:.0%}"]
+            cells += [f"{100 * row.quality[self.pool][name]:.1f}" for name in shown]
+            cells += [f"{100 * self.quality(row) / full:.1f}" if full else ""]
+            cells += ["" if value is None else f"{value:.3f}" for value in (row.cka, row.cosine)]
             marks = {"knee": row.k == knee_at, "**recommended**": (best.model, best.k) == (model.name, row.k)}
-            lines.append(_line([*cells, ", ".join(mark for mark, holds in marks.items() if holds)]))
-        return "\n".join(lines) + "\n"
+            lines.append([*cells, ", ".join(mark for mark, holds in marks.items() if holds)])
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw quality against FLOPs, and CKA and cosine by k.
-
-        Args:
-            path: PNG, SVG or PDF file; replaced as a whole or not at all.
+        """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file.
 
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        from puma_hf.evaluation.sweep_plot import draw
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says in which format
-        try:
-            draw(self, draft)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(Path(path), _drawn(self, Path(path).suffix.lstrip(".").lower()))
 
     def save(self, folder: str | Path) -> None:
         """Write sweep.json, sweep.md and sweep.png; each is replaced as a whole or not at all.
 
-        Args:
-            folder: The folder; it is made if need be.
-
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        folder = Path(folder)
         content = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         for name, text in {"sweep.json": content, "sweep.md": self.to_markdown()}.items():
-            with written_whole(folder / name) as file:
-                file.write(text)
-        self.plot(folder / "sweep.png")
+            write_whole(Path(folder, name), text.encode())
+        self.plot(Path(folder, "sweep.png"))
 
 
 def si(number: float) -> str:
@@ -266,15 +278,157 @@ def si(number: float) -> str:
         >>> si(1_543_714_304), si(870), si(93_000_000)
         ('1.54 G', '870', '93 M')
     """
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
-    return f"{number:.3g}"
+    unit, size = _unit(number)
+    # Three digits of 999,700 would be 1e+03.
+    return (f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}").rstrip()
 
 
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _unit(number: float) -> tuple[str, float]:
+    return next(((unit, size) for unit, size in _UNITS if number >= size), _UNITS[-1])
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %".replace(".0 %", " %")
+
+
+# --- The picture ----------------------------------------------------------------------------------------------------
+
+
+def load_matplotlib() -> Any:
+    """matplotlib's `Figure`.
+
+    Raises:
+        ImportError: If matplotlib is not installed; the message says how to get it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "The picture of a sweep needs matplotlib. Run `pip install 'puma-hf[plot]'`, or leave out the output."
+        ) from error
+    return Figure
+
+
+def _drawn(report: SweepReport, file_format: str) -> bytes:
+    """The picture of a report as the bytes of a file."""
+    # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
+    figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_MUTED)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_MUTED, labelsize=_SMALL)
+    _draw_quality(left, report)
+    _draw_closeness(right, report)
+    best, full = report.recommendation, report.full
+    row = next(row for model in report.models if model.name == best.model for row in model.rows if row.k == best.k)
+    recommended = (
+        f"Recommended: k = {best.k} of {best.model}"
+        + ("" if best.kept is None else f" keeps {_percent(best.kept, 0)} of the {report.metric},")
+        + f" with {_percent(row.parameters / full.parameters, 0)} of the parameters, "
+        f"{_percent(row.flops_image / full.flops_image, 0)} (image) and "
+        f"{_percent(row.flops_text / full.flops_text, 0)} (text) of the FLOPs"
+    )
+    size = f"{report.num_queries:,} queries, {report.num_candidates:,} candidates"
+    title = f"Layer sweep on {report.data} ({report.split} split, {size})\n{fill(recommended, 130)}"
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5)
+    file = BytesIO()
+    # The file names no version and no date: the same figures make the same picture.
+    figure.savefig(file, format=file_format, dpi=150, metadata={"Software": None} if file_format == "png" else None)
+    return file.getvalue()
+
+
+def _draw_quality(axes: Any, report: SweepReport) -> None:
+    unit, size = _unit(report.full.flops_image)
+    best, full, highest = report.recommendation, 100 * report.quality(report.full), 1.0
+    for number, model in enumerate(report.models):
+        colour, knee_at = _COLOURS[number % len(_COLOURS)], report.knee(number)
+        points = {row.k: (row.flops_image / size, 100 * report.quality(row)) for row in model.rows}
+        highest = max(highest, *(y for _, y in points.values()))
+        label = f"{model.name} (knee at k = {knee_at})" if knee_at else model.name
+        axes.plot(*zip(*points.values(), strict=True), "o-", color=colour, markersize=4.5, linewidth=1.8, label=label,
+                  zorder=3)  # fmt: skip
+        rings = [(knee_at, "D", 11, colour)] if knee_at else []
+        rings += [(best.k, "o", 17, _INK)] if best.model == model.name else []
+        for k, marker, width, edge in rings:
+            axes.plot(*points[k], marker, markersize=width, markerfacecolor="none", markeredgecolor=edge,
+                      markeredgewidth=1.7)  # fmt: skip
+        _number_points(axes, points, colour, {ring[0] for ring in rings}, first=number == 0)
+    axes.margins(x=0.07)
+    axes.set_ylim(0, 1.1 * highest)
+    _draw_costs(axes, report, size)
+    for height, style, text, side in (
+        (full, "--", f"full model, {full:.1f}", "bottom"),
+        (report.keep * full, ":", f"{100 * report.keep:.3g} % of it", "top"),
+    ):
+        axes.axhline(height, color=_MUTED, linewidth=1, linestyle=style, zorder=1)
+        axes.annotate(text, (0.008, height), xycoords=("axes fraction", "data"), color=_MUTED, va=side, fontsize=_SMALL,
+                      xytext=(0, 3 if side == "bottom" else -3), textcoords="offset points")  # fmt: skip
+    axes.set_xlabel(f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)", color=_INK)
+    axes.set_ylabel(f"{report.metric}, {report.pool} pools, %", color=_INK)
+    axes.plot([], [], "D", color="none", markeredgecolor=_MUTED, markersize=8, label="knee")
+    axes.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=11, label=f"recommended: k = {best.k}")
+    axes.legend(frameon=False, fontsize=_SMALL, loc="best")
+
+
+def _number_points(
+    axes: Any, points: dict[int, tuple[float, float]], colour: str, marked: set[int], *, first: bool
+) -> None:
+    """Write k beside the points: all of a few, some of many, always those that are marked."""
+    every = -(-len(points) // _FEW)
+    highest = max(y for _, y in points.values())
+    for k, point in points.items():
+        if every > 1 and k not in marked and (k % every or {k - 1, k + 1} & marked):
+            continue
+        away = 13 if k in marked else 6
+        # The first line has its numbers on the right, and below where there is room; the others above on the left.
+        below = first and point[1] > 0.08 * highest
+        axes.annotate(f"k = {k}" if first and k == every == 1 else f"{k}", point, textcoords="offset points",
+                      xytext=(away - 2 if first else 2 - away, -away - 5 if below else away - 3), color=colour,
+                      ha="left" if first else "right", fontsize=_SMALL)  # fmt: skip
+
+
+def _draw_costs(axes: Any, report: SweepReport, size: float) -> None:
+    """Grey what is over the budget, and put the FLOPs of a text on top, if k layers cost the same in every model."""
+    costs = {row.k: (row.flops_image, row.flops_text) for row in report.models[0].rows}
+    for model in report.models[1:]:
+        if any(costs.get(row.k) not in (None, (row.flops_image, row.flops_text)) for row in model.rows):
+            return
+    rows, budget = report.models[0].rows, report.max_params or math.inf
+    fitting = sum(row.parameters <= budget for row in rows)
+    if 0 < fitting < len(rows):  # the edge lies between the last depth that fits and the next
+        edge, right = (rows[fitting - 1].flops_image + rows[fitting].flops_image) / 2 / size, axes.get_xlim()[1]
+        label = f"over the budget of {budget:,} parameters"
+        axes.axvspan(edge, right, color=_GRID, alpha=0.5, linewidth=0, zorder=0, label=label)
+        axes.set_xlim(right=right)
+    if len(rows) < 2:
+        return
+    # Both costs grow by the same amount a layer, so one scale is the other, moved and stretched.
+    (image, text), (last_image, last_text) = costs[1], costs[len(rows)]
+    slope, (unit, text_size) = (last_text - text) / (last_image - image), _unit(last_text)
+    top = axes.secondary_xaxis("top", functions=(
+        lambda x: (text + slope * (x * size - image)) / text_size,
+        lambda x: (image + (x * text_size - text) / slope) / size,
+    ))  # fmt: skip
+    top.set_xlabel(f"{unit}FLOPs of one text ({report.text_tokens} tokens)", color=_INK)
+    top.tick_params(colors=_MUTED, labelsize=_SMALL)
+    top.spines["top"].set_visible(False)
+
+
+def _draw_closeness(axes: Any, report: SweepReport) -> None:
+    for number, model in enumerate(report.models):
+        for name, style, marker in (("cka", "-", "o"), ("cosine", "--", "s")):
+            points = [(row.k, value) for row in model.rows if (value := getattr(row, name)) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=_COLOURS[number % len(_COLOURS)], linestyle=style,
+                          marker=marker, markersize=4, linewidth=1.6)  # fmt: skip
+    axes.plot([], [], color=_MUTED, marker="o", markersize=4, label="linear CKA")
+    axes.plot([], [], color=_MUTED, marker="s", markersize=4, linestyle="--", label="mean cosine")
+    axes.set_xlim(left=0.5)
+    axes.set_ylim(top=1.03)
+    axes.set_xlabel("k, decoder layers kept", color=_INK)
+    axes.set_ylabel("closeness to the full model's embeddings", color=_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=_SMALL, loc="lower right")

@@ -8,7 +8,7 @@ from puma_hf.lazy import resolver
 
 _NAMES = {
     "CardOptions": "puma_hf.hub.card",
-    "PushConfig": "puma_hf.hub.push_config",
+    "PushConfig": "puma_hf.configs",
     "PushReport": "puma_hf.hub.push",
     "push_to_hub": "puma_hf.hub.push",
     "write_card": "puma_hf.hub.card",
@@ -20,6 +20,6 @@ __getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:
+    from puma_hf.configs import PushConfig
     from puma_hf.hub.card import CardOptions, write_card
     from puma_hf.hub.push import PushReport, push_to_hub
-    from puma_hf.hub.push_config import PushConfig

@@ -10,14 +10,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
 from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, named_base, write_whole
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, is_hub_id, named_base, write_whole
 from puma_hf.hub.card_facts import read_facts
 from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_mapping, read_results
 from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
 from puma_hf.hub.card_table import card_table, made_from
-from puma_hf.hub.names import is_hub_id
 from puma_hf.hub.template import TAGS, fill_template
-from puma_hf.limits import told_limits
+from puma_hf.pruning import told_limits
 
 
 @dataclass(frozen=True)

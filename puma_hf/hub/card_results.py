@@ -18,7 +18,7 @@ from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 
 if TYPE_CHECKING:
-    from puma_hf.evaluation.layer_costs import LayerCosts
+    from puma_hf.evaluation.layer_sweep import LayerCosts
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class MeasuredModel:
         Raises:
             ValueError: If the model cannot be loaded.
         """
-        from puma_hf.evaluation.fingerprint import model_fingerprint
+        from puma_hf.fingerprint import model_fingerprint
 
         if truncate_dim not in self._fingerprints:
             model = self._loaded()
@@ -130,7 +130,7 @@ class MeasuredModel:
         Raises:
             ValueError: If the model cannot be loaded.
         """
-        from puma_hf.evaluation.layer_costs import layer_costs
+        from puma_hf.evaluation.layer_sweep import layer_costs
 
         return layer_costs(self._loaded())
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puma_hf.evaluation.fingerprint import short_name
 from puma_hf.evaluation.published import PUBLISHED
 from puma_hf.evaluation.sweep_report import si
+from puma_hf.fingerprint import short_name
 from puma_hf.hub.card_results import CardResults, MeasuredModel, read_mapping
 from puma_hf.hub.card_table import is_mbeir
 

@@ -13,12 +13,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from puma_hf.configs import PushConfig
 from puma_hf.files import ADAPTER_CONFIG
 from puma_hf.hub.card import CardOptions, make_card
 from puma_hf.hub.card_results import RESULT_NAMES
 from puma_hf.hub.load_check import LoadCheck, check_loads
 from puma_hf.hub.push_base import AdapterBase, check_base_on_hub, read_base
-from puma_hf.hub.push_config import PushConfig
 from puma_hf.hub.push_contents import holds_secret
 from puma_hf.hub.push_errors import told
 from puma_hf.hub.push_files import CARD, PushFiles, files_to_push, is_model_file, loss_files

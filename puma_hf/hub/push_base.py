@@ -12,8 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from puma_hf.files import ADAPTER_CONFIG, BASE_FILE, named_base
-from puma_hf.hub.names import is_hub_id
+from puma_hf.files import ADAPTER_CONFIG, BASE_FILE, is_hub_id, named_base
 from puma_hf.hub.push_files import PushFiles, read_json
 
 logger = logging.getLogger(__name__)

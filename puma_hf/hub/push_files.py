@@ -12,11 +12,10 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from puma_hf.checkpoint import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, open_checkpoint
-from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, is_adapter_directory
+from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from puma_hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, LOCK_FILE, is_adapter_directory
 from puma_hf.hub.card_results import RECIPE_NAMES, RESULT_NAMES
 from puma_hf.hub.push_contents import content_problem, holds_secret
-from puma_hf.locks import LOCK_FILE
 
 CARD = "README.md"
 
@@ -51,7 +50,7 @@ _SECRET_NAMES = (
     *(".env*", "*token*", "*secret*", "*credential*", "*password*", "*.key", "*.pem", "*.p12", "*.pfx"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", ".git", ".ssh", ".aws"),
 )
-_PICKLES = (*PICKLE_SUFFIXES, ".pickle", ".joblib", ".npy", ".npz")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 
 
 @dataclass(frozen=True)

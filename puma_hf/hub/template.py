@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from puma_hf.hub.names import is_hub_id
+from puma_hf.files import is_hub_id
 from puma_hf.modeling import PumaConfig
 from puma_hf.modeling.configuration_puma import named_layers
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
-
-# Tokens of the longest sequence that gets a mask of its size.
-_LONGEST_MASK = 2048
+from torch.nn.functional import scaled_dot_product_attention
 
 varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
+
+# torch 2.10 has the kernel, but it takes neither a scale nor a window; torch 2.11 takes no grouped queries.
+_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,23 @@ class Sequences:
 
     def to(self, device: Any) -> Sequences:
         """The same with its tensors on another device."""
-        index = None if self.key_index is None else self.key_index.to(device)
-        return replace(self, query_ends=self.query_ends.to(device), key_ends=self.key_ends.to(device), key_index=index)
+        return mapped(self, lambda tensor: tensor.to(device))
+
+
+def mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass with each tensor in it, and in the dataclasses within, changed; `grid_thw` stays on the CPU."""
+    changed: Any = {}
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor) and field.name != "grid_thw":
+            changed[field.name] = change(value)
+        elif is_dataclass(value):
+            changed[field.name] = mapped(value, change)
+    return replace(part, **changed)  # type: ignore[type-var]
 
 
 def sequences_of(blocks: Sequence[Block]) -> Sequences:
-    """Lay out sequences.
-
-    Args:
-        blocks: In the order of their queries, and in that of their keys.
-
-    Returns:
-        The same with what a kernel for sequences of any length asks for.
-    """
+    """Lay out sequences; `blocks` come in the order of their queries, and in that of their keys."""
     queries, keys, index = [0], [0], []
     for block in blocks:
         prefix = torch.arange(block.first_prefix_key, block.first_prefix_key + block.num_prefix_keys)
@@ -145,23 +150,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
         return _varlen(query, key, value, sequences, scale, causal)
     attended = torch.empty_like(query)
     for block in sequences.blocks:
-        end = block.first_query + block.count * block.num_queries
         queries = _per_sequence(query, block.first_query, block.count, block.num_queries)
         keys, values = (_with_prefix(tensor, block) for tensor in (key, value))
-        hidden = causal and block.num_prefix_keys > 0 and block.num_queries > 1
-        # A mask of long sequences would be large: there, queries in the places of the prefix make it a triangle.
-        added = block.num_prefix_keys if hidden and block.num_prefix_keys + block.num_queries > _LONGEST_MASK else 0
-        mask = _lower_right(block, query.device) if hidden and not added else None
+        causal_here = causal and block.num_queries > 1
+        # torch's own causal mask stands at the first key, so after a prefix a mask of num_queries x num_keys bytes
+        # is needed. It keeps the math of the kernel, but not its skipping of what is masked.
+        mask = _lower_right(block, query.device) if causal_here and block.num_prefix_keys else None
         part = scaled_dot_product_attention(
-            pad(queries, (0, 0, added, 0)) if added else queries,
+            queries,
             keys,
             values,
             attn_mask=mask,
-            is_causal=causal and mask is None and block.num_queries > 1,
+            is_causal=causal_here and mask is None,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        attended[block.first_query : end] = part[:, :, added:].transpose(1, 2).flatten(0, 1)
+        end = block.first_query + block.count * block.num_queries
+        attended[block.first_query : end] = part.transpose(1, 2).flatten(0, 1)
     return attended
 
 
@@ -187,51 +192,33 @@ def _lower_right(block: Block, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _triangle(size: int, device: torch.device) -> Tensor:
-    """Of which every such mask is a part, so that few of them serve all lengths."""
+    """Of which every such mask is a part, so that few of them serve all lengths and layers."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
 @lru_cache(maxsize=16)
 def _has_varlen(device: torch.device, head_dim: int) -> bool:
     """Whether the kernel for sequences of any length is there and takes such heads."""
-    if torch.version.hip is not None or not _varlen_options():
+    if torch.version.hip is not None or not {"scale", "window_size"} <= _VARLEN_OPTIONS:
         return False
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
 
 
-@lru_cache(maxsize=1)
-def _varlen_options() -> frozenset[str]:
-    """What `varlen_attn` can be told; nothing if it is not there or, as in torch 2.10, takes no scale and window."""
-    if varlen_attn is None:
-        return frozenset()
-    options = frozenset(inspect.signature(varlen_attn).parameters)
-    return options if {"scale", "window_size"} <= options else frozenset()
-
-
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, causal: bool) -> Tensor:
     if sequences.key_index is not None:
         key, value = key[sequences.key_index], value[sequences.key_index]
-    options: dict[str, Any] = {}
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in _varlen_options():
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    attended: Tensor = varlen_attn(
-        query,
-        key,
-        value,
-        sequences.query_ends,
-        sequences.key_ends,
-        sequences.max_queries,
-        sequences.max_keys,
-        scale=scale,
-        # Causal; where a sequence has more keys than queries, its last query still stands at its last key.
-        window_size=(-1, 0) if causal else (-1, -1),
-        **options,
-    )
+    groups, options = query.shape[1] // key.shape[1], {}
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = groups > 1
+    else:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    # A window without a right side is causal: where a sequence has more keys than queries, its last query stands at
+    # its last key.
+    window = (-1, 0) if causal else (-1, -1)
+    ends = (sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys)
+    attended: Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=window, **options)
     return attended
 
 
-__all__ = ["Block", "Sequences", "attend", "blocks_of_lengths", "sequences_of"]
+__all__ = ["Block", "Sequences", "attend", "blocks_of_lengths", "mapped", "sequences_of"]

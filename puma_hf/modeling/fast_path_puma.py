@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, addcmul, nn
 from torch.nn.functional import linear
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_window_index
 
 from .attention_puma import Sequences, attend, blocks_of_lengths, sequences_of
-from .packing_puma import PackedBatch, PackedImages
+from .packing_puma import PackedImages, PackedPart
 
 # "flash" in a name makes the vision towers pass all images in one call, with the ends of each.
 _ATTENTION_NAME = "puma_flash_blocks"
@@ -28,12 +28,14 @@ class FastPath:
     """Which savings `PumaTransformer` makes when it embeds; the vectors are the same with each and without.
 
     Args:
-        packing: Inputs lie one after another, without padding. The next two need it.
+        packing: Inputs lie one after another, without padding. The next two, and `max_tokens`, need it.
         shared_prefix: First tokens that several inputs of a batch share, such as an instruction, are computed once.
         last_token_only: The last layer computes queries and what follows for `[RET]` alone.
         batched_vision: The vision tower attends to images of one size in one call (on CUDA to all of them), and does
             not wait for the device in each layer.
         linear_patch_embedding: The vision tower embeds patches with a matrix product, not a convolution.
+        max_tokens: A batch is computed in parts of so many tokens, inputs of one length together, which bounds its
+            memory and suits the caches of a CPU. `None` chooses by device.
 
     Example:
 
@@ -51,6 +53,7 @@ class FastPath:
     last_token_only: bool = True
     batched_vision: bool = True
     linear_patch_embedding: bool = True
+    max_tokens: int | None = None
 
 
 def can_pack(model: Any) -> bool:
@@ -64,50 +67,45 @@ def can_pack(model: Any) -> bool:
     return as_made and not sliding and len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2
 
 
-def _is_as_made(module: nn.Module, child: str) -> bool:
+def _is_as_made(module: nn.Module, child: str = "") -> bool:
     """Whether nobody counts on a module's being called as a whole: by a hook, a wrapper or another `forward`.
 
     FSDP and ZeRO-3 put a layer's weights together, and offloading brings them, when it is called.
     """
-    return child in module._modules and "forward" not in vars(module) and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     # Those of transformers for output_hidden_states stay once they are there, and do nothing unless asked.
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    hooked = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return not hooked and "forward" not in vars(module) and (not child or child in module._modules)
 
 
-def packed_states(model: Any, batch: PackedBatch, fast_path: FastPath) -> Tensor:
-    """The `[RET]` states of a packed batch.
+def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
+    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, in the order of `part.rows`.
 
     Args:
         model: A PUMA model.
-        batch: On its device.
+        part: On its device.
         fast_path: Which savings to make.
-
-    Returns:
-        `(num_inputs, hidden_size)`, after the final norm, in the order of the inputs.
     """
     decoder = model.language_model
-    hidden = decoder.embed_tokens(batch.input_ids)
-    images = batch.images
+    hidden = decoder.embed_tokens(part.input_ids)
+    images = part.images
     added: list[Tensor] = []
     if images is not None:
         features, added = _image_features(model.visual, images, fast_path)
         hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
     # One position's cosines and sines serve all heads.
-    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], batch.position_ids))
+    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], part.position_ids))
     *inner_layers, last_layer = decoder.layers
     for number, layer in enumerate(inner_layers):
-        hidden = decoder_layer(layer, hidden, (cos, sin), batch.sequences)
+        hidden = decoder_layer(layer, hidden, (cos, sin), part.sequences)
         if images is not None and number < len(added):  # DeepStack
             hidden = hidden.index_add(0, images.token_index, added[number].to(hidden.dtype))
+    # Later tokens see every key and value of the last layer, but nothing reads its other outputs.
     if fast_path.last_token_only:
-        states = decoder_layer(last_layer, hidden, (cos, sin), batch.last_sequences, batch.last_index)
+        states = decoder_layer(last_layer, hidden, (cos, sin), part.last_sequences, part.last_index)
     else:
-        states = decoder_layer(last_layer, hidden, (cos, sin), batch.sequences)[batch.last_index]
-    normed: Tensor = decoder.norm(states)[batch.order]
+        states = decoder_layer(last_layer, hidden, (cos, sin), part.sequences)[part.last_index]
+    normed: Tensor = decoder.norm(states)
     return normed
 
 
@@ -144,15 +142,15 @@ def before_attention(
     shape = (-1, attention.head_dim)
     cos, sin = angles
     key, value = (projection(normed).unflatten(-1, shape) for projection in (attention.k_proj, attention.v_proj))
-    if hasattr(attention, "k_norm"):
+    if hasattr(attention, "k_norm"):  # Qwen3-VL's
         key = attention.k_norm(key)
-    key = key * cos + rotate_half(key) * sin
+    key = addcmul(key * cos, rotate_half(key), sin)
     if wanted is not None:
         hidden, normed, cos, sin = hidden[wanted], normed[wanted], cos[wanted], sin[wanted]
     query = attention.q_proj(normed).unflatten(-1, shape)
     if hasattr(attention, "q_norm"):
         query = attention.q_norm(query)
-    return query * cos + rotate_half(query) * sin, key, value, hidden
+    return addcmul(query * cos, rotate_half(query), sin), key, value, hidden
 
 
 def after_attention(layer: Any, attended: Tensor, residual: Tensor) -> Tensor:
@@ -160,6 +158,9 @@ def after_attention(layer: Any, attended: Tensor, residual: Tensor) -> Tensor:
     hidden: Tensor = residual + layer.self_attn.o_proj(attended.flatten(1))
     output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return output
+
+
+# --- the vision tower: transformers' own, which is told what it would otherwise read back from the device
 
 
 def _image_features(visual: Any, images: PackedImages, fast_path: FastPath) -> tuple[Tensor, list[Tensor]]:
@@ -173,7 +174,6 @@ def _image_features(visual: Any, images: PackedImages, fast_path: FastPath) -> t
 
 
 def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
-    """What the vision tower would work out from the grid, waiting for the device, if it were not given."""
     known: dict[str, Any] = {
         "position_ids": images.patch_positions,
         "cu_seqlens": images.sequences.query_ends,
@@ -198,33 +198,31 @@ def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
 @contextmanager
 def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
     """A vision tower that batches its attention and embeds patches with a matrix product, within the block."""
-    with _LOCK:
-        undo: list[Callable[[], None]] = []
+    with _LOCK, ExitStack() as undo:
         if fast_path.batched_vision:
             ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _vision_attention)
             config, implementation = visual.config, visual.config._attn_implementation
             config._attn_implementation = _ATTENTION_NAME
-            undo.append(lambda: setattr(config, "_attn_implementation", implementation))
+            undo.callback(setattr, config, "_attn_implementation", implementation)
         projection = visual.patch_embed.proj
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
-        hooked = (
-            _has_hooks(projection)
-            or hasattr(projection, "_hf_hook")
-            or any("forward" in vars(module) for module in (projection, visual.patch_embed))
+        as_made = (
+            _is_as_made(projection)
+            and not hasattr(projection, "_hf_hook")
+            and "forward" not in vars(visual.patch_embed)
         )
-        if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and not hooked:
+        if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and as_made:
             # An attribute of the instance goes before the method of its class.
             visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)
-            undo.append(lambda: delattr(visual.patch_embed, "forward"))
-        try:
-            yield
-        finally:
-            for step in undo:
-                step()
+            undo.callback(delattr, visual.patch_embed, "forward")
+        yield
 
 
 def _embed_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:
-    """A convolution whose kernel covers a patch and whose step is a patch, as the product that it is."""
+    """A convolution whose kernel covers a patch and whose step is a patch, as the product that it is.
+
+    torch's Conv3d was ten times slower in some releases.
+    """
     weight = projection.weight.flatten(1)
     return linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
 

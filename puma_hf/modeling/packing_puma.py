@@ -1,18 +1,27 @@
-"""Batches without padding: the tokens of all inputs one after another, with their positions, laid out on the CPU."""
+"""Batches without padding: the tokens of all inputs one after another, cut by tokens, laid out on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
-from .attention_puma import Block, Sequences, blocks_of_lengths, sequences_of
-from .shared_prefix_puma import Group, group_by_prefix
+from .attention_puma import Block, Sequences, blocks_of_lengths, mapped, sequences_of
+
+# A prefix is computed by itself, joined to the keys of every sequence, and hides from attention that the rest is
+# causal: a short one, such as the template's own first tokens, and few tokens saved do not pay.
+_SHORTEST_PREFIX, _LEAST_SAVED = 16, 32
+# Texts that go on where others end could be split one by one; so deep it would no longer pay.
+_DEEPEST_SPLIT = 16
+# After a prefix attention takes a mask of a byte for each pair of tokens; for longer inputs it would be large, and an
+# instruction is a small part of them.
+_LONGEST_SHARED = 2048
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class PackedImages:
 
     Args:
         pixel_values: `(num_patches, patch_dim)`, in the model's data type.
-        grid_thw: `(num_images, 3)` time, height and width in patches; stays on the CPU.
+        grid_thw: `(num_images, 3)` time, height and width in patches; stays on the CPU, where it is read.
         patch_positions: `(num_patches, 2)` row and column of each patch.
         token_index: `(num_visual_tokens,)` where the images' tokens are among the batch's.
         sequences: The patches of each image (of each frame, to be exact), which attend to one another.
@@ -35,57 +44,109 @@ class PackedImages:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """Inputs as the fast path takes them.
+class PackedPart:
+    """Inputs of a batch that are computed at once.
 
     Args:
+        rows: Which inputs of the batch these are, in the order of `last_index`.
         input_ids: `(num_tokens,)`: shared prefixes first, then what is left of each input.
         position_ids: `(3, 1, num_tokens)` positions in time, height and width.
         sequences: Which tokens attend to which.
-        last_sequences: The same for the last token of each input alone, in the same order.
+        last_sequences: The same for the last token of each input alone.
         last_index: `(num_inputs,)` where the last tokens are.
-        order: `(num_inputs,)` for each input, which of those last tokens is its own.
         images: The images, `None` without any.
     """
 
+    rows: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
     sequences: Sequences
     last_sequences: Sequences
     last_index: Tensor
-    order: Tensor
     images: PackedImages | None
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Inputs as the fast path takes them: in parts of a bounded number of tokens, each input in one of them."""
+
+    parts: tuple[PackedPart, ...]
 
     @property
     def num_inputs(self) -> int:
         """Number of inputs."""
-        return len(self.order)
+        return sum(len(part.rows) for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens that the decoder computes."""
-        return len(self.input_ids)
+        return sum(len(part.input_ids) for part in self.parts)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The batch on a device. Its images' grid stays on the CPU, where it is read."""
-        packed: PackedBatch = _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return packed
+        """The batch on a device."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory, from where a GPU copies it while it computes."""
-        packed: PackedBatch = _map(self, lambda tensor: tensor.pin_memory())
-        return packed
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return PackedBatch(tuple(mapped(part, change) for part in self.parts))
 
 
-def _map(packed: Any, function: Any) -> Any:
-    changes: dict[str, Any] = {}
-    for field in fields(packed):
-        value = getattr(packed, field.name)
-        if isinstance(value, (PackedImages, Sequences)):
-            changes[field.name] = _map(value, function)
-        elif isinstance(value, Tensor) and field.name != "grid_thw":
-            changes[field.name] = function(value)
-    return replace(packed, **changes)
+@dataclass(frozen=True)
+class Packer:
+    """From inputs to batches without the weights, so that other processes can do it; `PumaTransformer.packer` makes it.
+
+    Args:
+        processor: A `PumaProcessor`.
+        options: How it is called: `prompt`, `max_length`, `split_special_tokens`, `images_kwargs`.
+        layout: Options of `pack`; `None` leaves the padding in.
+
+    Example:
+
+    ```python
+    >>> model = SentenceTransformer("puma-demo", trust_remote_code=True)  # doctest: +SKIP
+    >>> batch = model[0].packer("Find the drawing.")(["a red apple", "a green one"])  # doctest: +SKIP
+    >>> with torch.inference_mode():  # doctest: +SKIP
+    ...     model[0].embed_batch(batch)["sentence_embedding"].shape
+    torch.Size([2, 1536])
+    ```
+    """
+
+    processor: Any
+    options: Mapping[str, Any]
+    layout: Mapping[str, Any] | None
+
+    @property
+    def packing(self) -> bool:
+        """Whether it takes the padding out."""
+        return self.layout is not None
+
+    def __call__(self, inputs: Sequence[Any]) -> PackedBatch | dict[str, Any]:
+        """What `embed_batch` takes; see `PumaProcessor.process_inputs` for the inputs, and for errors."""
+        return self.pack(self.process(inputs))
+
+    def process(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """The processor's features of a batch, padded."""
+        return dict(self.processor.process_inputs(list(inputs), **self.options))
+
+    def pack(self, features: dict[str, Any]) -> PackedBatch | dict[str, Any]:
+        """The batch without padding; the features themselves where that cannot be, as with videos."""
+        if self.layout is None or features.get("pixel_values_videos") is not None:
+            return features
+        mask = features.get("attention_mask")
+        mask = None if mask is None else mask.cpu()  # read twice, and brought from the device once
+        if mask is not None and _has_holes(mask):
+            return features
+        return pack({**features, "attention_mask": mask}, **self.layout)
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether tokens are masked between others, or all of an input's: positions count those, packing would not."""
+    kept = mask.bool()
+    runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(dim=1)
+    return bool((runs != 1).any())
 
 
 def pack(
@@ -96,8 +157,9 @@ def pack(
     dtype: torch.dtype = torch.float32,
     shared_prefix: bool = True,
     sequential: bool = False,
+    max_tokens: float = float("inf"),
 ) -> PackedBatch:
-    """Take the padding out of a batch.
+    """Take the padding out of a batch, and cut it into parts that suit the device.
 
     Args:
         features: A batch of `PumaProcessor.process_inputs` without videos: `input_ids` and `attention_mask`
@@ -108,6 +170,7 @@ def pack(
         dtype: Data type of the pixels.
         shared_prefix: Whether first tokens that inputs share are computed once for all of them.
         sequential: Whether positions count every token, those of images too, instead of M-RoPE.
+        max_tokens: Most tokens of a part, but for one input that alone has more.
 
     Returns:
         The batch, on the CPU.
@@ -122,12 +185,12 @@ def pack(
     >>> from puma_hf.modeling.packing_puma import pack
 
     >>> tokens, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    >>> batch = pack({"input_ids": tokens, "attention_mask": mask}, image_token_id=1, merge_size=2)
-    >>> batch.input_ids.tolist(), batch.last_index.tolist(), batch.order.tolist()
-    ([8, 9, 5, 6, 7], [1, 4], [1, 0])
+    >>> (part,) = pack({"input_ids": tokens, "attention_mask": mask}, image_token_id=1, merge_size=2).parts
+    >>> part.rows, part.input_ids.tolist(), part.last_index.tolist()
+    ((1, 0), [8, 9, 5, 6, 7], [1, 4])
     ```
     """
-    rows = _rows(features)
+    rows = _unpadded(features)
     grids = features["image_grid_thw"].cpu() if features.get("image_grid_thw") is not None else None
     positions, num_images = _all_positions(rows, grids, image_token_id, merge_size)
     if sequential:
@@ -135,43 +198,152 @@ def pack(
     groups = [Group(list(range(len(rows))), 0)]
     if shared_prefix:
         groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
-    # Inputs of one length become one block.
-    groups = [Group(sorted(group.rows, key=lambda row: len(rows[row])), group.prefix_length) for group in groups]
-    sequences, last_sequences = _lay_out(groups, [len(row) for row in rows])
-    pieces = [(group.rows[0], slice(group.prefix_length)) for group in groups if group.prefix_length]
-    pieces += [(row, slice(group.prefix_length, None)) for group in groups for row in group.rows]
-    order = [row for group in groups for row in group.rows]
-    ends = np.cumsum([len(rows[row][part]) for row, part in pieces])
-    input_ids = np.concatenate([rows[row][part] for row, part in pieces])
-    images = None
-    if grids is not None:
-        token_index = torch.from_numpy(np.flatnonzero(input_ids == image_token_id))
-        images = _pack_images(features["pixel_values"], grids, num_images, order, token_index, merge_size, dtype)
-    return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(np.concatenate([positions[row][:, part] for row, part in pieces], axis=1))[
-            :, None
-        ],
-        sequences=sequences,
-        last_sequences=last_sequences,
-        last_index=torch.from_numpy(ends[len(pieces) - len(order) :] - 1),
-        order=torch.from_numpy(np.argsort(order)),
-        images=images,
-    )
+    pixels = () if grids is None else features["pixel_values"].split(grids.prod(dim=1).tolist())
+    first_images = np.cumsum([0, *num_images])
+    parts = []
+    lengths = [len(row) for row in rows]
+    for cut in _cut(groups, lengths, max_tokens):
+        order = [row for group in cut for row in group.rows]
+        pieces = [(group.rows[0], slice(group.prefix_length)) for group in cut if group.prefix_length]
+        pieces += [(row, slice(group.prefix_length, None)) for group in cut for row in group.rows]
+        input_ids = torch.from_numpy(np.concatenate([rows[row][piece] for row, piece in pieces]))
+        places = np.concatenate([positions[row][:, piece] for row, piece in pieces], axis=1)
+        ends = np.cumsum([len(rows[row][piece]) for row, piece in pieces])
+        sequences, last_sequences = _lay_out(cut, lengths)
+        wanted = [image for row in order for image in range(first_images[row], first_images[row + 1])]
+        images = None
+        if grids is not None and wanted:
+            pixel_values = torch.cat([pixels[image] for image in wanted]).to(dtype)
+            token_index = (input_ids == image_token_id).nonzero().flatten()
+            images = _images(pixel_values, grids[wanted], token_index, merge_size)
+        parts.append(
+            PackedPart(
+                rows=tuple(order),
+                input_ids=input_ids,
+                position_ids=torch.from_numpy(places)[:, None],
+                sequences=sequences,
+                last_sequences=last_sequences,
+                last_index=torch.from_numpy(ends[len(pieces) - len(order) :] - 1),
+                images=images,
+            )
+        )
+    return PackedBatch(tuple(parts))
 
 
-def _rows(features: Mapping[str, Any]) -> list[np.ndarray]:
-    """Token ids of each input without padding."""
+def _unpadded(features: Mapping[str, Any]) -> list[np.ndarray]:
+    """Token ids of each input."""
     ids, mask = features["input_ids"].cpu().numpy(), features.get("attention_mask")
     if mask is None:
         return list(ids)
     return [row[kept] for row, kept in zip(ids, mask.cpu().numpy().astype(bool), strict=True)]
 
 
+def _images(pixel_values: Tensor, grids: Tensor, token_index: Tensor, merge_size: int) -> PackedImages:
+    frames = [height * width for time, height, width in grids.tolist() for _ in range(time)]
+    places = get_vision_position_ids(grids, merge_size)
+    return PackedImages(pixel_values, grids, places, token_index, sequences_of(blocks_of_lengths(frames)))
+
+
+# --- shared prefixes
+
+
+class Group(NamedTuple):
+    """Sequences that share their first tokens.
+
+    Args:
+        rows: Which sequences.
+        prefix_length: How many tokens they share and compute once; 0 for none.
+    """
+
+    rows: list[int]
+    prefix_length: int
+
+
+def group_by_prefix(rows: Sequence[np.ndarray], head_lengths: Sequence[int]) -> list[Group]:
+    """Split sequences into groups, each of which computes its first tokens once.
+
+    Args:
+        rows: Token ids of each sequence, `(sequence_length,)`, int64.
+        head_lengths: How many first tokens of each may be shared; fewer than all of them, and none of an image's,
+            which are equal without meaning the same.
+
+    Returns:
+        Groups that hold every sequence once.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from puma_hf.modeling.packing_puma import group_by_prefix
+
+    >>> instruction = list(range(20))
+    >>> rows = [np.array([*instruction, 50 + number, 99]) for number in range(3)]
+    >>> group_by_prefix(rows, [len(row) - 1 for row in rows])
+    [Group(rows=[0, 1, 2], prefix_length=20)]
+    ```
+    """
+    # Big-endian bytes sort as the tokens do, so sequences with a common beginning become neighbours.
+    heads = [row[:length] for row, length in zip(rows, head_lengths, strict=True)]
+    order = sorted(range(len(rows)), key=lambda number: heads[number].astype(">i8").tobytes())
+    _, shared = _best_split(order, [_common_length(heads[one], heads[next_]) for one, next_ in pairwise(order)])
+    alone = sorted(set(order).difference(*(group.rows for group in shared)))
+    return ([Group(alone, 0)] if alone else []) + [Group(sorted(rows), length) for rows, length in shared]
+
+
+def _best_split(order: Sequence[int], common: Sequence[int], depth: int = 0) -> tuple[int, list[Group]]:
+    """Tokens saved, and how: all of `order` as one group, or the best of each run of neighbours that share more.
+
+    `common[i]` is how many first tokens the sequences `order[i]` and `order[i + 1]` share.
+    """
+    if not common:
+        return 0, []
+    length, saved = min(common), 0
+    groups: list[Group] = []
+    if depth < _DEEPEST_SPLIT:
+        cuts = [number + 1 for number, tokens in enumerate(common) if tokens == length]
+        for start, end in pairwise([0, *cuts, len(order)]):
+            part_saved, part = _best_split(order[start:end], common[start : end - 1], depth + 1)
+            saved, groups = saved + part_saved, groups + part
+    # One of them computes the prefix.
+    together = (len(order) - 1) * length - _LEAST_SAVED if length >= _SHORTEST_PREFIX else 0
+    return (together, [Group(list(order), length)]) if together > saved else (saved, groups)
+
+
+def _common_length(first: np.ndarray, second: np.ndarray) -> int:
+    shorter = min(len(first), len(second))
+    differs = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(differs[0]) if len(differs) else shorter
+
+
 def _head_length(row: np.ndarray, image_token_id: int) -> int:
     """First tokens that may be shared: at least the last token stays, and nothing after an image is the same."""
     images = np.flatnonzero(row == image_token_id)
-    return int(images[0]) if len(images) else len(row) - 1
+    return 0 if len(row) > _LONGEST_SHARED else int(images[0]) if len(images) else len(row) - 1
+
+
+# --- layout
+
+
+def _cut(groups: Sequence[Group], lengths: Sequence[int], max_tokens: float) -> list[list[Group]]:
+    """The groups of each batch: inputs of a group and of one length side by side, at most so many tokens together.
+
+    A group that is cut pays for its prefix once in each part.
+    """
+    parts: list[list[Group]] = [[]]
+    total = 0
+    for rows, prefix_length in groups:
+        here: list[int] | None = None
+        for row in sorted(rows, key=lambda row: lengths[row]):
+            size = lengths[row] - (0 if here is None else prefix_length)
+            if parts[-1] and total + size > max_tokens:
+                parts.append([])
+                here, total, size = None, 0, lengths[row]
+            if here is None:
+                here = []
+                parts[-1].append(Group(here, prefix_length))
+            here.append(row)
+            total += size
+    return parts
 
 
 def _lay_out(groups: Sequence[Group], lengths: Sequence[int]) -> tuple[Sequences, Sequences]:
@@ -203,21 +375,16 @@ def _all_positions(
 ) -> tuple[list[np.ndarray], list[int]]:
     """M-RoPE positions `(3, sequence_length)` of each input, and how many images it has."""
     merged = [] if grids is None else (grids // torch.tensor([1, merge_size, merge_size])).tolist()
-    positions, counts, used = [], [], 0
+    positions: list[np.ndarray] = []
+    counts: list[int] = []
     for row in rows:
-        is_image = row == image_token_id
-        if not is_image.any():
-            positions.append(np.broadcast_to(np.arange(len(row)), (3, len(row))))
-            counts.append(0)
-            continue
-        found, count = mrope_positions(is_image, merged[used:])
+        found, count = mrope_positions(row == image_token_id, merged[sum(counts) :])
         positions.append(found)
         counts.append(count)
-        used += count
-    if used != len(merged):
+    if sum(counts) != len(merged):
         raise ValueError(
-            f"The inputs' tokens belong to {used} images, but image_grid_thw has {len(merged)}. Make the features with "
-            "PumaProcessor.process_inputs."
+            f"The inputs' tokens belong to {sum(counts)} images, but image_grid_thw has {len(merged)}. Make the "
+            "features with PumaProcessor.process_inputs."
         )
     return positions, counts
 
@@ -245,52 +412,33 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
     >>> positions.tolist()
     [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
     ```
+
+    Source: M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
+    if not is_image.any():
+        return np.broadcast_to(np.arange(len(is_image)), (3, len(is_image))), 0
     positions = np.empty((3, len(is_image)), dtype=np.int64)
     place, start, count = 0, 0, 0
     while place < len(is_image):
-        if not is_image[place]:
-            rest = is_image[place:]
+        rest = is_image[place:]
+        if not rest[0]:
             length = int(rest.argmax()) if rest.any() else len(rest)
             positions[:, place : place + length] = start + np.arange(length)
             start += length
         else:
             grid = grids[count] if count < len(grids) else (0, 0, 0)
             length = int(np.prod(grid))
-            if not length or not is_image[place : place + length].all() or place + length > len(is_image):
+            if not length or length > len(rest) or not rest[:length].all():
                 raise ValueError(
                     f"The image tokens of an input do not match its images: grid {list(grid)} in tokens does not fit. "
                     "Make the features with PumaProcessor.process_inputs."
                 )
             positions[:, place : place + length] = start + np.indices(grid).reshape(3, -1)
+            # The next text begins after the longer side, not after the number of tokens.
             start += max(grid[1], grid[2])
             count += 1
         place += length
     return positions, count
 
 
-def _pack_images(
-    pixel_values: Tensor,
-    grids: Tensor,
-    num_images: Sequence[int],
-    order: Sequence[int],
-    token_index: Tensor,
-    merge_size: int,
-    dtype: torch.dtype,
-) -> PackedImages:
-    firsts = np.cumsum([0, *num_images])
-    wanted = [image for row in order for image in range(firsts[row], firsts[row + 1])]
-    if wanted != list(range(len(wanted))):
-        parts = pixel_values.split(grids.prod(dim=1).tolist())
-        pixel_values, grids = torch.cat([parts[image] for image in wanted]), grids[wanted]
-    frames = [height * width for time, height, width in grids.tolist() for _ in range(time)]
-    return PackedImages(
-        pixel_values=pixel_values.to(dtype),
-        grid_thw=grids,
-        patch_positions=get_vision_position_ids(grids, merge_size),
-        token_index=token_index,
-        sequences=sequences_of(blocks_of_lengths(frames)),
-    )
-
-
-__all__ = ["PackedBatch", "PackedImages", "mrope_positions", "pack"]
+__all__ = ["Group", "PackedBatch", "PackedImages", "PackedPart", "Packer", "group_by_prefix", "mrope_positions", "pack"]

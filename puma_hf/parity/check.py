@@ -16,8 +16,7 @@ from torch.nn.functional import normalize
 from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export, is_export
-from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, named_base, read_config
-from puma_hf.hub.names import is_hub_id
+from puma_hf.files import ADAPTER_CONFIG, is_hub_id, is_puma_directory, named_base, read_config
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.parity.forms import (
     embed_features,

@@ -11,10 +11,10 @@ _NAMES = {
     "Answer": "puma_hf.search.answers",
     "Answers": "puma_hf.search.answers",
     "Index": "puma_hf.search.index",
-    "IndexConfig": "puma_hf.search.config",
+    "IndexConfig": "puma_hf.configs",
     "IndexReport": "puma_hf.search.index",
     "Query": "puma_hf.search.query",
-    "SearchConfig": "puma_hf.search.config",
+    "SearchConfig": "puma_hf.configs",
     "Searcher": "puma_hf.search.query",
     "build_index": "puma_hf.search.index",
     "open_index": "puma_hf.search.index",
@@ -39,7 +39,7 @@ __getattr__ = resolver(__name__, _NAMES)
 
 
 if TYPE_CHECKING:
+    from puma_hf.configs import IndexConfig, SearchConfig
     from puma_hf.search.answers import Answer, Answers
-    from puma_hf.search.config import IndexConfig, SearchConfig
     from puma_hf.search.index import Index, IndexReport, build_index, open_index
     from puma_hf.search.query import Query, Searcher, open_searcher

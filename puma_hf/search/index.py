@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from puma_hf.embedding.record_embeddings import embed_records, embedding_dim
+from puma_hf.configs import AnnKind, IndexConfig, Target
+from puma_hf.embedding.embed import embed_records, embedding_dim
 from puma_hf.embedding.records import Corpus, Record, open_corpus
 from puma_hf.embedding.run import open_model
-from puma_hf.evaluation.fingerprint import model_fingerprint
-from puma_hf.evaluation.processes import broadcast, connect, gather, locked_for_all
 from puma_hf.files import write_whole
+from puma_hf.fingerprint import model_fingerprint
 from puma_hf.modeling.image_inputs_puma import open_image
-from puma_hf.search.config import AnnKind, IndexConfig, Target
+from puma_hf.processes import broadcast, connect, gather, locked_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         if before is not None:
             _compare(folder, before, about)
         elif connect()[0] == 0:
-            create_table(folder, about, embedding_dim(model, config))
+            create_table(folder, about, embedding_dim(model, config.truncate_dim))
         gather(None)
         return _Run(config, corpus, model, table or _open_table(folder)).run(num_items, about)
 
@@ -243,13 +243,23 @@ class _Run:
         return wanted
 
     def _embed(self, items: Sequence[_Item], progress: Any) -> None:
-        mine = items[self.rank :: self.count]
-        done: tuple[Any, ...] = ([], None, [])
-        if mine:
-            found = embed_records(self.model, [record for record, *_ in mine], self.config, progress)
-            broken = [(mine[error.index][0], error.message) for error in found.errors]
-            errors = [{"row": record.row, "id": record.id, "message": message} for record, message in broken]
-            done = ([self._row(*mine[place]) for place in found.indices.tolist()], found.embeddings, errors)
+        mine = {item[0].row: item for item in items[self.rank :: self.count]}
+        broken: list[dict[str, Any]] = []
+        found: dict[int, NDArray[Any]] = {}
+
+        def on_broken(record: Record, message: str) -> None:
+            broken.append({"row": record.row, "id": record.id, "message": message})
+            progress.update(1)
+
+        for records, part in embed_records(self.model, [one for one, *_ in mine.values()], self.config, on_broken):
+            found |= {record.row: row for record, row in zip(records, part.numpy(), strict=True)}
+            progress.update(len(records))
+        order = sorted(found)
+        done: tuple[Any, ...] = (
+            [self._row(*mine[row]) for row in order],
+            np.stack([found[row] for row in order]) if found else None,
+            broken,
+        )
         for rows, vectors, errors in gather(done):
             self.errors += errors
             self.num_new += len(rows)

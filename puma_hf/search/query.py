@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.configs import RESCORE_MULTIPLIER, Backend, EmbedConfig, SearchConfig, Target
 from puma_hf.embedding.run import open_model
-from puma_hf.evaluation.fingerprint import model_fingerprint, model_name
 from puma_hf.files import write_whole
+from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.modeling.image_inputs_puma import load_rgb_image
 from puma_hf.search.answers import Answer, Answers, to_html
-from puma_hf.search.config import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.search.index import Index, open_index
 from puma_hf.settings import processing_of
 

@@ -16,13 +16,13 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from puma_hf.evaluation.fingerprint import model_settings
+from puma_hf.configs import TeacherMode
+from puma_hf.fingerprint import model_settings
 from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
-from puma_hf.trainer.config import TeacherMode
+from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import Teacher, TeacherSource, find_teacher, is_of_adapter
 from puma_hf.trainer.trainer_puma import PumaTrainer
-from puma_hf.values import convert
 
 logger = logging.getLogger(__name__)
 

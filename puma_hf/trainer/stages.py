@@ -22,17 +22,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
-from puma_hf.limits import read_limits, set_limits
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
 from puma_hf.modeling.messages_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
-from puma_hf.recipes import config_text, save_config
-from puma_hf.settings import processing_of
+from puma_hf.pruning import read_limits, set_limits
+from puma_hf.settings import config_text, convert, nearest, processing_of, save_config
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
-from puma_hf.trainer.config import FIRST_LAYER, RECIPES, DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora_puma import (
     PREFIX,
@@ -44,7 +43,6 @@ from puma_hf.trainer.lora_puma import (
 )
 from puma_hf.trainer.merge import merge_adapter
 from puma_hf.trainer.trainer_puma import PumaTrainer, check_weights, whole_weights
-from puma_hf.values import convert, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ def distill(config: DistillConfig) -> Path:
         ValueError: If the teacher does not fit, the output is the model, or the dataset has no full batch.
 
     Example:
-        >>> from puma_hf.trainer.config import DistillConfig
+        >>> from puma_hf.configs import DistillConfig
         >>> config = DistillConfig(model="puma-k4", output="puma-k4-lora", data="demo/emoji", teacher="demo/backbone")
         >>> distill(config)  # doctest: +SKIP
     """
@@ -107,7 +105,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: If the output is the model, or the dataset has no full batch.
 
     Example:
-        >>> from puma_hf.trainer.config import TrainConfig
+        >>> from puma_hf.configs import TrainConfig
         >>> train(TrainConfig(model="puma-k4-distilled", output="puma-k4-mac", data="demo/emoji"))  # doctest: +SKIP
     """
     for note in config.notes():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from puma_hf.checkpoint import SourceCheckpoint, StoredWeights, open_checkpoint
-from puma_hf.evaluation.fingerprint import model_fingerprint
+from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
 from puma_hf.modeling import PumaConfig, PumaModel
@@ -121,14 +121,15 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def states(self, features: dict[str, Any]) -> Tensor:
-        """`[RET]` states of the full model, `(batch_size, hidden_size)`, whatever the adapter has learned."""
+        """`[RET]` states of the full model after its final norm, `(batch_size, hidden_size)`, without gradient."""
         with self._full_depth():
             states: Tensor = self.student(**_model_inputs(self.student, features), return_dict=True).pooler_output
         return states
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights and settings."""
-        return _fingerprint(self.student, self.dropped_layers)
+        """SHA-256 of all weights and settings, whatever the adapter has learned."""
+        dropped = {f"dropped.{name}": tensor for name, tensor in self.dropped_layers.state_dict().items()}
+        return tensors_sha256(base_tensors(self.student) | dropped, self.student.config.to_dict())
 
     def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
         """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
@@ -362,15 +363,6 @@ def base_tensors(model: PumaModel) -> dict[str, Tensor]:
 def is_of_adapter(name: str) -> bool:
     """Whether a parameter belongs to the adapter."""
     return ".lora_" in name or "trainable_tokens" in name
-
-
-def _fingerprint(student: PumaModel, layers: nn.ModuleList) -> str:
-    """That of the student without its adapter and of further layers, all as `model_fingerprint` reads a model."""
-    base = nn.Module()
-    for name, tensor in base_tensors(student).items():
-        base.register_buffer(name.replace(".", "/"), tensor)
-    base.config = student.config  # type: ignore[assignment]
-    return str(model_fingerprint(nn.ModuleDict({"base": base, "dropped": layers})))
 
 
 def _dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:

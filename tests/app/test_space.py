@@ -115,13 +115,13 @@ def test_by_the_command(index_dir: Path, tmp_path: Path, caplog: pytest.LogCaptu
     config = AppConfig(index=index_dir, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
     launch(config, started=said.append)
     assert said == [str(tmp_path / "space")]
-    assert "port is ignored: a Space is written" in caplog.text
+    assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
 
 
 def test_on_a_space_it_is_reached_from_outside(space: Path) -> None:
     """The names are those that Gradio itself reads."""
-    from puma_hf.search.config import FIRST_PORT
+    from puma_hf.configs import FIRST_PORT
 
     code = (space / "app.py").read_text()
     assert 'os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")' in code

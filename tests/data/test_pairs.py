@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from puma_hf.configs import PairsConfig, PairSettings
 from puma_hf.data import DistinctPositivesBatchSampler, load_mbeir, load_pairs, pairs_config
 from puma_hf.data.pairs import (
     NO_TEXT,
@@ -26,7 +27,6 @@ from puma_hf.data.pairs import (
     find_columns,
     read_pairs,
 )
-from puma_hf.data.pairs_config import PairsConfig, PairSettings
 from puma_hf.data.records import Record
 from tests.data.photos import make_photos, write_captions, write_csv
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from puma_hf.configs import PairsConfig
 from puma_hf.data import MBEIR
 from puma_hf.data.pairs import load_pairs
-from puma_hf.data.pairs_config import PairsConfig
 from puma_hf.data.pairs_report import PairsReport, Spread, check_pairs, pairs
 from tests.data.photos import make_photos, write_captions, write_csv
 

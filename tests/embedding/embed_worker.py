@@ -7,10 +7,12 @@ processes, refused first), and `report.json` on how they came about.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,45 +23,51 @@ import torch
 from filelock import FileLock
 
 from puma_hf import cli
-from puma_hf.embedding import record_embeddings, run
-from puma_hf.embedding.config import EmbedConfig
+from puma_hf.configs import EmbedConfig
+from puma_hf.embedding import run
 from puma_hf.embedding.run import EmbedReport, embed_corpus
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.embedding.store import EmbeddingStore
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
-# In the n-th call of the model, or the n-th write of a file whose name ends so: some shards are finished in between.
-KILLS = (("call", 1), (".ids.parquet", 2), (".safetensors", 2), ("call", 4), ("manifest.json", 1))
+embed = importlib.import_module("puma_hf.embedding.embed")
+# In the n-th batch of the model, or the n-th write of a file whose name ends so: shards are finished in between.
+KILLS = (("batch", 2), (".ids.parquet", 2), (".safetensors", 2), ("batch", 9), ("manifest.json", 1))
 OPTIONS = ("model", "output", "shard_size", "format", "precision", "on_error", "max_batch_tokens")
 
 
 def config(model: str, data: str, output: Path) -> EmbedConfig:
     return EmbedConfig(
-        data=data, model=model, output=output, shard_size=5, format="safetensors", precision="int8", on_error="skip"
+        data=data,
+        model=model,
+        output=output,
+        shard_size=5,
+        format="safetensors",
+        precision="int8",
+        on_error="skip",
+        max_batch_tokens=100,
     )
 
 
-def kill_in_call(number: int) -> None:
-    """Kill this process while it embeds its n-th shard."""
-    calls = 0
-    embed = run.embed_records
+def after_batch(number: int, act: Callable[[], None]) -> None:
+    """Do something when the n-th batch, or a later one, is embedded."""
+    iterate = embed.iterate_embeddings
 
-    def dying_embed(*args: Any) -> Any:
-        nonlocal calls
-        result = embed(*args)
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+    def iterating(model: Any, inputs: Any, **options: Any) -> Any:
+        for index, rows in enumerate(iterate(model, inputs, **options), start=1):
+            yield rows
+            if index >= number:
+                act()
 
-    run.embed_records = dying_embed
+    embed.iterate_embeddings = iterating
 
 
 def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
     for place, number in KILLS:
 
         def dying(place: str = place, number: int = number) -> None:
-            if place == "call":
-                kill_in_call(number)
+            if place == "batch":
+                after_batch(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
             else:
                 kill_in_write(place, number)
             embed_corpus(settings)
@@ -70,18 +78,15 @@ def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
 
 
 def terminate_and_finish(settings: EmbedConfig) -> dict[str, Any]:
-    """Send SIGTERM while a third input is embedded; how the command ended, and what the last run still did."""
-    embed = record_embeddings.iterate_embeddings
+    """Send SIGTERM while inputs are embedded; how the command ended, and what the last run still did."""
+
+    def terminate() -> None:
+        if Path(settings.output, "manifest.json").is_file():  # the ranges are there
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def command() -> None:
-        def terminated(*args: Any, **options: Any) -> Any:
-            for number, rows in enumerate(embed(*args, **options)):
-                yield rows
-                if number == 1 and Path(settings.output, "shard-00000.safetensors").is_file():
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        record_embeddings.iterate_embeddings = terminated
-        values = {**asdict(settings), "max_batch_tokens": 1}  # each input is a batch
+        after_batch(4, terminate)
+        values = asdict(settings)
         options = [f"--{name.replace('_', '-')}={values[name]}" for name in OPTIONS]
         sys.argv = ["puma-hf", "embed", str(settings.data), *options]
         try:
@@ -90,10 +95,11 @@ def terminate_and_finish(settings: EmbedConfig) -> dict[str, Any]:
             Path(settings.output).with_name("status").write_text(str(ended.code))
 
     exit_signal(in_a_fork(command))
+    kept = len(EmbeddingStore(settings.output, None))
     left = sorted(path.name for path in Path(settings.output).iterdir())
     report = embed_corpus(settings)
     status = int(Path(settings.output).with_name("status").read_text())
-    return {"status": status, "left": left, "num_new_items": report.num_new_items}
+    return {"status": status, "left": left, "kept": kept, "num_new_items": report.num_new_items}
 
 
 def share(settings: EmbedConfig, rank: int) -> None:
@@ -104,16 +110,17 @@ def share(settings: EmbedConfig, rank: int) -> None:
             refused = ""
         except DirectoryInUseError as error:
             refused = str(error)
-    calls: list[int] = []
-    embed = run.embed_records
+    rows: list[int] = []
+    embed_records = run.embed_records
 
-    def counting_embed(model: Any, records: Any, *args: Any) -> Any:
-        calls.append(records[0].row)
-        return embed(model, records, *args)
+    def counting(*args: Any) -> Any:
+        for records, embeddings in embed_records(*args):
+            rows.extend(record.row for record in records)
+            yield records, embeddings
 
-    run.embed_records = counting_embed
+    run.embed_records = counting
     report = embed_corpus(settings)
-    values = {"report": asdict(report), "calls": calls, "refused": refused}
+    values = {"report": asdict(report), "rows": rows, "refused": refused}
     Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
 
 

@@ -138,6 +138,14 @@ def test_precisions(sentence_transformer: Any, inputs: list[Any], precision: Any
         np.testing.assert_array_equal(found, quantize_embeddings(floats, precision=precision))
 
 
+def test_zeros_of_broken_inputs_do_not_widen_the_ranges(sentence_transformer: Any) -> None:
+    rows = embed(sentence_transformer, ["a", "", "b", "c"], precision="uint8", on_error="zero").embeddings
+    expected = embed(sentence_transformer, ["a", "b", "c"], precision="uint8").embeddings
+    np.testing.assert_array_equal(rows[[0, 2, 3]], expected)
+    with pytest.raises(ValueError, match=r"there are only 1, must be 2 or more. Pass ranges.*\(2, 32\)"):
+        embed(sentence_transformer, ["a"], precision="int8")
+
+
 def test_ranges_make_calls_comparable(sentence_transformer: Any) -> None:
     ranges = np.stack([np.full(32, -0.5), np.full(32, 0.5)])
     both = embed(sentence_transformer, ["a", "bb"], precision="int8", ranges=ranges).embeddings
@@ -413,7 +421,7 @@ def test_the_number_of_workers(
         ({"truncate_dim": 33}, "truncate_dim is 33, must be 1 to 32"),
         ({"truncate_dim": 0}, "truncate_dim is 0, must be 1 to 32"),
         ({"precision": "int4"}, "precision is 'int4'"),
-        ({"ranges": np.zeros((2, 32))}, "ranges are for precision int8"),
+        ({"ranges": np.zeros((2, 32))}, "are for precision int8 and uint8 alone"),
         ({"precision": "int8", "ranges": np.zeros((2, 3))}, r"ranges have shape \(2, 3\), must be \(2, 32\)"),
         ({"max_length": 8}, "no input can be embedded with this prompt and these settings: .*max_length=8"),
         ({"prompt": "<|image_pad|>"}, "no input can be embedded with this prompt.*special token"),

@@ -1,225 +1,330 @@
-"""The directory of shards and its manifest, without a model."""
-
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
-from numpy.typing import NDArray
-from sentence_transformers.util import quantize_embeddings
+import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
 
-from puma_hf.embedding.config import FileFormat
-from puma_hf.embedding.shards import BrokenRecord, DamagedShardError, Shard, ShardInfo
-from puma_hf.embedding.store import EmbeddingStore, open_embeddings
+from puma_hf.embedding.store import MANIFEST, DamagedShardError, EmbeddingStore, open_embeddings, read_manifest
 
-SETTINGS = {"fingerprint": "f", "prompt": None, "precision": "float32"}
-DESCRIBED = {"model": "m", "data": "d", "embedding_dim": 4, "dtype": "float32", "ranges": None}
-DAMAGE = "changed after the run that made it"
-
-
-def store_in(folder: Path, file_format: FileFormat = "parquet", **settings: Any) -> EmbeddingStore:
-    return EmbeddingStore(folder, {**SETTINGS, **settings}, file_format)
+Format = Literal["parquet", "safetensors"]
+FORMATS: list[Format] = ["parquet", "safetensors"]
+SETTINGS = {"model": "f00d", "truncate_dim": None, "processing": {"size": [1, 2]}}
+KEYS = torch.tensor([5, -3, 2**62, 0])
 
 
-def values(shard: int) -> NDArray[np.float32]:
-    return np.random.default_rng(shard).standard_normal((2, 4)).astype(np.float32)
+def embeddings_of(keys: torch.Tensor, dim: int = 3) -> torch.Tensor:
+    """Whole numbers up to 2^7, exact in every type."""
+    return (keys[:, None] % 97 + torch.arange(dim)).float()
 
 
-def fill(store: EmbeddingStore, num_shards: int = 2, errors: int = 0, on_error: str = "raise") -> list[ShardInfo]:
-    """Shards of two rows each; one input of the first `errors` shards is broken."""
-    shards = []
-    for shard in range(num_shards):
-        broken = [BrokenRecord(3 * shard + 2, f"x{shard}", "böse")] if shard < errors else []
-        info = store.info(shard, 2 * shard, 2, f"hash {shard}", on_error)
-        rows = np.array([2 * shard, 2 * shard + 1])
-        shards.append(store.write(info, Shard([f"a{shard}", f"b{shard}"], rows, values(shard)), broken))
-    store.finish(shards, DESCRIBED)
-    return shards
+def filled(folder: Path, *shards: torch.Tensor, **options: Any) -> EmbeddingStore:
+    store = EmbeddingStore(folder, SETTINGS, **options)
+    for order, keys in enumerate(shards):
+        store.add(keys, embeddings_of(keys), ids=[f"id{key}" for key in keys.tolist()], order=order)
+    store.refresh()
+    return store
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("file_format", ["parquet", "safetensors"])
-def test_what_was_written_is_opened(tmp_path: Path, file_format: FileFormat) -> None:
-    fill(store_in(tmp_path, file_format))
-    found = open_embeddings(tmp_path)
-    assert (len(found), found.embedding_dim, found.precision, found.ranges) == (4, 4, "float32", None)
-    assert list(found.ids()) == ["a0", "b0", "a1", "b1"]
-    parts = list(found)
-    assert [ids for ids, _ in parts] == [["a0", "b0"], ["a1", "b1"]]
-    for shard, (_, rows) in enumerate(parts):
-        np.testing.assert_array_equal(rows, values(shard))
-        np.testing.assert_array_equal(found.to_float(rows), values(shard))
-    assert [shard.rows.tolist() for shard in found.shards()] == [[0, 1], [2, 3]]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest == found.manifest
-    assert manifest["settings"] == {**SETTINGS, "file_format": file_format}
-    assert (manifest["num_items"], manifest["num_rows"], manifest["num_errors"]) == (4, 4, 0)
-    assert [entry["first_row"] for entry in manifest["shards"]] == [0, 2]
-    assert {name for entry in manifest["shards"] for name in entry["files"]} == {*files(tmp_path)} - {"manifest.json"}
-
-
-def test_a_second_run_finds_its_shards_and_changes_nothing(tmp_path: Path) -> None:
-    shards = fill(store_in(tmp_path), errors=1, on_error="skip")
-    for path in tmp_path.iterdir():
-        os.utime(path, ns=(1, 1))  # two writes may fall into one tick of the clock
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    again = store_in(tmp_path)
-    assert [again.finished(again.info(n, 2 * n, 2, f"hash {n}", "skip")) for n in (0, 1)] == shards
-    assert again.finished(again.info(0, 0, 2, "another", "skip")) is None
-    assert again.finished(again.info(2, 4, 2, "hash 2", "skip")) is None
-    # What was broken was left out; now it is to be an error.
-    assert again.finished(again.info(0, 0, 2, "hash 0", "raise")) is None
-    assert again.finished(again.info(1, 2, 2, "hash 1", "raise")) == shards[1]
-    again.finish(shards, DESCRIBED)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_broken_inputs_are_listed(tmp_path: Path) -> None:
-    fill(store_in(tmp_path), errors=2)
-    lines = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"row": 2, "id": "x0", "message": "böse"}, {"row": 5, "id": "x1", "message": "böse"}]
-    assert open_embeddings(tmp_path).manifest["num_errors"] == 2
-    fill(store_in(tmp_path))
-    assert not (tmp_path / "errors.jsonl").exists()
-
-
-def test_other_settings_are_refused(tmp_path: Path) -> None:
-    fill(store_in(tmp_path))
-    before = files(tmp_path)
-    message = (
-        r"are of another model or setting: fingerprint is 'f' there, 'g' here; prompt is None there, 'Find\.' here\. "
-        "Choose another directory, or delete this one"
-    )
-    with pytest.raises(ValueError, match=message):
-        store_in(tmp_path, fingerprint="g", prompt="Find.")
-    with pytest.raises(ValueError, match="file_format is 'parquet' there, 'safetensors' here"):
-        store_in(tmp_path, "safetensors")
-    with pytest.raises(ValueError, match="truncate_dim is None there, 4 here"):
-        store_in(tmp_path, truncate_dim=4)
-    assert files(tmp_path) == before
-
-
-def test_leftovers_of_a_longer_corpus_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fill(store_in(tmp_path), num_shards=4)
-    drafts = (".shard-00000.parquet-x.tmp", ".unfinished-00003.safetensors", "..unfinished-00003.safetensors-x.tmp")
-    for name in ("shard-notes.txt", "shard-1.parquet", *drafts):
-        (tmp_path / name).write_text("")
-    with caplog.at_level("INFO"):
-        fill(store_in(tmp_path), num_shards=2)
-    assert {*files(tmp_path)} == {
-        "manifest.json",
-        "shard-00000.parquet",
-        "shard-00001.parquet",
-        "shard-notes.txt",
-        "shard-1.parquet",
-    }
-    assert "removed 2 files of a longer corpus, from shard-00002.parquet on" in caplog.text
-
-
-def test_an_unfinished_directory_is_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no manifest\.json\. Name a directory that puma-hf embed"):
-        open_embeddings(tmp_path)
-    store = store_in(tmp_path)
-    store.begin()
-    with pytest.raises(ValueError, match=r"has not finished\. Wait for it, or run the same command again"):
-        open_embeddings(tmp_path)
-    shards = fill(store)
-    open_embeddings(tmp_path)
-    # A finished one that is changed is unfinished from the first write on.
-    again = store_in(tmp_path)
-    again.write(shards[0], Shard(["a"], np.array([0]), values(7)[:1]), [])
-    with pytest.raises(ValueError, match="has not finished"):
-        open_embeddings(tmp_path)
-
-
-def test_missing_and_changed_shards_are_told(tmp_path: Path) -> None:
-    shards = fill(store_in(tmp_path))
-    found = open_embeddings(tmp_path)
-    path = tmp_path / "shard-00001.parquet"
-    whole = path.read_bytes()
-    place = whole.find(values(1).tobytes()[:8])
-    path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
-    with pytest.raises(DamagedShardError, match=rf"shard-00001\.parquet in .*{DAMAGE}\. Delete it, and run"):
-        list(found)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"shard-00001\.parquet \(shard 1 of 2\) is missing in .*\. Copy the whole"):
-        open_embeddings(tmp_path)
-    assert store_in(tmp_path).finished(shards[1]) is None
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("shard-*") if not path.name.endswith(".ids.parquet"))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("file_format", "dtype"),
+    [(f, d) for f in FORMATS for d in (torch.float32, torch.float16, torch.int8, torch.uint8)]
+    + [("safetensors", torch.bfloat16)],
+)
+def test_what_was_added_is_read_again(tmp_path: Path, file_format: Format, dtype: torch.dtype) -> None:
+    folder = tmp_path / "new" / "store"
+    written = filled(folder, KEYS, torch.tensor([7, 8]), dtype=dtype, file_format=file_format)
+    for store in (written, EmbeddingStore(folder, SETTINGS, dtype=dtype, file_format=file_format)):
+        assert store.has(torch.tensor([8, 9, -3])).tolist() == [True, False, True]
+        assert (len(store), store.embedding_dim) == (6, 3)
+        wanted = torch.tensor([8, 5, 0, 7, 5])
+        rows = store.rows(wanted)
+        assert rows.dtype == dtype
+        assert torch.equal(rows, embeddings_of(wanted).to(dtype))
+    if dtype is not torch.bfloat16:
+        (ids, first), (_, second) = list(written)  # in the order that was given
+        assert ids == ["id5", "id-3", f"id{2**62}", "id0"]
+        np.testing.assert_array_equal(first, embeddings_of(KEYS).to(dtype).numpy())
+        assert second.shape == (2, 3)
+
+
+def test_pandas_and_safetensors_read_the_files(tmp_path: Path) -> None:
+    filled(tmp_path / "a", KEYS)
+    table = pd.read_parquet(shards_of(tmp_path / "a")[0])
+    assert list(table.columns) == ["key", "id", "embedding"]
+    np.testing.assert_array_equal(np.stack(list(table["embedding"])), embeddings_of(KEYS).numpy())
+    said = json.loads(parquet.read_schema(shards_of(tmp_path / "a")[0]).metadata[b"puma_hf"])
+    assert said == {**SETTINGS, "embedding_dtype": "float32", "file_format": "parquet"}
+    filled(tmp_path / "b", KEYS, file_format="safetensors")
+    tensors = load_file(shards_of(tmp_path / "b")[0])
+    assert torch.equal(tensors["embeddings"], embeddings_of(KEYS))
+    ids = pd.read_parquet(next((tmp_path / "b").glob("*.ids.parquet")))
+    assert ids["key"].tolist() == tensors["keys"].tolist()
+    assert ids["id"].tolist()[0] == "id5"
+
+
+def test_eight_bits_take_a_byte_on_the_disk(tmp_path: Path) -> None:
+    keys = torch.arange(1000)
+    store = EmbeddingStore(tmp_path, SETTINGS, dtype=torch.int8)
+    store.add(keys, torch.randint(-128, 128, (1000, 256), generator=torch.Generator().manual_seed(0)))
+    assert shards_of(tmp_path)[0].stat().st_size < 1000 * (256 + 8) * 1.1
+
+
+def test_half_a_character_in_an_id(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    store.add(torch.tensor([1]), torch.ones(1, 2), ids=["a\udcff"])
+    store.refresh()
+    assert next(iter(store))[0] == ["a\\udcff"]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("block_size", [1, 7, 100])
+def test_blocks_come_in_the_order_of_the_keys(tmp_path: Path, block_size: int, file_format: Format) -> None:
+    store = filled(tmp_path, *torch.arange(60).split(9), file_format=file_format)
+    keys = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]
+    blocks = list(store.blocks(keys, block_size))
+    assert [start for start, _ in blocks] == list(range(0, 40, block_size))
+    assert torch.equal(torch.cat([block for _, block in blocks]), embeddings_of(keys))
+
+
+def test_shards_of_other_processes_are_seen_after_a_refresh(tmp_path: Path) -> None:
+    ours, theirs = filled(tmp_path), filled(tmp_path)
+    theirs.add(KEYS, embeddings_of(KEYS))
+    assert not bool(ours.has(KEYS).any())
+    ours.refresh()
+    assert torch.equal(ours.rows(KEYS), embeddings_of(KEYS))
+    theirs.add(KEYS, embeddings_of(KEYS))
+    assert len(shards_of(tmp_path)) == 1  # the same keys make the same file
+
+
+def test_a_key_in_two_shards_is_that_of_the_first_file(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    store.add(torch.tensor([1, 2]), torch.full((2, 1), 2.0), order=1)
+    store.add(torch.tensor([2, 3]), torch.full((2, 1), 1.0), order=0)
+    for reader in (store, EmbeddingStore(tmp_path, SETTINGS)):
+        reader.refresh()
+        assert reader.rows(torch.tensor([1, 2, 3])).flatten().tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_keep_removes_all_other_rows(tmp_path: Path, file_format: Format) -> None:
+    store = filled(tmp_path, *torch.arange(12).split(3), torch.tensor([4, 20]), file_format=file_format)
+    (tmp_path / f"shard-00009-{'0' * 24}.{file_format}").write_bytes(b"cut")
+    (tmp_path / "mine.parquet").write_bytes(b"")
+    store.keep(torch.tensor([0, 1, 2, 4, 11, 20, 99]))
+    for reader in (store, EmbeddingStore(tmp_path, SETTINGS, file_format=file_format)):
+        assert [ids for ids, _ in reader] == [["id0", "id1", "id2"], ["id4"], ["id11"], ["id20"]]
+        assert torch.equal(reader.rows(torch.tensor([4, 20])), embeddings_of(torch.tensor([4, 20])))
+    assert len(shards_of(tmp_path)) == 4
+    assert (tmp_path / "mine.parquet").exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    store.keep(torch.tensor([0, 1, 2, 4, 11, 20]))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+CUTS: dict[str, Callable[[bytes], bytes]] = {
+    "half": lambda content: content[: len(content) // 2],
+    "one byte": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "no shard": lambda content: b"\xff" * len(content),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_shard_counts_as_absent_until_it_is_made_anew(
+    tmp_path: Path, cut: str, file_format: Format, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path, KEYS, torch.tensor([7, 8]), file_format=file_format)
+    path = shards_of(tmp_path)[0]
+    path.write_bytes(CUTS[cut](path.read_bytes()))
+    store = EmbeddingStore(tmp_path, SETTINGS, file_format=file_format)
+    store.refresh()
+    assert store.has(KEYS).tolist() == [False] * 4
+    assert bool(store.has(torch.tensor([7, 8])).all())
+    (message,) = [record.getMessage() for record in caplog.records]  # said once, not at every refresh
+    assert str(path) in message
+    assert "cut or spoiled" in message
+    store.add(KEYS, embeddings_of(KEYS))
+    store.refresh()
+    assert len(shards_of(tmp_path)) == 2
+    assert torch.equal(store.rows(KEYS), embeddings_of(KEYS))
+
+
+def test_a_changed_byte_of_a_parquet_file_is_found_when_it_is_read(tmp_path: Path) -> None:
+    store = filled(tmp_path, torch.arange(1000))
+    path = shards_of(tmp_path)[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 + 1000] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(DamagedShardError, match="Delete this file and run the same command again"):
+        list(store)
+
+
+def test_a_shard_that_is_lost_while_in_use(tmp_path: Path) -> None:
+    store = filled(tmp_path, KEYS, file_format="safetensors")
+    shards_of(tmp_path)[0].unlink()
+    with pytest.raises(DamagedShardError, match=r"can no longer be read \(.*\)\. Delete this file and run"):
+        store.rows(KEYS)
+
+
+def test_shards_of_other_settings_are_never_mixed_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = filled(tmp_path, KEYS)
+    (tmp_path / MANIFEST).unlink()  # as if both had begun in one moment
+    other = EmbeddingStore(tmp_path, {"model": "another"})
+    other.add(KEYS, embeddings_of(KEYS) + 1)
+    other.refresh()
+    store.refresh()
+    assert torch.equal(store.rows(KEYS), embeddings_of(KEYS))
+    assert torch.equal(other.rows(KEYS), embeddings_of(KEYS) + 1)
+    assert "is not of these settings" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
     [
-        ("{", r"manifest\.json' is no manifest of embeddings \("),
-        ("[]", "is no manifest of embeddings"),
-        ('{"format": "f", "format_version": 1}', "is no manifest of embeddings"),
-        ('{"format": "f", "format_version": 1, "settings": {}}', "is of format 'f', version 1, must be 'puma_hf emb"),
-        (
-            '{"format": "puma_hf embeddings of a corpus", "format_version": 2, "settings": {}}',
-            r"version 2, must be .* at most version 1\. Install a newer puma-hf",
-        ),
+        ({"model": "beef"}, {}, "model is 'f00d' there and 'beef' here. Choose another directory"),
+        ({"new": 1, "truncate_dim": 64}, {}, "new is None there and 1 here; truncate_dim is None there and 64 here"),
+        ({}, {"dtype": torch.float16}, "embedding_dtype is 'float32' there and 'float16' here"),
+        ({}, {"file_format": "safetensors"}, "file_format is 'parquet' there"),
     ],
 )
-def test_a_manifest_that_is_none(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], options: Any, message: str) -> None:
+    filled(tmp_path, KEYS)
+    with pytest.raises(ValueError, match=f"were made with other settings: {message}"):
+        EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "command"),
+    [
+        ("{", "run the command that made it again"),
+        ("[]", "run the command that made it again"),
+        ('{"settings": {"model": "f00d"}}', "run the command that made it again"),
+        (
+            '{"format": "puma_hf embeddings of a corpus", "format_version": 1, "model": "m", "data": "d"}',
+            "puma-hf embed d --model m --output",
+        ),
+        ('{"format": "puma_hf embeddings", "format_version": 3}', "run the command"),
+    ],
+)
+def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str, command: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=f"no manifest of this version .* delete the directory and .*{command}"):
+        EmbeddingStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "embeddings", "message"),
+    [
+        (torch.tensor([1]), torch.ones(2, 3), r"embeddings is \(2, 3\) for 1 keys, must be \(num_keys, 3\)"),
+        (torch.tensor([1]), torch.ones(3), r"embeddings is \(3,\) for 1 keys"),
+        (torch.tensor([1]), torch.ones(1, 4), r"must be \(num_keys, 3\); name in the settings"),
+        (torch.tensor([1]), torch.tensor([[1, 2, float("nan")]]), r"NaN or infinity as torch.float16"),
+        (torch.tensor([1]), torch.full((1, 3), 1e5), r"NaN or infinity as torch.float16"),
+    ],
+)
+def test_what_cannot_be_added(tmp_path: Path, keys: torch.Tensor, embeddings: torch.Tensor, message: str) -> None:
+    store = filled(tmp_path, KEYS, dtype=torch.float16)
     with pytest.raises(ValueError, match=message):
-        store_in(tmp_path)
-    with pytest.raises(ValueError, match=message):
+        store.add(keys, embeddings)
+    assert len(shards_of(tmp_path)) == 1
+
+
+def test_keys_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 of 3 keys have no embedding in .*, first keys \[8, 9\]; add them first"):
+        filled(tmp_path / "a", KEYS).rows(torch.tensor([5, 8, 9]))
+    with pytest.raises(ValueError, match=r"1 of 1 keys have no embedding"):
+        EmbeddingStore(tmp_path / "empty", SETTINGS).rows(torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"must be \(num_keys,\) of torch.int64"):
+        EmbeddingStore(tmp_path / "empty", SETTINGS).has(torch.tensor([5.0]))
+
+
+def test_a_full_disk_is_explained_and_finished_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path, KEYS)
+    number = errno.ENOSPC
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"the disk is full .* Finished shards are kept: make room") as info:
+            store.add(KEYS + 1, embeddings_of(KEYS))
+        assert info.value.errno == errno.ENOSPC
+        number = errno.EIO
+        with pytest.raises(OSError, match="Input/output error"):  # anything else is told as it is
+            store.add(KEYS + 1, embeddings_of(KEYS))
+    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
+    store.add(KEYS + 1, embeddings_of(KEYS))
+
+
+def test_only_drafts_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    stale, recent = tmp_path / ".a.parquet-x.tmp", tmp_path / ".b.parquet-y.tmp"
+    for path in (stale, recent):
+        path.write_bytes(b"half")
+    os.utime(stale, (time.time() - 7200, time.time() - 7200))
+    filled(tmp_path, KEYS)
+    assert not stale.exists()
+    assert recent.exists()
+
+
+def test_what_embed_has_not_finished_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
+        open_embeddings(tmp_path)
+    store = filled(tmp_path, KEYS)
+    with pytest.raises(ValueError, match="has not finished"):
+        open_embeddings(tmp_path)
+    store.say(complete=True, num_rows=4, ranges=None)
+    opened = open_embeddings(tmp_path)
+    assert (len(opened), opened.settings["model"], opened.dtype) == (4, "f00d", torch.float32)
+    assert read_manifest(tmp_path)["complete"]
+    store.add(KEYS + 1, embeddings_of(KEYS))
+    assert not read_manifest(tmp_path)["complete"]
+    store.say(complete=True, num_rows=8)
+    shards_of(tmp_path)[0].unlink()
+    with pytest.raises(ValueError, match="has 4 embeddings, and its run has made 8"):
         open_embeddings(tmp_path)
 
 
-def test_somebody_elses_shards_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "shard-00000.parquet").write_text("theirs")
-    with pytest.raises(ValueError, match=r"holds shard-00000\.parquet, but no manifest\.json: nobody knows what it is"):
-        store_in(tmp_path)
-    assert files(tmp_path) == {"shard-00000.parquet": b"theirs"}
+WRITER = """
+import sys, torch
+from puma_hf.embedding.store import EmbeddingStore
+store = EmbeddingStore(sys.argv[1], {"model": "f00d"}, file_format="safetensors")
+while True:
+    for keys in torch.arange(40_000).split(400):
+        store.add(keys, (keys[:, None] % 97).float().expand(-1, 64))
+        print(flush=True)
+"""
 
 
-def test_ranges_are_kept_and_belong_to_the_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = store_in(tmp_path, precision="int8")
-    assert not store.load_ranges()
-    without = store.info(0, 0, 2, "h", "raise")
-    ranges = np.array([[-1, -2, -3, -4], [1, 2, 3, 4]], np.float32)
-    store.save_ranges(ranges)
-    again = store_in(tmp_path, precision="int8")
-    assert again.load_ranges()
-    assert again.ranges is not None
-    np.testing.assert_array_equal(again.ranges, ranges)
-    first = again.info(0, 0, 2, "h", "raise")
-    assert first.settings != without.settings
-    again.ranges = ranges + 1
-    assert again.info(0, 0, 2, "h", "raise").settings != first.settings
-    (tmp_path / "ranges.safetensors").write_bytes(b"cut")
-    assert not store_in(tmp_path, precision="int8").load_ranges()
-    assert "ranges.safetensors cannot be read" in caplog.text
-
-
-@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
-def test_stored_numbers_as_what_they_stand_for(tmp_path: Path, precision: Any) -> None:
-    rows = np.random.default_rng(0).uniform(-1, 1, (50, 12)).astype(np.float32)
-    is_scaled = precision.endswith("int8")
-    ranges = np.stack([rows.min(axis=0), rows.max(axis=0)]) if is_scaled else None
-    packed: Any = quantize_embeddings(rows, precision, ranges=ranges)
-    store = store_in(tmp_path, precision=precision)
-    if ranges is not None:
-        store.save_ranges(ranges)
-        store.load_ranges()
-    info = store.write(store.info(0, 0, 50, "h", "raise"), Shard(list(map(str, range(50))), np.arange(50), packed), [])
-    described = {**DESCRIBED, "embedding_dim": 12, "ranges": "ranges.safetensors" if is_scaled else None}
-    store.finish([info], described)
-    found = open_embeddings(tmp_path)
-    ((_, stored),) = list(found)
-    floats = found.to_float(stored)
-    assert floats.shape == (50, 12)
-    if is_scaled:
-        # A stored integer stands for the middle of its step: at most half of it off.
-        assert np.abs(floats - rows).max() <= 0.5001 * 2 / 255
-    else:
-        np.testing.assert_array_equal(floats, np.where(rows > 0, 1, -1))
+def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    for _ in range(5):
+        assert writer.stdout.readline()
+    writer.kill()
+    writer.wait()
+    writer.stdout.close()
+    keys = torch.arange(40_000)
+    store = EmbeddingStore(tmp_path, {"model": "f00d"}, file_format="safetensors")
+    there = keys[store.has(keys)]
+    assert len(there) >= 2000
+    assert len(there) % 400 == 0
+    assert torch.equal(store.rows(there)[:, 5], (there % 97).float())

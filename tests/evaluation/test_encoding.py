@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puma_hf.data.records import Candidate, Query
-from puma_hf.evaluation.embedding_cache import EmbeddingCache
+from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import (
     ContentKeys,
     Embedder,
@@ -89,12 +89,12 @@ def test_a_key_is_planned_once() -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> EmbeddingCache:
-    return EmbeddingCache(tmp_path / "cache", {"model": "fake"})
+def cache(tmp_path: Path) -> EmbeddingStore:
+    return EmbeddingStore(tmp_path / "cache", {"model": "fake"})
 
 
 def test_what_is_there_is_not_embedded_again(
-    cache: EmbeddingCache, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    cache: EmbeddingStore, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO, "puma_hf.evaluation.encoding")
     first, second = FakeEncoder(), FakeEncoder()
@@ -110,14 +110,14 @@ def test_what_is_there_is_not_embedded_again(
     assert cache.rows(torch.arange(10)).tolist() == expected
 
 
-def test_only_what_a_shard_lacks_is_embedded(cache: EmbeddingCache) -> None:
-    cache.write(torch.tensor([1, 3]), torch.tensor([FakeEncoder.embed(f"text {n}", "") for n in (1, 3)]))
+def test_only_what_a_shard_lacks_is_embedded(cache: EmbeddingStore) -> None:
+    cache.add(torch.tensor([1, 3]), torch.tensor([FakeEncoder.embed(f"text {n}", "") for n in (1, 3)]))
     model = FakeEncoder()
     Embedder(model, cache, show_progress_bar=False).embed(plan_shards(items(4)))
     assert [inputs for inputs, *_ in model.calls] == [["text 0", "text 2"]]
 
 
-def test_a_call_has_some_batches(cache: EmbeddingCache) -> None:
+def test_a_call_has_some_batches(cache: EmbeddingStore) -> None:
     model = FakeEncoder()
     options = {"normalize_embeddings": True}
     Embedder(model, cache, batch_size=2, show_progress_bar=False, encode_kwargs=options).embed([items(40, "find")])
@@ -146,20 +146,20 @@ def encoder_of(rows: Any) -> FakeEncoder:
         ),
     ],
 )
-def test_wrong_embeddings_are_refused_and_not_stored(cache: EmbeddingCache, rows: Any, message: str) -> None:
+def test_wrong_embeddings_are_refused_and_not_stored(cache: EmbeddingStore, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Embedder(encoder_of(rows), cache, show_progress_bar=False).embed([items(3)])
     assert len(cache) == 0
 
 
 def test_embeddings_too_large_for_float16(tmp_path: Path) -> None:
-    cache = EmbeddingCache(tmp_path / "cache", {}, dtype=torch.float16)
+    cache = EmbeddingStore(tmp_path / "cache", {}, dtype=torch.float16)
     message = r"not finite as torch\.float16, first \['1:0'\]; they are too large for float16: choose embedding_dtype="
     with pytest.raises(ValueError, match=message):
         Embedder(encoder_of(np.array([[1e6, 0.0]])), cache, show_progress_bar=False).embed([items(1)])
 
 
-def test_another_size_than_before(cache: EmbeddingCache) -> None:
+def test_another_size_than_before(cache: EmbeddingStore) -> None:
     Embedder(encoder_of(np.ones((2, 3))), cache, show_progress_bar=False).embed([items(2)])
     message = r"encode returned \(2, 4\) for 2 inputs of modality 'text', expected \(2, 3\): the same embedding_dim"
     with pytest.raises(ValueError, match=message):

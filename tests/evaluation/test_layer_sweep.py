@@ -2,44 +2,192 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
+from puma_hf.configs import SweepConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation import layer_sweep
-from puma_hf.evaluation.alignment import linear_cka, mean_cosine
-from puma_hf.evaluation.layer_sweep import SweepInputs, open_model, sweep
+from puma_hf.evaluation.layer_sweep import (
+    SweepInputs,
+    decoder_of,
+    encode_all_layers,
+    flops_by_depth,
+    keep_last_depths,
+    layer_costs,
+    linear_cka,
+    open_model,
+    sweep,
+)
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.sweep_config import SweepConfig
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
-from puma_hf.flops import count_parameters
+from puma_hf.flops import count_flops, count_parameters, plain_forward
 from tests.data import mbeir_builder as builder
-from tests.evaluation.layer_models import pruned_to_every_depth
-from tests.tiny import NUM_LAYERS, build_qwen2_vl
+from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, build_checkpoint, build_qwen2_vl
 
-ROOT = Path(__file__).parents[2]
-ALL: dict[str, Any] = {"nano_queries": 0, "nano_candidates": 0, "batch_size": 64}
+ALL: dict[str, Any] = {"nano_queries": 0, "nano_candidates": 0, "batch_size": 64, "split": "test"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return builder.build_mbeir(tmp_path_factory.mktemp("data") / "toys")
+def pruned(source: Path, folder: Path, **options: Any) -> SentenceTransformer:
+    prune(source, folder, **options)
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+
+
+def pruned_to_every_depth(source: Path, folder: Path) -> list[SentenceTransformer]:
+    """The models of k = 1 .. 4 layers, each pruned from the original and loaded by itself: what a sweep must equal."""
+    return [pruned(source, folder / f"k{k}", num_kept_layers=k) for k in range(1, NUM_LAYERS + 1)]
 
 
 @pytest.fixture(scope="module")
 def models(qwen_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[SentenceTransformer]:
     return pruned_to_every_depth(qwen_dir, tmp_path_factory.mktemp("depths"))
+
+
+@pytest.fixture
+def inputs(images: list[Image.Image]) -> list[Any]:
+    """Of different lengths, so that batches are padded and sorted."""
+    return ["a red apple", {"image": images[0]}, "a", {"image": images[2], "text": "red"}, "a table, red " * 5]
+
+
+def encode(model: SentenceTransformer, inputs: list[Any], prompt: str = "", batch_size: int = 32) -> torch.Tensor:
+    return torch.as_tensor(model.encode(inputs, prompt=prompt, batch_size=batch_size, show_progress_bar=False))
+
+
+# --- The embeddings of all depths
+
+
+@pytest.mark.parametrize(("prompt", "batch_size"), [("", 32), ("Find what fits.", 2)])
+def test_equals_each_pruned_model(
+    models: list[SentenceTransformer], inputs: list[Any], batch_size: int, prompt: str
+) -> None:
+    full = models[-1]
+    before, hooks = encode(full, inputs), sum(len(module._forward_hooks) for module in full.modules())
+    full.truncate_dim = 8  # it would cut the depths off
+    embeddings = encode_all_layers(full, inputs, prompt=prompt, batch_size=batch_size)
+    assert (full.truncate_dim, embeddings.dtype) == (8, torch.float32)
+    full.truncate_dim = None
+    assert embeddings.shape == (NUM_LAYERS, len(inputs), HIDDEN_SIZE)
+    expected = torch.stack([encode(model, inputs, prompt, batch_size) for model in models])
+    assert (embeddings - expected).abs().max() <= 1e-5
+    between = (expected[:, None] - expected[None]).abs().amax(dim=(2, 3)) + torch.eye(NUM_LAYERS)
+    assert between.min() > 0.1  # the depths differ, so the comparison says something
+    with pytest.raises(Exception, match="nowhere"):
+        encode_all_layers(full, [{"image": "nowhere.png"}])
+    assert sum(len(module._forward_hooks) for module in full.modules()) == hooks
+    assert torch.equal(encode(full, inputs), before)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_last_layer_kept_equals_each_such_model(family: str, tmp_path: Path, inputs: list[Any]) -> None:
+    source = build_checkpoint(tmp_path / "original", family, num_layers=6)
+    full = pruned(source, tmp_path / "full", num_kept_layers=6)
+    first = 4 if family == "qwen3_vl" else 1  # DeepStack needs three layers before the last
+    depths = keep_last_depths(full)
+    assert list(depths) == list(range(first, 6))
+    embeddings = encode_all_layers(full, inputs, batch_size=3, keep_last=True)
+    assert embeddings.shape == (6 + len(depths), len(inputs), HIDDEN_SIZE)
+    assert (embeddings[4] - encode(pruned(source, tmp_path / "k5", num_kept_layers=5), inputs)).abs().max() <= 1e-5
+    for k, found in zip(depths, embeddings[6:], strict=True):
+        model = pruned(source, tmp_path / f"last{k}", keep_layers=[*range(k - 1), 5])
+        assert (encode(model, inputs) - found).abs().max() <= 1e-5
+        assert (embeddings[k - 1] - found).abs().max() > 0.05  # not the first k
+    decoder_of(full).config.layer_types = ["sliding_attention"] + 5 * ["full_attention"]
+    with pytest.raises(ValueError, match=r"one kind of attention.*\['full_attention', 'sliding_attention'\]"):
+        encode_all_layers(full, inputs, keep_last=True)
+
+
+def test_costs_one_forward_pass(models: list[SentenceTransformer], inputs: list[Any]) -> None:
+    def flops(run: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    with plain_forward(models[-1]):
+        full = flops(lambda: encode(models[-1], inputs))
+    assert full * 0.9999 < flops(lambda: encode_all_layers(models[-1], inputs)) <= 1.15 * full
+
+
+def test_only_puma_models_alone(models: list[SentenceTransformer]) -> None:
+    from sentence_transformers.models import Normalize
+
+    for modules in ([Normalize()], [models[0][0], Normalize()]):
+        with pytest.raises(ValueError, match=r"'Normalize'.*must be a PUMA model alone.*puma-hf prune"):
+            decoder_of(SentenceTransformer(modules=modules))
+
+
+def test_spoilt_states_are_named(qwen_dir: Path, tmp_path: Path) -> None:
+    model = pruned(qwen_dir, tmp_path / "full", num_kept_layers=NUM_LAYERS)
+    with torch.no_grad():
+        decoder_of(model).layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="At k = 3, 2 of 2 embeddings hold NaN or infinity"):
+        encode_all_layers(model, ["a", "b"])
+
+
+# --- Closeness
+
+
+def test_cka() -> None:
+    # Centred columns (-1, 0, 1) and (-1/3, -1/3, 2/3): 1 / sqrt(2 * 2/3), squared.
+    first, second = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [0.0], [1.0]])
+    assert linear_cka(first, second) == pytest.approx(0.75, abs=1e-12)
+    space, other = torch.randn(50, 6), torch.randn(50, 4)
+    # Through the inputs' similarities: HSIC of centred Gram matrices, equation 3 of the paper.
+    centre = torch.eye(50, dtype=torch.float64) - 1 / 50
+    grams = [centre @ (one.double() @ one.double().T) @ centre for one in (space, other)]
+    hsic = [[float((one * two).sum()) for two in grams] for one in grams]
+    assert linear_cka(space, other) == pytest.approx(hsic[0][1] / math.sqrt(hsic[0][0] * hsic[1][1]), abs=1e-12)
+    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
+    assert linear_cka(space, 3 * space @ rotation + 7) == pytest.approx(1, abs=1e-6)
+    assert linear_cka(space, space * torch.tensor([1.0, 1, 1, 1, 1, 20])) < 0.8  # one axis alone: another space
+    assert math.isnan(linear_cka(space, torch.zeros(50, 3)))
+
+
+# --- Costs
+
+
+def test_costs_equal_those_of_each_pruned_model(models: list[SentenceTransformer], images: list[Image.Image]) -> None:
+    for item in ("a red apple", {"image": images[1], "text": "red"}):
+        features = models[-1].preprocess([item])
+        assert flops_by_depth(models[-1], features) == tuple(count_flops(model, item) for model in models)
+    costs = layer_costs(models[-1])
+    assert costs.parameters == tuple(count_parameters(model) for model in models)
+    assert costs.bytes == tuple(4 * number for number in costs.parameters)
+    # 256 visual tokens are 16 x 16, of 2 x 2 patches of 8 x 8 pixels each.
+    assert (costs.text_tokens, costs.image_tokens) == (64, 256)
+    image = {"image": Image.new("RGB", (256, 256))}
+    assert costs.flops_image == tuple(count_flops(model, image) for model in models)
+    # A text has nothing but layers: 64 tokens through each.
+    assert costs.flops_text[3] == 4 * costs.flops_text[0]
+
+
+def test_costs_of_half_precision_and_of_small_images(models: list[SentenceTransformer], puma_dir: Path) -> None:
+    model = SentenceTransformer(
+        str(puma_dir), trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.bfloat16}
+    )
+    processor: Any = model[0].processor.image_processor  # type: ignore[union-attr]
+    processor.size = type(processor.size)(shortest_edge=256, longest_edge=128 * 128)
+    costs = layer_costs(model)
+    assert costs.bytes == tuple(2 * count_parameters(pruned) for pruned in models[:2])
+    assert costs.image_tokens == 64  # the model may not see all of the image
+
+
+# --- The sweep
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builder.build_mbeir(tmp_path_factory.mktemp("data") / "toys")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +200,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(qwen_dir: Path, other: Path, data: Path) -> SweepReport:
-    config = SweepConfig(model=qwen_dir, data=data, split="test", pool="both", compare=(str(other),), **ALL)
+    config = SweepConfig(model=qwen_dir, data=data, pool="both", compare=(str(other),), keep_last=True, **ALL)
     return sweep(config, show_progress_bar=False)
 
 
-def evaluated(model: SentenceTransformer, data: Path | MBEIR, **options: Any) -> MBEIRResults:
-    return evaluate_mbeir(model, data, batch_size=64, show_progress_bar=False, **options)
-
-
-def assert_equals_evaluation(row: SweepRow, results: MBEIRResults) -> None:
+def assert_equals_evaluation(row: SweepRow, model: SentenceTransformer, data: Path) -> None:
+    results = evaluate_mbeir(model, data, batch_size=64, show_progress_bar=False, pool="both")
     for pool in results.pools:
         assert row.quality[pool] == pytest.approx(results.mean(pool), abs=1e-12)
         scores = {result.task.name: result.score for result in results.rows if result.pool == pool}
@@ -68,189 +213,95 @@ def assert_equals_evaluation(row: SweepRow, results: MBEIRResults) -> None:
 
 
 def test_equals_evaluating_each_pruned_model(
-    report: SweepReport, models: list[SentenceTransformer], data: Path
+    report: SweepReport, models: list[SentenceTransformer], data: Path, other: Path, qwen_dir: Path, tmp_path: Path
 ) -> None:
-    full = report.models[0]
-    assert [row.k for row in full.rows] == [1, 2, 3, 4]
-    for row, model in zip(full.rows, models, strict=True):
-        assert_equals_evaluation(row, evaluated(model, data, pool="both"))
+    last = ", first k - 1 layers and the last"
+    assert [(model.name, [row.k for row in model.rows]) for model in report.models] == [
+        ("tiny-qwen2-vl", [1, 2, 3, 4]),
+        (f"tiny-qwen2-vl{last}", [1, 2, 3, 4]),
+        ("distilled", [1, 2, 3]),
+        (f"distilled{last}", [1, 2, 3]),
+    ]
+    full, kept, compared, _ = (model.rows for model in report.models)
+    for row, model in zip(full, models, strict=True):
+        assert_equals_evaluation(row, model, data)
         assert row.parameters == count_parameters(model)
-    assert len({row.quality["local"]["ndcg@10"] for row in full.rows}) == NUM_LAYERS  # the depths differ
+    assert len({row.quality["local"]["ndcg@10"] for row in full}) == NUM_LAYERS  # the depths differ
+    assert_equals_evaluation(compared[-1], SentenceTransformer(str(other), trust_remote_code=True, device="cpu"), data)
+    assert compared[-1].cka < 0.9  # type: ignore[operator]  # to the full model, not to itself
+    assert kept[-1] == full[-1] == report.full
+    model = pruned(qwen_dir, tmp_path / "cut", keep_layers="0,3")
+    assert_equals_evaluation(kept[1], model, data)
+    assert kept[1].parameters == full[1].parameters == count_parameters(model)
 
 
-def test_vectors_and_closeness(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
-    inputs = SweepInputs.read(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"])
+def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
+    inputs = SweepInputs(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"])
     embeddings = inputs.encode(models[-1], "full", batch_size=1, show_progress_bar=False)  # several parts a group
-    assert embeddings.shape[:2] == (NUM_LAYERS, len(inputs.inputs)) == (4, 8 * (6 + 4))
-    for number, model in enumerate(models):
-        one_by_one = [
-            torch.as_tensor(model.encode(item, prompt=prompt, show_progress_bar=False))
-            for item, prompt in list(zip(inputs.inputs, inputs.prompts, strict=True))[::7]
-        ]
-        assert (embeddings[number, ::7] - torch.stack(one_by_one)).abs().max() <= 1e-5
-        row = report.models[0].rows[number]
-        assert row.cka == pytest.approx(linear_cka(embeddings[number], embeddings[-1]), abs=1e-5)
-        assert row.cosine == pytest.approx(mean_cosine(embeddings[number], embeddings[-1]), abs=1e-5)
-    assert report.full.cka == pytest.approx(1, abs=1e-12)
-    assert report.full.cosine == pytest.approx(1, abs=1e-6)
-
-
-def test_a_compared_model_is_swept_beside_and_measured_against_the_full_one(
-    report: SweepReport, other: Path, data: Path
-) -> None:
-    assert [(model.name, len(model.rows)) for model in report.models] == [("tiny-qwen2-vl", 4), ("distilled", 3)]
-    compared = SentenceTransformer(str(other), trust_remote_code=True, device="cpu")
-    rows = report.models[1].rows
-    assert_equals_evaluation(rows[-1], evaluated(compared, data, pool="both"))
-    assert rows[-1].cka is not None
-    assert rows[-1].cka < 0.9  # not to itself
-    assert rows[0].parameters == report.models[0].rows[0].parameters
-
-
-def test_with_the_last_layer_kept(qwen_dir: Path, data: Path, tmp_path: Path) -> None:
-    config = SweepConfig(model=qwen_dir, data=data, split="test", keep_last=True, **ALL)
-    report = sweep(config, show_progress_bar=False)
-    first, last = report.models
-    assert (first.name, last.name) == ("tiny-qwen2-vl", "tiny-qwen2-vl, first k - 1 layers and the last")
-    assert [row.k for row in first.rows] == [row.k for row in last.rows] == [1, 2, 3, 4]
-    assert first.rows[-1] == last.rows[-1] == report.full
-    prune(qwen_dir, tmp_path / "cut", keep_layers="0,3")
-    model = SentenceTransformer(str(tmp_path / "cut"), trust_remote_code=True, device="cpu")
-    assert_equals_evaluation(last.rows[1], evaluated(model, data))
-    assert last.rows[1].quality != first.rows[1].quality
-    assert last.rows[1].parameters == first.rows[1].parameters == count_parameters(model)
-    assert SweepReport.from_dict(report.to_dict()) == report
-    assert f"**{last.name}**" in report.to_markdown()
+    assert embeddings.shape[:2] == (NUM_LAYERS, len(inputs.records)) == (4, 8 * (6 + 4))
+    for row, depth in zip(report.models[0].rows, embeddings, strict=True):
+        assert row.cka == pytest.approx(linear_cka(depth, embeddings[-1]), abs=1e-5)
+        assert row.cosine == pytest.approx(float((depth * embeddings[-1]).sum(dim=1).mean()), abs=1e-5)
+    assert (report.full.cka, report.full.cosine) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-6))
 
 
 def test_what_was_measured(report: SweepReport, data: Path) -> None:
     assert (report.data, report.split, report.pool, report.metric) == ("toys", "test", "local", "score")
     assert report.tasks == tuple(task.name for task in MBEIR(data).tasks("test"))
-    assert (report.num_queries, report.num_candidates, report.data_hash) == (
-        8 * 3,
-        8 * 6,
-        None,
-    )  # one query a task has no answer
-    assert report.task_queries == (3,) * 8
-    assert (report.text_tokens, report.image_tokens) == (64, 256)
+    # One query a task has no answer.
+    assert (report.num_queries, report.task_queries, report.num_candidates) == (8 * 3, (3,) * 8, 8 * 6)
+    assert (report.text_tokens, report.image_tokens, report.data_hash) == (64, 256, None)
 
 
-def test_a_subset_files_and_repetition(qwen_dir: Path, data: Path, tmp_path: Path) -> None:
-    outputs = [tmp_path / "one", tmp_path / "two"]
-    for output in outputs:
-        report = sweep(
-            SweepConfig(
-                model=qwen_dir, data=data, split="test", tasks=("toys_task1", "toys_task7"), output=output,
-                nano_queries=2, nano_candidates=3,
-            ),
-            show_progress_bar=False,
-        )  # fmt: skip
-    assert sorted(path.name for path in outputs[0].iterdir()) == ["sweep.json", "sweep.md", "sweep.png"]
-    assert (report.num_queries, report.num_candidates, report.tasks) == (4, 6, ("toys_task1", "toys_task7"))
-    assert re.fullmatch("[0-9a-f]{64}", report.data_hash or "")
-    for path in outputs[0].iterdir():
-        assert path.read_bytes() == (outputs[1] / path.name).read_bytes()
-    assert SweepReport.from_dict(json.loads((outputs[0] / "sweep.json").read_text())) == report
-
-
-def test_the_demo_backbone(tmp_path: Path) -> None:
-    """The model and data of the README's command; `benchmarks/sweep.py` compares all of them, at every depth."""
-    backbone, tasks = ROOT / "demo" / "backbone", ("emoji_task0", "emoji_task6")
-    config = SweepConfig(
-        model=backbone, data=ROOT / "demo" / "emoji", tasks=tasks, nano_queries=20, nano_candidates=60, batch_size=64
-    )
-    report = sweep(config, show_progress_bar=False)
-    prune(backbone, tmp_path / "k4", num_kept_layers=4)
-    model = SentenceTransformer(str(tmp_path / "k4"), trust_remote_code=True, device="cpu")
-    with ExitStack() as stack:
-        subset = layer_sweep._open_data(config, stack)
-        assert_equals_evaluation(report.models[0].rows[3], evaluated(model, subset, split="val"))
-    assert report.quality(report.models[0].rows[-1]) > report.quality(report.models[0].rows[0]) + 0.1
+def test_files_of_a_subset_and_repetition(qwen_dir: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"nano_queries": 2, "nano_candidates": 3, "tasks": ("toys_task1", "toys_task7")}
+    config = SweepConfig(model=qwen_dir, data=data, **ALL | changes)
+    reports = [sweep(replace(config, output=tmp_path / name), show_progress_bar=False) for name in ("one", "two")]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["sweep.json", "sweep.md", "sweep.png"]
+    assert (reports[0].num_queries, reports[0].num_candidates, len(reports[0].data_hash or "")) == (4, 6, 64)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert SweepReport.from_dict(json.loads((tmp_path / "one" / "sweep.json").read_text())) == reports[0]
 
 
 def test_original_and_puma_directory_are_one_model(qwen_dir: Path, models: list[SentenceTransformer]) -> None:
     with open_model(str(qwen_dir)) as model:
-        expected = models[-1].encode(["a red apple"], show_progress_bar=False)
-        assert (model.encode(["a red apple"], show_progress_bar=False) == expected).all()
+        assert torch.equal(encode(model, ["a red apple"]), encode(models[-1], ["a red apple"]))
 
 
-def test_the_size_is_told(data: Path, models: list[SentenceTransformer], caplog: pytest.LogCaptureFixture) -> None:
-    task = MBEIR(data).tasks("test")[1]
-    inputs = SweepInputs.read(MBEIR(data), [task], "test", ["local"])
+def test_a_did_that_means_two_things(tmp_path: Path) -> None:
+    root = builder.build_mbeir(tmp_path / "toys")
+    builder.change_record(builder.global_pool_path(root, "test"), 7, txt="another text")
+    with pytest.raises(MBEIRFormatError, match="did '11:100'"):
+        SweepInputs(MBEIR(root), MBEIR(root).tasks("test"), "test", ["local", "global"])
+
+
+def test_two_models_of_one_name_keep_their_paths() -> None:
+    assert layer_sweep._names(["/a/full", "/b/full", "org/puma"]) == ["/a/full", "/b/full", "org/puma"]
+
+
+def test_the_size_is_logged(data: Path, models: list[SentenceTransformer], caplog: pytest.LogCaptureFixture) -> None:
+    inputs = SweepInputs(MBEIR(data), MBEIR(data).tasks("test")[1:2], "test", ["local"])
     with caplog.at_level(logging.INFO, logger="puma_hf"):
         inputs.encode(models[-1], "tiny", batch_size=64, show_progress_bar=False)
     assert "Embeddings of all depths of tiny: (4, 10, 32), 0 MB" in caplog.text
 
 
-def test_a_did_that_means_two_things(data: Path, tmp_path: Path) -> None:
-    root = builder.build_mbeir(tmp_path / "toys")
-    builder.change_record(builder.global_pool_path(root, "test"), 7, txt="another text")
-    folder = MBEIR(root)
-    with pytest.raises(MBEIRFormatError, match=r"did '11:100' of the .* differs from that in another pool"):
-        SweepInputs.read(folder, folder.tasks("test"), "test", ["local", "global"])
-
-
-def test_two_models_of_one_name_keep_their_paths(other: Path, tmp_path: Path) -> None:
-    assert layer_sweep._names([str(other), "org/distilled", "org/puma"]) == ["distilled", "org/distilled", "org/puma"]
-    assert layer_sweep._names(["/a/full", "/b/full"]) == ["/a/full", "/b/full"]
-
-
-def test_what_is_wrong_with_any_model_is_told_before_the_first_is_opened(
-    qwen_dir: Path, other: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layer_sweep, "open_model", lambda *_args, **_kwargs: pytest.fail("opened all the same"))
-    config = SweepConfig(model=qwen_dir, data=data, split="test", max_params="1k", **ALL)
-    with pytest.raises(ValueError, match=r"max_params=1,000 must be at least \d+,\d{3}, the parameters of tiny"):
-        sweep(config)
-    with pytest.raises(ValueError, match=r"max_params=1,000 must be at least \d+,\d{3}, the parameters of "):
-        sweep(replace(config, compare=(str(other),)))
-    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder"):
-        sweep(replace(config, compare=("nowhere",)))
-
-
-def test_the_budget_is_compared_with_the_real_size(qwen_dir: Path, report: SweepReport) -> None:
-    smallest = report.models[0].rows[0].parameters
-    layer_sweep._check_sources([str(qwen_dir)], smallest)
-    with pytest.raises(ValueError, match="must be at least"):
-        layer_sweep._check_sources([str(qwen_dir)], smallest - 1)
-
-
-def test_several_processes_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"in 2 processes, must be in one: .*without torchrun or accelerate launch"):
-        sweep(SweepConfig(model="nowhere", data=data))
-
-
-def test_embeddings_that_do_not_fit(
-    data: Path, models: list[SentenceTransformer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = SweepInputs.read(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"])
-
-    def full(_shape: Any) -> Any:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(ValueError, match=r"80 inputs at 4 depths take 0\.0 GB, which must fit.*Choose fewer"):
-        inputs._room(models[-1], "tiny")
-
-
-def test_an_output_that_may_not_be_written_to(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_args: False)  # the tests may run as root, who may do all
-    with pytest.raises(PermissionError, match=r"output=.* may not be written to. Name another"):
-        sweep(SweepConfig(model="nowhere", data=data, output=tmp_path / "out"))
-
-
-def test_errors_before_the_model_is_opened(
+def test_errors_before_a_model_is_opened(
     qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SweepConfig(model="nowhere", data=data, split="val", **ALL)
-    with pytest.raises(FileNotFoundError, match="the splits here are"):
-        sweep(config)
-    with pytest.raises(ValueError, match="tasks is"):
-        sweep(SweepConfig(model="nowhere", data=data, split="test", tasks=("webqa_task1",), **ALL))
+    monkeypatch.setattr(layer_sweep, "open_model", lambda *_args, **_options: pytest.fail("opened all the same"))
+    config = SweepConfig(model=qwen_dir, data=data, compare=("nowhere",), **ALL)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        sweep(SweepConfig(model="nowhere", data=data, split="test", **ALL))
+        sweep(config)
+    with pytest.raises(FileNotFoundError, match="the splits here are"):
+        sweep(replace(config, split="val"))
+    with pytest.raises(ValueError, match="tasks is"):
+        sweep(replace(config, tasks=("webqa_task1",)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'puma-hf\[plot\]'"):
-        sweep(SweepConfig(model="nowhere", data=data, split="test", output=tmp_path / "out", **ALL))
+        sweep(replace(config, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"in one process, not 2.*without torchrun or accelerate launch"):
+        sweep(config)

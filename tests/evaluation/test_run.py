@@ -10,13 +10,12 @@ import pytest
 from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.evaluation.config import EvaluateConfig
+from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.evaluation.layer_sweep import sweep
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.mbeir_results import MBEIRResults
 from puma_hf.evaluation.run import evaluate
-from puma_hf.evaluation.sweep_config import SweepConfig
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import change_record, qid, query_path
 from tests.evaluation.fake_encoder import FakeEncoder
 

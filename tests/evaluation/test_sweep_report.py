@@ -2,63 +2,120 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from puma_hf.evaluation.sweep_report import SweepReport, si
+from puma_hf.evaluation import sweep_report
+from puma_hf.evaluation.sweep_report import SweepReport, knee, load_matplotlib, si
 from tests.evaluation.sweep_reports import make_model, make_report
 
+QUALITIES = [0.2, 0.7, 0.78, 0.79, 0.8]  # of models of 1.1 to 1.5 billion parameters
+FULL = make_model("full", QUALITIES)
 
-def test_knees_and_recommendation() -> None:
-    report = make_report(make_model("full", [0.2, 0.7, 0.78, 0.79, 0.8]), make_model("distilled", [0.3, 0.79]))
+
+@pytest.mark.parametrize(
+    ("costs", "qualities", "found"),
+    [
+        ([0, 1, 2, 3, 4], [0.0, 1.0, 1.0, 1.0, 1.0], 1),  # above the chord from (0, 0) to (4, 1): 0.75, 0.5, 0.25
+        ([0, 1, 2, 3, 4], [0.0, 0.3, 0.9, 0.95, 1.0], 2),
+        ([1.01e12, 1.02e12, 1.03e12, 1.04e12], [13, 43, 73, 75], 2),  # whatever the units
+        ([1, 2, 3, 4], [0.5, 0.6, 0.9, 0.5], 2),  # a peak
+        ([0, 1, 2, 3], [0.0, 0.6, 0.6 + 1 / 3, 1.0], 1),  # the cheapest of equals
+        ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4], None),
+        ([1, 2, 3, 4], [0.5] * 4, None),
+        ([1, 2, 3, 4], [0.0, 0.1, 0.2, 1.0], None),
+        ([1, 2], [0.1, 0.9], None),
+    ],
+)
+def test_knee(costs: list[float], qualities: list[float], found: int | None) -> None:
+    assert knee(costs, qualities) == found
+
+
+def test_costs_of_a_knee_must_rise() -> None:
+    with pytest.raises(ValueError, match="must rise"):
+        knee([1, 1, 2], [0.0, 0.1, 0.2])
+
+
+def test_the_smallest_that_keeps_enough() -> None:
+    report = make_report()
+    chosen = report.recommend()
+    assert (chosen.k, chosen.model, chosen.kept) == (3, "full", pytest.approx(0.975))
+    assert chosen.reason == (
+        "k = 3 of full: score 78.0, 97.5 % of the full model's 80.0, with 1,300,000,000 parameters, 86.7 % of its. It "
+        "is the smallest that keeps at least 97 % of the full model. k = 2 keeps 87.5 %. With 400 queries a score is "
+        "known to about 3.9 points either way: choose with more queries if that decides."
+    )
+    # A share exactly kept is kept.
+    assert [report.recommend(keep=keep).k for keep in (0.8, 0.975, 1)] == [2, 3, 5]
+    asked = replace(report, keep=0.9, max_params=1_250_000_000)
+    assert asked.recommendation == report.recommend("1250M", 0.9) == report.recommend(1.25e9, 0.9)
+    with pytest.raises(ValueError, match=r"keep=0 must be above 0 and at most 1\."):
+        report.recommend(keep=0)
+
+
+def test_budgets() -> None:
+    report = make_report()
+    assert "of the full model within the budget of 1,400,000,000 parameters." in report.recommend("1.4B").reason
+    chosen = report.recommend("1.29B")
+    assert (chosen.k, chosen.kept) == (2, pytest.approx(0.875))
+    assert (
+        "None within the budget of 1,290,000,000 parameters keeps 97 % of the full model; this is the best there. To "
+        "keep it takes k = 3 of full, of 1,300,000,000 parameters."
+    ) in chosen.reason
+    # The best within a budget need not be the deepest.
+    assert make_report(make_model("full", [0.3, 0.1, 0.9])).recommend("1.25B").k == 1
+    smallest = report.recommend("1k")
+    assert smallest.k == 1
+    assert "Nothing is within the budget of 1,000 parameters: this is the smallest." in smallest.reason
+
+
+def test_a_compared_model_wins_if_it_is_smaller_or_better() -> None:
+    report = make_report(FULL, make_model("distilled", [0.3, 0.79]))
     assert (report.full.k, report.knee(), report.knee(1)) == (5, 2, None)
-    best = report.recommendation
-    assert (best.model, best.k) == ("distilled", 2)
-    assert report.recommend(keep=0.97) == best
-    assert report.recommend("1.15B").k == 1
-    assert report.recommend(1.15e9).model == "distilled"
-    assert "score 79.0" in best.reason
-    assert report.margin == pytest.approx(1.96 * math.sqrt((322 / 404) * (82 / 404) / 404))
-    assert best.reason.endswith("With 400 queries a score is known to about 3.9 points either way: choose with more "
-                                "queries if that decides.")  # fmt: skip
+    assert (report.recommendation.model, report.recommendation.k) == ("distilled", 2)
+    same_size = make_report(FULL, make_model("distilled", [0.3, 0.5, 0.79])).recommendation
+    assert (same_size.model, same_size.k) == ("distilled", 3)
+
+
+def test_a_full_model_that_finds_nothing() -> None:
+    chosen = make_report(make_model("full", [0.0, 0.1, 0.0])).recommendation
+    assert (chosen.k, chosen.kept) == (2, None)
+    assert "k = 2 of full. The full model's score is 0, so no share of it can be kept." in chosen.reason
 
 
 def test_the_margin_knows_small_tasks_and_is_never_nothing() -> None:
     one, even, uneven = (make_report(task_queries=counts).margin for counts in ((400,), (200, 200), (390, 10)))
-    assert one == even
+    assert one == even == pytest.approx(1.96 * math.sqrt((322 / 404) * (82 / 404) / 404))
     assert uneven == pytest.approx(1.96 * math.sqrt((33.2 / 43) * (9.8 / 43) / 43), rel=1e-3)  # as of 39 queries
     assert make_report(task_queries=(400, 0)).margin == one
-    for quality in (0.0, 1.0):
-        report = make_report(make_model("full", [quality]), task_queries=(16,))
-        assert report.margin == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 20))
-
-
-def test_the_budget_and_the_share_that_were_asked_for() -> None:
-    report = make_report(keep=0.9, max_params=1_250_000_000)
-    assert report.recommendation == report.recommend("1250M", 0.9)
-    assert (report.recommendation.k, report.recommend().k) == (2, 3)
+    sure = make_report(make_model("full", [1.0]), task_queries=(16,))
+    assert sure.margin == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 20))
 
 
 def test_the_metric_and_the_pool_decide() -> None:
-    report = make_report()
-    rows = [
-        replace(row, quality=row.quality | {"global": {"score": 0.1 * (6 - row.k)}}) for row in report.models[0].rows
-    ]
-    swept = replace(report, models=(replace(report.models[0], rows=tuple(rows)),), pool="global")
+    rows = [replace(row, quality=row.quality | {"global": {"score": 0.1 * (6 - row.k)}}) for row in FULL.rows]
+    swept = make_report(replace(FULL, rows=tuple(rows)), pool="global")
     assert [swept.quality(row) for row in rows] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     assert swept.recommendation.k == 1
-    assert report.quality(replace(report, metric="hit@1").full) == 0.8
+    other = replace(swept, pool="local", metric="hit@1")
+    assert other.quality(other.full) == 0.4
 
 
-def test_json_round_trip() -> None:
+def test_files(tmp_path: Path) -> None:
     report = make_report(make_model("full", [0.1, 0.5, 0.6]), make_model("wide", [0.2], cosine=None, cka=None))
-    values = report.to_dict()
-    assert SweepReport.from_dict(json.loads(json.dumps(values))) == report
+    report.save(tmp_path / "new" / "sweep")
+    assert {path.name for path in (tmp_path / "new" / "sweep").iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+    values = json.loads((tmp_path / "new" / "sweep" / "sweep.json").read_text())
+    assert SweepReport.from_dict(values) == report
+    assert values == report.to_dict()
     assert values["knees"] == {"full": 2, "wide": None}
-    assert values["recommendation"]["k"] == 3
-    assert values["models"][1]["rows"][0]["cosine"] is None
+    assert (values["recommendation"]["k"], values["models"][1]["rows"][0]["cosine"]) == (3, None)
+    assert (tmp_path / "new" / "sweep" / "sweep.md").read_text() == report.to_markdown()
 
 
 def test_markdown() -> None:
@@ -75,37 +132,8 @@ def test_markdown() -> None:
     )
     assert lines[8].endswith("| 97.5 | 0.300 | 0.150 | **recommended** |")
     assert text.endswith(f"**Recommended: k = 3.** {make_report().recommendation.reason}\n")
-    assert all(line.count("|") == 14 for line in lines if line.startswith("|"))
-
-
-def test_markdown_of_what_is_not_defined() -> None:
-    text = make_report(make_model("full", [0.0, 0.0], cka=None, cosine=None)).to_markdown()
-    assert "| 0.0 | 0.0 | 0.0 |  |  |  |  |" in text
-    assert "no share of it can be kept" in text
-
-
-def test_files(tmp_path: Path) -> None:
-    report = make_report()
-    report.save(tmp_path / "new" / "sweep")
-    assert {path.name for path in (tmp_path / "new" / "sweep").iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
-    assert json.loads((tmp_path / "new" / "sweep" / "sweep.json").read_text()) == report.to_dict()
-    assert (tmp_path / "new" / "sweep" / "sweep.md").read_text() == report.to_markdown()
-
-
-def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "sweep.png"
-    make_report().plot(path)
-    before = path.read_bytes()
-
-    def fail(report: SweepReport, draft: Path) -> None:
-        draft.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("puma_hf.evaluation.sweep_plot.draw", fail)
-    with pytest.raises(OSError, match="disk full"):
-        make_report().plot(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.png"]
-    assert path.read_bytes() == before
+    undefined = make_report(make_model("full", [0.0, 0.0], cka=None, cosine=None)).to_markdown()
+    assert "| 0.0 | 0.0 | 0.0 |  |  |  |  |" in undefined
 
 
 @pytest.mark.parametrize(
@@ -114,3 +142,78 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
 )
 def test_units(number: float, text: str) -> None:
     assert si(number) == text
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn."""
+    drawn: list[Any] = []
+    figure_class = load_matplotlib()
+
+    def make(**options: Any) -> Any:
+        drawn.append(figure_class(**options))
+        return drawn[-1]
+
+    monkeypatch.setattr(sweep_report, "load_matplotlib", lambda: make)
+    return drawn
+
+
+def texts(axes: Any) -> str:
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    return "\n".join([*(text.get_text() for text in axes.texts), *legend, axes.get_xlabel(), axes.get_ylabel()])
+
+
+def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
+    report = make_report(FULL, make_model("distilled", [0.3, 0.6, 0.79]))
+    for name in ("one.png", "two.png"):  # the same figures make the same file
+        report.plot(tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    left, right = figures[0].axes
+    assert figures[0].get_suptitle().splitlines() == [
+        "Layer sweep on toys (val split, 400 queries, 2,000 candidates)",
+        "Recommended: k = 3 of distilled keeps 99 % of the score, with 87 % of the parameters, 73 % (image) and 60 % "
+        "(text) of the FLOPs",
+    ]
+    said = texts(left)
+    for part in ("recommended: k = 3", "full model, 80.0", "97 % of it", "full (knee at k = 2)"):
+        assert part in said
+    assert "GFLOPs of one image (256 visual tokens)" in said
+    (ring,) = [line for line in left.lines if line.get_markersize() == 17]
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == pytest.approx((22, 79))
+    line = next(line for line in left.lines if line.get_label() == "full (knee at k = 2)")
+    assert list(line.get_xdata()) == pytest.approx([14, 18, 22, 26, 30])
+    assert list(line.get_ydata()) == pytest.approx([20, 70, 78, 79, 80])
+    assert len([line for line in right.lines if len(line.get_xdata())]) == 4  # CKA and cosine of two models
+    assert "linear CKA" in texts(right)
+    # The axis on top: 1 GFLOP a text where an image costs 14, 5 where it costs 30.
+    to_text = left.child_axes[0]._functions[0]
+    assert (to_text(14), to_text(30)) == pytest.approx((1, 5))
+
+
+def test_budget_and_text_axis(figures: list[Any], tmp_path: Path) -> None:
+    make_report(FULL, max_params=1_250_000_000).plot(tmp_path / "sweep.png")
+    axes = figures[0].axes[0]
+    assert "over the budget of 1,250,000,000 parameters" in texts(axes)
+    assert axes.patches[0].get_x() == pytest.approx(20)  # between k = 2 at 18 and k = 3 at 22
+    make_report(FULL, max_params=2_000_000_000).plot(tmp_path / "sweep.png")
+    assert not figures[1].axes[0].patches  # nothing is over it
+    make_report(FULL, make_model("wide", [0.3, 0.6], flops_text=7)).plot(tmp_path / "sweep.png")
+    assert figures[2].axes[0].child_axes == []  # k layers cost differently in these models
+
+
+@pytest.mark.parametrize("qualities", [[0.5], [0.0, 0.0, 0.0], [0.01 * k for k in range(1, 29)]])
+def test_any_curve_is_drawn(qualities: list[float], figures: list[Any], tmp_path: Path) -> None:
+    swept = make_model("full", qualities, cka=None)
+    # With DeepStack, the models that keep their last layer begin at k = 4.
+    make_report(swept, replace(swept, name="last", rows=swept.rows[3:] or swept.rows)).plot(tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.size == (1800, 780)
+    numbers = [text.get_text() for text in figures[0].axes[0].texts if text.get_text().removeprefix("k = ").isdigit()]
+    assert len(numbers) <= 2 * 14  # they do not cover each other
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install 'puma-hf\[plot\]'"):
+        make_report().plot(tmp_path / "sweep.png")
+    assert not list(tmp_path.iterdir())

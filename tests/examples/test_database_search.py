@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.configs import Target
 from puma_hf.search import Query, Searcher, open_index
-from puma_hf.search.config import Target
 from puma_hf.search.index import tag_complete
 
 pytest.importorskip("qdrant_client")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
-from puma_hf.evaluation.layer_costs import LayerCosts
+from puma_hf.evaluation.layer_sweep import LayerCosts
 from puma_hf.evaluation.mbeir_results import MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.flops import count_flops

@@ -173,7 +173,7 @@ def test_an_adapter_that_was_trained_on_the_model_tells_nothing_of_it(model: Mea
 def test_the_fingerprint_is_that_of_the_evaluation(
     puma_dir: Path, tmp_path: Path, sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from puma_hf.evaluation.fingerprint import model_fingerprint
+    from puma_hf.fingerprint import model_fingerprint
 
     moved = tmp_path / "moved"
     shutil.copytree(puma_dir, moved)

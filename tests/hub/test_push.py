@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-from puma_hf.evaluation.layer_costs import LayerCosts
+from puma_hf.evaluation.layer_sweep import LayerCosts
 from puma_hf.hub import fresh_load
 from puma_hf.hub.card_results import MeasuredModel
 from puma_hf.hub.load_check import LoadCheck

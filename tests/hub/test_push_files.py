@@ -180,8 +180,8 @@ def test_code_of_another_name_travels_if_a_setting_names_it(folder: Path) -> Non
 
 
 def test_code_that_imports_a_missing_file_is_refused(folder: Path) -> None:
-    (folder / "packer_puma.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks packer_puma\.py, which its code imports"):
+    (folder / "packing_puma.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks packing_puma\.py, which its code imports"):
         files_to_push(folder)
 
 

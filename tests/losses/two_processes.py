@@ -23,9 +23,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
+from puma_hf.configs import TrainConfig
 from puma_hf.losses import find_scheduled_losses
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
-from puma_hf.trainer.config import TrainConfig
 from puma_hf.trainer.objectives import training_loss
 from tests.forks import SHARES, in_two_processes, run_worker
 from tests.patience import PATIENCE

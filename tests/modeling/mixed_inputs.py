@@ -18,7 +18,7 @@ PROMPT = "Find a picture of the red apple on the table."
 OTHER_PROMPT = "Find a picture of a green apple, or a text."
 # The smallest and the largest side of the pictures.
 SIDES = (28, 1000)
-NAMES = tuple(field.name for field in fields(FastPath))
+NAMES = tuple(field.name for field in fields(FastPath) if field.type == "bool")
 COMBINATIONS = tuple(itertools.product((True, False), repeat=len(NAMES)))
 
 

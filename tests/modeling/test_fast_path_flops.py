@@ -85,11 +85,11 @@ def flops(
         features["pixel_values"] = torch.empty(num_patches, 3 * 2 * 14 * 14)
     path = FastPath(**switches)
     options = {"image_token_id": IMAGE, "merge_size": 2, "dtype": torch.bfloat16, "shared_prefix": path.shared_prefix}
-    batch = pack(features, **options).to("meta")
+    (part,) = pack(features, **options).to("meta").parts
 
     def step() -> None:
         with torch.inference_mode():
-            assert packed_states(model_of(num_kept_layers, depth), batch, path).shape == (len(inputs), HIDDEN_SIZE)
+            assert packed_states(model_of(num_kept_layers, depth), part, path).shape == (len(inputs), HIDDEN_SIZE)
 
     return count_step(step).total
 

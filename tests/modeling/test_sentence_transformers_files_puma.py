@@ -25,10 +25,8 @@ WRITTEN = {
     "fast_path_puma.py",
     "modeling_puma.py",
     "modules.json",
-    "packer_puma.py",
     "packing_puma.py",
     "sentence_bert_config.json",
-    "shared_prefix_puma.py",
     MODULE_FILE,
 }
 

@@ -23,7 +23,7 @@ from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.flops import plain_forward
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
-from puma_hf.modeling.packing_puma import PackedBatch
+from puma_hf.modeling.packing_puma import PackedPart
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 
 KINDS = ("text", "image", "image and text", "two images and text", "chat")
@@ -42,7 +42,6 @@ COMPLETE = {
     "model.safetensors",
     "modeling_puma.py",
     "modules.json",
-    "packer_puma.py",
     "packing_puma.py",
     "processing_puma.py",
     "processor_config.json",
@@ -50,7 +49,6 @@ COMPLETE = {
     "sentence_bert_config.json",
     "sentence_transformers_files_puma.py",
     "sentence_transformers_puma.py",
-    "shared_prefix_puma.py",
     "tokenizer.json",
     "tokenizer_config.json",
     "video_puma.py",
@@ -296,9 +294,9 @@ def fast(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PumaTransform
     """A model of the package's own classes, and the number of inputs of every batch that was packed."""
     packed: list[int] = []
 
-    def watched(model: Any, batch: PackedBatch, *args: Any) -> torch.Tensor:
-        packed.append(batch.num_inputs)
-        return packed_states(model, batch, *args)
+    def watched(model: Any, part: PackedPart, *args: Any) -> torch.Tensor:
+        packed.append(len(part.rows))
+        return packed_states(model, part, *args)
 
     monkeypatch.setattr(sentence_transformers_puma, "packed_states", watched)
     return PumaTransformer(str(puma_dir)).eval(), packed
@@ -315,9 +313,12 @@ def test_encode_takes_the_fast_path(fast: tuple[PumaTransformer, list[int]], ima
     model = SentenceTransformer(modules=[module], device="cpu")
     vectors = model.encode(inputs, batch_size=3, prompt="Find it.")
     assert packed == [3, 2]
+    module.fast_path = FastPath(max_tokens=100)
+    assert_close(vectors, model.encode(inputs, prompt="Find it."))
+    assert (len(packed), sum(packed)) == (2 + 5, 5 + 5)  # one batch, but no two inputs fit into 100 tokens
     module.fast_path = None
     assert_close(vectors, model.encode(inputs, batch_size=3, prompt="Find it."))
-    assert packed == [3, 2]
+    assert sum(packed) == 10
 
 
 def test_training_and_gradients_take_the_plain_path(fast: tuple[PumaTransformer, list[int]]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from puma_hf.configs import IndexConfig
 from puma_hf.search import index as module
-from puma_hf.search.config import IndexConfig
 from tests.forks import exit_signal, in_a_fork
 
 # In the first runs before the second write of rows, and when all is written; then before what is gone is removed.

@@ -19,9 +19,9 @@ from PIL import Image
 from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.locks import LOCK_FILE, DirectoryInUseError
+from puma_hf.configs import IndexConfig
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from puma_hf.search import index as module
-from puma_hf.search.config import IndexConfig
 from puma_hf.search.index import Index, IndexReport, build_index, open_index
 from puma_hf.search.query import Searcher
 from tests.data.mbeir_builder import build_mbeir

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.search.config import IndexConfig, SearchConfig
+from puma_hf.configs import IndexConfig, SearchConfig
 from puma_hf.search.index import build_index, open_index
 from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, open_searcher, search
 from tests.search.small_corpus import write_picture

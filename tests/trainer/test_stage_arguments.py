@@ -13,9 +13,9 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from torch import Tensor
 
 from puma_hf import PumaDistillationTrainer, PumaModel, PumaTrainer
+from puma_hf.configs import TrainConfig
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss
 from puma_hf.trainer import FrozenTeacher, stages
-from puma_hf.trainer.config import TrainConfig
 from puma_hf.trainer.stages import training_arguments, training_loss
 from tests import released
 from tests.trainer.conftest import MakeArguments, MakeStudent

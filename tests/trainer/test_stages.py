@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, TrainerState
 
 from puma_hf import prune
+from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.export import export
@@ -27,11 +28,10 @@ from puma_hf.hub.card import render_card
 from puma_hf.hub.card_results import find_results
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
-from puma_hf.limits import set_limits
 from puma_hf.losses import MultimodalMACLoss
-from puma_hf.recipes import load_config
+from puma_hf.pruning import set_limits
+from puma_hf.settings import load_config
 from puma_hf.trainer import stages
-from puma_hf.trainer.config import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.trainer.lora_puma import BASE_FILE, puma_model
 from puma_hf.trainer.stages import distill, merge, train
 from puma_hf.trainer.trainer_puma import PumaTrainer

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from puma_hf.evaluation.fingerprint import model_fingerprint, model_name, model_settings, short_name
+from puma_hf.fingerprint import content_key, image_content, model_fingerprint, model_name, short_name
 from tests.evaluation.fake_encoder import FakeEncoder
 
 
@@ -97,10 +97,21 @@ def test_the_code_that_came_with_a_model_counts(tmp_path: Path, monkeypatch: pyt
     assert model_fingerprint(model) != before
 
 
-def test_settings(shared: SentenceTransformer) -> None:
-    assert model_settings(shared)["modules"]["0"]["class"] == "PumaTransformer"
-    config = model_settings(shared)["modules"]["0"]["config"]
-    assert config["num_kept_layers"] == 2
+def test_an_image_is_known_by_path_size_and_time(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.png"
+    path.parent.mkdir()
+    path.write_bytes(b"123")
+    name, size, time = image_content(str(path), str(tmp_path / "a")) or ()
+    assert (name, size, time) == ("b.png", 3, path.stat().st_mtime_ns)
+    assert image_content(str(tmp_path / "gone.png"), str(tmp_path)) == ["gone.png"]
+    assert image_content(b"1", "") == image_content(b"1", "/") != image_content(b"2", "")
+    assert image_content(None, "") is None
+
+
+def test_keys_of_content_have_63_bits() -> None:
+    keys = [content_key(number, None) for number in range(1000)]
+    assert len(set(keys)) == 1000
+    assert 0 <= min(keys) <= 2**62 <= max(keys) < 2**63
 
 
 def test_any_module_and_any_object() -> None:

@@ -1,9 +1,10 @@
-"""What a model is called, and a fingerprint that changes when its embeddings may."""
+"""What a model is, and what an input is: fingerprints that change when an embedding may, and with nothing else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ def model_fingerprint(model: Any) -> str | None:
 
     It covers the weights and their data types; the settings of every module, of the configuration, the chat template,
     the tokenizer and the image processor; the code that came with the checkpoint; and `max_seq_length`,
-    `truncate_dim` and the prompts.
+    `truncate_dim` and the prompts. Every weight is brought to the CPU and
+    hashed.
 
     Args:
         model: A `SentenceTransformer`, or any `torch.nn.Module`. Of anything else its attribute `fingerprint` is
@@ -45,42 +47,66 @@ def model_fingerprint(model: Any) -> str | None:
     if not isinstance(model, nn.Module):
         own = getattr(model, "fingerprint", None)
         return None if own is None else str(own)
-    digest = hashlib.sha256(_as_json(model_settings(model)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            _update(digest, name, tensor)
-    return digest.hexdigest()
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return tensors_sha256(tensors, model_settings(model))
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """Everything of `model_fingerprint` but the weights.
-
-    Args:
-        model: A `SentenceTransformer`, or any module.
-
-    Returns:
-        Plain values, by name.
-    """
+    """All of `model_fingerprint` but the weights: what decides how a `SentenceTransformer` sees an input."""
     modules = {
         name: {"class": type(module).__name__, **_module_settings(module)} for name, module in model.named_children()
     }
-    own = {name: _get(model, name) for name in _MODEL_SETTINGS}
-    return {**own, "class": type(model).__name__, "modules": modules}
+    return {**{name: _get(model, name) for name in _MODEL_SETTINGS}, "class": type(model).__name__, "modules": modules}
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    """SHA-256 of named tensors, in whatever order, and of the settings that they are used with."""
+    digest = hashlib.sha256(_as_json(settings).encode())
+    for name, tensor in sorted(tensors.items()):
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def content_key(*content: Any) -> int:
+    """A key of 63 bits for what a model sees of an input, from values that JSON can hold.
+
+    Of ten million inputs two have the same key by chance once in 200,000 times.
+
+    Example:
+        >>> content_key("a red apple", None) == content_key("a red apple", None) != content_key("a green one", None)
+        True
+    """
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def image_content(image: str | bytes | None, root: str) -> list[Any] | None:
+    """What an image is known by: its path below a folder, its size and its time of change; bytes by their hash.
+
+    Reading every file would cost as much as decoding it. A file that is missing has its path alone.
+
+    Args:
+        image: Path or content of a file.
+        root: The folder, as `os.path.realpath` gives it; images keep their names when it is moved.
+    """
+    if image is None:
+        return None
+    if isinstance(image, bytes):
+        return [hashlib.blake2b(image, digest_size=16).hexdigest()]
+    name = image.removeprefix(root + os.sep)
+    try:
+        status = os.stat(image)
+    except (OSError, ValueError):  # it is missing, or no name of a file
+        return [name]
+    return [name, status.st_size, status.st_mtime_ns]
 
 
 def model_name(model: Any) -> str:
-    """What a result calls a model: its Hub id, or the name of its directory without the path to it.
-
-    Args:
-        model: A `SentenceTransformer` or anything else.
-
-    Returns:
-        The name; that of its class if it has no other.
-    """
+    """What a result calls a model: its Hub id, or the name of its directory without the path to it; else its class."""
     places: list[Any] = [_get(model, "config"), model]
     if isinstance(model, nn.Module):
-        places += [config for child in model.children() if (config := _get(_get(child, "model"), "config")) is not None]
-        places += [config for child in model.children() if (config := _get(child, "config")) is not None]
+        places += [_get(_get(child, "model"), "config") for child in model.children()]
+        places += [_get(child, "config") for child in model.children()]
     for place in places:
         name = _get(place, "_name_or_path") or _get(place, "name_or_path")
         if isinstance(name, str) and name:
@@ -103,24 +129,29 @@ def short_name(name: str | Path) -> str:
 
 
 def _module_settings(module: nn.Module) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    if callable(config := _get(module, "get_config_dict")):
-        settings["settings"] = config()
-    if (config := _get(_get(module, "model"), "config") or _get(module, "config")) is not None:
-        settings["config"] = config.to_dict() if callable(_get(config, "to_dict")) else str(config)
     processor = _get(module, "processor")
     tokenizer = _get(processor, "tokenizer") or _get(module, "tokenizer")
+    # Without torchvision a PUMA processor's video part is its settings, a dict.
+    parts = {
+        "settings": _get(module, "get_config_dict"),
+        "config": _get(_get(module, "model"), "config") or _get(module, "config"),
+        "image_processor": _get(processor, "image_processor"),
+        "video_processor": _get(processor, "video_processor"),
+    }
+    settings: dict[str, Any] = {name: _settings_of(part) for name, part in parts.items()}
     settings["chat_template"] = _get(processor, "chat_template")
     settings["max_seq_length"] = _get(module, "max_seq_length")
-    for name in ("image_processor", "video_processor"):
-        part = _get(processor, name)  # without torchvision a PUMA processor's video part is its settings
-        if isinstance(part, dict) or callable(_get(part, "to_dict")):
-            settings[name] = part if isinstance(part, dict) else part.to_dict()
-    if tokenizer is not None:
-        settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
-        settings["vocabulary"] = _vocabulary(tokenizer)
+    settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
+    settings["vocabulary"] = None if tokenizer is None else _vocabulary(tokenizer)
     settings["code"] = _code([*module.modules(), processor, tokenizer])
     return settings
+
+
+def _settings_of(part: Any) -> Any:
+    if part is None or isinstance(part, dict):
+        return part
+    to_dict = _get(part, "to_dict") or part
+    return to_dict() if callable(to_dict) else str(part)
 
 
 def _code(parts: Iterable[Any]) -> list[str]:
@@ -177,8 +208,7 @@ def _update(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(repr(settings).encode())
         for part in parts:
             _update(digest, f"{name}.{part}", getattr(tensor, part))
-        return
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
         digest.update(repr(tensor).encode())
-        return
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

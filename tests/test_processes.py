@@ -1,17 +1,94 @@
+"""One process alone (two are in the tests of embedding and evaluation), and SIGTERM."""
+
 from __future__ import annotations
 
 import logging
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from puma_hf.termination import ends_well_on_sigterm, sigterm_waits, stop_if_sigterm
+from puma_hf import processes
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
+from puma_hf.processes import (
+    broadcast,
+    connect,
+    ends_well_on_sigterm,
+    gather,
+    locked_for_all,
+    main_process_first,
+    own_device,
+    shared_folder,
+    sigterm_waits,
+    stop_if_sigterm,
+)
 
 
-@pytest.fixture(autouse=True)
+def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert connect() == (0, 1)
+    assert (gather("mine"), broadcast("mine"), own_device()) == (["mine"], "mine", None)
+    with main_process_first():
+        pass
+
+
+def test_a_given_folder_stays(tmp_path: Path) -> None:
+    with shared_folder(tmp_path / "new" / "folder") as folder:
+        (folder / "file").write_text("")
+    assert (tmp_path / "new" / "folder" / "file").is_file()
+
+
+def test_a_given_folder_is_locked_and_nothing_needs_no_lock(tmp_path: Path) -> None:
+    with shared_folder(tmp_path):
+        assert (tmp_path / LOCK_FILE).is_file()
+    assert not any(tmp_path.iterdir())
+    with locked_for_all(None), shared_folder(None) as folder:
+        assert not any(folder.iterdir())
+
+
+def test_another_process_locks_nothing_and_is_refused_with_the_main_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[DirectoryInUseError | None] = [None, DirectoryInUseError("is in use")]
+    monkeypatch.setattr(processes, "connect", lambda: (1, 2))
+    monkeypatch.setattr(processes, "broadcast", lambda value: told.pop(0))
+    with locked_for_all(tmp_path):
+        assert not any(tmp_path.iterdir())
+    with pytest.raises(DirectoryInUseError, match="is in use"), locked_for_all(tmp_path):
+        pass
+
+
+def test_a_temporary_folder_goes_even_after_an_error() -> None:
+    def fail(folder: Path) -> None:
+        folders.append(folder)
+        raise KeyError
+
+    folders: list[Path] = []
+    with pytest.raises(KeyError), shared_folder(None) as folder:
+        fail(folder)
+    assert not folders[0].exists()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = r"output_dir '.*file' is a file\. Choose a directory\."
+    with pytest.raises(NotADirectoryError, match=message), shared_folder(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "gather", lambda value: [value, False] if value is True else [value])
+    message = (
+        r"Processes \[1\] do not see the folder '.*' that the main process uses\. Choose an output on a file system"
+    )
+    with pytest.raises(ValueError, match=message), shared_folder(tmp_path):
+        pass
+
+
+@pytest.fixture
 def worker_died() -> Iterator[Any]:
     """What torch does when a worker dies; and that of SIGTERM is as it was, whatever a test has done."""
 
@@ -24,7 +101,7 @@ def worker_died() -> Iterator[Any]:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_it_ends_at_once_with_a_status_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_ends_at_once_with_a_status_of_its_own(worker_died: Any, caplog: pytest.LogCaptureFixture) -> None:
     done = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm():  # noqa: PT012 - what is kept is the point
         try:
@@ -40,7 +117,7 @@ def test_it_ends_at_once_with_a_status_of_its_own(caplog: pytest.LogCaptureFixtu
     ]
 
 
-def test_where_it_waits_it_ends_between_two_batches() -> None:
+def test_where_it_waits_it_ends_between_two_batches(worker_died: Any) -> None:
     done: list[Any] = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
         for number in range(3):
@@ -52,7 +129,7 @@ def test_where_it_waits_it_ends_between_two_batches() -> None:
     assert (ended.value.code, done) == (143, [0, 1])
 
 
-def test_one_that_came_where_it_waits_ends_the_next_such_block() -> None:
+def test_one_that_came_where_it_waits_ends_the_next_such_block(worker_died: Any) -> None:
     """And so does one whose exception was swallowed, as Python does in `__del__`."""
     done = []
     with pytest.raises(SystemExit), ends_well_on_sigterm():  # noqa: PT012
@@ -64,7 +141,7 @@ def test_one_that_came_where_it_waits_ends_the_next_such_block() -> None:
     assert done == ["went on"]
 
 
-def test_the_death_of_a_worker_that_came_first_is_no_error_then() -> None:
+def test_the_death_of_a_worker_that_came_first_is_no_error_then(worker_died: Any) -> None:
     done = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
         try:
@@ -83,7 +160,7 @@ def test_without_the_signal_nothing_ends(worker_died: Any) -> None:
     assert signal.getsignal(signal.SIGCHLD) is worker_died
 
 
-def test_a_run_after_it_knows_nothing_of_it() -> None:
+def test_a_run_after_it_knows_nothing_of_it(worker_died: Any) -> None:
     with pytest.raises(SystemExit), ends_well_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     stop_if_sigterm()
@@ -91,16 +168,15 @@ def test_a_run_after_it_knows_nothing_of_it() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is full"), RuntimeError("CUDA error")])
-def test_another_error_after_the_signal_is_told(error: Exception) -> None:
-    with pytest.raises(type(error), match=str(error)), ends_well_on_sigterm():  # noqa: PT012
+def test_another_error_after_the_signal_is_told(worker_died: Any) -> None:
+    with pytest.raises(OSError, match="the disk is full"), ends_well_on_sigterm():  # noqa: PT012
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            raise error
+            raise OSError("the disk is full")
 
 
-def test_a_handler_that_is_there_stays() -> None:
+def test_a_handler_that_is_there_stays(worker_died: Any) -> None:
     got: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
     try:
@@ -111,7 +187,7 @@ def test_a_handler_that_is_there_stays() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_in_a_thread_it_does_nothing() -> None:
+def test_in_a_thread_it_does_nothing(worker_died: Any) -> None:
     def work() -> Any:
         with ends_well_on_sigterm():
             return signal.getsignal(signal.SIGTERM)

@@ -1,0 +1,199 @@
+"""The processes that `accelerate launch` or `torchrun` started, what they tell each other, and how SIGTERM ends one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from puma_hf.files import locked
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STATUS = 128 + signal.SIGTERM  # what shells report of a process that the signal has killed: 143
+_CHILD = getattr(signal, "SIGCHLD", None)
+# One process may wait for another that imports or encodes; if that one dies, the launcher ends them all.
+_LONGEST_WAIT = timedelta(hours=12)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def connect() -> tuple[int, int]:
+    """Join the other processes, if a launcher started several.
+
+    Returns:
+        The number of this process, 0 for the main one, and how many there are.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized() and int(os.environ.get("LOCAL_RANK", -1)) >= 0:
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        # Without cpu=True, accelerate takes processes on a machine without an accelerator for strangers.
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        PartialState(cpu=cpu, timeout=_LONGEST_WAIT)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """What every process gives, in order, for all of them; so it waits for all, too."""
+    import torch.distributed as dist
+
+    values = [value] * connect()[1]
+    if len(values) > 1:
+        # accelerate.utils.gather_object does the same, but not for processes that torch alone has joined.
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """What the main process gives, for all of them."""
+    return gather(value)[0]
+
+
+def own_device() -> str | None:
+    """The device that a launcher's settings give this process; None if it is alone and may choose."""
+    if connect()[1] == 1:
+        return None
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process does it before the others, which then find it done."""
+    rank, _ = connect()
+    if rank > 0:
+        gather(None)
+    yield
+    if rank == 0:
+        gather(None)
+
+
+@contextmanager
+def locked_for_all(folder: str | Path | None) -> Iterator[None]:
+    """Lock a folder for the processes of this run, as `puma_hf.files.locked` does: the main process holds the lock.
+
+    Args:
+        folder: The folder; None for nothing to lock.
+
+    Raises:
+        OSError: In every process, if another run has it (`DirectoryInUseError`), it is a file, or it cannot be made.
+    """
+    with ExitStack() as stack:
+        refused: OSError | None = None
+        if folder is not None and connect()[0] == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except OSError as error:
+                refused = error
+        # The others would wait for a main process that has given up.
+        if folder is not None and (said := broadcast(refused)) is not None:
+            raise said
+        yield
+
+
+@contextmanager
+def shared_folder(folder: str | Path | None) -> Iterator[Path]:
+    """A folder that all processes use: the given one, locked, or a temporary one that ends with the block.
+
+    Raises:
+        OSError: If another run has it (`DirectoryInUseError`), or it is a file.
+        ValueError: If another process, on another machine, does not see it.
+    """
+    with locked_for_all(folder):
+        temporary = tempfile.mkdtemp(prefix="puma-hf-") if folder is None and connect()[0] == 0 else None
+        shared = Path(broadcast(temporary) or str(folder))
+        try:
+            blind = [number for number, sees in enumerate(gather(shared.is_dir())) if not sees]
+            if blind:
+                raise ValueError(
+                    f"Processes {blind} do not see the folder {str(shared)!r} that the main process uses. Choose "
+                    "an output on a file system that all machines share."
+                )
+            yield shared
+            gather(None)  # nobody may still be reading
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- SIGTERM
+
+
+class _Sigterm:
+    """SIGTERM of this process, which schedulers send before they kill."""
+
+    has_come = False
+    num_waiting = 0  # blocks that end by themselves
+
+
+@contextmanager
+def ends_well_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block by `SystemExit`: at once, or inside of `sigterm_waits` at the next `stop_if_sigterm`.
+
+    A handler that is already there stays, and so does one that ignores the signal. Outside of the main thread, which
+    alone gets signals, this does nothing. A second SIGTERM changes nothing: `timeout` and launchers send two.
+
+    Raises:
+        SystemExit: With status 143, if the signal came.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    except RuntimeError as error:
+        # Workers of a `DataLoader` get the signal too if it was sent to the whole group, and torch raises their death.
+        if not _Sigterm.has_come:
+            raise
+        raise SystemExit(STATUS) from error
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _Sigterm.has_come = False
+
+
+@contextmanager
+def sigterm_waits() -> Iterator[None]:
+    """Keep SIGTERM from breaking into the block: it ends where it calls `stop_if_sigterm`."""
+    _Sigterm.num_waiting += 1
+    try:
+        yield
+    finally:
+        _Sigterm.num_waiting -= 1
+
+
+def stop_if_sigterm() -> None:
+    """Raise `SystemExit` with status 143 if SIGTERM has come."""
+    if _Sigterm.has_come:
+        raise SystemExit(STATUS)
+
+
+def _on_sigterm(*_: object) -> None:
+    is_first = not _Sigterm.has_come
+    _Sigterm.has_come = True
+    if _CHILD is not None and callable(signal.getsignal(_CHILD)):
+        # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work. This
+        # stays so, as the process ends, and its workers after the block.
+        signal.signal(_CHILD, lambda *_: None)
+    if is_first:
+        logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
+        if not _Sigterm.num_waiting:
+            raise SystemExit(STATUS)
