@@ -85,7 +85,7 @@ class TrainingStatistics(TrainerCallback):
         self._hook: Any = None
         self._collapsed = self._compared = self._mixed = False
         self._sums: Tensor | None = None
-        self._seconds, self._started = 0.0, 0.0
+        self._seconds, self._started = 0.0, time.perf_counter()
         self._items = self._images = 0
 
     def count(self, inputs: Mapping[str, Any]) -> None:

@@ -263,7 +263,7 @@ def _source(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str
     if source is None or ("/" not in source and not Path(source).is_dir()):
         raise ValueError(
             f"The model was pruned from {source or 'a checkpoint that it does not name'!r}, which is not here. Pass "
-            "teacher=<path of that checkpoint> (--teacher)."
+            "teacher=<path of that folder> (--teacher)."
         )
     return source, revision or student.config.source_revision
 
