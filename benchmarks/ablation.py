@@ -136,7 +136,7 @@ class Lab:
         folder, budget = self.pruned(backbone, layers), BUDGET[backbone]
         if stages == "none":
             return folder, budget
-        parts = ["label-free", "released"] if "then" in stages else [stages]
+        parts = stages.split(", then ")
         for number, stage in enumerate(parts):
             output = self.scratch / f"stage-1-{number}"
             distil(

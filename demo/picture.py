@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.records import Candidate, Query
-from puma_hf.evaluation.trec import read_run
+from puma_hf.evaluation.results import read_run
 
 CELL = 188
 DRAWING = 96

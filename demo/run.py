@@ -26,7 +26,7 @@ from everyday import INSTRUCTION, copy_drawings, try_words
 from picture import draw_answers
 from puma_hf.cli import app
 from puma_hf.configs import DistillConfig, TrainConfig
-from puma_hf.flops import count_flops, count_parameters
+from puma_hf.estimate import count_flops, count_parameters
 from puma_hf.settings import load_config
 
 DEMO = Path(__file__).resolve().parent

@@ -180,7 +180,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
     """
-    from puma_hf.evaluation.run import evaluate as run
+    from puma_hf.evaluation.mbeir import evaluate as run
 
     with ends_well_on_sigterm():
         results = run(config)
@@ -275,7 +275,7 @@ def check(config: CheckConfig) -> None:
 
     Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
     """
-    from puma_hf.parity.check import check as run
+    from puma_hf.hub.check import check as run
 
     report = run(**asdict(config))
     typer.echo(str(report))

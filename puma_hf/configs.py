@@ -448,7 +448,7 @@ class EmbedConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckedConfig):
-    """Settings of `puma_hf.evaluation.run.evaluate`.
+    """Settings of `puma_hf.evaluation.mbeir.evaluate`.
 
     Raises:
         ValueError: If a value is out of range; the message names value, constraint and remedy.
@@ -721,7 +721,7 @@ class PushConfig(CheckedConfig):
     dry_run: bool = option(False, "Check and load everything, list files, bytes and the card, and upload nothing.")
     message: str | None = option(None, "Message of the commit.")
     results: tuple[str, ...] = option(
-        (), "results.json, sweep.json, train.yaml or distill.yaml for the card; default: those found beside the model."
+        (), "results.json, train.yaml or distill.yaml for the card; default: those found beside the model."
     )
     base_model: str | None = option(None, "Hub id of what the model was made from, or that an adapter belongs to.")
     license: str | None = option(None, "Licence of the model in the Hub's spelling, such as apache-2.0.")
@@ -740,7 +740,7 @@ class PushConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CheckedConfig):
-    """Settings of `puma_hf.parity.check.check`."""
+    """Settings of `puma_hf.hub.check.check`."""
 
     directory: str | Path = required("PUMA directory, or one of an adapter. Its code is run.", positional=True)
     merged: str | Path | None = option(

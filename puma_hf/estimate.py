@@ -1,25 +1,29 @@
-"""What a training recipe takes, before anything is downloaded: parameters, memory, operations, hours.
+"""What a model and a training recipe take: parameters, memory, operations, hours.
 
-Shapes come from a `config.json` or from the known sizes of Qwen2-VL; parameters are counted on the meta device, where
-a tensor has a shape and no memory.  What is known only to whoever has the data (tokens, images and rows) is assumed,
-and said with the result.
+A recipe is estimated before anything is downloaded. Shapes come from a `config.json` or from the known sizes of
+Qwen2-VL; parameters are counted on the meta device, where a tensor has a shape and no memory. What is known only to
+whoever has the data (tokens, images and rows) is assumed, and said with the result.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf.configs import DistillConfig, StageConfig, TrainConfig
-from puma_hf.flops import count_parameters
 from puma_hf.modeling import PumaConfig, PumaModel
-from puma_hf.settings import load_config, nearest, read_recipe
+from puma_hf.opening import plain_forward
+from puma_hf.settings import load_config, read_recipe
 
 # Memory in GiB and dense bfloat16 TFLOP/s (sums in float32, no sparsity), from the makers' data sheets.
 GPUS: dict[str, tuple[int, float]] = {
@@ -46,6 +50,36 @@ _ROWS = {"M-BEIR": 1_332_790, "nli_for_simcse.csv": 275_601}
 _NLI_TOKENS = 64  # its sentences are short: prompt and all, few are longer
 _PIXELS_OF_TOKEN = 28 * 28
 _BITS4 = 0.52  # bytes of a weight in doubly quantised NormalFloat4
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, each shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None, *, fast: bool = False) -> int:
+    """Floating-point operations of embedding one input: every matrix product, convolution and attention.
+
+    A multiplication and an addition count as two. Elementwise operations are not counted; they are a small part.
+
+    Args:
+        model: A SentenceTransformer on any device.
+        item: One input, such as a string or `{"image": path}`.
+        prompt: Its instruction.
+        fast: Whether to count what `encode` spends, with the savings of a PUMA model's `fast_path`, instead of every
+            layer for every token.
+
+    Example:
+        >>> count_flops(model, "a red apple") < count_flops(model, {"image": "apple.png"})  # doctest: +SKIP
+        True
+    """
+    features = model.preprocess([item], prompt=prompt)
+    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
+    # The counter knows products, not every fused attention kernel: let attention be computed as products.
+    way = nullcontext() if fast else plain_forward(model)
+    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(features)
+    return int(counter.get_total_flops())
 
 
 @dataclass(frozen=True)
@@ -143,7 +177,8 @@ def estimate(
         raise ValueError(f"{', '.join(wrong)} must be at least 1. Leave out what you do not know.")
     if images is not None and not 0 <= images < math.inf:
         raise ValueError(f"images={images} must be 0 or more images a row. Leave it out for 1, or of texts 0.")
-    config = _recipe(recipe)
+    is_distil = read_recipe(recipe)[0].keys() <= DistillConfig.__dataclass_fields__.keys()
+    config: Any = load_config(DistillConfig if is_distil else TrainConfig, recipe)
     shape, told = _shape(config, model, num_kept_layers)
     is_nli = Path(config.data).name == "nli_for_simcse.csv"
     pixels = config.max_pixels or 300 * _PIXELS_OF_TOKEN
@@ -261,19 +296,6 @@ class _Work:
         tower += 2 * self.patches // self.merged * self.merger
         a_batch = sequences * self.tokens * a_token + self.images * tower
         return int(self.config.gradient_accumulation_steps * a_batch)
-
-
-def _recipe(path: str | Path) -> StageConfig:
-    """The settings in a file of `distill` or `train`; a key that `train` alone has tells which."""
-    keys, lines = read_recipe(path)
-    distill, train = DistillConfig.__dataclass_fields__, TrainConfig.__dataclass_fields__
-    for key in keys:
-        if key not in train and key not in distill:
-            raise ValueError(
-                f"{path}, line {lines[key]}: {key!r} is a key of neither distill nor train, so this is no training "
-                f"recipe.{nearest(key, [*train, *distill])} See those in configs/."
-            )
-    return load_config(TrainConfig if any(key not in distill for key in keys) else DistillConfig, path)
 
 
 def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int | None) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any
@@ -29,6 +30,14 @@ LOCK_FILE = ".puma-hf.lock"
 
 # huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
 _HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+# What a loader reads of a directory: the list of what may be published. Whatever else lies there stays.
+_LOADED = (
+    *("config.json", "*_puma.py", ADAPTER_CONFIG, BASE_FILE, "LICENSE", "NOTICE"),
+    *("model.safetensors.index.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 # What torch and safetensors say of a full disk: their errors carry no errno.
 _FULL_DISK_WORDS = ("no space left", "os error 28", "disk quota", "os error 122", "file write failed")
 _FULL_DISK_WORDS += ("pytorchstreamwriter", "inline_container")
@@ -82,6 +91,15 @@ def is_adapter_directory(directory: str | Path) -> bool:
             "distill, train or merge wrote."
         )
     return is_adapter
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files of a PUMA directory, or of an adapter's, that a loader reads, its card not among them."""
+    index = read_config(folder, "model.safetensors.index.json").get("weight_map")
+    # Of shards those that the index names: older ones may lie beside them.
+    weights = set(index.values()) if index else {"model.safetensors", ADAPTER_WEIGHTS}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if name in weights or any(fnmatch(name, pattern) for pattern in _LOADED)]
 
 
 def named_base(adapter: Path) -> str:

@@ -1,14 +1,17 @@
-"""Open a model to embed with, and say what is wrong with its name or its dimensions."""
+"""A model to embed with: opened with errors that name it, and run without its fast path."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.files import ADAPTER_CONFIG, named_base
+from puma_hf.settings import cut
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # where a download is kept
 
@@ -24,7 +27,6 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
         FileNotFoundError: If there is no such model, here or on the Hub, or an adapter's base is not where it says.
 
     Example:
-        >>> from puma_hf.opening import open_sentence_transformer
         >>> model = open_sentence_transformer("puma-k4-mac", device="cpu")  # doctest: +SKIP
     """
     is_folder = Path(name).is_dir()
@@ -34,8 +36,7 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     except OSError as error:
         if error.errno in _OF_THE_DISK:
             raise
-        # transformers may speak of the network alone, and not name the model.
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].removesuffix('.')}"
+        reason = cut(str(error).strip())  # transformers may speak of the network alone, on several lines
         if (Path(name) / ADAPTER_CONFIG).is_file():
             base = named_base(Path(name))
             raise FileNotFoundError(
@@ -51,14 +52,29 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
 
 
 def check_truncate_dim(model: SentenceTransformer, name: str, truncate_dim: int | None) -> None:
-    """Raise if a model's embeddings are shorter than what is to be kept of them.
-
-    Raises:
-        ValueError: If they are.
-    """
+    """Raise a ValueError if a model's embeddings are shorter than what is to be kept of them."""
     dim = model.get_embedding_dimension()
     if truncate_dim is not None and dim is not None and dim < truncate_dim:
         raise ValueError(
             f"truncate_dim={truncate_dim}, but the embeddings of {name!r} have {dim} dimensions. Choose fewer, or "
             "leave it out."
         )
+
+
+@contextmanager
+def plain_forward(model: SentenceTransformer) -> Iterator[None]:
+    """Within the block, a PUMA model computes every layer for every token, as `AutoModel` does; others are as ever.
+
+    Example:
+        >>> with plain_forward(model):  # doctest: +SKIP
+        ...     slow = model.encode(["a red apple"])
+    """
+    module: Any = model[0]
+    if not hasattr(module, "fast_path"):
+        yield
+        return
+    fast_path, module.fast_path = module.fast_path, None
+    try:
+        yield
+    finally:
+        module.fast_path = fast_path

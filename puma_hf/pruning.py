@@ -18,13 +18,11 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, new_directory, read_config
-from puma_hf.hub.template import write_model_card
+from puma_hf.model_card import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
-from puma_hf.modeling.processing_puma import PIPELINES
-from puma_hf.modeling.reading_puma import Reading, reading_of
-from puma_hf.modeling.sentence_transformers_files_puma import write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, Reading, reading_of, write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from puma_hf.configs import (
 )
 from puma_hf.data.records import MBEIRFormatError, Problems
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.trec import read_run
+from puma_hf.evaluation.results import read_run
 from puma_hf.pruning import prune
 from puma_hf.search import Answers
 from puma_hf.trainer import stages

@@ -19,7 +19,7 @@ import train_backbone
 from picture import QUERY_WIDTH, RIGHT, draw_answers
 from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.trec import write_run
+from puma_hf.evaluation.results import write_run
 from puma_hf.trainer import stages
 
 ROOT = Path(__file__).parents[1]
@@ -56,23 +56,6 @@ def test_the_picture_frames_right_answers_only(tmp_path: Path) -> None:
     # The frame's two vertical sides, four pixels each, and only around the first answer.
     assert len(columns) == 8
     assert max(columns) < QUERY_WIDTH + 200
-
-
-def test_the_demo_names_the_committed_data_and_backbone() -> None:
-    assert (run.BACKBONE / "model.safetensors").is_file()
-    assert run.IMAGE.is_file()
-    weights = sum(path.stat().st_size for path in run.BACKBONE.iterdir())
-    assert weights <= 15 * 2**20
-
-
-def test_commands_are_printed_relative_to_the_repository(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(run, "app", lambda arguments, standalone_mode: called.append(arguments))
-    run.command("prune", run.BACKBONE, num_kept_layers=4, overwrite=True)
-    assert capsys.readouterr().out == "\n$ puma-hf prune demo/backbone --num-kept-layers 4 --overwrite\n"
-    assert called == [["prune", str(run.BACKBONE), "--num-kept-layers", "4", "--overwrite"]]
 
 
 def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,15 @@ from transformers.utils.import_utils import is_torchvision_available
 import puma_hf.export as export_module
 from puma_hf import PumaModel, prune
 from puma_hf.export import LINEAGE_KEY, export, is_export, write_export_card
-from puma_hf.parity.forms import embed_features, embed_stock, features_of, open_auto_model, open_stock, stock_features
-from puma_hf.parity.inputs import check_inputs
+from puma_hf.hub.check import (
+    check_inputs,
+    embed_features,
+    embed_stock,
+    features_of,
+    open_auto_model,
+    open_stock,
+    stock_features,
+)
 from tests.tiny import (
     HIDDEN_SIZE,
     build_checkpoint,

@@ -29,18 +29,12 @@ def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(opening, "SentenceTransformer", fail)
     raised = OSError("v9 is not a valid git identifier that exists for this model name.\nCheck the model page.")
-    with pytest.raises(FileNotFoundError, match=r"\(OSError: v9 is not a valid git .* model name\)\. Check the name"):
+    with pytest.raises(FileNotFoundError, match=r"\(v9 is not a valid git .* model name\.\.\.\.\)\. Check the name"):
         open_sentence_transformer("org/puma", revision="v9")
     raised = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space") as caught:
         open_sentence_transformer("org/puma")
     assert caught.value is raised
-
-
-def test_what_is_wrong_inside_of_a_folder_is_told_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"config\.json|modules\.json|model_type|Unrecognized") as caught:
-        open_sentence_transformer(str(tmp_path), device="cpu")
-    assert "is no folder here" not in str(caught.value)
 
 
 def test_more_dimensions_than_there_are(sentence_transformer: SentenceTransformer) -> None:

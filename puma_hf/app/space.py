@@ -13,8 +13,7 @@ from huggingface_hub import SpaceCardData
 from puma_hf import __version__
 from puma_hf.app.launch import TITLE, count_line, require_gradio
 from puma_hf.configs import FIRST_PORT
-from puma_hf.files import new_directory
-from puma_hf.hub.push_files import files_to_push
+from puma_hf.files import model_files, new_directory
 from puma_hf.search.index import Index, create_table, keep_picture, tag_complete
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
@@ -126,7 +125,7 @@ def _copy_index(index: Index, folder: Path, model: str | None) -> str:
         if not source.is_dir():
             raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
         (folder / "model").mkdir()
-        for file in files_to_push(source).names:
+        for file in model_files(source):
             shutil.copyfile(source / file, folder / "model" / file)
     revision = index.description["revision"] if name == index.model else None
     about = {**index.description, "model": name, "revision": revision, "data": Path(index.description["data"]).name}

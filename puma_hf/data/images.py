@@ -17,7 +17,7 @@ from PIL import Image
 
 from puma_hf.data.records import Problems, item_lines, wrong
 from puma_hf.files import write_whole
-from puma_hf.modeling.image_inputs_puma import MAX_ASPECT_RATIO, is_image_name, load_rgb_image, open_image, reason_of
+from puma_hf.modeling.inputs_puma import MAX_ASPECT_RATIO, is_image_name, load_rgb_image, open_image, reason_of
 from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)

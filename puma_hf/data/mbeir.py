@@ -46,7 +46,7 @@ from puma_hf.data.records import (
     read_lines,
     wrong,
 )
-from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)

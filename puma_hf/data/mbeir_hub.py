@@ -50,7 +50,7 @@ from puma_hf.data.mbeir_write import (
 )
 from puma_hf.data.records import Problems, read_lines, wrong
 from puma_hf.files import write_whole
-from puma_hf.modeling.image_inputs_puma import open_image
+from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.settings import cut, shown
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,7 @@ from puma_hf.data.images import (
 )
 from puma_hf.data.items import cell_of, training_features
 from puma_hf.data.records import CAPTION_NAMES, Line, Problems, Record, dataset_lines, read_lines
-from puma_hf.modeling.image_inputs_puma import is_image_name
-from puma_hf.modeling.messages_puma import SPECIAL_TOKEN
+from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, is_unicode, nearest, shown
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from puma_hf.data.mbeir_write import write_mbeir
 from puma_hf.data.pairs import Pair, PairIds, PairOptions, PairSource, load_pairs, read_pairs
 from puma_hf.data.records import Problems, Record
 from puma_hf.files import write_whole
-from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
-from puma_hf.modeling.image_inputs_puma import is_image_name
-from puma_hf.modeling.messages_puma import MODALITY_NAMES, modality_of
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES, is_image_name, modality_of
 from puma_hf.settings import cut, is_unicode, shown
 
 SHOWN: Final = 5  # how many of the wrong rows a report quotes

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from puma_hf.modeling.image_inputs_puma import is_image_reference, open_image
+from puma_hf.modeling.inputs_puma import is_image_reference, open_image
 
 DEFAULT_IMAGE_TOKENS = 512.0  # of an image of unknown size; one of 640 x 640 pixels has 529
 _DEFAULT_BYTES_PER_TOKEN = 4.0  # English prose

@@ -21,9 +21,17 @@ from puma_hf.data.mbeir import MBEIR, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.records import Candidate, Query
 from puma_hf.evaluation.encoding import check_encode_kwargs
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, read_searches, task_result
-from puma_hf.evaluation.search import exact_search
+from puma_hf.evaluation.mbeir import (
+    NDCG_K,
+    POOLS,
+    check_choices,
+    distinct_candidates,
+    instructions_of,
+    read_searches,
+    task_result,
+)
+from puma_hf.evaluation.results import MBEIRResults
+from puma_hf.evaluation.topk import exact_search
 from puma_hf.processes import main_process_first
 
 logger = logging.getLogger(__name__)
@@ -94,10 +102,7 @@ class MBEIREvaluator(BaseEvaluator):
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}, must be one of {list(POOLS)}")
-        if not ks or min(ks) < 1:
-            raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
+        check_choices(pool, ks)
         check_encode_kwargs(encode_kwargs)
         self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
         self.instruction_seed, self.write_csv = instruction_seed, write_csv
@@ -106,7 +111,8 @@ class MBEIREvaluator(BaseEvaluator):
         self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
         names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
         # Every process makes an evaluator; an import from the Hub is for one of them.
-        with main_process_first() if _is_distributed() else nullcontext():
+        is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with main_process_first() if is_one_of_several else nullcontext():
             self._data = open_mbeir(data, split=split, tasks=names)
         self.tasks = select_tasks(self._data.tasks(split), names)
         self._searches = read_searches(self._data, self.tasks, split, POOLS[pool])
@@ -141,58 +147,53 @@ class MBEIREvaluator(BaseEvaluator):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the evaluation."""
-        seed = self.instruction_seed
         return {
             "split": self.split,
             "pool": self.pool,
             "tasks": [task.name for task in self.tasks],
-            "instructions": "first wording" if seed is None else f"drawn with seed {seed}",
+            "instructions": instructions_of(self.instruction_seed),
         }
 
     def _evaluate(self, model: Any) -> MBEIRResults:
-        candidates: dict[str, Tensor] = {}
-        results = MBEIRResults(self.split, [])
+        # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
+        # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
+        candidates = distinct_candidates(self._searches)
+        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+        rows = self._encode(model, [*candidates.values()], [""] * len(candidates))
+        row_of = {did: row for row, did in enumerate(candidates)}
         queries: dict[Any, Tensor] = {}
         top_k = max(*self.ks, NDCG_K, *(task.reported_k for task in self.tasks))
+        results = MBEIRResults(self.split, [])
         for search in self._searches:
-            new = [candidate for did, candidate in search.pool.items() if did not in candidates]
-            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            rows = self._encode(model, new, [""] * len(new))
-            candidates |= {candidate.did: row for candidate, row in zip(new, rows, strict=True)}
-            if search.task not in queries:
-                queries[search.task] = self._encode(model, search.queries, self._prompts(search))
-            pool = torch.stack([candidates[did] for did in search.pool])
-            found = exact_search(queries[search.task], pool, top_k).indices.tolist()
-            dids = list(search.pool)
-            rankings = {
-                query.qid: [dids[index] for index in ranking]
-                for query, ranking in zip(search.queries, found, strict=True)
-            }
-            results.rows.append(task_result(search, rankings, self.ks))
+            task, dids = search.task, [*search.pool]
+            if task not in queries:
+                wanted = task.candidate_modality
+                prompts = [self._data.instruction(query, wanted, self.instruction_seed) for query in search.queries]
+                queries[task] = self._encode(model, search.queries, prompts)
+            found = exact_search(queries[task], rows[[row_of[did] for did in dids]], top_k).indices.tolist()
+            rankings = [[dids[index] for index in ranking] for ranking in found]
+            by_qid = {query.qid: ranking for query, ranking in zip(search.queries, rankings, strict=True)}
+            results.rows.append(task_result(search, by_qid, self.ks))
         return results
-
-    def _prompts(self, search: Search) -> list[str]:
-        wanted = search.task.candidate_modality
-        return [self._data.instruction(query, wanted, self.instruction_seed) for query in search.queries]
 
     def _encode(self, model: Any, records: Sequence[Query | Candidate], prompts: Sequence[str]) -> Tensor:
         """Embeddings `(len(records), embedding_dim)` in the order of the records; one modality goes together."""
         groups: dict[tuple[str, str], list[int]] = {}
         for row, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
             groups.setdefault((prompt, record.modality), []).append(row)
-        embeddings = torch.empty(len(records), 0)
+        embeddings: Tensor | None = None
         for (prompt, modality), rows in groups.items():
             inputs = [records[row].model_input for row in rows]
             encoded = torch.as_tensor(model.encode(inputs, prompt=prompt, **self._options)).float().cpu()
-            if encoded.ndim == 2 and not embeddings.numel():
-                embeddings = torch.empty(len(records), encoded.shape[1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):
+            if embeddings is None:
+                embeddings = torch.empty(len(records), encoded.shape[-1])
+            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
                 raise ValueError(
                     f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
-                    f"expected ({len(rows)}, embedding_dim) with the same embedding_dim for every modality"
+                    f"expected ({len(rows)}, {embeddings.shape[1]})"
                 )
             embeddings[rows] = encoded
-        return embeddings
+        return torch.empty(0, 0) if embeddings is None else embeddings
 
 
 def _figures(results: MBEIRResults) -> dict[str, float]:
@@ -229,7 +230,3 @@ def _add_line(path: Path, values: Mapping[str, float]) -> None:
         if header is None:
             writer.writerow(values)
         writer.writerow(values.values())
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

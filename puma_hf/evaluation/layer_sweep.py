@@ -35,16 +35,15 @@ from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.evaluation.encoding import encode_named
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.search import exact_search
+from puma_hf.evaluation.mbeir import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
+from puma_hf.evaluation.topk import exact_search
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
-from puma_hf.flops import plain_forward
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.opening import open_sentence_transformer
+from puma_hf.opening import open_sentence_transformer, plain_forward
 from puma_hf.pruning import prune
 from puma_hf.settings import processing_of
 
@@ -266,7 +265,7 @@ def layer_costs(model: SentenceTransformer) -> LayerCosts:
 
 
 def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
-    """Operations of one batch at every depth, as `puma_hf.flops.count_flops` counts them, from one forward pass.
+    """Operations of one batch at every depth, as `puma_hf.estimate.count_flops` counts them, from one forward pass.
 
     Args:
         model: A `SentenceTransformer` of a PUMA directory of L layers.

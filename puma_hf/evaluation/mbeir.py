@@ -5,42 +5,176 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
+from puma_hf.configs import EvaluateConfig
 from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.mbeir_write import build_nano
+from puma_hf.data.records import Candidate, MBEIRFormatError, Query
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.candidate_source import StoredCandidates
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
-from puma_hf.evaluation.mbeir_results import MBEIRResults, written_whole
-from puma_hf.evaluation.mbeir_searches import NDCG_K, POOLS, Search, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.search import SearchResult, exact_search, less_popular, merge_results
-from puma_hf.evaluation.trec import write_qrels, write_run
-from puma_hf.fingerprint import model_fingerprint
+from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
+from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
+from puma_hf.evaluation.topk import (
+    SearchResult,
+    StoredCandidates,
+    check_backend,
+    exact_search,
+    less_popular,
+    merge_results,
+)
+from puma_hf.files import read_config, write_whole
+from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
-from puma_hf.processes import connect, gather, main_process_first, shared_folder
+from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
+from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.processes import (
+    connect,
+    gather,
+    locked_for_all,
+    main_process_first,
+    own_device,
+    shared_folder,
+)
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
+NDCG_K = 10
+POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_BACKENDS = ("torch", "faiss")
+# Records in memory at a time, in shards for each process: a pool of millions stays in its file.
+_SHARDS_AT_ONCE = 8
 # Whose releases may change the last digits of an embedding.
 _LIBRARIES = ("torch", "transformers", "sentence-transformers")
-_Ranked = dict[str, list[tuple[str, float]]]  # by qid: did and score, best first
-_NAMES_AN_EVALUATION = ("split", "data", "content_hash", "instructions")  # of the same embeddings
+
+Ranking = dict[str, list[tuple[str, float]]]
+"""For each qid, dids and scores, best first."""
+
+
+# --- what is searched
+
+
+@dataclass(frozen=True)
+class Search:
+    """One task against one pool; relevance only has queries to which something in the pool is relevant."""
+
+    task: MBEIRTask
+    pool_name: str
+    pool: Mapping[str, Candidate]
+    queries: list[Query]
+    relevance: dict[str, dict[str, int]]
+
+
+def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[Search]:
+    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once.
+
+    Raises:
+        MBEIRFormatError: If a file is not what the format says, or a task has no query with a relevant candidate.
+        FileNotFoundError: If a file or an image is missing.
+    """
+    queries = {task: data.queries(task, split) for task in tasks}
+    searches = []
+    for pool_name in pool_names:
+        global_pool = data.global_pool(split) if pool_name == "global" else None
+        for task in tasks:
+            pool = data.local_pool(task, split) if global_pool is None else global_pool
+            qrels = data.qrels(task, split, queries[task], pool)
+            relevance = {qid: judged for qid, judged in qrels.items() if judged}
+            if not relevance:
+                raise MBEIRFormatError(
+                    f"{data.root}: no query of {task.name} ({split}) has a relevant candidate in its "
+                    f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
+                )
+            searches.append(Search(task, pool_name, pool, queries[task], relevance))
+    skipped = [
+        f"{count} of {len(search.queries)} in {search.task.name} ({search.pool_name} pool)"
+        for search in searches
+        if (count := len(search.queries) - len(search.relevance))
+    ]
+    if skipped:
+        logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(skipped))
+    return searches
+
+
+def distinct_candidates(searches: Iterable[Search]) -> dict[str, Candidate]:
+    """Every candidate of some searches once, by did, for who holds them in memory: those of the largest pool first.
+
+    Raises:
+        MBEIRFormatError: If a did means two things.
+    """
+    distinct: dict[str, Candidate] = {}
+    for search in sorted(searches, key=lambda search: -len(search.pool)):
+        for did, candidate in search.pool.items():
+            if distinct.setdefault(did, candidate) != candidate:
+                raise MBEIRFormatError(
+                    f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
+                    f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
+                )
+    return distinct
+
+
+def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
+    """The row of one search.
+
+    Args:
+        search: The search.
+        rankings: For each qid, the dids of the best candidates, best first: at least so many as the largest k, or all.
+        ks: The k of hit@k, recall@k and wrong_modality@k; wrong_modality@1 is always there.
+
+    Returns:
+        The row; its metrics are means over the queries in `search.relevance`.
+    """
+    task, judged = search.task, list(search.relevance.values())
+    ranked = [rankings[qid] for qid in search.relevance]
+    metrics = retrieval_metrics(ranked, judged, sorted({*ks, task.reported_k}), ndcg_k=NDCG_K)
+    score = metrics[f"hit@{task.reported_k}"]
+    if task.reported_k not in ks:  # every row must have the same metrics
+        del metrics[f"hit@{task.reported_k}"], metrics[f"recall@{task.reported_k}"]
+    # Of a pool of millions only what is looked at.
+    modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
+    for k in sorted({1, *ks}):
+        metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
+    return MBEIRTaskResult(
+        dataset=task.dataset,
+        task_id=task.task_id,
+        pool=search.pool_name,
+        pool_size=len(search.pool),
+        num_queries=len(search.relevance),
+        num_skipped=len(search.queries) - len(search.relevance),
+        score=score,
+        metrics=metrics,
+    )
+
+
+def check_choices(pool: str, ks: Sequence[int]) -> None:
+    """Raise a ValueError for a pool that there is not, or a k below 1."""
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}, must be one of {list(POOLS)}")
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
+
+
+def instructions_of(seed: int | None) -> str:
+    """How the wording of each query's instruction was chosen, as results and cards say it."""
+    return "first wording" if seed is None else f"drawn with seed {seed}"
+
+
+# --- the evaluation
 
 
 def evaluate_mbeir(
@@ -71,8 +205,8 @@ def evaluate_mbeir(
     `{"image": path}` or `{"image": path, "text": ...}`.
 
     Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
-    it was, and comes to the same results. Started by `accelerate launch` or `torchrun`, every process embeds a share
-    and searches a share of each pool; all return the same results, which are those of one process.
+    it was. Started by `accelerate launch` or `torchrun`, every process embeds a share and searches a share of each
+    pool; all return the same results. Neither the candidates nor their embeddings are held in memory.
 
     Args:
         model: A `SentenceTransformer` or anything with its `encode`.
@@ -91,7 +225,7 @@ def evaluate_mbeir(
             replaced, with a warning before the work begins.
         embedding_dtype: Data type that embeddings are stored in.
         search_device: Device of the search; None for the GPU, if there is one and the backend is torch.
-        search_backend: "torch", or "faiss" if it is installed; the results are the same.
+        search_backend: "torch", or "faiss" if it is installed.
         show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
         encode_kwargs: Further arguments of `encode`, but for the prompt and the precision.
         shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
@@ -112,236 +246,271 @@ def evaluate_mbeir(
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    _check_choice("pool", pool, POOLS)
-    _check_choice("embedding_dtype", embedding_dtype, _DTYPES)
-    _check_choice("search_backend", search_backend, _BACKENDS)
-    if search_backend == "faiss" and find_spec("faiss") is None:  # hours of embedding would come before the search
-        raise ImportError("search_backend 'faiss' needs faiss: pip install 'puma-hf[faiss]', or choose 'torch'")
+    check_choices(pool, ks)
+    check_backend(search_backend)
+    if embedding_dtype not in _DTYPES:
+        raise ValueError(f"embedding_dtype is {embedding_dtype!r}, must be one of {list(_DTYPES)}")
     if popularity_penalty is not None and not 0 <= popularity_penalty <= 1:
         raise ValueError(
             f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2; None for plain figures"
         )
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
         opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
     chosen = select_tasks(opened.tasks(split), names)
     made_from = {
-        **_of_model(model, model_name, encode_kwargs),
-        **_of_data(opened, data_name, instruction_seed),
+        **_made_from(model, model_name, encode_kwargs, opened, data_name, instruction_seed),
         "pool": pool,
         "embedding_dtype": embedding_dtype,
         **({} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}),
     }
+    results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
+    top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
+    device = search_device or ("cuda" if torch.cuda.is_available() and search_backend == "torch" else "cpu")
+
     with shared_folder(output_dir) as folder:
-        cache = _open_cache(model, folder / "embeddings", made_from, _DTYPES[embedding_dtype])
+        store = _open_store(folder / "embeddings", made_from, _DTYPES[embedding_dtype])
         searches = read_searches(opened, chosen, split, POOLS[pool])  # reads and checks every file before encoding
         output = folder if output_dir is not None and connect()[0] == 0 else None
         if output is not None:
-            _tell_what_is_replaced(output / "results.json", {"split": split, **made_from}, searches)
-        inputs = _Inputs(opened, searches, instruction_seed)
-        embedder = Embedder(model, cache, batch_size, show_progress_bar, encode_kwargs)
-        embedder.embed(plan_shards(inputs.items, shard_size))
-        results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
-        top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
-        options = {"device": search_device or _default_device(search_backend), "backend": search_backend}
-        for search, ranked, corrected in _rankings(cache, inputs, searches, top_k, popularity_penalty, options):
-            _add(results, search, ranked, corrected, ks, output)
+            _warn_of_replacing(output / "results.json", results, searches)
+        embedder = Embedder(model, store, batch_size, show_progress_bar, encode_kwargs)
+        content = ContentKeys(getattr(opened, "image_root", opened.root))
+        for group in _by_pool(searches):
+            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+            pool_keys = _embed(embedder, content, ((one, "") for one in group[0].pool.values()), shard_size)
+            prompted = [
+                (query, opened.instruction(query, search.task.candidate_modality, instruction_seed))
+                for search in group
+                for query in search.queries
+            ]
+            asked = [store.rows(_embed(embedder, content, prompted, shard_size))]
+            if popularity_penalty is not None:
+                # Each task by the popularity among its own queries, as if it were evaluated alone.
+                tasks_rows = asked[0].split([len(search.queries) for search in group])
+                asked.append(torch.cat([less_popular(rows, popularity_penalty) for rows in tasks_rows]))
+            found = [_search_shares(rows, store, pool_keys, top_k, device, search_backend) for rows in asked]
+            for search, plain, *corrected in zip(group, *(_named(group, one) for one in found), strict=True):
+                row = task_result(search, _dids(plain), ks)
+                for ranking in corrected:
+                    other = task_result(search, _dids(ranking), ks)
+                    row = replace(row, corrected={"score": other.score, **other.metrics})
+                results.rankings[row.pool][search.task.name] = _dids(plain)
+                results.rows.append(row)
+                logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
+                if output is not None:
+                    _write_for_trec_eval(output, search, plain)
         if output is not None:
             results.to_json(output / "results.json")
-            with written_whole(output / "results.md") as file:
-                file.write(results.to_markdown())
+            write_whole(output / "results.md", results.to_markdown().encode())
     return results
 
 
-class _Inputs:
-    """What is embedded: every candidate once, without a prompt, and every query with its instruction.
-
-    Attributes:
-        items: All of them, the candidates of the largest pool first.
-    """
-
-    def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None) -> None:
-        keys = ContentKeys(getattr(data, "image_root", data.root))
-        candidates = distinct_candidates(searches)
-        self.items = keys.items(candidates.values(), [""] * len(candidates))
-        self._candidates = {did: item.key for did, item in zip(candidates, self.items, strict=True)}
-        self._queries: dict[MBEIRTask, Tensor] = {}
-        for search in searches:
-            task = search.task
-            if task not in self._queries:
-                wanted = task.candidate_modality
-                prompts = [data.instruction(query, wanted, instruction_seed) for query in search.queries]
-                items = keys.items(search.queries, prompts)
-                self._queries[task] = torch.tensor([item.key for item in items])
-                self.items += items
-
-    def pool_keys(self, pool: Iterable[str]) -> Tensor:
-        """Keys `(num_candidates,)` of the candidates of a pool, in its order."""
-        return torch.tensor([self._candidates[did] for did in pool])
-
-    def query_keys(self, searches: Iterable[Search]) -> Tensor:
-        """Keys `(num_queries,)` of the queries of some searches, one after the other."""
-        return torch.cat([self._queries[search.task] for search in searches])
-
-
-def _rankings(
-    cache: EmbeddingStore,
-    inputs: _Inputs,
-    searches: Sequence[Search],
-    top_k: int,
-    penalty: float | None,
-    options: Mapping[str, Any],
-) -> Iterator[tuple[Search, _Ranked, _Ranked | None]]:
-    """For each search the best candidates and their scores of each qid, best first; and the corrected ones, if asked.
-
-    Searches of one pool go together, so that its embeddings are read once for all tasks.
-    """
+def _by_pool(searches: Iterable[Search]) -> list[list[Search]]:
+    """Searches of one pool go together, so that its embeddings are read once for all tasks."""
     groups: dict[int, list[Search]] = {}
     for search in searches:
         groups.setdefault(id(search.pool), []).append(search)
-    for group in groups.values():
-        queries, keys = cache.rows(inputs.query_keys(group)), inputs.pool_keys(group[0].pool)
-        plain = _ranked(group, _search_pool(queries, cache, keys, top_k, options))
-        corrected: Iterable[_Ranked | None] = [None] * len(group)
-        if penalty is not None:
-            # Each task by the popularity among its own queries, as if it were evaluated alone.
-            tasks = queries.split([len(search.queries) for search in group])
-            queries = torch.cat([less_popular(rows, penalty) for rows in tasks])
-            corrected = _ranked(group, _search_pool(queries, cache, keys, top_k, options))
-        yield from zip(group, plain, corrected, strict=True)
+    return list(groups.values())
 
 
-def _ranked(group: Sequence[Search], found: SearchResult) -> Iterator[_Ranked]:
-    dids = list(group[0].pool)
-    rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
-    for search in group:
-        ranked = {}
-        for query, (indices, scores) in zip(search.queries, rows, strict=False):  # the next search goes on
-            ranked[query.qid] = [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
-        yield ranked
+def _embed(
+    embedder: Embedder, content: ContentKeys, pairs: Iterable[tuple[Query | Candidate, str]], shard_size: int
+) -> Tensor:
+    """Embed the records, with a prompt each, that the store lacks; the keys `(num_records,)` of all in their order.
+
+    A window of records after the other: the processes share out each, and what is in memory is one of them.
+    """
+    keys = [torch.empty(0, dtype=torch.int64)]
+    remaining = iter(pairs)
+    while window := list(islice(remaining, shard_size * _SHARDS_AT_ONCE * connect()[1])):
+        items = content.items(*zip(*window, strict=True))
+        embedder.embed(plan_shards(items, shard_size))
+        keys.append(torch.tensor([item.key for item in items]))
+    return torch.cat(keys)
 
 
-def _search_pool(
-    queries: Tensor, cache: EmbeddingStore, keys: Tensor, top_k: int, options: Mapping[str, Any]
+def _search_shares(
+    queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any, backend: Any
 ) -> SearchResult:
     """Search a pool, each process its slice of it."""
     rank, count = connect()
     start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
     found: SearchResult | None = None
     if stop > start:
-        scores, indices = exact_search(queries, StoredCandidates(cache, keys[start:stop]), top_k, **options)
-        found = SearchResult(scores.cpu(), indices.cpu() + start)
+        candidates = StoredCandidates(store, keys[start:stop])
+        scores, indices = exact_search(queries, candidates, top_k, device=device, backend=backend)
+        found = SearchResult(scores, indices + start)
     return merge_results([part for part in gather(found) if part is not None], top_k)
 
 
-def _add(
-    results: MBEIRResults,
-    search: Search,
-    ranked: _Ranked,
-    corrected: _Ranked | None,
-    ks: Sequence[int],
-    output: Path | None,
-) -> None:
-    """Add one search to the results, and write its files."""
-    rankings = _dids(ranked)
-    row = task_result(search, rankings, ks)
-    if corrected is not None:
-        other = task_result(search, _dids(corrected), ks)
-        row = replace(row, corrected={"score": other.score, **other.metrics})
-    results.rankings[search.pool_name][search.task.name] = rankings
-    results.rows.append(row)
-    logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
-    if output is not None:
-        write_run(output / "runs" / row.pool / f"{search.task.name}.trec", ranked)
-        for folder, task_id in (("qrels", None), ("qrels_uniir", row.task_id)):
-            write_qrels(output / folder / row.pool / f"{search.task.name}.txt", search.relevance, task_id)
+def _named(group: Sequence[Search], found: SearchResult) -> list[Ranking]:
+    """The rankings of each search, with dids in place of rows; the dids of a pool are read, but not all kept."""
+    wanted = set(found.indices.flatten().tolist())
+    dids = {row: did for row, did in enumerate(group[0].pool) if row in wanted}
+    rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
+    return [
+        {
+            query.qid: [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
+            for query, (indices, scores) in zip(search.queries, rows, strict=False)  # the next search goes on
+        }
+        for search in group
+    ]
 
 
-def _dids(ranked: _Ranked) -> dict[str, list[str]]:
-    return {qid: [did for did, _ in ranking] for qid, ranking in ranked.items()}
+def _made_from(
+    model: Encoder,
+    model_name: str | None,
+    encode_kwargs: Mapping[str, Any] | None,
+    data: MBEIR,
+    data_name: str | None,
+    instruction_seed: int | None,
+) -> dict[str, Any]:
+    """What the results say of the model and of the data."""
+    encoding = settings_of_encode(encode_kwargs)
+    content_hash = getattr(data, "content_hash", None)
+    return {
+        "puma_hf": __version__,
+        **{library: version(library) for library in _LIBRARIES},
+        "model": model_name or name_of(model),
+        "model_fingerprint": model_fingerprint(model),
+        "truncate_dim": encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
+        **({"encode_kwargs": encoding} if encoding else {}),
+        "data": data_name or data.root.resolve().name,
+        **({"content_hash": content_hash} if content_hash else {}),
+        "instructions": instructions_of(instruction_seed),
+    }
 
 
-def _tell_what_is_replaced(path: Path, settings: Mapping[str, Any], searches: Sequence[Search]) -> None:
-    """Warn, hours before it happens, if results of another evaluation are in the way."""
+def _dids(ranking: Ranking) -> dict[str, list[str]]:
+    return {qid: [did for did, _ in pairs] for qid, pairs in ranking.items()}
+
+
+def _write_for_trec_eval(output: Path, search: Search, ranking: Ranking) -> None:
+    write_run(output / "runs" / search.pool_name / f"{search.task.name}.trec", ranking)
+    for folder, task_id in (("qrels", None), ("qrels_uniir", search.task.task_id)):
+        write_qrels(output / folder / search.pool_name / f"{search.task.name}.txt", search.relevance, task_id)
+
+
+def _warn_of_replacing(path: Path, results: MBEIRResults, searches: Iterable[Search]) -> None:
+    """Tell, hours before it happens, if figures that this evaluation will not have are in the way."""
     try:
         found = MBEIRResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # nothing there, or nothing of ours
+    except (OSError, ValueError, TypeError, KeyError):  # nothing there, or nothing of ours
         return
-    there = {"split": found.split, **found.made_from}
-    reasons = [
-        f"{name} is {there.get(name)!r} there and {settings.get(name)!r} here"
-        for name in _NAMES_AN_EVALUATION
-        if there.get(name) != settings.get(name)
-    ]
+    names = ("data", "content_hash", "instructions")
+    there, here = ([one.split, *map(one.made_from.get, names)] for one in (found, results))
     lost = {(row.pool, row.task) for row in found.rows} - {(search.pool_name, search.task) for search in searches}
-    if lost:
-        reasons.append(f"it has {len(lost)} rows that this one will not have")
-    if reasons:
+    if there != here or lost:
         logger.warning(
-            "%s is of another evaluation (%s) and is replaced when this one is done, as are run files of the same "
-            "tasks; to keep it, choose another output",
-            path,
-            "; ".join(reasons),
+            "%s is of another evaluation (%s, %d rows that this one will not have) and is replaced when this one is "
+            "done, as are run files of the same tasks; to keep it, choose another output",
+            *(path, there, len(lost)),
         )
 
 
-def _open_cache(model: Encoder, folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
-    """The stored embeddings in a folder, which must be of this model and these settings.
-
-    Raises:
-        ValueError: If they are not.
-    """
+def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
+    """The stored embeddings in a folder, which must be of this model and these settings, or a ValueError says so."""
     fingerprint = made_from["model_fingerprint"]
     if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
         raise ValueError(
-            f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model: "
-            f"{type(model).__name__} has no weights to compare. Give it an attribute `fingerprint`, a text that "
-            "changes with the model; or choose another output_dir."
+            f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model, which has no weights "
+            "to compare. Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
         )
-    prompts = json.dumps(getattr(model, "prompts", None), sort_keys=True, default=str)
     options = made_from.get("encode_kwargs", {})
     settings = {
+        "model": fingerprint,
         "truncate_dim": made_from["truncate_dim"],
         # To read special tokens as text changes no embedding that could be made without.
         "encode_kwargs": {} if options == {"processing_kwargs": processing_of("split")} else options,
-        "max_seq_length": getattr(model, "max_seq_length", None),
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "default_prompt_name": getattr(model, "default_prompt_name", None),
-        "model": fingerprint,
     }
     with main_process_first():
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
 
-def _default_device(backend: str) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+# --- the command
 
 
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in (known := list(choices)):
-        raise ValueError(f"{name} is {value!r}, must be one of {known}")
+def evaluate(config: EvaluateConfig) -> MBEIRResults:
+    """Measure a model on M-BEIR, on data in its layout, or on a small subset of either.
+
+    Started by `accelerate launch` or `torchrun`, the processes share the work, and all return the same results.
+
+    Args:
+        config: What to measure, on what, and how; see `EvaluateConfig`.
+
+    Returns:
+        The table; `print(results.to_markdown())` shows it.
+
+    Raises:
+        FileNotFoundError: If the data, the split or an image is missing.
+        ValueError: If the data are wrong, the output holds embeddings of another model or setting, or `truncate_dim`
+            is more than the model has.
+        DirectoryInUseError: If another run writes into the output.
+
+    Example:
+        >>> from puma_hf.evaluation import EvaluateConfig, evaluate
+        >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
+        >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
+    """
+    for note in config.notes():
+        logger.warning(note)
+    processing = processing_of(config.special_tokens)
+    with locked_for_all(config.output), ExitStack() as stack:
+        data = _open_data(config, stack)
+        return evaluate_mbeir(
+            _open_model(config),
+            data,
+            split=config.split,
+            tasks=config.tasks or None,
+            pool=config.pool,
+            batch_size=config.batch_size,
+            instruction_seed=config.instruction_seed,
+            popularity_penalty=config.popularity_penalty,
+            output_dir=config.output,
+            embedding_dtype=config.embedding_dtype,
+            search_backend=config.search_backend,
+            encode_kwargs={"processing_kwargs": processing} if processing else None,
+            model_name=short_name(config.model),
+            data_name=short_name(config.data) + (" (nano)" if config.benchmark == "nano" else ""),
+        )
 
 
-def _of_model(model: Encoder, name: str | None, encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the results say of the model."""
-    settings = settings_of_encode(encode_kwargs)
-    return {
-        "puma_hf": __version__,
-        **{library: version(library) for library in _LIBRARIES},
-        "model": name or name_of(model),
-        "model_fingerprint": model_fingerprint(model),
-        "truncate_dim": settings.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
-        **({"encode_kwargs": settings} if settings else {}),
-    }
+def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
+    tasks = config.tasks or None
+    with main_process_first():  # it imports, the others read what it made
+        data = open_mbeir(config.data, split=config.split, tasks=tasks, revision=config.data_revision)
+    if config.benchmark != "nano":
+        return data
+    folder = config.nano_folder or (Path(config.output, "nano") if config.output is not None else None)
+    if folder is None:
+        folder = stack.enter_context(shared_folder(None)) / "nano"
+    with main_process_first():
+        return build_nano(
+            data,
+            folder,
+            split=config.split,
+            tasks=tasks,
+            num_queries=config.nano_queries,
+            num_candidates=config.nano_candidates,
+            seed=config.nano_seed,
+        )
 
 
-def _of_data(data: MBEIR, name: str | None, instruction_seed: int | None) -> dict[str, Any]:
-    """What the results say of the data."""
-    content_hash = getattr(data, "content_hash", None)
-    return {
-        "data": name or data.root.resolve().name,
-        **({"content_hash": content_hash} if content_hash else {}),
-        "instructions": "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}",
-    }
+def _open_model(config: EvaluateConfig) -> SentenceTransformer:
+    kind = read_config(Path(config.model)).get("model_type")
+    is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
+    if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
+        raise ValueError(
+            f"{config.model!r} is an original {kind} checkpoint, must be an embedder. Make one of it first: puma-hf "
+            f"prune {config.model} OUTPUT --num-kept-layers K (all of its layers for the whole model)."
+        )
+    model = open_sentence_transformer(
+        config.model,
+        device=own_device(),
+        revision=config.revision,
+        truncate_dim=config.truncate_dim,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_truncate_dim(model, config.model, config.truncate_dim)
+    return model

@@ -42,37 +42,23 @@ def retrieval_metrics(
         >>> retrieval_metrics([["b", "a"]], [{"a": 1}], ks=[1, 2])["hit@2"]
         1.0
     """
-    if len(rankings) != len(relevance) or not rankings:
-        raise ValueError(
-            f"{len(rankings)} rankings and {len(relevance)} relevance judgements; give one of each for at "
-            "least one query"
-        )
-    if min(*ks, ndcg_k, mrr_k) < 1:
-        raise ValueError(f"ks is {list(ks)}, ndcg_k is {ndcg_k}, mrr_k is {mrr_k}; every k must be 1 or more")
+    _check(rankings, relevance, (*ks, ndcg_k, mrr_k))
     totals: dict[str, float] = {}
-    for row, (ranking, judged) in enumerate(zip(rankings, relevance, strict=True)):
-        gains = {candidate: gain for candidate, gain in judged.items() if gain > 0}
-        if not gains:
-            raise ValueError(
-                f"query {row} has no relevant candidate; leave such queries out and say how many there are"
-            )
-        for name, value in _query_metrics(ranking, gains, ks, ndcg_k, mrr_k).items():
+    for ranking, judged in zip(rankings, relevance, strict=True):
+        # Not sentence-transformers' InformationRetrievalEvaluator: it has the same hits, recall and MRR (a test holds
+        # them equal), but takes every judgement for 1, and trec_eval's nDCG is graded.
+        gains = [judged.get(candidate, 0) for candidate in ranking]
+        ideal = sorted(judged.values(), reverse=True)
+        first = next((rank for rank, gain in enumerate(gains[:mrr_k], start=1) if gain > 0), math.inf)
+        num_relevant = sum(gain > 0 for gain in ideal)
+        found = {k: sum(gain > 0 for gain in gains[:k]) for k in ks}
+        values = {f"hit@{k}": float(count > 0) for k, count in found.items()}
+        values |= {f"recall@{k}": count / num_relevant for k, count in found.items()}
+        values[f"ndcg@{ndcg_k}"] = _discounted(gains[:ndcg_k]) / _discounted(ideal[:ndcg_k])
+        values[f"mrr@{mrr_k}"] = 1 / first
+        for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
     return {name: total / len(rankings) for name, total in totals.items()}
-
-
-def _query_metrics(
-    ranking: Sequence[IdT], gains: Mapping[IdT, int], ks: Sequence[int], ndcg_k: int, mrr_k: int
-) -> dict[str, float]:
-    ranked = [gains.get(candidate, 0) for candidate in ranking]
-    found = {k: sum(gain > 0 for gain in ranked[:k]) for k in ks}
-    metrics = {f"hit@{k}": float(count > 0) for k, count in found.items()}
-    metrics |= {f"recall@{k}": count / len(gains) for k, count in found.items()}
-    ideal = sorted(gains.values(), reverse=True)
-    metrics[f"ndcg@{ndcg_k}"] = _discounted(ranked[:ndcg_k]) / _discounted(ideal[:ndcg_k])
-    first = next((rank for rank, gain in enumerate(ranked[:mrr_k], start=1) if gain > 0), None)
-    metrics[f"mrr@{mrr_k}"] = 0.0 if first is None else 1 / first
-    return metrics
 
 
 def _discounted(gains: Sequence[int]) -> float:
@@ -99,28 +85,16 @@ def wrong_modality_at_k(
         A number between 0 and 1.
 
     Raises:
-        ValueError: If the lengths differ, there is no query, a ranking is empty, a query has nothing relevant, or k is
-            below 1.
+        ValueError: If the lengths differ, there is no query, a query has nothing relevant, or k is below 1.
 
     Example:
         >>> wrong_modality_at_k([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"}, k=2)
         0.5
     """
-    if len(rankings) != len(relevance) or not rankings:
-        raise ValueError(
-            f"{len(rankings)} rankings and {len(relevance)} relevance judgements; give one of each for at "
-            "least one query"
-        )
-    if k < 1:
-        raise ValueError(f"k is {k}, must be 1 or more")
+    _check(rankings, relevance, (k,))
     total = 0.0
-    for row, (ranking, judged) in enumerate(zip(rankings, relevance, strict=True)):
+    for ranking, judged in zip(rankings, relevance, strict=True):
         wanted = {modalities[candidate] for candidate, gain in judged.items() if gain > 0}
-        if not wanted or not ranking:
-            raise ValueError(
-                f"query {row} has {len(wanted)} relevant and {len(ranking)} ranked candidates; leave such queries out "
-                "and say how many there are"
-            )
         wrong = [modalities[candidate] not in wanted for candidate in ranking[:k]]
         total += sum(wrong) / len(wrong)
     return total / len(rankings)
@@ -138,3 +112,16 @@ def wrong_modality_at_1(
         1.0
     """
     return wrong_modality_at_k(rankings, relevance, modalities, k=1)
+
+
+def _check(rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], ks: Sequence[int]) -> None:
+    if len(rankings) != len(relevance) or not rankings or min(ks) < 1:
+        raise ValueError(
+            f"{len(rankings)} rankings, {len(relevance)} relevance judgements, and k is {sorted(set(ks))}; give one of "
+            "each for at least one query, and every k of 1 or more"
+        )
+    for row, judged in enumerate(relevance):
+        if not any(gain > 0 for gain in judged.values()):
+            raise ValueError(
+                f"query {row} has no relevant candidate; leave such queries out and say how many there are"
+            )

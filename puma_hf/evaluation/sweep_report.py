@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from puma_hf.configs import parse_parameters
@@ -287,19 +286,15 @@ def _unit(number: float) -> tuple[str, float]:
     return next(((unit, size) for unit, size in _UNITS if number >= size), _UNITS[-1])
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %".replace(".0 %", " %")
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %".replace(".0 %", " %")
 
 
 # --- The picture ----------------------------------------------------------------------------------------------------
 
 
 def load_matplotlib() -> Any:
-    """matplotlib's `Figure`.
-
-    Raises:
-        ImportError: If matplotlib is not installed; the message says how to get it.
-    """
+    """matplotlib's `Figure`, or an ImportError that says how to get it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -314,26 +309,23 @@ def _drawn(report: SweepReport, file_format: str) -> bytes:
     # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
     figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    for axes in (left, right):
+    for axes, draw in ((left, _draw_quality), (right, _draw_closeness)):
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_MUTED)
         axes.grid(color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(colors=_MUTED, labelsize=_SMALL)
-    _draw_quality(left, report)
-    _draw_closeness(right, report)
+        draw(axes, report)
     best, full = report.recommendation, report.full
     row = next(row for model in report.models if model.name == best.model for row in model.rows if row.k == best.k)
-    recommended = (
-        f"Recommended: k = {best.k} of {best.model}"
-        + ("" if best.kept is None else f" keeps {_percent(best.kept, 0)} of the {report.metric},")
-        + f" with {_percent(row.parameters / full.parameters, 0)} of the parameters, "
-        f"{_percent(row.flops_image / full.flops_image, 0)} (image) and "
-        f"{_percent(row.flops_text / full.flops_text, 0)} (text) of the FLOPs"
+    kept = "" if best.kept is None else f" keeps {best.kept:.0%} of the {report.metric},"
+    title = (
+        f"Layer sweep on {report.data} ({report.split} split, {report.num_queries:,} queries, "
+        f"{report.num_candidates:,} candidates)\nRecommended: k = {best.k} of {best.model}{kept} with "
+        f"{row.parameters / full.parameters:.0%} of the parameters, {row.flops_image / full.flops_image:.0%} (image) "
+        f"and {row.flops_text / full.flops_text:.0%} (text) of the FLOPs"
     )
-    size = f"{report.num_queries:,} queries, {report.num_candidates:,} candidates"
-    title = f"Layer sweep on {report.data} ({report.split} split, {size})\n{fill(recommended, 130)}"
-    figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5, wrap=True)
     file = BytesIO()
     # The file names no version and no date: the same figures make the same picture.
     figure.savefig(file, format=file_format, dpi=150, metadata={"Software": None} if file_format == "png" else None)
@@ -348,24 +340,25 @@ def _draw_quality(axes: Any, report: SweepReport) -> None:
         points = {row.k: (row.flops_image / size, 100 * report.quality(row)) for row in model.rows}
         highest = max(highest, *(y for _, y in points.values()))
         label = f"{model.name} (knee at k = {knee_at})" if knee_at else model.name
-        axes.plot(*zip(*points.values(), strict=True), "o-", color=colour, markersize=4.5, linewidth=1.8, label=label,
-                  zorder=3)  # fmt: skip
+        line = {"color": colour, "markersize": 4.5, "linewidth": 1.8, "label": label}
+        axes.plot(*zip(*points.values(), strict=True), "o-", zorder=3, **line)
         rings = [(knee_at, "D", 11, colour)] if knee_at else []
         rings += [(best.k, "o", 17, _INK)] if best.model == model.name else []
         for k, marker, width, edge in rings:
-            axes.plot(*points[k], marker, markersize=width, markerfacecolor="none", markeredgecolor=edge,
-                      markeredgewidth=1.7)  # fmt: skip
+            ring = {"markersize": width, "markeredgecolor": edge, "markerfacecolor": "none", "markeredgewidth": 1.7}
+            axes.plot(*points[k], marker, **ring)
         _number_points(axes, points, colour, {ring[0] for ring in rings}, first=number == 0)
     axes.margins(x=0.07)
     axes.set_ylim(0, 1.1 * highest)
-    _draw_costs(axes, report, size)
+    muted = {"color": _MUTED, "fontsize": _SMALL, "textcoords": "offset points"}
     for height, style, text, side in (
         (full, "--", f"full model, {full:.1f}", "bottom"),
         (report.keep * full, ":", f"{100 * report.keep:.3g} % of it", "top"),
     ):
         axes.axhline(height, color=_MUTED, linewidth=1, linestyle=style, zorder=1)
-        axes.annotate(text, (0.008, height), xycoords=("axes fraction", "data"), color=_MUTED, va=side, fontsize=_SMALL,
-                      xytext=(0, 3 if side == "bottom" else -3), textcoords="offset points")  # fmt: skip
+        place = {"xytext": (0, 3 if side == "bottom" else -3), "xycoords": ("axes fraction", "data")}
+        axes.annotate(text, (0.008, height), va=side, **place, **muted)
+    _shade_budget(axes, report, size)
     axes.set_xlabel(f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)", color=_INK)
     axes.set_ylabel(f"{report.metric}, {report.pool} pools, %", color=_INK)
     axes.plot([], [], "D", color="none", markeredgecolor=_MUTED, markersize=8, label="knee")
@@ -377,55 +370,37 @@ def _number_points(
     axes: Any, points: dict[int, tuple[float, float]], colour: str, marked: set[int], *, first: bool
 ) -> None:
     """Write k beside the points: all of a few, some of many, always those that are marked."""
-    every = -(-len(points) // _FEW)
-    highest = max(y for _, y in points.values())
+    every, highest = -(-len(points) // _FEW), max(y for _, y in points.values())
     for k, point in points.items():
         if every > 1 and k not in marked and (k % every or {k - 1, k + 1} & marked):
             continue
         away = 13 if k in marked else 6
         # The first line has its numbers on the right, and below where there is room; the others above on the left.
         below = first and point[1] > 0.08 * highest
-        axes.annotate(f"k = {k}" if first and k == every == 1 else f"{k}", point, textcoords="offset points",
-                      xytext=(away - 2 if first else 2 - away, -away - 5 if below else away - 3), color=colour,
-                      ha="left" if first else "right", fontsize=_SMALL)  # fmt: skip
+        place = (away - 2 if first else 2 - away, -away - 5 if below else away - 3)
+        side = {"ha": "left" if first else "right", "color": colour, "fontsize": _SMALL}
+        text = f"k = {k}" if first and k == every == 1 else f"{k}"
+        axes.annotate(text, point, xytext=place, textcoords="offset points", **side)
 
 
-def _draw_costs(axes: Any, report: SweepReport, size: float) -> None:
-    """Grey what is over the budget, and put the FLOPs of a text on top, if k layers cost the same in every model."""
-    costs = {row.k: (row.flops_image, row.flops_text) for row in report.models[0].rows}
-    for model in report.models[1:]:
-        if any(costs.get(row.k) not in (None, (row.flops_image, row.flops_text)) for row in model.rows):
-            return
+def _shade_budget(axes: Any, report: SweepReport, size: float) -> None:
+    """Grey what is over the budget: all beyond the middle between the last depth that fits and the next."""
     rows, budget = report.models[0].rows, report.max_params or math.inf
     fitting = sum(row.parameters <= budget for row in rows)
-    if 0 < fitting < len(rows):  # the edge lies between the last depth that fits and the next
+    if 0 < fitting < len(rows):
         edge, right = (rows[fitting - 1].flops_image + rows[fitting].flops_image) / 2 / size, axes.get_xlim()[1]
         label = f"over the budget of {budget:,} parameters"
         axes.axvspan(edge, right, color=_GRID, alpha=0.5, linewidth=0, zorder=0, label=label)
         axes.set_xlim(right=right)
-    if len(rows) < 2:
-        return
-    # Both costs grow by the same amount a layer, so one scale is the other, moved and stretched.
-    (image, text), (last_image, last_text) = costs[1], costs[len(rows)]
-    slope, (unit, text_size) = (last_text - text) / (last_image - image), _unit(last_text)
-    top = axes.secondary_xaxis("top", functions=(
-        lambda x: (text + slope * (x * size - image)) / text_size,
-        lambda x: (image + (x * text_size - text) / slope) / size,
-    ))  # fmt: skip
-    top.set_xlabel(f"{unit}FLOPs of one text ({report.text_tokens} tokens)", color=_INK)
-    top.tick_params(colors=_MUTED, labelsize=_SMALL)
-    top.spines["top"].set_visible(False)
 
 
 def _draw_closeness(axes: Any, report: SweepReport) -> None:
-    for number, model in enumerate(report.models):
-        for name, style, marker in (("cka", "-", "o"), ("cosine", "--", "s")):
-            points = [(row.k, value) for row in model.rows if (value := getattr(row, name)) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=_COLOURS[number % len(_COLOURS)], linestyle=style,
-                          marker=marker, markersize=4, linewidth=1.6)  # fmt: skip
-    axes.plot([], [], color=_MUTED, marker="o", markersize=4, label="linear CKA")
-    axes.plot([], [], color=_MUTED, marker="s", markersize=4, linestyle="--", label="mean cosine")
+    for column, style, name in (("cka", "o-", "linear CKA"), ("cosine", "s--", "mean cosine")):
+        for number, model in enumerate(report.models):
+            points = [(row.k, value) for row in model.rows if (value := getattr(row, column)) is not None]
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(*zip(*points or [([], [])], strict=True), style, color=colour, markersize=4, linewidth=1.6)
+        axes.plot([], [], style, color=_MUTED, markersize=4, label=name)
     axes.set_xlim(left=0.5)
     axes.set_ylim(top=1.03)
     axes.set_xlabel("k, decoder layers kept", color=_INK)

@@ -1,22 +1,53 @@
-"""The card of a directory that is to be published: every number in it is read from a file."""
+"""The card of a directory that is to be published: every number in it is read from a file or counted on the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import glob
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, is_hub_id, named_base, write_whole
-from puma_hf.hub.card_facts import read_facts
-from puma_hf.hub.card_results import CardResults, MeasuredModel, SourceFile, read_mapping, read_results
-from puma_hf.hub.card_sections import UNTRAINED, cost_values, not_measured, training_section, usage_values
-from puma_hf.hub.card_table import card_table, made_from
-from puma_hf.hub.template import TAGS, fill_template
+from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
+from puma_hf.evaluation.sweep_report import si
+from puma_hf.files import (
+    DISTILL_RECIPE,
+    TRAIN_RECIPE,
+    is_adapter_directory,
+    is_hub_id,
+    named_base,
+    read_config,
+    write_whole,
+)
+from puma_hf.fingerprint import model_fingerprint, short_name
+from puma_hf.model_card import TAGS, fill_template
+from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.pruning import told_limits
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+_RECIPES = (DISTILL_RECIPE, TRAIN_RECIPE)
+_UNTRAINED = "No training after the cut is on record."
+# What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
+_STAGES = re.compile(
+    r"^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without labels)",
+    re.MULTILINE,
+)
+_EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
+_COUNTED = (
+    "Operations are multiplications and additions, each counted as one, without the language-model head's. Counted on "
+    "these weights; a dropped layer costs as much as a kept one."
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +73,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class Card:
-    """A card and where its figures come from.
-
-    Args:
-        text: The card.
-        files: The result files that it cites, by the name it calls them.
-    """
+    """The text of a card, and the result files that it cites by the names it calls them."""
 
     text: str
     files: dict[str, Path]
@@ -60,16 +86,16 @@ def write_card(
 
     Args:
         directory: A PUMA directory, or that of a LoRA adapter.
-        results: results.json of `puma-hf evaluate`, sweep.json of `puma-hf sweep`, train.yaml and distill.yaml of
-            training; in the directory or beside it. By default those that are found there and are this model's.
+        results: results.json of `puma-hf evaluate`, train.yaml and distill.yaml of training. By default those in the
+            directory and beside it that are this model's.
         options: What no file knows.
 
     Returns:
         The card.
 
     Raises:
-        FileNotFoundError: If the directory or a result file is missing.
-        ValueError: If a result file is of another model, or lies elsewhere.
+        FileNotFoundError: If the directory is none of ours.
+        ValueError: If a result file cannot be read, or is of another model.
 
     Example:
 
@@ -79,16 +105,9 @@ def write_card(
     >>> print(write_card("puma-k4-mac", results=["puma-k4-mac-test/results.json"]))  # doctest: +SKIP
     ```
     """
-    content = render_card(directory, results=results, options=options)
+    content = make_card(directory, results=results, options=options).text
     write_whole(Path(directory) / "README.md", content.encode())
     return content
-
-
-def render_card(
-    directory: str | Path, *, results: Iterable[str | Path] | None = None, options: CardOptions | None = None
-) -> str:
-    """The text that `write_card` writes; see there."""
-    return make_card(directory, results=results, options=options).text
 
 
 def make_card(
@@ -96,33 +115,23 @@ def make_card(
     *,
     results: Iterable[str | Path] | None = None,
     options: CardOptions | None = None,
-    travelling: bool = False,
+    code: Mapping[str, str] | None = None,
 ) -> Card:
     """The card that `write_card` writes, and the files that it cites.
 
-    Args:
-        directory: As for `write_card`.
-        results: As for `write_card`.
-        options: As for `write_card`.
-        travelling: Whether result files and losses go into the repository, and are called as they will be there.
+    With `code`, references of what travels with the model by class name, the card is that of a repository: it shows
+    how these are opened, and calls result files as they will be called there.
     """
-    folder = Path(directory)
-    options = options or CardOptions()
+    folder, options = Path(directory), options or CardOptions()
     is_adapter = is_adapter_directory(directory)
-    if is_adapter:
-        read_mapping(folder / ADAPTER_CONFIG)  # or it raises, which names what is damaged
     # A Hub id is a path to nowhere here, so nothing is known of that base.
     base = Path(named_base(folder) or folder) if is_adapter else folder
-    facts = read_facts(base) if (base / "config.json").is_file() else {}
-    model = MeasuredModel(
-        folder,
-        facts.get("num_kept_layers", 0),
-        facts.get("original_num_hidden_layers", 0),
-        facts.get("parameters_after", 0),
-    )
-    found = read_results(model, results)
-    found = found.travelling() if travelling else found
-    named = options.base_model or (_named_base(base) if is_adapter else facts.get("source"))
+    config, model = read_config(base), MeasuredModel(folder)
+    found = read_results(model, results, travelling=code is not None)
+    named = config.get("source_name_or_path")
+    if is_adapter:  # a folder of this machine is nobody else's business
+        named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
+    named = options.base_model or named
     base_model = named if named and is_hub_id(named) else None
     eval_results = list(_eval_results(found)) or None
     card_data = ModelCardData(
@@ -136,61 +145,288 @@ def make_card(
         model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
         eval_results=eval_results,
     )
-    training = training_section(folder, found, is_adapter=is_adapter)
+    training = _training(folder, found, is_adapter)
+    embedding_dim = config.get("text_config", {}).get("hidden_size")
     text = fill_template(
         card_data,
         model_id=options.repo_id,
         title=None if options.repo_id else folder.resolve().name,
         puma_hf_version=__version__,
         is_adapter=is_adapter,
-        travelling=travelling,
-        **usage_values(folder, found, facts.get("embedding_dim")),
-        **(cost_values(model, found) if not is_adapter else {}),
+        code=dict(code or {}),
+        **_usage(folder, found, embedding_dim),
+        **({} if is_adapter else model.facts),
         training=training,
-        results="\n\n".join(_with_source(found, *evaluation) for evaluation in found.evaluations) or None,
-        not_measured=not_measured(found, is_counted=not is_adapter, is_trained=training != UNTRAINED),
+        results="\n\n".join(_table(found, *evaluation) for evaluation in found.evaluations) or None,
+        not_measured=_not_measured(found, is_adapter, is_trained=training != _UNTRAINED),
         licences=_licences(options, base_model),
-        **{**facts, "source": named, "limits": told_limits(folder)},
+        source=named,
+        source_revision=config.get("source_revision"),
+        backbone=config_class_of(config["model_type"]).source_name if config else None,
+        embedding_dim=embedding_dim,
+        limits=told_limits(folder),
+        **{name: config.get(name) for name in ("num_kept_layers", "original_num_hidden_layers", "kept_layers")},
     )
     return Card(text, found.files)
 
 
-def _named_base(base: Path) -> str | None:
-    """The Hub id that an adapter gives for its base; a folder of this machine is nobody else's business."""
-    name = base.as_posix()
-    return name if is_hub_id(name) and not base.exists() else None
+# --- the model itself
+
+
+class MeasuredModel:
+    """The model of a directory, loaded once, and only if a result or its operations ask for it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._fingerprints: dict[int | None, str | None] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, or None if it cannot be loaded, as an adapter whose base is out of reach."""
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            return SentenceTransformer(str(self.directory), trust_remote_code=True, device="cpu")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("%s cannot be loaded (%s), so no results are known to be its own.", self.directory, reason)
+            return None
+
+    def fingerprint(self, truncate_dim: int | None) -> str | None:
+        """Its fingerprint as an evaluation writes it; all weights are hashed once for each number of dimensions."""
+        if self.model is not None and truncate_dim not in self._fingerprints:
+            self.model.truncate_dim = truncate_dim
+            self._fingerprints[truncate_dim] = model_fingerprint(self.model)
+        return self._fingerprints.get(truncate_dim)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
+        from puma_hf.evaluation.layer_sweep import layer_costs
+
+        if self.model is None:
+            return {}
+        counted, config = layer_costs(self.model), self.model[0].model.config
+        dropped: int = config.original_num_hidden_layers - config.num_kept_layers
+
+        def before(by_depth: Sequence[int], more: int = 0) -> int | None:
+            # All decoder layers are of one size; of one layer alone its share is not known.
+            if dropped and len(by_depth) == 1:
+                return None
+            layer = by_depth[-1] - by_depth[-2] if dropped else 0
+            return by_depth[-1] + more + dropped * layer
+
+        # The head, which is not counted in operations, has the shape of the token embedding.
+        text = config.text_config
+        head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
+        kinds = {
+            f"text of {counted.text_tokens} tokens": counted.flops_text,
+            f"image of {counted.image_tokens} visual tokens": counted.flops_image,
+        }
+        shown = [(kind, by_depth[-1], before(by_depth)) for kind, by_depth in kinds.items()]
+        return {
+            "parameters_before": before(counted.parameters, head),
+            "parameters_after": counted.parameters[-1],
+            "bytes_before": before(counted.bytes, head * self.model.dtype.itemsize),
+            "bytes_after": counted.bytes[-1],
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "costs": [
+                (f"operations, {kind}", f"{si(after)}FLOP", all_ and f"{si(all_)}FLOP") for kind, after, all_ in shown
+            ],
+            "costs_note": _COUNTED,
+        }
+
+
+# --- result files
+
+
+@dataclass
+class CardResults:
+    """What was measured on a model, each with the words that cite its file.
+
+    Args:
+        evaluations: Tables of `puma-hf evaluate`.
+        recipes: Settings of the stages it was trained in, the last first.
+        files: The files of the tables by the names that the card calls them. Recipes hold paths of this machine, so
+            they are cited and stay here.
+    """
+
+    evaluations: list[tuple[str, MBEIRResults]] = field(default_factory=list)
+    recipes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, path: Path, model: MeasuredModel, travelling: bool) -> None:
+        """Take a file in; ValueError if it is of another model."""
+        values, name = _read(path), f"{path.resolve().parent.name}/{path.name}"
+        if path.name in _RECIPES:
+            self.recipes.append((_cited(name, path), values))
+            return
+        if path.name != RESULTS:
+            raise ValueError(f"the file must be called {', '.join((RESULTS, *_RECIPES))}")
+        results = MBEIRResults.from_dict(values)
+        fingerprint = results.made_from.get("model_fingerprint")
+        # The dimensions were chosen when the model was loaded, or for a call of `encode`, which no fingerprint covers.
+        dims = dict.fromkeys((results.made_from.get("truncate_dim"), None))
+        if fingerprint is None or all(model.fingerprint(dim) != fingerprint for dim in dims):
+            raise ValueError("it is of another model, by its fingerprint")
+        if travelling:  # as it will be called beside the model, where no folder tells the tables apart
+            name = RESULTS if not self.files else f"results-{len(self.files) + 1}.json"
+        self.files[name] = path
+        self.evaluations.append((_cited(name, path), results))
+
+
+def _cited(name: str, path: Path) -> str:
+    return f"`{name}`, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def read_results(model: MeasuredModel, paths: Iterable[str | Path] | None, *, travelling: bool = False) -> CardResults:
+    """Read result files, or with None those beside the model that are its own.
+
+    ValueError if a file that was named cannot be read, or is of another model; others are passed by.
+    """
+    found = CardResults()
+    for path in find_results(model.directory) if paths is None else map(Path, paths):
+        try:
+            found.add(path, model, travelling)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            if paths is not None:
+                raise ValueError(
+                    f"results {str(path)!r} is no result of {str(model.directory)!r} ({error}). Measure this model "
+                    "again: puma-hf evaluate."
+                ) from error
+            logger.info("not in the card: %s (%s)", path, error)
+    return found
+
+
+def find_results(directory: Path) -> list[Path]:
+    """Result files in a directory, in folders of it, and in folders beside it; and the recipes of its adapters."""
+    folder = directory.resolve()
+    # `glob` passes by what may not be looked into; `Path.is_file` raises there.
+    places = [(folder, RESULTS), (folder, f"*/{RESULTS}"), (folder.parent, RESULTS), (folder.parent, f"*/{RESULTS}")]
+    found = [place / name for place, pattern in places for name in sorted(glob.glob(pattern, root_dir=place))]
+    return [*dict.fromkeys(found), *_recipes(folder)]
+
+
+def _recipes(folder: Path) -> list[Path]:
+    """Recipes of a directory and of those beside it that it came from, the last stage first; a merge copies them."""
+    found: list[Path] = []
+    while here := [folder / name for name in _RECIPES if (folder / name).is_file()]:
+        if here[0] in found:
+            break
+        found.append(here[0])
+        try:  # the path may be of another machine; "." says nothing of where that was
+            folder = folder.with_name(Path(str(_read(here[0]).get("model"))).name or folder.name)
+        except (ValueError, OSError):  # whoever reads the recipes will say so
+            break
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The names and values that a JSON or YAML file holds; ValueError if it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+        return dict(values.items())
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"it does not hold names with values: {error}") from error
+
+
+# --- what the card says of them
 
 
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
     """One entry of the model index a row of the tables, with the file's own value."""
-    for source, results in found.evaluations:
+    for cited, results in found.evaluations:
         data = str(results.made_from.get("data") or "unknown")
-        truncate_dim = results.made_from.get("truncate_dim")
+        dim = results.made_from.get("truncate_dim")
         for row in results.rows:
-            k = row.task.reported_k
-            shape = "" if truncate_dim is None else f", first {truncate_dim} dimensions"
             yield EvalResult(
                 task_type="retrieval",
                 task_name=f"Multimodal retrieval, {row.task.arrow}",
                 dataset_type=data,
-                dataset_name=f"{data}: {row.task.name}, {row.pool} pool{shape}",
-                dataset_config=f"{row.task.name}-{row.pool}{'' if truncate_dim is None else f'-dim{truncate_dim}'}",
+                dataset_name=f"{data}: {row.task.name}, {row.pool} pool"
+                f"{'' if dim is None else f', first {dim} dimensions'}",
+                dataset_config=f"{row.task.name}-{row.pool}{'' if dim is None else f'-dim{dim}'}",
                 dataset_split=results.split,
-                metric_type=f"hit_at_{k}",
-                metric_name=f"hit@{k}, {source.name}",
+                metric_type=f"hit_at_{row.task.reported_k}",
+                metric_name=f"hit@{row.task.reported_k}, {cited.split('`')[1]}",
                 metric_value=row.score,
             )
 
 
-def _with_source(found: CardResults, source: SourceFile, results: MBEIRResults) -> str:
+def _table(found: CardResults, cited: str, results: MBEIRResults) -> str:
+    # A popularity-corrected figure is no part of M-BEIR's protocol, so it never enters a card.
+    made_from = {name: value for name, value in results.made_from.items() if name != "popularity_penalty"}
+    plain = replace(results, rows=[replace(row, corrected={}) for row in results.rows], made_from=made_from)
     seed = next((recipe["seed"] for _, recipe in found.recipes if recipe.get("seed") is not None), None)
-    how = made_from(results)
-    lines = [
-        f"From {source}, written by `puma-hf evaluate` and checked to be of these weights"
-        f"{f' ({how})' if how else ''}. All metrics are in that file."
-    ]
-    lines += [] if seed is None else [f"One model was trained, with seed {seed}."]
-    return f"{card_table(results)}\n\n{' '.join(lines)}"
+    told = f"From {cited}, written by `puma-hf evaluate` and checked to be of these weights, with all metrics."
+    told += "" if seed is None else f" One model was trained, with seed {seed}."
+    return f"{plain.to_markdown().strip()}\n\n{told}"
+
+
+def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
+    """The stages, from their recipes; where those are missing, how many there were; None of an adapter without one."""
+    lines = [_stage(cited, recipe) for cited, recipe in reversed(found.recipes)]
+    card = folder / "README.md"
+    merges = len(_STAGES.findall(card.read_text(encoding="utf-8"))) if card.is_file() else 0
+    for _ in range(merges - len(lines)):
+        lines.insert(0, "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand.")
+    return "\n".join(lines) or (None if is_adapter else _UNTRAINED)
+
+
+def _stage(cited: str, recipe: Mapping[str, Any]) -> str:
+    settings = ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
+    if recipe.get("loss"):
+        what = f"Trained with the loss `{recipe['loss']}`"
+        mac = ["hard_temperature", "schedule", "schedule_end", "grouping"] if recipe["loss"] != "infonce" else []
+        settings = ["temperature", *mac, "num_negatives", *settings, "matryoshka_dims"]
+        if recipe.get("distillation_weight") or recipe.get("distillation_weight_start"):
+            what += f" and distillation of weight {recipe['distillation_weight']}, metric `{recipe.get('metric')}`"
+            settings = ["contrastive_weight", "contrastive_weight_start", "distillation_weight_start", *settings]
+    else:
+        teacher = short_name(str(recipe["teacher"])) if recipe.get("teacher") else "the model with all its layers"
+        what = f"Distilled without labels; teacher: `{teacher}`, metric `{recipe.get('metric')}`"
+    # Of paths the last part: where they lie here is nobody else's business.
+    data = short_name(str(recipe["data"])) if recipe.get("data") else "unknown data"
+    told = ", ".join(f"{name} {recipe[name]}" for name in settings if recipe.get(name) not in (None, []))
+    split = f", split {recipe['split']}" if recipe.get("split") else ""
+    return f"- {what}, on `{data}`{split}: {told}. From {cited}."
+
+
+def _usage(folder: Path, found: CardResults, embedding_dim: int | None) -> dict[str, Any]:
+    """Instructions, versions, and how many dimensions to keep in the example."""
+    settings = read_config(folder, "config_sentence_transformers.json")
+    prompts = {name: prompt for name, prompt in (settings.get("prompts") or {}).items() if prompt}
+    versions = settings.get("__version__") or {}
+    named = {"sentence_transformers": "Sentence Transformers", "transformers": "Transformers"}
+    trained = [dims for _, recipe in found.recipes if (dims := recipe.get("matryoshka_dims"))]
+    example = prompts.get(_EXAMPLE_PROMPT, next(iter(prompts.values()), None))
+    return {
+        "instructions": [f"`{name}`: {' '.join(prompt.split())}" for name, prompt in prompts.items()],
+        # Quoted for JSON it is quoted for Python, too.
+        "example_instruction": None if example is None else json.dumps(example, ensure_ascii=False),
+        "versions": " and ".join(f"{named[name]} {versions[name]}" for name in named if name in versions),
+        "matryoshka": bool(trained),
+        "truncate_dim": min(trained[0]) if trained else (embedding_dim or 0) // 2,
+    }
+
+
+def _not_measured(found: CardResults, is_adapter: bool, *, is_trained: bool) -> list[str]:
+    """What the result files do not hold."""
+    rows = [row for _, results in found.evaluations for row in results.rows]
+    ours: set[str] = set()
+    for _, results in found.evaluations:
+        if results.split == "test" and "content_hash" not in results.made_from:  # a subset is another benchmark
+            ours |= {row.task.name for row in results.rows}
+    absent = [name for name in PUBLISHED if name not in ours]
+    lines = []
+    if absent:
+        none = len(absent) == len(PUBLISHED)
+        lines += ["M-BEIR: none of its 16 rows." if none else f"Of M-BEIR's 16 rows: {', '.join(absent)}."]
+    if rows:
+        lines += [f"The {pool} pools." for pool in ("local", "global") if pool not in {row.pool for row in rows}]
+        lines += ["How much the figures would vary with another seed of the training."] if is_trained else []
+    lines += ["Operations per text and image."] if is_adapter else []
+    return [*lines, "Speed and memory, other data types than that of the weights, video."]
 
 
 def _licences(options: CardOptions, base_model: str | None) -> list[str]:

@@ -1,34 +1,30 @@
-"""Whether a directory loads where puma_hf is not installed, as it will for whoever downloads it."""
+"""Whether a directory loads where puma_hf is not installed, as it will for whoever downloads it.
+
+`check_loads` runs this very file as a script, `python -P load_check.py JOB.json`, in a process of its own: nothing of
+puma_hf may be imported here, and what is heavy only in `_load_both`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-_SCRIPT = Path(__file__).with_name("fresh_load.py")
-# One loader packs inputs, the other pads them. Largest difference of an entry of their embeddings ...
+_SCRIPT = Path(__file__)
+# One loader packs inputs and the other pads them, which changes an entry of an embedding by less than this in float32.
 _TOLERANCE = 1e-4
-# ... and in 16 bits, where an entry is little larger than its rounding, of 1 - cosine.
+# In 16 bits an entry is little larger than its rounding, so directions are compared: this bounds 1 - cosine.
 _COSINE_TOLERANCE = 1e-2
-_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|NotFound)\b")
-_MAX_REASON = 600
 
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """What both loaders made of a directory.
-
-    Args:
-        embedding_dim: Dimensions of an embedding.
-        dtype: Data type that the weights were loaded in.
-        difference: Largest difference of an entry between AutoModel's and SentenceTransformer's embeddings.
-    """
+    """What both loaders made of a directory: dimensions and data type, and by how much an entry differs at most."""
 
     embedding_dim: int
     dtype: str
@@ -46,16 +42,13 @@ def check_loads(
 ) -> LoadCheck:
     """Load a directory by AutoModel and SentenceTransformer in a fresh process, and compare what they embed.
 
-    The process cannot import puma_hf, runs only the code that lies in the directory, and keeps that in a new cache.
+    The process cannot import puma_hf, runs only the code that lies in the directory, and caches it in a new place.
 
     Args:
         directory: The directory, or a Hub id.
         offline: Whether the process must not ask the Hub.
         token: Hub token for it, if it may ask; by default that of `hf auth login` or of HF_TOKEN.
         shown_as: What errors call the directory, if it is a copy.
-
-    Returns:
-        What was found.
 
     Raises:
         ValueError: If it does not load, or the two differ; the message has the reason.
@@ -66,28 +59,24 @@ def check_loads(
         name = str(Path(directory).resolve()) if Path(directory).is_dir() else str(directory)
         job = {"directory": name, "output": str(work / "found.json")}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        # A new cache of modules: an older copy of the directory's code would hide what is missing in it now.
         environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if offline:
             environment["HF_HUB_OFFLINE"] = "1"
             environment.pop("HF_TOKEN", None)  # the code in the directory has no use for it
         elif token is not None:
             environment["HF_TOKEN"] = token
-        process = subprocess.run(
-            [sys.executable, "-P", str(_SCRIPT), str(work / "job.json")],
-            cwd=work,  # nothing lies there that an import could find
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
+        # -P and an empty current directory: nothing lies there that an import could find instead.
+        command = [sys.executable, "-P", str(_SCRIPT), str(work / "job.json")]
+        process = subprocess.run(command, cwd=work, env=environment, capture_output=True, check=False)
+        found: dict[str, Any] = {"error": f"the process ended with {process.returncode}"}
+        if process.returncode == 0:
+            found = json.loads((work / "found.json").read_text(encoding="utf-8"))
+    if "error" in found:
+        raise ValueError(
+            f"{shown!r} does not load where puma_hf is not installed ({found['error'].replace(name, shown)}). Write "
+            "the directory again with puma-hf prune or merge."
         )
-        if process.returncode != 0:
-            reason = _reason(process.stderr) or f"the process ended with {process.returncode}"
-            raise ValueError(
-                f"{shown!r} does not load where puma_hf is not installed ({reason.replace(name, shown)}). Write the "
-                "directory again with puma-hf prune or merge."
-            )
-        found = json.loads((work / "found.json").read_text(encoding="utf-8"))
     if found["unread"]:
         raise ValueError(
             f"{shown!r} holds {len(found['unread'])} tensors that no loader reads (first: {found['unread'][0]}). They "
@@ -98,15 +87,53 @@ def check_loads(
     if not found["same_shape"] or not found["finite"] or not found[measure] <= tolerance:
         raise ValueError(
             f"AutoModel and SentenceTransformer read {shown!r} differently: largest {measure} {found[measure]}, "
-            f"allowed {tolerance:g}, all finite: {found['finite']}. A file of the two may be of another model: write "
-            "the directory again."
+            f"allowed {tolerance:g}, all finite: {found['finite']}. Write the directory again."
         )
     return LoadCheck(found["shape"][1], found["dtype"], found["difference"])
 
 
-def _reason(stderr: str) -> str:
-    """The error that ended a process, of all that it wrote: Python's own last words, however many lines they have."""
-    lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
-    starts = [number for number, line in enumerate(lines) if _ERROR.match(line)]
-    words = " ".join(line.strip() for line in (lines[starts[-1] :] if starts else lines[-1:]))
-    return words[:_MAX_REASON]
+def _load_both(directory: str) -> dict[str, Any]:
+    """Embed a text, an image and both by either loader."""
+    import torch
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+
+    image = Image.new("RGB", (64, 48), (200, 30, 30))
+    image.paste((20, 60, 200), (8, 8, 40, 40))
+    both = {"image": image, "text": "on a table", "instruction": "Find it."}
+    inputs: list[Any] = ["a red apple", {"image": image}, both]
+    model: Any = SentenceTransformer(directory, trust_remote_code=True, device="cpu")
+    encoded = model.encode(inputs, convert_to_tensor=True, show_progress_bar=False).float()
+    model.to("meta")  # it holds itself in a cycle; its weights go before they are loaded again
+    processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    loaded: Any = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+    backbone, info = loaded[0].eval(), loaded[1]
+    with torch.inference_mode():
+        embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
+    same_shape = embeddings.shape == encoded.shape
+    cosine = torch.cosine_similarity(embeddings, encoded) if same_shape else torch.zeros(1)
+    return {
+        "shape": list(embeddings.shape),
+        "same_shape": same_shape,
+        "finite": bool(encoded.isfinite().all() and embeddings.isfinite().all()),
+        "difference": float((embeddings - encoded).abs().max()) if same_shape else None,
+        "1 - cosine": float((1 - cosine).max()),
+        "unread": sorted(info["unexpected_keys"]),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
+
+
+def _main() -> None:
+    # An import of puma_hf now fails as it does where the package is not installed.
+    sys.modules["puma_hf"] = None  # type: ignore[assignment]
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        found = _load_both(job["directory"])
+    except Exception as error:  # the parent tells it in its own words
+        found = {"error": f"{type(error).__name__}: {error}"}
+    Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main()

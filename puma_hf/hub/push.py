@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from puma_hf.configs import PushConfig
-from puma_hf.files import ADAPTER_CONFIG
+from puma_hf.files import (
+    ADAPTER_CONFIG,
+    BASE_FILE,
+    is_adapter_directory,
+    is_hub_id,
+    model_files,
+    named_base,
+    read_config,
+)
 from puma_hf.hub.card import CardOptions, make_card
-from puma_hf.hub.card_results import RESULT_NAMES
 from puma_hf.hub.load_check import LoadCheck, check_loads
-from puma_hf.hub.push_base import AdapterBase, check_base_on_hub, read_base
-from puma_hf.hub.push_contents import holds_secret
-from puma_hf.hub.push_errors import told
-from puma_hf.hub.push_files import CARD, PushFiles, files_to_push, is_model_file, loss_files
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"
+# What is removed of an older push unless this one has it: of two forms of the weights a loader might take the older.
+_REPLACED = ("*_puma.py", "model*.safetensors", "model.safetensors.index.json", "results*.json", "sweep*.json")
 # What the Hub itself puts into a repository, or a person by its forms.
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
+# What the card shows of the code that travels, by the name that the lines give it.
+_SHOWN = {
+    "MultimodalMACLoss": "mac_puma.MultimodalMACLoss",
+    "PumaTrainer": "trainer_puma.PumaTrainer",
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +53,17 @@ class PushReport:
         repo_id: The repository.
         files: Name and bytes of each file, the card first.
         left_out: What of the directory stayed here.
-        removed: Older model files of the repository that this commit removes.
         card: The card.
         loaded: How the files loaded in a fresh process.
         url: Address of the commit or of the pull request; None after a dry run.
-        replaces_card: Whether the repository had a card, which is now in its history alone.
     """
 
     repo_id: str
     files: tuple[tuple[str, int], ...]
     left_out: tuple[str, ...]
-    removed: tuple[str, ...]
     card: str
     loaded: LoadCheck
     url: str | None
-    replaces_card: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -61,26 +72,20 @@ class PushReport:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.files)
-        lines = [f"{name:<{width}}  {size:>14,} bytes" for name, size in self.files]
-        lines.append(f"{'in all':<{width}}  {self.num_bytes:>14,} bytes")
+        lines = [f"{name:<{width}}  {size:>14,} bytes" for name, size in (*self.files, ("in all", self.num_bytes))]
         lines += [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
-        lines += [f"removed   {', '.join(self.removed)}"] if self.removed else []
-        lines += [f"replaced  {CARD}; what was written there by hand is in the history"] if self.replaces_card else []
         lines.append(f"checked   {self.loaded}")
         if self.url is None:
-            lines.append(
-                f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:\n\n{self.card}"
-            )
-        else:
-            lines.append(f"uploaded  {self.url}")
-        return "\n".join(lines)
+            dry = f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:"
+            return "\n".join([*lines, f"{dry}\n\n{self.card}"])
+        return "\n".join([*lines, f"uploaded  {self.url}"])
 
 
 def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
     """Upload what loads of a directory to the Hub, after it was loaded where puma_hf is not installed.
 
-    The card is written anew each time, from files alone. `README.md` of the directory stays as it is and is not sent;
-    one that is on the Hub is replaced, whoever wrote it.
+    Files that no loader reads stay here. The card is written anew each time, from files alone: one that is on the Hub
+    is replaced, whoever wrote it.
 
     Args:
         directory: A PUMA directory, or that of a LoRA adapter.
@@ -93,11 +98,10 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         What was uploaded; `print` shows it.
 
     Raises:
-        FileNotFoundError: If the directory is none of ours, or lacks a file.
-        ValueError: If it holds what must not be published, does not load, or changes meanwhile; if the repository
-            holds something else, or the Hub refuses what was sent.
-        PermissionError: If there is no token, or it may not write there.
-        ConnectionError: If the Hub cannot be reached, or the network went in the middle.
+        FileNotFoundError: If the directory is none of ours.
+        ValueError: If it does not load or changes meanwhile, or the repository holds something else.
+        PermissionError: If the token may not write there.
+        ConnectionError: If the Hub refuses what was sent or cannot be reached.
 
     Example:
 
@@ -112,195 +116,191 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
 
 def push_configured(config: PushConfig, *, token: str | None = None) -> PushReport:
     """What `push_to_hub` does, with its settings as one object; see there."""
-    token = _checked_token(token)
-    files = files_to_push(config.directory)
-    base = read_base(files, config.base_model) if files.is_adapter else None
+    token = token and token.strip()
+    folder = Path(config.directory)
+    is_adapter = is_adapter_directory(folder)
+    base = _base_of(folder, config.base_model) if is_adapter else None
     hub = None if config.dry_run else HfApi(token=token)
     there = None
     if hub is not None:  # before the slow part: a token is soon mended
-        with told(config.repo_id, token):
-            _check_rights(hub, config)
-            there = _look_up(hub, config)
+        with _hub_errors(config.repo_id):
+            there = _look_up(hub, config, is_adapter)
             if base is not None:
-                check_base_on_hub(hub, base)
-    _check_content(there.files if there else (), config, files, files.names)
+                _check_base(hub, folder, base)
     with TemporaryDirectory(prefix="puma-hf-push-") as temporary:
-        staged = _stage(files, Path(temporary), base)
-        before = _state_of_weights(staged)
-        offline = base is None or base.local is not None
-        loaded = check_loads(staged, offline=offline, token=token, shown_as=config.directory)
-        card = _write_card(config, files, staged, base)
+        staged, weights = Path(temporary), _stage(folder, Path(temporary), is_adapter)
+        local = base is None or Path(named_base(folder)).is_dir()
+        loaded = check_loads(staged, offline=local, token=token, shown_as=folder)
         if base is not None:
-            (staged / ADAPTER_CONFIG).write_bytes(base.config(base.name))
+            _name_base(folder, staged, base)
+        card = _write_card(config, folder, staged, base)
         names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
         sizes = tuple((name, (staged / name).stat().st_size) for name in names)
-        removed = _check_content(there.files if there else (), config, files, names)
         url = None
         if hub is not None:
-            with told(config.repo_id, token):
-                additions = [CommitOperationAdd(name, str(staged / name)) for name in names]  # this hashes them
-                if _state_of_weights(staged) != before:
-                    raise ValueError(
-                        f"The weights in {str(config.directory)!r} changed while they were checked. Wait until nothing "
-                        "writes there, and push again."
-                    )
-                url = _upload(hub, config, [*additions, *map(CommitOperationDelete, removed)], there)
-            logger.info("Pushed %s to %s", config.directory, url)
-    left_out = tuple(sorted({*files.left_out, *(set(files.names) - set(names))}))
-    replaces_card = there is not None and CARD in there.files
-    return PushReport(config.repo_id, sizes, left_out, tuple(removed), card, loaded, url, replaces_card)
+            if _state(weights) != weights:
+                raise ValueError(f"The weights in {str(folder)!r} changed while they were checked. Push again.")
+            with _hub_errors(config.repo_id):
+                url = _upload(hub, config, staged, there)
+            logger.info("Pushed %s to %s", folder, url)
+    left_out = tuple(sorted({path.name for path in folder.iterdir()} - set(names)))
+    return PushReport(config.repo_id, sizes, left_out, card, loaded, url)
 
 
-def _checked_token(token: str | None) -> str | None:
-    token = None if token is None else token.strip()
-    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
-        # The HTTP client would refuse it in words that show it.
-        raise ValueError("The Hub token is empty, or holds a blank or a control character. Copy it again, in one line.")
-    return token
+# --- what is sent
 
 
-def _write_card(config: PushConfig, files: PushFiles, staged: Path, base: AdapterBase | None) -> str:
-    """Write the card, and the result files that it cites, to what is sent; others are of another model and stay."""
-    options = CardOptions(
-        repo_id=config.repo_id,
-        base_model=config.base_model if base is None else base.name,
-        license=config.license,
-        datasets=config.datasets,
-        base_license=config.base_license,
-        data_license=config.data_license,
-    )
-    card = make_card(config.directory, results=config.results or None, options=options, travelling=True)
-    for name in set(RESULT_NAMES) & set(files.names):
-        (staged / name).unlink()
-        if not any(path.samefile(files.directory / name) for path in card.files.values()):
-            logger.warning("%s stays here: it was not measured on these weights.", name)
+def travelling_files() -> dict[str, str]:
+    """The losses and the trainer, by file name, as they lie flat beside a model's code: their imports are rewritten.
+
+    So fine-tuning goes on from the Hub alone, where puma_hf is not installed:
+    `get_class_from_dynamic_module("trainer_puma.PumaTrainer", "org/puma")`. The stages and the teachers stay here: they
+    read configurations, data and original checkpoints.
+    """
+    package = Path(__file__).parents[1]
+    sources = {path.name: path for part in ("losses", "trainer") for path in sorted((package / part).glob("*_puma.py"))}
+    sources["sampler_puma.py"] = package / "data" / "sampler.py"  # of the data, but what keeps right answers apart
+    ours = re.compile(r"from puma_hf\.(?:modeling|losses|trainer|data)\.(\w+?)(?:_puma)? import")
+    return {name: ours.sub(r"from .\1_puma import", path.read_text(encoding="utf-8")) for name, path in sources.items()}
+
+
+def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int, int]]:
+    """Lay out the files as they will be downloaded; what is loaded there is what is sent.
+
+    Weights are links, as they are large, and their state is returned; all else is a copy that nobody changes.
+    """
+    weights = [folder / name for name in model_files(folder) if name.endswith(".safetensors")]
+    for name in model_files(folder):
+        if folder / name in weights:
+            (staged / name).symlink_to((folder / name).resolve())
+        else:
+            shutil.copyfile(folder / name, staged / name)
+    if (staged / "inputs_puma.py").is_file():  # the model's code, which that of the losses lies beside
+        for name, code in travelling_files().items():
+            (staged / name).write_text(code, encoding="utf-8")
+    if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
+        base = named_base(folder)
+        _name_base(folder, staged, str(Path(base).resolve()) if Path(base).is_dir() else base)
+    return _state(weights)
+
+
+def _state(weights: Any) -> dict[Path, tuple[int, int]]:
+    return {path: (stat.st_size, stat.st_mtime_ns) for path in weights for stat in [path.stat()]}
+
+
+def _write_card(config: PushConfig, folder: Path, staged: Path, base: str | None) -> str:
+    """Write the card, and the result files that it cites, to what is sent."""
+    options = CardOptions(**{entry.name: getattr(config, entry.name) for entry in fields(CardOptions)})
+    options = replace(options, base_model=base or config.base_model)
+    code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
+    card = make_card(folder, results=config.results or None, options=options, code=code)
     for name, path in card.files.items():
         shutil.copyfile(path, staged / name)
     (staged / CARD).write_bytes(card.text.encode())  # the same bytes on every system
-    if leaks := [name for name in (CARD, *card.files) if holds_secret(staged / name)]:
-        raise ValueError(
-            f"{', '.join(leaks)} of {str(config.directory)!r} would hold what looks like an access token or a private "
-            "key, which a result file or a recipe beside it must have. Remove it there, and push again."
-        )
     return card.text
 
 
-def _stage(files: PushFiles, folder: Path, base: AdapterBase | None) -> Path:
-    """The files as they will be downloaded; what is loaded there is what is sent.
-
-    Weights are links, as they are large, and all else is a copy, so that nothing changes between check and upload.
-    """
-    for name in files.names:
-        if name.endswith(".safetensors"):
-            (folder / name).symlink_to((files.directory / name).resolve())
-        else:
-            shutil.copyfile(files.directory / name, folder / name)
-    if "messages_puma.py" in files.names:  # the model's code, which that of the losses lies beside
-        for name, code in loss_files().items():
-            (folder / name).write_text(code, encoding="utf-8")
-    if base is not None:  # a name on this machine may be relative to the current directory
-        (folder / ADAPTER_CONFIG).write_bytes(base.config(base.name if base.local is None else base.local.resolve()))
-    return folder
-
-
-def _state_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    stats = {path.name: path.stat() for path in folder.glob("*.safetensors")}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def _check_rights(hub: HfApi, config: PushConfig) -> None:
-    """Raise if there is no token, it cannot write, or its owner is no member of the organisation."""
-    user = hub.whoami()
-    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise PermissionError(
-            f"The token of {user['name']!r} may only read. Make one that may write to {config.repo_id!r} at "
-            "huggingface.co/settings/tokens."
+def _base_of(adapter: Path, base_model: str | None) -> str:
+    """The Hub id of an adapter's base, which whoever downloads the adapter will need."""
+    base = base_model or named_base(adapter)
+    if not is_hub_id(base) or (base_model is None and Path(base).is_dir()):
+        raise ValueError(
+            f"The adapter {str(adapter)!r} belongs to {base!r}, which nobody else has. Push that first, and name it: "
+            "base_model='org/base' (--base-model)."
         )
+    return base
+
+
+def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
+    """Raise if the base is not on the Hub, or holds other weights than the adapter was trained on.
+
+    Nothing is downloaded: the Hub knows the SHA-256 of its large files.
+    """
+    siblings = hub.model_info(base, files_metadata=True).siblings or []
+    weights = {one.rfilename: one.lfs for one in siblings if fnmatch(one.rfilename, "model*.safetensors")}
+    digest = hashlib.sha256()
+    for name, large in sorted(weights.items()):  # as `puma_hf.trainer.lora_puma.weights_sha256` has it
+        digest.update(name.encode() + bytes.fromhex(large["sha256"] if large else ""))
+    if (expected := read_config(adapter, BASE_FILE).get("sha256")) is None:
+        logger.warning("Whether %s holds the weights that the adapter was trained on is not known.", base)
+    elif digest.hexdigest() != expected:
+        raise ValueError(
+            f"The adapter was not trained on the weights in {base!r} on the Hub. Push those, and name them."
+        )
+
+
+def _name_base(folder: Path, staged: Path, base: str) -> None:
+    settings = {**read_config(folder, ADAPTER_CONFIG), "base_model_name_or_path": base}
+    (staged / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+# --- the Hub
+
+
+def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
+    """The commit that the push follows, if there is one; raise if nothing may, or should, be pushed there."""
+    user = hub.whoami()
     namespace = config.repo_id.partition("/")[0]
-    members = {user["name"], *(entry["name"] for entry in user.get("orgs", []) if entry.get("roleInOrg") != "read")}
+    members = {user["name"], *(entry["name"] for entry in user.get("orgs", []))}
     if namespace not in members and not config.create_pr:
         raise PermissionError(
-            f"{user['name']!r} is no member of {namespace!r} who may write, so not to {config.repo_id!r} either. "
-            f"Choose one of {', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
+            f"{user['name']!r} is no member of {namespace!r}, so it may not write to {config.repo_id!r}. Choose one of "
+            f"{', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
         )
-
-
-@dataclass(frozen=True)
-class _Repository:
-    """What is on the Hub: the files of the branch, its commit, and whether the branch is yet to be made."""
-
-    files: tuple[str, ...]
-    commit: str | None
-    is_new_branch: bool
-
-
-def _look_up(hub: HfApi, config: PushConfig) -> _Repository | None:
-    """The repository; None if there is none."""
     try:
         info: Any = hub.repo_info(config.repo_id)
     except RepositoryNotFoundError:
-        if config.create_pr:
-            raise ValueError(f"{config.repo_id!r} does not exist, so no pull request can be opened there.") from None
         return None
     if config.private is not None and bool(info.private) != config.private:
         there, wanted = ("private", "public") if info.private else ("public", "private")
         raise ValueError(
-            f"{config.repo_id!r} exists and is {there}, asked for was {wanted}. Change it in its settings, or "
-            "choose another name."
+            f"{config.repo_id!r} exists and is {there}, asked for was {wanted}. Change it in its settings."
         )
-    is_new_branch = False
-    if config.revision is not None:
-        try:
-            info = hub.repo_info(config.repo_id, revision=config.revision)
-        except RevisionNotFoundError:  # then it is made from main, whose files it has
-            is_new_branch = True
-    if is_new_branch and config.create_pr:
+    with suppress(RevisionNotFoundError):  # then it is made from main, whose files it has
+        info = hub.repo_info(config.repo_id, revision=config.revision)
+    files = tuple(entry.rfilename for entry in info.siblings or [])
+    is_ours = any(name.endswith("_puma.py") for name in files) and (ADAPTER_CONFIG in files) == is_adapter
+    if not is_ours and (foreign := sorted(set(files) - _NEUTRAL)):
         raise ValueError(
-            f"{config.repo_id!r} has no branch {config.revision!r} to open a pull request against. Leave revision out."
+            f"{config.repo_id!r} exists with other content: {', '.join(foreign[:5])}. A push would mix two models: "
+            "choose another repository, or remove those files there first."
         )
-    return _Repository(tuple(entry.rfilename for entry in info.siblings or []), info.sha, is_new_branch)
+    return str(info.sha)
 
 
-def _check_content(there: tuple[str, ...], config: PushConfig, files: PushFiles, names: Sequence[str]) -> list[str]:
-    """Model files of an earlier push that this one no longer has; raise if the repository holds something else.
-
-    Pictures beside a model of ours are a card's, and stay.
-    """
-    others = sorted(set(there) - _NEUTRAL)
-    foreign = others
-    if any(name.endswith("_puma.py") for name in there):  # an earlier push
-        others = [name for name in others if name not in names and not name.lower().endswith(_PICTURE_SUFFIXES)]
-        is_same_kind = (ADAPTER_CONFIG in there) == files.is_adapter
-        foreign = [name for name in others if not (is_same_kind and is_model_file(name))]
-    if foreign:
-        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-        raise ValueError(
-            f"{config.repo_id!r} exists with other content: {shown}. A push would mix two models: choose another "
-            "repository, or remove those files there first."
-        )
-    return others
-
-
-def _upload(hub: HfApi, config: PushConfig, operations: list[Any], there: _Repository | None) -> str:
-    if there is None:
-        try:
-            hub.create_repo(config.repo_id, private=config.private)
-        except HfHubHTTPError as error:
-            if error.response.status_code != 409:
-                raise
-            raise PermissionError(
-                f"{config.repo_id!r} exists, but this token could not see it a moment ago: it is private, or just made "
-                "by somebody. Use a token that may read and write it, or choose another name."
-            ) from error
-    is_new_branch = config.revision not in (None, "main") if there is None else there.is_new_branch
-    if is_new_branch:
-        hub.create_branch(config.repo_id, branch=str(config.revision), exist_ok=True)
-    info: Any = hub.create_commit(
-        config.repo_id,
-        operations,
+def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) -> str:
+    if not config.create_pr:
+        hub.create_repo(config.repo_id, private=config.private, exist_ok=True)
+        if config.revision is not None:
+            hub.create_branch(config.repo_id, branch=config.revision, exist_ok=True)
+    info: Any = hub.upload_folder(
+        repo_id=config.repo_id,
+        folder_path=staged,
         commit_message=config.message or "Upload a PUMA embedding model",
         revision=config.revision,
         create_pr=config.create_pr,
-        parent_commit=None if there is None else there.commit,  # what was looked at is what is changed
+        parent_commit=parent,  # what was looked at is what is changed
+        delete_patterns=list(_REPLACED),
     )
     return str(info.pr_url or info.commit_url)
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Name the repository in errors of the Hub and of the network, and say that nothing was half written."""
+    try:
+        yield
+    except Exception as error:
+        # An upload wraps the Hub's answer in a RuntimeError. The HTTP client differs between versions of
+        # huggingface_hub, so its classes cannot be imported.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        is_client = type(cause).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
+        if not is_client and not isinstance(cause, HfHubHTTPError):
+            raise
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        kind = PermissionError if status in (401, 403) else ConnectionError
+        reason = " ".join(str(cause).split())[:300]
+        raise kind(
+            f"The push to {repo_id!r} failed ({reason}). A commit is made whole or not at all, so the repository is as "
+            "it was, or empty if it is new. Mend what is named and run it again; large files are not sent twice."
+        ) from error

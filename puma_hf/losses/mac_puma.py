@@ -12,7 +12,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, cos_sim
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 
 from .progress_puma import ScheduledTemperatureLoss
 from .schedule_puma import (

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
-from .messages_puma import MODALITY_IDS, MODALITY_NAMES
+from .inputs_puma import MODALITY_IDS, MODALITY_NAMES
 from .modeling_puma import PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
 from .processing_puma import RET_TOKEN, PumaImageTextProcessor, PumaProcessor
 

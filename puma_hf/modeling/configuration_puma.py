@@ -248,7 +248,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             with `keep_layers`, which takes a list such as `[0, 1, 27]` or text such as "0-10,27".
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
-            too: part of how the model reads, see `puma_hf.modeling.reading_puma`.
+            too: part of how the model reads, see `puma_hf.modeling.processing_puma`.
         source_name_or_path (`str`, *optional*):
             Hub id or folder name of the checkpoint that was pruned.
         source_revision (`str`, *optional*):

@@ -2,33 +2,132 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
-from transformers.utils.import_utils import is_torchvision_available
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.hub import cached_file
 
-from .chat_rendering_puma import render
-from .messages_puma import (
+from .inputs_puma import (
     MODALITY_IDS,
+    ROLES,
     SPECIAL_TOKEN_REMEDY,
     holds_inputs,
     media_of,
     modality_of_messages,
+    read_frames,
     shown,
     text_items,
     to_messages,
+    video_part,
 )
-from .reading_puma import one_text, reading_of
-from .sentence_transformers_files_puma import read_sentence_transformers_settings, write_sentence_transformers_files
-from .video_puma import read_frames, video_part
+
+if TYPE_CHECKING:
+    # Never run, but read by transformers, which copies and downloads what a processor's code imports: wherever this
+    # file is, the module is beside it, and every save has it.
+    from .sentence_transformers_puma import PumaTransformer  # noqa: F401
 
 RET_TOKEN = "[RET]"
+MODULE_FILE = "sentence_transformers_puma.py"
+SETTINGS_FILE = "config_sentence_transformers.json"
+_LENGTH_REMEDY = (
+    "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels (distill, train), "
+    "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
+    "(encode; pixels), max_length and images_kwargs={'size': ...} (process_inputs)."
+)
+
+
+# --- readings
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read an input: template, text, positions. A model keeps the one that it was trained with.
+
+    The embedding is read at the last token, where every template ends.
+
+    Args:
+        template: File of the chat template beside this one.
+        system: What the template calls `system`: the text of a system turn that every input has.
+        positions: "mrope", in time, height and width, as the backbone was made; "sequential", one after another, those
+            of images too.
+        to_sentence: What becomes of the instruction, and then of both, it and the text, with a line break between.
+        max_text_tokens: After so many tokens that text is cut.
+        backbones: The `model_type` of originals that can be read so; None for all.
+        told: The rest of the sentence "Inputs are read as ..." on a card.
+    """
+
+    template: str
+    system: str | None = None
+    positions: str = "mrope"
+    to_sentence: Callable[[str], str] | None = None
+    max_text_tokens: int | None = None
+    backbones: tuple[str, ...] | None = None
+    told: str = ""
+
+
+def released_sentence(text: str) -> str:
+    """A text as the authors' code has it: without space or quotation marks around it, as a sentence.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.modeling.processing_puma import released_sentence
+
+    >>> released_sentence(" a red apple\\n"), released_sentence("Which one?")
+    ('A red apple.', 'Which one?')
+    ```
+    """
+    text = text.replace("\r", "").strip().strip('"')
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) or not text else ".")
+
+
+READINGS = {
+    "puma": Reading("chat_template.jinja"),
+    # As in the code that PUMA's authors have released, which is built on Qwen2-VL's own template.
+    "puma-released": Reading(
+        "chat_template_released.jinja",
+        system="You are a helpful assistant.",
+        positions="sequential",
+        to_sentence=released_sentence,
+        max_text_tokens=450,
+        backbones=("qwen2_vl", "qwen2_5_vl"),
+        told="with the system turn of Qwen2-VL and positions that count every token (no M-RoPE); instruction and text "
+        "begin with a capital, end in a full stop, and are cut at 450 tokens",
+    ),
+}
+
+
+def reading_of(name: str) -> Reading:
+    """The reading of this name, or a ValueError that tells the known ones."""
+    if name not in READINGS:
+        raise ValueError(f"reading={name!r} is not known here. Choose one of {', '.join(map(repr, READINGS))}.")
+    return READINGS[name]
+
+
+def _one_text(messages: list[dict[str, Any]], to_sentence: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The messages whose instruction stands before the first text, without a system turn, as sentences."""
+    instruction = to_sentence(" ".join(item["text"] for item in text_items(messages, ("system",))))
+    turns = [message for message in messages if message["role"] != "system"]
+    if instruction and not text_items(turns):
+        turns[-1]["content"].append({"type": "text", "text": ""})
+    for number, item in enumerate(text_items(turns)):
+        joined = f"{instruction}\n{item['text']}" if instruction and number == 0 else item["text"]
+        item["text"] = to_sentence(joined)
+    return turns
+
+
+# --- the processor
 
 
 class PumaProcessor(Qwen2VLProcessor):
@@ -44,7 +143,7 @@ class PumaProcessor(Qwen2VLProcessor):
         video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
             torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
-        reading (`str`): How inputs are read, by its name in `reading_puma.py`; the template must be that reading's.
+        reading (`str`): How inputs are read, by its name in `READINGS`; the template must be that reading's.
 
     Example:
 
@@ -88,9 +187,7 @@ class PumaProcessor(Qwen2VLProcessor):
         """Open a processor, with the prompts of its directory, which a save writes again."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        processor.sentence_transformers_settings = read_sentence_transformers_settings(
-            pretrained_model_name_or_path, **kwargs
-        )
+        processor.sentence_transformers_settings = _read_settings(pretrained_model_name_or_path, kwargs)
         return loaded
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -126,8 +223,9 @@ class PumaProcessor(Qwen2VLProcessor):
 
     @property
     def ret_token_id(self) -> int:
-        """Token id of `[RET]`."""
-        return int(self.tokenizer.convert_tokens_to_ids(RET_TOKEN))
+        """Token id of `[RET]`, or -1 where the tokenizer has no such token."""
+        found = self.tokenizer.convert_tokens_to_ids(RET_TOKEN)
+        return -1 if found is None else int(found)
 
     def process_inputs(
         self,
@@ -173,16 +271,16 @@ class PumaProcessor(Qwen2VLProcessor):
         images_kwargs, special_tokens = self._image_options(images_kwargs), self._special_token_pattern
         texts, images, videos, modalities, counts = [], [], [], [], []
         for index, item in enumerate(inputs):
-            messages = to_messages(item, prompt, f"inputs[{index}]")
-            _check_special_tokens(messages, special_tokens, split_special_tokens, f"inputs[{index}]")
-            modalities.append(modality_of_messages(messages))
+            where = f"inputs[{index}]"
+            messages = to_messages(item, prompt, where)
+            _check_special_tokens(messages, special_tokens, split_special_tokens, where)
+            modalities.append(MODALITY_IDS[modality_of_messages(messages)])
             messages, media = self._as_read(messages), media_of(messages)
-            if media["video"]:
-                self._check_video(f"inputs[{index}]")
-                videos += [read_frames(video, f"inputs[{index}]") for video in media["video"]]
-            texts.append(self._render(messages, media, limit, images_kwargs, f"inputs[{index}]"))
+            videos += [self._read_video(video, where) for video in media["video"]]
+            texts.append(self._render(messages, media["image"], limit, images_kwargs, where))
             images += media["image"]
             counts.append((len(media["image"]), len(media["video"])))
+        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
         batch = self(
             text=texts,
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
@@ -191,88 +289,63 @@ class PumaProcessor(Qwen2VLProcessor):
             videos=[frames for frames, _ in videos] or None,
             text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
-            **self._video_options(videos),
-            return_mm_token_type_ids=False,  # all at once in _finish, row by row there
+            **({"videos_kwargs": {"video_metadata": facts}} if facts else {}),  # asked for where frames are sampled
+            return_mm_token_type_ids=False,  # all at once below, row by row there
             return_tensors="pt",
         )
-        return self._finish(batch, modalities, counts)
+        ids = batch["input_ids"]
+        last = (batch["attention_mask"] * torch.arange(ids.shape[1])).argmax(dim=1, keepdim=True)
+        if not (ids.gather(1, last) == self.ret_token_id).all():
+            raise ValueError(f"{RET_TOKEN} is no token of this tokenizer. Open the one in the model's directory.")
+        batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
+        batch["modality_ids"] = torch.tensor(modalities)
+        # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
+        for name, per_sample in zip(("images", "videos"), zip(*counts, strict=True), strict=True):
+            if any(per_sample):
+                batch[f"num_{name}_per_sample"] = torch.tensor(per_sample)
+        return batch
 
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
         reading = reading_of(self.reading)
         if reading.to_sentence is None:
             return messages
-        messages, most = one_text(messages, reading.to_sentence), reading.max_text_tokens
+        messages, most = _one_text(messages, reading.to_sentence), reading.max_text_tokens
         for item in text_items(messages):
-            # A byte is at most one token.
+            # A byte is at most one token: what fits in bytes needs no counting, here and in `_render`.
             if most is not None and len(item["text"].encode()) > most:
                 excess = self._num_text_tokens(item["text"]) - most
                 item["text"] = self._drop_last_tokens(item["text"], excess) if excess > 0 else item["text"]
         return messages
 
-    def _check_video(self, where: str) -> None:
-        if not is_torchvision_available():
-            raise ImportError(
-                f"{where}: video input needs torchvision, which is not installed. Run `pip install 'puma-hf[video]'`."
-            )
-
-    @staticmethod
-    def _video_options(videos: list[tuple[np.ndarray, float | None]]) -> dict[str, Any]:
-        """What a video processor that samples frames asks of each video."""
-        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
-        return {"videos_kwargs": {"video_metadata": facts}} if facts else {}
-
-    def _finish(self, batch: BatchFeature, modalities: list[str], counts: list[tuple[int, int]]) -> BatchFeature:
-        ids = batch["input_ids"]
-        positions = torch.arange(ids.shape[1])
-        last = (batch["attention_mask"] * positions).argmax(dim=1, keepdim=True)
-        if not (ids.gather(1, last) == self.ret_token_id).all():
+    def _read_video(self, video: Any, where: str) -> tuple[np.ndarray, float | None]:
+        if not self._takes_video:
             raise ValueError(
-                f"The prompt does not end in {RET_TOKEN}, where the embedding is read. The chat template of this "
-                f"processor must end in {RET_TOKEN}: restore chat_template.jinja from the model's directory."
+                f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
+                "{'image': [...]}, or use a Qwen2-VL."
             )
-        batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
-        batch["modality_ids"] = torch.tensor([MODALITY_IDS[name] for name in modalities])
-        # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
-        if any(images for images, _ in counts):
-            batch["num_images_per_sample"] = torch.tensor([images for images, _ in counts])
-        if any(videos for _, videos in counts):
-            batch["num_videos_per_sample"] = torch.tensor([videos for _, videos in counts])
-        return batch
-
-    @property
-    def _special_token_pattern(self) -> re.Pattern[str]:
-        return _special_token_pattern(
-            tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        )
+        if isinstance(self.video_processor, Mapping):
+            raise ImportError(f"{where}: video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
+        return read_frames(video, where)
 
     def _render(
-        self,
-        messages: list[dict[str, Any]],
-        media: dict[str, list[Any]],
-        limit: int,
-        images_kwargs: dict[str, Any],
-        where: str,
+        self, messages: list[dict[str, Any]], images: list[Any], limit: int, images_kwargs: dict[str, Any], where: str
     ) -> str:
-        """Render one conversation, its last text shortened until the whole fits into `limit` tokens."""
-        visual = self._num_visual_tokens(media["image"], images_kwargs)
-        rendered = self._apply_template(messages)
-        # A byte is at most one token: what fits in bytes needs no counting.
+        """The prompt of one conversation, its last text shortened until the whole fits into `limit` tokens."""
+        visual = self._num_visual_tokens(images, images_kwargs)
+        rendered = str(self.apply_chat_template(messages, tokenize=False))
         if visual + len(rendered.encode()) <= limit:
             return rendered
-        texts = text_items(messages, ("user", "assistant"))
+        texts = text_items(messages, ROLES[1:])
         while (excess := visual + self._num_text_tokens(rendered) - limit) > 0:
             shortened = self._drop_last_tokens(texts[-1]["text"], excess) if texts else ""
             if not shortened:
                 raise ValueError(
-                    f"{where}: without the text that may be cut it still needs more than max_length={limit} "
-                    f"tokens ({visual} of them for images). Give it fewer or smaller images, or change the limits: "
-                    "--max-length and --max-pixels (distill, train), processing_kwargs={'text': {'max_length': ...}, "
-                    "'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} (encode; pixels), max_length and "
-                    "images_kwargs={'size': ...} (process_inputs)."
+                    f"{where}: without the text that may be cut it still needs more than max_length={limit} tokens "
+                    f"({visual} of them for images). {_LENGTH_REMEDY}"
                 )
             texts[-1]["text"] = shortened
-            rendered = self._apply_template(messages)
+            rendered = str(self.apply_chat_template(messages, tokenize=False))
         return rendered
 
     def _image_options(self, images_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -289,8 +362,10 @@ class PumaProcessor(Qwen2VLProcessor):
             )
         return {**options, "size": size}
 
-    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
-        return render(messages, self.chat_template, lambda chat: str(self.apply_chat_template(chat, tokenize=False)))
+    @property
+    def _special_token_pattern(self) -> re.Pattern[str]:
+        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return _pattern_of(tuple(special))
 
     def _num_text_tokens(self, rendered: str) -> int:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
@@ -316,11 +391,21 @@ class PumaImageTextProcessor(PumaProcessor):
 
     _takes_video = False
 
-    def _check_video(self, where: str) -> None:
-        raise ValueError(
-            f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
-            "{'image': [...]}, or use a Qwen2-VL."
-        )
+
+@lru_cache(maxsize=8)
+def _pattern_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool, where: str) -> None:
+    """Refuse, or with `split` break up in place, special tokens inside the user's text."""
+    for item in text_items(messages):
+        if (found := pattern.search(item["text"])) and not split:
+            raise ValueError(
+                f"{where}: the text contains the special token {found.group()!r}, which the model would not read as "
+                f"text: {shown(item['text'])}. {SPECIAL_TOKEN_REMEDY}"
+            )
+        item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
 
 
 class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
@@ -348,17 +433,79 @@ PIPELINES = {
 }
 
 
-@lru_cache(maxsize=8)
-def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+# --- the files that make a directory a SentenceTransformer
 
 
-def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool, where: str) -> None:
-    """Refuse, or with `split` break up in place, special tokens inside the user's text."""
-    for item in text_items(messages):
-        if (found := pattern.search(item["text"])) and not split:
-            raise ValueError(
-                f"{where}: the text contains the special token {found.group()!r}, which the model would not read as "
-                f"text: {shown(item['text'])}. {SPECIAL_TOKEN_REMEDY}"
-            )
-        item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
+def _read_settings(source: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Prompts and other settings that a directory or Hub repository has for SentenceTransformer, or `None`."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    place = {name: options[name] for name in names if options.get(name) is not None}
+    # cached_file then answers None, not with an error.
+    quiet = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors", "gated_repo")}
+    path = cached_file(source, SETTINGS_FILE, **place, **quiet)
+    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def write_sentence_transformers_files(
+    folder: Path,
+    prompts: Mapping[str, str] | None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write what `SentenceTransformer(folder, trust_remote_code=True)` needs beside transformers' files.
+
+    Without these files SentenceTransformer opens a directory too, but averages all tokens instead of reading
+    `[RET]`: every saved processor therefore brings them along.
+
+    Args:
+        folder: The directory.
+        prompts: Named instructions for `encode(prompt_name=...)`; with `None` those of `settings`.
+        settings: What the directory that the processor came from has in `config_sentence_transformers.json`. Without
+            prompts and settings that file is not written.
+        overwrite: Whether to replace files that are there already.
+
+    Raises:
+        FileNotFoundError: If the code of the module is not beside this file.
+    """
+    module_file = Path(__file__).with_name(MODULE_FILE)
+    if not module_file.is_file():
+        raise FileNotFoundError(
+            f"{module_file} is missing, without which SentenceTransformer does not open {folder}. Copy it there from "
+            "the model's repository, or load the processor with puma_hf.PumaProcessor."
+        )
+    output = {"method": "forward", "method_output_name": "embeddings"}
+    kinds = ("text", "image", "image+text", "video", "video+text")
+    packages = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
+    files: dict[str, Any] = {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": f"{module_file.stem}.PumaTransformer"}],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {**dict.fromkeys(kinds, output), "message": {**output, "format": "structured"}},
+            "module_output_name": "sentence_embedding",
+            "unpad_inputs": False,
+        },
+    }
+    if prompts is not None or settings is not None:
+        files[SETTINGS_FILE] = {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            **(settings or {}),
+            "__version__": {name: _version(package) for name, package in packages.items()},
+            **({} if prompts is None else {"prompts": dict(prompts)}),
+        }
+    for name, content in files.items():
+        if overwrite or not (folder / name).exists():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for source in (module_file, *map(Path, get_relative_import_files(module_file))):
+        if overwrite or not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from puma_hf.modeling.image_inputs_puma import load_rgb_image
+from puma_hf.modeling.inputs_puma import load_rgb_image
 
 _SHOWN = 100  # characters of a text in a line
 KINDS = {"any": "items", "text": "texts", "image": "pictures"}  # what answers to each target are called

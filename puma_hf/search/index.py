@@ -29,7 +29,7 @@ from puma_hf.embedding.records import Corpus, Record, open_corpus
 from puma_hf.embedding.run import open_model
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint
-from puma_hf.modeling.image_inputs_puma import open_image
+from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.processes import broadcast, connect, gather, locked_for_all
 
 logger = logging.getLogger(__name__)

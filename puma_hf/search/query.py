@@ -15,7 +15,7 @@ from puma_hf.configs import RESCORE_MULTIPLIER, Backend, EmbedConfig, SearchConf
 from puma_hf.embedding.run import open_model
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
-from puma_hf.modeling.image_inputs_puma import load_rgb_image
+from puma_hf.modeling.inputs_puma import load_rgb_image
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 from puma_hf.settings import processing_of

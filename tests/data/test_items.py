@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from puma_hf.data import MBEIR, MBEIRFormatError, load_items, load_mbeir, load_mbeir_items
-from puma_hf.modeling.image_inputs_puma import load_rgb_image
+from puma_hf.modeling.inputs_puma import load_rgb_image
 from tests.data import mbeir_builder as builder
 
 

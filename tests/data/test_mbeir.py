@@ -19,7 +19,7 @@ from puma_hf.data.mbeir import (
     select_tasks,
 )
 from puma_hf.data.records import Problems
-from puma_hf.modeling.messages_puma import MODALITY_NAMES
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 from tests.data import mbeir_builder as builder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in builder.MODALITIES]

@@ -20,7 +20,7 @@ from puma_hf.data.records import (
     parse_query,
     read_lines,
 )
-from puma_hf.modeling.image_inputs_puma import is_image_name
+from puma_hf.modeling.inputs_puma import is_image_name
 
 ROWS = [{"text": "a red shoe", "image": "1.png"}, {"text": 'zwölf, "hats"', "image": "2.png"}]
 DEEP = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -18,23 +18,49 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
 
 from puma_hf import cli, cli_options
-from tests.markdown_blocks import Block, blocks_of
 
 # `make docs` runs this file, with the docstrings' examples and the README's.
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 LANGUAGES = {"python", "bash", "console", "yaml", "csv"}
 # Commands of others that a page may show where nothing runs.
 OTHERS = {"accelerate", "cd", "curl", "git", "make", "pip", "torchrun", "vllm"}
+
+
+BLOCK = re.compile(
+    r"(?P<mark><!-- not run: [^\n]+ -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int
+    language: str
+    code: str
+    runs: bool
+
+    def compiled(self, name: str) -> CodeType:
+        # Blank lines before the code make the line numbers of a traceback those of the page.
+        return compile("\n" * (self.line - 1) + self.code, name, "exec")
+
+
+def blocks_of(markdown: str) -> list[Block]:
+    return [
+        Block(markdown.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["mark"] is None)
+        for found in BLOCK.finditer(markdown)
+    ]
 
 
 def commands_of(block: Block) -> list[list[str]]:
@@ -135,20 +161,6 @@ def run(words: list[str]) -> None:
 # --- the blocks
 
 
-def test_blocks_are_found_with_their_lines() -> None:
-    markdown = "# T\n\n```python\na = 1\n```\n<!-- not run: a GPU -->\n```bash\npuma-hf x # y\n```\n"
-    assert blocks_of(markdown) == [Block(4, "python", "a = 1\n", True), Block(8, "bash", "puma-hf x # y\n", False)]
-
-
-def test_commands_are_read_as_a_shell_reads_them() -> None:
-    bash = Block(1, "bash", "# why\nls \\\n  -a 'b c'\necho 'd\ne'  # f\n", True)
-    assert commands_of(bash) == [["ls", "-a", "b c"], ["echo", "d\ne"]]
-    console = Block(1, "console", "$ puma-hf --version\npuma-hf 0.1.0\n", True)
-    assert commands_of(console) == [["puma-hf", "--version"]]
-    assert puma_words(["torchrun", "-m", "puma_hf.cli", "train", "--seed", "1"]) == ["train", "--seed", "1"]
-    assert puma_words(["git", "clone", "puma-hf"]) is None
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_fence_is_of_a_known_language(page: str) -> None:
     text = read(page)
@@ -203,12 +215,6 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     return parse
 
 
-@pytest.mark.parametrize("words", [["prune", "a"], ["train", "a", "b", "--rank", "3"], ["nothing"]])
-def test_a_wrong_command_is_found(words: list[str], parse: Callable[[list[str]], None]) -> None:
-    with pytest.raises(BaseException, match=r"(?i)missing|no such"):
-        parse(words)
-
-
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("docs_directory")
 def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]], None]) -> None:
@@ -221,13 +227,37 @@ def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]]
 
 
 @pytest.mark.usefixtures("docs_directory")
-def test_the_shell_blocks_of_the_readme_are_right(parse: Callable[[list[str]], None]) -> None:
-    blocks = [
-        block for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")) if block.language == "bash"
-    ]
-    assert len(blocks) > 5
-    for words in [words for block in blocks for words in commands_of(block)]:
+def test_the_python_of_the_readme_runs() -> None:
+    """From top to bottom in one namespace, as a reader would paste it."""
+    namespace: dict[str, object] = {"__name__": "__readme__"}
+    for block in blocks_of(README):
+        if block.language == "python":
+            code = block.compiled("README.md")
+            if block.runs:
+                exec(code, namespace)
+
+
+@pytest.mark.usefixtures("docs_directory")
+def test_the_commands_of_the_readme_are_right(parse: Callable[[list[str]], None]) -> None:
+    for words in [words for block in blocks_of(README) if block.language == "bash" for words in commands_of(block)]:
         check_command(words, parse)
+    assert re.search(r"^make test$", README, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub and the site make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith("https://")]
+    assert len(links) > 10
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = ROOT / (path or "README.md")
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert anchor in ("", *map(slug, headings)), f"{path}#{anchor}"
 
 
 @pytest.mark.usefixtures("docs_directory")

@@ -40,10 +40,6 @@ def run_examples(module: object, name: str) -> tuple[int, str]:
     return ran, "".join(report)
 
 
-def test_the_package_has_examples() -> None:
-    assert WITH_EXAMPLES
-
-
 @pytest.mark.parametrize("source", WITH_EXAMPLES)
 @pytest.mark.usefixtures("docs_directory")
 def test_docstring_examples(source: str) -> None:
@@ -53,14 +49,3 @@ def test_docstring_examples(source: str) -> None:
         pytest.fail(report, pytrace=False)
     if not ran:
         pytest.skip("every example in this file is marked +SKIP")
-
-
-@pytest.mark.parametrize(("claim", "fails"), [("3", False), ("4", True)])
-def test_fenced_examples_are_checked(claim: str, fails: bool) -> None:
-    def sample() -> None: ...
-
-    sample.__doc__ = f"Sum.\n\n```python\n>>> 1 + 2\n{claim}\n```\n"
-    sample.__module__ = "sample"
-    ran, report = run_examples(sample, "sample")
-    assert ran == 1
-    assert bool(report) == fails

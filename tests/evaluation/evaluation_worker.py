@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.results import MBEIRResults
 from tests.evaluation.fake_encoder import FakeEncoder
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 

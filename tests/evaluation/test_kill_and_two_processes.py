@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.evaluation.mbeir_results import MBEIRResults
+from puma_hf.evaluation.results import MBEIRResults
 from tests.data.mbeir_builder import build_mbeir
 from tests.evaluation.evaluation_worker import NUM_KILLS
 from tests.forks import SHARES, run_worker
@@ -54,7 +54,8 @@ def test_two_processes_write_the_same_bytes_and_share_the_work(folder: Path, rep
     for half in halves:
         assert MBEIRResults.from_dict(half["results"]) == MBEIRResults.from_dict(report["results"])
     assert sum(half["calls"] for half in halves) == report["calls"]
-    assert min(half["calls"] for half in halves) > report["calls"] / 2 - len(SHARES)
+    # Of the three shards of a pool one process has two.
+    assert min(half["calls"] for half in halves) >= report["calls"] / 3
 
 
 def test_two_processes_need_no_output(folder: Path, report: dict[str, Any]) -> None:

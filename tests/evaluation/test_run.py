@@ -12,9 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.evaluation.layer_sweep import sweep
-from puma_hf.evaluation.mbeir import evaluate_mbeir
-from puma_hf.evaluation.mbeir_results import MBEIRResults
-from puma_hf.evaluation.run import evaluate
+from puma_hf.evaluation.mbeir import evaluate, evaluate_mbeir
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import change_record, qid, query_path
 from tests.evaluation.fake_encoder import FakeEncoder

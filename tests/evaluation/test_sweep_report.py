@@ -171,7 +171,7 @@ def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
     left, right = figures[0].axes
     assert figures[0].get_suptitle().splitlines() == [
         "Layer sweep on toys (val split, 400 queries, 2,000 candidates)",
-        "Recommended: k = 3 of distilled keeps 99 % of the score, with 87 % of the parameters, 73 % (image) and 60 % "
+        "Recommended: k = 3 of distilled keeps 99% of the score, with 87% of the parameters, 73% (image) and 60% "
         "(text) of the FLOPs",
     ]
     said = texts(left)
@@ -185,20 +185,15 @@ def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
     assert list(line.get_ydata()) == pytest.approx([20, 70, 78, 79, 80])
     assert len([line for line in right.lines if len(line.get_xdata())]) == 4  # CKA and cosine of two models
     assert "linear CKA" in texts(right)
-    # The axis on top: 1 GFLOP a text where an image costs 14, 5 where it costs 30.
-    to_text = left.child_axes[0]._functions[0]
-    assert (to_text(14), to_text(30)) == pytest.approx((1, 5))
 
 
-def test_budget_and_text_axis(figures: list[Any], tmp_path: Path) -> None:
+def test_the_budget_is_shaded(figures: list[Any], tmp_path: Path) -> None:
     make_report(FULL, max_params=1_250_000_000).plot(tmp_path / "sweep.png")
     axes = figures[0].axes[0]
     assert "over the budget of 1,250,000,000 parameters" in texts(axes)
     assert axes.patches[0].get_x() == pytest.approx(20)  # between k = 2 at 18 and k = 3 at 22
     make_report(FULL, max_params=2_000_000_000).plot(tmp_path / "sweep.png")
     assert not figures[1].axes[0].patches  # nothing is over it
-    make_report(FULL, make_model("wide", [0.3, 0.6], flops_text=7)).plot(tmp_path / "sweep.png")
-    assert figures[2].axes[0].child_axes == []  # k layers cost differently in these models
 
 
 @pytest.mark.parametrize("qualities", [[0.5], [0.0, 0.0, 0.0], [0.01 * k for k in range(1, 29)]])

@@ -10,12 +10,28 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import Target
-from puma_hf.search import Query, Searcher, open_index
-from puma_hf.search.index import tag_complete
+from puma_hf.search import IndexConfig, Query, Searcher, build_index, open_index
+from tests.search.small_corpus import write_corpus
 
 pytest.importorskip("qdrant_client")
 
 Run = Callable[..., list[tuple[float, str]]]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def make_index(puma_dir: Path, corpus: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Make the index of the corpus as it is now."""
+
+    def make() -> Path:
+        build_index(IndexConfig(data=corpus, model=str(puma_dir), output=tmp_path / "index", shard_size=3))
+        return tmp_path / "index"
+
+    return make
 
 
 @pytest.fixture
@@ -65,21 +81,3 @@ def test_after_a_change_nothing_is_there_twice(
     assert found == expected(index, sentence_transformer, Query(text="on"))
     assert sorted(name for _, name in found) == ["b", "i0", "new", "t1", "t2", "t3", "t4"]
     assert run(index, "on") == found
-
-
-def test_an_id_that_repeats(run: Run, make_index: Callable[[], Path], corpus: Path) -> None:
-    corpus.write_text("".join(json.dumps({"id": "a", "text": text}) + "\n" for text in ("a", "on")))
-    with pytest.raises(SystemExit, match=r"Ids repeat in .*index. Give every item one of its own"):
-        run(make_index(), "on")
-
-
-def test_vectors_of_another_model(run: Run, make_index: Callable[[], Path]) -> None:
-    index = make_index()
-    run(index, "on")
-    opened = open_index(index)
-    opened.table.checkout_latest()
-    about = json.dumps({**opened.description, "fingerprint": "0" * 64})
-    opened.table.update_field_metadata({"path": "vector", "metadata": {"puma_hf": about}})
-    tag_complete(opened.table)
-    with pytest.raises(SystemExit, match=r"The collection 'items' .*is of another model than"):
-        run(index, "on")

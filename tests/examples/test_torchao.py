@@ -50,15 +50,6 @@ def test_int8_at_load_is_int8_afterwards(
     np.testing.assert_allclose(loaded.encode(inputs, prompt="Represent the given input."), quantised, atol=1e-5)
 
 
-def test_towers_may_stay_as_they_are(puma_dir: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["visual"])
-    loaded = SentenceTransformer(
-        str(puma_dir), trust_remote_code=True, device="cpu", model_kwargs={"quantization_config": settings}
-    )
-    assert {name.partition(".")[0] for name in int8_weights(loaded)} == {"language_model"}
-
-
 def test_compiled_mlps_are_the_same_and_are_used(sentence_transformer: SentenceTransformer, inputs: list[Any]) -> None:
     changed: Any = copy.deepcopy(sentence_transformer)
     calls = []

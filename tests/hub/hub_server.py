@@ -101,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if name in self.hub.repositories:
+            return self.answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
         self.hub.repositories[name] = Repository(asked.get("private") is True or asked.get("visibility") == "private")
         self.answer({"url": f"{self.hub.url}/{name}"})
 

@@ -33,44 +33,30 @@ def test_what_was_found(script: Path, tmp_path: Path) -> None:
     assert str(found).endswith("64 dimensions in float32, largest difference 1.0e-06")
 
 
-def test_the_reason_is_the_last_line(script: Path, tmp_path: Path) -> None:
-    script.write_text("import sys\nprint('noise', file=sys.stderr)\nraise OSError('no tokenizer')")
-    with pytest.raises(ValueError, match=r"does not load where puma_hf is not installed \(OSError: no tokenizer\)"):
-        check_loads(tmp_path)
-    script.write_text("raise OSError('no tokenizer,\\nand no vocabulary')\n")
-    with pytest.raises(ValueError, match=r"\(OSError: no tokenizer, and no vocabulary\)"):
-        check_loads(tmp_path)
-    script.write_text("import os\nos._exit(9)")
+def test_the_reason_calls_a_copy_by_the_name_of_what_it_was_made_from(script: Path, tmp_path: Path) -> None:
+    write(script, error=f"OSError: {tmp_path} has no tokenizer")
+    with pytest.raises(ValueError, match=r"^'mine' does not load .*not installed \(OSError: mine has no tokenizer\)"):
+        check_loads(tmp_path, shown_as="mine")
+    script.write_text("import os\nos._exit(9)")  # as when the machine has no memory left
     with pytest.raises(ValueError, match=r"\(the process ended with 9\)"):
         check_loads(tmp_path)
 
 
-def test_errors_call_a_copy_by_the_name_of_what_it_was_made_from(script: Path, tmp_path: Path) -> None:
-    script.write_text("import json, sys\nraise OSError(json.load(open(sys.argv[1]))['directory'] + ' is empty')")
-    with pytest.raises(ValueError, match=r"^'mine' does not load .*\(OSError: mine is empty\)"):
-        check_loads(tmp_path, shown_as="mine")
-
-
-def test_tensors_that_nobody_reads_are_refused(script: Path, tmp_path: Path) -> None:
-    write(script, unread=["a.weight", "b.weight"])
-    with pytest.raises(ValueError, match=r"holds 2 tensors that no loader reads \(first: a\.weight\)"):
-        check_loads(tmp_path)
-
-
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"difference": 2e-4},
-        {"difference": float("nan")},
-        {"finite": False},
-        {"same_shape": False, "difference": None},
+        ({"unread": ["a.weight", "b.weight"]}, r"holds 2 tensors that no loader reads \(first: a\.weight\)"),
+        ({"difference": 2e-4}, "read .* differently"),
+        ({"difference": float("nan")}, "read .* differently"),
+        ({"finite": False}, "read .* differently"),
+        ({"same_shape": False, "difference": None}, "read .* differently"),
         # The entries of 3,584 dimensions are 0.017 on average: a difference says little there.
-        {"difference": 0.02, "1 - cosine": 0.1, "dtype": "bfloat16"},
+        ({"difference": 0.02, "1 - cosine": 0.1, "dtype": "bfloat16"}, "read .* differently"),
     ],
 )
-def test_loaders_that_differ_are_refused(script: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_loaders_that_differ_are_refused(script: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     write(script, **changes)
-    with pytest.raises(ValueError, match=r"AutoModel and SentenceTransformer read .* differently"):
+    with pytest.raises(ValueError, match=words):
         check_loads(tmp_path)
 
 

@@ -17,18 +17,17 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-from puma_hf.evaluation.layer_sweep import LayerCosts
-from puma_hf.hub import fresh_load
-from puma_hf.hub.card_results import MeasuredModel
+from puma_hf.files import model_files
+from puma_hf.hub import load_check
+from puma_hf.hub.card import MeasuredModel
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub as push
-from puma_hf.hub.push_files import loss_files
+from puma_hf.hub.push import travelling_files
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
-from tests.hub.test_card_results import PRINT, write_results
+from tests.hub.test_card import FACTS, PRINT, write_results
 from tests.warm_process import WarmProcess, warm_process
 
 LOADED = LoadCheck(64, "float32", 1e-7)
-COSTS = LayerCosts((1, 2), (1, 2), (10, 20), (30, 40), 64, 256)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,13 @@ def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     return server
 
 
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds to count, and is tested with the card."""
+    monkeypatch.setattr(MeasuredModel, "facts", FACTS)
+    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+
+
 @pytest.fixture
 def folder(puma_dir: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "work" / "puma"
@@ -65,7 +71,7 @@ def folder(puma_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """Takes the place of the fresh process and of counting, which take time; keeps what it was given."""
+    """Takes the place of the fresh process; keeps what it was given."""
     given = []
 
     def check(directory: Path, **options: Any) -> LoadCheck:
@@ -74,7 +80,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         return LOADED
 
     monkeypatch.setattr("puma_hf.hub.push.check_loads", check)
-    monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
     return given
 
 
@@ -82,65 +87,51 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 def really_loads(warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process in which the directory is opened has its imports behind it; all else is as it is."""
     monkeypatch.setattr("puma_hf.hub.load_check.subprocess.run", warm.run)
-    monkeypatch.setattr(MeasuredModel, "costs", lambda self: COSTS)
 
 
 def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    (folder / "results.md").write_text("x")
+    for stray in (".env", "results.md", "training_args.bin", "optimizer.pt", "notes.txt", "id_rsa"):
+        (folder / stray).write_text("x")
+    (folder / "checkpoint-60").mkdir()
     report = push(folder, "org/puma", dry_run=True, license="mit", base_license="apache-2.0", data_license="cc-by-4.0")
     for line in ("- This model: mit", "- Base: apache-2.0, of", "- Data: cc-by-4.0"):
         assert line in report.card
     assert hub.requests == []
     assert report.url is None
     shown = str(report)
-    size = (folder / "model.safetensors").stat().st_size
-    assert f"{size:>14,} bytes" in shown
-    assert f"{report.num_bytes:>14,} bytes" in shown
+    assert f"{(folder / 'model.safetensors').stat().st_size:>14,} bytes" in shown
     assert report.num_bytes == sum(map(len, loads[0].content.values())) + len(report.card.encode())
-    assert set(loads[0].content) == {path.name for path in folder.iterdir()} - {"README.md", "results.md"} | {
-        *loss_files()
-    }
-    assert "left out  results.md" in shown
-    assert "dry run" in shown
-    assert report.card in shown
-    assert str(LOADED) in shown
+    # What no loader reads stays here, whatever it is called and whatever it holds.
+    assert "left out  .env, checkpoint-60, id_rsa, notes.txt, optimizer.pt, results.md, training_args.bin" in shown
+    assert set(loads[0].content) == {*model_files(folder), *travelling_files()}
+    for part in ("dry run", report.card, str(LOADED)):
+        assert part in shown
     assert {*loads[0].content, "README.md"} == {name for name, _ in report.files}
     assert loads[0].offline
 
 
-def test_stray_files_are_refused_before_anything_else(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    (folder / ".env").write_text("HF_TOKEN=x")
-    with pytest.raises(ValueError, match=r"- \.env: looks like a secret"):
-        push(folder, "org/puma", token=TOKEN)
-    assert (hub.requests, loads) == ([], [])
+def test_shards_are_those_that_the_index_names(folder: Path) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    shutil.copyfile(folder / "model.safetensors", folder / shard)
+    assert shard not in model_files(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard, "b": "../x"}}))
+    names = model_files(folder)
+    assert {shard, "model.safetensors.index.json"} <= set(names)
+    assert not {"model.safetensors", "../x"} & set(names)
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_visibility_of_a_new_repository(folder: Path, hub: HubServer, loads: list[Any], private: bool) -> None:
+def test_visibility(folder: Path, hub: HubServer, loads: list[Any], private: bool) -> None:
     push(folder, "me/puma", token=TOKEN, private=private)
     assert hub.repositories["me/puma"].private == private
-
-
-def test_visibility_of_an_old_one_is_not_changed(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    hub.repositories["org/puma"] = Repository()
-    with pytest.raises(ValueError, match="exists and is public, asked for was private"):
-        push(folder, "org/puma", token=TOKEN, private=True)
-    assert loads == []
-
-
-def test_a_pull_request_against_a_branch(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    push(folder, "org/puma", token=TOKEN)
-    repository = hub.repositories["org/puma"]
-    with pytest.raises(ValueError, match="'org/puma' has no branch 'v2' to open a pull request against"):
-        push(folder, "org/puma", token=TOKEN, revision="v2", create_pr=True)
-    repository.branches["v2"] = {**repository.branches["main"], "LICENSE": b"of v2"}
-    push(folder, "org/puma", token=TOKEN, revision="v2", create_pr=True)
-    assert repository.branches["refs/pr/1"] == repository.branches["v2"]
-    assert len(loads) == 2
+    there = "private" if private else "public"
+    with pytest.raises(ValueError, match=f"exists and is {there}, asked for was"):
+        push(folder, "me/puma", token=TOKEN, private=not private)
+    assert len(loads) == 1
 
 
 def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    push(folder, "org/puma", token=TOKEN)
+    push(folder, "org/puma", token=f"{TOKEN}\n")  # the end of a line does not belong to a token
     repository = hub.repositories["org/puma"]
     first = dict(repository.branches["main"])
     (folder / "LICENSE").write_text("Apache-2.0")
@@ -156,23 +147,18 @@ def test_an_older_push_is_replaced_and_its_shards_removed(folder: Path, hub: Hub
     push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
     files |= {"model-00001-of-00002.safetensors": b"old", ".gitattributes": b"x", "assets/results.PNG": b"x"}
-    report = push(folder, "org/puma", token=TOKEN)
-    assert report.removed == ("model-00001-of-00002.safetensors",)
-    assert "removed   model-00001-of-00002.safetensors" in str(report)
-    assert "replaced  README.md; what was written there by hand is in the history" in str(report)
+    push(folder, "org/puma", token=TOKEN)
     left = hub.repositories["org/puma"].branches["main"]
     assert "model-00001-of-00002.safetensors" not in left
-    assert {".gitattributes", "assets/results.PNG"} <= left.keys()
+    assert {".gitattributes", "assets/results.PNG", "model.safetensors"} <= left.keys()
 
 
 @pytest.mark.parametrize(
     ("there", "named"),
     [
         ({"model.safetensors": b"other", "config.json": b"{}"}, "config.json, model.safetensors"),
-        ({"notes.txt": b"", "modeling_puma.py": b""}, "notes.txt"),
         ({"photo.jpg": b""}, "photo.jpg"),
         ({"adapter_config.json": b"{}", "modeling_puma.py": b""}, "adapter_config.json"),
-        ({f"{number}.txt": b"" for number in range(7)}, r"0\.txt, .*4\.txt and 2 more"),
     ],
 )
 def test_other_content_is_not_mixed(
@@ -180,7 +166,7 @@ def test_other_content_is_not_mixed(
 ) -> None:
     hub.repositories["org/puma"] = Repository()
     hub.repositories["org/puma"].branches["main"] = there
-    with pytest.raises(ValueError, match=rf"'org/puma' exists with other content: {named}\."):
+    with pytest.raises(ValueError, match=rf"'org/puma' exists with other content: {named}"):
         push(folder, "org/puma", token=TOKEN)
     assert loads == []
 
@@ -192,46 +178,17 @@ def test_a_repository_with_a_licence_alone_is_empty_enough(folder: Path, hub: Hu
     assert "config.json" in hub.repositories["org/puma"].branches["main"]
 
 
-def test_no_token(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    with pytest.raises(PermissionError, match=r"There is no Hub token to push to 'org/puma' with. Log in with"):
-        push(folder, "org/puma")
-    assert loads == []
-
-
-def test_a_wrong_token(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    with pytest.raises(PermissionError, match="The Hub does not know the token"):
-        push(folder, "org/puma", token="wrong")
-
-
 def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    with pytest.raises(
-        PermissionError, match=r"'me' is no member of 'they' who may write, .*'they/puma' .*Choose one of me, org, or"
-    ):
+    with pytest.raises(OSError, match="hf auth login"):
+        push(folder, "org/puma")
+    with pytest.raises(PermissionError, match=r"The push to 'org/puma' failed \(Invalid user token"):
+        push(folder, "org/puma", token="wrong")
+    with pytest.raises(PermissionError, match=r"'me' is no member of 'they', .*\. Choose one of me, org, or"):
         push(folder, "they/puma", token=TOKEN)
-    hub.user["orgs"] = [{"name": "they", "roleInOrg": "read"}]
-    with pytest.raises(PermissionError, match=r"'me' is no member of 'they' who may write"):
-        push(folder, "they/puma", token=TOKEN)
-    hub.user["auth"] = {"accessToken": {"role": "read"}}
-    with pytest.raises(
-        PermissionError, match=r"The token of 'me' may only read\. Make one that may write to 'me/puma'"
-    ):
-        push(folder, "me/puma", token=TOKEN)
     assert loads == []
-    hub.reset()
     hub.fail = {"api/repos/create": 403}
-    with pytest.raises(PermissionError, match="The token may not write to 'org/puma'"):
+    with pytest.raises(PermissionError, match=r"The push to 'org/puma' failed \(.*403"):
         push(folder, "org/puma", token=TOKEN)
-
-
-def test_a_repository_that_the_token_cannot_see(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    hub.fail = {"api/repos/create": 409}
-    with pytest.raises(PermissionError, match="'org/puma' exists, but this token could not see it a moment ago"):
-        push(folder, "org/puma", token=TOKEN)
-
-
-def test_a_pull_request_needs_a_repository(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    with pytest.raises(ValueError, match="'they/puma' does not exist, so no pull request"):
-        push(folder, "they/puma", token=TOKEN, create_pr=True)
 
 
 @pytest.mark.parametrize("part", ["/preupload/", "lfs/", "/commit/"])
@@ -240,7 +197,7 @@ def test_the_network_goes_in_the_middle(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     hub.fail = {part: None}
-    with pytest.raises((ConnectionError, OSError), match="'org/puma'"):
+    with pytest.raises(ConnectionError, match=r"'org/puma' failed .* made whole or not at all"):
         push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"] == {}
     hub.fail = {}
@@ -249,52 +206,36 @@ def test_the_network_goes_in_the_middle(
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "words"),
-    [
-        (400, ValueError, "with status 400 .*refused by the test.*Mend what the Hub names"),
-        (412, ConnectionError, "'org/puma' changed while this push ran"),
-        (429, ConnectionError, "with status 429 .*Run it again later"),
-        (500, ConnectionError, "with status 500 .*Run it again later"),
-    ],
+    ("part", "status", "kind"),
+    [("/commit/", 400, ConnectionError), ("/commit/", 500, ConnectionError), ("lfs/", 403, PermissionError)],
 )
-def test_the_hub_refuses_the_commit(
-    folder: Path, hub: HubServer, loads: list[Any], status: int, kind: type[Exception], words: str
+def test_the_hub_refuses(
+    folder: Path, hub: HubServer, loads: list[Any], part: str, status: int, kind: type[Exception]
 ) -> None:
-    hub.fail = {"/commit/": status}
-    with pytest.raises(kind, match=words):
+    hub.fail = {part: status}
+    with pytest.raises(kind, match=rf"'org/puma' failed \(.*refused by the test|{status}"):
         push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"] == {}
 
 
-def test_the_hub_refuses_a_large_file(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    hub.fail = {"lfs/": 403}  # huggingface_hub wraps this into an error that does not tell the reason
-    with pytest.raises(PermissionError, match=r"The token may not write to 'org/puma' \(.*\)\. Make one"):
-        push(folder, "org/puma", token=TOKEN)
-    assert hub.repositories["org/puma"].branches["main"] == {}
-
-
-@pytest.mark.parametrize("error", [KeyError("oid"), RecursionError("oid")])
 def test_errors_of_the_code_are_not_called_errors_of_the_network(
-    folder: Path, hub: HubServer, loads: list[Any], error: Exception, monkeypatch: pytest.MonkeyPatch
+    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
-        raise error
+        raise KeyError("oid")
 
     monkeypatch.setattr(HfApi, "create_commit", fail)
-    with pytest.raises(type(error), match="oid"):
+    with pytest.raises(KeyError, match="oid"):
         push(folder, "org/puma", token=TOKEN)
 
 
-@pytest.mark.parametrize("token", ["", "hf_a b", "hf_a\nb", "hf_é"])
-def test_a_token_with_a_blank_is_refused_and_not_shown(folder: Path, token: str) -> None:
-    with pytest.raises(ValueError, match="The Hub token is empty, or holds a blank") as caught:
-        push(folder, "org/puma", token=token)
-    assert "hf_" not in str(caught.value)
-
-
-def test_the_end_of_a_line_does_not_belong_to_a_token(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    push(folder, "org/puma", token=f"{TOKEN}\n")
-    assert "org/puma" in hub.repositories
+def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        push(folder, "org/puma", token=TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"The push to 'org/puma' failed \("):
+        push(folder, "org/puma", token=TOKEN)
 
 
 # --- what changes meanwhile
@@ -310,30 +251,15 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr("puma_hf.hub.push.check_loads", check)
 
 
-def test_what_was_checked_is_uploaded(
-    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = (folder / "chat_template.jinja").read_bytes()
-
-    def change() -> None:
-        (folder / "chat_template.jinja").write_text("other")
-        (folder / ".env").write_text("HF_TOKEN=x")
-
-    changing(monkeypatch, change)
+def test_what_was_checked_is_uploaded(folder: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, weights = (folder / "chat_template.jinja").read_bytes(), folder / "model.safetensors"
+    changing(monkeypatch, lambda: (folder / "chat_template.jinja").write_text("other"))
     push(folder, "org/puma", token=TOKEN)
-    files = hub.repositories["org/puma"].branches["main"]
-    assert files["chat_template.jinja"] == config
-    assert ".env" not in files
-
-
-def test_weights_that_change_are_not_uploaded(
-    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = folder / "model.safetensors"
+    assert hub.repositories["org/puma"].branches["main"]["chat_template.jinja"] == template
     changing(monkeypatch, lambda: save_file({name: 2 * one for name, one in load_file(weights).items()}, weights))
-    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Wait until"):
-        push(folder, "org/puma", token=TOKEN)
-    assert hub.repositories == {}
+    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Push again"):
+        push(folder, "org/other", token=TOKEN)
+    assert "org/other" not in hub.repositories
 
 
 def test_a_repository_that_changes_is_left_alone(
@@ -342,7 +268,7 @@ def test_a_repository_that_changes_is_left_alone(
     push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
     changing(monkeypatch, lambda: files.update({"notes.md": b"of somebody else"}))
-    with pytest.raises(ConnectionError, match="'org/puma' changed while this push ran"):
+    with pytest.raises(ConnectionError, match=r"The push to 'org/puma' failed \(.*412"):
         push(folder, "org/puma", token=TOKEN, message="second")
     assert files["notes.md"] == b"of somebody else"
 
@@ -350,21 +276,22 @@ def test_a_repository_that_changes_is_left_alone(
 # --- results
 
 
-def test_the_results_that_the_card_cites_travel_with_it(
-    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+def test_the_results_that_the_card_cites_travel_with_it(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     beside = write_results(folder.parent / "puma-test" / "results.json")
     write_results(folder / "results.json", truncate_dim=16)
+    write_results(folder.parent / "other" / "results.json", model_fingerprint="0" * 64)
     report = push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
     assert files["results.json"] == (folder / "results.json").read_bytes()
     assert files["results-2.json"] == beside.read_bytes()
+    assert "results-3.json" not in files
     assert "From `results.json`, SHA-256" in report.card
     assert "From `results-2.json`, SHA-256" in report.card
     assert "puma-test" not in report.card
     beside.unlink()
-    assert push(folder, "org/puma", token=TOKEN).removed == ("results-2.json",)
+    write_results(folder / "results.json", model_fingerprint="0" * 64)
+    assert push(folder, "org/puma", token=TOKEN).left_out == ("results.json",)
+    assert not {"results.json", "results-2.json"} & hub.repositories["org/puma"].branches["main"].keys()
 
 
 def test_a_recipe_is_told_in_the_card_and_stays_here(folder: Path, hub: HubServer, loads: list[Any]) -> None:
@@ -372,46 +299,10 @@ def test_a_recipe_is_told_in_the_card_and_stays_here(folder: Path, hub: HubServe
     recipe = {"loss": "mac", "split": "train", "seed": 3, "data": "/home/somebody/M-BEIR", "lora_r": 8}
     recipe |= dict.fromkeys(("model", "output", "teacher", "image_root", "instructions"), "/home/somebody/x")
     (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
-    report = push(folder, "org/puma", token=TOKEN)
-    assert "train.yaml" in report.left_out
+    assert "train.yaml" in push(folder, "org/puma", token=TOKEN).left_out
     pushed = hub.repositories["org/puma"].branches["main"]
     assert b"Trained with the loss `mac`, on `M-BEIR`, split train" in pushed["README.md"]
     assert [name for name, content in pushed.items() if name == "train.yaml" or b"somebody" in content] == []
-    (folder / "train.yaml").write_text(yaml.safe_dump({**recipe, "data": f"https://me:hf_{34 * 'x'}@host/data"}))
-    with pytest.raises(ValueError, match=r"train\.yaml: holds what looks like an access token"):
-        push(folder, "org/other", token=TOKEN)
-    assert "org/other" not in hub.repositories
-
-
-def test_results_of_another_model_stay_here(
-    folder: Path, hub: HubServer, loads: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
-    write_results(folder / "results.json", model_fingerprint="0" * 64)
-    with caplog.at_level(logging.WARNING):
-        report = push(folder, "org/puma", token=TOKEN)
-    assert "results.json" not in hub.repositories["org/puma"].branches["main"]
-    assert report.left_out == ("results.json",)
-    assert "results.json stays here: it was not measured on these weights." in caplog.text
-
-
-def test_a_token_in_a_result_file_beside_the_model_is_found(
-    folder: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
-    write_results(folder.parent / "puma-test" / "results.json", data="hf_" + "a1B2" * 9)
-    with pytest.raises(ValueError, match=r"README\.md, results\.json of '.*puma' would hold what looks like an access"):
-        push(folder, "org/puma", token=TOKEN)
-    assert hub.repositories == {}
-
-
-def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set, so 'org/puma' cannot be reached"):
-        push(folder, "org/puma", token=TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="The connection to the Hub failed while pushing to 'org/puma'"):
-        push(folder, "org/puma", token=TOKEN)
 
 
 # --- the base of an adapter
@@ -427,7 +318,7 @@ def base_on_hub(puma_dir: Path, hub: HubServer) -> Repository:
 def test_an_adapter_needs_a_base_that_others_have(adapter: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"which nobody else has. Push that first, and name it: base_model"):
         push(adapter, "org/puma-lora", token=TOKEN)
-    with pytest.raises(ValueError, match=r"base 'org/puma' is not on the Hub, or this token cannot see it"):
+    with pytest.raises(ConnectionError, match=r"org/puma"):
         push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
     assert (loads, hub.repositories) == ([], {})
 
@@ -436,41 +327,24 @@ def test_a_base_of_other_weights_is_refused(
     adapter: Path, hub: HubServer, loads: list[Any], base_on_hub: Repository
 ) -> None:
     base_on_hub.branches["main"]["model.safetensors"] += b"x"
-    with pytest.raises(
-        ValueError, match=r"not trained on the weights in 'org/puma' on the Hub \(SHA-256 \w{12} instead"
-    ):
+    with pytest.raises(ValueError, match=r"not trained on the weights in 'org/puma' on the Hub"):
         push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
     assert (loads, list(hub.repositories)) == ([], ["org/puma"])
 
 
-def test_a_base_that_is_not_noted_is_taken_with_a_warning(
-    adapter: Path,
-    hub: HubServer,
-    loads: list[Any],
-    base_on_hub: Repository,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
-    (copy / "puma_base.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        push(copy, "org/puma-lora", token=TOKEN, base_model="org/puma")
-    assert "Whether org/puma holds the weights that the adapter was trained on is not known." in caplog.text
-
-
+@pytest.mark.usefixtures("base_on_hub")
 def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
-    adapter: Path, hub: HubServer, loads: list[Any], base_on_hub: Repository, tmp_path: Path
+    adapter: Path, hub: HubServer, loads: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/puma"}))
-    report = push(copy, "org/puma-lora", token=TOKEN)
+    (copy / "puma_base.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        report = push(copy, "org/puma-lora", token=TOKEN)
     assert (loads[0].offline, loads[0].token) == (False, TOKEN)
     assert ModelCard(report.card).data.base_model == "org/puma"
-    assert push(copy, "org/puma-lora", token=TOKEN).removed == ()
-    (copy / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"adapter_config\.json must hold names with values, not list"):
-        push(copy, "org/puma-lora", token=TOKEN)
+    assert "Whether org/puma holds the weights that the adapter was trained on is not known." in caplog.text
 
 
 # --- real loads, at the end: until then their process has imported what it needs
@@ -487,9 +361,8 @@ def test_a_directory_that_does_not_load_is_refused_with_the_reason(folder: Path,
     save_file({**tensors, "language_model.extra": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"holds 1 tensors that no loader reads \(first: language_model\.extra\)"):
         push(folder, "org/puma", token=TOKEN)
-    tensors["language_model.norm.weight"] = torch.ones(5)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"'{folder}' has 1 tensors of another shape .*norm\.weight, \(5,\) instead"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"does not load .*model\.safetensors"):
         push(folder, "org/puma", token=TOKEN)
     assert hub.repositories == {}
 
@@ -501,37 +374,30 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     report = push(folder, "org/puma", token=TOKEN, message="first")
     repository = hub.repositories["org/puma"]
     files = repository.branches["main"]
-    assert files.keys() == {path.name for path in folder.iterdir()} | {*loss_files()}
-    for path in folder.iterdir():
-        if path.name != "README.md":
-            assert files[path.name] == path.read_bytes(), path.name
+    assert files.keys() == {"README.md", *model_files(folder), *travelling_files()}
+    for name in model_files(folder):
+        assert files[name] == (folder / name).read_bytes(), name
     assert files["README.md"].decode() == report.card
     assert report.url == f"{hub.url}/org/puma/commit/{repository.sha('main')}"
-    assert repository.messages == ["first"]
-    assert not repository.private
+    assert (repository.messages, repository.private) == (["first"], False)
     report = push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
-    _check_pushed_adapter(hub.repositories["org/puma-lora"].branches["main"], adapter, puma_dir, report.card)
+    pushed = hub.repositories["org/puma-lora"].branches["main"]
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "org/puma"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(puma_dir)
+    assert "model.safetensors" not in pushed
+    texts = b"".join(content for name, content in pushed.items() if not name.endswith(".safetensors"))
+    assert str(puma_dir).encode() not in texts
+    card = ModelCard(report.card)
+    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
     assert all(one["difference"] < 1e-4 for one in found.values())
     assert found["org/puma-lora"]["shape"] == found["org/puma"]["shape"]
-    for name in ("org/puma/resolve", "org/puma-lora/resolve"):
-        assert any(method == "GET" and name in path and path.endswith(".safetensors") for method, path in hub.requests)
-
-
-def _check_pushed_adapter(files: dict[str, bytes], adapter: Path, base: Path, content: str) -> None:
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/puma"
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
-    assert "model.safetensors" not in files
-    assert str(base).encode() not in b"".join(files[name] for name in files if not name.endswith(".safetensors"))
-    card = ModelCard(content)
-    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
-    assert "LoRA adapter alone" in card.text
 
 
 def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:
-    job = {"directory": name, "output": str(folder / "found.json")}
-    (folder / "job.json").write_text(json.dumps(job))
-    process = warm.run([sys.executable, "-P", str(fresh_load.__file__), str(folder / "job.json")], cwd=folder)
+    (folder / "job.json").write_text(json.dumps({"directory": name, "output": str(folder / "found.json")}))
+    process = warm.run([sys.executable, "-P", str(load_check.__file__), str(folder / "job.json")], cwd=folder)
     assert process.returncode == 0, process.stderr
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    assert "error" not in found, found
     return found

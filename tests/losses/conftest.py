@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
-from puma_hf.modeling.messages_puma import MODALITY_IDS
+from puma_hf.modeling.inputs_puma import MODALITY_IDS
 
 VOCABULARY, DIM = 16, 8
 

@@ -20,38 +20,33 @@ from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.flops import plain_forward
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
 from puma_hf.modeling.packing_puma import PackedPart
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
+from puma_hf.opening import plain_forward
 
 KINDS = ("text", "image", "image and text", "two images and text", "chat")
 # What lies in a directory that both loaders open where puma_hf is not installed.
 COMPLETE = {
     "attention_puma.py",
-    "chat_rendering_puma.py",
+    "processing_puma.py",
     "chat_template.jinja",
     "config.json",
     "config_sentence_transformers.json",
     "configuration_puma.py",
     "content_ids_puma.py",
     "fast_path_puma.py",
-    "image_inputs_puma.py",
-    "messages_puma.py",
+    "inputs_puma.py",
     "model.safetensors",
     "modeling_puma.py",
     "modules.json",
     "packing_puma.py",
-    "processing_puma.py",
     "processor_config.json",
-    "reading_puma.py",
     "sentence_bert_config.json",
-    "sentence_transformers_files_puma.py",
     "sentence_transformers_puma.py",
     "tokenizer.json",
     "tokenizer_config.json",
-    "video_puma.py",
 }
 
 

@@ -24,8 +24,7 @@ from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
 from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.export import export
-from puma_hf.hub.card import render_card
-from puma_hf.hub.card_results import find_results
+from puma_hf.hub.card import find_results, make_card
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
 from puma_hf.losses import MultimodalMACLoss
@@ -421,7 +420,7 @@ def test_the_released_first_stage(
     )
     assert load_config(TrainConfig, saved / "train.yaml").contrastive_weight_start == 0.5
     merge(MergeConfig(adapter=saved, output=tmp_path / "merged"))
-    card = render_card(tmp_path / "merged")
+    card = make_card(tmp_path / "merged").text
     told = "Trained with the loss `infonce` and distillation of weight 0.01, metric `mse-mean`, on `nli.csv`"
     assert (
         f"{told}, split train: contrastive_weight 0.9, contrastive_weight_start 0.5, distillation_weight_start" in card

@@ -28,7 +28,7 @@ from puma_hf import (
     lora_config,
     prune,
 )
-from puma_hf.flops import plain_forward
+from puma_hf.opening import plain_forward
 from puma_hf.trainer import FrozenTeacher, merge_adapter
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import (

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ Returns:
 
 Examples:
     >>> import evaluate
-    >>> from puma_hf.evaluation.metric_path import metric_path
+    >>> from puma_hf.evaluation import metric_path
     >>> metric = evaluate.load(metric_path())
     >>> rankings = [["b", "a", "c"], ["c", "a", "b"]]
     >>> metric.compute(predictions=rankings, references=[["a"], ["c", "b"]], ks=[1, 2])["recall@2"]
@@ -86,35 +85,21 @@ class RetrievalMetric(evaluate.Metric):
         mrr_k: int = 10,
         modalities: Mapping[str, str] | None = None,
     ) -> dict[str, float]:
-        relevance = [_relevance(row, judged) for row, judged in enumerate(references)]
-        for row, ranking in enumerate(predictions):
-            _check_distinct(row, "predictions", ranking)
+        relevance = [_relevance(judged) for judged in references]
+        for name, rows in (("predictions", predictions), ("references", [_ids(judged) for judged in references])):
+            for row, ids in enumerate(rows):
+                if len(set(ids)) < len(ids):  # it would count twice
+                    raise ValueError(f"{name}[{row}] has a candidate more than once; give each candidate once")
         metrics = retrieval_metrics(predictions, relevance, ks, ndcg_k=ndcg_k, mrr_k=mrr_k)
         if modalities is not None:
-            _check_known(predictions, relevance, modalities)
             metrics |= {f"wrong_modality@{k}": wrong_modality_at_k(predictions, relevance, modalities, k) for k in ks}
         return metrics
 
 
-def _relevance(row: int, judged: Sequence[Any]) -> dict[str, int]:
-    pairs = [(item["id"], item["relevance"]) if isinstance(item, Mapping) else (item, 1) for item in judged]
-    _check_distinct(row, "references", [candidate for candidate, _ in pairs])
-    return dict(pairs)
+def _ids(judged: Sequence[Any]) -> list[str]:
+    return [item["id"] if isinstance(item, Mapping) else item for item in judged]
 
 
-def _check_distinct(row: int, name: str, candidates: Sequence[str]) -> None:
-    if len(set(candidates)) < len(candidates):
-        repeated = Counter(candidates).most_common(1)[0][0]
-        raise ValueError(f"{name}[{row}] has {repeated!r} more than once; give each candidate once")
-
-
-def _check_known(
-    rankings: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, int]], modalities: Mapping[str, str]
-) -> None:
-    used = {candidate for candidates in (*rankings, *relevance) for candidate in candidates}
-    unknown = sorted(used.difference(modalities))
-    if unknown:
-        raise ValueError(
-            f"modalities lacks {len(unknown)} of {len(used)} candidates, first {unknown[:5]}; it must have that of "
-            "every candidate that is ranked or judged"
-        )
+def _relevance(judged: Sequence[Any]) -> dict[str, int]:
+    gains = [item["relevance"] if isinstance(item, Mapping) else 1 for item in judged]
+    return dict(zip(_ids(judged), gains, strict=True))

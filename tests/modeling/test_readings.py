@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, Qwen2VLForConditionalGenerati
 
 from puma_hf import PumaProcessor, prune
 from puma_hf.modeling.fast_path_puma import FastPath
-from puma_hf.modeling.reading_puma import READINGS, reading_of, released_sentence
+from puma_hf.modeling.processing_puma import READINGS, reading_of, released_sentence
 from tests.tiny import build_checkpoint
 
 # Of the published Qwen2-VL checkpoints, without its counting of pictures and its videos.
@@ -161,7 +161,6 @@ def test_the_directory_records_its_reading(qwen_dir: Path, puma_dir: Path, relea
     configs = [json.loads((folder / "config.json").read_text()) for folder in (released, puma_dir)]
     assert (configs[0]["positions"], "positions" in configs[1]) == ("sequential", False)
     assert json.loads((released / "processor_config.json").read_text())["reading"] == "puma-released"
-    assert (released / "reading_puma.py").is_file()
     assert "Inputs are read as `puma-released`, with the system turn" in (released / "README.md").read_text()
     assert "Inputs are read" not in (puma_dir / "README.md").read_text()
     # Cut further, saved again, it stays as it is.

@@ -1,4 +1,4 @@
-"""The model card of a PUMA directory, filled from facts that were computed."""
+"""The template of a model card, `hub_card.md`, and the first card of a directory, which `puma-hf prune` writes."""
 
 from __future__ import annotations
 
@@ -14,45 +14,28 @@ from puma_hf.modeling.configuration_puma import named_layers
 
 _TEMPLATE = Path(__file__).with_name("hub_card.md")  # where a wheel has it
 if not _TEMPLATE.is_file():
-    _TEMPLATE = Path(__file__).parents[2] / "hub_card.md"  # at the root of the repository, as in an editable install
+    _TEMPLATE = Path(__file__).parents[1] / "hub_card.md"  # at the root of the repository, as in an editable install
 TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers", "custom_code")
 
 
 def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
-    """Write `README.md` into a PUMA directory.
-
-    Args:
-        folder: The directory.
-        config: Its configuration.
-        facts: Parameters and bytes before and after, as in `PruneReport.to_dict()`.
-    """
+    """Write the `README.md` of a PUMA directory; `facts` is what `PruneReport.to_dict()` has."""
     source = config.source_name_or_path
     card_data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
+        # A path of this machine is nobody else's business.
         base_model=source if source and is_hub_id(source) else None,
         tags=list(TAGS),
     )
     text_config: Any = config.text_config
-    content = fill_template(
-        card_data,
-        source=source,
-        embedding_dim=text_config.hidden_size,
-        **{key: value for key, value in facts.items() if key not in ("source", "output_dir")},
-    )
+    values = {key: value for key, value in facts.items() if key not in ("source", "output_dir")}
+    content = fill_template(card_data, source=source, embedding_dim=text_config.hidden_size, **values)
     (folder / "README.md").write_text(content, encoding="utf-8")
 
 
 def fill_template(card_data: ModelCardData, **values: Any) -> str:
-    """The text of a card, metadata included.
-
-    Args:
-        card_data: The metadata.
-        values: What `hub_card.md` has names for; those that are left out, or None, leave no trace.
-
-    Returns:
-        The text, which huggingface_hub could read again.
-    """
+    """The text of a card with its metadata; values that are left out, or None, leave no trace in it."""
     kept, total = values.get("num_kept_layers"), values.get("original_num_hidden_layers")
     if kept and total:
         layers = values.get("kept_layers") or range(kept)
@@ -62,12 +45,12 @@ def fill_template(card_data: ModelCardData, **values: Any) -> str:
 
 
 def with_training_note(card: str, note: str) -> str:
-    """A model card's text with one more line in its section "Training", which is made if need be.
+    """A card with one more line in its section "Training", which is made if need be.
 
     Example:
 
     ```python
-    >>> from puma_hf.hub.template import with_training_note
+    >>> from puma_hf.model_card import with_training_note
 
     >>> card = with_training_note("# Model\\n\\n## Use\\n", "distilled")
     >>> with_training_note(card, "trained on pairs").splitlines()

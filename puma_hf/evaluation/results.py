@@ -1,0 +1,346 @@
+"""M-BEIR's table: rows, means, JSON and Markdown; rankings for trec_eval; and what papers have published.
+
+Sources of the published figures: PUMA (ACM MM 2025, arXiv 2507.08064) and LamRA (arXiv 2412.01720): hit@k, which they
+call Recall@k, in percent, each task against its own pool, test split. The means of others are those of U-MARVEL (arXiv
+2507.14902) and ELVA's table 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puma_hf.data.mbeir import MBEIRTask
+from puma_hf.files import write_whole
+
+PUBLISHED_MODELS: tuple[str, ...] = ("LamRA-Ret 7B", "LamRA < 4B", "PUMA")
+
+# One row of figures a task, in the order of PUBLISHED_MODELS.
+PUBLISHED: dict[str, tuple[float, ...]] = {
+    "visualnews_task0": (41.6, 30.8, 35.7),
+    "mscoco_task0": (81.5, 78.8, 79.5),
+    "fashion200k_task0": (28.7, 25.1, 25.8),
+    "webqa_task1": (86.0, 82.5, 86.2),
+    "edis_task2": (62.6, 54.3, 58.2),
+    "webqa_task2": (81.2, 77.8, 78.4),
+    "visualnews_task3": (39.6, 31.2, 35.2),
+    "mscoco_task3": (90.6, 88.9, 90.1),
+    "fashion200k_task3": (30.4, 27.1, 29.0),
+    "nights_task4": (32.1, 28.7, 31.4),
+    "oven_task6": (54.1, 51.1, 52.7),
+    "infoseek_task6": (52.1, 44.2, 48.3),
+    "fashioniq_task7": (33.2, 28.9, 30.6),
+    "cirr_task7": (53.1, 47.7, 49.9),
+    "oven_task8": (76.2, 72.3, 74.0),
+    "infoseek_task8": (63.3, 60.8, 65.2),
+}
+
+# Means of the sixteen rows against the local pools and the global one, as printed: the papers average before they
+# round. None: not known. A re-ranker reads query and candidate together, so it is no embedder: what it adds is a bound.
+PUBLISHED_MEANS: dict[str, tuple[float, float | None]] = {
+    "LamRA-Ret 7B": (56.6, 54.9),
+    "LamRA < 4B": (51.8, None),
+    "PUMA": (54.4, None),
+    "CLIP_SF": (50.6, 48.9),
+    "PUMA + ELVA's stage": (56.3, None),
+    "ELVA-7B": (58.7, None),
+    "U-MARVEL 4B (Qwen3-VL)": (58.8, 56.2),
+    "U-MARVEL 7B (Qwen2-VL)": (63.2, 60.7),
+    "LamRA 7B with re-ranker": (63.7, 61.4),
+    "U-MARVEL 7B with re-ranker": (64.8, 61.8),
+}
+PUBLISHED_NOTE = (
+    f"{', '.join(PUBLISHED_MODELS)}: hit@k as published (PUMA, ACM MM 2025, arXiv 2507.08064; LamRA, arXiv 2412.01720) "
+    "for the local pools of the test split; not measured here. Published means of all sixteen rows, local / global: "
+    + ", ".join(f"{name} {local} / {everywhere or '?'}" for name, (local, everywhere) in PUBLISHED_MEANS.items())
+    + " (U-MARVEL, arXiv 2507.14902; ELVA; ?: not known)."
+)
+
+
+def published_mean(pool: str) -> tuple[float | None, ...]:
+    """Means of `PUBLISHED_MODELS` against the local pools or the global one."""
+    return tuple(PUBLISHED_MEANS[model][pool == "global"] for model in PUBLISHED_MODELS)
+
+
+# What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
+_SHOWN = {"hit", "ndcg", "wrong_modality@1"}
+# What a result was made from, in the order and the words that Markdown shows it in.
+_MADE_FROM = {
+    "model": "model",
+    "model_fingerprint": "fingerprint",
+    "truncate_dim": "first dimensions",
+    "data": "data",
+    "content_hash": "content hash",
+    "split": "split",
+    "instructions": "instructions",
+    "puma_hf": "puma-hf",
+}
+_SHOWN_DIGITS = 12  # of a hash
+
+
+@dataclass(frozen=True)
+class MBEIRTaskResult:
+    """One row of the table.
+
+    Args:
+        dataset: Name of the dataset.
+        task_id: M-BEIR's task number.
+        pool: "local" or "global".
+        pool_size: Number of candidates.
+        num_queries: Number of queries the metrics are means of.
+        num_skipped: Number of queries left out because nothing in the pool is relevant to them.
+        score: The number papers report for this row: hit@10 on the two fashion datasets, else hit@5.
+        metrics: Values between 0 and 1 by name.
+        corrected: The score, under "score", and the metrics of the popularity-corrected ranking; empty if it was not
+            asked for.
+    """
+
+    dataset: str
+    task_id: int
+    pool: str
+    pool_size: int
+    num_queries: int
+    num_skipped: int
+    score: float
+    metrics: dict[str, float]
+    corrected: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def task(self) -> MBEIRTask:
+        """The task of this row."""
+        return MBEIRTask(self.task_id, self.dataset)
+
+
+@dataclass(frozen=True)
+class MBEIRResults:
+    """The table and what it was made from.
+
+    Args:
+        split: The split that was evaluated.
+        rows: One a task and pool.
+        rankings: For each pool and task name, the dids of the best candidates of each qid, best first.
+        made_from: Names of the model and the data, the model's fingerprint, how instructions were chosen, and the
+            like: plain values without paths of this machine. Empty if it is not known.
+    """
+
+    split: str
+    rows: list[MBEIRTaskResult]
+    rankings: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict, repr=False)
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pools(self) -> list[str]:
+        """The pools that were evaluated, in order."""
+        return list(dict.fromkeys(row.pool for row in self.rows))
+
+    def mean(self, pool: str) -> dict[str, float]:
+        """Plain mean over the rows of one pool, as M-BEIR averages: each task counts the same.
+
+        Args:
+            pool: "local" or "global".
+
+        Returns:
+            The mean of the score, under "score", of each metric, and of the corrected score, if all rows have one,
+            under "corrected_score".
+
+        Raises:
+            ValueError: If the pool was not evaluated.
+        """
+        rows = [row for row in self.rows if row.pool == pool]
+        if not rows:
+            raise ValueError(f"pool is {pool!r}, evaluated were {self.pools}; evaluate with pool='both' to have both")
+        means = {"score": sum(row.score for row in rows) / len(rows)}
+        means |= {name: sum(row.metrics[name] for row in rows) / len(rows) for name in rows[0].metrics}
+        if all(row.corrected for row in rows):
+            means["corrected_score"] = sum(row.corrected["score"] for row in rows) / len(rows)
+        return means
+
+    def to_dict(self, *, include_rankings: bool = False) -> dict[str, Any]:
+        """The keys split, made_from, mean, rows and, if asked for, rankings: plain values that JSON can hold."""
+        values: dict[str, Any] = {
+            "split": self.split,
+            "made_from": self.made_from,
+            "mean": {pool: self.mean(pool) for pool in self.pools},
+            "rows": [asdict(row) for row in self.rows],
+        }
+        return {**values, "rankings": self.rankings} if include_rankings else values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MBEIRResults:
+        """The results that `to_dict` wrote, or an older version without `made_from`; the mean is computed anew."""
+        rows = [MBEIRTaskResult(**row) for row in values["rows"]]
+        return cls(values["split"], rows, values.get("rankings", {}), values.get("made_from", {}))
+
+    def to_json(self, path: str | Path, *, include_rankings: bool = False) -> None:
+        """Write the results, whole or not at all; the folder is made if need be."""
+        content = json.dumps(self.to_dict(include_rankings=include_rankings), indent=2, allow_nan=False) + "\n"
+        write_whole(Path(path), content.encode())
+
+    def to_markdown(self) -> str:
+        """The table in percent, one row a task and pool, and a mean for each pool; JSON has the rest.
+
+        M-BEIR's own rows, on the local pools of the test split, have the published figures of other models beside
+        them, and so have the means if all sixteen are there. Popularity-corrected figures stand beside the plain ones,
+        never in their place.
+
+        Returns:
+            A Markdown table, and under it what it was made from; it ends in a newline.
+        """
+        names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN] if self.rows else []
+        published = self._published()
+        models = PUBLISHED_MODELS if published else ()
+        empty = [None] * len(models)
+        ours = ["hit@k", "corrected"] if any(row.corrected for row in self.rows) else ["hit@k"]
+        lines = [
+            _line(["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]),
+            _line(["---"] * 3 + ["---:"] * (3 + len(ours) + len(models) + len(names))),
+        ]
+        for pool in self.pools:
+            rows = [row for row in self.rows if row.pool == pool]
+            for row in rows:
+                cells = [row.task.arrow, row.dataset, pool, row.pool_size, row.num_queries, row.task.reported_k]
+                cells += _percent([row.score, row.corrected.get("score")][: len(ours)])
+                cells += _tenths(published.get(row.task.name, empty) if pool == "local" else empty)
+                lines.append(_line([*cells, *_percent(row.metrics[name] for name in names)]))
+            mean = self.mean(pool)
+            is_theirs = len(published) == len(PUBLISHED) == len(rows)
+            cells = ["", "**mean**", pool, "", sum(row.num_queries for row in rows), ""]
+            cells += _bold(_percent([mean["score"], mean.get("corrected_score")][: len(ours)]))
+            cells += _tenths(published_mean(pool) if is_theirs else empty)
+            lines.append(_line([*cells, *_bold(_percent(mean[name] for name in names))]))
+        return "\n\n".join(["\n".join(lines), *self._remarks(bool(published))]) + "\n"
+
+    def _published(self) -> dict[str, tuple[float, ...]]:
+        """Published figures by task, of the tasks that were evaluated as they were for the papers."""
+        if self.split != "test" or "content_hash" in self.made_from:  # a subset is another benchmark
+            return {}
+        names = [row.task.name for row in self.rows if row.pool == "local"]
+        return {name: PUBLISHED[name] for name in names if name in PUBLISHED}
+
+    def _remarks(self, published: bool) -> list[str]:
+        remarks = [PUBLISHED_NOTE] if published else []
+        if penalty := self.made_from.get("popularity_penalty"):
+            remarks.append(
+                f"corrected: hit@k of the similarity less {penalty:g} times the candidate's mean similarity to all "
+                f"{self.split} queries of the task. It is transductive (no query can be answered alone) and no part of "
+                "M-BEIR's protocol; compare it with plain figures only beside your own. Whether PUMA's 54.4 has it is "
+                "not known: the authors' code got it late."
+            )
+        if skipped := [row for row in self.rows if row.num_skipped]:
+            where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
+            remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
+        made_from = {"split": self.split, **self.made_from}
+        words = [
+            f"{word} {str(value)[:_SHOWN_DIGITS] if word in ('fingerprint', 'content hash') else value}"
+            for name, word in _MADE_FROM.items()
+            if (value := made_from.get(name)) is not None
+        ]
+        return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _tenths(values: Iterable[float | None]) -> list[str]:
+    return ["" if value is None else f"{value:.1f}" for value in values]
+
+
+def _percent(values: Iterable[float | None]) -> list[str]:
+    return _tenths(None if value is None else 100 * value for value in values)
+
+
+def _bold(cells: Iterable[str]) -> list[str]:
+    return [cell and f"**{cell}**" for cell in cells]
+
+
+# --- files of trec_eval: runs have lines `qid Q0 did rank score tag`, qrels `qid 0 did relevance`
+
+_SMALLEST_STEP = 2.0**-30  # near 0, float32 has numbers so close that nine digits would not tell them apart
+
+
+def falling_scores(scores: Sequence[float]) -> list[float]:
+    """Scores as float32 numbers, each below the one before it.
+
+    trec_eval goes by the score alone, in float32, and orders ties by id, last one first. Scores that fall keep the
+    order that the search gave; one is changed only if it would tie.
+
+    Args:
+        scores: Of one query, best first.
+
+    Returns:
+        As many numbers, each a float32.
+
+    Example:
+        >>> falling_scores([0.5, 0.5, 0.25])
+        [0.5, 0.4999999403953552, 0.25]
+    """
+    fallen: list[float] = []
+    for value in np.asarray(scores, dtype=np.float32):
+        if fallen and value >= fallen[-1]:
+            last = np.float32(fallen[-1])
+            value = last - np.maximum(np.spacing(np.abs(last)), np.float32(_SMALLEST_STEP))
+        fallen.append(float(value))
+    return fallen
+
+
+def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float]]], *, tag: str = "puma-hf") -> None:
+    """Write rankings for trec_eval, whole or not at all.
+
+    Args:
+        path: The file; its folder is made if need be.
+        rankings: For each qid, its dids and their scores, best first.
+        tag: Name of the run, the last word of each line.
+
+    Example:
+        >>> write_run("runs/webqa.trec", {"2:1": [("2:7", 0.9), ("2:5", 0.9)]})
+        >>> print(open("runs/webqa.trec").read(), end="")
+        2:1 Q0 2:7 1 0.899999976 puma-hf
+        2:1 Q0 2:5 2 0.899999917 puma-hf
+    """
+    lines = [
+        f"{qid} Q0 {did} {rank} {score:.9g} {tag}\n"
+        for qid, ranking in rankings.items()
+        for rank, ((did, _), score) in enumerate(
+            zip(ranking, falling_scores([score for _, score in ranking]), strict=True), start=1
+        )
+    ]
+    write_whole(Path(path), "".join(lines).encode())
+
+
+def read_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first.
+
+    Raises:
+        ValueError: If a line has not six fields, or its score is no number.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            qid, _, did, _, score, _ = line.split()
+            found.setdefault(qid, {})[did] = float(score)
+    return {qid: dict(sorted(scores.items(), key=lambda pair: -pair[1])) for qid, scores in found.items()}
+
+
+def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]], task_id: int | None = None) -> None:
+    """Write relevance judgements for trec_eval, or in M-BEIR's form, whole or not at all.
+
+    Args:
+        path: The file; its folder is made if need be.
+        relevance: For each qid, the relevance of each did.
+        task_id: M-BEIR's task number, a fifth field: the scripts of UniIR (Wei et al., ECCV 2024, arXiv 2311.17136)
+            need it, and trec_eval, pytrec_eval and ranx refuse it. None for theirs.
+
+    Example:
+        >>> write_qrels("qrels/webqa.txt", {"2:1": {"2:7": 1}})
+        >>> print(open("qrels/webqa.txt").read(), end="")
+        2:1 0 2:7 1
+    """
+    end = "" if task_id is None else f" {task_id}"
+    lines = [f"{qid} 0 {did} {gain}{end}\n" for qid, judged in relevance.items() for did, gain in judged.items()]
+    write_whole(Path(path), "".join(lines).encode())

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from puma_hf.embedding.store import EmbeddingStore
+from puma_hf.evaluation import topk
+from puma_hf.evaluation.topk import StoredCandidates, exact_search, less_popular, merge_results
+
+Backend = Literal["torch", "faiss"]
+
+
+def brute_force(queries: torch.Tensor, candidates: torch.Tensor, top_k: int) -> list[list[int]]:
+    """One cosine at a time in Python's doubles, sorted by score and then by index."""
+
+    def unit(row: list[float]) -> list[float]:
+        norm = math.sqrt(math.fsum(value * value for value in row))
+        return [value / norm if norm else 0.0 for value in row]
+
+    pool = [unit(row) for row in candidates.double().tolist()]
+    rankings = []
+    for query in map(unit, queries.double().tolist()):
+        scores = [math.fsum(a * b for a, b in zip(query, row, strict=True)) for row in pool]
+        steps = [round(score * 2**24) for score in scores]
+        rankings.append(sorted(range(len(pool)), key=lambda index: (-steps[index], index))[:top_k])
+    return rankings
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(torch.float32, "torch"), (torch.float32, "faiss"), (torch.float64, "torch"), (torch.bfloat16, "torch")],
+)
+def test_search_equals_brute_force_for_every_block_size(block_size: int, dtype: torch.dtype, backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(11, 16, generator=generator).to(dtype)
+    candidates = (5 * torch.randn(29, 16, generator=generator)).to(dtype)
+    candidates[7] = candidates[20] = candidates[3]
+    result = exact_search(queries, candidates, 10, block_size=block_size, backend=backend)
+    assert result.indices.tolist() == brute_force(queries, candidates, 10)
+    expected = torch.nn.functional.cosine_similarity(
+        queries.double()[:, None], candidates.double()[result.indices], dim=-1
+    )
+    torch.testing.assert_close(result.scores, expected.float(), atol=2e-7, rtol=0)
+    assert result.indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 100])
+def test_ties_go_to_the_lower_index(block_size: int) -> None:
+    candidates = torch.tensor([[0.0, -1.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    result = exact_search(torch.tensor([[1.0, 0.0], [-7.0, 0.0]]), candidates, 7, block_size=block_size)
+    assert result.indices.tolist() == [[1, 2, 4, 0, 3, 6, 5], [5, 0, 3, 6, 1, 2, 4]]
+    assert result.scores.tolist() == [[1, 1, 1, 0, 0, 0, -1], [1, 0, 0, 0, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 200])
+def test_copies_come_in_the_order_of_the_pool(block_size: int) -> None:
+    """Twenty directions, each ten times: of every direction the lower row comes first, in whatever block it is."""
+    generator = torch.Generator().manual_seed(1)
+    directions, queries = torch.randn(20, 48, generator=generator), torch.randn(40, 48, generator=generator)
+    found = exact_search(queries, directions.repeat(10, 1), 50, block_size=block_size).indices
+    for ranking in found.tolist():
+        assert [index % 20 for index in ranking[::10]] == [index % 20 for index in ranking[9::10]]
+        assert all(ranking[first : first + 10] == sorted(ranking[first : first + 10]) for first in range(0, 50, 10))
+
+
+def test_top_k_beyond_the_pool_returns_the_pool() -> None:
+    assert exact_search(torch.eye(2), torch.eye(2), 10, block_size=1).indices.tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_popular_candidate_is_pushed_back() -> None:
+    """By hand: the hub scores 0.8 and 0.96, mean 0.88; the other candidate 0.6 and -0.28, mean 0.16.
+
+    With a penalty of 0.5 the first query scores them 0.36 and 0.52, the second 0.52 and -0.36.
+    """
+    queries, pool = torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.8, 0.6], [0.6, -0.8]])
+    assert exact_search(queries, pool, 1).indices.flatten().tolist() == [0, 0]
+    moved = less_popular(queries, 0.5)
+    assert (moved @ pool.T).flatten().tolist() == pytest.approx([0.36, 0.52, 0.52, -0.36])
+    assert exact_search(moved, pool, 1).indices.flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_corrected_scores_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    """Whatever the lengths of queries and candidates, zero vectors among them."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(40, 16, generator=generator, dtype=torch.float64) + 0.5
+    pool = torch.randn(300, 16, generator=generator, dtype=torch.float64) * 3
+    queries[3], pool[5] = 0, 0
+    queries, pool = queries.to(dtype), pool.to(dtype)
+    scores = torch.nn.functional.normalize(queries.double()) @ torch.nn.functional.normalize(pool.double()).T
+    corrected = scores - 0.2 * scores.mean(dim=0)
+    found = exact_search(less_popular(queries, 0.2), pool, 10).indices
+    best = corrected.topk(10, dim=1)
+    torch.testing.assert_close(corrected.gather(1, found), best.values, atol=1e-6, rtol=0)
+    assert not torch.equal(found, scores.topk(10, dim=1).indices)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor) and not value._is_view():
+                self.size = max(self.size, value.numel())
+        return out
+
+
+def test_a_pool_on_disk_is_read_once_and_no_tensor_grows_with_it(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, pool = torch.randn(48, 32, generator=generator), torch.randn(3000, 32, generator=generator)
+    order = torch.randperm(3000, generator=generator)
+    store = EmbeddingStore(tmp_path, {}, file_format="safetensors")
+    for keys in order.split(100):
+        store.add(keys, pool[keys])
+    store.refresh()
+    read: list[int] = []
+
+    class Counted(StoredCandidates):
+        def blocks(self, block_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+            for start, block in super().blocks(block_size):
+                read.append(len(block))
+                yield start, block
+
+    candidates = Counted(store, torch.arange(3000))
+    with LargestTensor() as largest:
+        result = exact_search(queries, candidates, 3, block_size=16)
+    assert sum(read) == 3000
+    # A shard has 100 * 32 numbers of four bytes, the pool 3000 * 32; all scores would be 48 * 3000.
+    assert largest.size <= 100 * 32 * 4
+    assert result.indices.tolist() == brute_force(queries, pool, 3)
+
+
+@pytest.mark.parametrize("borders", [[300], [1, 2], [200, 400], [599]])
+def test_parts_merge_into_the_whole(borders: list[int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pool = torch.randn(600, 24, generator=generator)
+    pool[::3], pool[::50] = pool[0].clone(), 0
+    queries = torch.cat([pool[:5], -pool[:2]])
+    whole = exact_search(queries, pool, 50, block_size=600)
+    parts = []
+    for start, stop in itertools.pairwise([0, *borders, 600]):
+        found = exact_search(queries, pool[start:stop], 50)
+        parts.append(found._replace(indices=found.indices + start))
+    merged = merge_results(parts[::-1], 50)
+    torch.testing.assert_close(merged.scores, whole.scores, atol=2e-7, rtol=0)
+    assert [set(row) for row in merged.indices.tolist()] == [set(row) for row in whole.indices.tolist()]
+    assert merge_results(parts, 10_000).indices.shape == (7, sum(part.indices.shape[1] for part in parts))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_coarse_products_of_a_training_do_not_reach_the_search(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        seen = []
+        with topk._full_float32():
+            seen = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee", "ieee"]
+
+
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend is 'annoy', must be 'torch' or 'faiss'"):
+        exact_search(torch.eye(2), torch.eye(2), 1, backend="annoy")  # type: ignore[arg-type]
+    monkeypatch.setattr(topk, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'puma-hf\[faiss\]', or choose 'torch'"):
+        exact_search(torch.eye(2), torch.eye(2), 1, backend="faiss")
+
+
+@pytest.mark.parametrize(
+    ("queries", "candidates", "top_k", "block_size", "message"),
+    [
+        (torch.ones(2), torch.ones(2, 2), 1, 1, r"query_embeddings is \(2,\)"),
+        (torch.ones(2, 3), torch.ones(2, 2), 1, 1, r"candidates is \(1, 2\), must be \(rows, 3\) .* one model"),
+        (torch.ones(0, 2), torch.ones(2, 2), 1, 1, r"query_embeddings is \(0, 2\)"),
+        (torch.ones(2, 2), torch.ones(0, 2), 1, 1, "there are 0 candidates"),
+        (torch.ones(2, 2), torch.ones(2, 2), 0, 1, "top_k is 0 and block_size is 1"),
+        (torch.ones(2, 2), torch.ones(2, 2), 1, 0, "top_k is 1 and block_size is 0"),
+    ],
+)
+def test_wrong_search_arguments(
+    queries: torch.Tensor, candidates: torch.Tensor, top_k: int, block_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        exact_search(queries, candidates, top_k, block_size=block_size)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_embeddings_that_are_not_finite_are_named(value: float) -> None:
+    bad = torch.ones(20, 2)
+    bad[8:10, 1] = value
+    with pytest.raises(ValueError, match=r"candidates has NaN or infinity in 2 of 6 rows from 6 on, first .*\[8, 9\]"):
+        exact_search(torch.ones(1, 2), bad, 1, block_size=6)
+    with pytest.raises(ValueError, match="query_embeddings has NaN or infinity in 2 of 20"):
+        exact_search(bad, torch.ones(1, 2), 1)

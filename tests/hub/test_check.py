@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import weakref
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from puma_hf import prune
+from puma_hf.export import export
+from puma_hf.hub import check as module
+from puma_hf.hub.check import (
+    Forms,
+    ParityReport,
+    ParityRow,
+    check,
+    check_inputs,
+    compare,
+    compare_weights,
+    features_of,
+    stock_features,
+)
+from puma_hf.trainer import merge_adapter
+from tests.tiny import build_checkpoint
+
+FORMS = [
+    *("padded on the right", "one input at a time", "SentenceTransformer", "puma_hf.embed", "truncated to 16"),
+    *("fast path off", "saved and loaded again", "in bfloat16"),
+    *("exported, stock classes", "exported, stock inputs too", "exported, weights"),
+]
+OF_ADAPTER = ["adapter on its base", "merged, weights"]
+
+
+@pytest.fixture(scope="module")
+def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What it was merged into. Read only."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    merge_adapter(adapter, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forms(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    """The forms of the pruned model, its reference made. Read only."""
+    forms = Forms(puma_dir, tmp_path_factory.mktemp("scratch"), check_inputs())
+    assert all(row.ok for row in forms.by_auto_model())
+    return forms
+
+
+def differing(report: ParityReport) -> list[str]:
+    return [row.form for row in report.rows if not row.ok]
+
+
+def spoil(folder: Path, name: str, place: tuple[int, ...] = (3, 3)) -> None:
+    """Change one number of one tensor."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[next(key for key in tensors if key.endswith(name))][place] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_sound_model(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once: list[int] = []
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        models.append(weakref.ref(found := opened(*args, **options)))
+        alive = [one for one in (ref() for ref in models) if one is not None]
+        at_once.append(sum(not next(one.parameters()).is_meta for one in alive))
+        return found
+
+    opened = module.SentenceTransformer
+    monkeypatch.setattr(module, "SentenceTransformer", counting)
+    report = check(puma_dir)
+    assert at_once == [1] * 3  # a float32 model of 7 billion parameters takes 30 GB
+    assert report.ok, str(report)
+    assert [row.form for row in report.rows] == FORMS
+    rows = {row.form: row.largest for row in report.rows}
+    assert rows["saved and loaded again"] == 0
+    assert rows["in bfloat16"] > 0
+
+
+@pytest.mark.parametrize("reading", ["puma", "puma-released"])
+def test_other_layers_and_another_reading(qwen_dir: Path, tmp_path: Path, reading: str) -> None:
+    prune(qwen_dir, tmp_path / "puma", keep_layers="0,3", reading=reading)
+    report = check(tmp_path / "puma")
+    assert report.ok, str(report)
+    # Stock classes do not have the positions of the second.
+    assert [row.form for row in report.rows] == (FORMS if reading == "puma" else FORMS[:8])
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen2_5_vl", 1), ("qwen3_vl", 3)])
+def test_other_backbones(family: str, kept: int, tmp_path: Path) -> None:
+    untied = {"tie_word_embeddings": False} if family == "qwen3_vl" else {}
+    original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=kept, **untied)
+    prune(original, tmp_path / "puma", num_kept_layers=kept)
+    report = check(tmp_path / "puma", seed=kept)
+    assert report.ok, str(report)
+
+
+def test_an_adapter_is_merged_and_compared(adapter: Path) -> None:
+    report = check(adapter)
+    assert report.ok, str(report)
+    assert [row.form for row in report.rows] == [*FORMS, *OF_ADAPTER]
+
+
+def test_a_spoiled_merge_is_caught(adapter: Path, merged: Path, tmp_path: Path) -> None:
+    spoiled = Path(shutil.copytree(merged, tmp_path / "spoiled"))
+    spoil(spoiled, "layers.1.mlp.up_proj.weight")
+    report = check(adapter, merged=spoiled)
+    assert differing(report) == OF_ADAPTER  # in itself the spoiled model is sound; it is only not what was trained
+    assert report.rows[-1].worst == "language_model.layers.1.mlp.up_proj.weight"
+    assert str(report).endswith(f"{', '.join(OF_ADAPTER)}: not what they should be")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "is_seen"),
+    [
+        ("layers.1.input_layernorm.weight", (3,), True),
+        ("embed_tokens.weight", ("ret", 3), True),
+        ("embed_tokens.weight", (-1, 3), False),  # beyond the vocabulary: no input reaches it
+        ("visual.merger.mlp.2.bias", (3,), True),
+    ],
+)
+def test_one_wrong_number_anywhere_in_a_merge_is_caught(
+    adapter: Path, merged: Path, puma_dir: Path, tmp_path: Path, name: str, place: tuple[Any, ...], is_seen: bool
+) -> None:
+    spoiled = Path(shutil.copytree(merged, tmp_path / "spoiled"))
+    ret = json.loads((puma_dir / "config.json").read_text())["ret_token_id"]
+    spoil(spoiled, name, tuple(ret if one == "ret" else one for one in place))
+    forms = Forms(spoiled, tmp_path, check_inputs())
+    assert next(forms.by_auto_model()).ok
+    by_inputs, by_weights = forms.not_merged(adapter, puma_dir)
+    assert (by_inputs.ok, by_weights.ok) == (not is_seen, False)
+    assert by_weights.worst.endswith(name)
+
+
+def test_a_spoiled_export_is_caught(forms: Forms, puma_dir: Path, tmp_path: Path) -> None:
+    stock = tmp_path / "stock"
+    export(puma_dir, stock)
+    assert [row.ok for row in forms.exported(stock)] == [True, True, True]
+    template = (stock / "chat_template.jinja").read_text()
+    (stock / "chat_template.jinja").write_text(template.replace("Summarize", "Describe"))
+    assert [row.ok for row in forms.exported(stock)] == [True, False, True]
+    (stock / "chat_template.jinja").write_text(template)
+    spoil(stock, "embed_tokens.weight", (-1, 0))
+    assert [row.ok for row in forms.exported(stock)] == [True, True, False]
+
+
+def test_every_row_can_fail(forms: Forms, puma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SentenceTransformer's own vectors are what two others are compared with.
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode", _negated(module.encode, (0,)))
+        wrong = [row.form for row in forms.by_sentence_transformer() if not row.ok]
+    assert wrong == ["SentenceTransformer", "puma_hf.embed", "fast path off"]
+    # Of AutoModel: padded on the right, the first input alone, in bfloat16. Then: truncated, plain, saved.
+    for name, calls in {"embed_features": (1, 2, 12), "encode": (1, 2, 4), "embed_stock": (0, 1)}.items():
+        monkeypatch.setattr(module, name, _negated(getattr(module, name), calls))
+    others = ("SentenceTransformer", "puma_hf.embed", "exported, weights")
+    assert differing(check(puma_dir)) == [form for form in FORMS if form not in others]
+
+
+def _negated(function: Callable[..., Tensor], calls: tuple[int, ...]) -> Callable[..., Tensor]:
+    """The function, whose result is negated in some of its calls."""
+    counter = count()
+
+    def changed(*args: Any, **options: Any) -> Tensor:
+        result = function(*args, **options)
+        return -result if next(counter) in calls else result
+
+    return changed
+
+
+def test_what_cannot_be_checked(puma_dir: Path, qwen_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder in (qwen_dir, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"holds no PUMA model, by its config\.json"):
+            check(folder)
+    with pytest.raises(ValueError, match=r"merged or base is given, but '.*' is no adapter: it has no adapter_config"):
+        check(puma_dir, base=puma_dir)
+    with pytest.raises(ValueError, match=r"'.*' holds no PUMA model"):
+        check(adapter, merged=qwen_dir)
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/moved/away"}))
+    with pytest.raises(FileNotFoundError, match=r"base '/moved/away' is not a directory"):
+        check(copy)
+
+
+# --- inputs and comparisons
+
+
+def test_inputs_are_drawn_by_their_seed() -> None:
+    def drawn(seed: int) -> list[Any]:
+        return [
+            (one.get("text"), one.get("instruction"), [picture.tobytes() for picture in one.get("image", [])])
+            for one in check_inputs(seed)
+        ]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    kinds = {tuple(one) for one in check_inputs()}
+    text, image, both = ("text",), ("image",), ("image", "text")
+    assert kinds == {*(text, image, both), *((*kind, "instruction") for kind in (text, image, both))}
+
+
+def test_stock_features_are_the_processors(puma_dir: Path, exported: Path) -> None:
+    expected, found = features_of(puma_dir, check_inputs()), stock_features(exported, check_inputs())
+    assert set(found) == set(expected)
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(found[name], expected[name]), name
+
+    def tokens(features: dict[str, Tensor]) -> list[list[int]]:  # padding may stand on either side
+        pairs = zip(features["input_ids"], features["attention_mask"], strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+    assert tokens(found) == tokens(expected)
+
+
+def test_embeddings_are_compared_by_the_worst_number_or_by_cosine() -> None:
+    expected = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    found = expected + torch.tensor([[0.0, 0.0], [0.0, 2e-3]])
+    row = compare("a", "b", found, expected, ["text", "image"])
+    assert (row.largest, row.worst, row.ok) == (pytest.approx(2e-3, rel=1e-3), "image", False)
+    row = compare("a", "b", 3 * expected, expected, ["text", "image"], measure="1 - cosine")
+    assert (row.largest, row.ok) == (pytest.approx(0, abs=1e-6), True)
+    assert not compare("a", "b", expected * math.nan, expected, ["text", "image"]).ok
+    with pytest.raises(ValueError, match=r"a gives embeddings of shape \(2, 1\), but b \(2, 2\)"):
+        compare("a", "b", expected[:, :1], expected, ["text", "image"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "largest", "worst"),
+    [
+        ({}, 0.0, "all tensors"),
+        ({"a": torch.tensor([1.02, -4.0])}, 0.005, "a"),  # a share of the largest number
+        ({"b": torch.tensor([[2.1]])}, 0.05, "b"),
+        ({"b": torch.tensor([2.0])}, math.inf, "b"),
+        ({"c": torch.ones(1)}, math.inf, "c"),
+        ({"a": torch.tensor([1.0, math.nan])}, math.nan, "a"),
+        ({"a": torch.tensor([1.001, -4.0]).bfloat16()}, 0.0, "all tensors"),  # what rounding changed
+    ],
+)
+def test_weights_are_compared_tensor_by_tensor(changes: dict[str, Tensor], largest: float, worst: str) -> None:
+    expected = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([[2.0]])}
+    row = compare_weights("saved", "model", {**expected, **changes}, expected, bound=1e-2)
+    assert row.largest == pytest.approx(largest, rel=1e-3, nan_ok=True)
+    assert (row.worst, row.ok) == (worst, largest <= 1e-2)
+
+
+def test_a_report_ends_in_a_verdict() -> None:
+    good, bad = (ParityRow("merged", "AutoModel", "difference", value, 1e-5, "text") for value in (1e-7, 2e-3))
+    first, second, end = str(ParityReport("puma", 10, (good, bad))).splitlines()[1:]
+    assert (first.endswith("1.0e-07  1e-05  text  ok"), second.endswith("2.0e-03  1e-05  text  DIFFERS")) == (
+        True,
+        True,
+    )
+    assert end == "puma, 10 inputs: merged: not what they should be"
+    assert str(ParityReport("puma", 10, (good,))).endswith("puma, 10 inputs: all forms agree")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from puma_hf import PumaConfig
+from puma_hf.model_card import write_model_card
+
+FACTS: dict[str, Any] = {"source": "/home/somebody/secret/qwen", "output_dir": "/home/somebody/out"}
+FACTS |= {"num_kept_layers": 8, "original_num_hidden_layers": 28, "bytes_before": 19_753_086, "bytes_after": 2_469_134}
+FACTS |= {"parameters_before": 9_876_543, "parameters_after": 1_234_567}
+
+
+def write(folder: Path, source: str | None, **facts: Any) -> ModelCard:
+    text = {"num_hidden_layers": 28, "hidden_size": 1536}
+    config = PumaConfig(text_config=text, num_kept_layers=8, source_name_or_path=source)
+    write_model_card(folder, config, FACTS | facts)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_shows_the_facts(tmp_path: Path) -> None:
+    card = write(tmp_path, "Qwen/Qwen2-VL-2B-Instruct")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
+    assert {"puma", "sentence-transformers", "custom_code"} <= set(data.tags)
+    for shown in ("`Qwen/Qwen2-VL-2B-Instruct`", "layers 0 to 7", "8 to 27", "1,234,567", "9,876,543", "1536"):
+        assert shown in card.text
+    assert "Nothing has been measured" in card.text
+
+
+def test_one_layer_is_no_range(tmp_path: Path) -> None:
+    card = write(tmp_path, None, num_kept_layers=1, original_num_hidden_layers=2)
+    assert "the token embedding, decoder layer 0, the final norm" in card.text
+    assert "Dropped: decoder layer 1, the language-model head" in card.text
+
+
+@pytest.mark.parametrize("source", ["qwen", "models/qwen/2b", "../qwen", "./qwen"])
+def test_no_path_of_this_machine_is_a_name_on_the_hub(tmp_path: Path, source: str) -> None:
+    card = write(tmp_path, source)
+    assert card.data.base_model is None
+    assert "somebody" not in card.content
+
+
+def test_a_pruned_directory_has_its_card(puma_dir: Path, qwen_dir: Path) -> None:
+    card = ModelCard.load(puma_dir / "README.md")
+    assert "layers 0 to 1" in card.text
+    assert f"`{qwen_dir.name}`" in card.text
+    assert str(qwen_dir.parent) not in card.content
