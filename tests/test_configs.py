@@ -31,7 +31,7 @@ from puma_hf.configs import (
     parse_parameters,
 )
 from puma_hf.losses import MultimodalMACLoss
-from puma_hf.settings import load_config, save_config
+from puma_hf.settings import field_help, load_config, save_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [*sorted(path.name for path in CONFIGS.glob("*_stage*.yaml")), "demo_distill.yaml", "demo_train.yaml"]
@@ -69,7 +69,7 @@ def test_every_field_has_help_a_type_and_a_way_through_yaml(kind: Any, tmp_path:
     config = make(kind)
     assert config.notes() == []
     for entry in fields(kind):
-        text = entry.metadata["help"]
+        text = field_help(kind)[entry.name]
         assert text[0].isalnum(), entry.name
         assert text.endswith("."), entry.name
         assert get_type_hints(kind)[entry.name] is not Any
@@ -129,7 +129,7 @@ def test_other_defaults_that_matter() -> None:
         ({"training_arguments": {"per_device_train_batch_size": 3}}, r"it is the field 'batch_size'\. Set that"),
         (
             {"first_layer_learning_rate": 1e-4, "training_arguments": {"learning_rate_mapping": {"lora_A": 1e-5}}},
-            r"first_layer_learning_rate=0\.0001 may not stand beside learning_rate_mapping in .*\. Put it there, as '",
+            r"first_layer_learning_rate=0\.0001 may not stand beside learning_rate_mapping\. Put it there, as '",
         ),
     ],
 )
@@ -143,10 +143,10 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
     ("kind", "values", "message"),
     [
         (TrainConfig, {"loss": "triplet"}, r"loss='triplet' must be one of 'mac', 'mac-split', 'infonce'"),
-        (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0 to let it"),
+        (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0, or sched"),
         (TrainConfig, {"matryoshka_dims": [8, 0]}, r"matryoshka_dims=0 must be at least 1"),
         (TrainConfig, {"matryoshka_dims": [8, 8]}, r"matryoshka_dims=\[8, 8\] must not repeat a size"),
-        (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, got 1\.0: .*Leave"),
+        (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0: .*Leave"),
         (TrainConfig, {"distillation_weight_start": 1, "mini_batch_size": 8}, "need distillation_weight=0"),
         (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
         (PairsConfig, {"val_fraction": 0.6, "test_fraction": 0.6}, r"must be 1 at most together"),
@@ -158,10 +158,10 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
         (EvaluateConfig, {"output": "results.json"}, "output='results.json' must be a directory: .* such as 'results'"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
         (SweepConfig, {"keep": 1.2}, r"keep=1\.2 must be above 0 and at most 1\. Take 0\.97, or less"),
-        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' would put zeros into the index.* Choose skip, or raise"),
+        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' would put zeros into the index.* Choose skip"),
         (IndexConfig, {"precision": "int8"}, r"precision='int8' must be 'float32' or 'float16' in an .*ann='int8'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
-        (SearchConfig, {"query": " \n"}, r"nothing to look for. Give words, a picture \(--image\), or both"),
+        (SearchConfig, {"query": " \n"}, r"nothing to look for. Give words, or --image"),
         (SearchConfig, {"target": "video"}, r"target \(--for\)='video' must be one of 'any', 'text', 'image'"),
         (SearchConfig, {"html": str(CONFIGS)}, "is a directory, must be a file. Name one, such as answers.html"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
