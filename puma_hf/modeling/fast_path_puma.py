@@ -110,11 +110,7 @@ def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
 
 
 def decoder_layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    angles: tuple[Tensor, Tensor],
-    sequences: Sequences,
-    wanted: Tensor | None = None,
+    layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences, wanted: Tensor | None = None
 ) -> Tensor:
     """One decoder layer on tokens that lie one after another.
 

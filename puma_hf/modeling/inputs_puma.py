@@ -24,8 +24,8 @@ MODALITY_NAMES = ("text", "image", "image,text", "video", "video,text")
 MODALITY_IDS = {name: index for index, name in enumerate(MODALITY_NAMES)}
 
 ROLES = ("system", "user", "assistant")
-INPUT_KEYS = ("text", "image", "video", "instruction")
-_ACCEPTED = f"Pass a string, an image, a dict with any of the keys {', '.join(map(repr, INPUT_KEYS))}, or a chat."
+_KEYS = ("image", "video", "text", "instruction")  # in the order in which an input is read
+_ACCEPTED = f"Pass a string, an image, a dict with any of the keys {', '.join(map(repr, _KEYS))}, or a chat."
 
 # Tokens that stand for something else than text in the vocabularies of these families, `[RET]` among them.
 SPECIAL_TOKEN = re.compile(
@@ -36,8 +36,8 @@ SPECIAL_TOKEN_REMEDY = (
     "{'split_special_tokens': True}} in encode, split_special_tokens=True in process_inputs."
 )
 _IMAGE_SIZE_REMEDY = (
-    "The size of images is one for all of a call: processing_kwargs={'image': {'size': {'shortest_edge': ..., "
-    "'longest_edge': ...}}} in encode, images_kwargs={'size': ...} in process_inputs."
+    "The size of images is one for all of a call: processing_kwargs={'image': {'size': {...}}} in encode, "
+    "images_kwargs={'size': {...}} in process_inputs."
 )
 # By the type of a chat's item: what it is, and the keys that its value may have, as Qwen, transformers and OpenAI
 # write them.
@@ -79,10 +79,9 @@ def holds_inputs(value: Any) -> bool:
     """Whether a value holds inputs in an order: a list, a column, a pandas Series, a generator, an array of strings."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and value.dtype.kind in "OUT"  # of numbers it is one image
-    one = (str, bytes, bytearray, Mapping, set, frozenset, Image.Image, torch.Tensor)
-    if isinstance(value, one) or hasattr(value, "read") or hasattr(value, "columns"):
-        return False  # a file yields lines, a table of pandas the names of its columns
-    return isinstance(value, Iterable)
+    one = isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset, Image.Image, torch.Tensor))
+    # A file would yield lines, a table of pandas the names of its columns.
+    return isinstance(value, Iterable) and not (one or hasattr(value, "read") or hasattr(value, "columns"))
 
 
 def modality_of(has_text: bool, has_image: bool, has_video: bool) -> str:
@@ -174,10 +173,10 @@ def _to_parts(item: Any) -> dict[str, Any]:
         if item is None or isinstance(item, (list, tuple, set, int, float, bool)) or holds_inputs(item):
             raise _RefusedError(f"got {shown(item)}, which is neither text nor image. {_ACCEPTED}")
         return {"image": item}
-    if unknown := set(item) - set(INPUT_KEYS):
+    if unknown := set(item) - set(_KEYS):
         raise _RefusedError(f"unknown keys {shown(sorted(map(str, unknown)))}. {_ACCEPTED}")
     # Arrow's rows have all keys, most of them None.
-    parts = {key: item[key] for key in ("image", "video", "text", "instruction") if item.get(key) is not None}
+    parts = {key: item[key] for key in _KEYS if item.get(key) is not None}
     if not set(parts) - {"instruction"}:
         raise _RefusedError(f"the dict holds no text, image or video (all values are None). {_ACCEPTED}")
     return parts
@@ -208,26 +207,25 @@ def _chat_content(message: dict[str, Any]) -> list[dict[str, Any]]:
 def _chat_item(entry: Any) -> tuple[str, Any]:
     """Kind and value of an item of a chat's content."""
     given = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
-    name = given.pop("type", None)
-    kind, keys = _CHAT_ITEMS.get(name, ("", ())) if isinstance(name, str) else ("", ())
-    if len(given) == 1 and set(given) <= set(keys):
-        ((key, value),) = given.items()
-        if key.endswith("_url") and isinstance(value, dict) and set(value) - {"detail"} == {"url"}:
-            given, value = value, value["url"]
-        if given.get("detail", "auto") == "auto":
-            is_bare = key == "base64" and isinstance(value, str) and not value.startswith("data:")
-            return kind, f"data:;base64,{value}" if is_bare else value
-    raise _RefusedError(
-        "chat content must be items like {'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} (or 'url', "
-        "'path', 'base64') and {'type': 'image_url', 'image_url': {'url': ...}}, without other keys, got "
-        f"{shown(entry)}. {_IMAGE_SIZE_REMEDY}"
-    )
+    kind, keys = _CHAT_ITEMS.get(str(given.pop("type", None)), ("", ()))
+    key, value = next(iter(given.items()), ("", None))
+    if key.endswith("_url") and isinstance(value, dict) and value.get("detail", "auto") == "auto":
+        value = {name: part for name, part in value.items() if name != "detail"}
+        value = value["url"] if set(value) == {"url"} else None
+    if len(given) != 1 or key not in keys or value is None:
+        raise _RefusedError(
+            "chat content must be items like {'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} (or 'url', "
+            "'path', 'base64') and {'type': 'image_url', 'image_url': {'url': ...}}, without other keys, got "
+            f"{shown(entry)}. {_IMAGE_SIZE_REMEDY}"
+        )
+    is_bare = key == "base64" and not str(value).startswith("data:")
+    return kind, f"data:;base64,{value}" if is_bare else value
 
 
 def _content(kind: str, value: Any) -> list[dict[str, Any]]:
-    # A list of pictures is one video, of its frames.
-    is_frames = isinstance(value, list | tuple) and all(isinstance(v, Image.Image) or hasattr(v, "ndim") for v in value)
-    values = value if isinstance(value, list | tuple) and not (kind == "video" and value and is_frames) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    if kind == "video" and values and all(isinstance(one, Image.Image) or hasattr(one, "ndim") for one in values):
+        values = [value]  # a list of pictures is one video
     for text in values if kind == "text" else ():
         if not isinstance(text, str) or not text.strip():
             raise _RefusedError(f"a text must be a non-empty string, got {shown(text)}. Leave the key or input out.")
@@ -239,7 +237,7 @@ def _join_texts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     joined: list[dict[str, Any]] = []
     for item in items:
         if joined and joined[-1]["type"] == item["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + item["text"]}
+            joined[-1]["text"] += item["text"]
         else:
             joined.append(item)
     return joined
@@ -409,23 +407,12 @@ def _described(image: Any) -> str:
 
 # What Qwen2VLVideoProcessor has by itself, written out: without torchvision the class cannot be asked.
 _VIDEO_SETTINGS: dict[str, Any] = {
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "do_sample_frames": False,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "max_frames": 768,
-    "max_video_tokens": 128000,
-    "merge_size": 2,
-    "min_frames": 4,
-    "patch_size": 14,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "return_metadata": False,
+    **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True),
+    **dict.fromkeys(("do_sample_frames", "return_metadata"), False),
+    **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    **{"max_frames": 768, "max_video_tokens": 128000, "min_frames": 4, "resample": 3, "rescale_factor": 1 / 255},
+    **{"merge_size": 2, "patch_size": 14, "temporal_patch_size": 2},
     "size": {"longest_edge": 28 * 28 * 768, "shortest_edge": 28 * 28 * 128},
-    "temporal_patch_size": 2,
 }
 _NOT_VIDEO = ("auto_map", "processor_class", "image_processor_type")
 
