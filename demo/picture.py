@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from puma_hf.data.mbeir import MBEIR
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.evaluation.results import read_run
 
 CELL = 188

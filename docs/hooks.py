@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import griffe
-import typer
 
 _COMMANDS = "<!-- commands -->"
 _GPU = "<!-- gpu -->"
@@ -45,7 +44,7 @@ def default_of(call: griffe.ExprCall) -> Any:
     made_by = str(call.function)
     if made_by == "option":
         return call.arguments[0]
-    return {"required": None, "_positional": "None"}.get(made_by, call)
+    return None if made_by == "positional" else call
 
 
 def as_markdown(docstring: str) -> str:
@@ -68,8 +67,7 @@ def commands_markdown() -> str:
     """Every command with its options, in the words of `puma-hf COMMAND --help`."""
     from puma_hf.cli import app
 
-    group: Any = typer.main.get_command(app)
-    return "\n".join(_command(name, command) for name, command in group.commands.items())
+    return "\n".join(_command(name, command) for name, command in app.commands.items())
 
 
 def gpu_markdown() -> str:

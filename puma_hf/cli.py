@@ -7,15 +7,16 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, fields
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import typer
+import click
 
 from puma_hf import __version__
-from puma_hf.cli_options import config_command
 from puma_hf.configs import (
     AppConfig,
     CheckConfig,
@@ -33,70 +34,140 @@ from puma_hf.configs import (
 )
 from puma_hf.files import is_full_disk
 from puma_hf.processes import ends_well_on_sigterm
+from puma_hf.settings import field_help, load_config
 
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
-app = typer.Typer(
-    name="puma-hf",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut off the longer names
+_CONFIG_HELP = (
+    "YAML file with values for the options below, under their names with underscores. Options given here win. "
+    "Paths in it are relative to the current directory."
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"puma-hf {__version__}")
-        raise typer.Exit
+class _InOrder(click.Group):
+    """Commands in the order in which they are used, as below."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
+@click.group(cls=_InOrder)
+@click.version_option(__version__, message="puma-hf %(version)s", help="Print the version and leave.")
+def app() -> None:
     """Cut a Qwen2-VL, 2.5 or 3 to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
-_SOURCE_HELP = "Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
+# --------------------------------------------------------------------------------------- options from a settings class
+
+
+def _command(kind: Any, name: str | None = None) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Make a function of one configuration a command that takes its fields as options, a YAML file, or both.
+
+    Names, defaults and help are written in the class alone. A field may have "positional" and "flag" in its metadata:
+    `False` for none, or a name of its own.
+    """
+    entries = [entry for entry in fields(kind) if entry.metadata.get("flag", True)]
+    positional = [entry.name for entry in entries if entry.metadata.get("positional")]
+    hints, texts = get_type_hints(kind), field_help(kind)
+
+    def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def run(config: Path | None, **given: Any) -> None:
+            for field in positional:
+                value = given.pop(f"{field}_argument")
+                if None not in (value, given[field]):
+                    both = f"as {value!r} and as --{field} {given[field]!r}"
+                    raise ValueError(f"{field} is given twice, {both}. Remove one of them.")
+                given[field] = given[field] if value is None else value
+            # Options that were not given are None, repeated ones empty.
+            values = {field: value for field, value in given.items() if value is not None and value != ()}
+            function(load_config(kind, config, **values))
+
+        parameters: list[click.Parameter] = [
+            *(
+                click.Argument([f"{field}_argument"], required=False, metavar=f"[{field.upper()}]")
+                for field in positional
+            ),
+            click.Option(["--config"], type=click.Path(path_type=Path), help=_CONFIG_HELP),
+            *(_option(entry, hints[entry.name], texts[entry.name]) for entry in entries),
+        ]
+        command = click.Command(name or function.__name__, callback=run, params=parameters, help=function.__doc__)
+        app.add_command(command)
+        return function
+
+    return decorate
+
+
+def _option(entry: Field[Any], hint: Any, text: str) -> click.Option:
+    """The flag of a field. Types are read here, and choices checked with the YAML file's."""
+    name = entry.metadata.get("flag", entry.name.replace("_", "-"))
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(kind for kind in get_args(hint) if kind not in (type(None), Path))
+    attributes: dict[str, Any] = {"type": hint}
+    if get_origin(hint) is Literal:
+        attributes = {"type": str, "metavar": "|".join(get_args(hint))}
+    elif get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        attributes = {"type": item, "multiple": True, "metavar": f"<{item.__name__}>, repeatable"}
+    if (default := entry.default) is not MISSING and default is not None and default not in ((), ""):
+        shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+        text += f" Default: {shown:g}." if isinstance(shown, float) else f" Default: {shown}."
+    flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
+    return click.Option([flag, entry.name], help=text, default=None, **attributes)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+_SOURCE_HELP = "SOURCE: folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
 _MAX_PIXELS_HELP = (
     "Images are scaled down to so many pixels; source keeps the source's limit. Default: the source's, but "
     "at most 300 visual tokens (235,200 pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
 )
 _READING_HELP = "How inputs are read: this library's prompt, or that of the authors' code with its plain positions."
-OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT", help="New directory.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is not empty.")]
 
 
-@app.command()
-def prune(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP, show_default=False)],
-    output: OutputDir,
-    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers to keep, from the input.")] = None,
-    keep_layers: Annotated[str | None, typer.Option(help="Instead, which layers to keep, such as 0-10,27.")] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of the weights, such as bfloat16.")] = "auto",
-    max_pixels: Annotated[str | None, typer.Option(metavar="N|source", help=_MAX_PIXELS_HELP)] = None,
-    reading: Annotated[str | None, typer.Option(metavar="puma|puma-released", help=_READING_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
+@app.command(epilog=_SOURCE_HELP)
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--num-kept-layers", type=int, help="Decoder layers to keep, from the input.")
+@click.option("--keep-layers", help="Instead, which layers to keep, such as 0-10,27.")
+@click.option("--dtype", default="auto", show_default=True, help="Data type of the weights, such as bfloat16.")
+@click.option("--max-pixels", metavar="N|source", help=_MAX_PIXELS_HELP)
+@click.option("--reading", metavar="puma|puma-released", help=_READING_HELP)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is not empty.")
+def prune(source: str, output: Path, max_pixels: Any, **options: Any) -> None:
     """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
 
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
     """
     from puma_hf.pruning import prune as run
 
-    limit: Any = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
-    options: dict[str, Any] = {"dtype": dtype, "max_pixels": limit, "revision": revision, "overwrite": overwrite}
-    options |= {"num_kept_layers": num_kept_layers, "keep_layers": keep_layers, "reading": reading}
-    report = run(source, output, **options)
-    typer.echo(str(report))
+    limit = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
+    click.echo(str(run(source, output, max_pixels=limit, **options)))
 
 
-@config_command(app, DistillConfig)
+@app.command()
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="Recipe of distill or train.")
+@click.option("--model", help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
+@click.option("--num-kept-layers", type=int, help="Decoder layers that are kept of it.")
+@click.option("--gpu", help="Such as 'RTX 4090'; default: a table of all that are known.")
+@click.option("--num-gpus", default=1, show_default=True, help="Devices that the run is started on.")
+@click.option("--tokens", type=int, help="Length that rows are padded to; default: max_length.")
+@click.option("--images", type=float, help="Images of a row, over all columns.")
+@click.option("--rows", type=int, help="Rows of the data, where they are not known.")
+def estimate(config: Path, gpu: str | None, **sizes: Any) -> None:
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+    """
+    from puma_hf.estimate import GPUS
+    from puma_hf.estimate import estimate as run
+
+    click.echo(run(config, **sizes).to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
+
+
+@_command(DistillConfig)
 def distill(config: DistillConfig) -> None:
     """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
@@ -107,7 +178,7 @@ def distill(config: DistillConfig) -> None:
     _echo_saved(run(config))
 
 
-@config_command(app, TrainConfig)
+@_command(TrainConfig)
 def train(config: TrainConfig) -> None:
     """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
@@ -118,32 +189,11 @@ def train(config: TrainConfig) -> None:
     _echo_saved(run(config))
 
 
-@app.command()
-def estimate(
-    config: Annotated[Path, typer.Option(help="Recipe of distill or train.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
-    ] = None,
-    num_kept_layers: Annotated[int | None, typer.Option(help="Decoder layers that are kept of it.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Such as 'RTX 4090'; default: a table of all that are known.")] = None,
-    num_gpus: Annotated[int, typer.Option(help="Devices that the run is started on.")] = 1,
-    tokens: Annotated[int | None, typer.Option(help="Length that rows are padded to; default: max_length.")] = None,
-    images: Annotated[float | None, typer.Option(help="Images of a row, over all columns.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of the data, where they are not known.")] = None,
-) -> None:
-    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
-
-    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
-    """
-    from puma_hf.estimate import GPUS
-    from puma_hf.estimate import estimate as run
-
-    sizes: dict[str, Any] = {"tokens": tokens, "images": images, "rows": rows, "num_gpus": num_gpus}
-    found = run(config, model=model, num_kept_layers=num_kept_layers, **sizes)
-    typer.echo(found.to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
+def _echo_saved(adapter: Path) -> None:
+    _echo_first(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
 
 
-@config_command(app, MergeConfig)
+@_command(MergeConfig)
 def merge(config: MergeConfig) -> None:
     """Merge a trained adapter into its base, checked, and write a complete directory.
 
@@ -151,16 +201,10 @@ def merge(config: MergeConfig) -> None:
     """
     from puma_hf.trainer.stages import merge as run
 
-    largest = run(config)
-    typer.echo(f"merged; embeddings differ by at most {largest:.1e}\nsaved    {config.output}")
+    click.echo(f"merged; embeddings differ by at most {run(config):.1e}\nsaved    {config.output}")
 
 
-def _echo_saved(adapter: Path) -> None:
-    if _is_first_process():
-        typer.echo(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
-
-
-@config_command(app, EmbedConfig)
+@_command(EmbedConfig)
 def embed(config: EmbedConfig) -> None:
     """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
 
@@ -169,12 +213,10 @@ def embed(config: EmbedConfig) -> None:
     from puma_hf.embedding.run import embed_corpus as run
 
     with ends_well_on_sigterm():
-        report = run(config)
-    if _is_first_process():
-        typer.echo(str(report))
+        _echo_first(str(run(config)))
 
 
-@config_command(app, EvaluateConfig)
+@_command(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
     """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
 
@@ -183,12 +225,10 @@ def evaluate(config: EvaluateConfig) -> None:
     from puma_hf.evaluation.mbeir import evaluate as run
 
     with ends_well_on_sigterm():
-        results = run(config)
-    if _is_first_process():
-        typer.echo(results.to_markdown())
+        _echo_first(run(config).to_markdown())
 
 
-@config_command(app, SweepConfig)
+@_command(SweepConfig)
 def sweep(config: SweepConfig) -> None:
     """Choose k: measure every depth of a model in one pass, with its parameters and operations.
 
@@ -196,10 +236,10 @@ def sweep(config: SweepConfig) -> None:
     """
     from puma_hf.evaluation.layer_sweep import sweep as run
 
-    typer.echo(run(config).to_markdown())
+    click.echo(run(config).to_markdown())
 
 
-@config_command(app, PairsConfig)
+@_command(PairsConfig)
 def pairs(config: PairsConfig) -> None:
     """Look through pairs of your own before training: what there is, and what is wrong with it.
 
@@ -207,13 +247,10 @@ def pairs(config: PairsConfig) -> None:
     """
     from puma_hf.data.pairs_report import pairs as run
 
-    report = run(config)
-    typer.echo(str(report))
-    if not report.ok:
-        raise typer.Exit(1)
+    _echo_checked(run(config))
 
 
-@config_command(app, IndexConfig)
+@_command(IndexConfig)
 def index(config: IndexConfig) -> None:
     """Make an index of pictures and texts to search in; run again, it takes in what changed.
 
@@ -222,12 +259,10 @@ def index(config: IndexConfig) -> None:
     from puma_hf.search.index import build_index as run
 
     with ends_well_on_sigterm():
-        report = run(config)
-    if _is_first_process():
-        typer.echo(str(report))
+        _echo_first(str(run(config)))
 
 
-@config_command(app, SearchConfig)
+@_command(SearchConfig)
 def search(config: SearchConfig) -> None:
     """Search an index by words, by a picture, or by both.
 
@@ -236,12 +271,12 @@ def search(config: SearchConfig) -> None:
     from puma_hf.search.query import search as run
 
     answers = run(config)
-    typer.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
+    click.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
     if config.html is not None:
-        typer.echo(f"saved    {config.html}", err=config.json)  # which is for programs
+        click.echo(f"saved    {config.html}", err=config.json)  # which is for programs
 
 
-@config_command(app, AppConfig, name="app")
+@_command(AppConfig, name="app")
 def show(config: AppConfig) -> None:
     """Search an index on a page in the browser, or write that page as a Space of the Hub.
 
@@ -249,16 +284,13 @@ def show(config: AppConfig) -> None:
     """
     from puma_hf.app.launch import launch as run
 
-    run(config, started=lambda place: typer.echo(_started(config, place)))
+    serving = "serving {index} at {place}; Ctrl-C ends it"
+    saved = "saved the Space to {place}; look at it first with: GRADIO_SERVER_NAME=127.0.0.1 python {place}/app.py"
+    line = serving if config.space is None else saved
+    run(config, started=lambda place: click.echo(line.format(index=config.index, place=place)))
 
 
-def _started(config: AppConfig, place: str) -> str:
-    if config.space is None:
-        return f"serving {config.index} at {place}; Ctrl-C ends it"
-    return f"saved the Space to {place}; look at it first with: GRADIO_SERVER_NAME=127.0.0.1 python {place}/app.py"
-
-
-@config_command(app, ExportConfig)
+@_command(ExportConfig)
 def export(config: ExportConfig) -> None:
     """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
 
@@ -266,10 +298,10 @@ def export(config: ExportConfig) -> None:
     """
     from puma_hf.export import export as run
 
-    typer.echo(str(run(**asdict(config))))
+    click.echo(str(run(**asdict(config))))
 
 
-@config_command(app, CheckConfig)
+@_command(CheckConfig)
 def check(config: CheckConfig) -> None:
     """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
 
@@ -277,13 +309,10 @@ def check(config: CheckConfig) -> None:
     """
     from puma_hf.hub.check import check as run
 
-    report = run(**asdict(config))
-    typer.echo(str(report))
-    if not report.ok:
-        raise typer.Exit(1)
+    _echo_checked(run(**asdict(config)))
 
 
-@config_command(app, PushConfig)
+@_command(PushConfig)
 def push(config: PushConfig) -> None:
     """Publish a directory on the Hub, after it was loaded where puma_hf is not installed.
 
@@ -291,7 +320,10 @@ def push(config: PushConfig) -> None:
     """
     from puma_hf.hub.push import push_configured as run
 
-    typer.echo(str(run(config)))
+    click.echo(str(run(config)))
+
+
+# ---------------------------------------------------------------------------------------------------- output and errors
 
 
 def _is_first_process() -> bool:
@@ -299,22 +331,21 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _is_of_a_file(error: Exception) -> bool:
-    """Whether a file could not be written or read: safetensors and torch have errors of their own for that."""
-    return type(error).__name__ == "SafetensorError" or is_full_disk(error)
+def _echo_first(text: str) -> None:
+    if _is_first_process():
+        click.echo(text)
 
 
-def _close_progress_bars() -> None:
-    """End the lines of open progress bars, which an error would else be glued to."""
-    if "tqdm" in sys.modules:
-        for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
+def _echo_checked(report: Any) -> None:
+    """Print a report, and leave with status 1 if something in it is wrong."""
+    click.echo(str(report))
+    if not report.ok:
+        sys.exit(1)
 
 
 def _in_few_lines(error: Exception) -> str:
-    """An error in one line, but for a report of several offenders: those have a line each."""
-    first, *offenders = str(error).split("\n- ")
-    return "\n- ".join(" ".join(part.split()) for part in (first, *offenders))
+    """An error in one line, but for a report of several bad rows: those have a line each."""
+    return "\n- ".join(" ".join(part.split()) for part in str(error).split("\n- "))
 
 
 def main() -> None:
@@ -333,10 +364,13 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not (isinstance(error, ValueError | OSError | ImportError) or _is_of_a_file(error)):
+        # safetensors and torch have errors of their own for a file that cannot be written or read.
+        is_of_a_file = type(error).__name__ == "SafetensorError" or is_full_disk(error)
+        if not (isinstance(error, ValueError | OSError | ImportError) or is_of_a_file):
             raise
-        _close_progress_bars()
-        typer.echo(f"error: {_in_few_lines(error)}", err=True)
+        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+            bar.close()  # else the error would be glued to its line
+        click.echo(f"error: {_in_few_lines(error)}", err=True)
         sys.exit(1)
 
 

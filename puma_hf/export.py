@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.configs import ExportFormat
@@ -141,7 +140,7 @@ def export(
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
         parameters = _write_weights(StoredWeights(checkpoint), config, folder, checkpoint.name)
         num_bytes = sum(parameter.nbytes for parameter in parameters)
-        _write_processor(checkpoint.folder, config.model_type, folder)
+        _write_processor(checkpoint.folder, type(config).__name__.replace("Config", "Processor"), folder)
         if format == "onnx":
             num_bytes = _write_onnx(folder)
         reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
@@ -190,7 +189,7 @@ def _write_weights(stored: StoredWeights, config: Any, folder: Path, source: str
     return list(model.model.parameters())
 
 
-def _write_processor(source: Path, model_type: str, folder: Path) -> None:
+def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template, as a published checkpoint has them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if RET_TOKEN not in tokenizer.get_vocab():
@@ -202,7 +201,7 @@ def _write_processor(source: Path, model_type: str, folder: Path) -> None:
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
     shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
     written = {name: read_config(folder, name) for name in ("tokenizer_config.json", "preprocessor_config.json")}
-    written = {name: {**one, "processor_class": PROCESSOR_MAPPING_NAMES[model_type]} for name, one in written.items()}
+    written = {name: {**one, "processor_class": processor_class} for name, one in written.items()}
     if video := read_config(source, "processor_config.json").get("video_processor"):
         written["video_preprocessor_config.json"] = video  # of the first release only where torchvision could make one
     for name, settings in written.items():

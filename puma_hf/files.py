@@ -39,8 +39,10 @@ _LOADED = (
     *("added_tokens.json", "vocab.json", "merges.txt"),
 )
 # What torch and safetensors say of a full disk: their errors carry no errno.
-_FULL_DISK_WORDS = ("no space left", "os error 28", "disk quota", "os error 122", "file write failed")
-_FULL_DISK_WORDS += ("pytorchstreamwriter", "inline_container")
+_FULL_DISK_WORDS = (
+    *("no space left", "os error 28", "disk quota", "os error 122"),
+    *("file write failed", "pytorchstreamwriter", "inline_container"),
+)
 _PATIENCE = 0.2  # seconds: a run that ends at this moment removes its lock, and the next one makes its own
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -26,6 +27,8 @@ SpecialTokens = Literal["raise", "split"]
 
 _BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+# A field in a docstring, with the lines that go on below it.
+_ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n        .*)*)", re.MULTILINE)
 # YAML 1.1 reads 2e-4, without a point, as text.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 # How a run is started, not what it is: left out of the recipe that is kept with its result, so that repeating the run
@@ -43,26 +46,26 @@ _GONE = {
 # ------------------------------------------------------------------------------------------------------------- fields
 
 
-def option(default: Any, text: str, *, remedy: str = "", **bounds: float) -> Any:
-    """A field of a `CheckedConfig`.
+def option(default: Any, *, remedy: str = "", **bounds: float) -> Any:
+    """A field of a `CheckedConfig` whose value has bounds: `at_least`, `at_most`, `above` and `below`.
 
-    Args:
-        default: Its value if nothing is given.
-        text: Its help.
-        remedy: What an error about its value tells the user to do; by default, to leave it out.
-        bounds: `at_least`, `at_most`, `above` and `below`.
+    `remedy` is what an error about its value tells the user to do; by default, to leave it out.
     """
-    return field(default=default, metadata={"help": text, "remedy": remedy, "bounds": bounds})
+    return field(default=default, metadata={"remedy": remedy, "bounds": bounds})
 
 
-def required(text: str, *, positional: bool = False) -> Any:
-    """A field of a `CheckedConfig` that has no default; the command may take it by its place, too."""
-    return field(metadata={"help": text, "positional": positional})
+def positional() -> Any:
+    """A field of a `CheckedConfig` that must be given; the command may take it by its place, too."""
+    return field(metadata={"positional": True})
 
 
-def special_tokens_option() -> Any:
-    """The field `special_tokens` of every command that embeds or trains."""
-    return option("raise", "On a special token in a text, such as <|im_end|>: raise; or split, which reads it as text.")
+def field_help(kind: type) -> dict[str, str]:
+    """What each field is for, by its name: from the `Args` of the class's docstring, and of those it is made of."""
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__):
+        arguments = cleandoc(part.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        found |= {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(arguments)}
+    return found
 
 
 def processing_of(special_tokens: SpecialTokens) -> dict[str, dict[str, Any]]:
@@ -80,7 +83,14 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedConfig:
-    """A configuration whose values are converted and checked when it is made."""
+    """A configuration whose values are converted and checked when it is made.
+
+    Args:
+        special_tokens: On a special token in a text, such as <|im_end|>: raise; or split, which reads it as text.
+        revision: Branch, tag or commit of a model on the Hub.
+        trust_remote_code: Run the code of a Hub repository; a local directory's is run.
+        truncate_dim: Keep only the first so many dimensions of an embedding.
+    """
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -218,7 +228,7 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
             raise ValueError(f"{where}{name!r} is no key of {kind.__name__}.{nearest(name, known)}")
     given = {**read, **values}
     missing = [
-        f"{name} is missing ({entry.metadata['help'].rstrip('.')}). Give it as the key {name!r} "
+        f"{name} is missing ({field_help(kind)[name].rstrip('.')}). Give it as the key {name!r} "
         f"{f'in {path}' if path is not None else 'of --config'}, or as --{name.replace('_', '-')}."
         for name, entry in known.items()
         if entry.default is MISSING and entry.default_factory is MISSING and name not in given

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from puma_hf.data.mbeir import MBEIR, MBEIRTask
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query
 
 ROOT = Path(__file__).resolve().parent.parent / "demo" / "emoji"
 SPLITS = ("train", "val", "test")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from puma_hf import PumaConfig, PumaModel, cli, lora_config, prune
 from puma_hf.estimate import GPUS, count_flops, count_parameters, estimate

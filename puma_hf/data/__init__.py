@@ -8,14 +8,14 @@ from puma_hf.lazy import resolver
 
 # Name -> module. Resolved on first use: the command reads `pairs_config` for its options, and --help is to be quick.
 _NAMES = {
-    "Candidate": "puma_hf.data.records",
+    "Candidate": "puma_hf.data.mbeir",
     "DistinctPositivesBatchSampler": "puma_hf.data.sampler",
     "MBEIR": "puma_hf.data.mbeir",
     "MBEIRFormatError": "puma_hf.data.records",
     "MBEIRTask": "puma_hf.data.mbeir",
     "MBEIR_DATASET_IDS": "puma_hf.data.mbeir",
     "MBEIR_INSTRUCTIONS": "puma_hf.data.instructions",
-    "Query": "puma_hf.data.records",
+    "Query": "puma_hf.data.mbeir",
     "TASK_MODALITIES": "puma_hf.data.mbeir",
     "build_nano": "puma_hf.data.mbeir_write",
     "check_pairs": "puma_hf.data.pairs_report",
@@ -54,10 +54,10 @@ __getattr__ = resolver(__name__, _NAMES)
 if TYPE_CHECKING:
     from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
     from puma_hf.data.items import load_items, load_mbeir, load_mbeir_items
-    from puma_hf.data.mbeir import MBEIR, MBEIR_DATASET_IDS, TASK_MODALITIES, MBEIRTask
+    from puma_hf.data.mbeir import MBEIR, MBEIR_DATASET_IDS, TASK_MODALITIES, Candidate, MBEIRTask, Query
     from puma_hf.data.mbeir_hub import open_mbeir
     from puma_hf.data.mbeir_write import build_nano, write_mbeir
     from puma_hf.data.pairs import load_pairs
     from puma_hf.data.pairs_report import check_pairs
-    from puma_hf.data.records import Candidate, MBEIRFormatError, Query
+    from puma_hf.data.records import MBEIRFormatError
     from puma_hf.data.sampler import DistinctPositivesBatchSampler

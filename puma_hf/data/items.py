@@ -1,38 +1,58 @@
-"""What is trained on: pairs of M-BEIR's queries with their answers, and single items of any corpus."""
+"""What is trained on and embedded: M-BEIR's pairs of a query and its answer, and single records of any corpus."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
+import numpy as np
 
-from puma_hf.data.images import BrokenImageError, ImageFiles, LeftOut, image_files, image_table
-from puma_hf.data.mbeir import MBEIR, MBEIRTask, Pool, is_mbeir, seeded_random, select_tasks
+from puma_hf.configs import OnError
+from puma_hf.data.images import Images, image_files, image_table
+from puma_hf.data.mbeir import (
+    MBEIR,
+    MBEIRTask,
+    Pool,
+    Query,
+    check_is_file,
+    is_mbeir,
+    parse_candidate,
+    seeded_random,
+    select_tasks,
+)
 from puma_hf.data.records import (
     COLUMNS,
-    NLI_COLUMNS,
     Line,
+    MBEIRFormatError,
     Problems,
-    Query,
     Record,
     dataset_lines,
     file_state,
     item_lines,
     location,
     on_disk,
+    read_lines,
     wrong,
 )
+from puma_hf.fingerprint import image_content
 from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | Path | MBEIR | datasets.Dataset
 
+GLOBAL_POOL = "global"
 _STRING = datasets.Value("string")
 _ITEMS = datasets.Features({"item": {name: _STRING for name in COLUMNS}})
 
@@ -89,12 +109,31 @@ def load_mbeir(
         raise ValueError(f"num_negatives is {num_negatives}, must be 0 or more; 0 trains on in-batch negatives alone")
     if missing_negatives not in ("error", "drop"):
         raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
-    data = root if isinstance(root, MBEIR) else MBEIR(root)
-    names = None if tasks is None else sorted({tasks} if isinstance(tasks, str) else set(tasks))
+    data, names = root if isinstance(root, MBEIR) else MBEIR(root), _names(tasks)
     features = training_features(num_negatives, with_ids)
-    make = partial(_training_rows, data, split, names, num_negatives, missing_negatives, seed, list(features))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        pool, dropped = data.global_pool(split), 0
+        for query, row, path, _ in _queries(data, split, names, pool, seed, judged=True):
+            negatives = _choose_negatives(query, num_negatives, row, seed)
+            if len(negatives) < num_negatives and missing_negatives == "drop":
+                dropped += 1
+                continue
+            if len(negatives) < num_negatives:
+                what = f"query {shown(query.id)} has no negatives but num_negatives is {num_negatives}"
+                remedy = "pass num_negatives=0 or missing_negatives='drop'"
+                raise wrong(location(path, query.line), f"{what}; {remedy}")
+            positive = pool[_choose_positive(query, row, seed)]
+            # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
+            instruction = data.instruction(query, positive.modality, seed, row=row)
+            values = training_row(replace(query, instruction=instruction), positive, [pool[did] for did in negatives])
+            ids = {"qid": query.id, "did": positive.id, "positives": list(query.positives)}
+            yield {**values, **(ids if with_ids else {})}
+        if dropped:
+            logger.warning("Dropped %d queries of %s without negatives", dropped, split)
+
     key = ["load_mbeir 1", names, num_negatives, missing_negatives, seed, with_ids, _state(data, split)]
-    return on_disk(make, features, key)
+    return on_disk(rows, features, key)
 
 
 def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
@@ -102,14 +141,19 @@ def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
     cell = {"text": _STRING, "image": _STRING}
     features: dict[str, Any] = {"anchor": {**cell, "instruction": _STRING}, "positive": cell}
     features |= {f"negative_{number}": cell for number in range(1, num_negatives + 1)}
-    if with_ids:
-        features |= {"qid": _STRING, "did": _STRING, "positives": datasets.List(_STRING)}
-    return datasets.Features(features)
+    ids = {"qid": _STRING, "did": _STRING, "positives": datasets.List(_STRING)}
+    return datasets.Features({**features, **(ids if with_ids else {})})
 
 
-def cell_of(record: Record) -> dict[str, str | None]:
-    """A record as a cell of training rows."""
-    return {"text": record.text, "image": record.image}
+def training_row(anchor: Record, positive: Record, negatives: Sequence[Record]) -> dict[str, Any]:
+    """One of them, without ids."""
+    others = {f"negative_{number}": record for number, record in enumerate(negatives, start=1)}
+    cells = {name: {"text": one.text, "image": one.image} for name, one in {"positive": positive, **others}.items()}
+    return {"anchor": {name: getattr(anchor, name) for name in COLUMNS}, **cells}
+
+
+def _names(tasks: Iterable[str] | None) -> list[str] | None:
+    return None if tasks is None else sorted({tasks} if isinstance(tasks, str) else set(tasks))
 
 
 def _state(data: MBEIR, split: str) -> list[Any]:
@@ -117,37 +161,6 @@ def _state(data: MBEIR, split: str) -> list[Any]:
     files = [data.query_path(split, task) for task in data.task_files(split)] + data.mixed_paths(split)
     files += [data.global_pool_path(split), data.instruction_path]
     return [split, str(data.image_root), *map(file_state, files)]
-
-
-def _training_rows(
-    data: MBEIR,
-    split: str,
-    names: Sequence[str] | None,
-    num_negatives: int,
-    missing_negatives: str,
-    seed: int,
-    columns: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    pool, dropped = data.global_pool(split), 0
-    for query, row, path, _ in _queries(data, split, names, pool, seed, judged=True):
-        negatives = _choose_negatives(query, num_negatives, row, seed)
-        if negatives is None and missing_negatives == "drop":
-            dropped += 1
-            continue
-        if negatives is None:
-            what = f"query {shown(query.qid)} has no negatives but num_negatives is {num_negatives}"
-            remedy = "pass num_negatives=0 or missing_negatives='drop'"
-            raise wrong(location(path, query.line), f"{what}; {remedy}")
-        positive = pool[_choose_positive(query, row, seed)]
-        # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
-        instruction = data.instruction(query, positive.modality, seed, row=row)
-        values: dict[str, Any] = {"anchor": {**cell_of(query), "instruction": instruction}}
-        values["positive"] = cell_of(positive)
-        values |= {f"negative_{number}": cell_of(pool[did]) for number, did in enumerate(negatives, start=1)}
-        values |= {"qid": query.qid, "did": positive.did, "positives": list(query.positives)}
-        yield {name: values[name] for name in columns}
-    if dropped:
-        logger.warning("Dropped %d queries of %s without negatives", dropped, split)
 
 
 def _queries(
@@ -181,7 +194,7 @@ def _queries(
 
 def _check_candidates(query: Query, pool: Pool, where: str) -> bool:
     if not query.positives:
-        what = f"pos_cand_list of query {shown(query.qid)} is empty; a training row needs a positive"
+        what = f"pos_cand_list of query {shown(query.id)} is empty; a training row needs a positive"
         raise wrong(where, what, "no positive")
     for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
         if unknown := [did for did in dids if did not in pool]:
@@ -191,19 +204,17 @@ def _check_candidates(query: Query, pool: Pool, where: str) -> bool:
 
 
 def _choose_positive(query: Query, row: int, seed: int) -> str:
-    return seeded_random(seed, "positive", query.qid, row).choice(query.positives)
+    return seeded_random(seed, "positive", query.id, row).choice(query.positives)
 
 
-def _choose_negatives(query: Query, count: int, row: int, seed: int) -> list[str] | None:
-    """`count` dids, or None if the query has none to choose from."""
-    if count == 0:
-        return []
-    usable = [did for did in query.negatives if did not in query.positives]
-    seeded_random(seed, "negatives", query.qid, row).shuffle(usable)
-    return [usable[index % len(usable)] for index in range(count)] if usable else None
+def _choose_negatives(query: Query, count: int, row: int, seed: int) -> list[str]:
+    """`count` dids, or none if the query has none to choose from."""
+    usable = [did for did in query.negatives if did not in query.positives] if count else []
+    seeded_random(seed, "negatives", query.id, row).shuffle(usable)
+    return [usable[index % len(usable)] for index in range(count)] if usable else []
 
 
-# --- single items
+# --- single items to learn from
 
 
 def load_items(source: Source | Sequence[Source], *, split: str = "train", seed: int = 0) -> datasets.Dataset:
@@ -220,8 +231,9 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
     - a `datasets.Dataset` with such columns, or with the result's column `item`;
     - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
 
-    Equal items come once. Only the header of an image file is read here; damage further in is found when a batch
-    needs the image, with the file's name in the error. The items are made once and kept in the cache of `datasets`.
+    Equal items come once, and texts lose the blanks around them. Only the header of an image file is read here; damage
+    further in is found when a batch needs the image, with the file's name in the error. The items are made once and
+    kept in the cache of `datasets`.
 
     Args:
         source: A source, several in a list, or several paths joined with commas.
@@ -244,8 +256,13 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
     ['item']
     ```
     """
-    opened = [_open(one, split, seed) for one in _split_source(source)]
-    return on_disk(partial(_item_rows, opened), _ITEMS, ["items 1", *(key for _, _, key in opened)])
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        source = [name.strip() for name in source.split(",")]
+    sources = list(source) if isinstance(source, list | tuple) else [source]
+    if not sources or "" in [one for one in sources if isinstance(one, str)]:
+        raise ValueError(f"The source is {shown(sources)}, must name at least one file or folder, and no empty name.")
+    opened = [_open(one, split, seed) for one in sources]
+    return on_disk(partial(_item_rows, opened), _ITEMS, ["items 2", *(key for _, key in opened)])
 
 
 def load_mbeir_items(
@@ -256,137 +273,260 @@ def load_mbeir_items(
     Queries carry one wording of their instruction, drawn with the seed; candidates carry none, and are those of the
     whole pool, whatever the tasks. Nothing in the result tells which candidate answers which query.
     """
-    data = root if isinstance(root, MBEIR) else MBEIR(root)
-    opened = _open_mbeir(data, split, tasks, seed)
-    return on_disk(partial(_item_rows, [opened]), _ITEMS, ["items 1", opened[2]])
+    opened = _open_mbeir(root if isinstance(root, MBEIR) else MBEIR(root), split, tasks, seed)
+    return on_disk(partial(_item_rows, [opened]), _ITEMS, ["items 2", opened[1]])
 
 
-# A source: how errors call it, its records, and what they depend on.
-_Opened: TypeAlias = tuple[str, Any, list[Any]]
-
-
-def _split_source(source: Source | Sequence[Source]) -> list[Source]:
-    if isinstance(source, str) and "," in source and not Path(source).exists():
-        source = [name.strip() for name in source.split(",")]
-    if isinstance(source, (str, Path, MBEIR, datasets.Dataset)):
-        source = [source]
-    if not isinstance(source, (list, tuple)):
-        allowed = "a path, a datasets.Dataset, an MBEIR, or a list of such. Of a DatasetDict choose one split"
-        raise ValueError(f"The source is a {type(source).__name__}, must be {allowed}.")
-    if not source or "" in [name for name in source if isinstance(name, str)]:
-        raise ValueError(f"The source is {shown(source)}, must name at least one file or folder, and no empty name.")
-    return list(source)
+# A source: its records, and what they depend on.
+_Opened: TypeAlias = tuple[Callable[[], Iterator[Record]], list[Any]]
 
 
 def _open(source: Source, split: str, seed: int) -> _Opened:
+    if isinstance(source, str | Path) and is_mbeir(Path(source)):
+        source = MBEIR(source)
     if isinstance(source, MBEIR):
         return _open_mbeir(source, split, None, seed)
     if isinstance(source, datasets.Dataset):
-        lines = partial(dataset_lines, source)
-        return "The dataset", partial(_records, "The dataset", lines, None), ["dataset", source._fingerprint]
-    if not isinstance(source, (str, Path)):
-        raise ValueError(f"A source is a {type(source).__name__}, must be a path, a datasets.Dataset or an MBEIR.")
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
-    if path.is_dir() and is_mbeir(path):
-        return _open_mbeir(MBEIR(path), split, None, seed)
-    table = image_table(path) if path.is_dir() else path
-    if table is not None:
-        records = partial(_records, str(table), partial(item_lines, table), table.parent)
-        return str(source), records, ["table", file_state(table)]
-    found = sorted(image_files(path, LeftOut()))
-    return str(source), partial(_folder_records, path), ["folder", *(file_state(path / name) for name in found)]
+        corpus = Corpus(Path("the dataset"), None, partial(dataset_lines, source), _table_record)
+        return partial(_records, corpus), ["dataset", source._fingerprint]
+    if not isinstance(source, str | Path):
+        allowed = "a path, a datasets.Dataset, an MBEIR, or a list of such. Of a DatasetDict choose one split"
+        raise ValueError(f"A source is a {type(source).__name__}, must be {allowed}.")
+    corpus = open_corpus(source)
+    files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
+    return partial(_records, corpus), ["files", *map(file_state, files)]
 
 
 def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int) -> _Opened:
-    names = None if tasks is None else sorted({tasks} if isinstance(tasks, str) else set(tasks))
-    records = partial(_mbeir_records, data, split, names, seed)
-    return str(data.root), records, ["mbeir", names, seed, *_state(data, split)]
+    names = _names(tasks)
+
+    def records() -> Iterator[Record]:
+        pool = data.global_pool(split)
+        for query, row, _, task in _queries(data, split, names, pool, seed, judged=False):
+            yield replace(query, instruction=data.instruction(query, task.candidate_modality, seed, row=row))
+        yield from pool.values()
+
+    return records, ["mbeir", names, seed, *_state(data, split)]
+
+
+def _records(corpus: Corpus) -> Iterator[Record]:
+    """The good records of a corpus, whose images can be read; what is wrong with the others is told in one error."""
+    images = Images()  # where they may be has been looked at by then
+    with Problems(corpus.path) as problems:
+        for line in corpus.lines():
+            record = problems.attempt(corpus.parse, line)
+            if record is not None and record.image is not None:
+                image = problems.attempt(images.read, record.image, line.where)
+                record = replace(record, image=image) if image is not None else None
+            if record is not None:
+                yield record
 
 
 def _item_rows(opened: Sequence[_Opened]) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()  # hashes: two different items of ten million have the same once in 400,000 times
-    for name, records, _ in opened:
-        empty = True
+    for records, _ in opened:
+        record = None
         for record in records():
-            empty = False
-            item = {column: getattr(record, column) for column in COLUMNS}
+            item = {"text": record.text and record.text.strip(), "image": record.image}
+            item["instruction"] = record.instruction and record.instruction.strip()
             if (value := hash(tuple(item.values()))) not in seen:
                 seen.add(value)
                 yield {"item": item}
-        if empty:
-            raise ValueError(f"{name} holds no items. Name a source with at least one text or image.")
+        if record is None:
+            raise ValueError("A source holds no items. Name one with at least one text or image.")
 
 
-def _mbeir_records(data: MBEIR, split: str, names: Sequence[str] | None, seed: int) -> Iterator[Record]:
-    pool = data.global_pool(split)
-    for query, row, _, task in _queries(data, split, names, pool, seed, judged=False):
-        instruction = data.instruction(query, task.candidate_modality, seed, row=row)
-        yield Record(text=query.text, image=query.image, instruction=instruction)
-    yield from pool.values()
+# --- a corpus to embed
 
 
-def _folder_records(folder: Path) -> Iterator[Record]:
-    """Every image below a folder, by name; all that are not what their names say are told in one error."""
-    left_out, images, empty = LeftOut(), ImageFiles(None), True
-    with Problems(folder) as problems:
-        for name in image_files(folder, left_out):
-            empty = False
-            path = os.path.join(folder, name)
-            try:
-                image = images.find(path, path)
-            except BrokenImageError as error:
-                problems.add(error, "image that cannot be used")
-            else:
-                yield Record(image=image)
-    if empty:
-        raise left_out.no_images(folder)
-    left_out.tell(folder)
+class Survey(NamedTuple):
+    """How many lines a corpus has, and some of them, drawn at random."""
+
+    num_items: int
+    sample: list[Record]
 
 
-def _records(name: str, lines: Any, folder: Path | None) -> Iterator[Record]:
-    """The items of a table or a dataset, whose images may not leave the folder."""
-    images = ImageFiles(folder)
-    ignored: dict[str, None] = {}
-    for line in lines():
-        yield from _row_records(line, images, ignored)
-    if ignored:
-        logger.info("%s: ignored the columns %s", name, cut(", ".join(map(str, ignored))))
+class Corpus:
+    """A corpus that is read from its first line to its last, as often as is wanted; see `open_corpus`.
+
+    Memory does not grow with it, but for a .json that is one list, the names of the files of one folder, and eight
+    bytes for every id. Texts are kept as they are, and a missing image is the trouble of who embeds it.
+
+    Args:
+        path: Its file or folder.
+        root: The folder that its images are below; None if they may be anywhere.
+        lines: Makes its lines, not checked yet.
+        parse: Makes a record of a line that could be read.
+        has_ids: Whether each row has an id of its own; otherwise its number, from 0, is its id.
+        on_error: What to do about wrong lines; but for "raise" they become records with a problem.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        root: Path | None,
+        lines: Callable[[], Iterator[Line]],
+        parse: Callable[[Line, Images], Record],
+        has_ids: bool = True,
+        on_error: OnError = "raise",
+    ) -> None:
+        self.path, self.lines, self.has_ids, self.on_error = path, lines, has_ids, on_error
+        self.images, self._parse = Images(root), parse
+
+    def record(self, row: int, line: Line) -> Record:
+        """A line, checked. That its image is there is not checked.
+
+        Raises:
+            FileNotFoundError: If its image is no regular file, and `on_error` is "raise".
+            MBEIRFormatError: If a field is not what it must be, likewise; the message names the line.
+        """
+        try:
+            return self._checked(row, line)
+        except (MBEIRFormatError, FileNotFoundError) as error:
+            if self.on_error == "raise":
+                raise
+            return Record(_id_of(line) or str(row), row=row, problem=str(error))
+
+    def parse(self, line: Line) -> Record:
+        """A line without its row, whatever `on_error` says."""
+        if line.error is not None:
+            raise line.error
+        return self._parse(line, self.images)
+
+    def _checked(self, row: int, line: Line) -> Record:
+        record = self.parse(line)
+        if bool(record.id) != self.has_ids:
+            what = f"id is {shown(line.columns.get('id'))}, must be a text or a whole number"
+            raise wrong(line.where, f"{what}. Give every row one, or none.", "wrong id")
+        return replace(record, id=record.id or str(row), row=row)
+
+    def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
+        """Read the corpus once to count it, and to find all wrong lines before a model is loaded.
+
+        Args:
+            sample_size: Records to draw at random.
+            seed: Seed of that choice.
+
+        Raises:
+            ValueError: If lines are wrong, and `on_error` is "raise" or none is right; all of them are counted.
+        """
+        generator, sample = random.Random(seed), list[tuple[int, Line]]()
+        num_items, ids, problems = 0, array("q"), Problems(self.path)
+        for row, line in enumerate(self.lines()):
+            record = problems.attempt(self._checked, row, line)
+            num_items += 1
+            ids.append(hash(record.id if record is not None else row))
+            # A reservoir: every set of so many lines is drawn with the same probability, and only those are kept.
+            place = row if row < sample_size else generator.randint(0, row)
+            if row < sample_size:
+                sample.append((row, line))
+            elif place < sample_size:
+                sample[place] = (row, line)
+        if not num_items:
+            raise ValueError(f"{self.path} holds no inputs. Name one with at least one text or image.")
+        if problems:
+            if self.on_error == "raise" or problems.counts.total() == num_items:
+                raise problems.report()
+            logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
+        if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
+            what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
+            logger.warning("%s: %d ids are of several items. %s.", self.path, repeated, what)
+        return Survey(num_items, [self.record(*one) for one in sorted(sample, key=lambda pair: pair[0])])
+
+    def content_hash(self, record: Record) -> str:
+        """A name for what a model sees of a record, and not for its id; the folder of the corpus may be moved."""
+        content = [record.text, record.instruction, image_content(record.image, self.images.root or "")]
+        return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _row_records(line: Line, images: ImageFiles, ignored: dict[str, None]) -> Iterator[Record]:
-    if line.error is not None:
-        raise line.error
-    where, row = line.where, line.columns
-    if isinstance(row.get("item"), dict):
-        row = row["item"]
-    is_item = "text" in row or "image" in row
-    known = COLUMNS if is_item else NLI_COLUMNS
-    if not is_item and not set(NLI_COLUMNS) <= set(row):
-        here = f"The columns here are {cut(', '.join(map(str, row))) or 'none'}: rename those that hold them"
-        raise ValueError(f"{where}: no column text or image, nor {', '.join(NLI_COLUMNS)}. {here}.")
-    ignored |= dict.fromkeys(name for name in row if name not in known)
-    if not is_item:
-        for name in NLI_COLUMNS:
-            if (sentence := _text(row, name, where)) is None:
-                raise ValueError(f"{where}: {name} is {shown(row[name])}, must be a text. Mend or remove the line.")
-            yield Record(text=sentence)
-        return
-    text, instruction = (_text(row, name, where) for name in ("text", "instruction"))
-    image = row.get("image")
-    image = None if image is None or image == "" else images.find(image, where)
-    if text is None and image is None:
-        raise ValueError(f"{where}: text and image are both empty. Fill one of them or leave the line out.")
-    yield Record(text=text, image=image, instruction=instruction)
+def open_corpus(
+    data: str | Path, *, split: str = "test", pool: str = GLOBAL_POOL, on_error: OnError = "raise"
+) -> Corpus:
+    """The records of a folder of images, a table, or a pool in M-BEIR's layout, as a stream.
+
+    Args:
+        data: A folder of images, whose paths below it are their ids, unless a table describes it (`image_table`); a
+            table with columns among id, text, image and instruction, images being paths below its folder or inside of
+            a .parquet; or a folder in M-BEIR's layout.
+        split: Split of the latter.
+        pool: Its pool, "global" or a task's name such as "webqa_task1".
+        on_error: What to do about wrong lines: raise, or make records of them that say what is wrong.
+
+    Raises:
+        FileNotFoundError: If it, or the pool, is not there.
+        ValueError: If it is of no such kind, holds nothing, or there is no such task.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.data.items import open_corpus
+
+    >>> next(open_corpus("demo/emoji").lines()).columns["did"]
+    '10:7'
+    ```
+    """
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(data)!r} is neither a file nor a folder. Check the path.")
+    if is_mbeir(path):
+        mbeir = MBEIR(path)
+        tasks = {} if pool == GLOBAL_POOL else {task.name: task for task in mbeir.tasks(split)}
+        if pool != GLOBAL_POOL and pool not in tasks:
+            raise ValueError(f"pool={pool!r} must be {GLOBAL_POOL!r} or a task here: {', '.join(tasks)}. Choose one.")
+        file = mbeir.local_pool_path(tasks[pool], split) if tasks else mbeir.global_pool_path(split)
+        check_is_file(file)
+        parse = partial(parse_candidate, may_be_missing=True)
+        return Corpus(file, mbeir.image_root, partial(read_lines, file), parse, on_error=on_error)
+    table = path if path.is_file() else image_table(path)
+    if table is None:
+        left_out = Counter[str]()
+        is_empty = not sum(1 for _ in image_files(path, left_out))
+        rest = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common())
+        if is_empty:
+            what = "no image (such as .jpg, .png or .webp) and is no M-BEIR folder, which has query/ and cand_pool/"
+            remedy = "Name a folder of images, or a file."
+            raise ValueError(
+                f"{path} holds {what} with files called mbeir_*.jsonl. Left out: {rest or 'none'}. {remedy}"
+            )
+        if left_out:
+            logger.info("%s: left out what is no image here: %s", path, rest)
+        return Corpus(path, path, partial(_folder_lines, path), _folder_record, on_error=on_error)
+    lines = partial(item_lines, table)
+    columns = next((list(map(str, line.columns)) for line in lines() if line.error is None), ["text"])
+    if not {"text", "image"} & set(columns):
+        here = f"The columns here are {cut(', '.join(columns)) or 'none'}: rename those that hold them"
+        raise wrong(table, f"no column text or image. {here}.")
+    if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
+        logger.info("%s: ignored the columns %s", table, cut(", ".join(ignored)))
+    return Corpus(table, table.parent, lines, _table_record, "id" in columns, on_error)
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {shown(value)}, must be a text or null.")
-    if not is_unicode(value):
-        raise ValueError(f"{where}: {name} is {shown(value)}, which holds half a character. Mend its encoding.")
-    return value.strip() or None
+def _folder_lines(folder: Path) -> Iterator[Line]:
+    return (Line(os.path.join(folder, name), {"image": name}) for name in image_files(folder))
+
+
+def _folder_record(line: Line, images: Images) -> Record:
+    name = line.columns["image"]
+    return Record(Path(name).as_posix(), image=os.path.join(images.root or "", name))
+
+
+def _table_record(line: Line, images: Images) -> Record:
+    image = line.columns.get("image")
+    image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
+    if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
+        below = f"must be the path of a file below {images.root}"
+        remedy = "Download images first, or call puma_hf.embed with a loader of your own."
+        raise wrong(line.where, f"image is {shown(image)}, {below}. {remedy}", "wrong image")
+    text, instruction = line.text("text"), line.text("instruction")
+    if text is None and not image:
+        raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
+    if image and isinstance(image, str):
+        image = images.find(image, line.where, may_be_missing=True)
+    return Record(_id_of(line), text, image or None, instruction=instruction)
+
+
+def _id_of(line: Line) -> str:
+    """The id of a row of a table, "" if it has none that can be one."""
+    value = line.columns.get("id", "")
+    is_id = isinstance(value, str | int) and not isinstance(value, bool) and is_unicode(str(value))
+    return str(value) if is_id else ""

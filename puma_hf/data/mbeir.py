@@ -1,4 +1,4 @@
-"""M-BEIR: its tasks, its folder layout, its records, and training rows of it.
+"""M-BEIR: its tasks, its folder layout, and its records.
 
     query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl
     query/train/mbeir_<dataset>_train.jsonl                    (all tasks of a dataset)
@@ -21,7 +21,7 @@ import random
 import re
 from array import array
 from collections.abc import Container, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,29 +30,14 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from puma_hf.data.images import ImageFinder
-from puma_hf.data.records import (
-    RECORD_ID,
-    Candidate,
-    Problems,
-    Query,
-    cut_off,
-    dataset_id_of,
-    file_state,
-    location,
-    on_disk,
-    parse_candidate,
-    parse_query,
-    read_lines,
-    wrong,
-)
-from puma_hf.modeling.inputs_puma import MODALITY_NAMES
+from puma_hf.data.images import Images
+from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, location, on_disk, read_lines, wrong
+from puma_hf.modeling.inputs_puma import MODALITY_NAMES, modality_of
 from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
-MBEIR_MODALITIES: tuple[str, str, str] = MODALITY_NAMES[:3]
-TEXT, IMAGE, IMAGE_TEXT = MBEIR_MODALITIES
+MODALITIES = TEXT, IMAGE, IMAGE_TEXT = MODALITY_NAMES[:3]
 # Task 5, image -> image,text, is reserved by M-BEIR and has no data.
 TASK_MODALITIES: dict[int, tuple[str, str]] = {
     0: (TEXT, IMAGE),
@@ -65,26 +50,16 @@ TASK_MODALITIES: dict[int, tuple[str, str]] = {
     8: (IMAGE_TEXT, IMAGE_TEXT),
 }
 TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODALITIES.items()}
-MBEIR_DATASET_IDS: dict[str, int] = {
-    "visualnews": 0,
-    "fashion200k": 1,
-    "webqa": 2,
-    "edis": 3,
-    "nights": 4,
-    "oven": 5,
-    "infoseek": 6,
-    "fashioniq": 7,
-    "cirr": 8,
-    "mscoco": 9,
-}
+_DATASETS = "visualnews fashion200k webqa edis nights oven infoseek fashioniq cirr mscoco"
+MBEIR_DATASET_IDS: dict[str, int] = {name: number for number, name in enumerate(_DATASETS.split())}
 NANO_FILE, IMPORT_FILE = "nano.json", "import.json"  # what a folder made from another dataset says of itself
-UNION_PREFIX = "union_"
 
+_RECORD_ID = re.compile(r"(\d+):\S+")
 _NAMES_TASK = re.compile(r"(\w+)_task(\d+)")
 _LFS_POINTER = b"version https://git-lfs.github.com/"
+_UNION_PREFIX = "union_"
 _SHORT_NAMES = {TEXT: "t", IMAGE: "i", IMAGE_TEXT: "it"}
-_STRING = datasets.Value("string")
-_POOL = datasets.Features({"did": _STRING, "text": _STRING, "image": _STRING})
+_POOL = datasets.Features({name: datasets.Value("string") for name in ("did", "text", "image")})
 
 
 @dataclass(frozen=True, order=True)
@@ -148,6 +123,156 @@ def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) ->
     return [task for task in available if task.name in wanted]
 
 
+# --- records
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Record):
+    """One candidate of a pool; its id is a did, `<dataset_id>:<number>`."""
+
+    @property
+    def did(self) -> str:
+        """Its id."""
+        return self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Record):
+    """One query; its id is a qid, `<dataset_id>:<number>`.
+
+    Args:
+        positives: Ids of the relevant candidates, in the file's order.
+        negatives: Ids of its hard negatives, in the file's order.
+        line: Line of the file it was read from, for error messages.
+    """
+
+    positives: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    line: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def qid(self) -> str:
+        """Its id."""
+        return self.id
+
+    @property
+    def dataset_id(self) -> int:
+        """Number of the dataset, the part of the qid before the colon."""
+        return _dataset_id(self.id)
+
+
+def _dataset_id(record_id: str) -> int:
+    return int(record_id.partition(":")[0])
+
+
+def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False) -> Candidate:
+    """A line of a pool, checked, its image as an absolute path.
+
+    Raises:
+        MBEIRFormatError: If a field is missing or wrong.
+        FileNotFoundError: If the image is missing, unless it may be.
+    """
+    return Candidate(*_content(line, "did", "", images, may_be_missing))
+
+
+def parse_query(line: Line, images: Images) -> Query:
+    """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
+    content = _content(line, "qid", "query_", images, False, "pos_cand_list", "neg_cand_list")
+    lists = [line.columns[key] or [] for key in ("pos_cand_list", "neg_cand_list")]
+    for value in lists:
+        if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
+            raise wrong(line.where, f"a list of candidates must be one of dids, got {shown(value)}")
+    positives, negatives = (tuple(dict.fromkeys(value)) for value in lists)
+    return Query(*content, positives, negatives, _number(line))
+
+
+def _number(line: Line) -> int:
+    return int(line.where.rpartition(" ")[2])
+
+
+def _content(
+    line: Line, key: str, prefix: str, images: Images, may_be_missing: bool, *others: str
+) -> tuple[str, str | None, str | None]:
+    """Id, text and absolute image path of a query (prefix "query_") or a candidate (no prefix)."""
+    fields = [key, *(prefix + name for name in ("txt", "img_path", "modality"))]
+    if missing := [name for name in (*fields, *others) if name not in line.columns]:
+        what = f"field {missing[0]!r} is missing; the line has {shown(sorted(line.columns))}"
+        raise wrong(line.where, what, "missing field")
+    record_id, label = line.columns[key], line.columns[fields[3]]
+    if not isinstance(record_id, str) or not _RECORD_ID.fullmatch(record_id):
+        what = f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}"
+        raise wrong(line.where, what, "wrong id")
+    text, img_path = line.text(fields[1]), line.text(fields[2])
+    # The label is redundant, and that is its use: a line that lost its text or image would else be another task's.
+    present = modality_of(text is not None, img_path is not None, False)
+    if label != present or not present:
+        what = f"{fields[3]} is {shown(label)} but the line holds {present or 'neither text nor image'}"
+        raise wrong(line.where, f"{what}; mend either", "wrong modality label")
+    return record_id, text, images.find(img_path, line.where, may_be_missing=may_be_missing) if img_path else None
+
+
+class Pool(Mapping[str, Candidate]):
+    """The candidates of a pool by did, in the file's order; made one at a time when they are asked for.
+
+    They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did. One
+    that is looked up takes some 20 microseconds; `values` and `items` read thousands of rows at a time.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self._table = rows.with_format("arrow")[:]
+        self._columns = [self._table[name] for name in _POOL]
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Hashes of the dids in ascending order, and the row of each."""
+        hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
+        order = np.argsort(hashes, kind="stable").astype(np.int32)
+        return hashes[order], order
+
+    def row(self, did: object) -> int | None:
+        """The place of a candidate in the file's order, or None if it is not in the pool."""
+        hashes, order = self._index
+        first, last = (int(np.searchsorted(hashes, hash(did), side)) for side in ("left", "right"))
+        rows = (int(row) for row in order[first:last])
+        return next((row for row in rows if self._columns[0][row].as_py() == did), None)
+
+    def __contains__(self, did: object) -> bool:
+        return self.row(did) is not None
+
+    def __getitem__(self, did: str) -> Candidate:
+        row = self.row(did)
+        if row is None:
+            raise KeyError(did)
+        return Candidate(*(column[row].as_py() for column in self._columns))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All of them; much faster than one by one."""
+        for batch in self._table.to_batches(1000):
+            yield from map(Candidate, *(column.to_pylist() for column in batch.columns))
+
+    def values(self) -> ValuesView[Candidate]:
+        return _Values(self)
+
+    def items(self) -> ItemsView[str, Candidate]:
+        return _Items(self)
+
+
+class _Values(ValuesView[Candidate]):
+    def __iter__(self) -> Iterator[Candidate]:
+        return self._mapping.candidates()  # type: ignore[attr-defined, no-any-return]
+
+
+class _Items(ItemsView[str, Candidate]):
+    def __iter__(self) -> Iterator[tuple[str, Candidate]]:
+        return ((one.id, one) for one in self._mapping.candidates())  # type: ignore[attr-defined]
+
+
 # --- files
 
 
@@ -165,17 +290,16 @@ def check_is_file(path: Path) -> None:
             raise FileNotFoundError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
 
 
-def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON Lines file with their places; broken lines are counted and left out."""
+def read_jsonl(path: Path, problems: Problems) -> Iterator[Line]:
+    """The lines of a JSON Lines file that must not be empty; broken ones are counted and left out."""
     check_is_file(path)
-    empty = True
+    line = None
     for line in read_lines(path):
-        empty = False
         if line.error is not None:
             problems.add(line.error)
         else:
-            yield line.where, dict(line.columns)
-    if empty:
+            yield line
+    if line is None:
         raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
 
 
@@ -184,11 +308,8 @@ def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str,
     check_is_file(path)
     prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
     names: dict[int, str] = {}
-    try:
-        table = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise wrong(path, f"it is not UTF-8 ({error}); download it again, or convert it") from error
-    for number, line in enumerate(table.split("\n")[1:], start=2):  # line 1 is the header
+    # Read as lines of text, and not as a .tsv: rows have as many cells as wordings, and quotation marks at will.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[1:], start=2):
         if not line.strip():
             continue
         cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
@@ -213,44 +334,33 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
     check_is_file(path)
     qrels: dict[str, dict[str, int]] = {}
     foreign: dict[str, None] = {}
+
+    def judge(line: bytes, where: str) -> None:
+        cells = line.decode(errors="replace").split()
+        is_right = len(cells) == 5 and cells[3].isdecimal()
+        if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
+            expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
+            what = f"{expected}, got {shown(line.decode(errors='replace').rstrip())}"
+            raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
+        qid, did, relevance = cells[0], cells[2], int(cells[3])
+        if qid not in qids:
+            raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
+        if did not in dids:
+            if _dataset_id(did) == _dataset_id(qid):
+                raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
+            foreign[did] = None
+        elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
+            what = f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}"
+            raise wrong(where, what, "contradiction")
+
     with Problems(path) as problems, path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                problems.attempt(_judge, qrels, foreign, line, location(path, number), qids, dids)
+                problems.attempt(judge, line, location(path, number))
     if foreign:
-        logger.info(
-            "%s: left out %d judged candidates of other datasets that this pool does not hold, such as %s",
-            *(path.name, len(foreign), ", ".join(list(foreign)[:3])),
-        )
+        what = "left out %d judged candidates of other datasets that this pool does not hold, such as %s"
+        logger.info(f"%s: {what}", path.name, len(foreign), ", ".join(list(foreign)[:3]))
     return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
-
-
-def _judge(
-    qrels: dict[str, dict[str, int]],
-    foreign: dict[str, None],
-    line: bytes,
-    where: str,
-    qids: Container[str],
-    dids: Container[str],
-) -> None:
-    text = line.decode(errors="replace")
-    cells = text.split()
-    is_right = len(cells) == 5 and cells[3].isdecimal()
-    if not is_right or not (RECORD_ID.fullmatch(cells[0]) and RECORD_ID.fullmatch(cells[2])):
-        expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-        message = f"{expected}, got {shown(text.removesuffix(chr(10)))}"
-        raise wrong(where, message, "malformed line") if text.endswith("\n") else cut_off(where, message)
-    qid, did, relevance = cells[0], cells[2], int(cells[3])
-    if qid not in qids:
-        raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
-    if did not in dids:
-        if dataset_id_of(did) == dataset_id_of(qid):
-            raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
-        foreign[did] = None
-    elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
-        raise wrong(
-            where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}", "contradiction"
-        )
 
 
 def file_hash(path: Path) -> str:
@@ -268,78 +378,13 @@ def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         values = json.loads(path.read_bytes())
         # A relative image root counts from the folder, so that both can move together.
         image_root = (folder.resolve() / values["image_root"]).resolve()
-        names = ("settings", "content_hash", "files")
-        return path, {"image_root": image_root, **{name: values[name] for name in names}}
+        return path, {
+            "image_root": image_root,
+            **{name: values[name] for name in ("settings", "content_hash", "files")},
+        }
     except (ValueError, TypeError, KeyError) as error:
         what = f"it does not say what the folder holds ({type(error).__name__}: {error})"
         raise wrong(path, f"{what}; remove the folder and build it anew", "broken JSON") from error
-
-
-class Pool(Mapping[str, Candidate]):
-    """The candidates of a pool by did, in the file's order.
-
-    They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did.
-    """
-
-    def __init__(self, rows: datasets.Dataset) -> None:
-        table = rows.with_format("arrow")[:]
-        self._table = table
-        self._columns = [table[name] for name in _POOL]
-
-    @cached_property
-    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Hashes of the dids in ascending order, and the row of each."""
-        hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
-        order = np.argsort(hashes, kind="stable").astype(np.int32)
-        return hashes[order], order
-
-    def _row(self, did: object) -> int | None:
-        hashes, order = self._index
-        wanted = hash(did)
-        place = int(np.searchsorted(hashes, wanted))
-        while place < len(hashes) and hashes[place] == wanted:
-            row = int(order[place])
-            if self._columns[0][row].as_py() == did:
-                return row
-            place += 1
-        return None
-
-    def __contains__(self, did: object) -> bool:
-        return self._row(did) is not None
-
-    def __getitem__(self, did: str) -> Candidate:
-        row = self._row(did)
-        if row is None:
-            raise KeyError(did)
-        return Candidate(*(column[row].as_py() for column in self._columns))
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
-
-    def candidates(self) -> Iterator[Candidate]:
-        """All of them; much faster than one by one."""
-        for batch in self._table.to_batches(1000):
-            for content in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield Candidate(*content)
-
-    def values(self) -> ValuesView[Candidate]:
-        return _Values(self)
-
-    def items(self) -> ItemsView[str, Candidate]:
-        return _Items(self)
-
-
-class _Values(ValuesView[Candidate]):
-    def __iter__(self) -> Iterator[Candidate]:
-        return self._mapping.candidates()  # type: ignore[attr-defined, no-any-return]
-
-
-class _Items(ItemsView[str, Candidate]):
-    def __iter__(self) -> Iterator[tuple[str, Candidate]]:
-        return ((one.id, one) for one in self._mapping.candidates())  # type: ignore[attr-defined]
 
 
 class Layout:
@@ -404,7 +449,7 @@ class MBEIR(Layout):
             named = "" if self._origin is None else f", which {self._origin[0]} names,"
             remedy = "put it back, or name the one they are in now: MBEIR(..., image_root=...), in Python alone"
             raise FileNotFoundError(f"The images' folder {self.image_root}{named} is not there; {remedy}")
-        self._images = ImageFinder(self.image_root)
+        self._images = Images(self.image_root)
 
     @cached_property
     def content_hash(self) -> str | None:
@@ -436,8 +481,8 @@ class MBEIR(Layout):
 
         A dataset that also has files of its tasks is left out, for these hold the same.
         """
-        if split.startswith(UNION_PREFIX):
-            folder, part = self.root / "query" / split, split.removeprefix(UNION_PREFIX)
+        if split.startswith(_UNION_PREFIX):
+            folder, part = self.root / "query" / split, split.removeprefix(_UNION_PREFIX)
             repeated = folder / f"mbeir_union_up_{part}.jsonl"  # "up": smaller datasets repeated
             return [repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"]
         known = {task.dataset for task in self.task_files(split)}
@@ -468,18 +513,17 @@ class MBEIR(Layout):
         In that of one task a qid may come once; in a union many times, as M-BEIR repeats its smaller datasets.
         """
         lines: dict[str, int] = {}
-        for where, record in read_jsonl(path, problems):
-            line = int(where.rpartition(" ")[2])
-            query = problems.attempt(parse_query, record, line, where, self._images)
+        for line in read_jsonl(path, problems):
+            query = problems.attempt(parse_query, line, self._images)
             if query is None:
                 continue
-            if task is not None and lines.setdefault(query.id, line) != line:
-                message = f"qid {shown(query.id)} is also on line {lines[query.id]}"
-                problems.add(wrong(where, message, "duplicated id"))
+            if task is not None and lines.setdefault(query.id, query.line) != query.line:
+                what = f"qid {shown(query.id)} is also on line {lines[query.id]}"
+                problems.add(wrong(line.where, what, "duplicated id"))
             elif task is not None and query.modality != task.query_modality:
-                message = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
-                message += " queries; move the line to the file of its own task"
-                problems.add(wrong(where, message, "query of another task"))
+                what = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
+                what += " queries; move the line to the file of its own task"
+                problems.add(wrong(line.where, what, "query of another task"))
             else:
                 yield query
 
@@ -499,22 +543,18 @@ class MBEIR(Layout):
         return Pool(on_disk(partial(self._pool_rows, path), _POOL, ["pool 1", file_state(path), str(self.image_root)]))
 
     def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        hashes = array("q")  # of the dids: 8 bytes each
+        hashes, lines = array("q"), array("q")  # 16 bytes a did, where a set of texts would take 100
         with Problems(path) as problems:
-            for where, record in read_jsonl(path, problems):
-                candidate = problems.attempt(parse_candidate, record, where, self._images)
+            for line in read_jsonl(path, problems):
+                candidate = problems.attempt(parse_candidate, line, self._images)
                 if candidate is not None:
                     hashes.append(hash(candidate.id))
+                    lines.append(_number(line))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
-            values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
-            if repeated := set(values[counts > 1].tolist()):
-                seen: set[Any] = set()
-                for where, record in read_jsonl(path, Problems(path)):
-                    did = record.get("did")
-                    if isinstance(did, str) and hash(did) in repeated:
-                        if did in seen:
-                            problems.add(wrong(where, f"did {shown(did)} was already given", "duplicated id"))
-                        seen.add(did)
+            values = np.frombuffer(hashes, np.int64)
+            order = np.argsort(values, kind="stable")
+            for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
+                problems.add(wrong(location(path, lines[row]), "its did was already given", "duplicated id"))
 
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]
@@ -553,9 +593,8 @@ class MBEIR(Layout):
         if task_id is None:
             what = f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
             raise wrong(f"query {shown(query.id)}", what)
-        names = {number: name for name, number in MBEIR_DATASET_IDS.items()}
-        number = query.dataset_id
-        return MBEIRTask(task_id, names.get(number) or self._instructions[1].get(number) or f"dataset{number}")
+        names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
+        return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
 
     def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
         """File of the candidates of a task, see `local_pool`."""
@@ -564,7 +603,7 @@ class MBEIR(Layout):
 
     def global_pool_path(self, split: str) -> Path:
         """File of the candidates of all tasks, see `global_pool`."""
-        path = self.union_pool_path(split.removeprefix(UNION_PREFIX))
+        path = self.union_pool_path(split.removeprefix(_UNION_PREFIX))
         return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
 
     @cached_property

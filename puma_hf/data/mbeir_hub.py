@@ -7,22 +7,20 @@ with the configurations `corpus`, `query` or `queries`, and `qrels` or `default`
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import re
 import shutil
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from huggingface_hub import constants, snapshot_download
 
+from puma_hf.data.images import image_header
 from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
 from puma_hf.data.mbeir import (
     IMAGE,
@@ -50,16 +48,13 @@ from puma_hf.data.mbeir_write import (
 )
 from puma_hf.data.records import Problems, read_lines, wrong
 from puma_hf.files import write_whole
-from puma_hf.modeling.inputs_puma import open_image
-from puma_hf.settings import cut, shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FOLDER = "images"  # below the image root
 _AGAIN = "If it was downloaded, the download was interrupted: run it again."
 # The names of each configuration, the first that is there is taken.
 _CONFIGS = {"corpus": ("corpus",), "queries": ("query", "queries"), "qrels": ("qrels", "default", "data")}
-_SPLITS = {"train", "val", "validation", "dev", "test"}
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
@@ -68,15 +63,9 @@ _TABLE = "query_instructions.tsv"
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
 # What some conversions put before an id: the name of the table, and the split.
 _ID_PREFIX = re.compile(r"^(?:query|queries|corpus|doc)-(?:(?:train|val|validation|dev|test|corpus)-)?")
-_NAMES = {
-    "id": ("id", "_id", "qid", "did"),
-    "text": ("text", "txt", "query_txt"),
-    "image": ("image",),
-    "modality": ("modality", "query_modality"),
-    "query-id": ("query-id", "query_id"),
-    "corpus-id": ("corpus-id", "corpus_id"),
-    "score": ("score", "relevance"),
-}
+_OURS = {"_id": "id", "qid": "id", "did": "id", "txt": "text", "query_txt": "text", "query_modality": "modality"}
+_OURS |= {"query_id": "query-id", "corpus_id": "corpus-id", "relevance": "score"}
+_COLUMNS = {*_OURS, *_OURS.values(), "image"}
 
 
 def open_mbeir(
@@ -125,17 +114,19 @@ def open_mbeir(
     if isinstance(source, MBEIR):
         return source
     folder = Path(source)
-    if folder.is_dir():
-        if revision is not None:
-            what = f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone"
-            raise ValueError(f"{what}: leave it out (in evaluate --data-revision)")
-        if is_mbeir(folder):
-            return MBEIR(folder)
-        copies = _folder_copies(folder, tasks, split)
-    else:
-        copies = _hub_copies(source, tasks, split, revision)
+    if folder.is_dir() and revision is not None:
+        what = f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone"
+        raise ValueError(f"{what}: leave it out (in evaluate --data-revision)")
+    if folder.is_dir() and is_mbeir(folder):
+        return MBEIR(folder)
+    copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
-    return MBEIR(_import(copies, cache, split, _table(folder, copies)))
+    places = [
+        folder / _TABLE,
+        *(copy / name for copy in copies.values() for name in (_TABLE, f"instructions/{_TABLE}")),
+    ]
+    table = next((place for place in places if place.is_file()), None)
+    return MBEIR(_import([find_copy(copies[task], task, split) for task in copies], cache, split, table))
 
 
 def _task_of(name: str) -> MBEIRTask | None:
@@ -143,70 +134,55 @@ def _task_of(name: str) -> MBEIRTask | None:
     return _OTHER_NAMES.get(name) or (task_named(name[6:], name) if name.startswith("mbeir_") else None)
 
 
-def _folder_copies(folder: Path, tasks: Iterable[str] | None, split: str) -> list[ParquetCopy]:
-    # A snapshot in the Hub's cache has the name further up, as datasets--<organisation>--<name>.
-    names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
-    own = next((task for name in names if (task := _task_of(name))), None)
-    children = {task: path for path in sorted(folder.iterdir()) if path.is_dir() and (task := _task_of(path.name))}
-    found = children or ({own: folder} if own is not None and next(_parquet_files(folder), None) else {})
+def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask, Path]:
+    """The copies that a folder is or holds, by task."""
+    found = {task: path for path in sorted(folder.iterdir()) if path.is_dir() and (task := _task_of(path.name))}
+    if not found and next(folder.rglob("*.parquet"), None):
+        # A snapshot in the Hub's cache has the name further up, as datasets--<organisation>--<name>.
+        names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
+        named = [task for name in names if (task := _task_of(name))]
+        found = {task: folder for task in named[:1]}
     if not found:
         raise FileNotFoundError(
             f"{folder} is not M-BEIR: it has no query/ and cand_pool/, and neither it nor a folder in it is a Parquet "
             "copy named mbeir_<dataset>_task<n>. Name another; pairs of your own become one by puma-hf pairs --mbeir."
         )
-    return [find_copy(found[task], task, split) for task in select_tasks(sorted(found), tasks)]
+    return {task: found[task] for task in select_tasks(sorted(found), tasks)}
 
 
-def _hub_copies(source: str | Path, tasks: Iterable[str] | None, split: str, revision: str | None) -> list[ParquetCopy]:
-    name = str(source)
-    if Path(source).exists() or not _HUB_NAME.fullmatch(name):
-        what = "is neither a folder nor the name of a dataset or organisation of the Hub"
-        raise FileNotFoundError(f"{name!r} {what}. Check the path.")
+def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) -> dict[MBEIRTask, Path]:
+    """Snapshots of the Hub's datasets, by task; what is in the cache is not downloaded again."""
     organisation, _, repository = name.partition("/")
-    if not repository:
-        rows = sorted(task for row in MBEIR_INSTRUCTIONS if (task := _task_of(row)))
-        try:
-            chosen = select_tasks(rows, tasks)
-        except ValueError as error:
-            raise ValueError(f"{name!r} is no folder here, and for an organisation of the Hub {error}") from error
-        others = {task: other for other, task in _OTHER_NAMES.items() if organisation == "mteb"}
-        wanted = {task: f"{name}/{others.get(task, f'mbeir_{task.name}')}" for task in chosen}
-    else:
-        if (task := _task_of(repository)) is None:
-            raise FileNotFoundError(
-                f"{name!r} is no folder here, and no copy of a task on the Hub, which would be named "
-                "<organisation>/mbeir_<dataset>_task<n>. Check the path, or download the dataset and name its folder."
-            )
-        wanted = {task: name for task in select_tasks([task], tasks)}
-    return [find_copy(_download(name, found, revision), task, split) for task, found in wanted.items()]
-
-
-def _download(source: str, repository: str, revision: str | None) -> Path:
-    """The snapshot of a dataset of the Hub; what is in the cache is not downloaded again."""
-    wanted = ["*.parquet", "README.md"]
-    try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises errors of many types
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    known = {task: f"mbeir_{task.name}" for row in MBEIR_INSTRUCTIONS if (task := _task_of(row))}
+    if organisation == "mteb":
+        known |= {task: other for other, task in _OTHER_NAMES.items()}
+    if repository:
+        known = {task: repository for task in [_task_of(repository)] if task}
+    if not known or not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and the Hub's dataset {repository} could not be downloaded ({cause}). "
-            f"Check the name. If this machine is offline, run `hf download {repository} --repo-type dataset` on one "
-            "that is not, and bring the cache or the files here."
-        ) from error
-
-
-def _table(folder: Path, copies: Sequence[ParquetCopy]) -> Path | None:
-    """A table of instructions beside the copies."""
-    places = [*([folder] if folder.is_dir() else []), *(copy.folder for copy in copies)]
-    tables = (place / name for place in places for name in (_TABLE, f"instructions/{_TABLE}"))
-    return next((table for table in tables if table.is_file()), None)
+            f"{name!r} is no folder here, and no organisation or copy of a task on the Hub, which would be named "
+            "<organisation>/mbeir_<dataset>_task<n>. Check the path, or download the dataset and name its folder."
+        )
+    folders = {}
+    for task in select_tasks(sorted(known), tasks):
+        full = f"{organisation}/{known[task]}"
+        try:
+            wanted = ["*.parquet", "README.md"]
+            found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        except Exception as error:  # the Hub's client raises errors of many types
+            raise FileNotFoundError(
+                f"{name!r} is no folder here, and the Hub's dataset {full} could not be downloaded "
+                f"({str(error).strip().partition(chr(10))[0]}). Check the name. If this machine is offline, run "
+                f"`hf download {full} --repo-type dataset` on one that is not, and bring the cache or the files here."
+            ) from error
+        folders[task] = Path(found)
+    return folders
 
 
 # --- which files are what
 
 
-@dataclass(frozen=True)
-class ParquetCopy:
+class ParquetCopy(NamedTuple):
     """The Parquet copy of one task: its folder, and the files of its candidates, queries and judgements, in order."""
 
     folder: Path
@@ -234,28 +210,24 @@ def find_copy(folder: Path, task: MBEIRTask, split: str = "test") -> ParquetCopy
 
 def _files(folder: Path, role: str, split: str) -> list[Path]:
     known = datasets.get_dataset_config_names(str(folder))
-    for name in _CONFIGS[role]:
+    found: Mapping[Any, Any] = {}
+    for name in reversed(_CONFIGS[role]):
         options = {"name": name} if name in known and len(known) > 1 else {"data_dir": name}
-        if "name" in options or next(_parquet_files(folder / name), None):
-            found = datasets.load_dataset_builder(str(folder), **options).config.data_files
-            break
-    else:
+        if "name" in options or next((folder / name).rglob("*.parquet"), None):
+            found = datasets.load_dataset_builder(str(folder), **options).config.data_files or {}
+    if not found:
         raise FileNotFoundError(f"{folder} has no Parquet files of {' or '.join(_CONFIGS[role])}. {_AGAIN}")
-    splits = {str(name): [Path(file) for file in files] for name, files in (found or {}).items()}
-    chosen = split if split in splits else next(iter(splits))
+    splits = {str(name): [Path(file) for file in files] for name, files in found.items()}
     # A pool has a split of any name, but queries of another split are other queries.
-    if split not in splits and (len(splits) > 1 or (role != "corpus" and chosen in _SPLITS)):
+    chosen = next(iter(splits)) if role == "corpus" and len(splits) == 1 else split
+    if chosen not in splits:
         raise FileNotFoundError(f"{folder}: {role} has no split {split!r}, only {sorted(splits)}. Ask for one of them.")
+    # A shard that is missing would be a smaller pool, and better figures.
     shards = [match for file in splits[chosen] if (match := _SHARD.fullmatch(file.stem))]
-    missing = {int(match[2]) for match in shards} - {len(shards)} if shards else set()
-    if missing:
-        what = f"{len(shards)} of the {min(missing)} files of its {role} are there"
+    if shards and len(shards) != int(shards[0][2]):
+        what = f"{len(shards)} of the {int(shards[0][2])} files of its {role} are there"
         raise FileNotFoundError(f"{folder}: {what}. {_AGAIN}")
     return splits[chosen]
-
-
-def _parquet_files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*.parquet") if "/." not in path.relative_to(folder).as_posix())
 
 
 # --- the import
@@ -267,30 +239,26 @@ def _import(copies: Sequence[ParquetCopy], cache: Path, split: str, table: Path 
     if table is not None:
         numbers |= {name: number for number, name in read_instructions(table)[1].items()}
     rows = [] if table is not None else [_instruction_row(copy) for copy in copies]
-    imported: list[Path] = []
+    parts: list[Path] = []
     for copy in copies:
         part = cache / "tasks" / f"{copy.task.name}-{split}-{copy.fingerprint[:16]}"
-        if not part.exists():
-            logger.info("Importing %s from %s", copy.task.name, copy.folder)
-        number = numbers.get(copy.task.dataset)
-        make_folder(part, partial(import_copy, copy, image_root=cache, split=split, dataset_id=number))
-        imported.append(part)
-    key = text_hash([split, [part.name for part in imported], file_hash(table) if table else rows])
+        options: Any = {"image_root": cache, "split": split, "dataset_id": numbers.get(copy.task.dataset)}
+        make_folder(part, partial(import_copy, copy, **options))
+        parts.append(part)
+    key = text_hash([split, [part.name for part in parts], file_hash(table) if table else rows])
     name = copies[0].task.name if len(copies) == 1 else f"{len(copies)}_tasks"
     folder = cache / "datasets" / f"{name}-{split}-{key[:16]}"
 
     def write(draft: Path) -> None:
         layout = Layout(draft)
-        if table is None:
-            write_instructions(layout.instruction_path, rows)
-        else:
-            layout.instruction_path.parent.mkdir()
+        write_instructions(layout.instruction_path, rows or [[""] * 5])
+        if table is not None:
             shutil.copyfile(table, layout.instruction_path)
-        write_records(layout.union_pool_path(split), _joined(copies, imported))
-        for part in imported:
+        write_records(layout.union_pool_path(split), _joined(copies, parts))
+        for part in parts:
             for path in (path for path in part.rglob("*") if path.is_file()):
                 link(path, draft / path.relative_to(part))
-        write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [part.name for part in imported]})
+        write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [part.name for part in parts]})
 
     make_folder(folder, write)
     return folder
@@ -306,18 +274,17 @@ def _instruction_row(copy: ParquetCopy) -> list[str]:
     return [task.query_modality, task.candidate_modality, task.dataset, str(number), wording]
 
 
-def _joined(copies: Sequence[ParquetCopy], parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _joined(copies: Sequence[ParquetCopy], parts: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
     """The candidates of several tasks, each once."""
     contents: dict[str, int] = {}  # hashes: pools of millions need not be held
     for copy, part in zip(copies, parts, strict=True):
-        with Problems(part) as problems:
-            for _, record in read_jsonl(Layout(part).pool_path(copy.task.name), problems):
-                content = hash(json.dumps(record))
-                if record["did"] not in contents:
-                    yield record
-                if contents.setdefault(record["did"], content) != content:
-                    what = f"did {record['did']!r} was already given for something else, here or for another task"
-                    raise wrong(copy.folder, f"{what}; a did must mean the same in every pool", "contradiction")
+        for line in read_jsonl(Layout(part).pool_path(copy.task.name), Problems(part)):
+            did, content = line.columns["did"], hash(json.dumps(line.columns))
+            if did not in contents:
+                yield line.columns
+            if contents.setdefault(did, content) != content:
+                what = f"did {did!r} was already given for something else, here or for another task"
+                raise wrong(copy.folder, f"{what}; a did must mean the same in every pool", "contradiction")
 
 
 def import_copy(copy: ParquetCopy, folder: Path, image_root: Path, split: str, dataset_id: int | None) -> None:
@@ -329,47 +296,50 @@ def import_copy(copy: ParquetCopy, folder: Path, image_root: Path, split: str, d
     dataset's number is put before ids that have none; None if it is not known.
     """
     task, layout = copy.task, Layout(folder)
+
+    def records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        for where, row in _rows(files, problems, "id"):
+            cell, text = row.get("image"), row.get("text") or None
+            if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
+                cell = None  # some writers have a struct of nothing for a row without an image
+            image = None if cell is None else problems.attempt(_store_image, cell, image_root, where)
+            # Without a label, that of what is there; some copies have "text,image".
+            label = row.get("modality") or ",".join([IMAGE] * (cell is not None) + [TEXT] * (text is not None))
+            label = ",".join(sorted(part.strip() for part in str(label).split(",")))
+            yield {"did": _full_id(row["id"], dataset_id), "txt": text, "img_path": image, "modality": label}
+
     with Problems(copy.folder) as problems:
         judged: dict[str, dict[str, int]] = defaultdict(dict)
-        for where, row in _rows(copy.qrels, problems, ("query-id", "corpus-id", "score")):
+        for where, row in _rows(copy.qrels, problems, "query-id", "corpus-id", "score"):
             problems.attempt(_judge, judged, row, where, dataset_id)
         scores = ((qid, did, score) for qid, dids in judged.items() for did, score in dids.items())
         write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
-        read = partial(_records, image_root=image_root, problems=problems, dataset_id=dataset_id)
-        queries = (_as_query(record, judged.get(record["did"], {})) for record in read(copy.queries))
+        queries = (
+            {
+                **{f"query_{name}": record[name] for name in ("txt", "img_path", "modality")},
+                "qid": record["did"],
+                "pos_cand_list": [did for did, score in judged.get(record["did"], {}).items() if score > 0],
+                "neg_cand_list": [],
+            }
+            for record in records(copy.queries)
+        )
         write_records(layout.query_path(split, task), queries)
-        write_records(layout.pool_path(task.name), read(copy.corpus))
+        write_records(layout.pool_path(task.name), records(copy.corpus))
 
 
-def _records(
-    files: Sequence[Path], image_root: Path, problems: Problems, dataset_id: int | None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a corpus, or of queries, as candidates."""
-    for where, row in _rows(files, problems, ("id",), ("text", "image", "modality")):
-        cell, text = row.get("image"), row.get("text") or None
-        if isinstance(cell, dict) and not any(value is not None for value in cell.values()):
-            cell = None  # some writers have a struct of nothing for a row without an image
-        image = None if cell is None else problems.attempt(_store_image, cell, image_root, where)
-        present = ",".join(name for name, value in ((IMAGE, cell), (TEXT, text)) if value is not None)
-        label = row.get("modality")
-        label = present if label is None else ",".join(sorted(part.strip() for part in str(label).split(",")))
-        yield {"did": _full_id(row["id"], dataset_id), "txt": text, "img_path": image, "modality": label}
-
-
-def _rows(
-    files: Sequence[Path], problems: Problems, needed: Sequence[str], others: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    only = [column for name in (*needed, *others) for column in _NAMES[name]]
+def _rows(files: Sequence[Path], problems: Problems, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of Parquet files by our names of their columns."""
     for path in files:
-        for line in read_lines(path, only):
+        for line in read_lines(path, _COLUMNS):
             if line.error is not None:
-                problems.add(line.error, "broken row")
+                problems.add(line.error)
                 continue
-            found = {name: [one for one in _NAMES[name] if one in line.columns] for name in (*needed, *others)}
-            if missing := next((name for name in needed if not found[name]), None):
-                what = f"no column {' or '.join(_NAMES[missing])}, only {cut(', '.join(line.columns))}"
+            row = {_OURS.get(name, name): value for name, value in line.columns.items()}
+            if missing := [name for name in needed if name not in row]:
+                names = [missing[0], *(name for name, ours in _OURS.items() if ours == missing[0])]
+                what = f"no column {' or '.join(names)}, only {shown(list(line.columns))}"
                 raise wrong(path, f"{what}; rename the one that holds it", "missing field")
-            yield line.where, {name: line.columns[columns[0]] for name, columns in found.items() if columns}
+            yield line.where, row
 
 
 def _judge(judged: dict[str, dict[str, int]], row: Mapping[str, Any], where: str, dataset_id: int | None) -> None:
@@ -386,29 +356,14 @@ def _full_id(value: Any, dataset_id: int | None) -> str:
     return record_id if ":" in record_id or dataset_id is None else f"{dataset_id}:{record_id}"
 
 
-def _as_query(record: Mapping[str, Any], judged: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "qid": record["did"],
-        "query_txt": record["txt"],
-        "query_img_path": record["img_path"],
-        "query_modality": record["modality"],
-        "pos_cand_list": [did for did, score in judged.items() if score > 0],
-        "neg_cand_list": [],
-    }
-
-
 def _store_image(cell: Any, root: Path, where: str) -> str:
     """Write an image under a hash of its bytes, so that none is there twice; returns its path below the root."""
-    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(data, bytes) or not data:
-        raise wrong(where, "the image holds no bytes; a copy must have its images inside", "missing image")
-    try:
-        with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
-            kind = image.format or ""  # the header alone is read
-    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
-        raise wrong(where, f"the image cannot be read ({error})", "broken image") from error
+        raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
+    kind = image_header(data, f"{where}: the image")[1]
     digest = hashlib.sha256(data).hexdigest()
-    name = f"{IMAGE_FOLDER}/{digest[:2]}/{digest[2:]}{_SUFFIXES.get(kind, f'.{kind.lower()}')}"
+    name = f"images/{digest[:2]}/{digest[2:]}{_SUFFIXES.get(kind, f'.{kind.lower()}')}"
     path = root / name
     if not path.is_file() or path.stat().st_size != len(data):
         write_whole(path, data, sync=False)

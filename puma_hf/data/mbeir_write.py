@@ -13,7 +13,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,15 +24,17 @@ from puma_hf.data.mbeir import (
     MBEIR,
     NANO_FILE,
     TASK_OF_MODALITIES,
+    Candidate,
     Layout,
     MBEIRTask,
+    Query,
     file_hash,
     read_origin,
     seeded_random,
     select_tasks,
 )
-from puma_hf.data.pairs import Pair, PairIds, PairOptions, read_pairs
-from puma_hf.data.records import Candidate, Query, Record, wrong
+from puma_hf.data.pairs import Pair, PairIds, read_pairs
+from puma_hf.data.records import Record, wrong
 from puma_hf.files import new_directory
 from puma_hf.settings import shown
 
@@ -40,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID = 100  # below are M-BEIR's own datasets and those that may join them
 MAX_WORDINGS = 50
-_SPLITS = ("train", "val", "test")
 _IN_WORDS = {"text": "text", "image": "image", "image,text": "image with text"}
 _NANO_VERSION = 1  # of how queries and candidates are chosen; part of the settings, so of the hash
 
@@ -64,9 +65,8 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def write_instructions(path: Path, rows: Sequence[Sequence[str]]) -> None:
     """Write M-BEIR's table: query modality, candidate modality, dataset name, dataset id, prompts."""
-    width = max(map(len, rows)) - 4
-    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
-    header += [f"prompt_{number}" for number in range(1, width + 1)]
+    prompts = (f"prompt_{number}" for number in range(1, max(map(len, rows)) - 3))
+    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id", *prompts]
     write_lines(path, ("\t".join(row) for row in (header, *rows)))
 
 
@@ -188,32 +188,24 @@ def build_nano(
     (167, 167)
     ```
     """
-    for name, value in (("num_queries", num_queries), ("num_candidates", num_candidates)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}, must be 0 or more; 0 takes all of them")
-    chosen = select_tasks(data.tasks(split), tasks)
-    folder = Path(output)
-    names = [task.name for task in chosen]
-    settings = {"version": _NANO_VERSION, "split": split, "tasks": names}
+    if min(num_queries, num_candidates) < 0:
+        numbers = f"num_queries is {num_queries} and num_candidates {num_candidates}"
+        raise ValueError(f"{numbers}, must be 0 or more; 0 takes all of them")
+    chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
+    settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     make_folder(folder, lambda draft: _write_nano(data, draft, settings, chosen))
-    _check_settings(folder, settings, data.image_root)
-    return MBEIR(folder)
-
-
-def _check_settings(folder: Path, settings: Mapping[str, Any], image_root: Path) -> None:
-    """Refuse a folder that is no nano, or another one."""
     origin = read_origin(folder) if folder.is_dir() else None
     if origin is None or origin[0].name != NANO_FILE:
         raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
-    remedy = "Name another folder, remove this one, or use its settings."
-    for name, value in settings.items():
-        if (there := origin[1]["settings"].get(name)) != value:
-            raise ValueError(f"{folder} was built with {name}={there!r}, not {value!r}. {remedy}")
-    if (there := origin[1]["image_root"]) != image_root:
-        raise ValueError(f"{folder} was built with the images in {there}, not {image_root}. {remedy}")
+    there = {**origin[1]["settings"], "images": str(origin[1]["image_root"])}
+    for name, value in {**settings, "images": str(data.image_root)}.items():
+        if there.get(name) != value:
+            remedy = "Name another folder, remove this one, or use its settings."
+            raise ValueError(f"{folder} was built with {name}={there.get(name)!r}, not {value!r}. {remedy}")
+    return MBEIR(folder)
 
 
 def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequence[MBEIRTask]) -> None:
@@ -229,7 +221,7 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
 
     def content(record: Record) -> list[object]:
         if record.image not in images:
-            images[record.image] = file_hash(Path(record.image or ""))  # each is read once
+            images[record.image] = file_hash(Path(record.image))  # each is read once
         return [record.id, record.modality, record.text, images[record.image]]
 
     contents: list[object] = [settings]
@@ -256,32 +248,30 @@ def _choose(
     split, seed = settings["split"], settings["seed"]
     queries, pool = data.queries(task, split), data.local_pool(task, split)
     relevant = data.qrels(task, split, queries, pool)
-    judged = [query for query in queries if relevant.get(query.qid)]
+    judged = [query for query in queries if relevant.get(query.id)]
     if not judged:
         what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool"
         raise wrong(data.root, f"{what}; look at its qrels, or name the other tasks (tasks=[...], --tasks)")
     taken = _sample(judged, settings["num_queries"] or len(judged), seeded_random(seed, "nano queries", task.name))
     # Relevant candidates, then hard negatives, those of all queries in turn.
-    wanted = dict.fromkeys(did for query in taken for did in relevant[query.qid])
+    wanted = dict.fromkeys(did for query in taken for did in relevant[query.id])
     limit = settings["num_candidates"] or len(pool)
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
-        if len(wanted) >= limit:
-            break
-        if did in pool:
+        if len(wanted) < limit and did in pool:
             wanted[did] = None
     others = [did for did in pool if did not in wanted]
     generator = seeded_random(seed, "nano candidates", task.name)
     wanted |= dict.fromkeys(_sample(others, max(limit - len(wanted), 0), generator))
     # Judgements of other datasets' candidates are kept: they may be in the global pool.
     everywhere = data.qrels(task, split, queries, _Everything())
-    judgements = ((query.qid, *judgement) for query in taken for judgement in everywhere[query.qid].items())
+    judgements = ((query.id, *judgement) for query in taken for judgement in everywhere[query.id].items())
     lines = [f"{qid} 0 {did} {relevance} {task.task_id}" for qid, did, relevance in judgements]
-    return taken, [candidate for did, candidate in pool.items() if did in wanted], lines
+    return taken, [candidate for candidate in pool.values() if candidate.id in wanted], lines
 
 
-def _sample(items: Sequence[Item], count: int, generator: random.Random) -> list[Item]:
+def _sample(items: Sequence[Item], number: int, generator: random.Random) -> list[Item]:
     """Some of the items, in their own order."""
-    return [items[index] for index in sorted(generator.sample(range(len(items)), min(count, len(items))))]
+    return [items[index] for index in sorted(generator.sample(range(len(items)), min(number, len(items))))]
 
 
 class _Everything:
@@ -296,11 +286,11 @@ class _Everything:
 
 @dataclass
 class _Anchor:
-    """An anchor that looks for one modality, with all its right answers."""
+    """An anchor that looks for one modality, with the content ids of all its right and wrong answers."""
 
     record: Record
     task: MBEIRTask
-    positives: dict[str, None] = field(default_factory=dict)  # content ids
+    positives: dict[str, None] = field(default_factory=dict)
     negatives: dict[str, None] = field(default_factory=dict)
 
 
@@ -357,24 +347,22 @@ def write_mbeir(
         both = f"val_fraction={val_fraction} and test_fraction={test_fraction}"
         raise ValueError(f"{both} must be 0 to 1, and 1 at most together; what they leave is for training. Lower one.")
     with new_directory(output, overwrite=False) as folder:
-        reading = read_pairs(rows, PairOptions(special_tokens="split"))
+        reading = read_pairs(rows, special_tokens="split")
         if reading.problems:
             raise ValueError(reading.refusal())
-        ids = PairIds(reading.pairs)
-        anchors, records = _collect(reading.pairs, ids, dataset)
+        ids, layout = PairIds(reading.pairs), Layout(folder)
+        anchors, records, wordings = _collect(reading.pairs, ids, dataset)
         splits = _split(anchors, ids, {"test": test_fraction, "val": val_fraction}, seed)
         dids = {content: f"{dataset_id}:{number}" for number, content in enumerate(records, start=1)}
         images = folder / "mbeir_images" / f"{dataset}_images"
         pool = {key: Candidate(dids[key], one.text, _place(one, images, ids)) for key, one in records.items()}
-        layout = Layout(folder)
-        for task in sorted({anchor.task for anchor in anchors}):
-            own = [anchor.positives | anchor.negatives for anchor in anchors if anchor.task == task]
-            wanted = set().union(*own)
-            lines = (candidate_record(one, folder) for key, one in pool.items() if key in wanted)
-            write_records(layout.pool_path(task.name), lines)
+        lines = {key: candidate_record(one, folder) for key, one in pool.items()}
+        for task in wordings:
+            wanted = {key for anchor in anchors if anchor.task == task for key in anchor.positives | anchor.negatives}
+            write_records(layout.pool_path(task.name), (line for key, line in lines.items() if key in wanted))
         for split in ("train", "test"):  # val has that of test
-            write_records(layout.union_pool_path(split), (candidate_record(one, folder) for one in pool.values()))
-        numbers = iter(range(len(pool) + 1, len(pool) + len(anchors) + 1))
+            write_records(layout.union_pool_path(split), lines.values())
+        numbers, everything = count(len(pool) + 1), set(dids.values())
         for split, chosen in splits.items():
             by_task: dict[MBEIRTask, list[Query]] = defaultdict(list)
             for anchor in chosen:
@@ -382,47 +370,64 @@ def write_mbeir(
                 qid, image = f"{dataset_id}:{next(numbers)}", _place(anchor.record, images, ids)
                 by_task[anchor.task].append(Query(qid, anchor.record.text, image, right, bad))
             for task, queries in by_task.items():
-                all_dids = set(dids.values())
-                lines = (query_record(query, folder, all_dids) for query in queries)
-                write_records(layout.query_path(split, task), lines)
-                judged = ((query.qid, did) for query in queries for did in query.positives)
-                write_lines(layout.qrels_path(split, task), (f"{q} 0 {did} 1 {task.task_id}" for q, did in judged))
-        write_instructions(layout.instruction_path, _instruction_rows(reading.pairs, dataset, dataset_id))
-    counts = ", ".join(f"{len(splits[name])} {name}" for name in _SPLITS)
+                write_records(
+                    layout.query_path(split, task), (query_record(query, folder, everything) for query in queries)
+                )
+                judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in queries for did in query.positives)
+                write_lines(layout.qrels_path(split, task), judged)
+        table = [
+            [task.query_modality, task.candidate_modality, dataset, str(dataset_id), *sentences]
+            for task, sentences in sorted(wordings.items())
+        ]
+        write_instructions(layout.instruction_path, table)
+    counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
     return MBEIR(output)
 
 
-def _task(pair: Pair, dataset: str) -> MBEIRTask:
-    modalities = (pair.anchor.modality, pair.positive.modality)
-    if modalities not in TASK_OF_MODALITIES:
-        what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
-        raise ValueError(f"{pair.where}: {what}. Leave such pairs out, or swap the sides (anchor, positive).")
-    return MBEIRTask(TASK_OF_MODALITIES[modalities], dataset)
-
-
-def _collect(pairs: Iterable[Pair], ids: PairIds, dataset: str) -> tuple[list[_Anchor], dict[str, Record]]:
-    """The anchors with their answers, and the records of all answers by content."""
+def _collect(
+    pairs: Iterable[Pair], ids: PairIds, dataset: str
+) -> tuple[list[_Anchor], dict[str, Record], dict[MBEIRTask, list[str]]]:
+    """The anchors with their answers, the records of all answers by content, and the instructions of each task."""
     anchors: dict[Any, _Anchor] = {}
     records: dict[str, Record] = {}
+    wordings: dict[MBEIRTask, dict[str, None]] = defaultdict(dict)
     for pair in pairs:
-        task = _task(pair, dataset)
+        modalities = (pair.anchor.modality, pair.positive.modality)
+        if modalities not in TASK_OF_MODALITIES:
+            what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
+            raise wrong(pair.where, f"{what}. Leave such pairs out, or swap the sides (anchor, positive).")
+        task = MBEIRTask(TASK_OF_MODALITIES[modalities], dataset)
+        sentences = wordings[task]
+        if pair.anchor.instruction is not None:
+            # Tabs and quotation marks at the ends have a meaning in the table.
+            sentences[" ".join(pair.anchor.instruction.split()).strip('"')] = None
+        if len(sentences) > MAX_WORDINGS:
+            what = f"more than {MAX_WORDINGS} different instructions for one task"
+            raise wrong(pair.where, f"{what}. Put what differs from row to row into the anchor's text.")
         anchor = anchors.setdefault((task, ids.of(pair.anchor)), _Anchor(pair.anchor, task))
         anchor.positives[ids.of(pair.positive)] = None
         anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))
         for record in (pair.positive, *pair.negatives):
             records.setdefault(ids.of(record), record)
     for anchor in anchors.values():
-        for content in anchor.positives:
-            anchor.negatives.pop(content, None)
-    return list(anchors.values()), records
+        anchor.negatives = {content: None for content in anchor.negatives if content not in anchor.positives}
+    plain = "Find the {} that matches the given {}."
+    return (
+        list(anchors.values()),
+        records,
+        {
+            task: list(sentences) or [plain.format(_IN_WORDS[task.candidate_modality], _IN_WORDS[task.query_modality])]
+            for task, sentences in sorted(wordings.items())
+        },
+    )
 
 
 def _split(anchors: list[_Anchor], ids: PairIds, fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:
     """The anchors of each split, in their own order; those that share anything stay together."""
     groups = _groups(anchors, ids)
     random.Random(seed).shuffle(groups)
-    splits: dict[str, list[int]] = {name: [] for name in _SPLITS}
+    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     rooms = {name: round(fraction * len(anchors)) for name, fraction in fractions.items()}
     for group in groups:
         name = next((name for name, room in rooms.items() if len(group) <= room), "train")
@@ -439,7 +444,7 @@ def _split(anchors: list[_Anchor], ids: PairIds, fractions: Mapping[str, float],
 
 
 def _groups(anchors: list[_Anchor], ids: PairIds) -> list[list[int]]:
-    """Numbers of the anchors that share content, directly or through others."""
+    """Numbers of the anchors that share content, directly or through others: a union-find over what they hold."""
     parents = list(range(len(anchors)))
 
     def find(number: int) -> int:
@@ -468,22 +473,3 @@ def _place(record: Record, folder: Path, ids: PairIds) -> str | None:
     if not target.exists():
         link(os.path.realpath(record.image), target)
     return str(target)
-
-
-def _instruction_rows(pairs: Iterable[Pair], dataset: str, dataset_id: int) -> list[list[str]]:
-    """The instructions of each task, in their order; a plain sentence where there is none."""
-    found: dict[MBEIRTask, dict[str, None]] = defaultdict(dict)
-    for pair in pairs:
-        wordings = found[_task(pair, dataset)]
-        if pair.instruction is not None:
-            # Tabs and quotation marks at the ends have a meaning in the table.
-            wordings[" ".join(pair.instruction.split()).strip('"')] = None
-            if len(wordings) > MAX_WORDINGS:
-                what = f"more than {MAX_WORDINGS} different instructions for one task"
-                raise ValueError(f"{pair.where}: {what}. Put what differs from row to row into the anchor's text.")
-    rows = []
-    for task, wordings in sorted(found.items()):
-        asks, answers = task.query_modality, task.candidate_modality
-        plain = f"Find the {_IN_WORDS[answers]} that matches the given {_IN_WORDS[asks]}."
-        rows.append([asks, answers, dataset, str(dataset_id), *(wordings or [plain])])
-    return rows

@@ -14,19 +14,12 @@ from typing import Any
 
 from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir_write import write_mbeir
-from puma_hf.data.pairs import Pair, PairIds, PairOptions, PairSource, load_pairs, read_pairs
-from puma_hf.data.records import Problems, Record
+from puma_hf.data.pairs import Pair, PairIds, PairSource, load_pairs, read_pairs
+from puma_hf.data.records import Problems, Record, wrong
 from puma_hf.files import write_whole
 from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 
 logger = logging.getLogger(__name__)
-
-# Kinds of what is worth a look, though it can be trained on.
-DUPLICATE = "pair given again"
-NEGATIVE_IS_RIGHT = "negative that is a right answer of its anchor"
-ANCHOR_IS_POSITIVE = "anchor that is its own positive"
-SEVERAL_POSITIVES = "anchor with several positives"
-SEVERAL_ANCHORS = "positive of several anchors"
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class PairsReport:
         num_rows_left_out: Rows that cannot be used.
         num_pairs: Pairs to train on: a row makes several if it is read in both directions, or holds a list.
         modalities: For anchors, positives and negatives the number of each modality.
-        offenders: What is wrong: `load_pairs` raises, or leaves the rows out.
+        offenders: What is wrong, the first thing of each row: `load_pairs` raises, or leaves the rows out.
         notes: What can be trained on, but is worth a look: duplicates, right answers among the negatives.
         image_widths: Over the different image files that can be read; None without images.
         image_heights: Likewise.
@@ -97,21 +90,18 @@ class PairsReport:
         """The same as plain dictionaries, lists and numbers."""
         return {"ok": self.ok, **asdict(self)}
 
-    def to_json(self, path: str | Path) -> None:
-        """Write `to_dict` to a file, whole or not at all."""
-        write_whole(Path(path), (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
-
     def __str__(self) -> str:
-        lines = [f"Pairs of {self.source}", *_lines("columns", *self.columns.split("; "))]
-        lines += _lines("rows", f"{self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used")
-        lines += _lines("pairs", f"{self.num_pairs:,}")
+        lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in self.columns.split("; "))]
+        lines += [f"  rows       {self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used"]
+        lines += [f"  pairs      {self.num_pairs:,}"]
         for side, counts in self.modalities.items():
-            lines += _lines(side, ", ".join(f"{count:,} {name}" for name, count in counts.items())) if counts else []
-        if self.image_widths is not None and self.image_heights is not None:
+            if counts:
+                lines.append(f"  {side:<10} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        if self.image_widths is not None:
             how = "decoded" if self.decoded else "headers read"
-            size = f"{self.image_widths.count:,} files ({how}); width {self.image_widths}; height {self.image_heights}"
-            lines += _lines("images", size)
-        lines += _lines("texts", *(f"{side}: {spread} characters" for side, spread in self.text_lengths.items()))
+            size = f"width {self.image_widths}; height {self.image_heights}"
+            lines.append(f"  images     {self.image_widths.count:,} files ({how}); {size}")
+        lines += [f"  texts      {side}: {spread} characters" for side, spread in self.text_lengths.items()]
         for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
             lines += ["", f"{title}:"] if entries else []
             for entry in entries:
@@ -121,10 +111,6 @@ class PairsReport:
         if self.ok or not self.num_pairs:
             verdict = "All rows can be trained on." if self.ok else "No row can be trained on: mend them."
         return "\n".join([*lines, "", verdict])
-
-
-def _lines(title: str, *texts: str) -> list[str]:
-    return [f"  {title if number == 0 else '':<10} {text}" for number, text in enumerate(texts)]
 
 
 def check_pairs(source: PairSource, **options: Any) -> PairsReport:
@@ -155,27 +141,25 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     (False, [(1, 'image missing')])
     ```
     """
-    checked = PairOptions(**options)
-    reading = read_pairs(source, checked, dry=True)
-    pairs = reading.pairs
+    reading = read_pairs(source, dry=True, **options)
+    pairs, sizes = reading.pairs, reading.sizes.values()
     sides = {"anchors": [pair.anchor for pair in pairs], "positives": [pair.positive for pair in pairs]}
     sides["negatives"] = [record for pair in pairs for record in pair.negatives]
-    modalities = {side: Counter(record.modality for record in records) for side, records in sides.items()}
+    counts = {side: Counter(record.modality for record in records) for side, records in sides.items()}
     lengths = {side: Spread.of([len(one.text) for one in records if one.text]) for side, records in sides.items()}
-    sizes = reading.images.sizes.values()
     return PairsReport(
         source=reading.name,
         columns=str(reading.columns),
         num_rows=reading.num_rows,
         num_rows_left_out=reading.num_rows_left_out,
         num_pairs=len(pairs),
-        modalities={side: {n: counts[n] for n in MODALITY_NAMES if counts[n]} for side, counts in modalities.items()},
+        modalities={side: {n: found[n] for n in MODALITY_NAMES if found[n]} for side, found in counts.items()},
         offenders=_found(reading.problems),
         notes=_found(_notes(pairs)),
         image_widths=Spread.of([width for width, _ in sizes]),
         image_heights=Spread.of([height for _, height in sizes]),
         text_lengths={side: spread for side, spread in lengths.items() if spread is not None},
-        decoded=checked.decode,
+        decoded=options.get("decode", False),
     )
 
 
@@ -197,7 +181,8 @@ def pairs(config: PairsConfig) -> PairsReport:
     arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
     report = check_pairs(config.data, decode=config.decode, **arguments)
     if config.json is not None:
-        report.to_json(config.json)
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_whole(Path(config.json), text.encode())
     if config.mbeir is None:
         return report
     if not report.num_pairs or (report.offenders and config.bad_pairs == "raise"):
@@ -214,34 +199,30 @@ def _found(problems: Problems) -> tuple[Found, ...]:
 
 
 def _notes(pairs: Sequence[Pair]) -> Problems:
-    ids = PairIds(pairs)
-    notes = Problems()
+    """What can be trained on, but is often a mistake in the table."""
+    ids, notes = PairIds(pairs), Problems()
     seen: dict[tuple[str, ...], str] = {}
     known: set[str] = set()
     anchors: dict[str, dict[str, str]] = {}  # of each positive, with the first place of each anchor
-
-    def note(kind: str, pair: Pair, text: str) -> None:
-        notes.add(ValueError(f"{pair.where}: {text}"), kind)
-
     for pair in pairs:
         anchor, positive = ids.of(pair.anchor), ids.of(pair.positive)
-        key = (anchor, positive, *map(ids.of, pair.negatives), pair.instruction or "")
-        if key in seen:
-            note(DUPLICATE, pair, f"the same as {seen[key]}")
-        seen.setdefault(key, pair.where)
+        key = (anchor, positive, *map(ids.of, pair.negatives), pair.anchor.instruction or "")
+        first = seen.setdefault(key, pair.where)
+        if first is not pair.where:
+            notes.add(wrong(pair.where, f"the same as {first}", "pair given again"))
         if anchor == positive:
-            note(ANCHOR_IS_POSITIVE, pair, _shown(pair.anchor))
+            notes.add(wrong(pair.where, _shown(pair.anchor), "anchor that is its own positive"))
         right = ids.positives(pair.anchor)
         for negative in pair.negatives:
             if ids.of(negative) in right:
-                note(NEGATIVE_IS_RIGHT, pair, _shown(negative))
+                notes.add(wrong(pair.where, _shown(negative), "negative that is a right answer of its anchor"))
         if anchor not in known and len(right) > 1:
-            note(SEVERAL_POSITIVES, pair, f"{_shown(pair.anchor)} has {len(right)}")
+            notes.add(wrong(pair.where, f"{_shown(pair.anchor)} has {len(right)}", "anchor with several positives"))
         known.add(anchor)
         anchors.setdefault(positive, {}).setdefault(anchor, f"{pair.where}: {_shown(pair.positive)}")
     for places in anchors.values():
         if len(places) > 1:
-            notes.add(ValueError(f"{next(iter(places.values()))} has {len(places)}"), SEVERAL_ANCHORS)
+            notes.add(ValueError(f"{next(iter(places.values()))} has {len(places)}"), "positive of several anchors")
     return notes
 
 

@@ -9,12 +9,10 @@ import re
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import datasets
 import pyarrow  # type: ignore[import-untyped]
@@ -22,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
-from puma_hf.modeling.inputs_puma import MODALITY_NAMES, is_image_name, modality_of
+from puma_hf.modeling.inputs_puma import is_image_name, modality_of
 from puma_hf.settings import cut, is_unicode, shown
 
 SHOWN: Final = 5  # how many of the wrong rows a report quotes
@@ -32,7 +30,6 @@ NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # as in SimCSE's nli_for_simcse.cs
 # What is read of a Parquet file: our names, BEIR's, those of the Hub's folders of images, NLI's.
 _READ = ("id", *COLUMNS, "_id", "title", "file_name", *CAPTION_NAMES, *NLI_COLUMNS)
 
-RECORD_ID = re.compile(r"(\d+):\S+")  # of M-BEIR
 _LOOKS_LIKE_FILE = re.compile(r"^(?:data:|https?://)|\.\w{2,5}$")
 _ROWS_AT_ONCE = 64  # of a Parquet file; an image inside has up to some megabytes
 _BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
@@ -49,14 +46,18 @@ class Record:
     Args:
         id: Its id, or "".
         text: Its text, or None.
-        image: Absolute path of its image, or None.
+        image: Absolute path of its image, the bytes of the image, or None.
         instruction: Its own instruction, or None.
+        row: Its number in a corpus, from 0.
+        problem: What is wrong with its line, which then holds nothing; None of a good one.
     """
 
     id: str = ""
     text: str | None = None
-    image: str | None = None
+    image: Any = None
     instruction: str | None = field(default=None, kw_only=True)
+    row: int = field(default=0, kw_only=True, compare=False)
+    problem: str | None = field(default=None, kw_only=True)
 
     @property
     def modality(self) -> str:
@@ -64,7 +65,7 @@ class Record:
         return modality_of(self.text is not None, self.image is not None, False)
 
     @property
-    def model_input(self) -> str | dict[str, str]:
+    def model_input(self) -> str | dict[str, Any]:
         """The record as one input of `model.encode`: image before text, as the backbone's prompt has them.
 
         Text alone is a bare string, which every model takes, unless it might be taken for the path or address of
@@ -83,14 +84,21 @@ class MBEIRFormatError(ValueError):
         kind: The kind of mistake in a few words, by which `Problems` counts.
     """
 
-    def __init__(self, message: str, kind: str = "wrong field") -> None:
+    kind = "wrong field"
+
+    def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind = kind or self.kind
 
 
-def wrong(where: object, what: str, kind: str = "wrong field") -> MBEIRFormatError:
+def wrong(where: object, what: str, kind: str = "") -> MBEIRFormatError:
     """The error of a row, `<where>: <what>`."""
     return MBEIRFormatError(f"{where}: {what}", kind)
+
+
+def location(path: Path, line: int) -> str:
+    """How errors name a line of a file: `<path>, line <n>`."""
+    return f"{path}, line {line}"
 
 
 class Problems:
@@ -129,11 +137,13 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self.counts)
 
+    def __str__(self) -> str:
+        return ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
+
     def add(self, error: Exception, kind: str | None = None) -> None:
         """Count what would have been raised for a row."""
         is_missing = isinstance(error, FileNotFoundError)
-        own: str = "missing image" if is_missing else getattr(error, "kind", "wrong field")
-        kind = kind or own
+        kind = kind or str("image missing" if is_missing else getattr(error, "kind", "wrong field"))
         self.counts[kind] += 1
         self._only_missing &= is_missing
         if len(self._quoted) < SHOWN:
@@ -162,22 +172,15 @@ class Problems:
 
     def report(self) -> Exception:
         """The error that tells of all of them; there must be one."""
-        total = self.counts.total()
-        if total == 1:
+        if (total := self.counts.total()) == 1:
             return self._quoted[0]
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
-        first = "" if total <= SHOWN else f". The first {SHOWN}"
-        lines = "".join(f"\n- {error}" for error in self._quoted)
-        message = f"{self.path}: {total} problems ({kinds}){first}:{lines}"
+        message = f"{self.path}: {total} problems ({self}){self.quotes()}"
         return FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
 
-    def some(self) -> list[str]:
-        """A few messages, the first of each kind before any second."""
-        turns = zip_longest(*self.first.values())
-        return [message for turn in turns for message in turn if message is not None][:SHOWN]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
+    def quotes(self) -> str:
+        """The first of them, a line each."""
+        first = "" if self.counts.total() <= SHOWN else f". The first {SHOWN}"
+        return f"{first}:" + "".join(f"\n- {error}" for error in self._quoted)
 
 
 # --- tables
@@ -188,16 +191,28 @@ class Line(NamedTuple):
 
     where: str
     columns: Mapping[str, Any]
-    error: ValueError | None = None
+    error: MBEIRFormatError | None = None
+
+    def text(self, name: str) -> str | None:
+        """The text of a column, None if there is none or it is blank."""
+        return text_value(self.columns.get(name), self.where, name)
 
 
-def location(path: Path, line: int) -> str:
-    """How errors name a line of a file: `<path>, line <n>`."""
-    return f"{path}, line {line}"
+def text_value(value: Any, where: str, name: str) -> str | None:
+    """A cell as a text, None if there is none or it is blank; an MBEIRFormatError if it holds something else."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str) or not is_unicode(value):
+        what = "which holds half a character: mend its encoding" if isinstance(value, str) else "must be a text or null"
+        raise wrong(where, f"{name} is {shown(value)}, {what}.", "text of another type")
+    return value
 
 
 def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
     """The rows of a file one after the other, those that cannot be read with their error; blank lines are left out.
+
+    Rows are read by Python's own `csv` and `json` and not by Arrow's readers, which guess types ("007" becomes 7, "NA"
+    nothing) and stop at the first broken line: here a run may go on without it, and can name it.
 
     Args:
         path: A .txt (one text a line, the column "text"), .jsonl, .json (a list of objects, or JSON Lines), .csv,
@@ -216,18 +231,38 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
     return _parquet(path, only) if kind == ".parquet" else _READERS[kind](path)
 
 
-def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """A line of JSON Lines; an MBEIRFormatError if it is not a JSON object in UTF-8."""
+def _bad(where: str, what: str, kind: str = "broken line") -> Line:
+    return Line(where, {}, wrong(where, what, kind))
+
+
+def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator[Line]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = location(path, number)
+            try:
+                columns = parse(line) if line.strip() else {}
+            except (ValueError, RecursionError) as error:
+                # Nothing else tells a download that was interrupted: each line before its end is whole.
+                is_cut = not line.endswith(b"\n")
+                yield Line(where, {}, cut_off(where, str(error))) if is_cut else _bad(where, f"{error}.")
+            else:
+                if columns:
+                    yield Line(where, columns)
+
+
+def _text_line(line: bytes) -> dict[str, Any]:
+    text = line.decode("utf-8-sig").strip()
+    return {"text": text} if text else {}
+
+
+def _json_line(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        what = f"broken JSON ({error})"
-        if not line.endswith(b"\n"):
-            raise cut_off(where, what) from error
-        raise wrong(where, f"{what}; each line must be one JSON object in UTF-8", "broken JSON") from error
-    if not isinstance(record, dict):
-        raise wrong(where, f"expected a JSON object, got {type(record).__name__}", "broken JSON")
-    return record
+        raise ValueError(f"broken JSON ({error}), each line must be one JSON object in UTF-8") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def cut_off(where: str, what: str) -> MBEIRFormatError:
@@ -236,123 +271,68 @@ def cut_off(where: str, what: str) -> MBEIRFormatError:
     return wrong(where, f"{what}; {cause}", "cut last line")
 
 
-def _numbered(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield location(path, number), line
-
-
-def _text_lines(path: Path) -> Iterator[Line]:
-    for where, line in _numbered(path):
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            yield Line(where, {}, _not_utf8(where, error))
-        else:
-            if text:
-                yield Line(where, {"text": text})
-
-
-def _json_lines(path: Path) -> Iterator[Line]:
-    for where, line in _numbered(path):
-        try:
-            yield Line(where, json_object(line, where))
-        except MBEIRFormatError as error:
-            yield Line(where, {}, error)
-
-
 def _json(path: Path) -> Iterator[Line]:
     with path.open("rb") as file:
-        if not file.read(1000).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-            yield from _json_lines(path)
-            return
-    try:
-        records = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        yield Line(str(path), {}, ValueError(f"{path}: broken JSON ({error}); was the download cut off?"))
+        is_list = file.read(1000).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+    if not is_list:
+        yield from _each_line(path, _json_line)
         return
-    for number, record in enumerate(records, start=1):
+    try:
+        rows = json.loads(path.read_bytes())  # the one kind that is held whole
+    except (ValueError, RecursionError) as error:
+        rows = [f"broken JSON ({error}); was the download cut off?"]
+    for number, row in enumerate(rows, start=1):
         where = f"{path}, object {number}"
-        if isinstance(record, dict):
-            yield Line(where, record)
-        else:
-            yield Line(where, {}, ValueError(f"{where}: expected a JSON object, got {type(record).__name__}."))
+        yield Line(where, row) if isinstance(row, dict) else _bad(where, f"expected a JSON object, got {shown(row)}")
 
 
 def _separated(path: Path, delimiter: str) -> Iterator[Line]:
+    # The limit is one of the whole process, so it is raised for good: a generator cannot put it back in time.
+    csv.field_size_limit(max(_MOST_CHARACTERS, csv.field_size_limit()))
     # Bytes that are no UTF-8 become halves of characters here, so that they are told with their line.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         # Strict: else a quotation mark that is never closed swallows the rest of the file.
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        names: list[str] | None = None
+        names: list[str] = []
         while True:
-            where = location(path, reader.line_num + 1)
+            where, what = location(path, reader.line_num + 1), ""
             try:
-                with _long_cells():
-                    cells = next(reader, None)
-                if cells is None:
+                if (cells := next(reader, None)) is None:
                     return
-                where = location(path, reader.line_num)
-                _check_utf8(cells, where)
-                if not cells:
-                    continue
-                if names is None:
-                    _check_names(cells, path)
-                    names = cells
-                    continue
-                if len(cells) != len(names):
-                    header = f"{len(names)} ({cut(', '.join(names))})"
-                    raise ValueError(f"{where}: {len(cells)} cells, but the header has {header}. Mend the line.")
-            except (csv.Error, ValueError) as error:
-                is_csv = isinstance(error, csv.Error)
-                message = f"{where}: {error}. Mend the line, or its quotation marks." if is_csv else str(error)
-                yield Line(where, {}, ValueError(message))
-                if names is None:
+            except csv.Error as error:
+                cells, what = [], f"{error}. Mend the line, or its quotation marks."
+            if not is_unicode("".join(cells)):
+                what = "not UTF-8. Convert the file."
+            elif names and cells and len(cells) != len(names):
+                what = f"{len(cells)} cells, but the header has {len(names)} ({cut(', '.join(names))}). Mend the line."
+            if what:
+                yield _bad(where, what)
+                if not names:
                     return  # the next line must not be taken for the header
+            elif names and cells:
+                yield Line(location(path, reader.line_num), dict(zip(names, cells, strict=True)))
             else:
-                yield Line(where, dict(zip(names, cells, strict=True)))
+                names = names or _different(cells, path)
 
 
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(_MOST_CHARACTERS)  # of the whole process
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _check_names(names: Iterable[str], path: Path) -> None:
+def _different(names: list[str], path: Path) -> list[str]:
+    """Names of columns; those without one may come twice, as spreadsheets write them."""
     if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
-        raise ValueError(f"{path}: the header has {shown(twice[0])} twice. Rename one of the columns.")
-
-
-def _check_utf8(cells: Iterable[str], where: str) -> None:
-    try:
-        "".join(cells).encode(errors="surrogateescape").decode()
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, error) from error
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{where}: not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x}). Convert the file.")
+        raise wrong(path, f"the header has {shown(twice[0])} twice. Rename one of the columns.")
+    return names
 
 
 def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
     try:
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            _check_names(names, path)
+            names = _different(file.schema_arrow.names, path)
             wanted = [name for name in names if only is None or name in only]
             rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None) for row in _rows(batch))
             for number, row in enumerate(rows, start=1):
                 where = f"{path}, row {number}"
-                if isinstance(row, Exception):
-                    yield Line(where, {}, ValueError(f"{where}: a cell cannot be read ({cut(str(row))}). Mend it."))
-                else:
-                    yield Line(where, row)
+                is_row = isinstance(row, dict)
+                yield Line(where, row) if is_row else _bad(where, f"a cell cannot be read ({row})", "broken line")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -360,20 +340,20 @@ def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
         raise MBEIRFormatError(f"{message}make or download it again.", "cut file") from error
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+def _rows(batch: Any) -> list[Any]:
+    """The rows of a batch; in the place of one that Python cannot hold (no UTF-8, an odd date) what is wrong."""
     try:
-        yield from batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # no UTF-8, a date that Python has not
+        rows: list[Any] = batch.to_pylist()
+        return rows
+    except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
-            yield error
-        else:
-            for row in range(batch.num_rows):
-                yield from _rows(batch.slice(row, 1))
+            return [cut(str(error))]
+        return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
-    ".txt": _text_lines,
-    ".jsonl": _json_lines,
+    ".txt": lambda path: _each_line(path, _text_line),
+    ".jsonl": lambda path: _each_line(path, _json_line),
     ".json": _json,
     ".csv": lambda path: _separated(path, ","),
     ".tsv": lambda path: _separated(path, "\t"),
@@ -386,154 +366,37 @@ def dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return (Line(f"the dataset, row {number}", row) for number, row in enumerate(rows, start=1))
+    columns = (row.get("item") or row for row in rows)  # as `load_items` makes them
+    return (Line(f"the dataset, row {number}", row) for number, row in enumerate(columns, start=1))
 
 
 def item_lines(path: Path) -> Iterator[Line]:
-    """The lines of a table by our names, as the first good one tells them that does not leave `file_name` empty.
+    """The lines of a table by our names, also those of the Hub's folders of images, of BEIR's corpora and of NLI.
 
-    `file_name` is an image if it names one, with a caption, as in the Hub's folders of images; `_id` is an id, and a
-    title stands before its text, as in BEIR's corpora.
+    `file_name` is an image, with a caption, if the first that is given names one: were this asked of each row, one
+    `.heic` among `.jpg` would become a text in silence. A title stands before its text where the id is an `_id`. Each
+    sentence of a row of NLI is a line of its own.
     """
     names: dict[str, str] | None = None
     for line in read_lines(path, _READ):
-        if line.error is None:
-            names = _names(line.columns) if names is None else names
-            line = line._replace(columns=_renamed(line.columns, names or {}))
-        yield line
+        if names is None and line.error is None and line.columns.get("file_name", "-"):
+            names = _names(line.columns)
+        row = {(names or {}).get(name, name): value for name, value in line.columns.items()}
+        if "_id" in row and "text" in row and "id" not in row:
+            row["id"], title = row.pop("_id"), row.pop("title", None)
+            row["text"] = row["text"] if title is None else f"{title} {row['text'] or ''}".strip()
+        if row.keys() >= set(NLI_COLUMNS) and not row.keys() & {"text", "image"}:
+            yield from (Line(line.where, {"text": row[name]}) for name in NLI_COLUMNS)
+        else:
+            yield line._replace(columns=row)
 
 
-def _names(first: Mapping[str, Any]) -> dict[str, str] | None:
-    """Our names of columns by theirs; None if a later row has to tell them, as `file_name` is empty."""
-    if "file_name" in first and not first["file_name"]:
-        return None
-    names = {}
-    if "_id" in first and "text" in first and "id" not in first:
-        names["_id"] = "id"
-    if "image" not in first and is_image_name(str(first.get("file_name"))):
-        names["file_name"] = "image"
-        caption = next((name for name in CAPTION_NAMES if name in first), None)
-        names |= {caption: "text"} if caption and "text" not in first else {}
-    return names
-
-
-def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    item = {names.get(name, name): value for name, value in row.items()}
-    title, text = item.get("title"), item.get("text")
-    if "_id" in names and isinstance(title, str) and isinstance(text, str | None):
-        item["text"] = f"{title} {text or ''}".strip()
-        del item["title"]
-    return item
-
-
-# --- records of M-BEIR
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate(Record):
-    """One candidate of a pool; its id is a did, `<dataset_id>:<number>`."""
-
-    @property
-    def did(self) -> str:
-        """Its id."""
-        return self.id
-
-
-@dataclass(frozen=True, slots=True)
-class Query(Record):
-    """One query; its id is a qid, `<dataset_id>:<number>`.
-
-    Args:
-        positives: Ids of the relevant candidates, in the file's order.
-        negatives: Ids of its hard negatives, in the file's order.
-        line: Line of the file it was read from, for error messages.
-    """
-
-    positives: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
-    line: int = field(default=0, compare=False, repr=False)
-
-    @property
-    def qid(self) -> str:
-        """Its id."""
-        return self.id
-
-    @property
-    def dataset_id(self) -> int:
-        """Number of the dataset, the part of the qid before the colon."""
-        return dataset_id_of(self.id)
-
-
-def dataset_id_of(record_id: str) -> int:
-    """Number of the dataset of a qid or did, the part before the colon."""
-    return int(record_id.partition(":")[0])
-
-
-class Finder(Protocol):
-    """Turns the path of an image into an absolute one, as `ImageFinder` does."""
-
-    def find(self, img_path: str, where: str) -> str: ...
-
-
-def parse_candidate(record: Mapping[str, Any], where: str, images: Finder) -> Candidate:
-    """A line of a pool, checked, its image as an absolute path.
-
-    Raises:
-        MBEIRFormatError: If a field is missing or wrong.
-        FileNotFoundError: If the image is missing.
-    """
-    return Candidate(_record_id(record, "did", where), *_content(record, "", where, images))
-
-
-def parse_query(record: Mapping[str, Any], line: int, where: str, images: Finder) -> Query:
-    """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
-    qid = _record_id(record, "qid", where)
-    content = _content(record, "query_", where, images)
-    positives, negatives = (_id_list(record, key, where) for key in ("pos_cand_list", "neg_cand_list"))
-    return Query(qid, *content, positives, negatives, line)
-
-
-def _required(record: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in record:
-        raise wrong(where, f"field {key!r} is missing; the line has {shown(sorted(record))}", "missing field")
-    return record[key]
-
-
-def _record_id(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = _required(record, key, where)
-    if not isinstance(value, str) or not RECORD_ID.fullmatch(value):
-        raise wrong(where, f"{key} must look like '<dataset_id>:<number>', got {shown(value)}", "wrong id")
-    return value
-
-
-def _id_list(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = _required(record, key, where)
-    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-        raise wrong(where, f"{key} must be a list of dids, got {shown(value)}")
-    return tuple(dict.fromkeys(value or ()))
-
-
-def _content(record: Mapping[str, Any], prefix: str, where: str, images: Finder) -> tuple[str | None, str | None]:
-    """Text and absolute image path of a query (prefix "query_") or a candidate (no prefix)."""
-    values: list[str | None] = []
-    for key in (f"{prefix}txt", f"{prefix}img_path"):
-        value = _required(record, key, where)
-        if value is not None and not isinstance(value, str):
-            raise wrong(where, f"{key} must be a string or null, got {shown(value)}")
-        values.append(value if value and value.strip() else None)
-    text, img_path = values
-    if text is not None and not is_unicode(text):
-        raise wrong(where, f"{prefix}txt is {shown(text)}, which holds half a character; mend it")
-    label = _required(record, f"{prefix}modality", where)
-    present = modality_of(text is not None, img_path is not None, False)
-    if label not in MODALITY_NAMES[:3] or label != present:
-        says = f"{prefix}modality is {shown(label)}, must be one of {list(MODALITY_NAMES[:3])}"
-        if label in MODALITY_NAMES[:3]:
-            says = (
-                f"{prefix}modality is {label!r} but the line holds {present or 'neither text nor image'}; mend either"
-            )
-        raise wrong(where, says, "wrong modality label")
-    return text, images.find(img_path, where) if img_path else None
+def _names(row: Mapping[str, Any]) -> dict[str, str]:
+    """Our names of the columns of a folder of images."""
+    if "image" in row or not is_image_name(str(row.get("file_name"))):
+        return {}
+    caption = next((name for name in CAPTION_NAMES if name in row), "text")
+    return {"file_name": "image", **({} if "text" in row else {caption: "text"})}
 
 
 # --- what is kept on the disk
@@ -546,7 +409,7 @@ def file_state(path: Path) -> list[Any]:
 
 
 def on_disk(
-    rows: Callable[[], Iterator[Mapping[str, Any]]], features: datasets.Features, key: list[Any]
+    rows: Callable[[], Iterable[Mapping[str, Any]]], features: datasets.Features, key: list[Any]
 ) -> datasets.Dataset:
     """Rows as a dataset that lies in the cache of `datasets`, and not in the memory of each process.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.fingerprint import content_key, image_content
 from puma_hf.processes import broadcast, connect, gather

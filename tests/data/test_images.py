@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from puma_hf.data import MBEIRFormatError
-from puma_hf.data.images import BrokenImageError, ImageFiles, ImageFinder
+from puma_hf.data.images import BrokenImageError, Images, image_files
 from tests.data.photos import make_photos
 
 
@@ -24,117 +26,107 @@ def png(size: tuple[int, int] = (3, 2)) -> bytes:
 
 
 def test_paths_become_absolute_and_sizes_are_kept(folder: Path) -> None:
-    images = ImageFiles(folder)
-    assert images.find("a.png", "line 2") == str(folder / "a.png")
-    assert images.find("./deep/../a.png", "line 3") == str(folder / "a.png")
-    assert images.find({"path": "deep/b.png", "bytes": None}, "line 4") == str(folder / "deep/b.png")
+    images = Images(folder)
+    assert images.read("a.png", "line 2") == images.read(str(folder / "a.png"), "line 3") == str(folder / "a.png")
+    assert images.read("./deep/../a.png", "line 4") == str(folder / "a.png")
+    assert images.read({"path": "deep/b.png", "bytes": None}, "line 5") == str(folder / "deep/b.png")
     assert images.sizes == {str(folder / "a.png"): (4, 6), str(folder / "deep/b.png"): (10, 5)}
+    outside = str(folder.parent / "outside.png")
+    assert Images().read(outside, "row 1") == outside
 
 
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        (3, ValueError, r"^line 2: image is 3, must be the path of a file, or null"),
-        ({"bytes": "text"}, ValueError, r"line 2: image is \{'bytes': 'text'\}, must be the path"),
-        ("a\0.png", ValueError, r"line 2: image 'a\\x00\.png' has a NUL byte"),
+        (3, MBEIRFormatError, r"^line 2: image is 3, must be the path of a file, or null"),
+        ({"bytes": "text"}, MBEIRFormatError, r"line 2: image is \{'bytes': 'text'\}, must be the path"),
+        ("../outside.png", MBEIRFormatError, r"line 2: image path '\.\./outside\.png' leaves .*photos"),
+        ("deep/../../outside.png", MBEIRFormatError, r"line 2: image path '.*' leaves .*photos"),
+        ("/etc/passwd", MBEIRFormatError, r"line 2: image path '.*etc/passwd' leaves"),
+        ("link.png", MBEIRFormatError, r"line 2: .* passes a symbolic link that leaves .* \(hf download .*image_root="),
+        ("linked/outside.png", MBEIRFormatError, r"line 2: image path .* passes a symbolic link that leaves"),
+        ("dangling.png", FileNotFoundError, r"line 2: image 'dangling\.png' is not a file below .*\. Check the path"),
         (
-            "../outside.png",
-            ValueError,
-            r"line 2: image path '\.\./outside\.png' leaves .*photos; .* names them up",
+            "deep",
+            FileNotFoundError,
+            r"line 2: image 'deep' is not a file .*MBEIR\(\.\.\., image_root=\.\.\.\), in Python",
         ),
-        ("/etc/passwd", ValueError, r"line 2: image path '.*etc/passwd' leaves"),
-        ("link.png", ValueError, r"line 2: image path 'link\.png' passes a symbolic link that leaves .* \(hf download"),
-        ("none.png", FileNotFoundError, r"line 2: image 'none\.png' is not a file below .*\. Check the path"),
-        ("deep", FileNotFoundError, r"line 2: image 'deep' is not a file"),
+        ("a\0.png", FileNotFoundError, r"line 2: image 'a\\x00\.png' is not a file: no path can be called so"),
+        ("half \ud800/cat.png", FileNotFoundError, r"line 2: image .* is not a file: no path"),
         ("broken.png", BrokenImageError, r"line 2: '.*broken\.png' cannot be read as an image"),
-        ("long.png", BrokenImageError, r"line 2: '.*long\.png' has 402 x 2 pixels; Qwen2-VL takes at most 200 times"),
+        ("long.png", BrokenImageError, r"line 2: '.*long\.png' has 402 x 2 pixels; .* 200 times as long as wide"),
     ],
 )
 def test_what_is_refused(folder: Path, value: Any, kind: type[Exception], message: str) -> None:
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "linked").symlink_to(folder.parent)
+    (folder / "dangling.png").symlink_to("nothing.png")
     Image.new("1", (402, 2)).save(folder / "long.png")
     with pytest.raises(kind, match=message):
-        ImageFiles(folder).find(value, "line 2")
+        Images(folder).read(value, "line 2")
+
+
+def test_links_may_stay_inside_and_what_is_missing_may_be_so(folder: Path) -> None:
+    (folder / "inside.png").symlink_to("a.png")
+    images = Images(folder)
+    assert images.find("inside.png", "here") == str(folder / "a.png")
+    assert images.find("gone.png", "here", may_be_missing=True) == str(folder / "gone.png")
+    os.mkfifo(folder / "pipe.png")
+    for name in ("pipe.png", "deep"):  # to open one may take for ever
+        with pytest.raises(FileNotFoundError, match="is not a file"):
+            images.find(name, "here", may_be_missing=True)
 
 
 def test_more_pixels_than_pillow_decodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)
-    images = ImageFiles(folder)
-    images.find("a.png", "line 2")
+    Images(folder).read("a.png", "line 2")
     # Up to twice the limit Pillow only warns.
-    with pytest.raises(BrokenImageError, match=r"b\.png' has 10 x 5 pixels, more than Pillow's limit of 49\. Scale it"):
-        images.find("deep/b.png", "line 2")
+    with pytest.raises(BrokenImageError, match=r"b\.png' has 10 x 5 pixels; at most 49 in all"):
+        Images(folder).read("deep/b.png", "line 2")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    images.find("deep/b.png", "line 2")
+    Images(folder).read("deep/b.png", "line 2")
 
 
 def test_damage_behind_the_header_is_found_by_decoding(folder: Path) -> None:
-    content = (folder / "a.png").read_bytes()
-    (folder / "cut.png").write_bytes(content[:45])
-    assert ImageFiles(folder).find("cut.png", "line 2")
-    with pytest.raises(BrokenImageError, match=r"line 2: '.*cut\.png' cannot be read as an image .* cut off"):
-        ImageFiles(folder, decode=True).find("cut.png", "line 2")
-    assert ImageFiles(folder, decode=True).find("a.png", "line 2")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
+    assert Images(folder).read("cut.png", "line 2")
+    with pytest.raises(BrokenImageError, match=r"line 2: .*cut\.png' cannot be read as an image .* cut off"):
+        Images(folder, decode=True).read("cut.png", "line 2")
+    assert Images(folder, decode=True).read("a.png", "line 2")
 
 
 def test_images_inside_are_saved_as_they_are(tmp_path: Path) -> None:
-    images = ImageFiles(None, save_to=tmp_path / "saved")
-    first = images.find({"bytes": png(), "path": "../../x.exe"}, "row 1")
-    assert images.find({"bytes": png(), "path": None}, "row 2") == first
-    other = images.find({"bytes": png((5, 5)), "path": None}, "row 3")
+    images = Images(save_to=tmp_path / "saved")
+    first = images.read({"bytes": png(), "path": "../../x.exe"}, "row 1")
+    assert images.read(png(), "row 2") == first
+    other = images.read({"bytes": png((5, 5)), "path": None}, "row 3")
     assert sorted(map(str, (tmp_path / "saved").iterdir())) == sorted([first, other])
-    assert Path(first).read_bytes() == png()
-    assert Path(first).suffix == ".png"
+    assert (Path(first).read_bytes(), Path(first).suffix) == (png(), ".png")
     assert images.sizes == {first: (3, 2), other: (5, 5)}
-
-
-def test_broken_images_inside(tmp_path: Path) -> None:
-    images = ImageFiles(None, save_to=tmp_path, decode=True)
-    with pytest.raises(BrokenImageError, match=r"row 1: the image inside \(3 bytes\) cannot be read as an image"):
-        images.find({"bytes": b"abc"}, "row 1")
-    with pytest.raises(BrokenImageError, match=r"row 1: .* cannot be read as an image"):
-        images.find({"bytes": png((60, 60))[:60]}, "row 1")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> ImageFinder:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "dog.png").write_bytes(b"")
-    return ImageFinder(folder)
-
-
-@pytest.mark.parametrize(
-    "path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "C:\\secret.png", "..\\secret.png", "a\0b"]
-)
-def test_image_path_that_leaves_the_folder(images: ImageFinder, path: str) -> None:
-    with pytest.raises(MBEIRFormatError, match=r"^here: image path .* leaves .* without"):
-        images.find(path, "here")
-
-
-def test_symbolic_links_may_stay_inside_but_not_leave(images: ImageFinder, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "cat.png").write_bytes(b"")
-    (root / "file.png").symlink_to(tmp_path / "outside" / "cat.png")
-    (root / "folder").symlink_to(tmp_path / "outside")
-    (root / "inside.png").symlink_to("dog.png")
-    (root / "broken.png").symlink_to("nothing.png")
-    assert images.find("inside.png", "here") == str((root / "dog.png").resolve())
-    for path in ("file.png", "folder/cat.png"):
+    for content in (b"abc", png((60, 60))[:60]):
         with pytest.raises(
-            MBEIRFormatError,
-            match=r"^here: image path .* symbolic link that leaves .*MBEIR\(\.\.\., image_root=\.\.\.\), in Python",
+            BrokenImageError, match=r"row 4: the image inside \(\d+ bytes\).* cannot be read as an image"
         ):
-            images.find(path, "here")
-    with pytest.raises(FileNotFoundError, match=r"^here: image 'broken.png' is not a file"):
-        images.find("broken.png", "here")
-
-
-@pytest.mark.parametrize("path", ["cat.png", "folder/cat.png", ".", "half \ud800.png", "half \ud800/cat.png"])
-def test_missing_image(images: ImageFinder, path: str) -> None:
+            Images(save_to=tmp_path / "none", decode=True).read(content, "row 4")
     with pytest.raises(
-        FileNotFoundError, match=r"^here: image .* is not a file below .*MBEIR\(\.\.\., image_root=\.\.\.\), in Python"
+        MBEIRFormatError, match=r"row 1: the image is inside the dataset, .*Save the images to a folder"
     ):
-        images.find(path, "here")
+        Images().read(png(), "row 1")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_folder_holds(folder: Path) -> None:
+    """A snapshot in the Hub's cache consists of links; a pipe would be waited for, a linked folder may be a loop."""
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "gone.png").symlink_to("nothing")
+    (folder / "loop").symlink_to(folder)
+    (folder / ".hidden.png").write_bytes(b"of another system")
+    for name in ("notes.HEIX", "README"):
+        (folder / name).write_text("")
+    os.mkfifo(folder / "pipe.png")
+    (folder / os.fsdecode(b"\xe4.png")).write_bytes(png())
+    left_out = Counter[str]()
+    found = list(image_files(folder, left_out))
+    assert found == ["a.png", "broken.png", "copy of a.png", "link.png", "deep/b.png"]
+    names = {"linked folder", "link to nothing", "pipe or device", "name that is not UTF-8", ".heix", "no ending"}
+    assert left_out == Counter(names)

@@ -1,27 +1,40 @@
+"""Training rows of M-BEIR, items without labels, and corpora to embed."""
+
 from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped]
 import pytest
-from datasets import Dataset, DatasetDict, Features
-from datasets import Image as ImageFeature
+from datasets import Dataset, DatasetDict
 from PIL import Image
+from pyarrow import parquet
 
-from puma_hf.data import MBEIR, MBEIRFormatError, load_items, load_mbeir, load_mbeir_items
-from puma_hf.modeling.inputs_puma import load_rgb_image
+from puma_hf.data import MBEIR, MBEIRFormatError, load_items, load_mbeir, load_mbeir_items, open_mbeir
+from puma_hf.data.items import Corpus, open_corpus
+from puma_hf.data.records import Record
 from tests.data import mbeir_builder as builder
 
-
-def items_of(source: Any) -> list[tuple[str | None, ...]]:
-    return [tuple(item.values()) for item in load_items(source)["item"]]
-
-
 NUM_ROWS = len(builder.MODALITIES) * builder.NUM_QUERIES
+
+
+def picture(path: Path, colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+    return path
+
+
+def table(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
 
 # --- M-BEIR's pairs
 
@@ -54,20 +67,18 @@ def test_choices_come_from_the_query_and_never_repeat_while_there_are_enough(roo
             assert set(negatives) <= set(query.negatives)
             assert len(set(negatives)) == min(3, len(query.negatives))
             seen.add(row["did"])
-    assert builder.did(0, 1) in seen
-    assert builder.did(0, 2) in seen
+    assert {builder.did(0, 1), builder.did(0, 2)} <= seen
 
 
 def test_same_seed_same_rows(root: Path) -> None:
     first, again, other = (load_mbeir(root, num_negatives=2, seed=seed).to_list() for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
+    assert first == again != other
     some = load_mbeir(root, tasks=["toys_task4"], num_negatives=2, seed=3).to_list()
     start = list(builder.MODALITIES).index(4) * builder.NUM_QUERIES
     assert some == first[start : start + builder.NUM_QUERIES]  # a row does not depend on the rows before it
 
 
-def _name_files_as_m_beir_does(root: Path) -> None:
+def name_files_as_m_beir_does(root: Path) -> None:
     """All training queries of a dataset in one file, whose name has no task."""
     folder = root / "query" / "train"
     lines = [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
@@ -76,15 +87,19 @@ def _name_files_as_m_beir_does(root: Path) -> None:
     builder.write_lines(folder / f"mbeir_{builder.DATASET}_train.jsonl", lines)
 
 
-def test_training_files_of_m_beir_hold_all_tasks_of_a_dataset(root: Path) -> None:
-    by_task = load_mbeir(root, with_ids=True)
-    _name_files_as_m_beir_does(root)
-    rows = load_mbeir(root, with_ids=True)
-    assert sorted(rows["qid"]) == sorted(by_task["qid"])
-    chosen = load_mbeir(root, tasks=["toys_task3"], with_ids=True)
-    assert chosen["qid"][:] == [builder.qid(3, number) for number in range(builder.NUM_QUERIES)]
+@pytest.mark.parametrize("split", ["train", "union_train"])
+def test_files_that_do_not_tell_their_tasks(root: Path, split: str) -> None:
+    qids = set(load_mbeir(root, with_ids=True)["qid"])
+    items = {(row["text"], row["image"]) for row in load_mbeir_items(root)["item"]}
+    name_files_as_m_beir_does(root)
+    assert set(load_mbeir(root, split, with_ids=True)["qid"]) == qids
+    assert {(row["text"], row["image"]) for row in load_mbeir_items(root, split)["item"]} == items
+    chosen = set(load_mbeir(root, split, tasks=["toys_task3"], with_ids=True)["qid"])
+    assert chosen == {builder.qid(3, number) for number in range(builder.NUM_QUERIES)}
+    some = load_mbeir_items(root, split, tasks=["toys_task3"])["item"]
+    assert sum(row["instruction"] is not None for row in some) == builder.NUM_QUERIES
     with pytest.raises(ValueError, match=r"must be some of \['toys_task0', "):
-        load_mbeir(root, tasks=["toys_task5"])
+        load_mbeir(root, split, tasks=["toys_task5"])
 
 
 def test_a_positive_is_never_a_negative(root: Path) -> None:
@@ -97,35 +112,23 @@ def test_a_positive_is_never_a_negative(root: Path) -> None:
 def test_query_without_negatives(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     builder.change_record(builder.query_path(root, 1, "train"), 2, neg_cand_list=[])
     assert len(load_mbeir(root)) == NUM_ROWS
-    with pytest.raises(
-        MBEIRFormatError,
-        match=r"task1_train\.jsonl, line 2: query '11:1101' has no negatives .*missing_negatives='drop'",
-    ):
+    message = r"task1_train\.jsonl, line 2: query '11:1101' has no negatives .*missing_negatives='drop'"
+    with pytest.raises(MBEIRFormatError, match=message):
         load_mbeir(root, num_negatives=1)
     with caplog.at_level(logging.WARNING):
         assert len(load_mbeir(root, num_negatives=1, missing_negatives="drop")) == NUM_ROWS - 1
     assert "Dropped 1 queries of train without negatives" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"pos_cand_list": ["11:9999"]},
-            r"pos_cand_list has dids that are not in the global pool .*\['11:9999'\]",
-        ),
-        (
-            {"neg_cand_list": ["11:9999"]},
-            r"neg_cand_list has dids that are not in the global pool .*\['11:9999'\]",
-        ),
-        ({"pos_cand_list": []}, "pos_cand_list of query '11:1101' is empty; a training row needs a positive"),
-        ({"query_txt": ...}, "field 'query_txt' is missing"),
-        ({"query_modality": "audio"}, "query_modality is 'audio', must be one of"),
-    ],
-)
-def test_broken_row_names_file_and_line(root: Path, changes: dict[str, Any], message: str) -> None:
-    builder.change_record(builder.query_path(root, 1, "train"), 2, **changes)
-    with pytest.raises(MBEIRFormatError, match=rf"mbeir_toys_task1_train\.jsonl, line 2: {message}"):
+def test_every_broken_row_of_a_file_is_reported(root: Path) -> None:
+    path = builder.query_path(root, 1, "train")
+    builder.change_record(path, 1, pos_cand_list=[])
+    with pytest.raises(
+        MBEIRFormatError, match=r"task1_train\.jsonl, line 1: pos_cand_list of query '11:1100' is empty"
+    ):
+        load_mbeir(root)
+    builder.change_record(path, 3, neg_cand_list=["11:9999"])
+    with pytest.raises(MBEIRFormatError, match=r"\n- .*line 3: neg_cand_list has dids that are not .*\['11:9999'\]"):
         load_mbeir(root)
 
 
@@ -142,56 +145,25 @@ def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) ->
         load_mbeir(root, **arguments)
 
 
-def test_every_broken_row_of_a_file_is_reported(root: Path) -> None:
-    path = builder.query_path(root, 1, "train")
-    builder.change_record(path, 1, pos_cand_list=[])
-    builder.change_record(path, 3, neg_cand_list=["11:9999"])
-    with pytest.raises(
-        MBEIRFormatError, match=r"task1_train\.jsonl: 2 problems \(no positive: 1, did that is in no pool: 1\):\n"
-    ):
-        load_mbeir(root)
+# --- items
 
 
-# --- M-BEIR's items
+def items_of(source: Any) -> list[tuple[str | None, ...]]:
+    return [tuple(item.values()) for item in load_items(source)["item"]]
 
 
 def test_every_query_and_candidate_is_an_item(root: Path) -> None:
     rows = load_mbeir_items(root)["item"]
     queries = [row for row in rows if row["instruction"] is not None]
     candidates = [row for row in rows if row["instruction"] is None]
-    assert len(queries) == len(builder.MODALITIES) * builder.NUM_QUERIES
-    assert len(candidates) == len(builder.MODALITIES) * builder.NUM_CANDIDATES
+    assert len(queries) == NUM_ROWS
     pool = MBEIR(root).global_pool("train").values()
     assert [(row["text"], row["image"]) for row in candidates] == [(c.text, c.image) for c in pool]
     assert queries[0] == {"text": "text of q0_0", "image": None, "instruction": "0 wording 3."}
-    image = str((root / "images" / "q7_1.png").resolve())
-    assert [row["text"] for row in queries if row["image"] == image] == ["text of q7_1"]
-    assert all(row["text"] or row["image"] for row in rows)
-
-
-def test_tasks_select_queries_but_not_candidates(root: Path) -> None:
-    rows = load_mbeir_items(MBEIR(root), tasks=["toys_task3"])["item"]
-    queries = [row for row in rows if row["instruction"]]
-    assert [Path(row["image"]).name for row in queries] == [f"q3_{n}.png" for n in range(4)]
-    assert len(rows) - len(queries) == len(builder.MODALITIES) * builder.NUM_CANDIDATES
-    with pytest.raises(ValueError, match=r"tasks is \['nothing'\], must be some of"):
-        load_mbeir_items(root, tasks=["nothing"])
-
-
-@pytest.mark.parametrize("split", ["train", "union_train"])
-def test_files_that_do_not_tell_their_tasks(root: Path, split: str) -> None:
-    def texts() -> set[tuple[str | None, str | None]]:
-        return {(row["text"], row["image"]) for row in load_mbeir_items(root, split)["item"]}
-
-    expected = {(row["text"], row["image"]) for row in load_mbeir_items(root)["item"]}
-    folder = root / "query" / "train"
-    lines = [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
-    for path in folder.iterdir():
-        path.unlink()
-    builder.write_lines(folder / f"mbeir_{builder.DATASET}_train.jsonl", lines)
-    assert texts() == expected
-    some = load_mbeir_items(root, split, tasks=["toys_task3"])["item"]
-    assert sum(row["instruction"] is not None for row in some) == builder.NUM_QUERIES
+    some = load_mbeir_items(MBEIR(root), tasks=["toys_task3"])["item"]
+    names = [Path(row["image"]).name for row in some if row["instruction"]]
+    assert names == [f"q3_{n}.png" for n in range(4)]  # tasks select queries, but not candidates
+    assert len(some) - len(names) == len(candidates)
 
 
 def test_pairs_are_never_looked_at(root: Path) -> None:
@@ -203,59 +175,57 @@ def test_pairs_are_never_looked_at(root: Path) -> None:
         lists = [(record["pos_cand_list"], record["neg_cand_list"]) for record in records]
         generator.shuffle(lists)
         for record, (positives, negatives) in zip(records, lists, strict=True):
-            record["pos_cand_list"], record["neg_cand_list"] = negatives, positives
+            record["pos_cand_list"], record["neg_cand_list"] = (negatives, positives) if task % 2 else ([], [])
         builder.write_records(path, records)
         builder.qrels_path(root, task, "train").unlink()
     assert load_mbeir_items(root)["item"] == before
-    # Not even that there are any.
-    for task in builder.MODALITIES:
-        path = builder.query_path(root, task, "train")
-        for line in range(1, builder.NUM_QUERIES + 1):
-            builder.change_record(path, line, pos_cand_list=[], neg_cand_list=[])
-    assert load_mbeir_items(root)["item"] == before
 
 
-def test_a_folder_of_mbeir_is_known_by_its_folders(root: Path) -> None:
+def test_a_folder_of_mbeir_is_known_by_its_files(root: Path, tmp_path: Path) -> None:
     expected = load_mbeir_items(root, seed=3)[:]
     assert load_items(root, seed=3)[:] == load_items(str(root), seed=3)[:] == load_items(MBEIR(root), seed=3)[:]
     assert load_items(root, seed=3)[:] == expected != load_items(root, seed=4)[:]
     assert load_items(root, split="test")[:] == load_mbeir_items(root, "test")[:] != expected
-    # Half an M-BEIR folder is not taken for a folder of images.
+    # Half an M-BEIR folder is not taken for a folder of images, nor one of images for M-BEIR by the names of folders.
     shutil.rmtree(root / "query")
     with pytest.raises(FileNotFoundError, match=r"holds no mbeir_<dataset>_task<n>_train\.jsonl"):
         load_items(root)
+    picture(tmp_path / "images" / "query" / "test" / "a.png")
+    picture(tmp_path / "images" / "cand_pool" / "b.png")
+    (tmp_path / "images" / "query" / "test" / "notes.jsonl").write_text("{}\n")
+    assert len(load_items(tmp_path / "images")) == 2
+    assert [record.id for record in records(open_corpus(tmp_path / "images"))] == [
+        "cand_pool/b.png",
+        "query/test/a.png",
+    ]
+    with pytest.raises(FileNotFoundError, match="is not M-BEIR"):
+        open_mbeir(tmp_path / "images")
 
 
 def test_several_sources_and_equal_items(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\ntwo\none\n")
-    (tmp_path / "b.csv").write_text("sent0,sent1,hard_neg\ntwo,three,four\n")
-    texts = [row["text"] for row in load_items(f"{tmp_path / 'a.txt'}, {tmp_path / 'b.csv'}")["item"]]
-    assert texts == ["one", "two", "three", "four"]
-    rows = load_items([tmp_path / "a.txt", root / "images", load_mbeir_items(root), str(tmp_path / "b.csv")])
-    assert rows.features == load_mbeir_items(root).features
+    (tmp_path / "a.txt").write_text(" one \ntwo\none\n")
+    (tmp_path / "b,c.csv").write_text("sent0,sent1,hard_neg\ntwo,three,four\n")
+    rows = load_items([tmp_path / "a.txt", root / "images", load_mbeir_items(root), str(tmp_path / "b,c.csv")])
+    assert [row["text"] for row in rows["item"]][:2] == ["one", "two"]
+    assert [row["text"] for row in rows["item"]][-2:] == ["three", "four"]
     images = len(list((root / "images").iterdir()))
     assert sum(row["text"] is None and row["instruction"] is None for row in rows["item"]) == images
-    assert load_items(rows)[:] == rows[:]
     # The same source twice adds nothing, and is no empty one.
     assert load_items([rows, rows])[:] == rows[:]
-
-
-def test_a_comma_may_be_part_of_a_name(tmp_path: Path) -> None:
-    (tmp_path / "a,b.txt").write_text("one\n")
-    assert load_items(str(tmp_path / "a,b.txt"))["item"][0]["text"] == "one"
-    with pytest.raises(FileNotFoundError, match=r"a' is neither a file nor a folder"):
-        load_items(f"{tmp_path / 'a,b.txt'},c")
+    assert items_of(f"{tmp_path / 'a.txt'}, {root / 'images'}")[0][0] == "one"
+    assert items_of(str(tmp_path / "b,c.csv"))[0][0] == "two"  # a comma may be part of a name
+    with pytest.raises(FileNotFoundError, match=r"b' is neither a file nor a folder\. Check the path"):
+        load_items(f"{tmp_path / 'a.txt'},{tmp_path / 'b'},c")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ([], r"The source is \[\], must name at least one file or folder"),
-        ("", r"The source is \[''\], must name at least one"),
         ("a.txt,,b.txt", r"must name at least one file or folder, and no empty name"),
-        (DatasetDict(), r"The source is a DatasetDict, must be a path.*choose one split"),
+        (DatasetDict(), r"A source is a DatasetDict, must be a path.*choose one split"),
         ([3], r"A source is a int, must be a path"),
-        (Dataset.from_dict({"text": []}), r"The dataset holds no items\. Name a source with at least one text"),
+        (Dataset.from_dict({"text": []}), r"A source holds no items\. Name one with at least one text"),
     ],
 )
 def test_bad_sources(source: Any, message: str) -> None:
@@ -263,151 +233,261 @@ def test_bad_sources(source: Any, message: str) -> None:
         load_items(source)
 
 
-def test_empty_and_missing_files(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"a\.txt holds no items"):
-        load_items(tmp_path / "a.txt")
-    with pytest.raises(FileNotFoundError, match=r"b\.txt' is neither a file nor a folder\. Check the path"):
-        load_items(tmp_path / "b.txt")
-
-
-def test_a_damaged_image_is_named_when_it_is_needed(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.effect_noise((64, 64), 50).save(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    item = load_items(tmp_path)["item"][0]
-    with pytest.raises(ValueError, match=r"a\.png' cannot be read as an image"):
-        load_rgb_image(item["image"])
-
-
-# --- folders, tables and datasets
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """`corpus/` with three images in two folders, and one image outside of it."""
-    paths = ("corpus/b.png", "corpus/deep/er/a.JPG", "corpus/a.webp", "outside.png")
-    for number, name in enumerate(paths):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4 + number, 4), (number, 0, 0)).save(path)
-    return tmp_path / "corpus"
-
-
-def write_jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
-    path = folder / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_every_image_below_a_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "notes.md").write_text("no image")
-    (folder / "README").write_text("no image")
-    (folder / "._b.png").write_bytes(b"of another system")
-    (folder / ".thumbnails").mkdir()
-    (folder / ".thumbnails" / "b.png").write_bytes(b"hidden")
-    with caplog.at_level(logging.INFO, logger="puma_hf"):
-        items = load_items(folder)["item"][:]
-    names = ["a.webp", "b.png", "deep/er/a.JPG"]
-    assert items == [{"text": None, "image": str(folder / name), "instruction": None} for name in names]
-    assert f"{folder}: left out what is no image here: 1 x no ending, 1 x .md" in caplog.text
-
-
-def test_a_folder_without_images(tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text("no image")
-    with pytest.raises(
-        ValueError, match=r"holds no image \(such as \.jpg, .*\) and is no M-BEIR folder, which has query/"
-    ):
-        load_items(tmp_path)
-
-
-def test_all_broken_images_of_a_folder_are_told_at_once(folder: Path) -> None:
-    for number in range(6):
-        (folder / f"broken{number}.png").write_bytes(b"no image")
-    with pytest.raises(
-        ValueError, match=r"corpus: 6 problems \(image that cannot be used: 6\)\. The first 5:\n- "
-    ) as caught:
-        load_items(folder)
-    assert [f"broken{number}.png" in str(caught.value) for number in range(6)] == [True] * 5 + [False]
-    (folder / "broken5.png").unlink()
-    with pytest.raises(ValueError, match=r"corpus: 5 problems \(image that cannot be used: 5\):\n- .*broken0\.png"):
-        load_items(folder)
-
-
-def test_texts_and_images_of_a_file(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_jsonl(
-        folder,
-        {"text": " a shoe ", "image": None, "id": 7},
-        {"image": "b.png", "instruction": "Find it."},
-        {"text": "both", "image": "deep/er/a.JPG", "instruction": None, "score": 0.5},
-        {"text": "", "image": str(folder / "b.png")},
+def test_texts_and_images_of_a_file(tmp_path: Path) -> None:
+    image = str(picture(tmp_path / "deep" / "a.JPG"))
+    path = table(
+        tmp_path / "corpus.jsonl",
+        {"text": " a shoe ", "image": None, "score": 7},
+        {"image": "deep/a.JPG", "instruction": " Find it."},
+        {"text": "both", "image": image, "instruction": None},
+        {"text": "", "image": image},
     )
-    with caplog.at_level(logging.INFO, logger="puma_hf"):
-        items = [tuple(item.values()) for item in load_items(path)["item"]]
-    assert items == [
-        ("a shoe", None, None),
-        (None, str(folder / "b.png"), "Find it."),
-        ("both", str(folder / "deep/er/a.JPG"), None),
-        (None, str(folder / "b.png"), None),
+    expected = [("a shoe", None, None), (None, image, "Find it."), ("both", image, None), (None, image, None)]
+    assert items_of(path) == expected
+    rows = Dataset.from_dict({"text": ["a", None], "image": [None, image], "label": [0, 1]})
+    assert items_of(rows) == [("a", None, None), (None, image, None)]
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for number in range(3):
+        (tmp_path / f"broken{number}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3 problems \(image broken: 3\):\n- .*broken0\.png"):
+        load_items(tmp_path)
+    rows = [
+        {"image": "a.png"},
+        {"text": " ", "image": ""},
+        {"text": 3},
+        {"image": "broken0.png"},
+        {"image": "../a.png"},
     ]
-    assert "corpus.jsonl: ignored the columns id, score" in caplog.text
+    with pytest.raises(ValueError, match=r"\.jsonl: 5 problems") as caught:
+        load_items(table(tmp_path / "t.jsonl", *rows, {"image": "none.png"}))
+    for message in (
+        r"line 2: text and image are both empty",
+        r"line 3: text is 3, must be a text or null",
+        r"line 4: '.*broken0.png' cannot be read",
+        r"line 5: image path '../a.png' leaves",
+        r"line 6: image .*none.png' is not a file",
+    ):
+        assert any(all(part in line for part in message.split(".*")) for line in str(caught.value).splitlines()), (
+            message
+        )
+    parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": "a.png"}]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset, .*Save the images"):
+        load_items(tmp_path / "t.parquet")
 
 
-def test_every_sentence_of_nli_is_an_item(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "nli.csv"
-    path.write_text("id,sent0,sent1,hard_neg\n1,a,b,c\n2,a,d,e\n")
+# --- corpora
+
+
+def records(corpus: Corpus) -> list[Record]:
+    return [corpus.record(row, line) for row, line in enumerate(corpus.lines())]
+
+
+def test_a_table(tmp_path: Path) -> None:
+    image = picture(tmp_path / "images" / "a.png")
+    path = table(
+        tmp_path / "t.jsonl",
+        {"id": "a", "text": " red", "other": 1},
+        {"id": 7, "image": "images/a.png", "text": " "},
+        {"id": "c", "image": str(image), "text": "blue", "instruction": "Find it."},
+        {"id": "d", "image": "images/gone.png"},  # who embeds it will see
+    )
+    found = records(open_corpus(path))
+    assert found == [
+        Record("a", " red"),
+        Record("7", None, str(image)),
+        Record("c", "blue", str(image), instruction="Find it."),
+        Record("d", None, str(tmp_path / "images" / "gone.png")),
+    ]
+    assert [record.row for record in found] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.txt", "red\n\nblue\n"),
+        ("t.csv", 'text,image\nred,\n"blue",\n'),
+        ("t.tsv", "text\nred\nblue\n"),
+        ("t.json", '[{"text": "red"}, {"text": "blue"}]'),
+    ],
+)
+def test_without_ids_rows_are_numbered(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert records(open_corpus(tmp_path / name)) == [Record("0", "red"), Record("1", "blue")]
+
+
+def test_parquet_with_images_inside(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    cells = [{"bytes": path.read_bytes(), "path": "x.png"}, {"bytes": None, "path": "a.png"}, None]
+    columns = {"id": [5, 6, 7], "image": cells, "text": [None, None, "red"], "other": [1, 2, 3]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    found = records(open_corpus(tmp_path / "t.parquet"))
+    assert found == [Record("5", None, path.read_bytes()), Record("6", None, str(path)), Record("7", "red")]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet", "captions.tsv"])
+def test_a_folder_of_images_with_its_table(tmp_path: Path, name: str) -> None:
+    image = picture(tmp_path / "images" / "a.png")
+    picture(tmp_path / "other.png")
+    (tmp_path / "metadata.json").write_text('{"album": "of another program"}')
+    row = {"file_name": "images/a.png", "caption": "a red one"}
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        sign = "," if name.endswith(".csv") else "\t"
+        (tmp_path / name).write_text(f"{sign.join(row)}\n{sign.join(row.values())}\n")
+    for source in (tmp_path, tmp_path / name):
+        assert records(open_corpus(source)) == [Record("0", "a red one", str(image))]
+        assert items_of(source) == [("a red one", str(image), None)]
+    (tmp_path / "captions.csv").write_text("file_name,text\nother.png,red\n")
+    with pytest.raises(ValueError, match=r"must hold one table of its images, and has captions\.csv, .*Name the one"):
+        open_corpus(tmp_path)
+
+
+def test_a_folder_of_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b/c.jpg", "b/a.PNG", "a.webp"):
+        picture(tmp_path / name)
+    for name in ("IMG_1.HEIX", "IMG_2.heix", "README"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "link.png").symlink_to("b/c.jpg")
     with caplog.at_level(logging.INFO, logger="puma_hf"):
-        assert [item["text"] for item in load_items(path)["item"]] == ["a", "b", "c", "d", "e"]
-    assert "ignored the columns id" in caplog.text
-    path.write_text("sent0,sent1,hard_neg\na,b,\n")
-    with pytest.raises(ValueError, match=r"nli\.csv, line 2: hard_neg is '', must be a text"):
-        load_items(path)
+        corpus = open_corpus(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: left out what is no image here: 2 x .heix, 1 x no ending"]
+    assert [(record.row, record.id, record.image) for record in records(corpus)] == [
+        (row, name, str(tmp_path / name)) for row, name in enumerate(["a.webp", "link.png", "b/a.PNG", "b/c.jpg"])
+    ]
+    assert len(load_items(tmp_path)) == 4
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "gone.png").symlink_to("nothing")
+    for read in (open_corpus, load_items):
+        with pytest.raises(ValueError, match=r"holds no image \(.*\) and is no M-BEIR folder.* 1 x link to nothing"):
+            read(tmp_path / "none")
+
+
+@pytest.mark.parametrize("pool", ["global", "toys_task0", "toys_task8"])
+def test_a_pool(root: Path, pool: str) -> None:
+    data = MBEIR(root)
+    expected = data.global_pool() if pool == "global" else data.local_pool(data.tasks()[0 if pool[-1] == "0" else -1])
+    assert records(open_corpus(root, pool=pool)) == list(expected.values())
+    with pytest.raises(ValueError, match=r"pool='toys_task9' must be 'global' or a task here: toys_task0, "):
+        open_corpus(root, pool="toys_task9")
+    with pytest.raises(FileNotFoundError, match=r"mbeir_union_dev_cand_pool\.jsonl is missing"):
+        open_corpus(root, split="dev")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"caption": "a", "url": "b"}, r"line 2: no column text or image, nor sent0, sent1, hard_neg\. .*caption, url"),
-        ({}, r"line 2: no column text or image.* The columns here are none"),
-        ({"text": " ", "image": ""}, r"line 2: text and image are both empty\. Fill one of them"),
-        ({"text": 3}, r"line 2: text is 3, must be a text or null"),
-        ({"text": "a", "instruction": ["b"]}, r"line 2: instruction is \['b'\], must be a text or null"),
-        ({"image": 3}, r"line 2: image is 3, must be the path of a file, or null"),
+        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or a whole number\. Give every row one, or"),
+        ({"text": "a"}, r"line 2: id is None"),
+        ({"id": True, "text": "a"}, r"line 2: id is True, must be"),
+        ({"id": "b", "text": 3}, r"line 2: text is 3, must be a text or null"),
+        ({"id": "b", "text": ["0" * 1000] * 1000}, r"line 2: text is .*\.\.\., must be a text"),
+        ({"id": "b", "instruction": []}, r"line 2: instruction is \[\], must be a text or null"),
+        ({"id": "b", "image": 3}, r"line 2: image is 3, must be the path of a file below"),
         (
-            {"image": "../outside.png"},
-            r"line 2: image path '\.\./outside\.png' leaves .*corpus; .*names them up",
+            {"id": "b", "image": "https://a.org/a.png"},
+            r"line 2: image is 'https.*Download images first, or call puma_hf",
         ),
-        ({"image": "/elsewhere/a.png"}, r"line 2: image path '.*elsewhere/a\.png' leaves"),
-        ({"image": "link.png"}, r"line 2: image path 'link\.png' passes a symbolic link that leaves"),
-        ({"image": "a\0.png"}, r"line 2: image 'a\\x00\.png' has a NUL byte"),
-        ({"image": "broken.png"}, r"line 2: '.*broken\.png' cannot be read as an image"),
+        ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
+        ({"id": "b", "image": "pipe.png"}, r"line 2: image 'pipe\.png' is not a file below"),
     ],
 )
-def test_bad_rows(folder: Path, row: dict[str, Any], message: str) -> None:
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    (folder / "broken.png").write_bytes(b"broken")
-    path = write_jsonl(folder, {"text": "good"}, row)
-    with pytest.raises(ValueError, match=message):
-        load_items(path)
+def test_a_wrong_row_is_found_by_the_survey(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_corpus(table(tmp_path / "t.jsonl", {"id": "a", "text": "red"}, row)).survey()
+    assert len(str(caught.value)) < 600 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize("image", ["none.png", "deep", "https://example.org/a.png"])
-def test_missing_images(folder: Path, image: str) -> None:
-    path = write_jsonl(folder, {"text": "good"}, {"image": image})
-    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl, line 2: image '.*' is not a file below "):
-        load_items(path)
+def test_a_table_without_content(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column text or image\. The columns here are caption, id: rename those"):
+        open_corpus(table(tmp_path / "t.jsonl", {"caption": "red", "id": 1}))
+    with pytest.raises(ValueError, match="holds no inputs"):
+        open_corpus(table(tmp_path / "empty.jsonl")).survey()
+    with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
+        open_corpus(tmp_path / "gone.parquet")
 
 
-def test_a_dataset_may_name_any_path(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    outside = str(folder.parent / "outside.png")
-    rows = Dataset.from_dict({"text": ["a", None], "image": [None, outside], "label": [0, 1]})
-    with caplog.at_level(logging.INFO, logger="puma_hf"):
-        assert items_of(rows) == [("a", None, None), (None, outside, None)]
-    assert "The dataset: ignored the columns label" in caplog.text
+def test_wrong_lines_that_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": \n{"id": "b", "text": "red"}\n{"id": "c", "text": 3}\n{"text": "blue"}\n')
+    corpus = open_corpus(path, on_error="skip")
+    assert corpus.survey().num_items == 4
+    (message,) = caplog.messages
+    assert "3 problems (broken line: 1, text of another type: 1, wrong id: 1)" in message
+    found = records(corpus)
+    assert [record.problem is None for record in found] == [False, True, False, False]
+    assert found[1] == Record("b", "red")
+    assert found[2].problem == f"{path}, line 3: text is 3, must be a text or null."
+    with pytest.raises(ValueError, match=r"3 problems"):
+        open_corpus(path).survey()
+    with pytest.raises(ValueError, match="line 1: text is 3"):  # none is right
+        open_corpus(table(path, {"text": 3}), on_error="skip").survey()
 
 
-def test_images_inside_a_dataset_are_refused(folder: Path) -> None:
-    features = Features({"image": ImageFeature()})
-    rows = Dataset.from_dict({"image": [Image.new("RGB", (4, 4))]}, features=features)
-    with pytest.raises(ValueError, match=r"the dataset, row 1: the image is inside the dataset, .*Save the images"):
-        items_of(rows)
+def test_repeated_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_corpus(table(tmp_path / "t.jsonl", *({"id": str(row), "text": "a"} for row in range(9)))).survey()
+    assert not caplog.messages
+    open_corpus(table(tmp_path / "t.jsonl", *({"id": f"d{row % 5}", "text": "a"} for row in range(9)))).survey()
+    (message,) = caplog.messages
+    assert "4 ids are of several items. Answers are told apart, but a database" in message
+
+
+def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
+    corpus = open_corpus(table(tmp_path / "t.jsonl", *({"text": str(row)} for row in range(100))))
+    num_items, sample = corpus.survey(10, seed=3)
+    rows = [record.row for record in sample]
+    assert (num_items, len(rows), rows) == (100, 10, sorted(set(rows)))
+    assert sample[0] == Record(str(rows[0]), str(rows[0]))
+    assert corpus.survey(10, seed=3).sample == sample != corpus.survey(10, seed=4).sample
+    assert [record.row for record in corpus.survey(500).sample] == list(range(100))
+    # Every row is drawn about as often: 200 samples of 10 out of 100 draw each about 20 times.
+    counts = [0] * 100
+    for seed in range(200):
+        for record in corpus.survey(10, seed=seed).sample:
+            counts[record.row] += 1
+    assert min(counts) > 5
+    assert max(counts) < 40
+
+
+def hash_of(corpus: Corpus) -> str:
+    return str([corpus.content_hash(record) for record in records(corpus)])
+
+
+def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    image = picture(tmp_path / "first" / "a.png")
+    path = tmp_path / "first" / "t.jsonl"
+    rows = [{"id": "a", "text": "red"}, {"id": "b", "image": "a.png", "instruction": "Find it."}]
+    seen = {first := hash_of(open_corpus(table(path, *rows)))}
+    for key, value in (("text", "blue"), ("instruction", "Name it."), ("image", "gone.png")):
+        seen.add(hash_of(open_corpus(table(path, rows[0], {**rows[1], key: value}))))
+    corpus, status = open_corpus(table(path, *rows)), image.stat()
+    os.utime(image, ns=(0, status.st_mtime_ns + 1))
+    seen.add(hash_of(corpus))
+    assert len(seen) == 5
+    os.utime(picture(image), ns=(0, status.st_mtime_ns))
+    (tmp_path / "first").rename(tmp_path / "second")
+    corpus = open_corpus(tmp_path / "second" / "t.jsonl")
+    assert hash_of(corpus) == first
+    assert corpus.content_hash(Record("a", image=b"1")) != corpus.content_hash(Record("a", image=b"2"))
+    # The content is what the model sees: neither the id nor the row.
+    assert corpus.content_hash(Record("a", "red", row=1)) == corpus.content_hash(Record("b", "red"))
+    assert corpus.content_hash(Record("a", "red")) != corpus.content_hash(Record("a", instruction="red"))
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    def peak(num_rows: int) -> int:
+        rows = ({"text": f"{row:090d}"} for row in range(num_rows))
+        corpus = open_corpus(table(tmp_path / f"{num_rows}.jsonl", *rows))
+        tracemalloc.start()
+        assert corpus.survey(8).num_items == num_rows
+        value = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return value
+
+    peak(10)
+    # The rows themselves are 360,000 bytes more; what other threads of the process do meanwhile counts, too.
+    assert peak(4000) < peak(400) + 180_000

@@ -176,9 +176,7 @@ def test_an_organisation_of_the_hub(official: Path, cache: Path, monkeypatch: py
     assert [task.name for task in data.tasks()] == ["cirr_task7", "fashioniq_task7"]
     assert [name for name, _ in hub.calls] == ["mteb/mbeir_cirr_task7", "mteb/mbeir_fashioniq_task7"]
     assert len(data.global_pool()) == builder.NUM_CANDIDATES  # the same candidates, once
-    with pytest.raises(
-        ValueError, match=r"'mybench' is no folder here, and for an organisation of the Hub tasks is \['toys_task1'\]"
-    ):
+    with pytest.raises(ValueError, match=r"tasks is \['toys_task1'\], must be some of"):
         open_mbeir("mybench", tasks=["toys_task1"], cache_dir=cache)
 
 
@@ -218,8 +216,8 @@ def test_offline_and_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no such/folder/here", r"is neither a folder nor the name of a dataset or organisation of the Hub\. Check"),
-        ("TIGER-Lab/M-BEIR", r"is no folder here, and no copy of a task on the Hub, .*mbeir_<dataset>_task<n>"),
+        ("no such/folder/here", r"is no folder here, and no organisation or copy of a task on the Hub, .* Check"),
+        ("TIGER-Lab/M-BEIR", r"is no folder here, and no organisation or copy of a task .*mbeir_<dataset>_task<n>"),
     ],
 )
 def test_no_such_source(source: str, message: str, cache: Path) -> None:
@@ -382,5 +380,5 @@ def test_a_struct_of_nothing_is_no_image(root: Path, tmp_path: Path) -> None:
 def test_a_missing_column(root: Path, tmp_path: Path) -> None:
     path = write_copy(root, tmp_path, 1) / "qrels/test-00000-of-00001.parquet"
     parquet.write_table(parquet.read_table(path).drop_columns("score"), path)
-    with pytest.raises(MBEIRFormatError, match=rf"{path}: no column score or relevance, only query-id, corpus-id"):
+    with pytest.raises(MBEIRFormatError, match=rf"{path}: no column score or relevance, only .*query-id"):
         mbeir_hub.import_copy(mbeir_hub.find_copy(path.parents[1], task(1)), tmp_path / "to", tmp_path, "test", None)

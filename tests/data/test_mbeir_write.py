@@ -218,7 +218,7 @@ def test_opening_again_is_no_building(root: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(ValueError, match=rf"nano was built with {message}\. Name another folder, remove"):
             build_nano(MBEIR(root), tmp_path / "nano", **settings)  # type: ignore[arg-type]
     shutil.copytree(root, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"built with the images in .*mbeir, not .*other"):
+    with pytest.raises(ValueError, match=r"built with images='.*mbeir', not '.*other'"):
         build_nano(MBEIR(tmp_path / "other"), tmp_path / "nano", num_queries=2)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf import cli, cli_options
+from puma_hf import cli
 
 # `make docs` runs this file, with the docstrings' examples and the README's.
 pytestmark = pytest.mark.docs
@@ -195,7 +195,7 @@ class Understood(Exception):
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """Checks the options of a command as the command does, and stops there."""
-    load = cli_options.load_config
+    load = cli.load_config
 
     def stop(*arguments: Any, **values: Any) -> Any:
         load(*arguments, **values)
@@ -204,7 +204,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     def understood(*_: Any, **__: Any) -> Any:
         raise Understood
 
-    monkeypatch.setattr(cli_options, "load_config", stop)
+    monkeypatch.setattr(cli, "load_config", stop)
     for function in ("puma_hf.pruning.prune", "puma_hf.estimate.estimate"):
         monkeypatch.setattr(function, understood)
 
@@ -262,9 +262,9 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 @pytest.mark.usefixtures("docs_directory")
 def test_the_examples_of_the_help_are_right(parse: Callable[[list[str]], None]) -> None:
-    for command in cli.app.registered_commands:
-        _, mark, example = (command.callback.__doc__ or "").partition("Example: puma-hf ")
-        assert mark, command.callback
+    for name, command in cli.app.commands.items():
+        _, mark, example = (command.help or "").partition("Example: puma-hf ")
+        assert mark, name
         parse(shlex.split(example))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from puma_hf.data.records import Candidate, Query
+from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import (
     ContentKeys,
