@@ -86,13 +86,10 @@ def named_layers(layers: Sequence[int]) -> str:
 class PumaConfigMixin(_MixinBase):
     """What pruning adds to a backbone's configuration; see [`PumaConfig`] for the fields."""
 
-    # A row of the table of backbones: how messages call the family, its model_type, an original checkpoint, the name
-    # that transformers' own classes begin with, and those of text and vision tensors in published checkpoints.
+    # A row of the table of backbones: how messages call the family, its model_type, an original checkpoint of it.
     source_name = ""
     source_model_type = ""
     source_example = ""
-    source_class = ""
-    source_prefixes = ("model.", "visual.")
 
     num_kept_layers: int | None = None
     original_num_hidden_layers: int | None = None
@@ -122,15 +119,13 @@ class PumaConfigMixin(_MixinBase):
                 f"kept_layers={self.kept_layers} tells which layers are left of the original, but the configuration "
                 f"has {available}: to cut layers pass keep_layers."
             )
-        kept = [there[layer] for layer in layers]
+        kept, first, deepest = [there[layer] for layer in layers], list(range(len(layers))), self.num_deepstack_layers
         # Features of the vision tower must be added after the same layers as in the original.
-        if kept[: self.num_deepstack_layers] != list(range(len(kept[: self.num_deepstack_layers]))):
-            needed = named_layers(range(self.num_deepstack_layers))
+        if kept[:deepest] != first[:deepest]:
             raise ValueError(
-                f"A cut to {named_layers(kept)} lacks some of {needed}; after these {self.source_name} adds features "
-                "of its vision tower (DeepStack). Keep these, and any deeper ones."
+                f"A cut to {named_layers(kept)} lacks some of {named_layers(range(deepest))}; after these "
+                f"{self.source_name} adds features of its vision tower (DeepStack). Keep these, and any deeper ones."
             )
-        first = list(range(len(kept)))
         self.kept_layers = None if kept == first else kept
         # The numbers that the weights have in the checkpoint that is cut.
         self._loaded_layers = None if layers == first else layers
@@ -163,7 +158,7 @@ class PumaConfigMixin(_MixinBase):
         transformers would set keyword arguments as attributes after the configuration is complete, where
         cutting has already happened; here they are part of the construction.
         """
-        cls._check_model_type(config_dict.get("model_type", cls.model_type))
+        config_class_of(config_dict.get("model_type", cls.model_type), (cls,))
         if "kept_layers" in kwargs:
             raise ValueError("kept_layers tells which layers are left of the original: to cut layers pass keep_layers.")
         cuts = {name: kwargs.pop(name, None) for name in ("num_kept_layers", "keep_layers")}
@@ -176,12 +171,8 @@ class PumaConfigMixin(_MixinBase):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Read a configuration file; an original's is taken for the PUMA configuration that it becomes."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        cls._check_model_type(config_dict.get("model_type"))
+        config_class_of(config_dict.get("model_type"), (cls,))
         return {**config_dict, "model_type": cls.model_type}, kwargs
-
-    @classmethod
-    def _check_model_type(cls, model_type: Any) -> None:
-        config_class_of(model_type, (cls,))
 
     @classmethod
     def readable_model_types(cls) -> tuple[str, ...]:
@@ -235,7 +226,6 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
     source_name = "Qwen2-VL"
     source_model_type = "qwen2_vl"
     source_example = "Qwen/Qwen2-VL-2B-Instruct"
-    source_class = "Qwen2VL"
 
 
 class PumaQwen25VLConfig(PumaConfigMixin, Qwen2_5_VLConfig):
@@ -245,7 +235,6 @@ class PumaQwen25VLConfig(PumaConfigMixin, Qwen2_5_VLConfig):
     source_name = "Qwen2.5-VL"
     source_model_type = "qwen2_5_vl"
     source_example = "Qwen/Qwen2.5-VL-3B-Instruct"
-    source_class = "Qwen2_5_VL"
 
 
 class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
@@ -255,8 +244,6 @@ class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
     source_name = "Qwen3-VL"
     source_model_type = "qwen3_vl"
     source_example = "Qwen/Qwen3-VL-2B-Instruct"
-    source_class = "Qwen3VL"
-    source_prefixes = ("model.language_model.", "model.visual.")
 
 
 # The table of backbones. A new one is a class above, one in modeling_puma, and a line in this folder's __init__.
