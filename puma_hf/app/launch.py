@@ -17,7 +17,7 @@ from PIL import Image
 
 from puma_hf.configs import AppConfig
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
-from puma_hf.search.index import Index, open_index
+from puma_hf.search.index import Index
 from puma_hf.search.query import Query, Searcher, open_searcher
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ _MODALITIES = {
 
 
 def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
-    """Serve the page of an index until Ctrl-C or SIGTERM, or write it as a Space.
+    """Serve the page of an index until Ctrl-C or SIGTERM.
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
 
     Args:
         config: Which index, and where; see `AppConfig`.
-        started: Called with the page's address, or the Space's directory, once it is there.
+        started: Called with the page's address, once it is there.
 
     Raises:
         FileNotFoundError: If the index or its model is missing.
@@ -49,15 +49,7 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         ValueError: If the index is empty, unfinished, damaged or of another model, or the port is in use.
     """
     started = started or logger.info
-    for note in config.notes():
-        logger.warning(note)
     loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
-    if config.space is not None:
-        from puma_hf.app.space import write_space
-
-        index = open_index(config.index)
-        started(str(write_space(index, config.space, instruction=config.instruction, **loading)))
-        return
     require_gradio()
     _port_of(config)  # one in use is told before the model is loaded
     stopped = threading.Event()

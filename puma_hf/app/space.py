@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,11 @@ from huggingface_hub import SpaceCardData
 
 from puma_hf import __version__
 from puma_hf.app.launch import TITLE, count_line, require_gradio
-from puma_hf.configs import FIRST_PORT
+from puma_hf.configs import FIRST_PORT, AppConfig
 from puma_hf.files import model_files, new_directory
-from puma_hf.search.index import Index, create_table, keep_picture, tag_complete
+from puma_hf.search.index import Index, create_table, keep_picture, open_index, tag_complete
+
+logger = logging.getLogger(__name__)
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
 
@@ -65,6 +68,14 @@ pip install -r requirements.txt
 GRADIO_SERVER_NAME=127.0.0.1 python app.py
 ```
 """
+
+
+def write_configured(config: AppConfig) -> Path:
+    """`write_space` with the settings of `puma-hf app --space`."""
+    for note in config.notes():
+        logger.warning(note)
+    loading: Any = {"model": config.model, "trust_remote_code": config.trust_remote_code}
+    return write_space(open_index(config.index), str(config.space), instruction=config.instruction, **loading)
 
 
 def write_space(

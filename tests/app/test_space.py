@@ -12,7 +12,7 @@ from huggingface_hub import SpaceCard
 
 import puma_hf
 from puma_hf.app import AppConfig, write_space
-from puma_hf.app.launch import launch
+from puma_hf.app.space import write_configured
 from puma_hf.search import Searcher, open_index, open_searcher
 
 pytest.importorskip("gradio")
@@ -113,7 +113,7 @@ def test_a_picture_that_is_gone(index_dir: Path, tmp_path: Path) -> None:
 def test_by_the_command(index_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said: list[str] = []
     config = AppConfig(index=index_dir, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
-    launch(config, started=said.append)
+    said.append(str(write_configured(config)))
     assert said == [str(tmp_path / "space")]
     assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
