@@ -160,7 +160,7 @@ class EvaluateConfig(CheckedConfig):
         nano_seed: Seed of what the nano benchmark holds.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
         embedding_dtype: Data type that embeddings are stored in; two bytes halve the disk space.
-        search_backend: Both are exact; faiss needs pip install 'puma-hf[faiss]'.
+        search_backend: Kept for older recipes: torch and faiss are one search.
         data_revision: Branch, tag or commit of data on the Hub.
     """
 
@@ -252,7 +252,7 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.index.build_index`.
+    """Settings of `puma_hf.search.build.build_index`.
 
     Args:
         model: PUMA directory, here or on the Hub; needed by the first run, which the index remembers.
@@ -335,7 +335,7 @@ class SearchConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.app.launch.launch`.
+    """Settings of `puma_hf.search.page.launch`.
 
     Args:
         index: Directory that puma-hf index has written.

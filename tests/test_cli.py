@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from puma_hf import cli
-from puma_hf.app import AppConfig
 from puma_hf.configs import (
+    AppConfig,
     CheckConfig,
     DistillConfig,
     EmbedConfig,
@@ -80,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
-    names = ("httpx", "sentence_transformers", "datasets", "faiss")
+    names = ("httpx", "sentence_transformers", "datasets")
     levels = {name: logging.getLogger(name).level for name in names}
     handlers, level = list(logging.root.handlers), logging.root.level
     yield
@@ -384,5 +384,4 @@ def test_only_the_first_process_speaks(rank: str, level: int, monkeypatch: pytes
     assert not told  # peft asks for it, and nobody who merges can mend that
     assert logging.root.level == level
     # Which modules it tried before one fitted the processor is no news.
-    assert not logging.getLogger("faiss.loader").isEnabledFor(logging.INFO)
     assert all((os.environ.get(name) == "1") == (rank == "1") for name in cli.BARS)

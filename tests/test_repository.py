@@ -33,12 +33,12 @@ MODELING = [name for name in SOURCES if name.startswith("modeling/")]
 # All of them come with sentence-transformers, so a model loads wherever that is installed.
 MODELING_MAY_IMPORT = {"PIL", "numpy", "sentence_transformers", "torch", "transformers"}
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "flash_attn": "flash-attn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
 # The data flow of CONTRIBUTING.md: each part imports those before it, never one behind.
 ORDER = (
     *("lazy", "files", "settings", "processes", "opening", "modeling", "losses", "configs_training", "configs"),
     *("fingerprint", "model_card", "checkpoint", "data", "pruning", "estimate", "export", "trainer"),
-    *("embedding", "evaluation", "search", "hub", "app", "cli"),
+    *("embedding", "evaluation", "search", "hub", "cli"),
 )
 
 MAX_LINES = 600
@@ -117,7 +117,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
 
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    tested = [EXTRAS[name] for name in ("app", "faiss", "mteb", "plot", "search", "test", "dev")]
+    tested = [EXTRAS[name] for name in ("app", "mteb", "plot", "search", "test", "dev")]
     asked = [text for texts in (CORE, *tested) for text in texts if not text.startswith("puma-hf")]
     for requirement in map(Requirement, asked):
         assert requirement.name in pins
