@@ -390,7 +390,7 @@ def test_the_default_is_within_the_sources_own(qwen_dir: Path, tmp_path: Path, s
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarges images to 1024 \(shortest_edge"),
+        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged to 1024 \(shortest_edge"),
         (2e5, r"max_pixels=200000\.0 must be a whole number"),
         ("all", r"max_pixels='all' must be a whole number, or 'source' to keep the source's limit\."),
     ],
