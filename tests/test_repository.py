@@ -46,7 +46,7 @@ MUST_NOT_IMPORT = {
     "pruning.py": ("puma_hf.losses", "puma_hf.trainer", "puma_hf.data", "puma_hf.evaluation", "puma_hf.cli"),
 }
 # A prompt is defined once and read everywhere.
-CONSTANTS = "puma_hf.data.instructions"
+CONSTANTS = "puma_hf.data.tasks"
 
 MAX_LINES = 600
 MAX_BODY_LINES = 60

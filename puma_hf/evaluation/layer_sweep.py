@@ -31,9 +31,10 @@ from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint
 from puma_hf.configs import SweepConfig, parse_parameters
-from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.mbeir import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from puma_hf import __version__
 from puma_hf.configs import EvaluateConfig
-from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k

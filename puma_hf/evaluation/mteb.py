@@ -22,8 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIRTask
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
