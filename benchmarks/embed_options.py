@@ -31,12 +31,12 @@ os.environ.setdefault(
 )  # likewise by torch: the first run waits for a compiler
 
 import torch
-from embed_contestants import READY_TOKENS, ready_batches
+from embed_contestants import ready_batches
 from embed_measure import interleaved
 from embed_models import BACKBONE, SHAPES, Models
 from embed_workloads import workloads
 from sentence_transformers import SentenceTransformer
-from sweep import SPLIT
+from sweep import SPLIT, held_inputs
 from sweep import embed as embed_inputs
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -44,7 +44,6 @@ from transformers.utils import logging as transformers_logging
 
 from puma_hf import prune
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.layer_sweep import SweepInputs
 
 DATA = BACKBONE.parent / "emoji"
 FP8_CAPABILITY = (8, 9)
@@ -160,7 +159,7 @@ def measure_random(args: argparse.Namespace, names: list[str]) -> list[Measured]
     changed = {name: with_option(base, name) for name in names}
     results = {name: Measured(name, num_bytes(model)) for name, model in changed.items()}
     for workload, inputs in chosen.items():
-        runs = {name: ready_batches(model, args.device, None, inputs) for name, model in changed.items()}
+        runs = {name: ready_batches(model, inputs) for name, model in changed.items()}
         expected: Tensor | None = None
         for name, run in runs.items():
             start = time.perf_counter()
@@ -175,8 +174,7 @@ def measure_random(args: argparse.Namespace, names: list[str]) -> list[Measured]
 
 def measure_trained(names: list[str], device: str) -> dict[str, tuple[float, dict[str, float]]]:
     """The lowest cosine and the means of the figures of the demo's backbone, cut to half of its layers."""
-    data = MBEIR(DATA)
-    inputs = SweepInputs(data, data.tasks(SPLIT), SPLIT, ["local"])
+    inputs = held_inputs(MBEIR(DATA))
     results: dict[str, tuple[float, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prune(BACKBONE, Path(folder, "pruned"), num_kept_layers=4)
@@ -187,7 +185,7 @@ def measure_trained(names: list[str], device: str) -> dict[str, tuple[float, dic
     for name in names:
         vectors = embed_inputs(with_option(base, name), inputs, batch_size=64).float()
         expected = vectors if expected is None else expected
-        figures = inputs.results(vectors).mean("local")
+        figures = inputs.results(vectors, SPLIT).mean("local")
         results[name] = (cosine_similarity(vectors, expected).min().item(), figures)
     return results
 
@@ -261,7 +259,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(
         f"{args.model}, {where}; torch {torch.__version__}, torchao {torchao.__version__}; medians of {args.repeats} "
-        f"rounds, batches of {READY_TOKENS[args.device]:,} tokens, seed {args.seed}\n"
+        f"rounds, seed {args.seed}\n"
     )
     results = measure_random(args, names)
     print(table(results))

@@ -17,27 +17,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.layer_sweep import SweepInputs, encode_all_layers, open_model
+from puma_hf.evaluation.evaluator import HeldInputs
+from puma_hf.evaluation.layer_sweep import embed_all_depths, encode_all_layers, open_model
+from puma_hf.evaluation.mbeir import read_searches
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLIT = "val"
 
 
-def embed(model: SentenceTransformer, inputs: SweepInputs, batch_size: int) -> Tensor:
+def held_inputs(data: MBEIR) -> HeldInputs:
+    """What the sweep embeds of the validation split."""
+    return HeldInputs(data, read_searches(data, data.tasks(SPLIT), SPLIT, ["local"]))
+
+
+def embed(model: SentenceTransformer, inputs: HeldInputs, batch_size: int) -> Tensor:
     """The embeddings of one model, `(len(records), hidden_size)`, in the sweep's order and with its groups."""
-    embeddings: dict[int, Tensor] = {}
-    for (prompt, _), rows in inputs.groups.items():
-        part = [inputs.records[row].model_input for row in rows]
-        encoded = model.encode(part, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
-        embeddings |= zip(rows, torch.as_tensor(encoded), strict=True)
-    return torch.stack([embeddings[row] for row in range(len(inputs.records))])
+    options = {"batch_size": batch_size, "show_progress_bar": False}
+    return inputs.embed(lambda part, prompt: model.encode([one.model_input for one in part], prompt=prompt, **options))
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -52,15 +54,13 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def measure_cost(model: SentenceTransformer, inputs: SweepInputs, repeats: int, batch_size: int) -> None:
+def measure_cost(model: SentenceTransformer, inputs: HeldInputs, repeats: int, batch_size: int) -> None:
     """Print time and operations of the sweep against those of the full model."""
     all_depths: list[float] = []
     full: list[float] = []
     for _ in range(repeats):
         full.append(seconds(lambda: embed(model, inputs, batch_size)))
-        all_depths.append(
-            seconds(lambda: inputs.encode(model, "sweep", batch_size=batch_size, show_progress_bar=False))
-        )
+        all_depths.append(seconds(lambda: embed_all_depths(inputs, model, batch_size=batch_size)))
     ratios = [ours / theirs for ours, theirs in zip(all_depths, full, strict=True)]
     print(f"{len(inputs.records):,} inputs, {repeats} times each, in turns")
     print(f"full model, depth L alone   median {statistics.median(full):6.2f} s  lowest {min(full):6.2f} s")
@@ -72,15 +72,15 @@ def measure_cost(model: SentenceTransformer, inputs: SweepInputs, repeats: int, 
     print(f"operations of one batch     {one:,} and {every:,}: {every / one:.4f} x")
 
 
-def compare_with_pruned(model: SentenceTransformer, backbone: Path, inputs: SweepInputs, batch_size: int) -> None:
+def compare_with_pruned(model: SentenceTransformer, backbone: Path, inputs: HeldInputs, batch_size: int) -> None:
     """Print how far the sweep is from each pruned model."""
-    swept = inputs.encode(model, "sweep", batch_size=batch_size, show_progress_bar=False)
+    swept = embed_all_depths(inputs, model, batch_size=batch_size)
     for number, ours in enumerate(swept, start=1):
         with tempfile.TemporaryDirectory() as folder:
             prune(backbone, Path(folder, "pruned"), num_kept_layers=number)
             pruned = SentenceTransformer(str(Path(folder, "pruned")), trust_remote_code=True, device=str(model.device))
             theirs = embed(pruned, inputs, batch_size)
-        tables = [inputs.results(embeddings).mean("local") for embeddings in (ours, theirs)]
+        tables = [inputs.results(embeddings, SPLIT).mean("local") for embeddings in (ours, theirs)]
         metric = max(abs(tables[0][name] - tables[1][name]) for name in tables[0])
         vector = float((ours - theirs).abs().max())
         print(f"k = {number}: vectors differ by at most {vector:.1e}, means of metrics by {metric:.1e}")
@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("puma_hf").setLevel(logging.WARNING)
     data = MBEIR(args.data)
-    inputs = SweepInputs(data, data.tasks(SPLIT), SPLIT, ["local"])
+    inputs = held_inputs(data)
     with open_model(str(args.backbone)) as model:
         measure_cost(model, inputs, args.repeats, args.batch_size)
         if not args.skip_pruned:

@@ -8,44 +8,21 @@ from puma_hf.lazy import resolver
 
 __version__ = "0.1.0"
 
-# Name -> module. Resolved on first use, so that `import puma_hf` stays light.
-_PUBLIC_NAMES = {
-    "PumaConfig": "puma_hf.modeling",
-    "PumaModel": "puma_hf.modeling",
-    "PumaProcessor": "puma_hf.modeling",
-    "prune": "puma_hf.pruning",
-    "CachedMultimodalMACLoss": "puma_hf.losses",
-    "JointDistillationLoss": "puma_hf.losses",
-    "MultimodalMACLoss": "puma_hf.losses",
-    "SelfDistillationLoss": "puma_hf.losses",
-    "PumaDistillationTrainer": "puma_hf.trainer",
-    "PumaTrainer": "puma_hf.trainer",
-    "add_lora": "puma_hf.trainer",
-    "lora_config": "puma_hf.trainer",
-    "load_mbeir": "puma_hf.data",
-    "embed": "puma_hf.embedding.embed",
-    "evaluate_mbeir": "puma_hf.evaluation",
+# Module -> names. Resolved on first use, so that `import puma_hf` stays light.
+_MODULES = {
+    "puma_hf.modeling": ("PumaConfig", "PumaModel", "PumaProcessor"),
+    "puma_hf.pruning": ("prune",),
+    "puma_hf.losses": (
+        *("CachedMultimodalMACLoss", "JointDistillationLoss"),
+        *("MultimodalMACLoss", "SelfDistillationLoss"),
+    ),
+    "puma_hf.trainer": ("PumaDistillationTrainer", "PumaTrainer", "add_lora", "lora_config"),
+    "puma_hf.data": ("load_mbeir",),
+    "puma_hf.embedding.embed": ("embed",),
+    "puma_hf.evaluation": ("evaluate_mbeir",),
 }
-
-__all__ = [
-    "CachedMultimodalMACLoss",
-    "JointDistillationLoss",
-    "MultimodalMACLoss",
-    "PumaConfig",
-    "PumaDistillationTrainer",
-    "PumaModel",
-    "PumaProcessor",
-    "PumaTrainer",
-    "SelfDistillationLoss",
-    "__version__",
-    "add_lora",
-    "embed",
-    "evaluate_mbeir",
-    "load_mbeir",
-    "lora_config",
-    "prune",
-]
-
+_PUBLIC_NAMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted([*_PUBLIC_NAMES, "__version__"])
 
 __getattr__ = resolver(__name__, _PUBLIC_NAMES)
 
@@ -55,15 +32,18 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from puma_hf.data import load_mbeir
-    from puma_hf.embedding.embed import embed
-    from puma_hf.evaluation import evaluate_mbeir
-    from puma_hf.losses import (
-        CachedMultimodalMACLoss,
-        JointDistillationLoss,
-        MultimodalMACLoss,
-        SelfDistillationLoss,
-    )
-    from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
-    from puma_hf.pruning import prune
-    from puma_hf.trainer import PumaDistillationTrainer, PumaTrainer, add_lora, lora_config
+    from puma_hf.data import load_mbeir as load_mbeir
+    from puma_hf.embedding.embed import embed as embed
+    from puma_hf.evaluation import evaluate_mbeir as evaluate_mbeir
+    from puma_hf.losses import CachedMultimodalMACLoss as CachedMultimodalMACLoss
+    from puma_hf.losses import JointDistillationLoss as JointDistillationLoss
+    from puma_hf.losses import MultimodalMACLoss as MultimodalMACLoss
+    from puma_hf.losses import SelfDistillationLoss as SelfDistillationLoss
+    from puma_hf.modeling import PumaConfig as PumaConfig
+    from puma_hf.modeling import PumaModel as PumaModel
+    from puma_hf.modeling import PumaProcessor as PumaProcessor
+    from puma_hf.pruning import prune as prune
+    from puma_hf.trainer import PumaDistillationTrainer as PumaDistillationTrainer
+    from puma_hf.trainer import PumaTrainer as PumaTrainer
+    from puma_hf.trainer import add_lora as add_lora
+    from puma_hf.trainer import lora_config as lora_config

@@ -55,9 +55,7 @@ class SourceCheckpoint:
             return Path(hf_hub_download(self.repo_id, file_name, revision=self.revision, token=self.token))
         path = self.folder / file_name
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.name!r} lacks the shard {file_name!r} that {INDEX_NAME} names. Download the checkpoint again."
-            )
+            raise FileNotFoundError(f"{self.name!r} lacks {file_name!r}. Download the checkpoint again.")
         return path
 
 
@@ -103,9 +101,8 @@ def _with_weight_files(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
         checkpoint.weight_files.update(dict.fromkeys(_tensor_names(checkpoint.fetch(SINGLE_NAME)), SINGLE_NAME))
     except (FileNotFoundError, EntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{checkpoint.name!r} has neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read: a pickle, "
-            "such as pytorch_model.bin, can run code when opened. Convert it with save_pretrained, or choose a "
-            "revision that has them."
+            f"{checkpoint.name!r} has neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read, as a pickle "
+            "(pytorch_model.bin) can run code when opened. Convert it with save_pretrained."
         ) from error
     return checkpoint
 
@@ -177,10 +174,8 @@ class StoredWeights(Mapping[str, Tensor]):
             with safe_open(self._checkpoint.fetch(file_name), framework="pt") as file:
                 tensor: Tensor = file.get_tensor(stored)
         except SafetensorError as error:
-            raise ValueError(
-                f"{file_name!r} of {self._checkpoint.name!r} is cut off, or lacks {stored!r} ({error}). Download or "
-                "save it again."
-            ) from error
+            place = f"{file_name!r} of {self._checkpoint.name!r}"
+            raise ValueError(f"{place} is cut off, or lacks {stored!r} ({error}). Get or save it again.") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -212,10 +207,8 @@ def kept_weights(checkpoint: SourceCheckpoint, layers: Sequence[int]) -> Iterato
             path = checkpoint.fetch(file_name)
             absent = {name for name, file in kept.items() if file == file_name} - _tensor_names(path)
             if absent:
-                raise ValueError(
-                    f"{file_name!r} lacks {len(absent)} tensors that {INDEX_NAME} places in it (first: "
-                    f"{min(absent)!r}). Index and shards are from different versions: download the checkpoint again."
-                )
+                named = f"{len(absent)} tensors that {INDEX_NAME} places in it (first: {min(absent)!r})"
+                raise ValueError(f"{file_name!r} lacks {named}. Download the checkpoint again.")
             (folder / file_name).symlink_to(path.resolve())
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": kept}))
         yield folder

@@ -256,7 +256,7 @@ def index(config: IndexConfig) -> None:
 
     Example: puma-hf index photos --model puma-k14-mac --output photos-index
     """
-    from puma_hf.search.index import build_index as run
+    from puma_hf.search.build import build_index as run
 
     with ends_well_on_sigterm():
         _echo_first(str(run(config)))
@@ -282,12 +282,15 @@ def show(config: AppConfig) -> None:
 
     Example: puma-hf app photos-index
     """
-    from puma_hf.app.launch import launch as run
+    if config.space is None:
+        from puma_hf.search.page import launch
 
-    serving = "serving {index} at {place}; Ctrl-C ends it"
-    saved = "saved the Space to {place}; look at it first with: GRADIO_SERVER_NAME=127.0.0.1 python {place}/app.py"
-    line = serving if config.space is None else saved
-    run(config, started=lambda place: click.echo(line.format(index=config.index, place=place)))
+        launch(config, started=lambda url: click.echo(f"serving {config.index} at {url}; Ctrl-C ends it"))
+    else:
+        from puma_hf.search.space import write_configured
+
+        place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
+        click.echo(f"saved the Space to {place}; look at it first with: {run} {place}/app.py")
 
 
 @_command(ExportConfig)
@@ -355,7 +358,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a character that it cannot show must not end the work
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "sentence_transformers", "datasets", "faiss"):
+    for noisy in ("httpx", "sentence_transformers", "datasets"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     # peft asks for it; nobody who merges an adapter can change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

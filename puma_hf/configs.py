@@ -52,10 +52,8 @@ def _check_is_folder(output: str | Path | None, holds: str) -> None:
     path = None if output is None else Path(output)
     # A file that an older version of the command would have written: nobody means a folder of that name.
     if path is not None and (path.is_file() or (path.suffix == ".json" and not path.exists())):
-        raise ValueError(
-            f"output={str(path)!r} must be a directory: {holds} go into it. Name one, such as "
-            f"{str(path.with_suffix(''))!r}."
-        )
+        one = str(path.with_suffix(""))
+        raise ValueError(f"output={str(path)!r} must be a directory: {holds} go into it. Name one, such as {one!r}.")
 
 
 def parse_parameters(value: str | int | float) -> int:
@@ -160,7 +158,7 @@ class EvaluateConfig(CheckedConfig):
         nano_seed: Seed of what the nano benchmark holds.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
         embedding_dtype: Data type that embeddings are stored in; two bytes halve the disk space.
-        search_backend: Both are exact; faiss needs pip install 'puma-hf[faiss]'.
+        search_backend: Kept for older recipes: torch and faiss are one search.
         data_revision: Branch, tag or commit of data on the Hub.
     """
 
@@ -249,7 +247,7 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.index.build_index`.
+    """Settings of `puma_hf.search.build.build_index`.
 
     Args:
         model: PUMA directory, here or on the Hub; needed by the first run, which the index remembers.
@@ -275,14 +273,10 @@ class IndexConfig(EmbedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_error == "zero":
-            raise ValueError(
-                "on_error='zero' would put zeros into the index, which no query finds. Choose skip, or raise."
-            )
+            raise ValueError("on_error='zero' would put zeros into the index, which no query finds. Choose skip.")
         if self.precision not in ("float32", "float16"):
-            raise ValueError(
-                f"precision={self.precision!r} must be 'float32' or 'float16' in an index. Choose ann='int8' or "
-                "'binary' (--ann) for a search that reads less."
-            )
+            one = f"precision={self.precision!r} must be 'float32' or 'float16' in an index"
+            raise ValueError(f"{one}. Choose ann='int8' or 'binary' (--ann) for a search that reads less.")
 
     def notes(self) -> list[str]:
         """Options that an index ignores, one sentence each."""
@@ -327,16 +321,14 @@ class SearchConfig(CheckedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.query and self.query.strip()) and self.image is None:
-            raise ValueError(
-                f"query={self.query!r} and image=None: nothing to look for. Give words, a picture (--image), or both."
-            )
+            raise ValueError(f"query={self.query!r} and image=None: nothing to look for. Give words, or --image.")
         if self.html is not None and Path(self.html).is_dir():
             raise ValueError(f"html={str(self.html)!r} is a directory, must be a file. Name one, such as answers.html.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.app.launch.launch`.
+    """Settings of `puma_hf.search.page.launch`.
 
     Args:
         index: Directory that puma-hf index has written.

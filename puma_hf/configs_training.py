@@ -103,10 +103,8 @@ class PairsConfig(PairSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.val_fraction + self.test_fraction > 1:
-            raise ValueError(
-                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must be 1 at most together; "
-                "what they leave is for training. Lower one."
-            )
+            together = f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction}"
+            raise ValueError(f"{together} must be 1 at most together: the rest is for training. Lower one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,22 +185,15 @@ class StageConfig(CheckedConfig):
         own = _SET_BY_FIELDS | {entry.name: entry.name for entry in fields(StageConfig)}
         for name in self.training_arguments:
             if name in own:
-                raise ValueError(
-                    f"training_arguments may not set {name!r}: it is the field {own[name]!r}. Set that instead."
-                )
+                raise ValueError(f"training_arguments may not set {name!r}: it is the field {own[name]!r}. Set that.")
         if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
-            raise ValueError(
-                f"first_layer_learning_rate={self.first_layer_learning_rate} may not stand beside "
-                f"learning_rate_mapping in training_arguments. Put it there, as {FIRST_LAYER!r}."
-            )
+            given = f"first_layer_learning_rate={self.first_layer_learning_rate}"
+            raise ValueError(f"{given} may not stand beside learning_rate_mapping. Put it there, as {FIRST_LAYER!r}.")
 
     def _check_teacher(self) -> None:
-        given = {name: getattr(self, name) for name in ("teacher_mode", "teacher_cache")}
-        if given["teacher_cache"] is not None and given["teacher_mode"] != "cached":
-            raise ValueError(
-                f"teacher_cache={given['teacher_cache']!r} is read with teacher_mode='cached' only, not "
-                f"{given['teacher_mode']!r}. Set teacher_mode to 'cached', or leave teacher_cache out."
-            )
+        cache, mode = getattr(self, "teacher_cache", None), getattr(self, "teacher_mode", None)
+        if cache is not None and mode != "cached":
+            raise ValueError(f"teacher_cache={cache!r} is read with teacher_mode='cached' only, not {mode!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,14 +305,11 @@ class TrainConfig(PairSettings, StageConfig):
         super().__post_init__()
         self._check_teacher()
         if not self.contrastive_weight and not (self.contrastive_weight_start or self.joint):
-            raise ValueError(
-                "contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Give one a weight above 0."
-            )
+            raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
+            caching = f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens}"
             raise ValueError(
-                f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens} need "
-                f"distillation_weight=0, got {self.distillation_weight}: gradient caching has no joint form. Leave one "
-                "of them out."
+                f"{caching} need distillation_weight=0: gradient caching has no joint form. Leave one out."
             )
         if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
             raise ValueError(f"matryoshka_dims={list(self.matryoshka_dims)} must not repeat a size. Name each once.")

@@ -126,15 +126,12 @@ def export(
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
     if model_type not in PUMA_MODEL_TYPES:
-        raise ValueError(
-            f"{str(source)!r} has model_type={model_type!r}, but what is exported is a PUMA model "
-            f"({', '.join(PUMA_MODEL_TYPES)}). Make one with puma_hf.prune (puma-hf prune)."
-        )
+        raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
     puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     if puma_config.positions != "mrope" and format == "stock":
         raise ValueError(
-            f"{str(source)!r} has {puma_config.positions} positions, but stock classes and vLLM give images those of "
-            "M-RoPE, so other embeddings. Serve the PUMA directory itself, or export its texts (--format onnx)."
+            f"{str(source)!r} has {puma_config.positions} positions, and stock classes give images those of M-RoPE, so "
+            "other embeddings. Serve the PUMA directory itself, or export its texts (--format onnx)."
         )
     config = _stock_config(puma_config)
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
@@ -179,10 +176,7 @@ def _write_weights(stored: StoredWeights, config: Any, folder: Path, source: str
     try:
         model.model.load_state_dict(dict(stored), assign=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"{source!r} has other tensors than its config.json says. Weights and configuration are of different "
-            f"models: download or save it again. {error}"
-        ) from error
+        raise ValueError(f"{source!r} has other tensors than its config.json says. Save it again. {error}") from error
     model.tie_weights()
     model.save_pretrained(folder, max_shard_size="5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)  # it does not generate
@@ -193,10 +187,8 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template, as a published checkpoint has them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if RET_TOKEN not in tokenizer.get_vocab():
-        raise ValueError(
-            f"The tokenizer of {str(source)!r} does not know {RET_TOKEN}, where embeddings are read: its files are "
-            "missing or belong to another model. Download or save it again."
-        )
+        problem = f"The tokenizer of {str(source)!r} does not know {RET_TOKEN}, where embeddings are read"
+        raise ValueError(f"{problem}: its files are missing, or another model's. Download or save it again.")
     tokenizer.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
     shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
@@ -277,10 +269,8 @@ def _write_onnx(folder: Path) -> int:
     with torch.inference_mode():
         difference = float((torch.from_numpy(session.run(None, inputs)[0]) - embedder(*batch)).abs().max())
     if not difference <= _ONNX_BOUND:
-        raise RuntimeError(
-            f"The ONNX graph gives other embeddings than PyTorch: they differ by {difference:.1e}, at most "
-            f"{_ONNX_BOUND} is right. Try other releases of torch, onnxscript and onnxruntime."
-        )
+        differ = f"embeddings of the ONNX graph and of PyTorch differ by {difference:.1e}, more than {_ONNX_BOUND}"
+        raise RuntimeError(f"The {differ}. Try other releases of torch, onnxscript and onnxruntime.")
     for name in ("*.safetensors*", "*preprocessor_config.json"):
         for path in folder.glob(name):
             path.unlink()

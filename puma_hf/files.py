@@ -88,10 +88,8 @@ def is_adapter_directory(directory: str | Path) -> bool:
     folder = Path(directory)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not is_puma_directory(folder):
-        raise FileNotFoundError(
-            f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter. Name one that puma-hf prune, "
-            "distill, train or merge wrote."
-        )
+        problem = f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter"
+        raise FileNotFoundError(f"{problem}. Name one that puma-hf wrote.")
     return is_adapter
 
 
@@ -192,10 +190,7 @@ def new_directory(
     if is_full and not overwrite:
         raise FileExistsError(f"{name} is not empty. Choose another, or pass overwrite=True (--overwrite).")
     if is_full and not is_ours(target):
-        raise FileExistsError(
-            f"{name} holds files, but no PUMA model: overwriting would delete what is not ours. Choose another "
-            "directory, or empty it yourself."
-        )
+        raise FileExistsError(f"{name} holds files, but no PUMA model. Choose another, or empty it yourself.")
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -256,16 +251,10 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire()  # makes the directory again if a run that failed has removed it just now
     except Timeout as error:
-        raise DirectoryInUseError(
-            f"{str(folder)!r} is in use: another run writes there, and only one may at a time. Wait until it has "
-            "ended, and run the same command again, or choose another directory."
-        ) from error
+        message = f"{str(folder)!r} is in use: another run writes there. Wait until it has ended, and run this again."
+        raise DirectoryInUseError(message) from error
     except OSError as error:
-        logger.warning(
-            "%s cannot be locked (%s). See to it yourself that no other run writes there at the same time.",
-            folder,
-            error.strerror or error,
-        )
+        logger.warning("%s cannot be locked (%s). See to it yourself that no other run writes there.", folder, error)
     token = _held.set(_held.get() | {directory})
     try:
         yield

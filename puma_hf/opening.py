@@ -39,10 +39,11 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
         reason = cut(str(error).strip())  # transformers may speak of the network alone, on several lines
         if (Path(name) / ADAPTER_CONFIG).is_file():
             base = named_base(Path(name))
-            raise FileNotFoundError(
-                f"model={name!r} is an adapter whose base {base!r} could not be opened from here ({reason}). Merge the "
-                f"two, and open that: puma-hf merge {name} OUTPUT --base {base if Path(base).is_dir() else 'BASE'}"
-            ) from error
+            remedy = f"Merge the two: puma-hf merge {name} OUTPUT --base {base if Path(base).is_dir() else 'BASE'}"
+            message = (
+                f"model={name!r} is an adapter whose base {base!r} could not be opened from here ({reason}). {remedy}"
+            )
+            raise FileNotFoundError(message) from error
         if is_folder:
             raise
         raise FileNotFoundError(
@@ -55,10 +56,8 @@ def check_truncate_dim(model: SentenceTransformer, name: str, truncate_dim: int 
     """Raise a ValueError if a model's embeddings are shorter than what is to be kept of them."""
     dim = model.get_embedding_dimension()
     if truncate_dim is not None and dim is not None and dim < truncate_dim:
-        raise ValueError(
-            f"truncate_dim={truncate_dim}, but the embeddings of {name!r} have {dim} dimensions. Choose fewer, or "
-            "leave it out."
-        )
+        problem = f"truncate_dim={truncate_dim}, but the embeddings of {name!r} have {dim} dimensions"
+        raise ValueError(f"{problem}. Choose fewer, or leave it out.")
 
 
 @contextmanager

@@ -216,15 +216,11 @@ def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any
     name = str((own or "puma") if asked is None else asked)
     backbones = reading_of(name).backbones or (config.source_model_type,)
     if config.source_model_type not in backbones:
-        raise ValueError(
-            f"reading={name!r} is made of the template of {' and '.join(backbones)}, but {checkpoint.name!r} is a "
-            f"{config.source_name}. Choose reading='puma' (--reading puma)."
-        )
+        made = f"reading={name!r} is made of the template of {' and '.join(backbones)}"
+        raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
     if own not in (None, name):
-        raise ValueError(
-            f"reading={name!r}, but {checkpoint.name!r} reads as {own!r}, which its weights were made for. Leave it "
-            "out, or prune the original checkpoint with the other."
-        )
+        made = f"{checkpoint.name!r} reads as {own!r}, which its weights were made for"
+        raise ValueError(f"reading={name!r}, but {made}. Leave it out, or prune the original checkpoint.")
     return name
 
 
@@ -238,10 +234,8 @@ def _build_processor(checkpoint: SourceCheckpoint, config: Any, reading: str) ->
     folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
     # Without tokenizer files transformers builds an empty tokenizer.
     if _IMAGE_TOKEN not in tokenizer.get_vocab():
-        raise ValueError(
-            f"The tokenizer of {checkpoint.name!r} does not know {_IMAGE_TOKEN!r}: its files are missing or "
-            "belong to another model. Download the checkpoint again, with its tokenizer."
-        )
+        problem = f"The tokenizer of {checkpoint.name!r} does not know {_IMAGE_TOKEN!r}"
+        raise ValueError(f"{problem}: its files are missing, or another model's. Download the checkpoint again.")
     return (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(folder),
         tokenizer=tokenizer,
@@ -333,9 +327,8 @@ def set_limits(
     least = max(lowest, pixels_per_token(images))
     if not isinstance(highest, int) or highest < least:
         raise ValueError(
-            f"max_pixels={highest!r} must be a whole number of at least {least}: one visual token has "
-            f"{pixels_per_token(images)} pixels, and the model enlarges images to {lowest} (shortest_edge in its "
-            "processor_config.json or preprocessor_config.json). Choose more, or lower that first."
+            f"max_pixels={highest!r} must be a whole number of at least {least}: a visual token has "
+            f"{pixels_per_token(images)} pixels, and images are enlarged to {lowest} (shortest_edge). Choose more."
         )
     images.size = SizeDict(shortest_edge=lowest, longest_edge=highest)
     if max_length is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import PumaConfig, PumaModel, cli, lora_config, prune
 from puma_hf.estimate import GPUS, count_flops, count_parameters, estimate
-from puma_hf.opening import plain_forward
 from tests.tiny import HIDDEN_SIZE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -246,16 +244,6 @@ def test_the_fast_path_spends_the_last_layer_on_ret_alone(sentence_transformer: 
     assert count_flops(sentence_transformer, "a red apple", fast=True) == expected
 
 
-def test_the_fast_path_is_back_after_a_plain_forward(sentence_transformer: SentenceTransformer) -> None:
-    before = sentence_transformer[0].fast_path
-    with plain_forward(sentence_transformer):
-        assert sentence_transformer[0].fast_path is None
-        with suppress(RuntimeError), plain_forward(sentence_transformer):
-            raise RuntimeError
-        assert sentence_transformer[0].fast_path is None
-    assert sentence_transformer[0].fast_path is before is not None
-
-
 def test_image_by_hand(sentence_transformer: SentenceTransformer, images: list[Image.Image]) -> None:
     features = sentence_transformer[0].preprocess([{"image": images[0]}])
     tokens, patches = features["input_ids"].shape[1], features["pixel_values"].shape[0]
@@ -276,11 +264,3 @@ def test_a_dropped_layer_saves_what_it_costs(
     layers = full[0].model.language_model.layers
     dropped = sum(count_parameters(layer) for layer in layers[2:])
     assert count_parameters(full) - count_parameters(sentence_transformer) == dropped
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_shared_parameters_count_once(tied: bool) -> None:
-    first, second = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2, bias=False)
-    if tied:
-        second.weight = first.weight
-    assert count_parameters(torch.nn.Sequential(first, second)) == (6 if tied else 12)

@@ -178,19 +178,12 @@ def test_the_dtype_stays(tmp_path: Path) -> None:
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "stock").dtype == torch.bfloat16
 
 
-def test_report(puma_dir: Path, tmp_path: Path, model: PumaModel) -> None:
-    report = export(puma_dir, tmp_path / "stock")
-    assert report.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert str(report).startswith("exported qwen2_vl of 2 decoder layers, ")
-    assert str(report).endswith(f"puma-hf check {puma_dir} --exported {tmp_path / 'stock'}")
-
-
 # --- what is refused, leaving nothing behind
 
 
 def test_what_is_no_puma_model(qwen_dir: Path, exported: Path, tmp_path: Path) -> None:
     for folder in (qwen_dir, exported):
-        with pytest.raises(ValueError, match=r"model_type='qwen2_vl', but what is exported is a PUMA model \(puma, "):
+        with pytest.raises(ValueError, match=r"model_type='qwen2_vl' and is no PUMA model"):
             export(folder, tmp_path / "stock")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -238,28 +231,6 @@ def test_damaged_weights(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_missing_parts(source: Path, qwen_dir: Path, tmp_path: Path) -> None:
-    template = (source / "chat_template.jinja").read_bytes()
-    (source / "chat_template.jinja").unlink()
-    with pytest.raises(FileNotFoundError, match=r"chat_template\.jinja"):
-        export(source, tmp_path / "stock")
-    (source / "chat_template.jinja").write_bytes(template)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(qwen_dir / name, source / name)
-    with pytest.raises(ValueError, match=r"tokenizer of '.*source' does not know \[RET\], where embeddings are read"):
-        export(source, tmp_path / "stock")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_settings_of_a_video_processor_are_kept(source: Path, tmp_path: Path) -> None:
-    settings = settings_of(source, "processor_config.json")
-    settings["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", "auto_map": {}, "fps": 2}
-    (source / "processor_config.json").write_text(json.dumps(settings))
-    export(source, tmp_path / "stock")
-    expected = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2}
-    assert settings_of(tmp_path / "stock", "video_preprocessor_config.json") == expected
-
-
 # --- the card
 
 
@@ -301,16 +272,6 @@ def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Pa
     one = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
     expected = embed_features(open_auto_model(puma_dir, torch.float32, "cpu"), features_of(puma_dir, [one]))
     torch.testing.assert_close(names["embedding"], expected, rtol=0, atol=1e-5)
-
-
-def test_the_request_of_the_card_is_json(tmp_path: Path) -> None:
-    assert len(json.loads(write(tmp_path).split("-d '")[1].split("'\n")[0])["messages"]) == 1
-
-
-def test_an_unknown_source(tmp_path: Path) -> None:
-    card = write(tmp_path, source_name_or_path=None)
-    assert "of its source, without" in card
-    assert "# qwen2_vl, 14 layers" in card
 
 
 # --- ONNX

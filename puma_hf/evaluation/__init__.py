@@ -6,26 +6,17 @@ from typing import TYPE_CHECKING
 
 from puma_hf.lazy import resolver
 
-# Name -> module. Resolved on first use: the command reads `config` for its options, and --help is to be quick.
-_NAMES = {
-    "EvaluateConfig": "puma_hf.configs",
-    "MBEIREvaluator": "puma_hf.evaluation.evaluator",
-    "MBEIRResults": "puma_hf.evaluation.results",
-    "MBEIRTaskResult": "puma_hf.evaluation.results",
-    "SearchResult": "puma_hf.evaluation.topk",
-    "SweepConfig": "puma_hf.configs",
-    "SweepReport": "puma_hf.evaluation.sweep_report",
-    "evaluate": "puma_hf.evaluation.mbeir",
-    "evaluate_mbeir": "puma_hf.evaluation.mbeir",
-    "exact_search": "puma_hf.evaluation.topk",
-    "mbeir_prompts": "puma_hf.evaluation.mteb",
-    "mbeir_scores": "puma_hf.evaluation.mteb",
-    "merge_results": "puma_hf.evaluation.topk",
-    "metric_path": "puma_hf.evaluation.retrieval_metric",
-    "puma_model_meta": "puma_hf.evaluation.mteb",
-    "retrieval_metrics": "puma_hf.evaluation.metrics",
-    "sweep": "puma_hf.evaluation.layer_sweep",
-    "wrong_modality_at_1": "puma_hf.evaluation.metrics",
+# Imported on first use, so that who needs one of them does not wait for the libraries of all.
+_MODULES = {
+    "puma_hf.configs": ("EvaluateConfig", "SweepConfig"),
+    "puma_hf.evaluation.evaluator": ("MBEIREvaluator",),
+    "puma_hf.evaluation.layer_sweep": ("sweep",),
+    "puma_hf.evaluation.mbeir": ("evaluate", "evaluate_mbeir"),
+    "puma_hf.evaluation.metrics": ("metric_path", "retrieval_metrics", "wrong_modality_at_1"),
+    "puma_hf.evaluation.mteb": ("mbeir_prompts", "mbeir_scores", "puma_model_meta"),
+    "puma_hf.evaluation.results": ("MBEIRResults", "MBEIRTaskResult"),
+    "puma_hf.evaluation.sweep_report": ("SweepReport",),
+    "puma_hf.evaluation.topk": ("SearchResult", "exact_search", "merge_results"),
 }
 
 __all__ = [
@@ -50,7 +41,7 @@ __all__ = [
 ]
 
 
-__getattr__ = resolver(__name__, _NAMES)
+__getattr__ = resolver(__name__, {name: module for module, names in _MODULES.items() for name in names})
 
 
 if TYPE_CHECKING:
@@ -58,9 +49,8 @@ if TYPE_CHECKING:
     from puma_hf.evaluation.evaluator import MBEIREvaluator
     from puma_hf.evaluation.layer_sweep import sweep
     from puma_hf.evaluation.mbeir import evaluate, evaluate_mbeir
-    from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1
+    from puma_hf.evaluation.metrics import metric_path, retrieval_metrics, wrong_modality_at_1
     from puma_hf.evaluation.mteb import mbeir_prompts, mbeir_scores, puma_model_meta
     from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult
-    from puma_hf.evaluation.retrieval_metric import metric_path
     from puma_hf.evaluation.sweep_report import SweepReport
     from puma_hf.evaluation.topk import SearchResult, exact_search, merge_results

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,14 @@ import torch
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from torch import Tensor, nn
 
-from puma_hf.data.mbeir import MBEIR, Candidate, Query
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.tasks import select_tasks
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.evaluation.encoding import check_encode_kwargs
 from puma_hf.evaluation.mbeir import (
     NDCG_K,
     POOLS,
+    Search,
     check_choices,
     distinct_candidates,
     instructions_of,
@@ -157,43 +158,70 @@ class MBEIREvaluator(BaseEvaluator):
     def _evaluate(self, model: Any) -> MBEIRResults:
         # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
         # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
-        candidates = distinct_candidates(self._searches)
-        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        rows = self._encode(model, [*candidates.values()], [""] * len(candidates))
-        row_of = {did: row for row, did in enumerate(candidates)}
-        queries: dict[Any, Tensor] = {}
-        top_k = max(*self.ks, NDCG_K, *(task.reported_k for task in self.tasks))
-        results = MBEIRResults(self.split, [])
-        for search in self._searches:
-            task, dids = search.task, [*search.pool]
-            if task not in queries:
-                wanted = task.candidate_modality
-                prompts = [self._data.instruction(query, wanted, self.instruction_seed) for query in search.queries]
-                queries[task] = self._encode(model, search.queries, prompts)
-            found = exact_search(queries[task], rows[[row_of[did] for did in dids]], top_k).indices.tolist()
-            rankings = [[dids[index] for index in ranking] for ranking in found]
-            by_qid = {query.qid: ranking for query, ranking in zip(search.queries, rankings, strict=True)}
-            results.rows.append(task_result(search, by_qid, self.ks))
-        return results
+        held = HeldInputs(self._data, self._searches, self.instruction_seed)
+        embeddings = held.embed(
+            lambda records, prompt: model.encode([one.model_input for one in records], prompt=prompt, **self._options)
+        )
+        return held.results(embeddings, self.split, self.ks)
 
-    def _encode(self, model: Any, records: Sequence[Query | Candidate], prompts: Sequence[str]) -> Tensor:
-        """Embeddings `(len(records), embedding_dim)` in the order of the records; one modality goes together."""
-        groups: dict[tuple[str, str], list[int]] = {}
-        for row, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-            groups.setdefault((prompt, record.modality), []).append(row)
+
+class HeldInputs:
+    """What some searches embed, held in memory: every candidate once, then the queries with their instructions.
+
+    Args:
+        data: The dataset.
+        searches: What is searched.
+        instruction_seed: As in `evaluate_mbeir`.
+
+    Raises:
+        MBEIRFormatError: If a did means two things.
+    """
+
+    def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None = None) -> None:
+        candidates = distinct_candidates(searches)
+        self.searches, self.row_of = searches, {did: row for row, did in enumerate(candidates)}
+        self.records: list[Any] = [*candidates.values()]
+        self.first_query: dict[MBEIRTask, int] = {}
+        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+        prompts = [""] * len(candidates)
+        for search in {search.task: search for search in searches}.values():
+            self.first_query[search.task], wanted = len(prompts), search.task.candidate_modality
+            self.records += search.queries
+            prompts += [data.instruction(query, wanted, instruction_seed) for query in search.queries]
+        self.groups: dict[tuple[str, str], list[int]] = {}
+        for row, (prompt, record) in enumerate(zip(prompts, self.records, strict=True)):
+            self.groups.setdefault((prompt, record.modality), []).append(row)
+
+    def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
+        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt.
+
+        Raises:
+            ValueError: If it returns a wrong shape: one row would be taken for all.
+        """
         embeddings: Tensor | None = None
-        for (prompt, modality), rows in groups.items():
-            inputs = [records[row].model_input for row in rows]
-            encoded = torch.as_tensor(model.encode(inputs, prompt=prompt, **self._options)).float().cpu()
+        for (prompt, modality), rows in self.groups.items():
+            encoded = torch.as_tensor(encode([self.records[row] for row in rows], prompt)).float().cpu()
             if embeddings is None:
-                embeddings = torch.empty(len(records), encoded.shape[-1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
+                embeddings = torch.empty(len(self.records), encoded.shape[-1])
+            if encoded.shape != (len(rows), embeddings.shape[1]):
                 raise ValueError(
                     f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
                     f"expected ({len(rows)}, {embeddings.shape[1]})"
                 )
             embeddings[rows] = encoded
         return torch.empty(0, 0) if embeddings is None else embeddings
+
+    def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
+        """M-BEIR's table from what `embed` returned."""
+        results = MBEIRResults(split, [])
+        for search in self.searches:
+            first, dids = self.first_query[search.task], [*search.pool]
+            queries, pool = embeddings[first : first + len(search.queries)], [self.row_of[did] for did in dids]
+            found = exact_search(queries, embeddings[pool], max(*ks, NDCG_K, search.task.reported_k)).indices.tolist()
+            rankings = [[dids[index] for index in ranking] for ranking in found]
+            by_qid = {query.qid: ranking for query, ranking in zip(search.queries, rankings, strict=True)}
+            results.rows.append(task_result(search, by_qid, ks))
+        return results
 
 
 def _figures(results: MBEIRResults) -> dict[str, float]:

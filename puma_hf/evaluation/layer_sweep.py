@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,15 +30,12 @@ from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint
 from puma_hf.configs import SweepConfig, parse_parameters
-from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.mbeir_write import build_nano
-from puma_hf.data.tasks import MBEIRTask, select_tasks
+from puma_hf.data.tasks import select_tasks
 from puma_hf.evaluation.encoding import encode_named
-from puma_hf.evaluation.mbeir import NDCG_K, POOLS, distinct_candidates, read_searches, task_result
-from puma_hf.evaluation.results import MBEIRResults
+from puma_hf.evaluation.evaluator import HeldInputs
+from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
-from puma_hf.evaluation.topk import exact_search
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -50,7 +46,6 @@ from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
-_KS = (1, 5, 10)
 # Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
 _BATCHES_AT_ONCE = 16
 _TEXT_TOKENS = 64
@@ -91,34 +86,29 @@ def keep_last_depths(model: SentenceTransformer) -> range:
 @contextmanager
 def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[None]:
     """Within the block, the embeddings of all depths of an input lie side by side in the one that `model` returns."""
-    decoder = decoder_of(model)
+    decoder, layers = decoder_of(model), decoder_of(model).layers
     masks: list[Any] = []
-    states: list[Tensor] = []
-    joined_states: list[Tensor] = []
+    found: dict[int, Tensor] = {}  # by depth; each batch writes over the last one's
 
-    def last_state(output: Any) -> Tensor:
+    def keep(depth: int, _layer: nn.Module, _args: Any, output: Any) -> None:
         # Picking rows copies them, so a layer's other positions are free to go: memory grows by L x hidden_size an
         # input, not by the length of the sequence.
-        return last_token_state(output[0] if isinstance(output, tuple) else output, masks[-1])
+        found[depth] = last_token_state(output[0] if isinstance(output, tuple) else output, masks[-1])
 
-    def begin(_module: nn.Module, args: Any) -> None:
-        masks[:] = [args[0].get("attention_mask")]
-        states.clear()
-        joined_states.clear()
-
-    def join(_layer: nn.Module, args: Any, options: dict[str, Any]) -> None:
+    def join(depth: int, layer: nn.Module, args: Any, options: dict[str, Any]) -> None:
         # `forward`, not a call, which would run the last layer's own hook.
-        joined_states.append(last_state(decoder.layers[-1].forward(*args, **options)))
+        keep(depth, layer, args, layers[-1].forward(*args, **options))
 
     def finish(_module: nn.Module, _args: Any, features: dict[str, Any]) -> dict[str, Any]:
         device = next(decoder.norm.parameters()).device
-        normed = decoder.norm(torch.stack([state.to(device) for state in (*states, *joined_states)], dim=1))
+        normed = decoder.norm(torch.stack([found[depth].to(device) for depth in sorted(found)], dim=1))
         embeddings = nn.functional.normalize(normed.float(), dim=-1)
         return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
 
-    hooks = [model[0].register_forward_pre_hook(begin)]
-    hooks += [layer.register_forward_hook(lambda *args: states.append(last_state(args[2]))) for layer in decoder.layers]
-    hooks += [decoder.layers[k - 1].register_forward_pre_hook(join, with_kwargs=True) for k in joined]
+    hooks = [model[0].register_forward_pre_hook(lambda _, args: masks.append(args[0].get("attention_mask")))]
+    hooks += [layer.register_forward_hook(partial(keep, depth)) for depth, layer in enumerate(layers)]
+    for depth, k in enumerate(joined, start=len(layers)):
+        hooks += [layers[k - 1].register_forward_pre_hook(partial(join, depth), with_kwargs=True)]
     hooks += [model[0].register_forward_hook(finish)]
     truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut off the depths, which lie side by side
     try:
@@ -171,14 +161,10 @@ def encode_all_layers(
             processing_kwargs=processing_kwargs,
         )  # fmt: skip
     embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
-    spoilt = (~torch.isfinite(embeddings).all(dim=2)).sum(dim=1).tolist()
-    if any(spoilt):
-        first = next(row for row, count in enumerate(spoilt) if count)
-        k = [*range(1, num_layers + 1), *joined][first]
-        raise ValueError(
-            f"At k = {k}, {spoilt[first]} of {len(inputs)} embeddings hold NaN or infinity. Look at their inputs, or "
-            "use float32 or bfloat16 instead of float16."
-        )
+    finite = torch.isfinite(embeddings).flatten(start_dim=1).all(dim=1).tolist()
+    if not all(finite):
+        k = [*range(1, num_layers + 1), *joined][finite.index(False)]
+        raise ValueError(f"At k = {k} an embedding holds NaN or infinity. Use float32 or bfloat16 instead of float16.")
     return embeddings
 
 
@@ -218,10 +204,9 @@ class LayerCosts:
     Args:
         parameters: Parameters, each shared one once.
         bytes: Their bytes in the model's own data type.
-        flops_text: Operations of a text whose whole prompt has `text_tokens` tokens.
-        flops_image: Operations of an image of `image_tokens` visual tokens, vision tower included.
-        text_tokens: Length of that text's prompt, 64.
-        image_tokens: Visual tokens of that image: 256, or as many as the model's own limits leave of them.
+        flops_text: Operations of a text whose whole prompt has `text_tokens` tokens: 64.
+        flops_image: Operations of an image of `image_tokens` visual tokens, vision tower included: 256, or as many as
+            the model's own limits leave of them.
     """
 
     parameters: tuple[int, ...]
@@ -296,63 +281,24 @@ def _cut(total: int, by_layer: Sequence[int]) -> tuple[int, ...]:
 # --- The sweep ------------------------------------------------------------------------------------------------------
 
 
-class SweepInputs:
-    """What is embedded: every candidate once, then the queries of each task with their instruction.
+def embed_all_depths(held: HeldInputs, model: SentenceTransformer, *, bar: str | None = None, **options: Any) -> Tensor:
+    """The embeddings of what an evaluation holds, as `encode_all_layers` orders them; `options` are its own.
 
-    Args:
-        data: The dataset.
-        tasks: Its tasks.
-        split: Its split.
-        pools: "local", "global" or both.
-
-    Raises:
-        MBEIRFormatError: If a file is not what the format says, or a did means two things.
+    All of them are in memory: 4 bytes x depths x inputs x hidden size.
     """
+    step = options["batch_size"] * _BATCHES_AT_ONCE
 
-    def __init__(self, data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pools: Sequence[str]) -> None:
-        self.split = split
-        self.searches = read_searches(data, tasks, split, pools)
-        candidates = distinct_candidates(self.searches)
-        self.row_of = {did: row for row, did in enumerate(candidates)}
-        self.records: list[Any] = list(candidates.values())
-        self.first_query: dict[MBEIRTask, int] = {}
-        prompts = [""] * len(candidates)
-        for search in self.searches[: len(tasks)]:  # every pool has the same queries
-            self.first_query[search.task] = len(prompts)
-            self.records += search.queries
-            prompts += [data.instruction(query, search.task.candidate_modality) for query in search.queries]
-        # What is embedded together: the rows of one prompt and one modality.
-        self.groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for row, (prompt, record) in enumerate(zip(prompts, self.records, strict=True)):
-            self.groups[prompt, record.modality].append(row)
+    def encode(records: list[Any], prompt: str) -> Tensor:
+        parts = []
+        for part in (records[start : start + step] for start in range(0, len(records), step)):
+            inputs = [record.model_input for record in part]
+            parts.append(encode_named(partial(encode_all_layers, model, prompt=prompt, **options), inputs, part))
+            progress.update(len(part))
+        return torch.cat(parts, dim=1).transpose(0, 1).flatten(start_dim=1)
 
-    def encode(self, model: SentenceTransformer, name: str, *, show_progress_bar: bool, **options: Any) -> Tensor:
-        """The embeddings of all depths from one pass, as `encode_all_layers` orders them."""
-        num_depths = len(decoder_of(model).layers) + (len(keep_last_depths(model)) if options.get("keep_last") else 0)
-        shape = (num_depths, len(self.records), decoder_of(model).config.hidden_size)
-        logger.info("Embeddings of all depths of %s: %s, %.0f MB", name, shape, math.prod(shape) * 4 / 1e6)
-        embeddings = torch.empty(shape)  # all at once, so that too many fail before the hours of work
-        step = options["batch_size"] * _BATCHES_AT_ONCE
-        with tqdm(total=len(self.records), desc=name, unit="input", disable=not show_progress_bar) as progress:
-            for (prompt, _), rows in self.groups.items():
-                for part in (rows[start : start + step] for start in range(0, len(rows), step)):
-                    records = [self.records[row] for row in part]
-                    encode = partial(encode_all_layers, model, prompt=prompt, **options)
-                    embeddings[:, part] = encode_named(encode, [record.model_input for record in records], records)
-                    progress.update(len(part))
-        return embeddings
-
-    def results(self, embeddings: Tensor) -> MBEIRResults:
-        """M-BEIR's table for one depth; `embeddings` is `(len(records), hidden_size)`."""
-        rows = []
-        for search in self.searches:
-            first, dids = self.first_query[search.task], list(search.pool)
-            queries = embeddings[first : first + len(search.queries)]
-            pool = embeddings[[self.row_of[did] for did in dids]]
-            found = exact_search(queries, pool, max(*_KS, NDCG_K, search.task.reported_k)).indices.tolist()
-            ranked = zip(search.queries, found, strict=True)
-            rows.append(task_result(search, {query.qid: [dids[row] for row in best] for query, best in ranked}, _KS))
-        return MBEIRResults(split=self.split, rows=rows)
+    with tqdm(total=len(held.records), desc=bar, unit="input", disable=bar is None) as progress:
+        embeddings: Tensor = held.embed(encode).unflatten(1, (-1, decoder_of(model).config.hidden_size))
+    return embeddings.transpose(0, 1)
 
 
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
@@ -382,32 +328,26 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         load_matplotlib()
         Path(config.output).mkdir(parents=True, exist_ok=True)
     sources, pools = [str(config.model), *config.compare], POOLS[config.pool]
-    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-    options["processing_kwargs"] = processing_of(config.special_tokens)
-    with ExitStack() as stack:
-        data = _open_data(config, stack)
+    with TemporaryDirectory(prefix="puma-hf-") as folder:
+        data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
+        if config.nano_queries or config.nano_candidates:
+            data = draw_nano(data, Path(folder, "nano"), config)
         tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        inputs = SweepInputs(data, tasks, config.split, pools)
+        held = HeldInputs(data, read_searches(data, tasks, config.split, pools))
         for source in sources:  # what is wrong with the last model shows before the first is embedded
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         swept: list[SweptModel] = []
+        full: Tensor | None = None
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
-                embeddings = inputs.encode(model, name, show_progress_bar=show_progress_bar, **options)
-                # Not every accelerator knows float64.
-                device = model.device if model.device.type == "cuda" else torch.device("cpu")
-                num_layers = len(costs.parameters)
-                joined = keep_last_depths(model) if config.keep_last else range(0)
-            if not swept:
-                full, tokens = embeddings[num_layers - 1].clone(), (costs.text_tokens, costs.image_tokens)
-            depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
-            rows = [_row(k, costs, depth.to(device), full.to(device), inputs.results(depth)) for k, depth in depths]
-            swept.append(SweptModel(name, tuple(rows[:num_layers])))
-            if joined:  # the full model ends that curve, too
-                others = (*rows[num_layers:], rows[num_layers - 1])
-                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", others))
-        judged = tuple(len(search.relevance) for search in inputs.searches if search.pool_name == pools[0])
+                full, rows = _rows(held, model, costs, config, full, bar=name if show_progress_bar else None)
+            num_layers = len(costs.parameters)
+            swept.append(SweptModel(name, rows[:num_layers]))
+            if config.keep_last:  # the full model ends that curve, too
+                kept = (*rows[num_layers:], rows[num_layers - 1])
+                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
+        judged = tuple(len(search.relevance) for search in held.searches if search.pool_name == pools[0])
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
@@ -416,11 +356,11 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             tasks=tuple(task.name for task in tasks),
             num_queries=sum(judged),
             task_queries=judged,
-            num_candidates=len(inputs.row_of),
+            num_candidates=len(held.row_of),
             pool=pools[0],
             metric=config.metric,
-            text_tokens=tokens[0],
-            image_tokens=tokens[1],
+            text_tokens=costs.text_tokens,
+            image_tokens=costs.image_tokens,
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )
@@ -433,22 +373,44 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
-def _row(k: int, costs: LayerCosts, embeddings: Tensor, full: Tensor, results: MBEIRResults) -> SweepRow:
-    """One row; all layers cost the same, so it is k that tells the costs, whichever layers are kept."""
-    cka, cosine = linear_cka(embeddings, full), None
-    if embeddings.shape == full.shape:
-        cosine = float(torch.cosine_similarity(embeddings.double(), full.double()).mean())
-    scores: dict[str, dict[str, float]] = {pool: {} for pool in results.pools}
-    for row in results.rows:
-        scores[row.pool][row.task.name] = row.score
-    return SweepRow(
-        k=k,
-        **{name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")},
-        cka=None if math.isnan(cka) else cka,
-        cosine=cosine,
-        quality={pool: results.mean(pool) for pool in results.pools},
-        scores=scores,
-    )
+def _rows(
+    held: HeldInputs,
+    model: SentenceTransformer,
+    costs: LayerCosts,
+    config: SweepConfig,
+    full: Tensor | None,
+    *,
+    bar: str | None,
+) -> tuple[Tensor, tuple[SweepRow, ...]]:
+    """The full model's embeddings, which are this model's if it is the first, and one row for each depth."""
+    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+    options["processing_kwargs"] = processing_of(config.special_tokens)
+    embeddings = embed_all_depths(held, model, bar=bar, **options)
+    # Not every accelerator knows float64.
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    num_layers = len(costs.parameters)
+    full = embeddings[num_layers - 1].to(device, copy=True) if full is None else full  # not a view of all depths
+    rows = []
+    joined = keep_last_depths(model) if config.keep_last else range(0)
+    for k, depth in zip([*range(1, num_layers + 1), *joined], embeddings, strict=True):
+        results, depth = held.results(depth, config.split), depth.to(device)
+        cka = linear_cka(depth, full)
+        same = depth.shape == full.shape
+        scores: dict[str, dict[str, float]] = {pool: {} for pool in results.pools}
+        for row in results.rows:
+            scores[row.pool][row.task.name] = row.score
+        rows.append(
+            SweepRow(
+                k=k,
+                # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+                **{name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")},
+                cka=None if math.isnan(cka) else cka,
+                cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
+                quality={pool: results.mean(pool) for pool in results.pools},
+                scores=scores,
+            )
+        )
+    return full, tuple(rows)
 
 
 @contextmanager
@@ -468,22 +430,6 @@ def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[Sent
         full, config = Path(copy, short_name(source)), AutoConfig.from_pretrained(folder)
         prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
         yield open_sentence_transformer(str(full))
-
-
-def _open_data(config: SweepConfig, stack: ExitStack) -> MBEIR:
-    tasks = config.tasks or None
-    data = open_mbeir(config.data, split=config.split, tasks=tasks)
-    if not config.nano_queries and not config.nano_candidates:
-        return data
-    return build_nano(
-        data,
-        Path(stack.enter_context(TemporaryDirectory(prefix="puma-hf-")), "nano"),
-        split=config.split,
-        tasks=tasks,
-        num_queries=config.nano_queries,
-        num_candidates=config.nano_candidates,
-        seed=config.nano_seed,
-    )
 
 
 def _names(sources: Sequence[str]) -> list[str]:

@@ -5,13 +5,12 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,24 +19,17 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
-from puma_hf.configs import EvaluateConfig
+from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.encoding import SHARD_SIZE, ContentKeys, Embedder, Encoder, plan_shards, settings_of_encode
+from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
-from puma_hf.evaluation.topk import (
-    SearchResult,
-    StoredCandidates,
-    check_backend,
-    exact_search,
-    less_popular,
-    merge_results,
-)
+from puma_hf.evaluation.topk import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.files import read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
@@ -58,8 +50,7 @@ logger = logging.getLogger(__name__)
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Records in memory at a time, in shards for each process: a pool of millions stays in its file.
-_SHARDS_AT_ONCE = 8
+_BLOCK = 4096  # rows that a search reads at once
 # Whose releases may change the last digits of an embedding.
 _LIBRARIES = ("torch", "transformers", "sentence-transformers")
 
@@ -130,15 +121,12 @@ def distinct_candidates(searches: Iterable[Search]) -> dict[str, Candidate]:
 
 
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
-    """The row of one search.
+    """The row of one search; its metrics are means over the queries in `search.relevance`.
 
     Args:
         search: The search.
         rankings: For each qid, the dids of the best candidates, best first: at least so many as the largest k, or all.
         ks: The k of hit@k, recall@k and wrong_modality@k; wrong_modality@1 is always there.
-
-    Returns:
-        The row; its metrics are means over the queries in `search.relevance`.
     """
     task, judged = search.task, list(search.relevance.values())
     ranked = [rankings[qid] for qid in search.relevance]
@@ -150,16 +138,9 @@ def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[
     modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
     for k in sorted({1, *ks}):
         metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
-    return MBEIRTaskResult(
-        dataset=task.dataset,
-        task_id=task.task_id,
-        pool=search.pool_name,
-        pool_size=len(search.pool),
-        num_queries=len(search.relevance),
-        num_skipped=len(search.queries) - len(search.relevance),
-        score=score,
-        metrics=metrics,
-    )
+    num_skipped = len(search.queries) - len(judged)
+    size = len(search.pool)
+    return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, size, len(judged), num_skipped, score, metrics)
 
 
 def check_choices(pool: str, ks: Sequence[int]) -> None:
@@ -201,9 +182,9 @@ def evaluate_mbeir(
 ) -> MBEIRResults:
     """Measure a model on M-BEIR or any dataset in its layout.
 
-    Each distinct candidate is encoded once, without instruction, however many pools it is in.  Queries are
-    encoded with their task's instruction as `prompt`.  Inputs of one modality go together: text,
-    `{"image": path}` or `{"image": path, "text": ...}`.
+    Each distinct candidate is encoded once, without instruction, however many pools it is in. Queries are encoded with
+    their task's instruction as `prompt`. Inputs of one modality go together: text, `{"image": path}`, or
+    `{"image": path, "text": ...}`.
 
     Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
     it was. Started by `accelerate launch` or `torchrun`, every process embeds a share and searches a share of each
@@ -221,12 +202,11 @@ def evaluate_mbeir(
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
-            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`, and for UniIR's scripts
-            `qrels_uniir/<pool>/<task>.txt`; None for nowhere. Results of another evaluation that are there are
-            replaced, with a warning before the work begins.
+            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`, and for UniIR's scripts `qrels_uniir/`; None for
+            nowhere. Earlier results there are replaced.
         embedding_dtype: Data type that embeddings are stored in.
-        search_device: Device of the search; None for the GPU, if there is one and the backend is torch.
-        search_backend: "torch", or "faiss" if it is installed.
+        search_device: Device of the search; None for the GPU, if there is one.
+        search_backend: Kept for older calls: "torch" and "faiss" are one search.
         show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
         encode_kwargs: Further arguments of `encode`, but for the prompt and the precision.
         shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
@@ -241,14 +221,12 @@ def evaluate_mbeir(
             another model or setting.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
-        ImportError: If faiss is asked for and not installed.
 
     Example:
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
     check_choices(pool, ks)
-    check_backend(search_backend)
     if embedding_dtype not in _DTYPES:
         raise ValueError(f"embedding_dtype is {embedding_dtype!r}, must be one of {list(_DTYPES)}")
     if popularity_penalty is not None and not 0 <= popularity_penalty <= 1:
@@ -267,30 +245,29 @@ def evaluate_mbeir(
     }
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
-    device = search_device or ("cuda" if torch.cuda.is_available() and search_backend == "torch" else "cpu")
+    device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     with shared_folder(output_dir) as folder:
         store = _open_store(folder / "embeddings", made_from, _DTYPES[embedding_dtype])
         searches = read_searches(opened, chosen, split, POOLS[pool])  # reads and checks every file before encoding
         output = folder if output_dir is not None and connect()[0] == 0 else None
-        if output is not None:
-            _warn_of_replacing(output / "results.json", results, searches)
-        embedder = Embedder(model, store, batch_size, show_progress_bar, encode_kwargs)
-        content = ContentKeys(getattr(opened, "image_root", opened.root))
+        options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
+        root = getattr(opened, "image_root", opened.root)
+        embed = partial(embed_into, store, model, root=root, shard_size=shard_size, **options)
         for group in _by_pool(searches):
-            # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-            pool_keys = _embed(embedder, content, ((one, "") for one in group[0].pool.values()), shard_size)
-            prompted = [
+            candidates = group[0].pool
+            pool_keys = embed(((candidate, "") for candidate in candidates.values()), total=len(candidates))
+            queries = [
                 (query, opened.instruction(query, search.task.candidate_modality, instruction_seed))
                 for search in group
                 for query in search.queries
             ]
-            asked = [store.rows(_embed(embedder, content, prompted, shard_size))]
+            asked = [store.rows(embed(queries, total=len(queries)))]
             if popularity_penalty is not None:
                 # Each task by the popularity among its own queries, as if it were evaluated alone.
                 tasks_rows = asked[0].split([len(search.queries) for search in group])
                 asked.append(torch.cat([less_popular(rows, popularity_penalty) for rows in tasks_rows]))
-            found = [_search_shares(rows, store, pool_keys, top_k, device, search_backend) for rows in asked]
+            found = [_search_shares(rows, store, pool_keys, top_k, device) for rows in asked]
             for search, plain, *corrected in zip(group, *(_named(group, one) for one in found), strict=True):
                 row = task_result(search, _dids(plain), ks)
                 for ranking in corrected:
@@ -315,34 +292,13 @@ def _by_pool(searches: Iterable[Search]) -> list[list[Search]]:
     return list(groups.values())
 
 
-def _embed(
-    embedder: Embedder, content: ContentKeys, pairs: Iterable[tuple[Query | Candidate, str]], shard_size: int
-) -> Tensor:
-    """Embed the records, with a prompt each, that the store lacks; the keys `(num_records,)` of all in their order.
-
-    A window of records after the other: the processes share out each, and what is in memory is one of them.
-    """
-    keys = [torch.empty(0, dtype=torch.int64)]
-    remaining = iter(pairs)
-    while window := list(islice(remaining, shard_size * _SHARDS_AT_ONCE * connect()[1])):
-        items = content.items(*zip(*window, strict=True))
-        embedder.embed(plan_shards(items, shard_size))
-        keys.append(torch.tensor([item.key for item in items]))
-    return torch.cat(keys)
-
-
-def _search_shares(
-    queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any, backend: Any
-) -> SearchResult:
+def _search_shares(queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any) -> SearchResult:
     """Search a pool, each process its slice of it."""
     rank, count = connect()
     start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
-    found: SearchResult | None = None
-    if stop > start:
-        candidates = StoredCandidates(store, keys[start:stop])
-        scores, indices = exact_search(queries, candidates, top_k, device=device, backend=backend)
-        found = SearchResult(scores, indices + start)
-    return merge_results([part for part in gather(found) if part is not None], top_k)
+    blocks = ((first + start, rows) for first, rows in store.blocks(keys[start:stop], _BLOCK))
+    found = exact_search(queries, blocks, top_k, block_size=_BLOCK, device=device)
+    return merge_results(gather(found), top_k)
 
 
 def _named(group: Sequence[Search], found: SearchResult) -> list[Ranking]:
@@ -391,23 +347,6 @@ def _write_for_trec_eval(output: Path, search: Search, ranking: Ranking) -> None
     write_run(output / "runs" / search.pool_name / f"{search.task.name}.trec", ranking)
     for folder, task_id in (("qrels", None), ("qrels_uniir", search.task.task_id)):
         write_qrels(output / folder / search.pool_name / f"{search.task.name}.txt", search.relevance, task_id)
-
-
-def _warn_of_replacing(path: Path, results: MBEIRResults, searches: Iterable[Search]) -> None:
-    """Tell, hours before it happens, if figures that this evaluation will not have are in the way."""
-    try:
-        found = MBEIRResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):  # nothing there, or nothing of ours
-        return
-    names = ("data", "content_hash", "instructions")
-    there, here = ([one.split, *map(one.made_from.get, names)] for one in (found, results))
-    lost = {(row.pool, row.task) for row in found.rows} - {(search.pool_name, search.task) for search in searches}
-    if there != here or lost:
-        logger.warning(
-            "%s is of another evaluation (%s, %d rows that this one will not have) and is replaced when this one is "
-            "done, as are run files of the same tasks; to keep it, choose another output",
-            *(path, there, len(lost)),
-        )
 
 
 def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
@@ -459,18 +398,13 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     processing = processing_of(config.special_tokens)
     with locked_for_all(config.output), ExitStack() as stack:
         data = _open_data(config, stack)
+        names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
         return evaluate_mbeir(
             _open_model(config),
             data,
-            split=config.split,
+            **{name: getattr(config, name) for name in names},
             tasks=config.tasks or None,
-            pool=config.pool,
-            batch_size=config.batch_size,
-            instruction_seed=config.instruction_seed,
-            popularity_penalty=config.popularity_penalty,
             output_dir=config.output,
-            embedding_dtype=config.embedding_dtype,
-            search_backend=config.search_backend,
             encode_kwargs={"processing_kwargs": processing} if processing else None,
             model_name=short_name(config.model),
             data_name=short_name(config.data) + (" (nano)" if config.benchmark == "nano" else ""),
@@ -487,15 +421,13 @@ def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
     if folder is None:
         folder = stack.enter_context(shared_folder(None)) / "nano"
     with main_process_first():
-        return build_nano(
-            data,
-            folder,
-            split=config.split,
-            tasks=tasks,
-            num_queries=config.nano_queries,
-            num_candidates=config.nano_candidates,
-            seed=config.nano_seed,
-        )
+        return draw_nano(data, folder, config)
+
+
+def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
+    """The seeded subset that the settings of a command describe, written into a folder."""
+    numbers = {"num_queries": config.nano_queries, "num_candidates": config.nano_candidates}
+    return build_nano(data, folder, split=config.split, tasks=config.tasks or None, seed=config.nano_seed, **numbers)
 
 
 def _open_model(config: EvaluateConfig) -> SentenceTransformer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 IdT = TypeVar("IdT", bound=Hashable)
@@ -112,6 +113,19 @@ def wrong_modality_at_1(
         1.0
     """
     return wrong_modality_at_k(rankings, relevance, modalities, k=1)
+
+
+def metric_path() -> str:
+    """The folder of the same metrics for `evaluate.load`; it works offline.
+
+    Example:
+        >>> import evaluate
+        >>> from puma_hf.evaluation import metric_path
+        >>> metric = evaluate.load(metric_path())
+        >>> metric.compute(predictions=[["b", "a"]], references=[["a"]], ks=[1, 2])["hit@2"]
+        1.0
+    """
+    return str(Path(__file__).parent / "retrieval_metric")
 
 
 def _check(rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], ks: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """PUMA models in MTEB: images reach the model, and so do the tasks' instructions.
 
-Given a directory's name or a `SentenceTransformer`, mteb takes the model for one of text alone and leaves instructions
-out. It has no place to register a model of one's own; its entry is made by `puma_model_meta` and passed to
-`mteb.evaluate`.
+Given a directory's name or a `SentenceTransformer`, mteb leaves a task's instructions out, and an image without a text
+comes as an image and None. It has no place to register a model of one's own; its entry is made by `puma_model_meta` and
+passed to `mteb.evaluate`.
 
 Sources: MTEB (Muennighoff et al., EACL 2023, arXiv 2210.07316); MIEB (Xiao et al., ICCV 2025, arXiv 2504.10471);
 M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
@@ -11,7 +11,6 @@ M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,31 +21,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
+from puma_hf.evaluation.results import PUBLISHED
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
 
-# MIEB's names of M-BEIR's 16 rows.
-MTEB_TASKS: dict[str, MBEIRTask] = {
-    "VisualNewsT2IRetrieval": MBEIRTask(0, "visualnews"),
-    "MSCOCOT2IRetrieval": MBEIRTask(0, "mscoco"),
-    "Fashion200kT2IRetrieval": MBEIRTask(0, "fashion200k"),
-    "WebQAT2TRetrieval": MBEIRTask(1, "webqa"),
-    "EDIST2ITRetrieval": MBEIRTask(2, "edis"),
-    "WebQAT2ITRetrieval": MBEIRTask(2, "webqa"),
-    "VisualNewsI2TRetrieval": MBEIRTask(3, "visualnews"),
-    "MSCOCOI2TRetrieval": MBEIRTask(3, "mscoco"),
-    "Fashion200kI2TRetrieval": MBEIRTask(3, "fashion200k"),
-    "NIGHTSI2IRetrieval": MBEIRTask(4, "nights"),
-    "OVENIT2TRetrieval": MBEIRTask(6, "oven"),
-    "InfoSeekIT2TRetrieval": MBEIRTask(6, "infoseek"),
-    "FashionIQIT2IRetrieval": MBEIRTask(7, "fashioniq"),
-    "CIRRIT2IRetrieval": MBEIRTask(7, "cirr"),
-    "OVENIT2ITRetrieval": MBEIRTask(8, "oven"),
-    "InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek"),
-}
-
+_NAMES = ["VisualNews", "Fashion200k", "WebQA", "EDIS", "NIGHTS", "OVEN", "InfoSeek", "FashionIQ", "CIRR", "MSCOCO"]
 _MODALITIES = ("image", "text")  # images first, as the backbone's prompt has them
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".py", ".txt")
 
@@ -61,20 +42,16 @@ def puma_model_meta(
     """The entry of a PUMA model for `mteb.evaluate`, with images and with the tasks' instructions.
 
     A task's prompt becomes the instruction of its queries; candidates have none. Inputs of image and text stay
-    together.
-
-    mteb's main score of M-BEIR's tasks is nDCG@10. `mbeir_scores` reads from its results what papers on M-BEIR report.
-    The prompts of 5 of the 16 tasks are not the first wordings of M-BEIR, one is that of another task;
-    `mbeir_prompts` has the first wordings. mteb has no pool of all tasks; for that, see `evaluate_mbeir`.
+    together. mteb's main score of M-BEIR's tasks is nDCG@10; `mbeir_scores` reads what papers report. The prompts of 5
+    of the 16 tasks are not the first wordings of M-BEIR, one is that of another task; `mbeir_prompts` has these. mteb
+    has no pool of all tasks; for that, see `evaluate_mbeir`.
 
     Args:
         name_or_path: A directory, or an id on the Hub.
         revision: Commit on the Hub. mteb files results by it; without, the results of all commits are one. A
             directory's is a hash of its files, so that a changed model is evaluated anew.
-        prompts: Instructions by name of the mteb task, in place of the tasks' own. They are part of what mteb files
-            results by.
-        trust_remote_code: Whether code from the Hub may run, which a PUMA model there needs. A directory of yours is
-            trusted.
+        prompts: Instructions by name of the mteb task, in place of the tasks' own. mteb files results by them, too.
+        trust_remote_code: Whether code from the Hub may run, which a PUMA model there needs. A directory's does.
 
     Returns:
         A `mteb.models.ModelMeta`; `.load_model()` opens the model.
@@ -87,15 +64,12 @@ def puma_model_meta(
         >>> import mteb  # doctest: +SKIP
         >>> meta = puma_model_meta("puma-demo", prompts=mbeir_prompts())  # doctest: +SKIP
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
-        >>> ndcg_at_10 = result.task_results[0].get_score()  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
     """
-    folder = Path(name_or_path).expanduser()
-    name = str(name_or_path)
+    folder, name = Path(name_or_path).expanduser().resolve(), str(name_or_path)
     # Not in loader_kwargs, which mteb writes into its results: they need not tell whose directory it was.
     loader = partial(_load, source=name, commit=revision, trust_remote_code=trust_remote_code)
     if folder.is_dir():
-        folder = folder.resolve()
         loader = partial(_load, source=str(folder), commit=None, trust_remote_code=True)
         name, revision = f"local/{folder.name}", revision or _revision(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -107,12 +81,20 @@ def puma_model_meta(
             "revision": revision,
             "modalities": ["text", "image"],
             "framework": ["Sentence Transformers", "PyTorch"],
-            "similarity_fn_name": _import_mteb().models.model_meta.ScoringFunction.COSINE,
+            "similarity_fn_name": "cosine",
             "use_instructions": True,
             "experiment_kwargs": {"prompts": dict(prompts)} if prompts else None,
         }
     )
     return entry
+
+
+@cache
+def mteb_tasks() -> dict[str, MBEIRTask]:
+    """M-BEIR's 16 rows by MIEB's names of them, such as "CIRRIT2IRetrieval"."""
+    names = {name.lower(): name for name in _NAMES}
+    tasks = [task for name in PUBLISHED if (task := task_named(name)) is not None]
+    return {f"{names[task.dataset]}{task.arrow.upper().replace(' -> ', '2')}Retrieval": task for task in tasks}
 
 
 def mbeir_prompts() -> dict[str, str]:
@@ -122,7 +104,7 @@ def mbeir_prompts() -> dict[str, str]:
         >>> mbeir_prompts()["MSCOCOT2IRetrieval"]
         'Find me an everyday image that matches the given caption.'
     """
-    return {name: MBEIR_INSTRUCTIONS[f"mbeir_{task.name}"] for name, task in MTEB_TASKS.items()}
+    return {name: MBEIR_INSTRUCTIONS[f"mbeir_{task.name}"] for name, task in mteb_tasks().items()}
 
 
 def mbeir_scores(result: Any) -> dict[str, float]:
@@ -133,15 +115,10 @@ def mbeir_scores(result: Any) -> dict[str, float]:
 
     Returns:
         A number between 0 and 1 for each task, by M-BEIR's name of it, such as "cirr_task7".
-
-    Example:
-        >>> list(mbeir_scores(mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))))  # doctest: +SKIP
-        ['cirr_task7']
     """
     scores = {}
     for task_result in result.task_results:
-        task = MTEB_TASKS.get(task_result.task_name)
-        if task is not None:
+        if task := mteb_tasks().get(task_result.task_name):
             (subset,) = task_result.scores["test"]
             scores[task.name] = float(subset[f"hit_rate_at_{task.reported_k}"])
     return scores
@@ -158,10 +135,8 @@ class PumaEncoder:
     mteb_model_meta: Any = None  # set by mteb when it has opened the model
 
     def __init__(self, model: SentenceTransformer, prompts: Mapping[str, str] | None = None) -> None:
-        self.model = model
-        self.prompts = dict(prompts or {})
+        self.model, self.prompts = model, dict(prompts or {})
 
-    @torch.no_grad()
     def encode(
         self,
         inputs: Iterable[Mapping[str, Sequence[Any]]],
@@ -173,10 +148,10 @@ class PumaEncoder:
         show_progress_bar: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Embed the batches of a task.
+        """Embed the batches of a task, with the columns "text", "image", or both.
 
         Args:
-            inputs: Batches with the columns "text", "image", or both.
+            inputs: The batches.
             task_metadata: What mteb knows of the task; its prompt is the instruction of queries.
             hf_split: Not used.
             hf_subset: Not used.
@@ -190,29 +165,24 @@ class PumaEncoder:
         Raises:
             ValueError: If an input has neither text nor image.
         """
-        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        options = {**kwargs, "prompt": self.instruction(task_metadata, prompt_type), "show_progress_bar": False}
-        embeddings = [
-            torch.as_tensor(self.model.encode(list(_model_inputs(batch, task_metadata.name)), **options)).float().cpu()
-            for batch in tqdm(inputs, desc=task_metadata.name, disable=not show_progress_bar)
-        ]
-        return torch.cat(embeddings)
-
-    def instruction(self, task_metadata: Any, prompt_type: Any) -> str:
-        """The instruction of a task's queries, or of its inputs if there is but one kind; "" for candidates."""
         kind = getattr(prompt_type, "value", prompt_type)
-        if kind == "document":
-            return ""
-        prompt = self.prompts.get(task_metadata.name, task_metadata.prompt)
-        return (prompt.get(kind) if isinstance(prompt, Mapping) else prompt) or ""
+        prompt = "" if kind == "document" else self.prompts.get(task_metadata.name, task_metadata.prompt)
+        prompt = prompt.get(kind) if isinstance(prompt, Mapping) else prompt
+        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+        options = {**kwargs, "prompt": prompt or "", "show_progress_bar": False}
+        progress = tqdm(inputs, desc=task_metadata.name, disable=not show_progress_bar)
+        embeddings = [
+            self.model.encode(list(_model_inputs(batch, task_metadata.name)), **options) for batch in progress
+        ]
+        return torch.cat([torch.as_tensor(rows).float().cpu() for rows in embeddings])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosine of every embedding with every other, `(num_embeddings1, num_embeddings2)`."""
-        return _unit(embeddings1) @ _unit(embeddings2).T
+        return self.model.similarity(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosine of each pair of embeddings, `(num_embeddings,)`."""
-        return (_unit(embeddings1) * _unit(embeddings2)).sum(dim=-1)
+        return self.model.similarity_pairwise(embeddings1, embeddings2)
 
 
 def _load(
@@ -225,33 +195,24 @@ def _load(
     prompts: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> PumaEncoder:
-    """Open a model, as mteb asks for it; the name and the revision are those that it files results by."""
+    # mteb asks by the name and the revision that it files results by, not by where the model is.
     return PumaEncoder(SentenceTransformer(source, revision=commit, truncate_dim=embed_dim, **kwargs), prompts)
 
 
 def _model_inputs(batch: Mapping[str, Sequence[Any]], task: str) -> Iterator[dict[str, Any]]:
-    columns = [name for name in _MODALITIES if name in batch]
-    if not columns:
-        raise ValueError(f"the inputs of {task} have the columns {sorted(batch)}; PUMA takes text and image from mteb")
-    for row in zip(*(batch[name] for name in columns), strict=True):
-        values = dict(zip(columns, row, strict=True))
-        known = {name: value for name, value in values.items() if not (value is None or value == "")}
+    for row in range(len(next(iter(batch.values())))):
+        values = {name: batch[name][row] for name in _MODALITIES if name in batch}
+        # What is missing is left out. A bare string might be opened as a file: it stays in its dict.
+        known = {name: value for name, value in values.items() if value is not None and value != ""}
         if not known:
-            raise ValueError(f"an input of {task} has neither text nor image, only {values}; leave it out of the task")
+            raise ValueError(f"an input of {task} has neither text nor image; leave it out of the task")
         yield known
 
 
-def _unit(embeddings: Any) -> Tensor:
-    return torch.nn.functional.normalize(torch.as_tensor(embeddings).float(), dim=-1)
-
-
 def _revision(folder: Path) -> str:
-    """SHA-256 of the files that the model in a directory, and in the folders of its modules, is made of."""
+    """SHA-256 of the files that a model's directory, and the folders of its modules, are made of; hidden ones aside."""
     digest = hashlib.sha256()
-    listed = folder / "modules.json"
-    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
-    places = {"", *(module["path"] for module in modules)}
-    for path in sorted(path for place in places for path in (folder / place).glob("*")):
+    for path in sorted(path for pattern in ("*", "[0-9]*_*/*") for path in folder.glob(pattern)):
         if path.is_file() and path.suffix in _MODEL_FILES:
             with path.open("rb") as file:
                 name = path.relative_to(folder).as_posix()
@@ -261,20 +222,14 @@ def _revision(folder: Path) -> str:
 
 @cache
 def _meta_class() -> Any:
-    model_meta = _import_mteb().models.ModelMeta
-
-    class PumaModelMeta(model_meta):  # type: ignore[misc, valid-type]
-        """mteb asks for torchvision wherever a model takes images; ours are read by Pillow."""
-
-        def _resolve_extras_groups(self) -> list[str]:
-            return [group for group in super()._resolve_extras_groups() if group != "image"]
-
-    return PumaModelMeta
-
-
-def _import_mteb() -> Any:
     try:
         import mteb
     except ImportError as error:
         raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
-    return mteb
+
+    class PumaModelMeta(mteb.models.ModelMeta):  # type: ignore[misc, valid-type]
+        # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
+        def _resolve_extras_groups(self) -> list[str]:
+            return [group for group in super()._resolve_extras_groups() if group != "image"]
+
+    return PumaModelMeta

@@ -96,8 +96,7 @@ class MBEIRTaskResult:
         num_skipped: Number of queries left out because nothing in the pool is relevant to them.
         score: The number papers report for this row: hit@10 on the two fashion datasets, else hit@5.
         metrics: Values between 0 and 1 by name.
-        corrected: The score, under "score", and the metrics of the popularity-corrected ranking; empty if it was not
-            asked for.
+        corrected: The "score" and the metrics of the popularity-corrected ranking; empty if it was not asked for.
     """
 
     dataset: str
@@ -124,8 +123,8 @@ class MBEIRResults:
         split: The split that was evaluated.
         rows: One a task and pool.
         rankings: For each pool and task name, the dids of the best candidates of each qid, best first.
-        made_from: Names of the model and the data, the model's fingerprint, how instructions were chosen, and the
-            like: plain values without paths of this machine. Empty if it is not known.
+        made_from: Model, data, the model's fingerprint, how instructions were chosen, and the like: plain values
+            without paths of this machine. Empty if it is not known.
     """
 
     split: str
@@ -141,12 +140,8 @@ class MBEIRResults:
     def mean(self, pool: str) -> dict[str, float]:
         """Plain mean over the rows of one pool, as M-BEIR averages: each task counts the same.
 
-        Args:
-            pool: "local" or "global".
-
         Returns:
-            The mean of the score, under "score", of each metric, and of the corrected score, if all rows have one,
-            under "corrected_score".
+            The mean "score", of each metric, and, if all rows have one, of the corrected score as "corrected_score".
 
         Raises:
             ValueError: If the pool was not evaluated.
@@ -186,10 +181,7 @@ class MBEIRResults:
 
         M-BEIR's own rows, on the local pools of the test split, have the published figures of other models beside
         them, and so have the means if all sixteen are there. Popularity-corrected figures stand beside the plain ones,
-        never in their place.
-
-        Returns:
-            A Markdown table, and under it what it was made from; it ends in a newline.
+        never in their place. Under the table stands what it was made from.
         """
         names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN] if self.rows else []
         published = self._published()
@@ -259,22 +251,16 @@ def _bold(cells: Iterable[str]) -> list[str]:
     return [cell and f"**{cell}**" for cell in cells]
 
 
-# --- files of trec_eval: runs have lines `qid Q0 did rank score tag`, qrels `qid 0 did relevance`
+# --- trec_eval's files: runs have lines `qid Q0 did rank score tag`, qrels `qid 0 did relevance`
 
 _SMALLEST_STEP = 2.0**-30  # near 0, float32 has numbers so close that nine digits would not tell them apart
 
 
 def falling_scores(scores: Sequence[float]) -> list[float]:
-    """Scores as float32 numbers, each below the one before it.
+    """The scores of a ranking as float32 numbers, each below the one before it.
 
     trec_eval goes by the score alone, in float32, and orders ties by id, last one first. Scores that fall keep the
     order that the search gave; one is changed only if it would tie.
-
-    Args:
-        scores: Of one query, best first.
-
-    Returns:
-        As many numbers, each a float32.
 
     Example:
         >>> falling_scores([0.5, 0.5, 0.25])
@@ -290,12 +276,7 @@ def falling_scores(scores: Sequence[float]) -> list[float]:
 
 
 def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float]]], *, tag: str = "puma-hf") -> None:
-    """Write rankings for trec_eval, whole or not at all.
-
-    Args:
-        path: The file; its folder is made if need be.
-        rankings: For each qid, its dids and their scores, best first.
-        tag: Name of the run, the last word of each line.
+    """Write rankings for trec_eval, whole or not at all: for each qid its dids and their scores, best first.
 
     Example:
         >>> write_run("runs/webqa.trec", {"2:1": [("2:7", 0.9), ("2:5", 0.9)]})
@@ -303,13 +284,11 @@ def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float
         2:1 Q0 2:7 1 0.899999976 puma-hf
         2:1 Q0 2:5 2 0.899999917 puma-hf
     """
-    lines = [
-        f"{qid} Q0 {did} {rank} {score:.9g} {tag}\n"
-        for qid, ranking in rankings.items()
-        for rank, ((did, _), score) in enumerate(
-            zip(ranking, falling_scores([score for _, score in ranking]), strict=True), start=1
-        )
-    ]
+    lines = []
+    for qid, ranking in rankings.items():
+        scores = falling_scores([score for _, score in ranking])
+        for rank, ((did, _), score) in enumerate(zip(ranking, scores, strict=True), start=1):
+            lines.append(f"{qid} Q0 {did} {rank} {score:.9g} {tag}\n")
     write_whole(Path(path), "".join(lines).encode())
 
 
@@ -328,18 +307,10 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
 
 
 def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]], task_id: int | None = None) -> None:
-    """Write relevance judgements for trec_eval, or in M-BEIR's form, whole or not at all.
+    """Write the relevance of each qid's dids for trec_eval, whole or not at all.
 
-    Args:
-        path: The file; its folder is made if need be.
-        relevance: For each qid, the relevance of each did.
-        task_id: M-BEIR's task number, a fifth field: the scripts of UniIR (Wei et al., ECCV 2024, arXiv 2311.17136)
-            need it, and trec_eval, pytrec_eval and ranx refuse it. None for theirs.
-
-    Example:
-        >>> write_qrels("qrels/webqa.txt", {"2:1": {"2:7": 1}})
-        >>> print(open("qrels/webqa.txt").read(), end="")
-        2:1 0 2:7 1
+    With M-BEIR's task number it has a fifth field, which the scripts of UniIR (Wei et al., ECCV 2024, arXiv 2311.17136)
+    need, and trec_eval, pytrec_eval and ranx refuse.
     """
     end = "" if task_id is None else f" {task_id}"
     lines = [f"{qid} 0 {did} {gain}{end}\n" for qid, judged in relevance.items() for did, gain in judged.items()]

@@ -399,7 +399,9 @@ def _draw_closeness(axes: Any, report: SweepReport) -> None:
         for number, model in enumerate(report.models):
             points = [(row.k, value) for row in model.rows if (value := getattr(row, column)) is not None]
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(*zip(*points or [([], [])], strict=True), style, color=colour, markersize=4, linewidth=1.6)
+            axes.plot(
+                [k for k, _ in points], [value for _, value in points], style, color=colour, markersize=4, linewidth=1.6
+            )
         axes.plot([], [], style, color=_MUTED, markersize=4, label=name)
     axes.set_xlim(left=0.5)
     axes.set_ylim(top=1.03)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,174 +10,136 @@ import torch
 
 from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.encoding import (
-    ContentKeys,
-    Embedder,
-    Item,
-    plan_shards,
-    record_id,
-    settings_of_encode,
-)
+from puma_hf.evaluation.encoding import embed_into, settings_of_encode
 from tests.evaluation.fake_encoder import FakeEncoder
 
 
-def text(number: int, content: str | None = None) -> Candidate:
-    return Candidate(f"1:{number}", content or f"text {number}", None)
+def texts(count: int, prompt: str = "", first: int = 0) -> list[Any]:
+    return [(Candidate(f"1:{number}", f"text {number}"), prompt) for number in range(first, first + count)]
 
 
-def items(count: int, prompt: str = "", first: int = 0) -> list[Item]:
-    return [Item(number, text(number), prompt) for number in range(first, first + count)]
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return EmbeddingStore(tmp_path / "store", {"model": "fake"})
 
 
-# --- keys
+def embed(store: EmbeddingStore, model: Any, pairs: list[Any], **options: Any) -> torch.Tensor:
+    options = {"root": store.folder.parent, "total": len(pairs), "show_progress_bar": False, **options}
+    return embed_into(store, model, pairs, **options)
 
 
-def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
-    keys = ContentKeys(tmp_path)
-    key = keys.key(text(1, "a"), "")
-    assert 0 <= key < 2**63
-    assert keys.key(text(2, "a"), "") == key  # whatever its id
-    assert keys.key(Query("2:5", "a", None, (), (), 1), "") == key
-    others = [keys.key(text(1, "b"), ""), keys.key(text(1, "a"), "find it"), keys.key(text(1, "a"), " ")]
-    assert len({key, *others}) == 4
-    # What is one string is not two, however they are joined.
-    assert keys.key(text(1, 'b"'), "a") != keys.key(text(1, "b"), 'a"')
-
-
-def test_a_key_knows_the_image(tmp_path: Path) -> None:
+def test_a_key_is_of_the_content_alone(store: EmbeddingStore, tmp_path: Path) -> None:
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(b"12")
         os.utime(tmp_path / folder / "a.png", ns=(10**18, 10**18))
 
     def key(folder: str) -> int:
-        path = os.path.realpath(tmp_path / folder / "a.png")
-        return ContentKeys(tmp_path / folder).key(Candidate("1:1", None, path), "")
+        picture = Candidate("1:1", None, os.path.realpath(tmp_path / folder / "a.png"))
+        return int(embed(store, FakeEncoder(), [(picture, "")], root=tmp_path / folder))
 
     before = key("here")
     assert key("there") == before  # a moved dataset keeps its embeddings
     os.utime(tmp_path / "here" / "a.png", ns=(10**18, 10**18 + 1))
     assert key("here") != before
-    os.utime(tmp_path / "here" / "a.png", ns=(10**18, 10**18))
-    assert key("here") == before
-    (tmp_path / "here" / "a.png").write_bytes(b"123")
-    os.utime(tmp_path / "here" / "a.png", ns=(10**18, 10**18))
-    assert key("here") != before
+    pairs = [
+        (Candidate("1:1", "a"), ""),
+        (Query("2:5", "a"), ""),
+        (Candidate("1:1", "a"), "find"),
+        (Query("2:5", "b"), ""),
+    ]
+    keys = embed(store, FakeEncoder(), pairs).tolist()
+    assert keys[0] == keys[1]  # whatever its id
+    assert len(set(keys)) == 3
 
 
-# --- shards
+def test_a_call_has_one_prompt_and_one_modality(store: EmbeddingStore) -> None:
+    pictures = [(Candidate(f"1:{number}", None, f"{number}.png"), "") for number in (8, 9)]
+    pairs = [*texts(3), pictures[0], *texts(2, "find", first=10), pictures[1], *texts(2, first=3), *texts(3)]
+    model = FakeEncoder()
+    keys = embed(store, model, pairs, shard_size=2, batch_size=7, normalize_embeddings=True)
+    assert [(len(inputs), prompt) for inputs, prompt, _ in model.calls] == [
+        (2, ""),
+        (2, ""),
+        (1, ""),
+        (2, ""),
+        (2, "find"),
+    ]
+    assert all(len({isinstance(one, str) for one in inputs}) == 1 for inputs, *_ in model.calls)
+    options = {"batch_size": 7, "show_progress_bar": False, "normalize_embeddings": True}
+    assert all(kwargs == options for *_, kwargs in model.calls)
+    expected = [FakeEncoder.embed(one.model_input, prompt) for one, prompt in pairs]
+    assert store.rows(keys).tolist() == expected
 
 
-def test_a_shard_has_one_prompt_and_one_modality() -> None:
-    picture = Candidate("1:9", None, "a.png")
-    mixed = [*items(3), Item(100, picture, ""), *items(2, "find", first=10), Item(101, picture, ""), *items(2, first=3)]
-    shards = plan_shards(mixed, 2)
-    assert [[item.key for item in shard] for shard in shards] == [[0, 1], [2, 3], [4], [100, 101], [10, 11]]
-    assert all(len({(item.prompt, item.record.modality) for item in shard}) == 1 for shard in shards)
-
-
-def test_a_key_is_planned_once() -> None:
-    twice = [*items(3), Item(1, text(77, "text 1"), ""), *items(3)]
-    assert [[item.key for item in shard] for shard in plan_shards(twice)] == [[0, 1, 2]]
-    assert plan_shards([]) == []
-    with pytest.raises(ValueError, match="shard_size is 0, must be 1 or more"):
-        plan_shards(twice, 0)
-
-
-# --- embedding
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> EmbeddingStore:
-    return EmbeddingStore(tmp_path / "cache", {"model": "fake"})
-
-
-def test_what_is_there_is_not_embedded_again(
-    cache: EmbeddingStore, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    caplog.set_level(logging.INFO, "puma_hf.evaluation.encoding")
-    first, second = FakeEncoder(), FakeEncoder()
-    shards = plan_shards(items(10), 4)
-    Embedder(first, cache, batch_size=4).embed(shards[:2])
-    assert "8 inputs to embed: 0 already are, 8 to do" in caplog.text
+def test_what_is_there_is_not_embedded_again(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    embed(store, FakeEncoder(), texts(8), shard_size=4, show_progress_bar=True)
     assert "8/8" in capsys.readouterr().err
-    Embedder(second, cache, show_progress_bar=False).embed(shards)
-    assert "10 inputs to embed: 8 already are, 2 to do" in caplog.text
+    model = FakeEncoder()
+    embed(store, model, texts(10), shard_size=4)
     assert capsys.readouterr().err == ""
-    assert [inputs for inputs, *_ in second.calls] == [["text 8", "text 9"]]
-    expected = [FakeEncoder.embed(f"text {number}", "") for number in range(10)]
-    assert cache.rows(torch.arange(10)).tolist() == expected
-
-
-def test_only_what_a_shard_lacks_is_embedded(cache: EmbeddingStore) -> None:
-    cache.add(torch.tensor([1, 3]), torch.tensor([FakeEncoder.embed(f"text {n}", "") for n in (1, 3)]))
-    model = FakeEncoder()
-    Embedder(model, cache, show_progress_bar=False).embed(plan_shards(items(4)))
-    assert [inputs for inputs, *_ in model.calls] == [["text 0", "text 2"]]
-
-
-def test_a_call_has_some_batches(cache: EmbeddingStore) -> None:
-    model = FakeEncoder()
-    options = {"normalize_embeddings": True}
-    Embedder(model, cache, batch_size=2, show_progress_bar=False, encode_kwargs=options).embed([items(40, "find")])
-    assert [len(inputs) for inputs, *_ in model.calls] == [16, 16, 8]
-    assert {prompt for _, prompt, _ in model.calls} == {"find"}
-    assert model.calls[0][2] == {"batch_size": 2, "show_progress_bar": False, "normalize_embeddings": True}
+    assert [inputs for inputs, *_ in model.calls] == [["text 8", "text 9"]]
 
 
 def encoder_of(rows: Any) -> FakeEncoder:
     class Fixed(FakeEncoder):
         def encode(self, inputs: list[Any], prompt: str | None = None, **kwargs: Any) -> Any:
-            return rows[len(self.calls)] if isinstance(rows, list) else rows
+            return rows
 
     return Fixed()
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "dtype", "message"),
     [
-        (np.zeros((2, 3)), r"encode returned \(2, 3\) for 3 inputs of modality 'text', expected \(3, embedding_dim\)"),
-        (np.zeros(3), r"encode returned \(3,\) for 3 inputs"),
+        (
+            np.zeros((2, 3)),
+            torch.float32,
+            r"encode returned \(2, 3\) for 3 inputs of modality 'text', expected \(3, emb",
+        ),
+        (np.zeros(3), torch.float32, r"encode returned \(3,\) for 3 inputs"),
         (
             np.array([[1.0], [np.nan], [np.inf]]),
-            r"embeddings of 2 of 3 inputs of modality 'text' are not finite as torch\.float32, first \['1:1', '1:2'\]; "
-            "look at these inputs",
+            torch.float32,
+            r"2 of 3 inputs are not finite as torch\.float32, first \['1:1', '1:2'\]; look at these inputs",
         ),
+        (np.array([[1e6]] * 3), torch.float16, r"not finite as torch\.float16, .*too large for float16: choose"),
     ],
 )
-def test_wrong_embeddings_are_refused_and_not_stored(cache: EmbeddingStore, rows: Any, message: str) -> None:
+def test_wrong_embeddings_are_refused_and_not_stored(
+    tmp_path: Path, rows: Any, dtype: torch.dtype, message: str
+) -> None:
+    store = EmbeddingStore(tmp_path / "store", {}, dtype=dtype, file_format="safetensors")
     with pytest.raises(ValueError, match=message):
-        Embedder(encoder_of(rows), cache, show_progress_bar=False).embed([items(3)])
-    assert len(cache) == 0
+        embed(store, encoder_of(rows), texts(3))
+    store.refresh()
+    assert len(store) == 0
 
 
-def test_embeddings_too_large_for_float16(tmp_path: Path) -> None:
-    cache = EmbeddingStore(tmp_path / "cache", {}, dtype=torch.float16)
-    message = r"not finite as torch\.float16, first \['1:0'\]; they are too large for float16: choose embedding_dtype="
-    with pytest.raises(ValueError, match=message):
-        Embedder(encoder_of(np.array([[1e6, 0.0]])), cache, show_progress_bar=False).embed([items(1)])
+def test_another_size_than_before(store: EmbeddingStore) -> None:
+    embed(store, encoder_of(np.ones((2, 3))), texts(2))
+    with pytest.raises(
+        ValueError, match=r"encode returned \(2, 4\) for 2 inputs of modality 'text', expected \(2, 3\)"
+    ):
+        embed(store, encoder_of(np.ones((2, 4))), texts(2, first=5))
 
 
-def test_another_size_than_before(cache: EmbeddingStore) -> None:
-    Embedder(encoder_of(np.ones((2, 3))), cache, show_progress_bar=False).embed([items(2)])
-    message = r"encode returned \(2, 4\) for 2 inputs of modality 'text', expected \(2, 3\): the same embedding_dim"
-    with pytest.raises(ValueError, match=message):
-        Embedder(encoder_of(np.ones((2, 4))), cache, show_progress_bar=False).embed([items(2, first=5)])
+def test_an_input_that_cannot_be_read_is_named(store: EmbeddingStore) -> None:
+    class Picky(FakeEncoder):
+        def encode(self, inputs: list[Any], prompt: str | None = None, **kwargs: Any) -> Any:
+            if "text 2" in inputs:
+                raise ValueError(f"inputs[{inputs.index('text 2')}]: it cannot be read")
+            return super().encode(inputs, prompt, **kwargs)
+
+    with pytest.raises(ValueError, match=r"^candidate '1:2': it cannot be read"):
+        embed(store, Picky(), texts(4))
 
 
 def test_what_encode_depends_on() -> None:
     given = {"batch_size": 4, "device": "cpu", "pool": object(), "truncate_dim": 8, "normalize_embeddings": True}
     assert settings_of_encode(given) == {"truncate_dim": 8, "normalize_embeddings": True}
     assert settings_of_encode(None) == settings_of_encode({"show_progress_bar": True}) == {}
-    assert settings_of_encode({"dtype": torch.float16}) == {"dtype": "torch.float16"}
-
-
-@pytest.mark.parametrize("name", ["precision", "prompt", "prompt_name", "output_value"])
-def test_arguments_that_cannot_be_passed_on(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"encode_kwargs has \['{name}'\]: each task's instruction is the prompt"):
-        settings_of_encode({name: "int8", "batch_size": 3})
-
-
-def test_record_ids() -> None:
-    assert record_id(text(3)) == "1:3"
-    assert record_id(Query("2:5", "a", None, (), (), 1)) == "2:5"
+    with pytest.raises(
+        ValueError, match=r"encode_kwargs has \['precision', 'prompt'\]: each task's instruction is the"
+    ):
+        settings_of_encode({"prompt": "find", "precision": "int8", "batch_size": 3})

@@ -167,7 +167,7 @@ def test_wrong_data_are_found_before_the_training(root: Path) -> None:
             torch.ones(1, 3),
             r"encode returned \(1, 3\) for 4 inputs of modality 'text', expected \(4, 3\)",
         ),
-        (torch.full((6, 3), math.nan), "candidates has NaN or infinity in 6 of 6 rows"),
+        (torch.full((6, 3), math.nan), "candidates has 6 rows with NaN or infinity"),
     ],
 )
 def test_wrong_embeddings(root: Path, rows: torch.Tensor, message: str) -> None:

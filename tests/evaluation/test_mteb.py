@@ -20,11 +20,11 @@ from sentence_transformers import SentenceTransformer
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.evaluation.metrics import retrieval_metrics
 from puma_hf.evaluation.mteb import (
-    MTEB_TASKS,
     PumaEncoder,
     _meta_class,
     mbeir_prompts,
     mbeir_scores,
+    mteb_tasks,
     puma_model_meta,
 )
 
@@ -199,12 +199,7 @@ def test_a_changed_directory_is_another_revision(puma_dir: Path, tmp_path: Path)
     before = puma_model_meta(copy).revision
     (copy / "2_Dense").mkdir()
     (copy / "2_Dense" / "model.safetensors").write_bytes(b"weights")
-    assert puma_model_meta(copy).revision == before
-    modules = json.loads((copy / "modules.json").read_text())
-    (copy / "modules.json").write_text(json.dumps([*modules, {"idx": 1, "path": "2_Dense"}]))
-    listed = puma_model_meta(copy).revision
-    (copy / "2_Dense" / "model.safetensors").write_bytes(b"others!")
-    assert len({before, listed, puma_model_meta(copy).revision}) == 3
+    assert puma_model_meta(copy).revision != before
 
 
 def test_the_entry(mteb: Any) -> None:
@@ -293,7 +288,7 @@ def test_parts_that_are_missing_are_left_out() -> None:
     ("batch", "message"),
     [
         ({"text": [""], "image": [None]}, "an input of Task has neither text nor image"),
-        ({"audio": ["x"], "id": ["1"]}, r"the inputs of Task have the columns \['audio', 'id'\]; PUMA takes text"),
+        ({"audio": ["x"], "id": ["1"]}, "an input of Task has neither text nor image"),
     ],
 )
 def test_inputs_of_nothing(batch: dict[str, Any], message: str) -> None:
@@ -322,32 +317,25 @@ def test_instructions(mteb: Any, prompt: Any, kind: str | None, prompts: dict[st
     assert [options["prompt"] for _, options in echo.calls] == [expected]
 
 
-def test_similarity_is_the_cosine() -> None:
-    encoder = PumaEncoder(Echo())  # type: ignore[arg-type]
-    first, second = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[6.0, 8.0], [4.0, -3.0]])
-    assert encoder.similarity(first, second).tolist() == pytest.approx(np.array([[1.0, 0.0], [0.0, 0.0]]), abs=1e-6)
-    assert encoder.similarity_pairwise(first, second).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
-
-
 # --- M-BEIR's rows
 
 
 def test_every_row_of_mbeir_is_a_task_of_mieb(mteb: Any) -> None:
-    assert {f"mbeir_{task.name}" for task in MTEB_TASKS.values()} == set(MBEIR_INSTRUCTIONS)
-    tasks = mteb.get_tasks(list(MTEB_TASKS))
+    assert {f"mbeir_{task.name}" for task in mteb_tasks().values()} == set(MBEIR_INSTRUCTIONS)
+    tasks = mteb.get_tasks(list(mteb_tasks()))
     assert len(tasks) == 16
     for task in tasks:
-        ours = MTEB_TASKS[task.metadata.name]
+        ours = mteb_tasks()[task.metadata.name]
         assert task.metadata.category == ours.arrow.replace(" -> ", "2")
         assert ours.dataset in task.metadata.dataset["path"].lower()
         assert task.metadata.main_score == "ndcg_at_10"
     mieb = {task.metadata.name for task in mteb.get_benchmark("MIEB(eng)").tasks}
-    assert set(MTEB_TASKS) <= mieb
+    assert set(mteb_tasks()) <= mieb
 
 
 def test_which_prompts_differ_from_the_first_wordings(mteb: Any) -> None:
     wordings = mbeir_prompts()
-    theirs = {task.metadata.name: task.metadata.prompt["query"] for task in mteb.get_tasks(list(MTEB_TASKS))}
+    theirs = {task.metadata.name: task.metadata.prompt["query"] for task in mteb.get_tasks(list(mteb_tasks()))}
     assert {name for name, prompt in theirs.items() if prompt != wordings[name]} == {
         "EDIST2ITRetrieval",
         "Fashion200kI2TRetrieval",

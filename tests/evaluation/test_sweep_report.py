@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from puma_hf.evaluation import sweep_report
-from puma_hf.evaluation.sweep_report import SweepReport, knee, load_matplotlib, si
+from puma_hf.evaluation.sweep_report import SweepReport, knee, load_matplotlib
 from tests.evaluation.sweep_reports import make_model, make_report
 
 QUALITIES = [0.2, 0.7, 0.78, 0.79, 0.8]  # of models of 1.1 to 1.5 billion parameters
@@ -28,17 +27,11 @@ FULL = make_model("full", QUALITIES)
         ([0, 1, 2, 3], [0.0, 0.6, 0.6 + 1 / 3, 1.0], 1),  # the cheapest of equals
         ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4], None),
         ([1, 2, 3, 4], [0.5] * 4, None),
-        ([1, 2, 3, 4], [0.0, 0.1, 0.2, 1.0], None),
         ([1, 2], [0.1, 0.9], None),
     ],
 )
 def test_knee(costs: list[float], qualities: list[float], found: int | None) -> None:
     assert knee(costs, qualities) == found
-
-
-def test_costs_of_a_knee_must_rise() -> None:
-    with pytest.raises(ValueError, match="must rise"):
-        knee([1, 1, 2], [0.0, 0.1, 0.2])
 
 
 def test_the_smallest_that_keeps_enough() -> None:
@@ -97,15 +90,6 @@ def test_the_margin_knows_small_tasks_and_is_never_nothing() -> None:
     assert sure.margin == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 20))
 
 
-def test_the_metric_and_the_pool_decide() -> None:
-    rows = [replace(row, quality=row.quality | {"global": {"score": 0.1 * (6 - row.k)}}) for row in FULL.rows]
-    swept = make_report(replace(FULL, rows=tuple(rows)), pool="global")
-    assert [swept.quality(row) for row in rows] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
-    assert swept.recommendation.k == 1
-    other = replace(swept, pool="local", metric="hit@1")
-    assert other.quality(other.full) == 0.4
-
-
 def test_files(tmp_path: Path) -> None:
     report = make_report(make_model("full", [0.1, 0.5, 0.6]), make_model("wide", [0.2], cosine=None, cka=None))
     report.save(tmp_path / "new" / "sweep")
@@ -134,14 +118,6 @@ def test_markdown() -> None:
     assert text.endswith(f"**Recommended: k = 3.** {make_report().recommendation.reason}\n")
     undefined = make_report(make_model("full", [0.0, 0.0], cka=None, cosine=None)).to_markdown()
     assert "| 0.0 | 0.0 | 0.0 |  |  |  |  |" in undefined
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (999, "999"), (1000, "1 k"), (1_543_714_304, "1.54 G"), (999_700, "1000 k"), (2.5e15, "2.5 P")],
-)
-def test_units(number: float, text: str) -> None:
-    assert si(number) == text
 
 
 @pytest.fixture
@@ -205,10 +181,3 @@ def test_any_curve_is_drawn(qualities: list[float], figures: list[Any], tmp_path
         assert picture.size == (1800, 780)
     numbers = [text.get_text() for text in figures[0].axes[0].texts if text.get_text().removeprefix("k = ").isdigit()]
     assert len(numbers) <= 2 * 14  # they do not cover each other
-
-
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install 'puma-hf\[plot\]'"):
-        make_report().plot(tmp_path / "sweep.png")
-    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation import topk
-from puma_hf.evaluation.topk import StoredCandidates, exact_search, less_popular, merge_results
-
-Backend = Literal["torch", "faiss"]
+from puma_hf.evaluation.topk import exact_search, less_popular, merge_results
 
 
 def brute_force(queries: torch.Tensor, candidates: torch.Tensor, top_k: int) -> list[list[int]]:
@@ -34,16 +32,13 @@ def brute_force(queries: torch.Tensor, candidates: torch.Tensor, top_k: int) -> 
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 1000])
-@pytest.mark.parametrize(
-    ("dtype", "backend"),
-    [(torch.float32, "torch"), (torch.float32, "faiss"), (torch.float64, "torch"), (torch.bfloat16, "torch")],
-)
-def test_search_equals_brute_force_for_every_block_size(block_size: int, dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_search_equals_brute_force_for_every_block_size(block_size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(11, 16, generator=generator).to(dtype)
     candidates = (5 * torch.randn(29, 16, generator=generator)).to(dtype)
     candidates[7] = candidates[20] = candidates[3]
-    result = exact_search(queries, candidates, 10, block_size=block_size, backend=backend)
+    result = exact_search(queries, candidates, 10, block_size=block_size)
     assert result.indices.tolist() == brute_force(queries, candidates, 10)
     expected = torch.nn.functional.cosine_similarity(
         queries.double()[:, None], candidates.double()[result.indices], dim=-1
@@ -128,15 +123,13 @@ def test_a_pool_on_disk_is_read_once_and_no_tensor_grows_with_it(tmp_path: Path)
     store.refresh()
     read: list[int] = []
 
-    class Counted(StoredCandidates):
-        def blocks(self, block_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-            for start, block in super().blocks(block_size):
-                read.append(len(block))
-                yield start, block
+    def blocks() -> Iterator[tuple[int, torch.Tensor]]:
+        for start, block in store.blocks(torch.arange(3000), 16):
+            read.append(len(block))
+            yield start, block
 
-    candidates = Counted(store, torch.arange(3000))
     with LargestTensor() as largest:
-        result = exact_search(queries, candidates, 3, block_size=16)
+        result = exact_search(queries, blocks(), 3, block_size=16)
     assert sum(read) == 3000
     # A shard has 100 * 32 numbers of four bytes, the pool 3000 * 32; all scores would be 48 * 3000.
     assert largest.size <= 100 * 32 * 4
@@ -152,8 +145,7 @@ def test_parts_merge_into_the_whole(borders: list[int]) -> None:
     whole = exact_search(queries, pool, 50, block_size=600)
     parts = []
     for start, stop in itertools.pairwise([0, *borders, 600]):
-        found = exact_search(queries, pool[start:stop], 50)
-        parts.append(found._replace(indices=found.indices + start))
+        parts.append(exact_search(queries, [(start, pool[start:stop])], 50, block_size=600))
     merged = merge_results(parts[::-1], 50)
     torch.testing.assert_close(merged.scores, whole.scores, atol=2e-7, rtol=0)
     assert [set(row) for row in merged.indices.tolist()] == [set(row) for row in whole.indices.tolist()]
@@ -174,21 +166,12 @@ def test_coarse_products_of_a_training_do_not_reach_the_search(precision: str) -
     assert seen == ["ieee", "ieee"]
 
 
-def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend is 'annoy', must be 'torch' or 'faiss'"):
-        exact_search(torch.eye(2), torch.eye(2), 1, backend="annoy")  # type: ignore[arg-type]
-    monkeypatch.setattr(topk, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'puma-hf\[faiss\]', or choose 'torch'"):
-        exact_search(torch.eye(2), torch.eye(2), 1, backend="faiss")
-
-
 @pytest.mark.parametrize(
     ("queries", "candidates", "top_k", "block_size", "message"),
     [
         (torch.ones(2), torch.ones(2, 2), 1, 1, r"query_embeddings is \(2,\)"),
-        (torch.ones(2, 3), torch.ones(2, 2), 1, 1, r"candidates is \(1, 2\), must be \(rows, 3\) .* one model"),
+        (torch.ones(2, 3), torch.ones(2, 2), 1, 1, r"candidates is \(1, 2\), must be \(rows, 3\) as the queries"),
         (torch.ones(0, 2), torch.ones(2, 2), 1, 1, r"query_embeddings is \(0, 2\)"),
-        (torch.ones(2, 2), torch.ones(0, 2), 1, 1, "there are 0 candidates"),
         (torch.ones(2, 2), torch.ones(2, 2), 0, 1, "top_k is 0 and block_size is 1"),
         (torch.ones(2, 2), torch.ones(2, 2), 1, 0, "top_k is 1 and block_size is 0"),
     ],
@@ -204,7 +187,7 @@ def test_wrong_search_arguments(
 def test_embeddings_that_are_not_finite_are_named(value: float) -> None:
     bad = torch.ones(20, 2)
     bad[8:10, 1] = value
-    with pytest.raises(ValueError, match=r"candidates has NaN or infinity in 2 of 6 rows from 6 on, first .*\[8, 9\]"):
+    with pytest.raises(ValueError, match=r"candidates has 2 rows with NaN or infinity, first rows \[8, 9\]"):
         exact_search(torch.ones(1, 2), bad, 1, block_size=6)
-    with pytest.raises(ValueError, match="query_embeddings has NaN or infinity in 2 of 20"):
+    with pytest.raises(ValueError, match="query_embeddings has 2 rows with NaN"):
         exact_search(bad, torch.ones(1, 2), 1)

@@ -13,11 +13,9 @@ import evaluate
 
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 
-_DESCRIPTION = """
-hit@k, recall@k, nDCG@k and MRR@k of rankings, the means over queries, as M-BEIR's table has them. What papers on M-BEIR
-call Recall@k is hit@k: whether any relevant candidate is in the top k.
-"""
-
+_DESCRIPTION = (
+    "hit@k, recall@k, nDCG@k, MRR@k and wrong modality of rankings: means over queries, as in M-BEIR's table."
+)
 _INPUTS = """
 Args:
     predictions: For each query, the ids of candidates, best first, without repetition.
@@ -26,37 +24,13 @@ Args:
     ks: The k of hit@k and recall@k, (1, 5, 10) by default.
     ndcg_k: The k of nDCG, 10 by default.
     mrr_k: The k of MRR, 10 by default.
-    modalities: The modality of every candidate by id; adds the mean share of the first k that have a modality which
-        none of the query's relevant candidates has.
+    modalities: The modality of every candidate by id; adds wrong_modality@k, the share of the first k that have a
+        modality which none of the query's relevant candidates has.
 
 Returns:
-    The value of each metric, between 0 and 1, by name: hit@k and recall@k for each k, ndcg@k, mrr@k, and
-    wrong_modality@k for each k if modalities are given.
-
-Examples:
-    >>> import evaluate
-    >>> from puma_hf.evaluation import metric_path
-    >>> metric = evaluate.load(metric_path())
-    >>> rankings = [["b", "a", "c"], ["c", "a", "b"]]
-    >>> metric.compute(predictions=rankings, references=[["a"], ["c", "b"]], ks=[1, 2])["recall@2"]
-    0.75
-    >>> graded = [[{"id": "a", "relevance": 2}, {"id": "b", "relevance": 1}], [{"id": "c", "relevance": 1}]]
-    >>> round(metric.compute(predictions=rankings, references=graded)["ndcg@10"], 4)
-    0.9299
-    >>> modalities = {"a": "image", "b": "text", "c": "image"}
-    >>> metric.compute(predictions=rankings, references=[["a"], ["c"]], modalities=modalities)["wrong_modality@1"]
-    0.5
+    The value of each metric, between 0 and 1, by name.
 """
-
-_CITATION = """
-@inproceedings{wei2024uniir,
-  title = {{UniIR}: Training and Benchmarking Universal Multimodal Information Retrievers},
-  author = {Wei, Cong and Chen, Yang and Chen, Haonan and Hu, Hexiang and Zhang, Ge and Fu, Jie and Ritter, Alan and
-            Chen, Wenhu},
-  booktitle = {ECCV},
-  year = {2024}
-}
-"""
+_CITATION = "Wei et al.: UniIR, Training and Benchmarking Universal Multimodal Information Retrievers. ECCV 2024."
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
