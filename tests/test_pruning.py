@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from puma_hf import PumaModel, PumaProcessor, prune
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.pruning import PruneReport, read_limits, set_limits
 from puma_hf.trainer import merge_adapter
 from tests.test_files import listing
