@@ -302,7 +302,7 @@ def test_the_card_shows_its_values() -> None:
         bytes_after=2469134,
         embedding_dim=1536,
         dtype="bfloat16",
-        instructions=["Find an image that matches the sentence."],
+        prompts={"query": "Find an image that matches the sentence."},
         results="| task | hit@5 |\n|---|---|\n| t->i | 0.5 |",
         not_measured=["Video retrieval."],
     )
