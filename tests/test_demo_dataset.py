@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
+from puma_hf.data.tasks import MBEIRTask
 
 ROOT = Path(__file__).resolve().parent.parent / "demo" / "emoji"
 SPLITS = ("train", "val", "test")
