@@ -46,8 +46,10 @@ _STAGES = re.compile(
 # What is told of a recipe: of each stage, of MAC-Loss, and of all labelled training.
 _OF_ALL = ("max_steps", "batch_size", "learning_rate", "lora_r", "seed")
 _OF_MAC = ("hard_temperature", "schedule", "schedule_end", "grouping")
-_TOLD = ("contrastive_weight", "contrastive_weight_start", "distillation_weight_start", "temperature", *_OF_MAC)
-_TOLD += ("num_negatives", *_OF_ALL, "matryoshka_dims")
+_TOLD = (
+    *("contrastive_weight", "contrastive_weight_start", "distillation_weight_start", "temperature", *_OF_MAC),
+    *("num_negatives", *_OF_ALL, "matryoshka_dims"),
+)
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 
@@ -361,7 +363,7 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
 
 
 def _stage(cited: str, recipe: Mapping[str, Any]) -> str:
-    names = _TOLD
+    names: tuple[str, ...] = _TOLD
     if recipe.get("loss"):
         what = f"Trained with the loss `{recipe['loss']}`"
         if recipe.get("distillation_weight") or recipe.get("distillation_weight_start"):

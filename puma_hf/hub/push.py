@@ -297,6 +297,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         is_wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
         if isinstance(error, OSError) or not (is_wrapped or type(error).__module__.startswith(_CLIENTS)):
             raise
+        reason = error.__cause__ if is_wrapped else error
         raise ConnectionError(
-            f"The push to {repo_id!r} failed ({error}: {error.__cause__}). Run it again: a commit is whole or not there."
+            f"The push to {repo_id!r} failed ({reason}). Run it again: a commit is whole or not there."
         ) from error
