@@ -17,8 +17,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from puma_hf.embedding.batches import cut
-from puma_hf.embedding.embed import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS, embed
+from puma_hf import embed
 from puma_hf.modeling.fast_path_puma import FastPath
 from puma_hf.modeling.modeling_puma import last_token_state
 
@@ -29,26 +28,21 @@ FULL, PLAIN, ENCODE, EMBED = "sentence-transformers, all layers", "sentence-tran
 SMALL_BATCH_SIZE = 8  # pads less than sentence-transformers' own 32
 PLAIN_SMALL = f"{PLAIN}, batches of {SMALL_BATCH_SIZE}"
 LAMRA, VLM2VEC = "in LamRA's manner", "in VLM2Vec's manner"
-READY, READY_PLAIN = "fast path, ready tensors", "plain forward pass, ready tensors"
 LOOP_BATCH_SIZE = 16
-READY_TOKENS = {"cpu": CPU_BATCH_TOKENS, "cuda": CUDA_BATCH_TOKENS}
 
 
-def contestants(
-    models: Models, kept: int, *, batch_size: int, max_batch_tokens: int | None, ready: bool
-) -> dict[str, Contestant]:
+def contestants(models: Models, kept: int, *, batch_size: int, max_batch_tokens: int | None) -> dict[str, Contestant]:
     """All ways by name.
 
     Args:
         models: The weights.
         kept: Decoder layers of the pruned model.
         batch_size: Of `encode`, with and without the fast path; without it also 8.
-        max_batch_tokens: Of `embed`, and of tensors made ready for the fast path; `None` for `embed`'s own.
-        ready: Whether to add the passes over tensors that are made before the clock starts.
+        max_batch_tokens: Of `embed`; `None` for its own.
     """
     pruned, device = models.at(kept), models.device
     full = models.at(models.num_layers)
-    ways: dict[str, Contestant] = {
+    return {
         FULL: partial(_encode, full, batch_size, None),
         PLAIN: partial(_encode, pruned, batch_size, None),
         PLAIN_SMALL: partial(_encode, pruned, SMALL_BATCH_SIZE, None),
@@ -57,10 +51,6 @@ def contestants(
         LAMRA: partial(_lamra_loop, pruned, device),
         VLM2VEC: partial(_vlm2vec_loop, pruned, models.with_head(kept), device),
     }
-    if ready:
-        ways[READY_PLAIN] = partial(_ready_plain, pruned, batch_size, device)
-        ways[READY] = partial(ready_batches, pruned, device, max_batch_tokens)
-    return ways
 
 
 def left_out() -> str:
@@ -168,47 +158,18 @@ def _vlm2vec_loop(model: SentenceTransformer, causal: Any, device: str, workload
     return run
 
 
-def ready_batches(model: SentenceTransformer, device: str, max_batch_tokens: int | None, workload: Workload) -> Run:
-    """The fast path on batches that are packed before the clock starts."""
+def ready_batches(model: SentenceTransformer, workload: Workload) -> Run:
+    """The fast path on what is processed and packed before the clock starts."""
     with fast_path(model, FastPath()) as module:
-        packer = module.packer(workload.prompt)
-    order, runs = _plan(module, workload, max_batch_tokens or READY_TOKENS[device])
-    batches = [packer([workload.inputs[index] for index in order[run]]) for run in runs]
-    if device == "cuda":
-        batches = [batch.pin_memory() for batch in batches]
+        batch = module.packer(workload.prompt)(workload.inputs)
 
     @torch.inference_mode()
     def run() -> Tensor:
         with fast_path(model, FastPath()):
-            on_device = (_to(batch, device) for batch in batches)
-            vectors = [module.embed_batch(batch)["sentence_embedding"] for batch in on_device]
-        return _in_order(torch.cat(vectors).cpu(), order)
+            vectors: Tensor = module.embed_batch(batch)["sentence_embedding"]
+        return vectors.cpu()
 
     return run
-
-
-def _ready_plain(model: SentenceTransformer, batch_size: int, device: str, workload: Workload) -> Run:
-    """The plain forward pass on sentence-transformers' batches, processed before the clock starts."""
-    module: Any = model[0]
-    order = sorted(range(len(workload.inputs)), key=lambda index: -model._input_length(workload.inputs[index]))
-    process = module.packer(workload.prompt).process
-    starts = range(0, len(order), batch_size)
-    batches = [process([workload.inputs[index] for index in order[start : start + batch_size]]) for start in starts]
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        vectors = [_plain_forward(module, _to(features, device)) for features in batches]
-        return _in_order(torch.cat(vectors).cpu(), order)
-
-    return run
-
-
-def _plan(module: Any, workload: Workload, max_tokens: int) -> tuple[list[int], list[slice]]:
-    """The longest inputs first, cut at a budget of tokens."""
-    process = module.packer(workload.prompt).process
-    sizes = [process([item])["input_ids"].shape[1] for item in workload.inputs]
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    return order, cut([sizes[index] for index in order], max_tokens, padded=False)
 
 
 def _batches(inputs: list[Any], collate: Any, device: str) -> Any:
@@ -226,13 +187,5 @@ def _plain_forward(module: Any, features: dict[str, Any]) -> Tensor:
     return embeddings
 
 
-def _to(batch: Any, device: Any) -> Any:
-    if isinstance(batch, dict):
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    return batch.to(device, non_blocking=True)
-
-
-def _in_order(vectors: Tensor, order: list[int]) -> Tensor:
-    rows = torch.empty_like(vectors)
-    rows[torch.tensor(order)] = vectors
-    return rows
+def _to(features: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in features.items()}

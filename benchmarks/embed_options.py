@@ -31,7 +31,7 @@ os.environ.setdefault(
 )  # likewise by torch: the first run waits for a compiler
 
 import torch
-from embed_contestants import READY_TOKENS, ready_batches
+from embed_contestants import ready_batches
 from embed_measure import interleaved
 from embed_models import BACKBONE, SHAPES, Models
 from embed_workloads import workloads
@@ -159,7 +159,7 @@ def measure_random(args: argparse.Namespace, names: list[str]) -> list[Measured]
     changed = {name: with_option(base, name) for name in names}
     results = {name: Measured(name, num_bytes(model)) for name, model in changed.items()}
     for workload, inputs in chosen.items():
-        runs = {name: ready_batches(model, args.device, None, inputs) for name, model in changed.items()}
+        runs = {name: ready_batches(model, inputs) for name, model in changed.items()}
         expected: Tensor | None = None
         for name, run in runs.items():
             start = time.perf_counter()
@@ -259,7 +259,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(
         f"{args.model}, {where}; torch {torch.__version__}, torchao {torchao.__version__}; medians of {args.repeats} "
-        f"rounds, batches of {READY_TOKENS[args.device]:,} tokens, seed {args.seed}\n"
+        f"rounds, seed {args.seed}\n"
     )
     results = measure_random(args, names)
     print(table(results))

@@ -153,7 +153,7 @@ def tests(device: str) -> Figures:
 
 
 def throughput(shape: str) -> Callable[[str], Figures]:
-    """Inputs a second by depth, and beside plain sentence-transformers, from `embed.py`."""
+    """Inputs a second beside plain sentence-transformers, from `embed.py`."""
 
     def run(device: str) -> Figures:
         with tempfile.TemporaryDirectory() as folder:
@@ -161,29 +161,16 @@ def throughput(shape: str) -> Callable[[str], Figures]:
             # A quarter of the inputs: `encode` reads pictures in its own process, 6 ms each, and half of the ways are
             # `encode`. "half" is captions and images as they come.
             options = ["--device", device, "--json", str(output), "--repeats", "3", "--workloads", "captions", "images"]
-            options += ["--model", shape, "--num-kept-layers", str(KEPT), "--depths", "8", "12", "14"]
-            options += ["--scale", "0.25"]
+            options += ["--model", shape, "--num-kept-layers", str(KEPT), "--scale", "0.25"]
             if device == "cpu":
                 options = ["--json", str(output), "--repeats", "1", "--scale", "0.05", "--workloads", "captions"]
-                options += ["--model", "tiny", "--depths", "2"]
+                options += ["--model", "tiny"]
             _benchmark("embed.py", *options)
             measured = json.loads(output.read_text())
         rates = {f"{r['contestant']}, {r['workload']}": r["num_inputs"] / r["median"] for r in measured["results"]}
-        for name, row in measured["depths"].items():
-            rates |= {f"{one['contestant']}, {name}": one["num_inputs"] / one["median"] for one in row}
         return {f"{name}, inputs/s": round(rate, 1) for name, rate in rates.items()}
 
     return run
-
-
-def waits(device: str) -> Figures:
-    """Where the host waits for the device within a pass: not between the layers of the fast path."""
-    options = ["--device", "cuda", "--model", "2b"] if device == "cuda" else ["--model", "tiny", "--scale", "0.1"]
-    lines = _benchmark("embed.py", *options, "--profile").splitlines()
-    rows = [_cells(line) for line in lines if "fast path" in line]
-    between = {row[0]: int(row[4]) for row in rows}
-    holds(device == "cpu" or not any(between.values()), f"waits between products: {between}")
-    return {"waits between products": sum(between.values())}
 
 
 # --- training
@@ -391,11 +378,10 @@ CHECKS = {
     "fast_path": Check("the fast path gives the plain path's vectors, float32 and bfloat16", 2, fast_path),
     "flash_attention": Check("flash-attn gives the vectors of the fast path", 2, flash_attention),
     "tests": Check("the tests that need a GPU pass", 2, tests),
-    "waits": Check("the fast path does not wait for the device between layers", 1, waits),
     "stage1": Check("steps of the released stage 1 at 7B shapes, k = 12: time and memory", 4, stage(1)),
     "stage2": Check("steps of the released stage 2 at 7B shapes, k = 12: time and memory", 4, stage(2)),
-    "throughput_2b": Check("inputs a second at 2B for four depths, beside sentence-transformers", 3, throughput("2b")),
-    "throughput_7b": Check("inputs a second at 7B for four depths, beside sentence-transformers", 4, throughput("7b")),
+    "throughput_2b": Check("inputs a second at 2B, beside sentence-transformers", 3, throughput("2b")),
+    "throughput_7b": Check("inputs a second at 7B, beside sentence-transformers", 4, throughput("7b")),
     "teachers": Check("steps with each teacher at 7B shapes, k = 12", 3, teachers),
     "fsdp": Check("two steps under FSDP2", 1, fsdp),
     "four_bits": Check("two steps on a base in 4 bits", 1, four_bits),

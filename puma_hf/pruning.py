@@ -275,11 +275,9 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
 
 def _source_size(checkpoint: SourceCheckpoint, config: Any, model: PumaModel, is_original: bool) -> tuple[int, int]:
     """Parameters and bytes of the source: an original has a language-model head to count, a PUMA directory none."""
+    make = AutoModelForImageTextToText.from_config if is_original else type(model)
     with torch.device("meta"):
-        if is_original:
-            whole = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint.folder))
-        else:
-            whole = type(model)(config)
+        whole = make(AutoConfig.from_pretrained(checkpoint.folder))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
     named = (config.dtype, config.text_config.dtype)

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from puma_hf import cli
-from puma_hf.app import AppConfig
 from puma_hf.configs import (
+    AppConfig,
     CheckConfig,
     DistillConfig,
     EmbedConfig,

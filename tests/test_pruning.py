@@ -302,11 +302,11 @@ def test_a_damaged_source_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, 
 
 
 def test_a_bad_list_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Say which layers to keep: num_kept_layers .*, from 1 to 4 of them, or"):
+    with pytest.raises(ValueError, match=r"one of them must say which layers to keep, such as --num-kept-layers"):
         prune(qwen_dir, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"num_kept_layers=2 and keep_layers='0,3' both say which layers to keep"):
+    with pytest.raises(ValueError, match=r"num_kept_layers=2 and keep_layers='0,3': one of them must say which"):
         prune(qwen_dir, tmp_path / "out", num_kept_layers=2, keep_layers="0,3")
-    with pytest.raises(ValueError, match=r"keep_layers='0,4' must be rising numbers from 0 to 3, each once, but 4 is"):
+    with pytest.raises(ValueError, match=r"keep_layers='0,4' must be rising numbers from 0 to 3, each once"):
         prune(qwen_dir, tmp_path / "out", keep_layers="0,4")
     assert listing(tmp_path) == {}
 
@@ -390,7 +390,7 @@ def test_the_default_is_within_the_sources_own(qwen_dir: Path, tmp_path: Path, s
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarges images to 1024 \(shortest_edge"),
+        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged to 1024 \(shortest_edge"),
         (2e5, r"max_pixels=200000\.0 must be a whole number"),
         ("all", r"max_pixels='all' must be a whole number, or 'source' to keep the source's limit\."),
     ],

@@ -38,7 +38,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
 ORDER = (
     *("lazy", "files", "settings", "processes", "opening", "modeling", "losses", "configs_training", "configs"),
     *("fingerprint", "model_card", "checkpoint", "data", "pruning", "estimate", "export", "trainer"),
-    *("embedding", "evaluation", "search", "hub", "app", "cli"),
+    *("embedding", "evaluation", "search", "hub", "cli"),
 )
 
 MAX_LINES = 600

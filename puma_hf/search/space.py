@@ -12,10 +12,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from huggingface_hub import SpaceCardData
 
 from puma_hf import __version__
-from puma_hf.app.launch import TITLE, count_line, require_gradio
 from puma_hf.configs import FIRST_PORT, AppConfig
 from puma_hf.files import model_files, new_directory
-from puma_hf.search.index import Index, create_table, keep_picture, open_index, tag_complete
+from puma_hf.search.build import create_table, keep_picture, tag_complete
+from puma_hf.search.index import Index, open_index
+from puma_hf.search.page import TITLE, count_line, require_gradio
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ _APP = '''"""Search the index beside this file by words, by a picture, or by bot
 import os
 from pathlib import Path
 
-from puma_hf.app import AppConfig
-from puma_hf.app.launch import launch
+from puma_hf.search import AppConfig
+from puma_hf.search.page import launch
 
 if __name__ == "__main__":
     config = AppConfig(
@@ -46,27 +47,14 @@ _README = """---
 {line}.
 
 This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `index/`, the embeddings, texts
-and pictures that it searches{model}.
+and pictures that it searches{model}. Everything in a public Space can be downloaded: publish it only if you may publish
+all of that, and name its licence above.
 
-Everything in a public Space can be downloaded: publish it only if you may publish all of that, and name its
-licence above.
+Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. A
+Space installs `requirements.txt` from the Python package index; if puma-hf {version} is not there, put an address of
+its source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
 
-## Put it on the Hub
-
-```
-hf repos create ORG/NAME --type space --sdk gradio
-hf upload ORG/NAME . --type space
-```
-
-`requirements.txt` names `puma-hf` {version}. A Space installs it from the Python package index; if that version is not
-there, put an address of the source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
-
-## Run it here
-
-```
-pip install -r requirements.txt
-GRADIO_SERVER_NAME=127.0.0.1 python app.py
-```
+Run it here with `pip install -r requirements.txt` and `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
 
 
@@ -101,7 +89,7 @@ def write_space(
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If a picture of the index, or its model, is gone.
-        ValueError: If the index is empty, or the model's directory holds what should not be published.
+        ValueError: If the index is empty.
     """
     require_gradio()
     index.num_candidates()
@@ -109,33 +97,39 @@ def write_space(
         name = _copy_index(index, draft / "index", model)
         more = "" if instruction is None else f"\n        instruction={instruction!r},"
         more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
-        copied = name.startswith(".")
-        settings: Any = SpaceCardData(
+        is_copied = name.startswith(".")
+        values: dict[str, Any] = {
+            "title": TITLE,
+            "sdk": "gradio",
+            "sdk_version": version("gradio"),
+            "app_file": "app.py",
+        }
+        values |= {"models": None if is_copied else [name], "tags": ["puma", "multimodal-retrieval"]}
+        readme = _README.format(
+            settings=SpaceCardData(**values).to_yaml(),
             title=TITLE,
-            sdk="gradio",
-            sdk_version=version("gradio"),
-            app_file="app.py",
-            models=None if copied else [name],
-            tags=["puma", "multimodal-retrieval"],
+            line=count_line(index, index.model if is_copied else name),
+            model=", and the model" if is_copied else "",
+            version=__version__,
         )
-        line = count_line(index, index.model if copied else name)
-        values = {"title": TITLE, "line": line, "model": ", and the model" if copied else "", "version": __version__}
-        readme = _README.format(settings=settings.to_yaml(), **values)
-        (draft / "app.py").write_text(_APP.format(port=FIRST_PORT, more=more), encoding="utf-8")
-        (draft / "requirements.txt").write_text(f"puma-hf[app,search]=={__version__}\n", encoding="utf-8")
-        (draft / "README.md").write_text(readme, encoding="utf-8")
+        texts = {
+            "app.py": _APP.format(port=FIRST_PORT, more=more),
+            "requirements.txt": f"puma-hf[app,search]=={__version__}\n",
+            "README.md": readme,
+        }
+        for file, text in texts.items():
+            (draft / file).write_text(text, encoding="utf-8")
     return Path(folder)
 
 
 def _copy_index(index: Index, folder: Path, model: str | None) -> str:
     """Copy an index so that no path in it leads outside; what it calls its model now."""
-    folder.mkdir()
     source = Path(index.model)
     name = model or ("./model" if source.is_absolute() else index.model)
+    (folder / "model" if name.startswith(".") else folder).mkdir(parents=True)
     if name.startswith("."):
         if not source.is_dir():
             raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
-        (folder / "model").mkdir()
         for file in model_files(source):
             shutil.copyfile(source / file, folder / "model" / file)
     revision = index.description["revision"] if name == index.model else None
@@ -143,18 +137,10 @@ def _copy_index(index: Index, folder: Path, model: str | None) -> str:
     table = create_table(folder, about, index.table.schema.field("vector").type.list_size)
     schema = table.schema
     for batch in index.table.search().select(schema.names).limit(len(index)).to_batches(1000):
-        images = [path and _copy_picture(index.folder / path, folder) for path in batch["image"].to_pylist()]
+        images = [
+            path and keep_picture(folder, (index.folder / path).read_bytes()) for path in batch["image"].to_pylist()
+        ]
         columns = {**{name: batch[name] for name in schema.names}, "image": pa.array(images, pa.string())}
         table.add(pa.table(columns, schema=schema))
     tag_complete(table)
     return name
-
-
-def _copy_picture(path: Path, folder: Path) -> str:
-    try:
-        return keep_picture(folder, path.read_bytes())
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{str(path)!r}, a picture of the index, cannot be copied ({error.strerror or error}). Run puma-hf index "
-            "again, which leaves out what is gone, and write the Space then."
-        ) from error

@@ -11,17 +11,16 @@ import pytest
 from huggingface_hub import SpaceCard
 
 import puma_hf
-from puma_hf.app import AppConfig, write_space
-from puma_hf.app.space import write_configured
-from puma_hf.search import Searcher, open_index, open_searcher
+from puma_hf.search import AppConfig, Searcher, open_index, open_searcher, write_space
+from puma_hf.search.space import write_configured
 
 pytest.importorskip("gradio")
 
 
 @pytest.fixture(scope="module")
-def space(index_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def space(page_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only."""
-    return write_space(open_index(index_dir), tmp_path_factory.mktemp("spaces") / "space")
+    return write_space(open_index(page_index), tmp_path_factory.mktemp("spaces") / "space")
 
 
 def test_what_is_in_it(space: Path) -> None:
@@ -44,14 +43,14 @@ def test_its_settings_are_the_hubs(space: Path) -> None:
     assert "and, in `index/`, the embeddings, texts\nand pictures that it searches, and the model." in card.text
 
 
-def test_no_file_names_this_machine(space: Path, index_dir: Path) -> None:
-    here = str(index_dir.parent.parent).encode()
+def test_no_file_names_this_machine(space: Path, page_index: Path) -> None:
+    here = str(page_index.parent.parent).encode()
     for path in space.rglob("*"):
         assert path.is_dir() or here not in path.read_bytes(), path
 
 
-def test_a_model_on_the_hub(index_dir: Path, tmp_path: Path) -> None:
-    written = write_space(open_index(index_dir), tmp_path / "space", model="org/name")
+def test_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
+    written = write_space(open_index(page_index), tmp_path / "space", model="org/name")
     assert not (written / "index" / "model").exists()
     assert open_index(written / "index").model == "org/name"
     card = SpaceCard.load(written / "README.md")
@@ -60,61 +59,59 @@ def test_a_model_on_the_hub(index_dir: Path, tmp_path: Path) -> None:
     assert "trust_remote_code" not in (written / "app.py").read_text()
 
 
-def test_an_instruction_is_quoted(index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instruction_is_quoted(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "Find a \"red\" one.\nAnd {not} a 'green' one."
-    written = write_space(open_index(index_dir), tmp_path / "space", model="org/name", instruction=words)
+    written = write_space(open_index(page_index), tmp_path / "space", model="org/name", instruction=words)
     launched = []
-    monkeypatch.setattr("puma_hf.app.launch.launch", lambda config, started: launched.append(config.instruction))
+    monkeypatch.setattr("puma_hf.search.page.launch", lambda config, started: launched.append(config.instruction))
     runpy.run_path(str(written / "app.py"), run_name="__main__")
     assert launched == [words]
 
 
-def test_it_is_written_whole_or_not_at_all(index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_written_whole_or_not_at_all(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("puma_hf.app.space.count_line", full)
+    monkeypatch.setattr("puma_hf.search.space.count_line", full)
     with pytest.raises(OSError, match="No space left"):
-        write_space(open_index(index_dir), tmp_path / "space")
+        write_space(open_index(page_index), tmp_path / "space")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_empty(index_dir: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty(page_index: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty"):
-        write_space(open_index(index_dir), tmp_path)
+        write_space(open_index(page_index), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_it_answers_elsewhere(space: Path, index_dir: Path, tmp_path: Path, searcher: Searcher) -> None:
+def test_it_answers_elsewhere(space: Path, page_index: Path, tmp_path: Path, page_searcher: Searcher) -> None:
     moved = shutil.copytree(space, tmp_path / "moved")
     copied = open_searcher(moved / "index")
-    found, expected = (one.search("a red picture").answers for one in (copied, searcher))
+    found, expected = (one.search("a red picture").answers for one in (copied, page_searcher))
     assert [(answer.id, answer.score, answer.text) for answer in found] == [
         (answer.id, pytest.approx(answer.score, abs=1e-6), answer.text) for answer in expected
     ]
     picture = next(Path(answer.image or "") for answer in found if answer.id == "i0")
     assert picture.parent == moved / "index" / "images"
-    assert picture.read_bytes() == (index_dir.parent / "i0.png").read_bytes()
+    assert picture.read_bytes() == (page_index.parent / "i0.png").read_bytes()
 
 
-def test_a_picture_that_is_gone(index_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(index_dir.parent, tmp_path / "corpus")
+def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
+    shutil.copytree(page_index.parent, tmp_path / "corpus")
     index = open_index(tmp_path / "corpus" / "index")
-    (index_dir.parent / "i0.png").rename(tmp_path / "i0.png")
+    (page_index.parent / "i0.png").rename(tmp_path / "i0.png")
     try:
-        with pytest.raises(FileNotFoundError, match=r"i0.png', a picture of the index, cannot be copied"):
+        with pytest.raises(FileNotFoundError, match=r"i0\.png"):
             write_space(index, tmp_path / "space")
     finally:
-        (tmp_path / "i0.png").rename(index_dir.parent / "i0.png")
+        (tmp_path / "i0.png").rename(page_index.parent / "i0.png")
     assert not (tmp_path / "space").exists()
 
 
-def test_by_the_command(index_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    said: list[str] = []
-    config = AppConfig(index=index_dir, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
-    said.append(str(write_configured(config)))
-    assert said == [str(tmp_path / "space")]
+def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
+    assert write_configured(config) == tmp_path / "space"
     assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
 

@@ -6,15 +6,16 @@ import json
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from puma_hf.app import AppConfig
-from puma_hf.app.launch import launch, make_page
-from puma_hf.search import Searcher
-from tests.app.conftest import SCRIPT, Visitor, request, upload
+from puma_hf.search import AppConfig, Searcher
+from puma_hf.search.page import launch, make_page, serving
+from tests.search.conftest import SCRIPT
+from tests.search.visitor import Visitor, request, upload
 
 gr = pytest.importorskip("gradio")
 
@@ -40,8 +41,8 @@ def test_words(url: str) -> None:
     assert (note, len(captions), rows) == ("3 of 3 pictures, best first", 3, [[""] * 4])
 
 
-def test_a_picture_that_was_uploaded_then_an_answer_as_the_next_query(url: str, index_dir: Path) -> None:
-    status, answer = upload(url, "a.png", (index_dir.parent / "i1.png").read_bytes())
+def test_a_picture_that_was_uploaded_then_an_answer_as_the_next_query(url: str, page_index: Path) -> None:
+    status, answer = upload(url, "a.png", (page_index.parent / "i1.png").read_bytes())
     assert status == 200
     visitor = Visitor(url)
     _, captions, rows = shown(visitor.ask(image=json.loads(answer)[0]))
@@ -82,9 +83,9 @@ def test_pictures_that_cannot_be_read_name_no_path_of_the_server(url: str) -> No
     assert "/" not in str(message["output"]["error"]).replace("image/", "")
 
 
-def test_no_file_but_what_was_uploaded(url: str, index_dir: Path) -> None:
-    files = ["/etc/passwd", "pyproject.toml", index_dir.parent / "secret.txt", index_dir.parent / "i0.png"]
-    files += sorted(index_dir.glob("items.lance/data/*"))[:1]
+def test_no_file_but_what_was_uploaded(url: str, page_index: Path) -> None:
+    files = ["/etc/passwd", "pyproject.toml", page_index.parent / "secret.txt", page_index.parent / "i0.png"]
+    files += sorted(page_index.glob("items.lance/data/*"))[:1]
     for file in map(str, files):
         for form in (file, file.replace("/", "%2f"), "".join(f"%{ord(letter):02x}" for letter in file)):
             status, body = request(url, "GET", f"/gradio_api/file={form}")
@@ -115,10 +116,10 @@ def test_only_this_machine_is_answered(url: str) -> None:
     ],
 )
 def test_only_what_the_index_has_can_be_chosen(
-    searcher: Searcher, counts: dict[str, int], choices: list[str], monkeypatch: pytest.MonkeyPatch
+    page_searcher: Searcher, counts: dict[str, int], choices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searcher.index, "counts", counts)
-    page = make_page(searcher, AppConfig(index="index", instruction="Find it."))
+    monkeypatch.setattr(page_searcher.index, "counts", counts)
+    page = make_page(page_searcher, AppConfig(index="index", instruction="Find it."))
     (radio,) = (block for block in page.blocks.values() if isinstance(block, gr.Radio))
     assert [value for _, value in radio.choices] == choices
     assert (radio.visible, radio.value) == (len(choices) > 1, "image" if len(choices) > 1 else "any")
@@ -128,10 +129,10 @@ def test_only_what_the_index_has_can_be_chosen(
     assert page.delete_cache == (900, 3600)
 
 
-def test_an_index_that_is_empty(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searcher.index, "counts", {})
+def test_an_index_that_is_empty(page_searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_searcher.index, "counts", {})
     with pytest.raises(ValueError, match="is empty"):
-        make_page(searcher, AppConfig(index="index"))
+        make_page(page_searcher, AppConfig(index="index"))
 
 
 # --- the command
@@ -140,22 +141,26 @@ def test_an_index_that_is_empty(searcher: Searcher, monkeypatch: pytest.MonkeyPa
 def test_what_is_wrong_is_told_before_the_model_is_loaded() -> None:
     with pytest.raises(FileNotFoundError, match="'gone' is no index"):
         launch(AppConfig(index="gone", port=0))
+
+
+def test_a_port_that_is_taken(page_searcher: Searcher) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ValueError, match=r"cannot be had .* Name another \(--port, --host\)"):
-            launch(AppConfig(index="gone", port=other.getsockname()[1]))
+        config = AppConfig(index="index", port=other.getsockname()[1])
+        with pytest.raises(OSError, match="port"), serving(page_searcher, config):
+            pass
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puma_hf.app.launch.find_spec", lambda _: None)
+    monkeypatch.setattr("puma_hf.search.page.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"needs Gradio. Run: pip install 'puma-hf\[app\]'"):
         launch(AppConfig(index="index"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_stopped(
-    searcher: Searcher, index_dir: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    page_searcher: Searcher, page_index: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     said: list[str] = []
 
@@ -163,9 +168,11 @@ def test_it_serves_until_it_is_stopped(
         said.extend((url, Visitor(url).ask("a table")["output"]["data"][0]))
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("puma_hf.app.launch.open_searcher", lambda *_, **__: searcher)
+    monkeypatch.setattr("puma_hf.search.page.open_searcher", lambda *_, **__: page_searcher)
     before = signal.getsignal(number)
-    launch(AppConfig(index=index_dir, port=0), started=ask_and_stop)
+    is_error = number == signal.SIGTERM  # which schedulers and containers send
+    with pytest.raises(SystemExit) if is_error else nullcontext():
+        launch(AppConfig(index=page_index, port=0), started=ask_and_stop)
     assert said[1] == "7 of 7 items, best first"
     assert signal.getsignal(number) is before
     with pytest.raises(ConnectionRefusedError):

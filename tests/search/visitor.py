@@ -1,65 +1,15 @@
-"""An index with texts that try to be something else, its page, and questions as a browser would ask them."""
+"""Questions to the page, as a browser would ask them."""
 
 from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import pytest
-
 from tests.patience import PATIENCE
-from tests.search.small_corpus import TEXTS, write_picture
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-    from puma_hf.search import Searcher
-
-SCRIPT = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
-MAX_UPLOAD_MB = 0.25
-
-
-@pytest.fixture(scope="session")
-def index_dir(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven items: four of text, two pictures, and a picture with a text. Read only."""
-    from puma_hf.search import IndexConfig, build_index
-
-    folder = tmp_path_factory.mktemp("app-corpus")
-    lines: list[dict[str, Any]] = [{"id": f"t{row}", "text": text} for row, text in enumerate(TEXTS[:3])]
-    lines += [
-        {"id": SCRIPT, "text": SCRIPT},
-        {"id": "i0", "image": write_picture(folder / "i0.png", 0).name},
-        {"id": "i1", "image": write_picture(folder / "i1.png", 2).name},
-        {"id": "b", "text": "a red picture", "image": write_picture(folder / "b.png", 1).name},
-    ]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "secret.txt").write_text("not to be seen")
-    build_index(IndexConfig(data=folder / "corpus.jsonl", model=str(puma_dir), output=folder / "index"))
-    return folder / "index"
-
-
-@pytest.fixture(scope="session")
-def searcher(index_dir: Path, sentence_transformer: SentenceTransformer) -> Searcher:
-    """Its searcher. Read only."""
-    from puma_hf.search import Searcher, open_index
-
-    return Searcher(open_index(index_dir), sentence_transformer)
-
-
-@pytest.fixture(scope="module")
-def url(searcher: Searcher) -> Iterator[str]:
-    """Where the page is served."""
-    pytest.importorskip("gradio")
-    from puma_hf.app import AppConfig, serving
-
-    config = AppConfig(index=searcher.index.folder, port=0, top=9, max_upload_mb=MAX_UPLOAD_MB)
-    with serving(searcher, config) as address:
-        yield address
 
 
 def request(url: str, method: str, path: str, body: bytes | None = None, kind: str = "") -> tuple[int, bytes]:

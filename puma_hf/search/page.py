@@ -1,13 +1,15 @@
-"""`puma-hf app`: the page, made of Gradio's own parts, and its server, until it is stopped."""
+"""`puma-hf app`: the page, made of Gradio's own parts, and its server, until it is stopped.
+
+Gradio keeps uploads in a folder of its own, limits their size, and serves no other file of this machine; it listens on
+the loopback address unless told otherwise.
+"""
 
 from __future__ import annotations
 
 import logging
-import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from puma_hf.configs import AppConfig
+from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
 from puma_hf.search.index import Index
 from puma_hf.search.query import Query, Searcher, open_searcher
@@ -46,22 +49,15 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
     Raises:
         FileNotFoundError: If the index or its model is missing.
         ImportError: If Gradio or LanceDB is missing.
-        ValueError: If the index is empty, unfinished, damaged or of another model, or the port is in use.
+        ValueError: If the index is empty, unfinished, damaged or of another model.
+        OSError: If the port is in use.
     """
-    started = started or logger.info
-    loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
     require_gradio()
-    _port_of(config)  # one in use is told before the model is loaded
-    stopped = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    with serving(open_searcher(config.index, backend=config.backend, **loading), config) as url:
-        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-        try:
-            started(url)
-            stopped.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
+    searcher = open_searcher(config.index, backend=config.backend, **loading)
+    with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
+        (started or logger.info)(url)
+        threading.Event().wait()
 
 
 @contextmanager
@@ -77,11 +73,11 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
 
     Raises:
         ImportError: If Gradio is missing.
-        ValueError: If the port is in use, or the index is empty.
+        OSError: If the port is in use.
+        ValueError: If the index is empty.
 
     Example:
-        >>> from puma_hf.app import AppConfig, serving
-        >>> from puma_hf.search.query import open_searcher
+        >>> from puma_hf.search import AppConfig, open_searcher, serving
         >>> with serving(open_searcher("index"), AppConfig(index="index")) as url:  # doctest: +SKIP
         ...     print(url)
         http://127.0.0.1:7860
@@ -94,7 +90,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
     try:
         _, url, _ = page.launch(
             server_name=config.host,
-            server_port=_port_of(config),
+            server_port=config.port or None,
             max_file_size=int(config.max_upload_mb * 2**20),
             inbrowser=config.open_browser,
             prevent_thread_lock=True,
@@ -130,6 +126,7 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
         shape: Any = {"columns": 4, "object_fit": "contain", "allow_preview": False}
         gallery = gr.Gallery(label="Pictures", visible=False, interactive=False, **shape)
         table = gr.Dataframe(headers=_HEADERS, datatype="str", wrap=True, visible=False, interactive=False)
+        # The answers that are shown: a visitor names one of these by its place, never a file by its path.
         remembered = gr.State(([], []), time_to_live=_UPLOADS_LIVE)
         results = [note, gallery, table, remembered]
 
@@ -201,25 +198,11 @@ def require_gradio() -> None:
         raise ImportError("The page needs Gradio. Run: pip install 'puma-hf[app]'")
 
 
-def _port_of(config: AppConfig) -> int | None:
-    """A port that is free; None lets Gradio look for one from 7860."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        with socket.create_server((config.host, config.port or 0), family=family) as bound:
-            return None if config.port is None else int(bound.getsockname()[1])
-    except OSError as error:
-        raise ValueError(
-            f"port={config.port} on host={config.host!r} cannot be had ({error.strerror or error}). Name another "
-            "(--port, --host), or stop what has it."
-        ) from error
-
-
 def _small(path: str | None, size: int) -> Image.Image | None:
     """A small copy of a picture; None if there is none, or it is gone or cannot be read."""
-    try:
+    with suppress(OSError, ValueError):
         return None if path is None else small_copy(path, size)
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def _words_of(error: Exception, folder: Path, picture: Any) -> str:
