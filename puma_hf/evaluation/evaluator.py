@@ -161,17 +161,13 @@ class HeldInputs:
             self.groups.setdefault((prompt, record.modality), []).append(row)
 
     def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
-        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt.
-
-        Raises:
-            ValueError: If it returns a wrong shape: one row would be taken for all.
-        """
+        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
         embeddings: Tensor | None = None
         for (prompt, modality), rows in self.groups.items():
             encoded = torch.as_tensor(encode([self.records[row] for row in rows], prompt)).float().cpu()
             if embeddings is None:
                 embeddings = torch.empty(len(self.records), encoded.shape[-1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):
+            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
                 raise ValueError(
                     f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
                     f"expected ({len(rows)}, {embeddings.shape[1]})"
