@@ -23,7 +23,7 @@ from puma_hf import (
     lora_config,
 )
 from puma_hf.data.items import load_mbeir_items
-from puma_hf.trainer.lora import merge_adapter, save_base_fingerprint
+from puma_hf.trainer.merge import merge_adapter, save_base_fingerprint
 
 BATCH_SIZE = 64
 LORA_R = 16

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from puma_hf import __version__
 from puma_hf.configs import EvaluateConfig, SweepConfig
-from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
@@ -230,9 +231,9 @@ def evaluate_mbeir(
         # Searches of one pool go together: its embeddings are read once for all tasks.
         for candidates in {id(search.pool): search.pool for search in searches}.values():
             group = [search for search in searches if search.pool is candidates]
-            keys = embed(((candidate, "") for candidate in candidates.values()), total=len(candidates))
+            keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
             queries = [pair for search in group for pair in prompted(opened, search, instruction_seed)]
-            rows = store.rows(embed(queries, total=len(queries)))
+            rows = store.rows(embed(pairs=queries, total=len(queries)))
             plain = _rankings(group, _search_shares(rows, store, keys, top_k, device))
             corrected: list[Ranking] | None = None
             if popularity_penalty is not None:

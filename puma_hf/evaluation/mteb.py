@@ -21,8 +21,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIRTask, task_named
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
 from puma_hf.evaluation.results import PUBLISHED
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def puma_model_meta(
 def mteb_tasks() -> dict[str, MBEIRTask]:
     """M-BEIR's 16 rows by MIEB's names of them, such as "CIRRIT2IRetrieval"."""
     names = {name.lower(): name for name in _NAMES}
-    tasks = [task for name in PUBLISHED if (task := task_named(name, name)) is not None]
+    tasks = [task for name in PUBLISHED if (task := task_named(name)) is not None]
     return {f"{names[task.dataset]}{task.arrow.upper().replace(' -> ', '2')}Retrieval": task for task in tasks}
 
 
@@ -211,7 +210,7 @@ def _meta_class() -> Any:
     except ImportError as error:
         raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
 
-    class PumaModelMeta(mteb.models.ModelMeta):  # type: ignore[misc, valid-type]
+    class PumaModelMeta(mteb.models.ModelMeta):
         # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
         def _resolve_extras_groups(self) -> list[str]:
             return [group for group in super()._resolve_extras_groups() if group != "image"]

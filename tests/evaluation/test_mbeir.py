@@ -13,8 +13,9 @@ import sentence_transformers
 import transformers
 
 from puma_hf import __version__
-from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, Candidate, MBEIRTask, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.evaluator import MBEIREvaluator
 from puma_hf.evaluation.mbeir import Search, evaluate_mbeir, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults

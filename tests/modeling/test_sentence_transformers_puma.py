@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
 from puma_hf.modeling.packing_puma import PackedPart

@@ -3,26 +3,21 @@ from __future__ import annotations
 import logging
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from PIL import Image
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch import Tensor, nn
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from puma_hf import MultimodalMACLoss, PumaDistillationTrainer, PumaTrainer
-from puma_hf.trainer import statistics
-from puma_hf.trainer.statistics import LOSS_STATISTICS, TrainingStatistics, effective_rank, uniformity
+from puma_hf.trainer import statistics_puma as statistics
+from puma_hf.trainer.statistics_puma import LOSS_STATISTICS, TrainingStatistics, effective_rank, uniformity
 from tests.trainer.conftest import MakeArguments, MakeStudent
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
 
 
 class Telling(nn.Module):
@@ -86,105 +81,130 @@ def test_the_threshold_of_a_collapse_is_what_it_says() -> None:
 # --- windows
 
 
-def test_values_are_averaged_from_log_to_log(accelerator: Accelerator) -> None:
+def collect(statistics: TrainingStatistics, step: int = 1) -> dict[str, float]:
+    """What is added to a training record, and to its copy in the history."""
+    logs, state = {"loss": 1.0}, TrainerState(max_steps=100, global_step=step, log_history=[{"step": step}])
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    statistics.on_log(arguments, state, TrainerControl(), logs)  # type: ignore[arg-type]
+    found = {name: value for name, value in logs.items() if name != "loss"}
+    assert state.log_history == [{"step": step, **found}]
+    return found
+
+
+def step_ends(statistics: TrainingStatistics) -> None:
+    statistics.on_step_end(None, None, None)  # type: ignore[arg-type]
+
+
+def test_values_are_averaged_from_log_to_log() -> None:
     loss = Telling()
     collected = TrainingStatistics(nn.Sequential(Wrapper(loss)))
     assert collected.losses == {"": loss}
     for step in (1.0, 2.0):
         loss.tell(intra_negatives=step, positive_similarity=step / 10)
-        collected.read_losses()
-        collected.read_losses()  # nothing new was computed
+        collected.read()
+        collected.read()  # nothing new was computed
     loss.tell(intra_negatives=6.0)
-    collected.read_losses()
+    collected.read()
     # A step without a positive similarity does not count for it; one that nobody had is left out.
-    assert collected.collect(accelerator) == {"intra_negatives": 3.0, "positive_similarity": 0.15}
-    assert collected.collect(accelerator) == {}
+    assert collect(collected) == {"intra_negatives": 3.0, "positive_similarity": 0.15}
+    assert collect(collected) == {}
     loss.tell(intra_negatives=8.0)
-    collected.read_losses()
-    assert collected.collect(accelerator) == {"intra_negatives": 8.0}
+    collected.read()
+    assert collect(collected) == {"intra_negatives": 8.0}
+    evaluation = {"eval_loss": 1.0}
+    collected.on_log(None, None, None, evaluation)  # type: ignore[arg-type]
+    assert evaluation == {"eval_loss": 1.0}
 
 
-def test_several_losses_are_told_apart(accelerator: Accelerator) -> None:
+def test_several_losses_are_told_apart() -> None:
     one, other = Telling(), Telling()
     collected = TrainingStatistics({"first": one, "second": other, "third": nn.Linear(1, 1)})
     one.tell(intra_negatives=1.0)
-    collected.read_losses()
+    collected.read()
     one.tell(intra_negatives=2.0)
     other.tell(intra_negatives=5.0)
-    collected.read_losses()
-    assert collected.collect(accelerator) == {"first_intra_negatives": 1.5, "second_intra_negatives": 5.0}
-    both = TrainingStatistics(nn.ModuleList([one, other, one]))
-    assert both.losses == {"0_": one, "1_": other}
+    collected.read()
+    assert collect(collected) == {"first_intra_negatives": 1.5, "second_intra_negatives": 5.0}
+    assert TrainingStatistics(nn.ModuleList([one, other, one])).losses == {"0_": one, "1_": other}
     assert TrainingStatistics({"first": one, "second": one}).losses == {"": one}
 
 
-def test_speed_counts_inputs_and_leaves_pauses_out(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_counts_inputs_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     collected = TrainingStatistics(nn.Identity())
+    batch = {"anchor_input_ids": torch.zeros(3, 7), "anchor_attention_mask": torch.zeros(3, 7), "label": torch.zeros(3)}
+    more = {"anchor_image_grid_thw": torch.zeros(5, 3), "positive_input_ids": torch.zeros(3, 9)}
+    collected.count({**batch, **more})
     now[0] = 102.0
-    collected.count_inputs(
-        {
-            "anchor_input_ids": torch.zeros(3, 7),
-            "anchor_image_grid_thw": torch.zeros(5, 3),
-            "positive_input_ids": torch.zeros(3, 9),
-            "anchor_attention_mask": torch.zeros(3, 7),
-            "label": torch.zeros(3),
-        }
-    )
-    with collected.paused():
-        now[0] = 200.0
-    assert collected.collect(accelerator) == {"items_per_second": 3.0, "images_per_second": 2.5}
+    step_ends(collected)
+    now[0] = 150.0
+    assert collect(collected) == {"items_per_second": 3.0, "images_per_second": 2.5}
+    now[0] = 200.0
+    collected.on_save(None, None, None)  # type: ignore[arg-type]
+    collected.count(batch)
     now[0] = 201.0
-    collected.count_inputs({"anchor_input_ids": torch.zeros(3, 7)})
-    assert collected.collect(accelerator) == {"items_per_second": 3.0}
+    step_ends(collected)
+    assert collect(collected) == {"items_per_second": 3.0}
 
 
-def test_spread_is_that_of_the_last_candidates(accelerator: Accelerator, caplog: pytest.LogCaptureFixture) -> None:
+def test_spread_is_that_of_the_last_candidates(caplog: pytest.LogCaptureFixture) -> None:
     loss = Telling()
     collected = TrainingStatistics(loss)
     loss.tell(candidates=torch.ones(8, 8))
-    collected.read_losses()
+    collected.read()
     loss.tell(candidates=3 * torch.eye(8))  # normalised here
-    collected.read_losses()
-    assert collected.collect(accelerator) == {"effective_rank": 8.0, "uniformity": -4.0}
+    collected.read()
+    assert collect(collected) == {"effective_rank": 8.0, "uniformity": -4.0}
     loss.tell(candidates=torch.ones(statistics.MIN_SPREAD_ROWS - 1, 8))  # too few to tell
-    collected.read_losses()
-    assert collected.collect(accelerator) == {}
+    collected.read()
+    assert collect(collected) == {}
     assert not caplog.records
-
-
-def test_a_collapse_is_warned_of_once(accelerator: Accelerator, caplog: pytest.LogCaptureFixture) -> None:
-    loss = Telling()
-    collected = TrainingStatistics(loss)
-    for _ in range(2):
+    for _ in range(2):  # a collapse is warned of once
         loss.tell(candidates=torch.ones(8, 16))
-        collected.read_losses()
-        assert collected.collect(accelerator)["effective_rank"] == pytest.approx(1, abs=0.01)
+        collected.read()
+        assert collect(collected)["effective_rank"] == pytest.approx(1, abs=0.01)
     assert len(caplog.records) == 1
     assert "collapse: 8 candidates have an effective rank of 1.00 of at most 8" in caplog.text
-    assert "Lower learning_rate" in caplog.text
 
 
-def test_states_and_teacher_states_of_the_model_are_seen(accelerator: Accelerator) -> None:
+def test_states_and_teacher_states_of_the_model_are_seen() -> None:
     class Student(nn.Module):
         def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
             return features
 
     model, collected = Student(), TrainingStatistics(nn.Identity())
-    collected.attach(model)
+    collected.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
     states, teacher = torch.eye(4), torch.eye(4)
     model({"pooler_output": states, "teacher_state": teacher})
     model({"pooler_output": states, "teacher_state": teacher.roll(1, 0)})
     model({"sentence_embedding": states})
     model.eval()({"pooler_output": torch.ones(4, 4), "teacher_state": -states})
-    logs = collected.collect(accelerator)
-    assert logs == {"teacher_cosine": 0.5, "effective_rank": 4.0, "uniformity": -4.0}
-    collected.attach(model)  # a second training does not count twice
-    assert len(model._forward_hooks) == 1
-    collected.detach()
+    assert collect(collected) == {"teacher_cosine": 0.5, "effective_rank": 4.0, "uniformity": -4.0}
+    collected.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+    assert len(model._forward_hooks) == 1  # a second training does not count twice
+    collected.on_train_end(None, None, None)  # type: ignore[arg-type]
     assert not model._forward_hooks
-    assert collected.collect(accelerator) == {}
+    assert collect(collected) == {}
+
+
+@pytest.mark.parametrize(
+    ("mixed_step", "hard_temperature", "warnings"), [(None, 0.04, 1), (7, 0.04, 0), (None, 0.05, 0)]
+)
+def test_batches_of_one_modality_are_warned_of_once(
+    mixed_step: int | None, hard_temperature: float, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One mixed batch is enough, and nobody is told that InfoNCE is InfoNCE."""
+    loss = Telling()
+    loss.hard_temperature = hard_temperature
+    collected = TrainingStatistics(loss)
+    for step in range(1, 2 * statistics.WATCHED_STEPS):
+        loss.tell(intra_negatives=3.0, inter_negatives=float(step == mixed_step))
+        collected.read()
+        collect(collected, step)
+        assert step >= statistics.WATCHED_STEPS or not caplog.records
+    assert len(caplog.records) == warnings
+    assert caplog.text.count("concatenate_datasets") == warnings
 
 
 # --- in a trainer
@@ -256,84 +276,19 @@ def test_distillation_logs_how_near_the_teacher_is(
     assert 1 <= entry["effective_rank"] <= 4
 
 
-# --- batches of one modality each
-
-
-def warnings_of(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("joined", [False, True])
+def test_datasets_side_by_side_are_warned_of_and_joined_ones_are_not(
+    joined: bool,
     make_student: MakeStudent,
-    arguments: Any,
-    dataset: Dataset | DatasetDict,
-) -> str:
+    make_arguments: MakeArguments,
+    image: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parts = {"texts": mixed_rows(image, "t" * 8), "images": mixed_rows(image, "i" * 8)}
+    rows: Any = concatenate_datasets(list(parts.values())) if joined else DatasetDict(parts)
     model = make_student()
-    trainer = PumaTrainer(model=model, args=arguments, train_dataset=dataset, loss=MultimodalMACLoss(model))
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=rows, loss=MultimodalMACLoss(model))
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="puma_hf"):
         trainer.train()
-    return caplog.text
-
-
-@pytest.mark.parametrize("sampler", list(MultiDatasetBatchSamplers))
-def test_datasets_side_by_side_are_warned_of(
-    sampler: MultiDatasetBatchSamplers,
-    make_student: MakeStudent,
-    make_arguments: MakeArguments,
-    image: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    apart = DatasetDict(texts=mixed_rows(image, "t" * 8), images=mixed_rows(image, "i" * 8))
-    arguments = make_arguments(max_steps=4, multi_dataset_batch_sampler=sampler)
-    text = warnings_of(caplog, make_student, arguments, apart)
-    assert text.count("MAC-Loss is InfoNCE at the hard temperature") == 1
-    assert "concatenate_datasets" in text
-
-
-@pytest.mark.parametrize("sampler", [BatchSamplers.BATCH_SAMPLER, BatchSamplers.NO_DUPLICATES])
-def test_the_remedy_that_is_named_mixes(
-    sampler: BatchSamplers,
-    make_student: MakeStudent,
-    make_arguments: MakeArguments,
-    image: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    joined = concatenate_datasets([mixed_rows(image, "t" * 8), mixed_rows(image, "i" * 8)])
-    arguments = make_arguments(max_steps=4, batch_sampler=sampler)
-    assert "InfoNCE" not in warnings_of(caplog, make_student, arguments, joined)
-
-
-def test_the_warning_comes_early_and_once(
-    make_student: MakeStudent,
-    make_arguments: MakeArguments,
-    image: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(statistics, "WATCHED_STEPS", 2)
-    texts = mixed_rows(image, "t" * 8)
-    text = warnings_of(caplog, make_student, make_arguments(max_steps=5), texts)
-    assert text.count("InfoNCE at the hard temperature") == 1
-
-
-def test_one_mixed_batch_is_enough(accelerator: Accelerator, caplog: pytest.LogCaptureFixture) -> None:
-    loss = Telling()
-    collected = TrainingStatistics(loss)
-    for step in range(statistics.WATCHED_STEPS):
-        loss.tell(intra_negatives=3.0, inter_negatives=float(step == 7))
-        collected.read_losses()
-        collected.collect(accelerator)
-        collected.watch_modalities(accelerator, last_step=False)
-    assert not caplog.records
-
-
-def test_nobody_is_told_that_infonce_is_infonce(
-    accelerator: Accelerator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(statistics, "WATCHED_STEPS", 1)
-    for hard_temperature, warnings in ((0.05, 0), (0.04, 1)):
-        loss = Telling()
-        loss.hard_temperature = hard_temperature
-        collected = TrainingStatistics(loss)
-        loss.tell(intra_negatives=3.0, inter_negatives=0.0)
-        collected.read_losses()
-        collected.watch_modalities(accelerator, last_step=False)
-        assert len(caplog.records) == warnings
+    assert caplog.text.count("MAC-Loss is InfoNCE at the hard temperature") == (not joined)
