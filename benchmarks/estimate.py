@@ -30,8 +30,8 @@ from puma_hf.configs import TrainConfig
 from puma_hf.estimate import estimate
 from puma_hf.settings import load_config
 from puma_hf.trainer import stages
-from puma_hf.trainer.frozen_teacher import FrozenTeacher
-from puma_hf.trainer.lora import add_lora
+from puma_hf.trainer.lora_puma import add_lora
+from puma_hf.trainer.teachers import FrozenTeacher
 
 ROOT = Path(__file__).parents[1]
 TWO_B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}

@@ -30,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 
 from puma_hf.configs import RESCORE_MULTIPLIER
-from puma_hf.search.index import FORMAT_VERSION, create_table, open_index, tag_complete, update_ann
+from puma_hf.search.build import create_table, tag_complete, update_ann
+from puma_hf.search.index import FORMAT_VERSION, open_index
 
 QUERIES = "queries.npy"  # drawn once, so that it takes no memory where that is measured
 KINDS = ("exact", "int8", "binary", "hnsw")

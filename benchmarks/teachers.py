@@ -28,9 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import PumaConfig, PumaModel, SelfDistillationLoss, lora_config
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
-from puma_hf.trainer.frozen_teacher import FrozenTeacher
-from puma_hf.trainer.teacher_base import Teacher
-from puma_hf.trainer.whole_teacher import WholeTeacher
+from puma_hf.trainer.teachers import FrozenTeacher, Teacher, WholeTeacher
 
 NUM_LAYERS = 28
 MODES = {

@@ -16,22 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
-from puma_hf import __version__
-from puma_hf.configs import (
-    AppConfig,
-    CheckConfig,
-    DistillConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    IndexConfig,
-    MergeConfig,
-    PairsConfig,
-    PushConfig,
-    SearchConfig,
-    SweepConfig,
-    TrainConfig,
-)
+from puma_hf import __version__, configs
 from puma_hf.files import is_full_disk
 from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.settings import field_help, load_config
@@ -167,8 +152,8 @@ def estimate(config: Path, gpu: str | None, **sizes: Any) -> None:
     click.echo(run(config, **sizes).to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
-@_command(DistillConfig)
-def distill(config: DistillConfig) -> None:
+@_command(configs.DistillConfig)
+def distill(config: configs.DistillConfig) -> None:
     """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
     Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_stage1_ours.yaml --data M-BEIR
@@ -178,8 +163,8 @@ def distill(config: DistillConfig) -> None:
     _echo_saved(run(config))
 
 
-@_command(TrainConfig)
-def train(config: TrainConfig) -> None:
+@_command(configs.TrainConfig)
+def train(config: configs.TrainConfig) -> None:
     """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
     Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
@@ -193,8 +178,8 @@ def _echo_saved(adapter: Path) -> None:
     _echo_first(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
 
 
-@_command(MergeConfig)
-def merge(config: MergeConfig) -> None:
+@_command(configs.MergeConfig)
+def merge(config: configs.MergeConfig) -> None:
     """Merge a trained adapter into its base, checked, and write a complete directory.
 
     Example: puma-hf merge puma-k14-lora puma-k14-distilled
@@ -204,8 +189,8 @@ def merge(config: MergeConfig) -> None:
     click.echo(f"merged; embeddings differ by at most {run(config):.1e}\nsaved    {config.output}")
 
 
-@_command(EmbedConfig)
-def embed(config: EmbedConfig) -> None:
+@_command(configs.EmbedConfig)
+def embed(config: configs.EmbedConfig) -> None:
     """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
 
     Example: puma-hf embed photos --model puma-k14-mac --output embeddings
@@ -216,8 +201,8 @@ def embed(config: EmbedConfig) -> None:
         _echo_first(str(run(config)))
 
 
-@_command(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> None:
+@_command(configs.EvaluateConfig)
+def evaluate(config: configs.EvaluateConfig) -> None:
     """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
 
     Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
@@ -228,8 +213,8 @@ def evaluate(config: EvaluateConfig) -> None:
         _echo_first(run(config).to_markdown())
 
 
-@_command(SweepConfig)
-def sweep(config: SweepConfig) -> None:
+@_command(configs.SweepConfig)
+def sweep(config: configs.SweepConfig) -> None:
     """Choose k: measure every depth of a model in one pass, with its parameters and operations.
 
     Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
@@ -239,8 +224,8 @@ def sweep(config: SweepConfig) -> None:
     click.echo(run(config).to_markdown())
 
 
-@_command(PairsConfig)
-def pairs(config: PairsConfig) -> None:
+@_command(configs.PairsConfig)
+def pairs(config: configs.PairsConfig) -> None:
     """Look through pairs of your own before training: what there is, and what is wrong with it.
 
     Example: puma-hf pairs photos/captions.csv --direction both
@@ -250,20 +235,20 @@ def pairs(config: PairsConfig) -> None:
     _echo_checked(run(config))
 
 
-@_command(IndexConfig)
-def index(config: IndexConfig) -> None:
+@_command(configs.IndexConfig)
+def index(config: configs.IndexConfig) -> None:
     """Make an index of pictures and texts to search in; run again, it takes in what changed.
 
     Example: puma-hf index photos --model puma-k14-mac --output photos-index
     """
-    from puma_hf.search.index import build_index as run
+    from puma_hf.search.build import build_index as run
 
     with ends_well_on_sigterm():
         _echo_first(str(run(config)))
 
 
-@_command(SearchConfig)
-def search(config: SearchConfig) -> None:
+@_command(configs.SearchConfig)
+def search(config: configs.SearchConfig) -> None:
     """Search an index by words, by a picture, or by both.
 
     Example: puma-hf search photos-index "a red apple" --for image --html answers.html
@@ -276,25 +261,25 @@ def search(config: SearchConfig) -> None:
         click.echo(f"saved    {config.html}", err=config.json)  # which is for programs
 
 
-@_command(AppConfig, name="app")
-def show(config: AppConfig) -> None:
+@_command(configs.AppConfig, name="app")
+def show(config: configs.AppConfig) -> None:
     """Search an index on a page in the browser, or write that page as a Space of the Hub.
 
     Example: puma-hf app photos-index
     """
     if config.space is None:
-        from puma_hf.app.launch import launch
+        from puma_hf.search.page import launch
 
         launch(config, started=lambda url: click.echo(f"serving {config.index} at {url}; Ctrl-C ends it"))
     else:
-        from puma_hf.app.space import write_configured
+        from puma_hf.search.space import write_configured
 
         place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
         click.echo(f"saved the Space to {place}; look at it first with: {run} {place}/app.py")
 
 
-@_command(ExportConfig)
-def export(config: ExportConfig) -> None:
+@_command(configs.ExportConfig)
+def export(config: configs.ExportConfig) -> None:
     """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
 
     Example: puma-hf export puma-k14-mac puma-k14-stock
@@ -304,8 +289,8 @@ def export(config: ExportConfig) -> None:
     click.echo(str(run(**asdict(config))))
 
 
-@_command(CheckConfig)
-def check(config: CheckConfig) -> None:
+@_command(configs.CheckConfig)
+def check(config: configs.CheckConfig) -> None:
     """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
 
     Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
@@ -315,8 +300,8 @@ def check(config: CheckConfig) -> None:
     _echo_checked(run(**asdict(config)))
 
 
-@_command(PushConfig)
-def push(config: PushConfig) -> None:
+@_command(configs.PushConfig)
+def push(config: configs.PushConfig) -> None:
     """Publish a directory on the Hub, after it was loaded where puma_hf is not installed.
 
     Example: puma-hf push puma-k14-mac org/puma-k14 --dry-run

@@ -109,11 +109,13 @@ class EmbedConfig(CheckedConfig):
     pool: str = "global"
     prompt: str | None = None
     truncate_dim: int | None = option(None, at_least=1)
+    # Numbers on the disk: int8 is a quarter of float32 and needs the range of each dimension from a sample first.
     precision: Precision = "float32"
     calibration_size: int = option(1024, at_least=2)
     on_error: OnError = "raise"
     special_tokens: SpecialTokens = "raise"
     format: FileFormat = "parquet"
+    # Memory and restarts: a shard is what a killed run may lose.
     shard_size: int = option(10_000, at_least=1)
     max_batch_tokens: int | None = option(None, at_least=1)
     num_workers: int | None = option(None, at_least=0)
@@ -170,8 +172,10 @@ class EvaluateConfig(CheckedConfig):
     pool: Pool = "both"
     batch_size: int = option(32, at_least=1)
     output: str | Path | None = None
+    # M-BEIR has several wordings of each instruction.
     instruction_seed: int | None = option(None, at_least=0)
     popularity_penalty: float | None = option(None, at_least=0, at_most=1)
+    # All relevant candidates stay among fewer others, so that figures are higher than those of the whole.
     nano_queries: int = option(200, at_least=0)
     nano_candidates: int = option(2000, at_least=0)
     nano_seed: int = option(0, at_least=0)
@@ -228,6 +232,7 @@ class SweepConfig(CheckedConfig):
     metric: QualityMetric = "score"
     compare: tuple[str, ...] = ()
     output: str | Path | None = None
+    # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1, remedy="Take 0.97, or less.")
     keep_last: bool = False
@@ -247,7 +252,7 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.index.build_index`.
+    """Settings of `puma_hf.search.build.build_index`.
 
     Args:
         model: PUMA directory, here or on the Hub; needed by the first run, which the index remembers.
@@ -268,6 +273,7 @@ class IndexConfig(EmbedConfig):
     shard_size: int = option(4096, at_least=1, at_most=4096)
     calibration_size: int = option(1024, at_least=2)
     format: FileFormat = "parquet"
+    # Exact search compares every vector; approximate search reads fewer, and may miss some.
     ann: AnnKind | None = None
 
     def __post_init__(self) -> None:
@@ -304,6 +310,7 @@ class SearchConfig(CheckedConfig):
     index: str | Path = positional()
     query: str | None = field(default=None, metadata={"positional": True})
     image: str | Path | None = None
+    # `for` is a keyword of Python.
     target: Target = field(default="any", metadata={"flag": "for"})
     top: int = option(10, at_least=1)
     instruction: str | None = None
@@ -328,7 +335,7 @@ class SearchConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.app.launch.launch`.
+    """Settings of `puma_hf.search.page.launch`.
 
     Args:
         index: Directory that puma-hf index has written.
@@ -344,10 +351,12 @@ class AppConfig(CheckedConfig):
     """
 
     index: str | Path = positional()
+    # Whoever reaches the page may search and upload: nobody but this machine, unless asked for.
     host: str = "127.0.0.1"
     port: int | None = option(None, at_least=0, at_most=65535)
     instruction: str | None = None
     top: int = option(24, at_least=1, at_most=200)
+    # A picture is decoded in memory, where it is many times larger than its file.
     max_upload_mb: float = option(10.0, above=0, at_most=1000)
     open_browser: bool = False
     space: str | Path | None = None
@@ -405,11 +414,13 @@ class PushConfig(CheckedConfig):
     private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
+    # An upload cannot be taken back from those who have seen it.
     dry_run: bool = False
     message: str | None = None
     results: tuple[str, ...] = ()
     base_model: str | None = None
     license: str | None = None
+    # Nobody but the author knows these; without them the card says that they are not known.
     base_license: str | None = None
     data_license: str | None = None
     datasets: tuple[str, ...] = ()

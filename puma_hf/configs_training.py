@@ -56,6 +56,7 @@ class PairSettings(CheckedConfig):
         bad_pairs: What to do if lines of pairs cannot be used: raise an error, or drop them.
     """
 
+    # What a row says: columns are guessed from common names, and named here where that fails.
     anchor: str | None = None
     positive: str | None = None
     negatives: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class PairSettings(CheckedConfig):
     reverse_instruction: str | None = None
     direction: PairDirection | None = None
     images_to: str | Path | None = None
+    # A typo in one of a million rows should not be noticed after a day of training: raise is the default.
     bad_pairs: BadPairs = "raise"
     special_tokens: SpecialTokens = "raise"
 
@@ -96,6 +98,7 @@ class PairsConfig(PairSettings):
     decode: bool = False
     json: str | Path | None = None
     mbeir: str | Path | None = None
+    # Splits go by query, so that no picture of a test query is trained on.
     val_fraction: float = option(0.1, at_least=0, at_most=1)
     test_fraction: float = option(0.1, at_least=0, at_most=1)
     seed: int = option(0, at_least=0)
@@ -149,33 +152,43 @@ class StageConfig(CheckedConfig):
     output: str | Path = positional()
     data: str | Path
     split: str = "train"
+    # How long: epochs, unless steps are given.
     max_steps: int = option(-1, at_least=-1, remedy="Take -1 for whole epochs.")
     num_train_epochs: float = option(1.0, above=0)
+    # The batch decides how many negatives a query has: gradient accumulation adds none, gradient caching
+    # (`mini_batch_size` of `TrainConfig`) does, and costs a second forward pass.
     batch_size: int = option(64, at_least=1)
     gradient_accumulation_steps: int = option(1, at_least=1)
+    # What is read of an input. Both limits stay with the model, so that it is used as it was trained: 235,200
+    # pixels are 300 visual tokens, and a visual token costs as much as one of text.
     max_length: int | None = option(None, at_least=1)
     special_tokens: SpecialTokens = "raise"
     max_pixels: int | None = option(None, at_least=28 * 28, remedy="One visual token is 28 x 28 pixels.")
+    # AdamW on a cosine after a short warm-up. The released code of PUMA slows the first layer down.
     learning_rate: float = option(1e-4, above=0, remedy="LamRA takes 1e-4 to 2e-4.")
     first_layer_learning_rate: float | None = option(None, above=0, remedy="PUMA takes 1e-4.")
     adam_beta1: float = option(0.9, at_least=0, below=1)
     adam_beta2: float = option(0.999, at_least=0, below=1)
     adam_epsilon: float = option(1e-8, above=0)
     warmup: float = option(0.03, at_least=0, below=1)
+    # The adapter. LamRA takes rank 64 in its first stage and 128 in its second.
     lora_r: int = option(64, at_least=1)
     lora_alpha: int | None = option(None, at_least=1)
     lora_dropout: float = option(0.05, at_least=0, below=1, remedy="LamRA takes 0.05.")
     train_ret_token: bool = False
     load_in_4bit: bool = False
     seed: int = option(0, at_least=0, at_most=2**32 - 1)
+    # Speed and memory; none of these changes what is learnt, but for rounding.
     bf16: bool = False
     gradient_checkpointing: bool = False
     dataloader_num_workers: int = option(0, at_least=0)
+    # What a run tells and keeps. Two checkpoints: one may be half written when a run is killed.
     logging_steps: int = option(10, at_least=1)
     save_steps: int = option(500, at_least=0)
     report_to: tuple[str, ...] = ()
     resume: bool = False
     overwrite: bool = False
+    # The rest of the Trainer, which needs no words of ours.
     training_arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"flag": False})
 
     def __post_init__(self) -> None:
@@ -216,6 +229,7 @@ class DistillConfig(StageConfig):
     data: str | Path
     learning_rate: float = option(2e-4, above=0, remedy="LamRA takes 2e-4, and found 4e-4 unstable.")
     train_ret_token: bool = True
+    # A cached teacher costs its states on the disk, and saves a forward pass of the full model in every step.
     teacher: str | Path | None = None
     teacher_mode: TeacherMode = "frozen"
     teacher_cache: str | Path | None = None
@@ -269,19 +283,23 @@ class TrainConfig(PairSettings, StageConfig):
     data: str | Path
     lora_r: int = option(128, at_least=1)
     loss: Loss = "mac"
+    # MAC-Loss: the temperature of candidates of the target's modality falls from the first to the second.
     temperature: float = option(TEMPERATURE, above=0)
     hard_temperature: float = option(HARD_TEMPERATURE, above=0)
     schedule: Schedule = SCHEDULE
     schedule_end: float = option(SCHEDULE_END, above=0, at_most=1, remedy="Take 1.0, or schedule='constant'.")
     grouping: ModalityGrouping = "target"
     split_weight: float = option(SPLIT_WEIGHT, at_least=0, at_most=1)
+    # Which rows, and what counts as a negative.
     num_negatives: int = option(0, at_least=0)
     train_fraction: float = option(1.0, above=0, at_most=1)
+    # Gradient caching: memory for one mini-batch, gradients of the whole batch.
     mini_batch_size: int | None = option(None, at_least=1)
     mini_batch_num_tokens: int | None = option(None, at_least=1)
     false_negative_margin: float | None = option(None, at_least=0)
     gather_across_devices: bool = True
     matryoshka_dims: tuple[int, ...] = option((), at_least=1)
+    # The teacher's part: PUMA's released stage 1 is InfoNCE and distillation in one forward pass.
     distillation_weight: float = option(0.0, at_least=0)
     contrastive_weight: float = option(1.0, at_least=0)
     distillation_weight_start: float | None = option(None, at_least=0)
@@ -316,22 +334,17 @@ class TrainConfig(PairSettings, StageConfig):
 
     def notes(self) -> list[str]:
         """Options that this combination ignores, one sentence each."""
-        notes: list[str] = []
-        if self.loss == "infonce":
-            of_mac = ("hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
-            notes += self._unused("loss='infonce'", *of_mac)
-        elif self.loss == "mac":
-            notes += self._unused("loss='mac'", "split_weight")
-        if self.loss != "infonce" and self.schedule == "constant":
-            notes += self._unused("schedule='constant'", "schedule_end")
-        if self.mini_batch_num_tokens is not None:
-            notes += self._unused("mini_batch_num_tokens", "mini_batch_size")
-        if not self.joint:
-            of_a_teacher = ("teacher", "teacher_mode", "teacher_cache", "metric")
-            notes += self._unused(
-                "distillation_weight=0", "contrastive_weight", "contrastive_weight_start", *of_a_teacher
-            )
-        return notes if self.num_negatives else notes + self._unused("num_negatives=0", "negatives")
+        of_mac = ("hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
+        of_teachers = ("contrastive_weight", "contrastive_weight_start", "teacher", "teacher_mode", "teacher_cache")
+        ignored: list[tuple[bool, str, tuple[str, ...]]] = [
+            (self.loss == "infonce", "loss='infonce'", of_mac),
+            (self.loss == "mac", "loss='mac'", ("split_weight",)),
+            (self.loss != "infonce" and self.schedule == "constant", "schedule='constant'", ("schedule_end",)),
+            (self.mini_batch_num_tokens is not None, "mini_batch_num_tokens", ("mini_batch_size",)),
+            (not self.joint, "distillation_weight=0", (*of_teachers, "metric")),
+            (not self.num_negatives, "num_negatives=0", ("negatives",)),
+        ]
+        return [note for is_so, why, names in ignored if is_so for note in self._unused(why, *names)]
 
 
 @dataclass(frozen=True, kw_only=True)

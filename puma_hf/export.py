@@ -66,16 +66,12 @@ class ExportReport:
     format: ExportFormat = "stock"
 
     def __str__(self) -> str:
+        what = f"{self.model_type} of {self.num_layers} decoder layers, {self.num_parameters:,} parameters"
+        more = f"compare the two with: puma-hf check {self.source} --exported {self.output}"
         if self.format == "onnx":
-            return (
-                f"exported the text tower of {self.num_layers} decoder layers as ONNX, {self.num_bytes:,} bytes\n"
-                f"saved    {self.output}; its README.md has an example"
-            )
-        return (
-            f"exported {self.model_type} of {self.num_layers} decoder layers, {self.num_parameters:,} parameters, "
-            f"{self.num_bytes:,} bytes\n"
-            f"saved    {self.output}; compare the two with: puma-hf check {self.source} --exported {self.output}"
-        )
+            what = f"the text tower of {self.num_layers} decoder layers as ONNX"
+            more = "its README.md has an example"
+        return f"exported {what}, {self.num_bytes:,} bytes\nsaved    {self.output}; {more}"
 
 
 def export(

@@ -47,12 +47,16 @@ def model_fingerprint(model: Any) -> str | None:
     if not isinstance(model, nn.Module):
         own = getattr(model, "fingerprint", None)
         return None if own is None else str(own)
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return tensors_sha256(tensors, model_settings(model))
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """All of `model_fingerprint` but the weights: what decides how a `SentenceTransformer` sees an input."""
     modules = {
         name: {"class": type(module).__name__, **_module_settings(module)} for name, module in model.named_children()
     }
-    own = {name: _get(model, name) for name in _MODEL_SETTINGS}
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return tensors_sha256(tensors, {**own, "class": type(model).__name__, "modules": modules})
+    return {**{name: _get(model, name) for name in _MODEL_SETTINGS}, "class": type(model).__name__, "modules": modules}
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

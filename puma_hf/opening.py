@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,6 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.files import ADAPTER_CONFIG, named_base
 from puma_hf.settings import cut
-
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # where a download is kept
 
 
 def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
@@ -34,8 +31,6 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     try:
         return SentenceTransformer(name, **loading)
     except OSError as error:
-        if error.errno in _OF_THE_DISK:
-            raise
         reason = cut(str(error).strip())  # transformers may speak of the network alone, on several lines
         if (Path(name) / ADAPTER_CONFIG).is_file():
             base = named_base(Path(name))

@@ -16,7 +16,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, new_directory, read_config
 from puma_hf.model_card import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
@@ -275,11 +275,9 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
 
 def _source_size(checkpoint: SourceCheckpoint, config: Any, model: PumaModel, is_original: bool) -> tuple[int, int]:
     """Parameters and bytes of the source: an original has a language-model head to count, a PUMA directory none."""
+    make = AutoModelForImageTextToText.from_config if is_original else type(model)
     with torch.device("meta"):
-        if is_original:
-            whole = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint.folder))
-        else:
-            whole = type(model)(config)
+        whole = make(AutoConfig.from_pretrained(checkpoint.folder))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
     named = (config.dtype, config.text_config.dtype)

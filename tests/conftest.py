@@ -146,7 +146,7 @@ def adapter(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sentence_transformers import SentenceTransformer
 
     from puma_hf import lora_config
-    from puma_hf.trainer.lora import add_lora, save_base_fingerprint
+    from puma_hf.trainer.lora_puma import add_lora, save_base_fingerprint
 
     torch.manual_seed(0)
     model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from puma_hf.trainer.checkpoints import last_whole_checkpoint
+from puma_hf.trainer.checkpoints_puma import last_whole_checkpoint
 from tests.data.mbeir_builder import build_mbeir
 from tests.patience import PATIENCE
 

@@ -17,8 +17,9 @@ import torch
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from torch import Tensor, nn
 
-from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.evaluation.encoding import check_encode_kwargs
 from puma_hf.evaluation.mbeir import (
     NDCG_K,

@@ -28,8 +28,8 @@ from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint
 from puma_hf.configs import SweepConfig, parse_parameters
-from puma_hf.data.mbeir import select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.tasks import select_tasks
 from puma_hf.estimate import counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from puma_hf import __version__
 from puma_hf.configs import EvaluateConfig, SweepConfig
-from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k

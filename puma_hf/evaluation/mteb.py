@@ -21,8 +21,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIRTask, task_named
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
 from puma_hf.evaluation.results import PUBLISHED
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def puma_model_meta(
 def mteb_tasks() -> dict[str, MBEIRTask]:
     """M-BEIR's 16 rows by MIEB's names of them, such as "CIRRIT2IRetrieval"."""
     names = {name.lower(): name for name in _NAMES}
-    tasks = [task for name in PUBLISHED if (task := task_named(name, name)) is not None]
+    tasks = [task for name in PUBLISHED if (task := task_named(name)) is not None]
     return {f"{names[task.dataset]}{task.arrow.upper().replace(' -> ', '2')}Retrieval": task for task in tasks}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from puma_hf.data.mbeir import MBEIRTask
+from puma_hf.data.tasks import MBEIRTask
 from puma_hf.files import write_whole
 
 PUBLISHED_MODELS: tuple[str, ...] = ("LamRA-Ret 7B", "LamRA < 4B", "PUMA")

@@ -154,7 +154,7 @@ def check(
     with TemporaryDirectory(prefix="puma-hf-") as temporary:
         scratch = Path(temporary)
         if is_adapter and merged is None:
-            from puma_hf.trainer.lora import merge_adapter
+            from puma_hf.trainer.merge import merge_adapter
 
             folder = scratch / "merged"
             merge_adapter(adapter, folder, base=base)

@@ -41,7 +41,7 @@ _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"}
 # What the card shows of the code that travels, by the name that the lines give it.
 _SHOWN = {
     "MultimodalMACLoss": "mac_puma.MultimodalMACLoss",
-    "add_temperature_schedule": "progress_puma.add_temperature_schedule",
+    "PumaTrainer": "trainer_puma.PumaTrainer",
 }
 
 
@@ -154,12 +154,14 @@ def travelling_files() -> dict[str, str]:
     """The losses and the trainer, by file name, as they lie flat beside a model's code: their imports are rewritten.
 
     So fine-tuning goes on from the Hub alone, where puma_hf is not installed:
-    `get_class_from_dynamic_module("mac_puma.MultimodalMACLoss", "org/puma")`.
+    `get_class_from_dynamic_module("trainer_puma.PumaTrainer", "org/puma")`. The stages and the teachers stay here: they
+    read configurations, data and original checkpoints.
     """
     package = Path(__file__).parents[1]
-    sources = sorted(path for name in ("losses", "trainer") for path in (package / name).glob("*_puma.py"))
-    ours = re.compile(r"from puma_hf\.(?:modeling|losses|trainer)\.(?=\w+ import)")
-    return {path.name: ours.sub("from .", path.read_text(encoding="utf-8")) for path in sources}
+    sources = {path.name: path for part in ("losses", "trainer") for path in sorted((package / part).glob("*_puma.py"))}
+    sources["sampler_puma.py"] = package / "data" / "sampler.py"  # of the data, but what keeps right answers apart
+    ours = re.compile(r"from puma_hf\.(?:modeling|losses|trainer|data)\.(\w+?)(?:_puma)? import")
+    return {name: ours.sub(r"from .\1_puma import", path.read_text(encoding="utf-8")) for name, path in sources.items()}
 
 
 def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int, int]]:
@@ -217,7 +219,7 @@ def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
     siblings = hub.model_info(base, files_metadata=True).siblings or []
     weights = {one.rfilename: one.lfs for one in siblings if fnmatch(one.rfilename, "model*.safetensors")}
     digest = hashlib.sha256()
-    for name, large in sorted(weights.items()):  # as `puma_hf.trainer.lora.weights_sha256` has it
+    for name, large in sorted(weights.items()):  # as `puma_hf.trainer.lora_puma.weights_sha256` has it
         digest.update(name.encode() + bytes.fromhex(large["sha256"] if large else ""))
     if (expected := read_config(adapter, BASE_FILE).get("sha256")) is None:
         logger.warning("Whether %s holds the weights that the adapter was trained on is not known.", base)

@@ -1,4 +1,4 @@
-"""How far a training is: the losses whose temperature depends on it, and the callback that tells them."""
+"""How far a training is: the losses whose temperature depends on it, and the callback that moves them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ class ScheduledTemperatureLoss(nn.Module):
         # Checked by these names first: the schedule would call them `start` and `end`.
         check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
         self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule, schedule_end)
-        self._progress = 0.0
-        self._progress_was_set = False
+        self._progress: float | None = None
         self._idle_forwards = 0
         if hard_temperature > temperature:
             # A legitimate ablation, hence no error, but the opposite of the method and what two swapped arguments
@@ -70,17 +69,16 @@ class ScheduledTemperatureLoss(nn.Module):
     @property
     def current_hard_temperature(self) -> float:
         """Temperature of the intra-modality candidates at the present `progress`."""
-        return self.temperature_schedule.value(self._progress)
+        return self.temperature_schedule.value(self.progress)
 
     @property
     def progress(self) -> float:
         """Done training steps over all training steps, in [0, 1]."""
-        return self._progress
+        return self._progress or 0.0
 
     @progress.setter
     def progress(self, value: float) -> None:
         self._progress = clamp_progress(value)
-        self._progress_was_set = True
 
     def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
         """Warn once when the loss is trained and nobody moves its schedule, or whatever else `moves` with it.
@@ -89,7 +87,7 @@ class ScheduledTemperatureLoss(nn.Module):
         """
         schedule = self.temperature_schedule
         moves |= schedule.kind != "constant" and schedule.start != schedule.end
-        if self._progress_was_set or not moves or not training or not torch.is_grad_enabled():
+        if self._progress is not None or not moves or not training or not torch.is_grad_enabled():
             return
         self._idle_forwards += 1
         if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:
@@ -97,8 +95,8 @@ class ScheduledTemperatureLoss(nn.Module):
                 f"{type(self).__name__} has been trained for {self._idle_forwards} forward passes, but its "
                 f"{schedule.kind!r} schedule never moved: hard_temperature is still {self.current_hard_temperature:g} "
                 f"instead of going to {schedule.end:g}, and a weight that moves is at its start. Call "
-                "puma_hf.losses.add_temperature_schedule(trainer) before trainer.train(), set loss.progress "
-                "in your own training loop, or choose schedule='constant'."
+                "add_temperature_schedule(trainer) before trainer.train(), set loss.progress in your own training "
+                "loop, or choose schedule='constant'."
             )
 
 
@@ -129,10 +127,8 @@ class TemperatureScheduleCallback(TrainerCallback):
         super().__init__()
         self.losses = find_scheduled_losses(loss)
         if not self.losses:
-            modules = list(loss.values()) if isinstance(loss, Mapping) else [loss]
-            shown = " and ".join(f"a {type(module).__name__}" for module in modules) or "an empty dict"
             raise ValueError(
-                f"loss is {shown}, but a temperature schedule needs a ScheduledTemperatureLoss in it. Pass the "
+                f"loss is {loss!r:.200}, but a temperature schedule needs a ScheduledTemperatureLoss in it. Pass the "
                 "MultimodalMACLoss that the trainer uses, or leave the schedule out."
             )
 
@@ -149,14 +145,19 @@ class TemperatureScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Add the temperatures to a training record."""
-        if logs is None or "loss" not in logs:
-            return
-        # The trainer appends a copy of the logs to the history before it calls the callbacks.
-        is_last = state.log_history and state.log_history[-1].get("step") == state.global_step
-        for record in [logs, *state.log_history[-1:]] if is_last else [logs]:
-            for prefix, loss in self.losses.items():
-                record[f"{prefix}temperature"] = loss.temperature
-                record[f"{prefix}hard_temperature"] = loss.current_hard_temperature
+        if logs is not None and "loss" in logs:
+            found = {f"{prefix}temperature": loss.temperature for prefix, loss in self.losses.items()}
+            found |= {
+                f"{prefix}hard_temperature": loss.current_hard_temperature for prefix, loss in self.losses.items()
+            }
+            add_to_logs(found, logs, state)
+
+
+def add_to_logs(values: Mapping[str, float], logs: dict[str, float], state: TrainerState) -> None:
+    """Add values to the record that a callback gets, and to the history's copy, which the trainer has made before."""
+    logs.update(values)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(values)
 
 
 def is_scheduled(loss: nn.Module) -> bool:
@@ -173,10 +174,15 @@ def find_scheduled_losses(loss: nn.Module | Mapping[str, Any] | None) -> dict[st
 
     `loss` is what a trainer holds: a module or a dict from dataset name to module. A single loss has the prefix `""`.
     """
-    found: dict[ScheduledTemperatureLoss, str] = {}
+    return find_losses(loss, "temperature_schedule")
+
+
+def find_losses(loss: nn.Module | Mapping[str, Any] | None, attribute: str) -> dict[str, Any]:
+    """From log prefix to loss, those with an attribute of their own: a wrapper may show that of the loss inside."""
+    found: dict[nn.Module, str] = {}
     for name, module in (loss if isinstance(loss, Mapping) else {"": loss}).items():
         modules = module.modules() if isinstance(module, nn.Module) else ()
-        inner: list[Any] = [child for child in modules if is_scheduled(child)]
+        inner = [child for child in modules if attribute in vars(child)]
         for index, child in enumerate(inner):
             parts = [name, str(index) if len(inner) > 1 else ""]
             found.setdefault(child, "".join(f"{part}_" for part in parts if part))
@@ -192,12 +198,7 @@ def add_temperature_schedule(trainer: Any) -> TemperatureScheduleCallback:
     `loss` is, wraps, or is a dict with a `MultimodalMACLoss`, or a ValueError says so. The callback is placed right
     after the trainer's flow control so that reporting callbacks see its values.
     """
-    if getattr(trainer, "loss", None) is None:
-        raise ValueError(
-            f"A {type(trainer).__name__} has no attribute loss, of which the schedule would be read. Name the loss: "
-            "trainer.add_callback(TemperatureScheduleCallback(loss))."
-        )
-    callback = TemperatureScheduleCallback(trainer.loss)
+    callback = TemperatureScheduleCallback(getattr(trainer, "loss", None))  # type: ignore[arg-type]
     callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
     for known in callbacks:
         if isinstance(known, TemperatureScheduleCallback) and {*known.losses.values()} >= {*callback.losses.values()}:

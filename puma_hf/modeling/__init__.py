@@ -21,16 +21,7 @@ for _config, _model, _processor in (
     _processor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
-    "MODALITY_IDS",
-    "MODALITY_NAMES",
-    "RET_TOKEN",
-    "PumaConfig",
-    "PumaImageTextProcessor",
-    "PumaModel",
-    "PumaModelOutput",
-    "PumaProcessor",
-    "PumaQwen3VLConfig",
-    "PumaQwen3VLModel",
-    "PumaQwen25VLConfig",
+    "MODALITY_IDS", "MODALITY_NAMES", "RET_TOKEN", "PumaConfig", "PumaImageTextProcessor", "PumaModel",
+    "PumaModelOutput", "PumaProcessor", "PumaQwen3VLConfig", "PumaQwen3VLModel", "PumaQwen25VLConfig",
     "PumaQwen25VLModel",
-]
+]  # fmt: skip

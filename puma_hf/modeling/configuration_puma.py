@@ -1,11 +1,10 @@
-"""Configurations of PUMA models: those of their backbones, which know how many decoder layers were kept."""
+"""Configurations of PUMA models, one for each family of backbones: those know how many decoder layers were kept."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
@@ -17,26 +16,7 @@ if TYPE_CHECKING:
 else:
     _MixinBase = object
 
-
 POSITIONS = ("mrope", "sequential")
-
-
-def check_num_kept_layers(num_kept_layers: Any, num_hidden_layers: int) -> int:
-    """Return `num_kept_layers` if it is an integer between 1 and `num_hidden_layers`, else raise.
-
-    Raises:
-        ValueError: If the value is not an integer or lies outside the range.
-    """
-    remedy = f"Choose an integer from 1 to {num_hidden_layers} (half of the layers is a good start)."
-    if isinstance(num_kept_layers, bool) or not isinstance(num_kept_layers, int):
-        raise ValueError(
-            f"num_kept_layers must be an integer, got {num_kept_layers!r} ({type(num_kept_layers).__name__}). {remedy}"
-        )
-    if not 1 <= num_kept_layers <= num_hidden_layers:
-        raise ValueError(
-            f"num_kept_layers={num_kept_layers} is outside the decoder's 1 to {num_hidden_layers} layers. {remedy}"
-        )
-    return num_kept_layers
 
 
 def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int) -> list[int]:
@@ -50,39 +30,37 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
     Raises:
         ValueError: If both are given, or neither, or what is given is no such number or list.
     """
-    if num_kept_layers is None and keep_layers is None:
+    if (num_kept_layers is None) == (keep_layers is None):
         raise ValueError(
-            f"Say which layers to keep: num_kept_layers (--num-kept-layers), from 1 to {num_hidden_layers} of them, or "
-            "keep_layers (--keep-layers), such as '0-2,5'."
+            f"num_kept_layers={num_kept_layers!r} and keep_layers={keep_layers!r}: one of them must say which layers "
+            "to keep, such as --num-kept-layers 14 or --keep-layers 0-10,27."
         )
     if keep_layers is None:
-        return list(range(check_num_kept_layers(num_kept_layers, num_hidden_layers)))
-    if num_kept_layers is not None:
-        raise ValueError(
-            f"num_kept_layers={num_kept_layers!r} and keep_layers={keep_layers!r} both say which layers to keep. Leave "
-            "one of them out."
-        )
+        if type(num_kept_layers) is not int or not 1 <= num_kept_layers <= num_hidden_layers:
+            raise ValueError(
+                f"num_kept_layers={num_kept_layers!r} must be an integer from 1 to {num_hidden_layers}, the decoder's "
+                "layers. Half of them is a good start."
+            )
+        return list(range(num_kept_layers))
     layers = _numbers_in(keep_layers)
-    wrong = [layer for layer in layers if type(layer) is not int or not 0 <= layer < num_hidden_layers]
-    wrong = wrong or [later for layer, later in pairwise(layers) if later <= layer]
-    if wrong or not layers:
+    known = bool(layers) and all(type(layer) is int and 0 <= layer < num_hidden_layers for layer in layers)
+    if not known or layers != sorted(set(layers)):
         raise ValueError(
-            f"keep_layers={keep_layers!r} must be rising numbers from 0 to {num_hidden_layers - 1}, each once, but "
-            + (f"{wrong[0]!r} is out of range or out of order" if layers else "it is empty")
-            + ". Write them like '0-3,7' or [0, 1, 2, 3, 7], with the deepest layer last."
+            f"keep_layers={keep_layers!r} must be rising numbers from 0 to {num_hidden_layers - 1}, each once, like "
+            "'0-3,7' or [0, 1, 2, 3, 7]."
         )
     return layers
 
 
 def _numbers_in(keep_layers: Any) -> list[Any]:
-    """The numbers in a list, or in text; what is no number stays as it is."""
+    """The numbers in a list, or in text; none if anything else is in it."""
     if not isinstance(keep_layers, str):
-        return list(keep_layers) if isinstance(keep_layers, Iterable) else [keep_layers]
+        return list(keep_layers) if isinstance(keep_layers, Iterable) else []
     layers: list[Any] = []
-    for part in keep_layers.split(",") if keep_layers.strip() else ():
-        ends = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
-        layers += range(first, last + 1) or [part]
+    for part in keep_layers.split(","):
+        if not (ends := re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)):
+            return []
+        layers += range(int(ends[1]), int(ends[2] or ends[1]) + 1) or [-1]
     return layers
 
 
@@ -108,7 +86,7 @@ def named_layers(layers: Sequence[int]) -> str:
 class PumaConfigMixin(_MixinBase):
     """What pruning adds to a backbone's configuration; see [`PumaConfig`] for the fields."""
 
-    # How messages call the backbone, its model_type, and an original checkpoint of it.
+    # A row of the table of backbones: how messages call the family, its model_type, an original checkpoint of it.
     source_name = ""
     source_model_type = ""
     source_example = ""
@@ -133,18 +111,21 @@ class PumaConfigMixin(_MixinBase):
         available = text_config.num_hidden_layers
         if self.original_num_hidden_layers is None:
             self.original_num_hidden_layers = available
-        if keep_layers is None and self.num_kept_layers is None:
-            self.num_kept_layers = available
-        layers = chosen_layers(None if keep_layers is not None else self.num_kept_layers, keep_layers, available)
+        number = available if self.num_kept_layers is None else self.num_kept_layers
+        layers = chosen_layers(number if keep_layers is None else None, keep_layers, available)
         there = list(range(available)) if self.kept_layers is None else self.kept_layers
         if len(there) != available:
             raise ValueError(
-                f"kept_layers={self.kept_layers} names {len(there)} layers, and the configuration has {available}. It "
-                "tells which ones are left of the original: to cut layers pass keep_layers."
+                f"kept_layers={self.kept_layers} tells which layers are left of the original, but the configuration "
+                f"has {available}: to cut layers pass keep_layers."
             )
-        kept = [there[layer] for layer in layers]
-        self._check_deepstack(kept)
-        first = list(range(len(kept)))
+        kept, first, deepest = [there[layer] for layer in layers], list(range(len(layers))), self.num_deepstack_layers
+        # Features of the vision tower must be added after the same layers as in the original.
+        if kept[:deepest] != first[:deepest]:
+            raise ValueError(
+                f"A cut to {named_layers(kept)} lacks some of {named_layers(range(deepest))}; after these "
+                f"{self.source_name} adds features of its vision tower (DeepStack). Keep these, and any deeper ones."
+            )
         self.kept_layers = None if kept == first else kept
         # The numbers that the weights have in the checkpoint that is cut.
         self._loaded_layers = None if layers == first else layers
@@ -154,15 +135,6 @@ class PumaConfigMixin(_MixinBase):
             text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
             if self.kept_layers is not None and "sliding_attention" in text_config.layer_types:
                 text_config.max_window_layers = text_config.layer_types.index("sliding_attention")
-
-    def _check_deepstack(self, kept: list[int]) -> None:
-        """Raise a ValueError if features of the vision tower would be added after other layers than in the original."""
-        count = self.num_deepstack_layers
-        if kept[:count] != list(range(len(kept[:count]))):
-            raise ValueError(
-                f"A cut to {named_layers(kept)} lacks some of {named_layers(range(count))}; after these "
-                f"{self.source_name} adds features of its vision tower (DeepStack). Keep these, and any deeper ones."
-            )
 
     @property
     def num_deepstack_layers(self) -> int:
@@ -186,57 +158,33 @@ class PumaConfigMixin(_MixinBase):
         transformers would set keyword arguments as attributes after the configuration is complete, where
         cutting has already happened; here they are part of the construction.
         """
-        config_dict = dict(config_dict)
-        cls._check_model_type(config_dict.get("model_type", cls.model_type))
-        config_dict["model_type"] = cls.model_type
+        config_class_of(config_dict.get("model_type", cls.model_type), (cls,))
         if "kept_layers" in kwargs:
             raise ValueError("kept_layers tells which layers are left of the original: to cut layers pass keep_layers.")
-        number, layers = kwargs.pop("num_kept_layers", None), kwargs.pop("keep_layers", None)
-        if number is not None or layers is not None:
-            config_dict["keep_layers"] = chosen_layers(number, layers, cls._num_hidden_layers(config_dict))
-        return super().from_dict(config_dict, **kwargs)
+        cuts = {name: kwargs.pop(name, None) for name in ("num_kept_layers", "keep_layers")}
+        if None not in cuts.values():
+            chosen_layers(**cuts, num_hidden_layers=0)  # which raises: they contradict each other
+        given = {name: value for name, value in cuts.items() if value is not None}
+        return super().from_dict({**config_dict, "model_type": cls.model_type, **given}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Read a configuration file; an original's is taken for the PUMA configuration that it becomes."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        cls._check_model_type(config_dict.get("model_type"))
-        if config_dict.get("model_type") == cls.source_model_type:
-            config_dict = {**config_dict, "model_type": cls.model_type}
-        return config_dict, kwargs
-
-    @classmethod
-    def _check_model_type(cls, model_type: Any) -> None:
-        if model_type in cls.readable_model_types():
-            return
-        better = [other.__name__ for other in CONFIG_CLASSES if model_type in other.readable_model_types()]
-        raise ValueError(
-            f"The checkpoint has model_type={model_type!r}, but PUMA prunes {cls.source_name} checkpoints with "
-            f"{cls.__name__} ({', '.join(cls.readable_model_types())}). Choose a {cls.source_name} checkpoint such as "
-            f"{cls.source_example!r}" + "".join(f", or {name} for this one" for name in better) + "."
-        )
+        config_class_of(config_dict.get("model_type"), (cls,))
+        return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod
     def readable_model_types(cls) -> tuple[str, ...]:
         """The `model_type` of an original checkpoint and of a PUMA directory, both of which it reads."""
         return (cls.source_model_type, cls.model_type)
 
-    @classmethod
-    def _num_hidden_layers(cls, config_dict: dict[str, Any]) -> int:
-        """Number of decoder layers in a configuration file, which is flat in Qwen2-VL's original checkpoints."""
-        text_config: Any = config_dict.get("text_config") or config_dict
-        if not isinstance(text_config, dict):
-            text_config = text_config.to_dict()
-        default: Any = cls().text_config
-        return int(text_config.get("num_hidden_layers", default.num_hidden_layers))
-
 
 class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
     r"""Configuration of a [`PumaModel`].
 
     Every field of `Qwen2VLConfig` is kept. A plain Qwen2-VL `config.json` loads too: with `num_kept_layers=k`
-    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types`
-    together).
+    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types` together).
 
     Args:
         num_kept_layers (`int`, *optional*):
@@ -248,7 +196,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             with `keep_layers`, which takes a list such as `[0, 1, 27]` or text such as "0-10,27".
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
-            too: part of how the model reads, see `puma_hf.modeling.processing_puma`.
+            too: part of how the model reads, see `READINGS` in `processing_puma`.
         source_name_or_path (`str`, *optional*):
             Hub id or folder name of the checkpoint that was pruned.
         source_revision (`str`, *optional*):
@@ -298,11 +246,12 @@ class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
     source_example = "Qwen/Qwen3-VL-2B-Instruct"
 
 
+# The table of backbones. A new one is a class above, one in modeling_puma, and a line in this folder's __init__.
 CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLConfig)
 
 
-def config_class_of(model_type: Any) -> Any:
-    """The configuration class that reads a checkpoint of this `model_type`, original or pruned.
+def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:
+    """The one of these configuration classes that reads a checkpoint of this `model_type`, original or pruned.
 
     Raises:
         ValueError: If there is none.
@@ -316,11 +265,12 @@ def config_class_of(model_type: Any) -> Any:
     'PumaQwen3VLConfig'
     ```
     """
-    for config_class in CONFIG_CLASSES:
+    for config_class in classes:
         if model_type in config_class.readable_model_types():
             return config_class
-    readable = ", ".join(name for config_class in CONFIG_CLASSES for name in config_class.readable_model_types())
+    names = ", ".join(config_class.source_name for config_class in classes)
+    readable = ", ".join(name for config_class in classes for name in config_class.readable_model_types())
     raise ValueError(
-        f"The checkpoint has model_type={model_type!r}, but PUMA prunes Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints "
-        f"({readable}). Choose one of these, such as {PumaConfig.source_example!r}."
+        f"The checkpoint has model_type={model_type!r}, but PUMA prunes {names} checkpoints ({readable}) here. Choose "
+        f"one of these, such as {classes[0].source_example!r}."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,21 +56,16 @@ def content_ids(features: Mapping[str, Any]) -> Tensor:
         if features.get(pixel_key) is None:
             continue
         if features.get(count_key) is None:
-            raise ValueError(
-                f"the features hold {pixel_key!r} but not {count_key!r}, so nobody knows whose they are. Make the "
-                "features with PumaProcessor.process_inputs."
-            )
+            message = f"the features hold {pixel_key!r} but not {count_key!r}, which says whose they are"
+            raise ValueError(f"{message}. Make them with PumaProcessor.process_inputs.")
         grid, patches = _array(features[grid_key]), _patch_hashes(_array(features[pixel_key]))
-        ends = grid.prod(axis=1).cumsum()
-        last_items = _array(features[count_key]).cumsum()
-        item, patch = 0, 0
-        for one, last_item in zip(hashes, last_items.tolist(), strict=True):
-            last_patch = int(ends[last_item - 1]) if last_item else 0
-            if last_item > item:
+        items = [0, *_array(features[count_key]).cumsum().tolist()]
+        ends = [0, *grid.prod(axis=1).cumsum().tolist()]
+        for one, (first, last) in zip(hashes, pairwise(items), strict=True):
+            if last > first:
                 # With kind and shape before them, the same patches in another arrangement are another content.
-                one.update(f"{pixel_key} {grid[item:last_item].tolist()}".encode())
-                one.update(patches[patch:last_patch].tobytes())
-            item, patch = last_item, last_patch
+                one.update(f"{pixel_key} {grid[first:last].tolist()}".encode())
+                one.update(patches[ends[first] : ends[last]].tobytes())
     digests = b"".join(one.digest() for one in hashes)
     return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
 
@@ -86,10 +82,9 @@ def _patch_hashes(pixels: np.ndarray) -> np.ndarray:
     A sum of products with fixed odd numbers, modulo 2^64, of words that are mixed first: the sum alone is linear, and
     two changes of the highest bits would cancel out. Exact integers, hence the same in every batch.
     """
-    num_bytes = pixels.shape[1] * pixels.itemsize
-    raw = pixels.view(np.uint8).reshape(len(pixels), num_bytes)
-    if num_bytes % 8:
-        raw = np.pad(raw, ((0, 0), (0, -num_bytes % 8)))
+    raw = pixels.view(np.uint8).reshape(len(pixels), -1)
+    if raw.shape[1] % 8:
+        raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
     words, odd = raw.view("<u8"), _odd_numbers(raw.shape[1] // 8)
     hashes = np.empty(len(words), dtype=np.uint64)
     for start in range(0, len(words), _PATCHES_AT_ONCE):

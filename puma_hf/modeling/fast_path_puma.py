@@ -110,11 +110,7 @@ def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
 
 
 def decoder_layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    angles: tuple[Tensor, Tensor],
-    sequences: Sequences,
-    wanted: Tensor | None = None,
+    layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences, wanted: Tensor | None = None
 ) -> Tensor:
     """One decoder layer on tokens that lie one after another.
 
@@ -128,9 +124,8 @@ def decoder_layer(
     Returns:
         `(num_wanted, hidden_size)`.
     """
-    attention: Any = layer.self_attn
     query, key, value, residual = before_attention(layer, hidden, angles, wanted)
-    attended = attend(query, key, value, sequences, scale=attention.scaling, causal=wanted is None)
+    attended = attend(query, key, value, sequences, scale=layer.self_attn.scaling, causal=wanted is None)
     return after_attention(layer, attended, residual)
 
 
@@ -181,10 +176,8 @@ def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
         "sequences": (images.sequences,),
     }
     if hasattr(visual, "window_size"):  # Qwen2.5-VL's, most of whose blocks see windows of an image
-        device = images.pixel_values.device
-        index, ends = get_vision_window_index(
-            images.grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size
-        )
+        device, sizes = images.pixel_values.device, (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+        index, ends = get_vision_window_index(images.grid_thw, *sizes)
         windows = sequences_of(blocks_of_lengths(ends.diff().tolist())).to(device)
         known |= {
             "window_index": index.to(device),
@@ -206,12 +199,9 @@ def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
             undo.callback(setattr, config, "_attn_implementation", implementation)
         projection = visual.patch_embed.proj
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
-        as_made = (
-            _is_as_made(projection)
-            and not hasattr(projection, "_hf_hook")
-            and "forward" not in vars(visual.patch_embed)
-        )
-        if fast_path.linear_patch_embedding and isinstance(projection, nn.Conv3d) and as_made:
+        as_made = _is_as_made(projection) and "forward" not in vars(visual.patch_embed)
+        as_made = as_made and isinstance(projection, nn.Conv3d) and not hasattr(projection, "_hf_hook")
+        if fast_path.linear_patch_embedding and as_made:
             # An attribute of the instance goes before the method of its class.
             visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)
             undo.callback(delattr, visual.patch_embed, "forward")
@@ -228,23 +218,15 @@ def _embed_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:
 
 
 def _vision_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    sequences: tuple[Sequences, ...] = (),
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls in each vision block; `(1, num_heads, num_patches, head_dim)` each."""
-    found = next((known for known in sequences if known.query_ends is cu_seq_lens_q), None)
+    ends = options["cu_seq_lens_q"]
+    found = next((known for known in options.get("sequences", ()) if known.query_ends is ends), None)
     if found is None:  # of a batch that was not packed
-        found = sequences_of(blocks_of_lengths(cu_seq_lens_q.diff().tolist())).to(query.device)
+        found = sequences_of(blocks_of_lengths(ends.diff().tolist())).to(query.device)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(query, key, value, found, scale=scaling, causal=False)[None], None
+    return attend(query, key, value, found, scale=options["scaling"], causal=False)[None], None
 
 
 __all__ = [

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ MODALITY_NAMES = ("text", "image", "image,text", "video", "video,text")
 MODALITY_IDS = {name: index for index, name in enumerate(MODALITY_NAMES)}
 
 ROLES = ("system", "user", "assistant")
-INPUT_KEYS = ("text", "image", "video", "instruction")
-_ACCEPTED = f"Pass a string, an image, a dict with any of the keys {', '.join(map(repr, INPUT_KEYS))}, or a chat."
+_KEYS = ("image", "video", "text", "instruction")  # in the order in which an input is read
+_ACCEPTED = f"Pass a string, an image, a dict with any of the keys {', '.join(map(repr, _KEYS))}, or a chat."
 
 # Tokens that stand for something else than text in the vocabularies of these families, `[RET]` among them.
 SPECIAL_TOKEN = re.compile(
@@ -35,10 +36,11 @@ SPECIAL_TOKEN_REMEDY = (
     "Remove it, or have it read as plain text: --special-tokens split in a command, processing_kwargs={'text': "
     "{'split_special_tokens': True}} in encode, split_special_tokens=True in process_inputs."
 )
-_IMAGE_SIZE_REMEDY = (
-    "The size of images is one for all of a call: processing_kwargs={'image': {'size': {'shortest_edge': ..., "
-    "'longest_edge': ...}}} in encode, images_kwargs={'size': ...} in process_inputs."
+_SIZE_REMEDY = (
+    "The size of images is one for all of a call: processing_kwargs={'image': {'size': {...}}} in encode, "
+    "images_kwargs={'size': {...}} in process_inputs."
 )
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # By the type of a chat's item: what it is, and the keys that its value may have, as Qwen, transformers and OpenAI
 # write them.
 _CHAT_ITEMS = {
@@ -46,6 +48,11 @@ _CHAT_ITEMS = {
     **{kind: (kind, (kind, "url", "path", "base64")) for kind in ("image", "video")},
     **{f"{kind}_url": (kind, (f"{kind}_url",)) for kind in ("image", "video")},
 }
+
+_CHAT_EXAMPLES = (
+    "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} (or 'url', 'path', 'base64') and {'type': "
+    "'image_url', 'image_url': {'url': ...}}, without other keys"
+)
 
 # Pictures of pixels, opened where the Pillow that is installed can, or its plugin for the last two. Left out are EPS,
 # for which Pillow runs Ghostscript; WMF and MPEG, which it does not decode; FITS and other formats of measurements; and
@@ -79,10 +86,9 @@ def holds_inputs(value: Any) -> bool:
     """Whether a value holds inputs in an order: a list, a column, a pandas Series, a generator, an array of strings."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and value.dtype.kind in "OUT"  # of numbers it is one image
-    one = (str, bytes, bytearray, Mapping, set, frozenset, Image.Image, torch.Tensor)
-    if isinstance(value, one) or hasattr(value, "read") or hasattr(value, "columns"):
-        return False  # a file yields lines, a table of pandas the names of its columns
-    return isinstance(value, Iterable)
+    one = isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset, Image.Image, torch.Tensor))
+    # A file would yield lines, a table of pandas the names of its columns.
+    return isinstance(value, Iterable) and not (one or hasattr(value, "read") or hasattr(value, "columns"))
 
 
 def modality_of(has_text: bool, has_image: bool, has_video: bool) -> str:
@@ -161,7 +167,7 @@ def _to_messages(item: Any, prompt: str | None) -> list[dict[str, Any]]:
     if prompt and prompt.strip():
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.strip()}]})
     for entry in text_items(messages):
-        if any("\ud800" <= character <= "\udfff" for character in entry["text"]):
+        if _HALF_CHARACTER.search(entry["text"]):
             raise _RefusedError(f"{shown(entry['text'])} holds half a character (a lone surrogate). Mend its encoding.")
     return messages
 
@@ -174,10 +180,10 @@ def _to_parts(item: Any) -> dict[str, Any]:
         if item is None or isinstance(item, (list, tuple, set, int, float, bool)) or holds_inputs(item):
             raise _RefusedError(f"got {shown(item)}, which is neither text nor image. {_ACCEPTED}")
         return {"image": item}
-    if unknown := set(item) - set(INPUT_KEYS):
+    if unknown := set(item) - set(_KEYS):
         raise _RefusedError(f"unknown keys {shown(sorted(map(str, unknown)))}. {_ACCEPTED}")
     # Arrow's rows have all keys, most of them None.
-    parts = {key: item[key] for key in ("image", "video", "text", "instruction") if item.get(key) is not None}
+    parts = {key: item[key] for key in _KEYS if item.get(key) is not None}
     if not set(parts) - {"instruction"}:
         raise _RefusedError(f"the dict holds no text, image or video (all values are None). {_ACCEPTED}")
     return parts
@@ -208,26 +214,21 @@ def _chat_content(message: dict[str, Any]) -> list[dict[str, Any]]:
 def _chat_item(entry: Any) -> tuple[str, Any]:
     """Kind and value of an item of a chat's content."""
     given = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
-    name = given.pop("type", None)
-    kind, keys = _CHAT_ITEMS.get(name, ("", ())) if isinstance(name, str) else ("", ())
-    if len(given) == 1 and set(given) <= set(keys):
-        ((key, value),) = given.items()
-        if key.endswith("_url") and isinstance(value, dict) and set(value) - {"detail"} == {"url"}:
-            given, value = value, value["url"]
-        if given.get("detail", "auto") == "auto":
-            is_bare = key == "base64" and isinstance(value, str) and not value.startswith("data:")
-            return kind, f"data:;base64,{value}" if is_bare else value
-    raise _RefusedError(
-        "chat content must be items like {'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} (or 'url', "
-        "'path', 'base64') and {'type': 'image_url', 'image_url': {'url': ...}}, without other keys, got "
-        f"{shown(entry)}. {_IMAGE_SIZE_REMEDY}"
-    )
+    kind, keys = _CHAT_ITEMS.get(str(given.pop("type", None)), ("", ()))
+    key, value = next(iter(given.items()), ("", None))
+    if key.endswith("_url") and isinstance(value, dict):
+        is_plain = set(value) <= {"url", "detail"} and value.get("detail", "auto") == "auto"
+        value = value.get("url") if is_plain else None
+    if len(given) != 1 or key not in keys or value is None:
+        raise _RefusedError(f"chat content must be items like {_CHAT_EXAMPLES}, got {shown(entry)}. {_SIZE_REMEDY}")
+    is_bare = key == "base64" and not str(value).startswith("data:")
+    return kind, f"data:;base64,{value}" if is_bare else value
 
 
 def _content(kind: str, value: Any) -> list[dict[str, Any]]:
-    # A list of pictures is one video, of its frames.
-    is_frames = isinstance(value, list | tuple) and all(isinstance(v, Image.Image) or hasattr(v, "ndim") for v in value)
-    values = value if isinstance(value, list | tuple) and not (kind == "video" and value and is_frames) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    if kind == "video" and values and all(isinstance(one, Image.Image) or hasattr(one, "ndim") for one in values):
+        values = [value]  # a list of pictures is one video
     for text in values if kind == "text" else ():
         if not isinstance(text, str) or not text.strip():
             raise _RefusedError(f"a text must be a non-empty string, got {shown(text)}. Leave the key or input out.")
@@ -239,7 +240,7 @@ def _join_texts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     joined: list[dict[str, Any]] = []
     for item in items:
         if joined and joined[-1]["type"] == item["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + item["text"]}
+            joined[-1]["text"] += item["text"]
         else:
             joined.append(item)
     return joined
@@ -310,19 +311,16 @@ def load_rgb_image(image: Any, where: str = "input") -> Image.Image:
     except _RefusedError as error:
         raise ValueError(f"{where}: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{where}: {_described(image)} has more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS} and may be "
-            "a decompression bomb. Downscale it first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source."
-        ) from error
+        limit = f"Pillow's limit of {Image.MAX_IMAGE_PIXELS} and may be a decompression bomb"
+        remedy = "Downscale it first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source."
+        raise ValueError(f"{where}: {_described(image)} has more pixels than {limit}. {remedy}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: no image file at {image!r}. Check the path.") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
-        raise ValueError(
-            f"{where}: {_described(image)} cannot be read as an image ({reason_of(error)}). "
-            "It may be cut off or of another format: replace it or leave it out."
-        ) from error
+        message = f"{where}: {_described(image)} cannot be read as an image ({reason_of(error)}). "
+        raise ValueError(message + "It may be cut off or of another format: replace it or leave it out.") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -346,15 +344,10 @@ def _opened(image: Any) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return open_image(image)
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
-    if not isinstance(array, np.ndarray):
-        raise _RefusedError(
-            f"{_described(image)} is not an image. Pass a PIL image, a path, a URL, bytes or a uint8 array."
-        )
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-        raise _RefusedError(
-            f"an image array must be uint8 of shape (height, width, 3), got {array.dtype} of shape {array.shape}. "
-            "Convert it, for example with PIL.Image.fromarray."
-        )
+    is_rgb = isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
+    if not is_rgb or not array.size:
+        accepted = "Pass a PIL image, a path, a URL, bytes or a uint8 array (height, width, 3)."
+        raise _RefusedError(f"{_described(image)} is not an image. {accepted}")
     return Image.fromarray(array)
 
 
@@ -364,10 +357,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if not shorter:
         raise _RefusedError(f"the image is empty ({size}). Both sides must be at least 1: replace it or leave it out.")
     if longer > MAX_ASPECT_RATIO * shorter:
-        raise _RefusedError(
-            f"an image of {size} is {longer / shorter:.0f} times longer than wide; Qwen2-VL takes at most "
-            f"{MAX_ASPECT_RATIO}. Crop it or pad the short side."
-        )
+        times = f"{longer / shorter:.0f} times longer than wide; Qwen2-VL takes at most {MAX_ASPECT_RATIO}"
+        raise _RefusedError(f"an image of {size} is {times}. Crop it or pad the short side.")
     # A PNG or PNM of 16 bits a pixel opens in mode "I" with older versions of Pillow.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int32)
@@ -377,10 +368,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey[values == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise _RefusedError(
-            f"an image of 32-bit numbers (mode {image.mode!r}) has no known value range. Scale it to 0-255 and convert "
-            "it with image.convert('RGB')."
-        )
+        raise _RefusedError(f"mode {image.mode!r} has no known value range. Scale it to 0-255: image.convert('RGB').")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -402,30 +390,20 @@ def _described(image: Any) -> str:
         return repr(str(image)[:120])
     if isinstance(image, (bytes, bytearray)):
         return f"a bytes object of length {len(image)}"
-    return f"an object of type {type(image).__name__}"
+    shape = f" of {image.dtype} {tuple(image.shape)}" if isinstance(image, (np.ndarray, torch.Tensor)) else ""
+    return f"an object of type {type(image).__name__}{shape}"
 
 
 # --- videos
 
 # What Qwen2VLVideoProcessor has by itself, written out: without torchvision the class cannot be asked.
 _VIDEO_SETTINGS: dict[str, Any] = {
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "do_sample_frames": False,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "max_frames": 768,
-    "max_video_tokens": 128000,
-    "merge_size": 2,
-    "min_frames": 4,
-    "patch_size": 14,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "return_metadata": False,
+    **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True),
+    **dict.fromkeys(("do_sample_frames", "return_metadata"), False),
+    **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    **{"max_frames": 768, "max_video_tokens": 128000, "min_frames": 4, "resample": 3, "rescale_factor": 1 / 255},
+    **{"merge_size": 2, "patch_size": 14, "temporal_patch_size": 2},
     "size": {"longest_edge": 28 * 28 * 768, "shortest_edge": 28 * 28 * 128},
-    "temporal_patch_size": 2,
 }
 _NOT_VIDEO = ("auto_map", "processor_class", "image_processor_type")
 
@@ -480,11 +458,8 @@ def read_frames(video: Any, where: str) -> tuple[np.ndarray, float | None]:
     try:
         if is_file:
             source: Any = BytesIO(video) if isinstance(video, bytes) else str(video)
-            options: dict[str, Any] = {"sample_indices_fn": _all_frames}
-            if isinstance(video, bytes):
-                frames, about = read_video_pyav(source, **options)
-            else:
-                frames, about = load_video(source, backend="pyav", **options)
+            load: Any = read_video_pyav if isinstance(video, bytes) else partial(load_video, backend="pyav")
+            frames, about = load(source, sample_indices_fn=_all_frames)
             return np.asarray(frames), about.fps
         if hasattr(video, "shape"):
             return np.ascontiguousarray(video), None

@@ -94,7 +94,8 @@ _of_checkpoint = ContextVar("of_checkpoint", default=False)
 def _numbered_as_in_checkpoint(yes: bool = True) -> Iterator[None]:
     """Give the layers of models that are made meanwhile the numbers that they have in the checkpoint that is read.
 
-    Not an argument of the model, as a subclass may take a configuration alone.
+    So dropped layers are never read, whichever they are. It is no argument of the model, as a subclass may take a
+    configuration alone.
     """
     before = _of_checkpoint.set(yes)
     try:
@@ -115,7 +116,6 @@ class PumaModelMixin(_MixinBase):
         super().__init__(config)
         layers = config._loaded_layers if _of_checkpoint.get() else None
         if layers is not None:
-            # Until its weights are there each layer has the number that it has in the checkpoint.
             decoder: Any = self.language_model
             decoder.layers._modules = dict(zip(map(str, layers), decoder.layers, strict=True))
         # What pruning drops is expected in an original checkpoint: neither read nor reported.
@@ -131,45 +131,28 @@ class PumaModelMixin(_MixinBase):
         that are not the first, as `[0, 1, 27]` or "0-1,27". Only safetensors files are read: pickled checkpoints can
         run code when opened.
         """
+        # A subclass does not inherit the renames that transformers knows for the stock class.
         kwargs.setdefault("key_mapping", CHECKPOINT_KEY_MAPPING)
         # AutoModel has read the configuration already, and passes that.
         cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
-        kwargs["use_safetensors"] = True
         return_loading_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        # Mismatches that are found are reported below, with a reason and a remedy.
+        always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _numbered_as_in_checkpoint(cuts):
-                loaded: Any = super().from_pretrained(
-                    pretrained_model_name_or_path,
-                    *model_args,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # those found are reported below, with a reason and a remedy
-                    **kwargs,
-                )
+                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs | always)
         except ImportError as error:
-            if "flash" in str(error).lower():
-                name = kwargs.get("attn_implementation") or "flash_attention_2"
-                raise ImportError(
-                    f"attn_implementation={name!r} needs flash-attn, which is not installed. "
-                    "Run `pip install 'puma-hf[flash-attn]'`, or choose attn_implementation='sdpa'."
-                ) from error
-            raise
+            # AutoModel passes it within the configuration.
+            wanted = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+            if not str(wanted).startswith("flash"):
+                raise
+            raise ImportError(
+                f"attn_implementation={wanted!r} needs flash-attn, which is not installed. "
+                "Run `pip install 'puma-hf[flash-attn]'`, or choose attn_implementation='sdpa'."
+            ) from error
         model, info = loaded
-        of_base = model.__dict__.pop("_info_of_base", info)
-        base = model.name_or_path  # what was asked for, or the base of that adapter
-        if of_base["mismatched_keys"] and not allow_mismatch:
-            name, found, needed = sorted(of_base["mismatched_keys"])[0]
-            raise ValueError(
-                f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its "
-                f"config.json says (first: {name}, {tuple(found)} instead of {tuple(needed)}). Weights and "
-                "configuration are of different models: download the checkpoint again."
-            )
-        _check_missing(model, set(of_base["missing_keys"]), base)
-        if info != of_base:
-            wrong = set(info["missing_keys"]) - set(of_base["missing_keys"])
-            wrong |= set() if allow_mismatch else {name for name, *_ in info["mismatched_keys"]}
-            place = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # AutoModel says so
-            _check_adapter(wrong, str(place or pretrained_model_name_or_path))
+        _check_loaded(model, info, allow_mismatch, pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {})
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
         if cuts:
@@ -217,8 +200,7 @@ class PumaModelMixin(_MixinBase):
         """Embed a batch.
 
         Args:
-            input_ids: `(batch_size, sequence_length)` token ids; the last unmasked one of each row is
-                `[RET]`.
+            input_ids: `(batch_size, sequence_length)` token ids; the last unmasked one of each row is `[RET]`.
             attention_mask: `(batch_size, sequence_length)` of 0 and 1, padded on either side.
             position_ids: `(3, batch_size, sequence_length)`; computed when absent, as `config.positions` says.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`, instead of `input_ids`.
@@ -226,8 +208,7 @@ class PumaModelMixin(_MixinBase):
             pixel_values_videos: `(num_patches, patch_dim)`, likewise for videos.
             image_grid_thw: `(num_images, 3)` time, height and width of each image in patches.
             video_grid_thw: `(num_videos, 3)` likewise for videos.
-            mm_token_type_ids: `(batch_size, sequence_length)`, 0 text, 1 image, 2 video; computed when
-                absent.
+            mm_token_type_ids: `(batch_size, sequence_length)`, 0 text, 1 image, 2 video; computed when absent.
             mm_encoder_outputs: `{"image": model.get_image_features(...)}`, instead of `pixel_values`.
             return_dict: `False` returns a tuple.
             kwargs: Passed on, for example `output_hidden_states`.
@@ -239,7 +220,7 @@ class PumaModelMixin(_MixinBase):
         if mm_token_type_ids is None and input_ids is not None:
             is_image = (input_ids == config.image_token_id).int()
             mm_token_type_ids = is_image + 2 * (input_ids == config.video_token_id).int()
-        kwargs.setdefault("use_cache", False)
+        kwargs.setdefault("use_cache", False)  # the default builds a cache that no embedder reads
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         if position_ids is None and tokens is not None and config.positions == "sequential":
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(3, tokens.shape[0], -1)
@@ -257,6 +238,7 @@ class PumaModelMixin(_MixinBase):
             return_dict=True,
             **kwargs,
         )
+        # embedding = L2(final_norm(h_k)[last token]); the backbone has applied the norm.
         pooled = last_token_state(outputs.last_hidden_state, attention_mask)
         result = PumaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -276,8 +258,7 @@ class PumaModel(PumaModelMixin, Qwen2VLModel):
     of `PumaProcessor` ends in `[RET]`.
 
     `from_pretrained` opens a PUMA directory or an original Qwen2-VL checkpoint, whose dropped tensors are
-    never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers
-    model.
+    never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers model.
 
     Raises (from `from_pretrained`):
         ValueError: If the checkpoint is not a Qwen2-VL, lacks a tensor, or has one of another shape.
@@ -301,17 +282,7 @@ class PumaModel(PumaModelMixin, Qwen2VLModel):
 
 
 class PumaQwen25VLModel(PumaModelMixin, Qwen2_5_VLModel):
-    """A [`PumaModel`] whose backbone is a Qwen2.5-VL.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling import PumaQwen25VLModel
-
-    >>> source = "Qwen/Qwen2.5-VL-3B-Instruct"
-    >>> model = PumaQwen25VLModel.from_pretrained(source, num_kept_layers=18)  # doctest: +SKIP
-    ```
-    """
+    """A [`PumaModel`] whose backbone is a Qwen2.5-VL."""
 
     config_class = PumaQwen25VLConfig
     config: PumaQwen25VLConfig
@@ -323,15 +294,6 @@ class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
     DeepStack stays as it is: the first decoder layers add features of inner layers of the vision tower to the states
     of image tokens. transformers records `hidden_states` before that addition, so those are a layer's own output;
     the state of `[RET]` is the same before and after.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling import PumaQwen3VLModel
-
-    >>> source = "Qwen/Qwen3-VL-2B-Instruct"
-    >>> model = PumaQwen3VLModel.from_pretrained(source, num_kept_layers=14)  # doctest: +SKIP
-    ```
     """
 
     config_class = PumaQwen3VLConfig
@@ -348,37 +310,40 @@ def _source_class(model: Any) -> Any:
     return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
 
 
-def _check_adapter(wrong: set[str], source: str) -> None:
-    """Raise a ValueError if tensors of an adapter, whose names these are, were not loaded."""
-    if wrong:
-        is_dora = any("lora_magnitude_vector" in name for name in wrong)
-        raise ValueError(
-            f"{len(wrong)} tensors of the adapter {source!r} were not loaded (first: {min(wrong)}). "
-            + (
-                "transformers cannot load DoRA: use peft.PeftModel.from_pretrained(PumaModel.from_pretrained(base), "
-                "adapter), or merge the adapter into its base first (puma-hf merge)."
-                if is_dora
-                else "The adapter is incomplete or belongs to another base: copy it again, or train it again."
-            )
-        )
+def _check_loaded(model: Any, info: dict[str, Any], allow_mismatch: bool, source: Any, adapter: dict[str, Any]) -> None:
+    """Raise a ValueError if tensors of the model, of the base below an adapter, or of the adapter were not loaded.
 
-
-def _check_missing(model: Any, missing: set[str], source: str) -> None:
-    """Raise a ValueError if a tensor of the family was not loaded.
-
-    Those that a subclass adds are new where a checkpoint has none: transformers has reported and initialised them.
+    transformers would initialise them at random, and tell of it in a log. Those that a subclass adds may be new.
     """
-    if not missing:
-        return
-    with torch.device("meta"), _numbered_as_in_checkpoint():
-        lacking = sorted(missing & set(_source_class(model)(model.config).state_dict()))
-    if lacking:
-        family = model.config_class.source_name
+    of_base = model.__dict__.pop("_info_of_base", info)
+    base, family = model.name_or_path, model.config_class.source_name  # what was asked for, or an adapter's base
+    if of_base["mismatched_keys"] and not allow_mismatch:
+        name, found, needed = sorted(of_base["mismatched_keys"])[0]
         raise ValueError(
-            f"{source!r} lacks {len(lacking)} of the tensors that a {family} with "
-            f"{model.config.num_kept_layers} layers needs (first: {', '.join(lacking[:3])}). The "
-            "checkpoint is incomplete or of another architecture: download it again, or choose a "
-            f"{family} checkpoint."
+            f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its config.json says "
+            f"(first: {name}, {tuple(found)} instead of {tuple(needed)}). Download the checkpoint again."
+        )
+    if missing := set(of_base["missing_keys"]):
+        with torch.device("meta"), _numbered_as_in_checkpoint():
+            missing &= set(_source_class(model)(model.config).state_dict())
+    if missing:
+        raise ValueError(
+            f"{base!r} lacks {len(missing)} of the tensors that a {family} with {model.config.num_kept_layers} layers "
+            f"needs (first: {', '.join(sorted(missing)[:3])}). Download the checkpoint again, or choose a {family} "
+            "checkpoint."
+        )
+    if info == of_base:
+        return
+    wrong = set(info["missing_keys"]) - set(of_base["missing_keys"])
+    wrong |= set() if allow_mismatch else {name for name, *_ in info["mismatched_keys"]}
+    if wrong:
+        # AutoModel passes the base, and the adapter's own place among the options.
+        place = str(adapter.get("_adapter_model_path") or source)
+        remedy = "It is incomplete or belongs to another base: copy it again, or train it again."
+        if any("lora_magnitude_vector" in name for name in wrong):
+            remedy = "transformers cannot load DoRA: use peft.PeftModel.from_pretrained, or puma-hf merge."
+        raise ValueError(
+            f"{len(wrong)} tensors of the adapter {place!r} were not loaded (first: {min(wrong)}). {remedy}"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +16,6 @@ from .attention_puma import Block, Sequences, blocks_of_lengths, mapped, sequenc
 # A prefix is computed by itself, joined to the keys of every sequence, and hides from attention that the rest is
 # causal: a short one, such as the template's own first tokens, and few tokens saved do not pay.
 _SHORTEST_PREFIX, _LEAST_SAVED = 16, 32
-# Texts that go on where others end could be split one by one; so deep it would no longer pay.
-_DEEPEST_SPLIT = 16
 # After a prefix attention takes a mask of a byte for each pair of tokens; for longer inputs it would be large, and an
 # instruction is a small part of them.
 _LONGEST_SHARED = 2048
@@ -190,18 +187,20 @@ def pack(
     ((1, 0), [8, 9, 5, 6, 7], [1, 4])
     ```
     """
-    rows = _unpadded(features)
-    grids = features["image_grid_thw"].cpu() if features.get("image_grid_thw") is not None else None
-    positions, num_images = _all_positions(rows, grids, image_token_id, merge_size)
+    ids, mask = features["input_ids"].cpu().numpy(), features.get("attention_mask")
+    kept = np.ones_like(ids, bool) if mask is None else mask.cpu().numpy().astype(bool)
+    rows = [row[there] for row, there in zip(ids, kept, strict=True)]
+    lengths = [len(row) for row in rows]
+    grids = features.get("image_grid_thw")
+    grids = torch.empty((0, 3), dtype=torch.long) if grids is None else grids.cpu()
+    positions, first_images = _all_positions(rows, grids, image_token_id, merge_size)
     if sequential:
-        positions = [np.broadcast_to(np.arange(len(row)), (3, len(row))) for row in rows]
+        positions = [_counted(length) for length in lengths]
     groups = [Group(list(range(len(rows))), 0)]
     if shared_prefix:
         groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
-    pixels = () if grids is None else features["pixel_values"].split(grids.prod(dim=1).tolist())
-    first_images = np.cumsum([0, *num_images])
+    pixels = features["pixel_values"].split(grids.prod(dim=1).tolist()) if len(grids) else ()
     parts = []
-    lengths = [len(row) for row in rows]
     for cut in _cut(groups, lengths, max_tokens):
         order = [row for group in cut for row in group.rows]
         pieces = [(group.rows[0], slice(group.prefix_length)) for group in cut if group.prefix_length]
@@ -212,7 +211,7 @@ def pack(
         sequences, last_sequences = _lay_out(cut, lengths)
         wanted = [image for row in order for image in range(first_images[row], first_images[row + 1])]
         images = None
-        if grids is not None and wanted:
+        if wanted:
             pixel_values = torch.cat([pixels[image] for image in wanted]).to(dtype)
             token_index = (input_ids == image_token_id).nonzero().flatten()
             images = _images(pixel_values, grids[wanted], token_index, merge_size)
@@ -228,14 +227,6 @@ def pack(
             )
         )
     return PackedBatch(tuple(parts))
-
-
-def _unpadded(features: Mapping[str, Any]) -> list[np.ndarray]:
-    """Token ids of each input."""
-    ids, mask = features["input_ids"].cpu().numpy(), features.get("attention_mask")
-    if mask is None:
-        return list(ids)
-    return [row[kept] for row, kept in zip(ids, mask.cpu().numpy().astype(bool), strict=True)]
 
 
 def _images(pixel_values: Tensor, grids: Tensor, token_index: Tensor, merge_size: int) -> PackedImages:
@@ -284,29 +275,20 @@ def group_by_prefix(rows: Sequence[np.ndarray], head_lengths: Sequence[int]) -> 
     """
     # Big-endian bytes sort as the tokens do, so sequences with a common beginning become neighbours.
     heads = [row[:length] for row, length in zip(rows, head_lengths, strict=True)]
-    order = sorted(range(len(rows)), key=lambda number: heads[number].astype(">i8").tobytes())
-    _, shared = _best_split(order, [_common_length(heads[one], heads[next_]) for one, next_ in pairwise(order)])
-    alone = sorted(set(order).difference(*(group.rows for group in shared)))
-    return ([Group(alone, 0)] if alone else []) + [Group(sorted(rows), length) for rows, length in shared]
-
-
-def _best_split(order: Sequence[int], common: Sequence[int], depth: int = 0) -> tuple[int, list[Group]]:
-    """Tokens saved, and how: all of `order` as one group, or the best of each run of neighbours that share more.
-
-    `common[i]` is how many first tokens the sequences `order[i]` and `order[i + 1]` share.
-    """
-    if not common:
-        return 0, []
-    length, saved = min(common), 0
     groups: list[Group] = []
-    if depth < _DEEPEST_SPLIT:
-        cuts = [number + 1 for number, tokens in enumerate(common) if tokens == length]
-        for start, end in pairwise([0, *cuts, len(order)]):
-            part_saved, part = _best_split(order[start:end], common[start : end - 1], depth + 1)
-            saved, groups = saved + part_saved, groups + part
-    # One of them computes the prefix.
-    together = (len(order) - 1) * length - _LEAST_SAVED if length >= _SHORTEST_PREFIX else 0
-    return (together, [Group(list(order), length)]) if together > saved else (saved, groups)
+    for row in sorted(range(len(rows)), key=lambda number: heads[number].astype(">i8").tobytes()):
+        members, length = groups[-1] if groups else ([], 0)
+        common = min(length, _common_length(heads[members[0]], heads[row])) if members else 0
+        # A neighbour joins unless what it saves is less than what the others lose by a shorter prefix.
+        if common >= _SHORTEST_PREFIX and len(members) * common >= (len(members) - 1) * length:
+            members.append(row)
+            groups[-1] = Group(members, common)
+        else:
+            groups.append(Group([row], len(heads[row])))
+    # One of a group computes the prefix.
+    shared = [group for group in groups if (len(group.rows) - 1) * group.prefix_length > _LEAST_SAVED]
+    alone = sorted(set(range(len(rows))).difference(*(group.rows for group in shared)))
+    return ([Group(alone, 0)] if alone else []) + [Group(sorted(members), length) for members, length in shared]
 
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -371,22 +353,25 @@ def _lay_out(groups: Sequence[Group], lengths: Sequence[int]) -> tuple[Sequences
 
 
 def _all_positions(
-    rows: Sequence[np.ndarray], grids: Tensor | None, image_token_id: int, merge_size: int
+    rows: Sequence[np.ndarray], grids: Tensor, image_token_id: int, merge_size: int
 ) -> tuple[list[np.ndarray], list[int]]:
-    """M-RoPE positions `(3, sequence_length)` of each input, and how many images it has."""
-    merged = [] if grids is None else (grids // torch.tensor([1, merge_size, merge_size])).tolist()
+    """M-RoPE positions `(3, sequence_length)` of each input, and which is its first image, with the end of all."""
+    merged = (grids // torch.tensor([1, merge_size, merge_size])).tolist()
     positions: list[np.ndarray] = []
-    counts: list[int] = []
+    firsts = [0]
     for row in rows:
-        found, count = mrope_positions(row == image_token_id, merged[sum(counts) :])
+        found, count = mrope_positions(row == image_token_id, merged[firsts[-1] :])
         positions.append(found)
-        counts.append(count)
-    if sum(counts) != len(merged):
-        raise ValueError(
-            f"The inputs' tokens belong to {sum(counts)} images, but image_grid_thw has {len(merged)}. Make the "
-            "features with PumaProcessor.process_inputs."
-        )
-    return positions, counts
+        firsts.append(firsts[-1] + count)
+    if firsts[-1] != len(merged):
+        message = f"The inputs' tokens belong to {firsts[-1]} images, but image_grid_thw has {len(merged)}."
+        raise ValueError(f"{message} Make the features with PumaProcessor.process_inputs.")
+    return positions, firsts
+
+
+def _counted(length: int) -> np.ndarray:
+    """Positions that count every token."""
+    return np.broadcast_to(np.arange(length), (3, length))
 
 
 def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
@@ -416,7 +401,7 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
     Source: M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
     if not is_image.any():
-        return np.broadcast_to(np.arange(len(is_image)), (3, len(is_image))), 0
+        return _counted(len(is_image)), 0
     positions = np.empty((3, len(is_image)), dtype=np.int64)
     place, start, count = 0, 0, 0
     while place < len(is_image):
@@ -429,10 +414,8 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
             grid = grids[count] if count < len(grids) else (0, 0, 0)
             length = int(np.prod(grid))
             if not length or length > len(rest) or not rest[:length].all():
-                raise ValueError(
-                    f"The image tokens of an input do not match its images: grid {list(grid)} in tokens does not fit. "
-                    "Make the features with PumaProcessor.process_inputs."
-                )
+                message = f"The image tokens of an input do not match its images: grid {list(grid)} in tokens"
+                raise ValueError(f"{message} does not fit. Make the features with PumaProcessor.process_inputs.")
             positions[:, place : place + length] = start + np.indices(grid).reshape(3, -1)
             # The next text begins after the longer side, not after the number of tokens.
             start += max(grid[1], grid[2])

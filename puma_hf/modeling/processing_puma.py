@@ -43,7 +43,7 @@ SETTINGS_FILE = "config_sentence_transformers.json"
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels (distill, train), "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
-    "(encode; pixels), max_length and images_kwargs={'size': ...} (process_inputs)."
+    "(encode; pixels), max_length and images_kwargs (process_inputs)."
 )
 
 
@@ -214,9 +214,8 @@ class PumaProcessor(Qwen2VLProcessor):
         for prompt in [text] if isinstance(text, str) else text or ():
             if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
                 raise ValueError(
-                    f"The prompt {shown(prompt)} does not end in {RET_TOKEN}, where the embedding is read. Pass "
-                    "inputs to process_inputs, which writes it; if it did write this one, the chat template is not "
-                    "PUMA's: restore chat_template.jinja from the model's directory."
+                    f"The prompt {shown(prompt)} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
+                    "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
                 )
         batch: BatchFeature = super().__call__(images=images, text=text, videos=videos, **kwargs)
         return batch
@@ -268,12 +267,14 @@ class PumaProcessor(Qwen2VLProcessor):
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
         limit = self.tokenizer.model_max_length if max_length is None else max_length
-        images_kwargs, special_tokens = self._image_options(images_kwargs), self._special_token_pattern
+        images_kwargs = self._image_options(images_kwargs)
+        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        pattern = _pattern_of(tuple(special))
         texts, images, videos, modalities, counts = [], [], [], [], []
         for index, item in enumerate(inputs):
             where = f"inputs[{index}]"
             messages = to_messages(item, prompt, where)
-            _check_special_tokens(messages, special_tokens, split_special_tokens, where)
+            _check_special_tokens(messages, pattern, split_special_tokens, where)
             modalities.append(MODALITY_IDS[modality_of_messages(messages)])
             messages, media = self._as_read(messages), media_of(messages)
             videos += [self._read_video(video, where) for video in media["video"]]
@@ -284,8 +285,9 @@ class PumaProcessor(Qwen2VLProcessor):
         batch = self(
             text=texts,
             # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
-            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first.
-            images=[np.array(image) for image in images] or None,  # a copy: PyTorch warns of what it may not write to
+            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. Copies, as
+            # PyTorch warns of what it may not write to.
+            images=[np.array(image) for image in images] or None,
             videos=[frames for frames, _ in videos] or None,
             text_kwargs={"padding": True},
             images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
@@ -320,10 +322,8 @@ class PumaProcessor(Qwen2VLProcessor):
 
     def _read_video(self, video: Any, where: str) -> tuple[np.ndarray, float | None]:
         if not self._takes_video:
-            raise ValueError(
-                f"{where}: of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as "
-                "{'image': [...]}, or use a Qwen2-VL."
-            )
+            message = "of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as {'image': [...]}."
+            raise ValueError(f"{where}: {message}")
         if isinstance(self.video_processor, Mapping):
             raise ImportError(f"{where}: video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
         return read_frames(video, where)
@@ -340,10 +340,8 @@ class PumaProcessor(Qwen2VLProcessor):
         while (excess := visual + self._num_text_tokens(rendered) - limit) > 0:
             shortened = self._drop_last_tokens(texts[-1]["text"], excess) if texts else ""
             if not shortened:
-                raise ValueError(
-                    f"{where}: without the text that may be cut it still needs more than max_length={limit} tokens "
-                    f"({visual} of them for images). {_LENGTH_REMEDY}"
-                )
+                needs = f"it needs more than max_length={limit} tokens ({visual} of them for images)"
+                raise ValueError(f"{where}: without the text that may be cut {needs}. {_LENGTH_REMEDY}")
             texts[-1]["text"] = shortened
             rendered = str(self.apply_chat_template(messages, tokenize=False))
         return rendered
@@ -356,16 +354,9 @@ class PumaProcessor(Qwen2VLProcessor):
         for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             size[edge] = options.pop(old_name, size[edge])
         if size["longest_edge"] < size["shortest_edge"]:
-            raise ValueError(
-                f"The image size has longest_edge={size['longest_edge']} (max_pixels), less than shortest_edge="
-                f"{size['shortest_edge']} (min_pixels). Pass both, or a larger longest_edge."
-            )
+            edges = f"longest_edge={size['longest_edge']} (max_pixels), less than shortest_edge={size['shortest_edge']}"
+            raise ValueError(f"The image size has {edges} (min_pixels). Pass both, or a larger longest_edge.")
         return {**options, "size": size}
-
-    @property
-    def _special_token_pattern(self) -> re.Pattern[str]:
-        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        return _pattern_of(tuple(special))
 
     def _num_text_tokens(self, rendered: str) -> int:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
@@ -401,10 +392,8 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
     """Refuse, or with `split` break up in place, special tokens inside the user's text."""
     for item in text_items(messages):
         if (found := pattern.search(item["text"])) and not split:
-            raise ValueError(
-                f"{where}: the text contains the special token {found.group()!r}, which the model would not read as "
-                f"text: {shown(item['text'])}. {SPECIAL_TOKEN_REMEDY}"
-            )
+            token, text = found.group(), shown(item["text"])
+            raise ValueError(f"{where}: the text contains the special token {token!r}: {text}. {SPECIAL_TOKEN_REMEDY}")
         item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
 
 
@@ -470,10 +459,7 @@ def write_sentence_transformers_files(
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
     if not module_file.is_file():
-        raise FileNotFoundError(
-            f"{module_file} is missing, without which SentenceTransformer does not open {folder}. Copy it there from "
-            "the model's repository, or load the processor with puma_hf.PumaProcessor."
-        )
+        raise FileNotFoundError(f"{module_file} is missing, without which {folder} is no SentenceTransformer. Copy it.")
     output = {"method": "forward", "method_output_name": "embeddings"}
     kinds = ("text", "image", "image+text", "video", "video+text")
     packages = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}

@@ -12,13 +12,10 @@ from PIL import Image
 
 from puma_hf.modeling.inputs_puma import load_rgb_image
 
-_SHOWN = 100  # characters of a text in a line
 KINDS = {"any": "items", "text": "texts", "image": "pictures"}  # what answers to each target are called
-
 _ICON_SIZE = 128  # pixels of the longer side; JPEG would leave clouds around the lines of an icon, and save little
-_TEXT_LENGTH = 600  # characters of a text
 
-# A page that fetches nothing and runs nothing.
+# A page that fetches nothing and runs nothing: what an item holds is not to be trusted.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -26,15 +23,13 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font-family: system-ui, sans-serif; margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; }}
-h1, li {{ overflow-wrap: anywhere; }} header img {{ max-height: 10rem; max-width: 100%; }}
-ol {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr));
-  list-style: none; padding: 0; }}
-li {{ border: 1px solid #8886; border-radius: .5rem; padding: .75rem; }}
-li img {{ background: #fff; display: block; height: 11rem; object-fit: contain; width: 100%; }}
+body {{ font-family: system-ui, sans-serif; margin: 1.5rem auto; max-width: 72rem; overflow-wrap: anywhere; }}
+ol {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); padding: 0; }}
+li {{ border: 1px solid #8886; border-radius: .5rem; list-style: none; padding: .75rem; }}
+img {{ background: #fff; display: block; height: 11rem; max-width: 100%; object-fit: contain; }}
 .note {{ font-size: .85rem; opacity: .75; }}
 </style></head>
-<body><header><h1>{title}</h1>{head}</header><ol>{answers}</ol></body>
+<body><h1>{title}</h1>{head}<ol>{answers}</ol></body>
 </html>
 """
 
@@ -51,9 +46,8 @@ class Answer:
     image: str | None  # path of its picture
 
     def __str__(self) -> str:
-        content = [shorten(self.text, _SHOWN) if self.text is not None else "", one_line(self.image or "")]
-        words = [f"{self.rank:>3}", f"{self.score:.4f}", f"{self.modality:<10}", one_line(self.id), *content]
-        return "  ".join(word for word in words if word)
+        words = [f"{self.rank:>3}", f"{self.score:.4f}", f"{self.modality:<10}", one_line(self.id)]
+        return "  ".join(word for word in (*words, shorten(self.text or "", 100), one_line(self.image or "")) if word)
 
 
 @dataclass(frozen=True)
@@ -89,33 +83,17 @@ def shorten(text: str, length: int) -> str:
 def to_html(answers: Answers, *, picture: Any = None) -> str:
     """A page of answers, with small copies of the pictures inside, that needs no other file."""
     title = f"“{_shown(answers.query)}”" if answers.query and answers.query.strip() else "Answers to a picture"
-    notes = [f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}"]
-    if answers.instruction:
-        notes.insert(0, _shown(answers.instruction))
-    head = [_image(picture, answers.image or "picture")] if picture is not None else []
-    head += [f'<p class="note">{note}</p>' for note in notes]
-    items = "\n".join(map(_item, answers.answers))
-    return _PAGE.format(title=title, head="\n".join(head), answers=items)
-
-
-def small_copy(image: Any, size: int) -> Image.Image:
-    """A copy of a picture (PIL, path or bytes), at most so many pixels long, without what its file says besides.
-
-    Raises:
-        ValueError: If it cannot be read as a picture.
-        FileNotFoundError: If there is no such file.
-    """
-    small = load_rgb_image(image, "picture").copy()
-    small.thumbnail((size, size))
-    return small
+    notes = [_shown(answers.instruction)] if answers.instruction else []
+    notes.append(f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}")
+    head = "" if picture is None else _image(picture, answers.image or "picture")
+    head += "".join(f'<p class="note">{note}</p>' for note in notes)
+    return _PAGE.format(title=title, head=head, answers="\n".join(map(_item, answers.answers)))
 
 
 def _item(answer: Answer) -> str:
-    parts = [_image(answer.image, answer.text or answer.id)] if answer.image is not None else []
-    if answer.text is not None:
-        parts.append(f"<p>{_shown(answer.text)}</p>")
-    parts.append(f'<p class="note">{answer.rank}. {_shown(answer.id)} · {answer.score:.4f}</p>')
-    return f"<li>{''.join(parts)}</li>"
+    picture = "" if answer.image is None else _image(answer.image, answer.text or answer.id)
+    text = "" if answer.text is None else f"<p>{_shown(answer.text)}</p>"
+    return f'<li>{picture}{text}<p class="note">{answer.rank}. {_shown(answer.id)} · {answer.score:.4f}</p></li>'
 
 
 def _image(image: Any, description: str) -> str:
@@ -130,6 +108,16 @@ def _image(image: Any, description: str) -> str:
     return f'<img src="{source}" alt="{_shown(description)}">'
 
 
+def small_copy(image: Any, size: int) -> Image.Image:
+    """A copy of a picture (PIL, path or bytes), at most so many pixels long; ValueError or OSError if it is none.
+
+    What its file says besides, such as the place that a camera wrote into it, is left out.
+    """
+    small = load_rgb_image(image, "picture").copy()
+    small.thumbnail((size, size))
+    return small
+
+
 def _shown(text: str) -> str:
     """The beginning of a text, safe inside HTML and inside an attribute."""
-    return escape(shorten(text, _TEXT_LENGTH))
+    return escape(shorten(text, 600))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.configs import RESCORE_MULTIPLIER, Backend, EmbedConfig, SearchConfig, Target
-from puma_hf.embedding.run import open_model
+from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.modeling.inputs_puma import load_rgb_image
+from puma_hf.opening import open_sentence_transformer
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
-from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
 MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far less
+_SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,14 @@ class Query:
 
     def model_input(self) -> dict[str, Any]:
         """The query as one input of a model, its picture read; FileNotFoundError or ValueError if it cannot be."""
-        image = None if self.image is None else load_rgb_image(self.image, "image of the query")
         text = self.text if self.text and self.text.strip() else None
-        values = {"image": image, "text": text, "instruction": self.instruction}
+        values = {"image": self._picture, "text": text, "instruction": self.instruction}
         return {name: value for name, value in values.items() if value is not None}
+
+    @cached_property
+    def _picture(self) -> Any:
+        """The picture, which is read once, whoever asks for it first."""
+        return None if self.image is None else load_rgb_image(self.image, "image of the query")
 
 
 class Searcher:
@@ -69,34 +74,44 @@ class Searcher:
 
     Args:
         index: The index.
-        model: The model, as a `SentenceTransformer`.
+        model: The model, as a `SentenceTransformer`, or where it is.
         backend: "exact" ("torch" and "faiss" are old words for it); or "ann", for which `puma-hf index --ann` has
             prepared the index.
         rescore_multiplier: With "ann": how many items are compared exactly for each answer that is wanted.
+        trust_remote_code: Run the code of a Hub repository, if `model` is one.
 
     Raises:
+        FileNotFoundError: If there is no model.
         ValueError: If the index was made by another model, or has nothing for approximate search.
     """
 
     def __init__(
         self,
         index: Index,
-        model: SentenceTransformer,
+        model: SentenceTransformer | str,
         *,
         backend: Backend = "exact",
         rescore_multiplier: int = RESCORE_MULTIPLIER,
+        trust_remote_code: bool = False,
     ) -> None:
+        # All that is cheap to check comes before a model is loaded.
         if rescore_multiplier < 1:
             raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 50.")
-        if model_fingerprint(model) != index.fingerprint:
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
+        if backend == "ann" and len(index) and index.ann == "none":
             raise ValueError(
-                f"The index {str(index.folder)!r} was made by another model than {model_name(model)!r}, and vectors of "
-                f"two models cannot be compared. Search with {index.model!r} as it was then, its weights in "
+                f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with "
+                "--ann hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend exact)."
+            )
+        self.index, self._rescored = index, rescore_multiplier if backend == "ann" else None
+        self.model = _open_model(index, model, trust_remote_code) if isinstance(model, str) else model
+        if model_fingerprint(self.model) != index.fingerprint:
+            raise ValueError(
+                f"The index {str(index.folder)!r} was made by another model than {model_name(self.model)!r}, and "
+                f"vectors of two models cannot be compared. Search with {index.model!r} as it was then, its weights in "
                 f"{index.description['weights_dtype']}, or make an index with this one."
             )
-        _check_backend(index, backend)
-        self.index, self.model = index, model
-        self._rescored = rescore_multiplier if backend == "ann" else None
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
         """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1.
@@ -107,11 +122,11 @@ class Searcher:
         """
         query = Query(text=query) if isinstance(query, str) else query
         truncate_dim = self.index.description["truncate_dim"]
-        options: Any = {"processing_kwargs": processing_of("split")}  # what a person asks is text
-        options |= {"truncate_dim": truncate_dim, "normalize_embeddings": truncate_dim is not None}
+        options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": truncate_dim}
+        options |= {"normalize_embeddings": truncate_dim is not None, "show_progress_bar": False}
         model_input = query.model_input()
         try:
-            return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
+            return np.asarray(self.model.encode([model_input], **options), np.float32)
         except ValueError as error:
             raise ValueError(f"The query cannot be embedded: {str(error).removeprefix('inputs[0]: ')}") from error
 
@@ -136,27 +151,14 @@ class Searcher:
         found = self.index.nearest(row, target, top_k, rescored=self._rescored)
         if len(found) < min(top_k, num_candidates):  # a graph may not lead to enough of them, which is rare
             found = self.index.nearest(row, target, top_k)
-        image = (
-            query.image if query.image is None or isinstance(query.image, str | Path) else type(query.image).__name__
-        )
+        is_path = isinstance(query.image, str | Path)
         return Answers(
             query=query.text,
-            image=None if image is None else str(image),
+            image=None if query.image is None else str(query.image) if is_path else type(query.image).__name__,
             instruction=query.instruction,
             target=target,
             num_candidates=num_candidates,
             answers=tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1)),
-        )
-
-
-def _check_backend(index: Index, backend: str) -> None:
-    """Refuse a backend that does not exist, or that lacks what it needs, before a question is asked."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
-    if backend == "ann" and len(index) and index.ann == "none":
-        raise ValueError(
-            f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with --ann "
-            "hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend exact)."
         )
 
 
@@ -175,30 +177,17 @@ def search(config: SearchConfig) -> Answers:
         logger.warning(note)
     index = open_index(config.index)
     index.num_candidates(config.target)
-    _check_backend(index, config.backend)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     query.model_input()  # what is wrong is told before the model is loaded
-    searcher = open_searcher(
-        index,
-        model=config.model,
-        backend=config.backend,
-        rescore_multiplier=config.rescore_multiplier,
-        trust_remote_code=config.trust_remote_code,
-    )
+    names = ("model", "backend", "rescore_multiplier", "trust_remote_code")
+    searcher = open_searcher(index, **{name: getattr(config, name) for name in names})
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:
         write_whole(Path(config.html), to_html(answers, picture=config.image).encode("utf-8", "backslashreplace"))
     return answers
 
 
-def open_searcher(
-    index: str | Path | Index,
-    *,
-    model: str | None = None,
-    backend: Backend = "exact",
-    rescore_multiplier: int = RESCORE_MULTIPLIER,
-    trust_remote_code: bool = False,
-) -> Searcher:
+def open_searcher(index: str | Path | Index, *, model: str | None = None, **options: Any) -> Searcher:
     """Open an index and its model, in the data type that it was made with; ask the searcher as often as is wanted.
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
@@ -206,13 +195,7 @@ def open_searcher(
     Args:
         index: The index, or its directory.
         model: Where its model is, if it is no longer where the index says.
-        backend: As in `Searcher`.
-        rescore_multiplier: As in `Searcher`.
-        trust_remote_code: Run the code of a Hub repository.
-
-    Raises:
-        FileNotFoundError: If there is no index, or its model is gone.
-        ValueError: If the index is unfinished, damaged, or of another model.
+        options: backend, rescore_multiplier and trust_remote_code, as in `Searcher`, which raises the same errors.
 
     Example:
         >>> from puma_hf.search import Query, open_searcher
@@ -220,18 +203,18 @@ def open_searcher(
         >>> print(searcher.search(Query(text="a red apple")))  # doctest: +SKIP
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    described, name = opened.description, model or opened.model
+    return Searcher(opened, model or opened.model, **options)
+
+
+def _open_model(index: Index, name: str, trust_remote_code: bool) -> SentenceTransformer:
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"The model {name!r} of the index {str(opened.folder)!r} is gone. Pass model (--model), where it is now."
+            f"The model {name!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it is now."
         )
-    config = EmbedConfig(
-        data=described["data"],
-        model=name,
-        output=opened.folder,
-        truncate_dim=described["truncate_dim"],
-        dtype=described["dtype"],
-        revision=described["revision"] if name == opened.model else None,
+    described = index.description
+    return open_sentence_transformer(
+        name,
+        revision=described["revision"] if name == index.model else None,
         trust_remote_code=trust_remote_code,
-    )
-    return Searcher(opened, open_model(config), backend=backend, rescore_multiplier=rescore_multiplier)
+        model_kwargs={"dtype": described["dtype"]},
+    ).eval()

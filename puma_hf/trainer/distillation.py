@@ -1,30 +1,34 @@
-"""Self-distillation of a pruned model from the model it was cut from."""
+"""Self-distillation of a pruned model from the model it was cut from, asked at every step or once before."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from puma_hf.losses import SelfDistillationLoss
-from puma_hf.trainer.cached_teacher import Part, StatesJob, cached_teacher, quiet_collator
-from puma_hf.trainer.lora import puma_model
-from puma_hf.trainer.puma import PumaTrainer
-from puma_hf.trainer.teacher import (
-    TeacherMode,
-    TeacherSource,
-    check_teacher_mode,
-    frozen_teacher,
-    teacher_loader,
-)
-from puma_hf.trainer.teacher_base import Teacher
-from puma_hf.trainer.teacher_cache import CacheManifest, check_cache_folder
-from puma_hf.trainer.teacher_fingerprint import checkpoint_sha256
+from puma_hf.configs import TeacherMode
+from puma_hf.fingerprint import model_settings
+from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
+from puma_hf.settings import convert
+from puma_hf.trainer.lora_puma import puma_model
+from puma_hf.trainer.teachers import Teacher, TeacherSource, find_teacher, is_of_adapter
+from puma_hf.trainer.trainer_puma import PumaTrainer
+
+logger = logging.getLogger(__name__)
+
+STATES = "teacher_states"  # the label column, (num_columns, hidden_size) in each row
+# Rows of a file of stored states: what a killed computation loses at most. A state of 1,536 numbers takes 6 KiB.
+ROWS_PER_FILE = 4096
 
 
 class PumaDistillationTrainer(PumaTrainer):
@@ -32,8 +36,7 @@ class PumaDistillationTrainer(PumaTrainer):
 
     No labels are needed: every column of `train_dataset` holds inputs of any modality, and one column is
     enough. Give the model a LoRA adapter first (`add_lora`). The teacher's states are in the features of each
-    column as `teacher_state` `(batch_size, hidden_size)`, and labels stay free for other losses, such as those
-    that `JointDistillationLoss` adds.
+    column as `teacher_state` `(batch_size, hidden_size)`, where the losses look for them.
 
     Args:
         args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
@@ -48,32 +51,28 @@ class PumaDistillationTrainer(PumaTrainer):
               copy serves both, and the vision tower runs once. Any other teacher is held whole beside the student,
               with a warning: another model, or the original checkpoint for a student that has been trained and merged
               since, or is held in 4 bits.
-            - `"cached"`: once, over all rows, before training; then its layers are freed. For several epochs,
-              or little memory.
-        teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that
-            was interrupted is continued, and a complete cache is read without loading the teacher.
+            - `"cached"`: once, over all rows, before training; then its layers are freed, and its states are a label
+              column of the datasets, read from the disk. For several epochs, or little memory.
+        teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that was
+            killed goes on, 4,096 rows back at most. States of another teacher, data or processing are never read; they
+            stay there until the directory is deleted.
         loss: By default `SelfDistillationLoss(model)`, the mean squared distance of the states.
         kwargs: See `args`.
 
     Raises:
         FileNotFoundError: If the teacher's checkpoint is not there.
-        NotADirectoryError: If `teacher_cache` is a file.
         ValueError: If there is no teacher, base weights that it shares are trainable, its hidden size is not the
-            student's, or the stored states are of another teacher or dataset.
+            student's, or a dataset whose states are to be stored is a stream or has labels.
 
     Example:
-
-    ```python
-    >>> from puma_hf import PumaDistillationTrainer, add_lora, lora_config
-
-    >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
-    >>> trainer = PumaDistillationTrainer(model=model, teacher="Qwen/Qwen2-VL-2B-Instruct", args=args,
-    ...                                   train_dataset=dataset)  # doctest: +SKIP
-    >>> trainer.train()  # doctest: +SKIP
-    ```
+        >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
+        >>> trainer = PumaDistillationTrainer(
+        ...     model=model, teacher="Qwen/Qwen2-VL-2B-Instruct", args=args, train_dataset=dataset
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; in the released code the teacher is
-    the frozen full model.
+    the frozen full model. Storing its states is this library's addition.
     """
 
     def __init__(
@@ -89,101 +88,153 @@ class PumaDistillationTrainer(PumaTrainer):
         model = kwargs.get("model", args[0] if args else None)
         if not isinstance(model, SentenceTransformer):
             raise ValueError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
-        check_teacher_mode(teacher_mode, teacher_cache, teacher)
+        if convert("teacher_mode", teacher_mode, TeacherMode) != "cached" and teacher_cache is not None:
+            raise ValueError(
+                f"teacher_cache={str(teacher_cache)!r} is where teacher_mode='cached' stores states, but teacher_mode "
+                f"is {teacher_mode!r}. Choose teacher_mode='cached', or leave teacher_cache out."
+            )
         super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
-        student = puma_model(model)
-        self.teacher: Teacher
+        self.teacher: Teacher | None = None
         if teacher_mode == "cached":
-            folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else teacher_cache
-            self.teacher = self._cached_teacher(teacher, teacher_revision, folder)
-        else:
-            self.teacher = frozen_teacher(teacher, student, revision=teacher_revision)
-        if self.teacher.shares_base_weights:
-            _check_base_is_frozen(student)
+            folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else Path(teacher_cache)
+            self._store_states(teacher, teacher_revision, folder)
+            return
+        student = puma_model(model)
+        self.teacher = find_teacher(teacher, student, revision=teacher_revision)
+        names = [
+            name for name, weight in student.named_parameters() if weight.requires_grad and not is_of_adapter(name)
+        ]
+        if self.teacher.shares_base_weights and names:
+            raise ValueError(
+                f"{len(names)} base weights are trainable (first: {names[0]}), and the frozen teacher "
+                "shares them with the student. Freeze them and add an adapter: "
+                "puma_hf.add_lora(model, puma_hf.lora_config())."
+            )
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Features of each column, with the teacher's states `(batch_size, hidden_size)` among them, and labels."""
         features, labels = super().collect_features(inputs)
-        # accelerate wraps only the model's own call in autocast; the teacher is asked outside it.
-        with self.accelerator.autocast():
-            for column in features:
-                self.teacher.add_states(column)
+        if self.teacher is not None:
+            # accelerate wraps only the model's own call in autocast; the teacher is asked outside it.
+            with self.accelerator.autocast():
+                for column in features:
+                    self.teacher.add_states(column)
+        elif labels is not None:
+            for column, states in zip(features, labels.unbind(1), strict=True):
+                column[TEACHER_KEY] = states
+            labels = None
         return features, labels
 
-    def _cached_teacher(self, teacher: TeacherSource | None, revision: str | None, folder: str | Path) -> Teacher:
-        student = puma_model(self.model)
-        check_cache_folder(folder)  # before the dataset is read
-        load, source, revision = teacher_loader(teacher, student, revision=revision)
+    def _store_states(self, source: TeacherSource | None, revision: str | None, folder: Path) -> None:
+        """Give the datasets the label column; the main process computes what no file holds, the others wait.
+
+        A long computation needs a long `ddp_timeout` in the training arguments, or one run without a launcher before.
+        """
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        job = StatesJob(
-            parts=[part for name, dataset in datasets.items() for part in _parts(dataset, name, self)],
-            collate=quiet_collator(self.data_collator),
-            collect=self._collect_without_teacher,
-            batch_size=self.args.train_batch_size,
-            autocast=self.accelerator.autocast,
-            show_progress=not self.args.disable_tqdm,
-        )
-        if not job.num_items:
-            raise ValueError("train_dataset is empty, so there is nothing to ask the teacher. Pass one with rows.")
-        mixed = self.args.bf16 or self.args.fp16
-        text_config: Any = student.config.text_config
-        expected = CacheManifest(
-            dataset=job.dataset_sha256(),
-            hidden_size=text_config.hidden_size,
-            precision=("bfloat16" if self.args.bf16 else "float16") if mixed else str(student.dtype).partition(".")[2],
-            processing=_processing(self),
-            num_items=job.num_items,
-            checkpoint=None if source is None else checkpoint_sha256(source, student, revision=revision),
-        )
-        return cached_teacher(folder, expected, load, job)
+        parts = [part for name, dataset in datasets.items() for part in _check_storable(dataset, name, self)]
+        teacher, keys = None, [""]
+        if self.accelerator.is_main_process:
+            teacher = find_teacher(source, puma_model(self.model), revision=revision, stays=False)
+            keys = [self._key(teacher)]
+            known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
+            if known and keys[0] not in known:
+                logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
+        broadcast_object_list(keys)
+        with self.accelerator.main_process_first():
+            stored = {
+                id(part): _with_states(part, folder, keys[0], self.args.train_batch_size, self._compute(teacher))
+                for part in parts
+            }
+        for name, dataset in datasets.items():
+            given: Any = dataset
+            if isinstance(given, dict):
+                setattr(self, name, type(given)({key: stored[id(part)] for key, part in given.items()}))
+            elif given is not None:
+                setattr(self, name, stored[id(given)])
+        self.data_collator.valid_label_columns.insert(0, STATES)
+        # The layers go with the last reference to the teacher, except for what a cycle may hold.
+        del teacher, stored
+        gc.collect()
+        torch.cuda.empty_cache()
 
-    def _collect_without_teacher(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        features, _ = super().collect_features(batch)
+    def _key(self, teacher: Teacher) -> str:
+        """What, besides the rows, decides the states: the teacher, what the model sees of a row, the data type."""
+        mixed = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else str(puma_model(self.model).dtype)
+        seen = [model_settings(self.model), self.data_collator.prompts, self.data_collator.max_length, mixed]
+        content = json.dumps([teacher.fingerprint(), seen], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _compute(self, teacher: Teacher | None) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
         device = puma_model(self.model).device
-        return [
-            {name: value.to(device) if torch.is_tensor(value) else value for name, value in column.items()}
-            for column in features
-        ]
+
+        def compute(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            if teacher is None:
+                raise RuntimeError(
+                    "The main process has stored the teacher's states where this one cannot read them. Choose a "
+                    "directory that all machines share: teacher_cache=..."
+                )
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            columns, _ = super(PumaDistillationTrainer, self).collect_features(self.data_collator(rows))
+            states = []
+            for column in columns:
+                features = {key: value.to(device) if torch.is_tensor(value) else value for key, value in column.items()}
+                with self.accelerator.autocast():
+                    states.append(teacher.states(features).float().cpu())
+            if not torch.isfinite(found := torch.stack(states, dim=1)).all():
+                raise ValueError(
+                    "The teacher's states of some rows are NaN or infinite. Run it in bfloat16 or float32 instead of "
+                    f"float16, or look at these: {rows[:1]!r:.200}..."
+                )
+            return {STATES: found.numpy()}
+
+        return compute
 
 
-def _check_base_is_frozen(student: Any) -> None:
-    trained = [
-        name
-        for name, parameter in student.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name and "trainable_tokens" not in name
+def _check_storable(dataset: Any, name: str, trainer: PumaTrainer) -> list[Dataset]:
+    """The datasets of a trainer's argument, which may be none, one or a dict of several."""
+    parts = [] if dataset is None else list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+    labels = {*trainer.data_collator.valid_label_columns}
+    for part in parts:
+        if not isinstance(part, Dataset) or labels & {*part.column_names}:
+            raise ValueError(
+                f"{name} has a {type(part).__name__} with the columns {part.column_names}, but teacher_mode='cached' "
+                f"goes over a datasets.Dataset before training and adds labels. Load it whole and without labels, or "
+                "choose teacher_mode='frozen'."
+            )
+    return parts
+
+
+def _with_states(
+    dataset: Dataset, folder: Path, key: str, batch_size: int, compute: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Dataset:
+    """The dataset with the label column, whose files `datasets` writes whole or not at all, and finds again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({STATES: List(List(Value("float32")))})
+    name = f"{key}-{_content_sha256(dataset)[:16]}"
+    files = [
+        dataset.select(range(begin, min(begin + ROWS_PER_FILE, len(dataset)))).map(
+            compute,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=dataset.column_names,
+            features=features,
+            # `datasets` takes any file of this name for the result, so the name says whose it is.
+            cache_file_name=str(folder / f"{name}-{begin:09d}.arrow"),
+            new_fingerprint=f"{name}-{begin:09d}",
+            load_from_cache_file=True,
+            desc="Teacher states",
+        )
+        for begin in range(0, len(dataset), ROWS_PER_FILE)
     ]
-    if trained:
-        raise ValueError(
-            f"{len(trained)} base weights are trainable (first: {trained[0]}), and the frozen teacher "
-            "shares them with the student. Freeze them and add an adapter: "
-            "puma_hf.add_lora(model, puma_hf.lora_config())."
-        )
+    whole = concatenate_datasets([dataset, concatenate_datasets(files)], axis=1)
+    # A transform, such as that with which sentence-transformers tells the name of a dataset, does not come along.
+    whole.set_format(dataset.format["type"], **dataset.format["format_kwargs"])
+    return whole
 
 
-def _parts(dataset: Any, name: str, trainer: PumaTrainer) -> list[Part]:
-    """Each dataset of one input column alone."""
-    if dataset is None:
-        return []
-    if isinstance(dataset, Mapping):
-        return [part for value in dataset.values() for part in _parts(value, name, trainer)]
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"{name} is a {type(dataset).__name__}, but teacher_mode='cached' goes over its rows before training and "
-            "needs a datasets.Dataset or a DatasetDict of these. Load it whole, or choose teacher_mode='frozen'."
-        )
-    collator: Any = trainer.data_collator
-    others = {"dataset_name", *collator.valid_label_columns}
-    columns = [column for column in dataset.column_names if column not in others]
-    return [(dataset.select_columns([column]), column) for column in columns]
-
-
-def _processing(trainer: PumaTrainer) -> dict[str, Any]:
-    """What, besides the rows, decides what the model sees."""
-    module: Any = trainer.model[0]
-    collator: Any = trainer.data_collator
-    return {
-        "processing_kwargs": getattr(module, "processing_kwargs", None) or {},
-        "prompts": collator.prompts or {},
-        "max_length": collator.max_length,
-        "limits": [module.processor.image_processor.to_dict()["size"], module.processor.tokenizer.model_max_length],
-    }
+def _content_sha256(dataset: Dataset) -> str:
+    """Of what the rows hold, not of how or where they are stored, on which `datasets`' own fingerprint depends."""
+    digest = hashlib.sha256(" ".join(dataset.column_names).encode())
+    for table in dataset.with_format("arrow").iter(1000):
+        digest.update(repr(table.to_pylist()).encode())
+    return digest.hexdigest()

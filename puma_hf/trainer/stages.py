@@ -1,40 +1,57 @@
-"""The two training stages and the merge as functions of one configuration each."""
+"""The two training stages and the merge as functions of one configuration each, and the run that they share."""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
+import shutil
+from difflib import unified_diff
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from pyarrow import compute  # type: ignore[import-untyped]
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from puma_hf.configs import DistillConfig, MergeConfig, StageConfig, TrainConfig
+from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, MergeConfig, StageConfig, TrainConfig
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
-from puma_hf.losses import SelfDistillationLoss
+from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
 from puma_hf.pruning import read_limits, set_limits
-from puma_hf.settings import processing_of
-from puma_hf.trainer.arguments import training_arguments
+from puma_hf.settings import config_text, convert, nearest, processing_of, save_config
+from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
-from puma_hf.trainer.lora import add_lora, lora_config, merge_adapter, puma_model
-from puma_hf.trainer.objectives import training_loss
-from puma_hf.trainer.puma import PumaTrainer
-from puma_hf.trainer.quantization import quantization_config
-from puma_hf.trainer.run import begin, check_sharding, prepare_output, run
+from puma_hf.trainer.lora_puma import (
+    PREFIX,
+    add_lora,
+    lora_config,
+    puma_model,
+    quantization_config,
+    save_base_fingerprint,
+)
+from puma_hf.trainer.merge import merge_adapter
+from puma_hf.trainer.trainer_puma import PumaTrainer, check_weights, whole_weights
 
 logger = logging.getLogger(__name__)
 
 # Columns of the training rows that the model is not to see.
 _ID_COLUMNS = ("qid", "did", "positives")
 _ROWS_AT_ONCE = 10_000
+_UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
+# What an interrupted run leaves besides checkpoints; "runs" is a reporter's.
+_LEFTOVERS = {*RECIPES.values(), "teacher_cache", "runs", _UNFINISHED}
 
 
 def distill(config: DistillConfig) -> Path:
@@ -55,22 +72,13 @@ def distill(config: DistillConfig) -> Path:
         ValueError: If the teacher does not fit, the output is the model, or the dataset has no full batch.
 
     Example:
-
-    ```python
-    >>> from puma_hf.configs import DistillConfig
-    >>> from puma_hf.trainer.stages import distill
-
-    >>> config = DistillConfig(model="puma-k4", output="puma-k4-lora", data="demo/emoji", teacher="demo/backbone")
-    >>> distill(config)  # doctest: +SKIP
-    ```
+        >>> from puma_hf.configs import DistillConfig
+        >>> config = DistillConfig(model="puma-k4", output="puma-k4-lora", data="demo/emoji", teacher="demo/backbone")
+        >>> distill(config)  # doctest: +SKIP
     """
-    arguments, loading = training_arguments(config), _check_model(config)
-    check_sharding(config, arguments)
-    checkpoint = prepare_output(config)
+    arguments, checkpoint = _prepare(config)
     items = load_items(config.data, split=config.split, seed=config.seed)
-    _check_special_tokens(items, config)
-    begin(config, checkpoint, len(items))
-    model = _load_with_lora(config, loading)
+    model = _begin(config, checkpoint, items)
     trainer = PumaDistillationTrainer(
         model=model,
         args=arguments,
@@ -78,7 +86,7 @@ def distill(config: DistillConfig) -> Path:
         loss=SelfDistillationLoss(model, config.metric),
         **_teacher_arguments(config),
     )
-    return run(trainer, config, checkpoint)
+    return _run(trainer, config, checkpoint)
 
 
 def train(config: TrainConfig) -> Path:
@@ -97,25 +105,15 @@ def train(config: TrainConfig) -> Path:
         ValueError: If the output is the model, or the dataset has no full batch.
 
     Example:
-
-    ```python
-    >>> from puma_hf.configs import TrainConfig
-    >>> from puma_hf.trainer.stages import train
-
-    >>> config = TrainConfig(model="puma-k4-distilled", output="puma-k4-mac-lora", data="demo/emoji")
-    >>> train(config)  # doctest: +SKIP
-    ```
+        >>> from puma_hf.configs import TrainConfig
+        >>> train(TrainConfig(model="puma-k4-distilled", output="puma-k4-mac", data="demo/emoji"))  # doctest: +SKIP
     """
     for note in config.notes():
         logger.warning(note)
-    arguments, loading = training_arguments(config), _check_model(config)
-    check_sharding(config, arguments)
-    checkpoint = prepare_output(config)
+    arguments, checkpoint = _prepare(config)
     rows = _labelled_rows(config)
-    begin(config, checkpoint, len(rows))
-    model = _load_with_lora(config, loading)
-    trainer_class = PumaDistillationTrainer if config.joint else PumaTrainer
-    trainer = trainer_class(
+    model = _begin(config, checkpoint, rows)
+    trainer = (PumaDistillationTrainer if config.joint else PumaTrainer)(
         model=model,
         args=arguments,
         train_dataset=rows.select_columns([name for name in rows.column_names if name not in _ID_COLUMNS]),
@@ -123,23 +121,120 @@ def train(config: TrainConfig) -> Path:
         loss=training_loss(model, config, num_devices=PartialState().num_processes),
         **(_teacher_arguments(config) if config.joint else {}),
     )
-    return run(trainer, config, checkpoint)
+    return _run(trainer, config, checkpoint)
 
 
 def merge(config: MergeConfig) -> float:
-    """Merge a trained adapter into its base, checked; `puma_hf.trainer.merge_adapter` with its settings in one object.
+    """Merge a trained adapter into its base, checked: `merge_adapter`, with its settings in one object."""
+    return merge_adapter(config.adapter, config.output, base=config.base, overwrite=config.overwrite)
 
-    Args:
-        config: What to merge; see `MergeConfig`.
 
-    Returns:
-        The largest distance of an embedding before merging to the one after it.
+# --- the loss and the arguments of the Trainer
+
+
+def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
+    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
+
+    InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
+    positives, `false_negative_margin` and the logs are the same. On one device nothing is gathered.
+    """
+    infonce = config.loss == "infonce"
+    cache: dict[str, Any] = {"mini_batch_num_tokens": config.mini_batch_num_tokens} if config.cached else {}
+    if config.mini_batch_size is not None:
+        cache["mini_batch_size"] = config.mini_batch_size
+    loss: Any = (CachedMultimodalMACLoss if config.cached else MultimodalMACLoss)(
+        model,
+        temperature=config.temperature,
+        hard_temperature=config.temperature if infonce else config.hard_temperature,
+        schedule="constant" if infonce else config.schedule,
+        schedule_end=config.schedule_end,
+        grouping=config.grouping,
+        gather_across_devices=config.gather_across_devices and num_devices > 1,
+        objective="split" if config.loss == "mac-split" else "mac",
+        split_weight=config.split_weight,
+        false_negative_margin=config.false_negative_margin,
+        **cache,
+    )
+    if config.joint:
+        names = ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start")
+        loss = JointDistillationLoss(model, loss, config.metric, **{name: getattr(config, name) for name in names})
+    if not config.matryoshka_dims:
+        return loss  # type: ignore[no-any-return]
+    dim = int(model.get_embedding_dimension() or 0)
+    if dim < max(config.matryoshka_dims):
+        raise ValueError(
+            f"matryoshka_dims={list(config.matryoshka_dims)} must not exceed the embedding's {dim} dimensions. "
+            "Leave out the larger ones."
+        )
+    return MatryoshkaLoss(model, loss, sorted(config.matryoshka_dims, reverse=True))
+
+
+def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArguments:
+    """The arguments of the Trainer that the settings of a stage mean, checked before anything is loaded.
 
     Raises:
-        FileNotFoundError: If there is no adapter, or its base cannot be found.
-        ValueError: If the adapter does not fit its base, or merging moved an embedding by more than 1e-4.
+        ValueError: If `training_arguments` has a name or value that the Trainer does not take, or the GPU does not
+            compute in bfloat16.
     """
-    return merge_adapter(config.adapter, config.output, base=config.base, overwrite=config.overwrite)
+    hints = get_type_hints(SentenceTransformerTrainingArguments)
+    more = {name: _argument(name, value, hints) for name, value in config.training_arguments.items()}
+    slow_bf16 = config.bf16 and not is_torch_bf16_gpu_available()
+    if slow_bf16 and torch.accelerator.is_available() and not more.get("use_cpu"):
+        raise ValueError(
+            "bf16=True needs an accelerator that computes in bfloat16, and the one here does not. Set bf16=False "
+            "(--no-bf16), or use another; without any, the CPU does."
+        )
+    arguments: dict[str, Any] = {
+        "output_dir": str(config.output),
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup,  # below 1, a share of all steps
+        "bf16": config.bf16,
+        **({"use_cpu": True} if slow_bf16 else {}),  # where there is no GPU; the Trainer asks that this be said
+        "seed": config.seed,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": config.dataloader_num_workers,
+        # Every weight of the adapter takes part in every step: nothing to look for.
+        "ddp_find_unused_parameters": False,
+        f"{PREFIX}_checkpointing": config.gradient_checkpointing,
+        "logging_steps": config.logging_steps,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": list(config.report_to) or "none",
+    }
+    if config.first_layer_learning_rate is not None:
+        arguments["learning_rate_mapping"] = {FIRST_LAYER: config.first_layer_learning_rate}
+    return SentenceTransformerTrainingArguments(**{**arguments, **more})
+
+
+def _argument(name: str, value: Any, hints: dict[str, Any]) -> Any:
+    """A value of `training_arguments` as the Trainer's own type: YAML reads 1e-4 as text, which fails much later."""
+    if name not in hints:
+        raise ValueError(
+            f"training_arguments has {name!r}, which is no argument of SentenceTransformerTrainingArguments."
+            f"{nearest(name, hints)}"
+        )
+    kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+    try:
+        return convert(name, value, hints[name]) if {*kinds} <= {bool, int, float, type(None)} else value
+    except ValueError as error:
+        raise ValueError(f"training_arguments: {error} Correct it, or leave it out.") from None
+
+
+def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("teacher", "teacher_mode", "teacher_cache")}
+
+
+# --- the rows
 
 
 def _labelled_rows(config: TrainConfig) -> Dataset:
@@ -158,7 +253,6 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
         )
     else:
         rows = _pairs(config)
-    _check_special_tokens(rows, config)
     if config.train_fraction == 1:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
@@ -185,35 +279,27 @@ def _pairs(config: TrainConfig) -> Dataset:
 
 
 def _check_special_tokens(rows: Dataset, config: StageConfig) -> None:
-    """Name the rows that training would stop at, before it begins."""
-    if config.special_tokens == "split":
-        return
-    bad: dict[int, str] = {}
+    """Name the first row that training would stop at, before it begins."""
     for number, batch in enumerate(rows.flatten().with_format("arrow").iter(_ROWS_AT_ONCE)):
-        for name in batch.column_names:
-            if name.endswith((".text", ".instruction")):
-                found = compute.match_substring_regex(batch[name], SPECIAL_TOKEN.pattern).fill_null(False)
-                for place in compute.indices_nonzero(found).to_pylist():
-                    bad.setdefault(number * _ROWS_AT_ONCE + place, f"{name} is {shown(batch[name][place].as_py())}")
-    if bad:
-        row = min(bad)
-        qid = f", query {rows[row]['qid']!r}" if "qid" in rows.column_names else ""
-        raise ValueError(
-            f"{len(bad)} of {len(rows)} rows of {config.data} hold a special token, which the model would not read as "
-            f"text. The first: row {row}{qid}: {bad[row]}. {SPECIAL_TOKEN_REMEDY}"
-        )
+        for name in batch.column_names if config.special_tokens != "split" else ():
+            if not name.endswith((".text", ".instruction")):
+                continue
+            found = compute.match_substring_regex(batch[name], SPECIAL_TOKEN.pattern).fill_null(False)
+            for place in compute.indices_nonzero(found).to_pylist()[:1]:
+                row = number * _ROWS_AT_ONCE + place
+                qid = f", query {rows[row]['qid']!r}" if "qid" in rows.column_names else ""
+                raise ValueError(
+                    f"{config.data} holds a special token, which the model would not read as text, in row {row}{qid}: "
+                    f"{name} is {shown(batch[name][place].as_py())}. {SPECIAL_TOKEN_REMEDY}"
+                )
 
 
-def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
-    return {
-        "teacher": config.teacher,
-        "teacher_mode": config.teacher_mode,
-        "teacher_cache": config.teacher_cache,
-    }
+# --- the beginning of a run
 
 
-def _check_model(config: StageConfig) -> dict[str, Any]:
-    """How to load the model, once it is seen to be one: before anything in the output is touched."""
+def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments, str | None]:
+    """Arguments of the Trainer, and the checkpoint to go on from: all is checked, nothing touched yet."""
+    arguments = training_arguments(config)
     folder = Path(config.model)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
@@ -222,12 +308,64 @@ def _check_model(config: StageConfig) -> dict[str, Any]:
             f"{str(folder)!r} is no PUMA directory. Make one from a Qwen2-VL checkpoint first: puma-hf prune "
             "SOURCE OUTPUT --num-kept-layers K."
         )
-    return {"quantization_config": quantization_config()} if config.load_in_4bit else {}
+    if config.load_in_4bit:
+        quantization_config()  # raises where it cannot work
+    _check_sharding(config, arguments)
+    return arguments, _checkpoint(config)
 
 
-def _load_with_lora(config: StageConfig, loading: dict[str, Any]) -> SentenceTransformer:
-    # A model with LoRA is initialised at random: seeded, so that a run can be repeated.
+def _check_sharding(config: StageConfig, arguments: SentenceTransformerTrainingArguments) -> None:
+    """Raise a ValueError if FSDP is to hold in pieces what the stage calls on its own."""
+    if not arguments.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    cached = isinstance(config, TrainConfig) and config.cached
+    if cached or isinstance(config, DistillConfig) or getattr(config, "joint", False):
+        what = "gradient caching (mini_batch_size, mini_batch_num_tokens)" if cached else "a teacher"
+        raise ValueError(
+            f"{what} calls parts of the model on their own, which FSDP holds in pieces. Launch without FSDP: plain "
+            "DDP, as accelerate launch and torchrun do by default."
+        )
+
+
+def _checkpoint(config: StageConfig) -> str | None:
+    """The checkpoint to continue from, if any, once the output is seen to be free, or a run of ours to go on with."""
+    folder = Path(config.output)
+    if Path(config.model).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output {str(folder)!r} is, or holds, the model itself. Choose another directory.")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output {str(folder)!r} is a file. Choose a directory.")
+    if config.resume and (checkpoint := last_whole_checkpoint(folder)) is not None:
+        return checkpoint
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if config.resume:
+        # A run that was killed before its first checkpoint was whole: there is nothing to lose.
+        if {name for name in found - _LEFTOVERS if not CHECKPOINT_NAME.fullmatch(name)}:
+            raise FileNotFoundError(
+                f"output {str(folder)!r} holds no whole checkpoint to continue from: the run may have finished. Choose "
+                "another directory, or start again with overwrite=True (--overwrite)."
+            )
+        logger.warning("No whole checkpoint in %s: starting from the beginning.", folder)
+    # Other processes may come here after the first has begun to write.
+    elif found - {*RECIPES.values()} and not config.overwrite and PartialState().is_main_process:
+        raise FileExistsError(
+            f"output {str(folder)!r} is not empty. Continue it with resume=True (--resume), or pass overwrite=True "
+            "(--overwrite)."
+        )
+    return None
+
+
+def _begin(config: StageConfig, checkpoint: str | None, rows: Dataset) -> SentenceTransformer:
+    """Check the rows, remove checkpoints that must not be taken for this run's, and load the model with an adapter."""
+    _check_special_tokens(rows, config)
+    if len(rows) < _rows_per_batch(config) and not _is_finished(config, checkpoint):
+        raise _no_batch(config, len(rows))
+    if checkpoint is None and PartialState().is_main_process:
+        for stale in Path(config.output).glob("checkpoint-*"):
+            if CHECKPOINT_NAME.fullmatch(stale.name) and stale.is_dir():
+                shutil.rmtree(stale)
+    # An adapter is initialised at random: seeded, so that a run can be repeated.
     torch.manual_seed(config.seed)
+    loading = {"quantization_config": quantization_config()} if config.load_in_4bit else {}
     model = SentenceTransformer(str(config.model), trust_remote_code=True, model_kwargs=loading)
     first: Any = model[0]
     # In the processor, so that whatever is saved of this run is read so by every loader.
@@ -244,3 +382,97 @@ def _load_with_lora(config: StageConfig, loading: dict[str, Any]) -> SentenceTra
     lora = lora_config(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, ret_token_id=ret_token_id)
     add_lora(model, lora)
     return model
+
+
+def _rows_per_batch(config: StageConfig) -> int:
+    """Over all devices."""
+    return config.batch_size * int(PartialState().num_processes)
+
+
+def _no_batch(config: StageConfig, num_rows: int) -> ValueError:
+    return ValueError(
+        f"The {num_rows} rows fill no batch of {_rows_per_batch(config)}, so nothing was trained. Choose a smaller "
+        "batch_size (--batch-size)."
+    )
+
+
+# --- the run and its end
+
+
+def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> Path:
+    """Train, or go on from a checkpoint, and save the adapter and its recipe, whole or not at all."""
+    rows: Any = trainer.train_dataset
+    finished = _is_finished(config, checkpoint)
+    trainer.accelerator.wait_for_everyone()  # all have read the recipe before it is written anew
+    if finished:
+        logger.info("%s is of the last step: saving its weights", checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(str(checkpoint), TRAINER_STATE_NAME)))
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        if trainer.is_world_process_zero():
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+            if checkpoint is not None and (changed := _changed(config)):
+                logger.warning("Continuing with other settings than the run began with: %s", "; ".join(changed))
+            save_config(config, _recipe(config))
+        shape = (len(rows), PartialState().num_processes, config.batch_size, config.gradient_accumulation_steps)
+        logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == 0:
+        # The trainer itself only logs this, and an untrained adapter looks like a trained one.
+        raise _no_batch(config, len(rows))
+    if trainer.state.global_step < trainer.state.max_steps:
+        logger.warning(
+            "Training ended after %d of %d steps: too many rows share a right answer to fill every batch. Choose a "
+            "smaller batch_size (--batch-size).",
+            *(trainer.state.global_step, trainer.state.max_steps),
+        )
+    check_weights(trainer.model, trainer.args, trainer.state)
+    _save_adapter(trainer, Path(config.output))
+    return Path(config.output)
+
+
+def _save_adapter(trainer: PumaTrainer, output: Path) -> None:
+    """Write an adapter aside and move it into place: one that stands there stays until the new one is written."""
+    with whole_weights(trainer.model):
+        if trainer.is_world_process_zero():
+            folder = output / _UNFINISHED
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            try:
+                # A generated card would show rows of the dataset, with the paths that its images have here.
+                trainer.model.save_pretrained(str(folder), create_model_card=False)
+                save_base_fingerprint(trainer.model, folder)
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                # What makes a folder an adapter goes first, and comes last: no mixture is ever taken for whole.
+                files.sort(key=lambda path: path.name == ADAPTER_CONFIG)
+                (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+                for path in files:
+                    place = output / path.relative_to(folder)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, place)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            logger.info("Saved the adapter to %s", output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _recipe(config: StageConfig) -> Path:
+    return Path(config.output, RECIPES[type(config)])
+
+
+def _changed(config: StageConfig) -> list[str]:
+    """What differs from the recipe in the output, if there is one."""
+    file = _recipe(config)
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = unified_diff(before.splitlines(), config_text(config).splitlines(), n=0, lineterm="")
+    return [line for line in lines if line[:2] not in ("--", "++", "@@")]
+
+
+def _is_finished(config: StageConfig, checkpoint: str | None) -> bool:
+    """Whether a checkpoint is that of the last step: the trainer would go on for one more."""
+    if checkpoint is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if config.max_steps == -1 and _changed(config):
+        return False  # then the number of steps is another, and known to the trainer alone
+    last: int = state.max_steps if config.max_steps == -1 else config.max_steps
+    return bool(state.global_step >= last)

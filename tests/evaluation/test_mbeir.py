@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from puma_hf import __version__
-from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, Candidate, MBEIRTask, Query
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.mbeir import Search, distinct_candidates, evaluate_mbeir, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults
 from tests.data import mbeir_builder as builder

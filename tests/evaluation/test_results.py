@@ -12,8 +12,8 @@ import pytest
 import pytrec_eval
 import pytrec_eval_ext
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, MBEIRTask
+from puma_hf.data.mbeir import MBEIR
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.results import (
     PUBLISHED,

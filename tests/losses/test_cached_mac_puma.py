@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from puma_hf import lora_config
 from puma_hf.losses import CachedMultimodalMACLoss, MultimodalMACLoss
 from puma_hf.losses.cached_mac_puma import MiniBatches, can_keep_image_features, find_puma_model
-from puma_hf.trainer.lora import add_lora, puma_model
+from puma_hf.trainer.lora_puma import add_lora, puma_model
 from tests.tiny import HIDDEN_SIZE, tiny_tokenizer
 
 MakeModel = Callable[[], SentenceTransformer]

@@ -267,13 +267,11 @@ def test_add_temperature_schedule_twice_adds_one(
 
 def test_losses_without_a_schedule_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     other = MultipleNegativesRankingLoss(make_model())
-    one = "a MultipleNegativesRankingLoss"
-    for loss, shown in ((other, one), ({"nli": other}, one), ({}, "an empty dict")):
-        with pytest.raises(ValueError, match=rf"loss is {shown}.*needs a ScheduledTemperatureLoss.*Pass the"):
+    for loss, shown in ((other, "MultipleNegatives"), ({"nli": other}, r"\{'nli': Multiple"), ({}, r"\{\}")):
+        with pytest.raises(ValueError, match=rf"(?s)loss is {shown}.*needs a ScheduledTemperatureLoss.*Pass the"):
             TemperatureScheduleCallback(loss)
     trainer: Any = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
-    message = r"^A Trainer has no attribute loss, .* trainer\.add_callback\(TemperatureScheduleCallback\(loss\)\)\.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="loss is None, but a temperature schedule needs a ScheduledTemperatureLoss"):
         add_temperature_schedule(trainer)
     trainer.loss = other
     with pytest.raises(ValueError, match="needs a ScheduledTemperatureLoss"):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from puma_hf.configs import TrainConfig
 from puma_hf.losses import find_scheduled_losses
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
-from puma_hf.trainer.objectives import training_loss
+from puma_hf.trainer.stages import training_loss
 from tests.forks import SHARES, in_two_processes, run_worker
 from tests.patience import PATIENCE
 from tests.released import InFloat64

@@ -1,6 +1,6 @@
-"""Runs in a process of its own where puma_hf cannot be imported: trains a directory with the losses that lie in it.
+"""Runs in a process of its own where puma_hf cannot be imported: trains a directory with the code that lies in it.
 
-Usage: python -m tests.losses.without_puma_hf DIRECTORY CACHE OUTPUT.json. The code of the directory is cached in CACHE.
+Usage: python -m tests.losses.without_puma_hf DIRECTORY CACHE OUTPUT SETTINGS. The directory's code is cached in CACHE.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from typing import Any
 if __name__ == "__main__":
     sys.modules["puma_hf"] = None  # type: ignore[assignment]
     import torch
-    from sentence_transformers import SentenceTransformer
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
     from transformers import dynamic_module_utils
 
-    folder, dynamic_module_utils.HF_MODULES_CACHE, output = sys.argv[1:]
+    folder, dynamic_module_utils.HF_MODULES_CACHE, output, settings = sys.argv[1:]
     names = ("mac_puma.MultimodalMACLoss", "cached_mac_puma.CachedMultimodalMACLoss")
-    names += ("distillation_puma.JointDistillationLoss", "progress_puma.TemperatureScheduleCallback")
-    mac, cached, joint, callback = (dynamic_module_utils.get_class_from_dynamic_module(name, folder) for name in names)
+    names += ("distillation_puma.JointDistillationLoss", "trainer_puma.PumaTrainer", "lora_puma.add_lora")
+    names += ("lora_puma.lora_config",)
+    mac, cached, joint, trainer, add_lora, lora_config = (
+        dynamic_module_utils.get_class_from_dynamic_module(name, folder) for name in names
+    )
 
     model = SentenceTransformer(folder, trust_remote_code=True, device="cpu").train()
     columns: list[dict[str, Any]] = [model.preprocess(texts) for texts in (["a red apple", "two"], ["a table", "in"])]
@@ -32,5 +36,11 @@ if __name__ == "__main__":
     for features in columns:
         features["teacher_state"] = torch.zeros(2, model.get_embedding_dimension() or 0)
     found["terms"] = sorted(joint(model, mac(model))(columns))
-    found["losses"] = list(callback(mac(model)).losses)
-    Path(output).write_text(json.dumps(found))
+
+    add_lora(model, lora_config(r=2))
+    arguments = SentenceTransformerTrainingArguments(output, **json.loads(settings))
+    rows = Dataset.from_dict({"anchor": ["a red apple", "two"], "positive": ["a table", "in"]})
+    run = trainer(model=model, args=arguments, train_dataset=rows, loss=mac(model), positives=[["a"], ["b"]])
+    run.train()
+    found["logs"] = run.state.log_history[0]
+    Path(output, "found.json").write_text(json.dumps(found))

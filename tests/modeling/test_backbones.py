@@ -297,21 +297,6 @@ def test_the_auto_classes_find_the_family(family: str, pruned: Path) -> None:
     assert config["original_num_hidden_layers"] == NUM_LAYERS
 
 
-def test_sentence_transformers_agrees_alone_in_batches_and_saved(
-    pruned: Path, images: list[Image.Image], tmp_path: Path
-) -> None:
-    inputs: list[Any] = ["a red apple", images[0], {"image": images[1:], "text": "both", "instruction": "Find."}]
-    with torch.inference_mode():
-        batch = AutoProcessor.from_pretrained(pruned).process_inputs(inputs)
-        expected = AutoModel.from_pretrained(pruned).eval()(**batch).embeddings.numpy()
-    model = SentenceTransformer(str(pruned), trust_remote_code=True, device="cpu")
-    np.testing.assert_allclose(model.encode(inputs), expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(np.stack([model.encode(item) for item in inputs]), expected, rtol=0, atol=1e-5)
-    model.save_pretrained(str(tmp_path / "saved"))
-    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
-    np.testing.assert_array_equal(again.encode(inputs), model.encode(inputs))
-
-
 # --- pruning
 
 
@@ -386,8 +371,6 @@ def test_published_configurations_are_cut(tmp_path: Path, name: str) -> None:
     assert len(getattr(text, "layer_types", None) or range(9)) == 9
     section = [16, 24, 24] if name == "qwen2_5_vl" else [24, 20, 20]
     assert text.rope_parameters["mrope_section"] == section
-    with pytest.raises(ValueError, match="1 to 36 layers"):
-        config_class_of(name).from_pretrained(tmp_path, num_kept_layers=37)
     config.save_pretrained(tmp_path / "saved")
     again = AutoConfig.from_pretrained(tmp_path / "saved")
     assert type(again) is type(config)
@@ -405,16 +388,6 @@ def test_the_backbones_own_defaults_stay(family: str) -> None:
 # --- inputs
 
 
-def test_a_long_text_is_cut_to_what_the_images_leave(pruned: Path, images: list[Image.Image]) -> None:
-    processor = AutoProcessor.from_pretrained(pruned)
-    text = "a red apple on a table " * 40
-    batch = processor.process_inputs([{"image": images[0], "text": text}, text], max_length=120)
-    lengths = batch["attention_mask"].sum(dim=1)
-    assert (lengths <= 120).all()
-    assert (lengths > 110).all()
-    assert at_ret(batch["input_ids"], batch).tolist() == [processor.ret_token_id] * 2
-
-
 def test_only_qwen2_vl_takes_videos(processor: PumaProcessor) -> None:
     without = PumaImageTextProcessor(processor.image_processor, processor.tokenizer, None, str(processor.chat_template))
     assert "video_processor" not in without.to_dict()
@@ -426,22 +399,11 @@ def test_only_qwen2_vl_takes_videos(processor: PumaProcessor) -> None:
 # --- what cannot be loaded
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_another_familys_class_names_the_right_one(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
-    right = CLASSES[name][0]
-    for loader in (PumaConfig, PumaModel):
-        with pytest.raises(ValueError, match=rf"'{name}', but PUMA prunes Qwen2-VL .* or {right.__name__} for this"):
-            loader.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"'qwen2_vl', but PUMA prunes {right.source_name} .* or PumaConfig for this"):
-        right.from_dict({"model_type": "qwen2_vl"})
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen2_5_omni", "llama", None])
 def test_what_cannot_be_pruned_is_refused(tmp_path: Path, qwen_dir: Path, model_type: str | None) -> None:
     source = copy_checkpoint(qwen_dir, tmp_path / "source")
     change_config(source, lambda config: config.update(model_type=model_type))
-    message = rf"model_type={model_type!r}, but PUMA prunes Qwen2-VL, Qwen2\.5-VL and Qwen3-VL .*qwen3_vl.* Choose one"
+    message = rf"model_type={model_type!r}, but PUMA prunes Qwen2-VL, Qwen2\.5-VL, Qwen3-VL .*qwen3_vl.* Choose one"
     with pytest.raises(ValueError, match=message):
         prune(source, tmp_path / "out", num_kept_layers=2)
     assert not (tmp_path / "out").exists()

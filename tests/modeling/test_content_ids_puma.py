@@ -75,14 +75,6 @@ def test_the_input_module_stamps_them(sentence_transformer: SentenceTransformer,
     assert sentence_transformer.preprocess(inputs[:1], prompt="Find it.")["content_ids"][0] != ids[0]
 
 
-def test_the_model_does_not_need_them(sentence_transformer: SentenceTransformer) -> None:
-    features = sentence_transformer.preprocess(["a red apple"])
-    with torch.inference_mode():
-        expected = sentence_transformer(dict(features))["sentence_embedding"]
-        del features["content_ids"]
-        assert torch.equal(sentence_transformer(features)["sentence_embedding"], expected)
-
-
 def test_they_stay_the_same_from_version_to_version() -> None:
     """Stored teacher states are found by them."""
     features = {
@@ -138,26 +130,6 @@ def test_videos_count_and_are_no_images() -> None:
 
     ids = {one(), one(video=True), one(seed=1), one(video=True, seed=1), int(content_ids(texts(1)).item())}
     assert len(ids) == 5
-
-
-def test_videos_and_images_of_a_batch_are_told_apart() -> None:
-    """Sample 0 has an image, 1 nothing, 2 two videos, 3 both."""
-    images = media([[1, 2, 2], [1, 1, 3]], [1, 0, 0, 1])
-    videos = media([[2, 1, 1], [1, 2, 1], [3, 1, 1]], [0, 0, 2, 1], video=True, seed=1)
-    ids = content_ids({**texts(4), **images, **videos}).tolist()
-    assert len(set(ids)) == 4
-    assert ids[1] == content_ids(texts(1)).item()
-    first_image = {"pixel_values": images["pixel_values"][:4], "image_grid_thw": images["image_grid_thw"][:1]}
-    assert ids[0] == content_ids({**texts(1), **first_image, "num_images_per_sample": torch.tensor([1])}).item()
-    last = {
-        "pixel_values": images["pixel_values"][4:],
-        "image_grid_thw": images["image_grid_thw"][1:],
-        "num_images_per_sample": torch.tensor([1]),
-        "pixel_values_videos": videos["pixel_values_videos"][4:],
-        "video_grid_thw": videos["video_grid_thw"][2:],
-        "num_videos_per_sample": torch.tensor([1]),
-    }
-    assert ids[3] == content_ids({**texts(1), **last}).item()
 
 
 def test_the_same_patches_in_another_shape_differ() -> None:

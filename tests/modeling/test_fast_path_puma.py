@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,15 +137,6 @@ def test_one_kept_layer(family: str, tmp_path: Path) -> None:
         assert largest_difference(embed(module, batches, FastPath(*switches)), plain) <= 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_models_own_attention_does_not_matter(implementation: str, tmp_path: Path) -> None:
-    module = made_of(tmp_path, "qwen2_vl", 2, model_kwargs={"attn_implementation": implementation})
-    assert module.model.config._attn_implementation == implementation
-    batches = prepared(module, mixed_inputs(12, seed=4), "left", sizes=(12,))
-    plain = embed(module, batches, None)
-    assert largest_difference(embed(module, batches, FastPath()), plain) <= 1e-5
-
-
 def test_autocast_as_in_the_plain_forward_pass(modules: dict[str, PumaTransformer]) -> None:
     module = modules["qwen2_vl"]
     batches = prepared(module, mixed_inputs(12, seed=5), "left", sizes=(12,))
@@ -259,38 +249,6 @@ def test_the_vision_tower_is_as_before(modules: dict[str, PumaTransformer], swit
     assert state_of(visual) == before
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_an_error_inside_leaves_it_as_before(
-    modules: dict[str, PumaTransformer], packing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module: Any = modules["qwen2_vl"]
-    batches = prepared(module, mixed_inputs(12, seed=2), "right", sizes=(12,))
-    before = state_of(module.model.visual)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.model.visual.merger, "forward", lambda states: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            embed(module, batches, FastPath(packing=packing))
-    assert state_of(module.model.visual) == before
-    assert largest_difference(embed(module, batches, FastPath(packing=packing)), embed(module, batches, None)) <= 1e-5
-
-
-def test_threads_take_turns_in_the_vision_tower(modules: dict[str, PumaTransformer]) -> None:
-    visual: Any = modules["qwen2_vl"].model.visual
-    before, entered = state_of(visual), threading.Event()
-
-    def enter() -> None:
-        with fast_vision(visual, FastPath()):
-            entered.set()
-
-    thread = threading.Thread(target=enter)
-    with fast_vision(visual, FastPath()):
-        thread.start()
-        assert not entered.wait(0.1)
-    thread.join(5)
-    assert entered.is_set()
-    assert state_of(visual) == before
-
-
 @pytest.mark.parametrize("hook", ["pre hook", "hook", "device hook", "forward"])
 def test_a_projection_that_must_be_called_is_called(tmp_path: Path, hook: str) -> None:
     """ZeRO-3 gathers its weights, and offloading brings them, when it is."""
@@ -309,10 +267,6 @@ def test_a_projection_that_must_be_called_is_called(tmp_path: Path, hook: str) -
 
 
 # --- models it cannot pack
-
-
-def test_models_that_can_be_packed(modules: dict[str, PumaTransformer]) -> None:
-    assert all(can_pack(module.model) for module in modules.values())
 
 
 @pytest.mark.parametrize("name", ["", "language_model", "language_model.layers.1", "language_model.layers.0.self_attn"])

@@ -14,18 +14,12 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, Qwen2VLForConditionalGeneration
+from transformers import AutoModel
 
 from puma_hf import PumaModel, PumaProcessor
 from puma_hf.modeling import PumaModelOutput
 from puma_hf.modeling.modeling_puma import last_token_state
-from tests.tiny import LAYOUTS, NUM_LAYERS, copy_checkpoint, layer_of, read_weights
-
-
-@pytest.fixture(scope="module")
-def full_model(qwen_dir: Path) -> Any:
-    """The original with all layers, as transformers itself loads it."""
-    return Qwen2VLForConditionalGeneration.from_pretrained(qwen_dir).eval()
+from tests.tiny import copy_checkpoint, layer_of, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +42,6 @@ def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names}
 
 
-@pytest.fixture(scope="module")
-def full_states(full_model: Any, make_batch: Callable[..., dict[str, Any]]) -> dict[str, tuple[Tensor, ...]]:
-    """For either padding side, what the final norm makes of the stock model's state after each layer."""
-    states = {}
-    for side in ("left", "right"):
-        batch = forward_arguments(make_batch(side))
-        with torch.inference_mode():
-            hidden = full_model(**batch, output_hidden_states=True).hidden_states
-            norm = full_model.model.language_model.norm
-            # The last of them is normalised already.
-            states[side] = (*(norm(state) for state in hidden[:-1]), hidden[-1])
-    return states
-
-
 @torch.inference_mode()
 def embed(model: PumaModel, batch: dict[str, Any], **kwargs: Any) -> PumaModelOutput:
     output: PumaModelOutput = model(**forward_arguments(batch), **kwargs)
@@ -69,74 +49,6 @@ def embed(model: PumaModel, batch: dict[str, Any], **kwargs: Any) -> PumaModelOu
 
 
 # --- equality with the original
-
-
-@pytest.mark.parametrize("num_shards", [1, 3])
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_every_key_layout_loads_whole(
-    qwen_dir: Path,
-    tmp_path: Path,
-    make_batch: Callable[..., dict[str, Any]],
-    full_states: dict[str, tuple[Tensor, ...]],
-    layout: str,
-    num_shards: int,
-) -> None:
-    folder = copy_checkpoint(qwen_dir, tmp_path / "copy", layout=layout, num_shards=num_shards, head=True)
-    model, info = PumaModel.from_pretrained(folder, num_kept_layers=2, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, read_weights(qwen_dir)[name]), name
-    output = embed(model.eval(), make_batch())
-    assert torch.equal(output.last_hidden_state, full_states["right"][2])
-
-
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("kept", range(1, NUM_LAYERS + 1))
-def test_the_state_is_the_stock_models_own(
-    qwen_dir: Path,
-    make_batch: Callable[..., dict[str, Any]],
-    full_states: dict[str, tuple[Tensor, ...]],
-    kept: int,
-    padding_side: str,
-) -> None:
-    model = PumaModel.from_pretrained(qwen_dir, num_kept_layers=kept).eval()
-    batch = make_batch(padding_side)
-    output = embed(model, batch)
-    expected = full_states[padding_side][kept]
-    mask = batch["attention_mask"].bool()
-    torch.testing.assert_close(output.last_hidden_state[mask], expected[mask], rtol=0, atol=1e-6)
-    last = [int(row.nonzero().max()) for row in mask]
-    pooled = torch.stack([expected[row, position] for row, position in enumerate(last)])
-    torch.testing.assert_close(output.pooler_output, pooled, rtol=0, atol=1e-6)
-    normalised = pooled / pooled.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(output.embeddings, normalised, rtol=0, atol=1e-6)
-
-
-def test_the_layers_matter(
-    full_states: dict[str, tuple[Tensor, ...]],
-) -> None:
-    """The two tests above could not fail if all layers gave the same state."""
-    states = full_states["right"]
-    assert all((states[i] - states[i + 1]).abs().max() > 0.1 for i in range(NUM_LAYERS))
-
-
-def test_a_batch_equals_its_rows_with_either_padding(
-    model: PumaModel, processor: PumaProcessor, images: list[Image.Image]
-) -> None:
-    inputs: list[Any] = ["a", {"image": images[0], "text": "a red apple on a table"}, images[1]]
-    alone = torch.cat([embed_inputs(model, processor, [item]) for item in inputs])
-    for side in ("left", "right"):
-        processor.tokenizer.padding_side = side
-        torch.testing.assert_close(embed_inputs(model, processor, inputs), alone, rtol=0, atol=1e-5)
-
-
-@torch.inference_mode()
-def embed_inputs(model: PumaModel, processor: PumaProcessor, inputs: list[Any]) -> Tensor:
-    batch = {**processor.process_inputs(inputs)}
-    if "pixel_values" not in batch:
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).embeddings
-    return embed(model, batch).embeddings
 
 
 # --- the output
@@ -152,26 +64,6 @@ def test_embeddings_are_unit_vectors_in_float32(
     assert output.pooler_output.dtype == dtype
     assert output.embeddings.shape == output.pooler_output.shape == (3, 32)
     torch.testing.assert_close(output.embeddings.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-6)
-
-
-def test_all_outputs_have_the_documented_shapes(puma_dir: Path, make_batch: Callable[..., dict[str, Any]]) -> None:
-    model = PumaModel.from_pretrained(puma_dir, attn_implementation="eager").eval()
-    batch = make_batch()
-    rows, length = batch["input_ids"].shape
-    output = embed(model, batch, output_hidden_states=True, output_attentions=True)
-    assert output.last_hidden_state.shape == (rows, length, 32)
-    assert [state.shape for state in output.hidden_states] == [(rows, length, 32)] * 3
-    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
-    assert [attention.shape for attention in output.attentions] == [(rows, 4, length, length)] * 2
-
-
-def test_without_asking_there_are_no_further_states(
-    model: PumaModel, make_batch: Callable[..., dict[str, Any]]
-) -> None:
-    output = embed(model, make_batch())
-    assert output.hidden_states is None
-    assert output.attentions is None
-    assert list(output) == ["last_hidden_state", "pooler_output", "embeddings"]
 
 
 def test_return_dict_false_gives_a_tuple(model: PumaModel, make_batch: Callable[..., dict[str, Any]]) -> None:
@@ -192,16 +84,6 @@ def test_modality_types_are_computed_when_absent(model: PumaModel, make_batch: C
     assert not torch.allclose(wrong, embed(model, make_batch()).embeddings)
 
 
-def test_image_features_can_be_computed_once(model: PumaModel, make_batch: Callable[..., dict[str, Any]]) -> None:
-    batch = make_batch()
-    arguments = forward_arguments(batch)
-    with torch.inference_mode():
-        given = {"image": model.get_image_features(arguments.pop("pixel_values"), batch["image_grid_thw"])}
-        again = model(**arguments, mm_encoder_outputs=given).embeddings
-    assert torch.equal(again, embed(model, batch).embeddings)
-    assert list(given) == ["image"]  # the caller's dict stays as it is
-
-
 def test_no_key_value_cache_is_kept(
     model: PumaModel, make_batch: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,15 +99,6 @@ def test_no_key_value_cache_is_kept(
     monkeypatch.setattr(decoder, "forward", spy)
     embed(model, make_batch())
     assert seen == [(False, None)]
-
-
-def test_eager_and_sdpa_agree(puma_dir: Path, make_batch: Callable[..., dict[str, Any]]) -> None:
-    for side in ("left", "right"):
-        eager, sdpa = (
-            embed(PumaModel.from_pretrained(puma_dir, attn_implementation=name).eval(), make_batch(side))
-            for name in ("eager", "sdpa")
-        )
-        torch.testing.assert_close(eager.embeddings, sdpa.embeddings, rtol=0, atol=1e-5)
 
 
 def test_gradients_reach_every_part(puma_dir: Path, make_batch: Callable[..., dict[str, Any]]) -> None:
@@ -339,15 +212,6 @@ def test_saving_is_stable_and_reloads(
     assert {"config.json", "modeling_puma.py", "configuration_puma.py"} <= set(first)
 
 
-def test_it_saves_and_loads_in_shards(
-    model: PumaModel, tmp_path: Path, make_batch: Callable[..., dict[str, Any]]
-) -> None:
-    model.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    again = PumaModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(embed(again, make_batch()).embeddings, embed(model, make_batch()).embeddings)
-
-
 def test_a_puma_directory_can_be_cut_further_on_loading(puma_dir: Path, qwen_dir: Path) -> None:
     shallow = PumaModel.from_pretrained(puma_dir, num_kept_layers=1)
     config = shallow.config
@@ -356,11 +220,6 @@ def test_a_puma_directory_can_be_cut_further_on_loading(puma_dir: Path, qwen_dir
     state = shallow.state_dict()
     assert {layer_of(name) for name in state} == {-1, 0}
     assert all(torch.equal(state[name], original[name]) for name in state if "embed_tokens" not in name)
-
-
-def test_auto_model_finds_the_class(puma_dir: Path) -> None:
-    assert type(AutoModel.from_pretrained(puma_dir)) is PumaModel
-    assert AutoModel.from_pretrained(puma_dir, num_kept_layers=1).config.num_kept_layers == 1
 
 
 # --- what cannot be loaded
@@ -389,7 +248,7 @@ PumaWithHead.__module__ = "__main__"
 @pytest.mark.parametrize("model_class", [PumaModel, PumaWithHead])
 def test_a_missing_tensor_is_an_error(model_class: Any, qwen_dir: Path, tmp_path: Path) -> None:
     folder = damaged(qwen_dir, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
-    message = r"lacks 1 of the tensors .* 2 layers needs \(first: language_model.norm.weight\).*download"
+    message = r"lacks 1 of the tensors .* 2 layers needs \(first: language_model.norm.weight\).*Download"
     with pytest.raises(ValueError, match=message):
         model_class.from_pretrained(folder, num_kept_layers=2)
 
@@ -454,7 +313,7 @@ def test_a_missing_tensor_of_a_dropped_layer_is_none(qwen_dir: Path, tmp_path: P
 
 def test_a_tensor_of_another_shape_is_an_error(qwen_dir: Path, tmp_path: Path) -> None:
     folder = damaged(qwen_dir, tmp_path / "copy", lambda tensors: tensors.update({"model.norm.weight": torch.ones(8)}))
-    message = r"1 tensors of another shape .*language_model.norm.weight, \(8,\) instead of \(32,\).*download"
+    message = r"1 tensors of another shape .*language_model.norm.weight, \(8,\) instead of \(32,\).*Download"
     with pytest.raises(ValueError, match=message):
         PumaModel.from_pretrained(folder, num_kept_layers=2)
     assert PumaModel.from_pretrained(folder, num_kept_layers=2, ignore_mismatched_sizes=True)
@@ -468,19 +327,8 @@ def test_pickles_are_not_opened(puma_dir: Path, tmp_path: Path) -> None:
         PumaModel.from_pretrained(tmp_path)
 
 
-def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type='llama', but PUMA prunes Qwen2-VL"):
-        PumaModel.from_pretrained(tmp_path, num_kept_layers=2)
-
-
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 @pytest.mark.parametrize("loader", [PumaModel, AutoModel])
 def test_flash_attention_names_its_extra(puma_dir: Path, loader: Any) -> None:
-    with pytest.raises(ImportError, match=r"'flash_attention_2' .*pip install 'puma-hf\[flash-attn\]'.*sdpa"):
+    with pytest.raises(ImportError, match=r"'flash_attention_2' (.|\n)*pip install 'puma-hf\[flash-attn\]'.*sdpa"):
         loader.from_pretrained(puma_dir, attn_implementation="flash_attention_2")
-
-
-def test_an_unknown_attention_is_transformers_own_error(puma_dir: Path) -> None:
-    with pytest.raises(ValueError, match="bogus"):
-        PumaModel.from_pretrained(puma_dir, attn_implementation="bogus")

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
 from puma_hf.modeling.packing_puma import PackedPart
@@ -91,32 +91,6 @@ def test_encode_equals_the_transformers_classes(
     assert_close(np.linalg.norm(encoded), 1.0)
 
 
-def test_a_mixed_batch_equals_its_inputs_one_by_one(
-    sentence_transformer: SentenceTransformer, puma_dir: Path, images: list[Image.Image]
-) -> None:
-    inputs = list(inputs_of_every_kind(images).values())
-    together = sentence_transformer.encode(inputs, batch_size=8)
-    assert_close(together, reference(puma_dir, inputs))
-    assert_close(sentence_transformer.encode(inputs, batch_size=2), together)
-    for item, row in zip(inputs, together, strict=True):
-        assert_close(sentence_transformer.encode([item])[0], row)
-    assert np.abs(together @ together.T - np.eye(5)).max() < 0.999
-
-
-@pytest.mark.parametrize("kind", ["text", "image", "image and text"])
-def test_a_single_input_gives_a_single_vector(
-    sentence_transformer: SentenceTransformer, images: list[Image.Image], kind: str
-) -> None:
-    item = inputs_of_every_kind(images)[kind]
-    encoded = sentence_transformer.encode(item)
-    assert encoded.shape == (32,)
-    assert_close(encoded, sentence_transformer.encode([item])[0])
-
-
-def test_an_empty_list_gives_no_vectors(sentence_transformer: SentenceTransformer) -> None:
-    assert len(sentence_transformer.encode([])) == 0
-
-
 # --- instructions
 
 
@@ -137,11 +111,6 @@ def test_the_task_instructions_are_named_prompts(sentence_transformer: SentenceT
     assert np.abs(encoded - reference(puma_dir, ["a red apple"])).max() > 1e-3
 
 
-def test_an_unknown_prompt_name_is_refused(sentence_transformer: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="nonsense"):
-        sentence_transformer.encode(["a"], prompt_name="nonsense")
-
-
 def test_without_an_instruction_no_prompt_is_added(sentence_transformer: SentenceTransformer, puma_dir: Path) -> None:
     plain = reference(puma_dir, ["a red apple"])
     assert_close(sentence_transformer.encode_query(["a red apple"]), plain)
@@ -149,11 +118,6 @@ def test_without_an_instruction_no_prompt_is_added(sentence_transformer: Sentenc
 
 
 # --- options
-
-
-def test_truncate_dim_cuts_the_vector(sentence_transformer: SentenceTransformer) -> None:
-    whole = sentence_transformer.encode(["a red apple"])
-    assert_close(sentence_transformer.encode(["a red apple"], truncate_dim=8), whole[:, :8])
 
 
 def test_max_seq_length_is_respected(puma_dir: Path) -> None:
@@ -181,12 +145,6 @@ def test_processing_options_reach_the_processor(sentence_transformer: SentenceTr
         module.preprocess(["<|im_end|> apple"])
 
 
-def test_features_carry_the_modalities(sentence_transformer: SentenceTransformer, images: list[Image.Image]) -> None:
-    features = sentence_transformer.preprocess(list(inputs_of_every_kind(images).values()))
-    assert features["modality_ids"].tolist() == [0, 1, 2, 2, 2]
-    assert features["num_images_per_sample"].tolist() == [0, 1, 1, 2, 1]
-
-
 def test_forward_adds_the_embedding_and_the_state_before_it(
     sentence_transformer: SentenceTransformer, images: list[Image.Image]
 ) -> None:
@@ -197,31 +155,6 @@ def test_forward_adds_the_embedding_and_the_state_before_it(
     assert given | {"sentence_embedding", "pooler_output"} <= set(result)
     pooled = torch.nn.functional.normalize(result["pooler_output"], dim=-1)
     torch.testing.assert_close(result["sentence_embedding"], pooled, rtol=0, atol=1e-6)
-
-
-def test_similarity_is_the_cosine(sentence_transformer: SentenceTransformer) -> None:
-    encoded = sentence_transformer.encode(["a", "b"])
-    assert_close(sentence_transformer.similarity(encoded, encoded), encoded @ encoded.T)
-    assert sentence_transformer.similarity_fn_name == "cosine"
-    assert sentence_transformer.get_embedding_dimension() == 32
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ("", "a text must be a non-empty string"),
-        (None, "got None, which is neither text nor image"),
-        (5, "got 5, which is neither text nor image"),
-        ({"text": None}, "all values are None"),
-        ({"audio": "a.wav"}, "audio"),
-        ("a [RET] b", r"special token '\[RET\]'"),
-        (Image.new("RGB", (0, 4)), "is empty"),
-        ({"image": Image.new("RGB", (4, 4000))}, "1000 times"),
-    ],
-)
-def test_bad_inputs_are_refused(sentence_transformer: SentenceTransformer, item: Any, message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        sentence_transformer.encode([item])
 
 
 @pytest.mark.parametrize(
@@ -450,11 +383,6 @@ def test_a_saved_model_is_complete_and_reloads(
 
 def test_a_pruned_directory_is_complete(puma_dir: Path) -> None:
     assert {path.name for path in puma_dir.iterdir()} == COMPLETE | {"README.md"}
-
-
-def test_prompts_survive_saving(sentence_transformer: SentenceTransformer, tmp_path: Path) -> None:
-    sentence_transformer.save_pretrained(str(tmp_path))
-    assert loaded(tmp_path).prompts == sentence_transformer.prompts
 
 
 def test_the_dtype_and_the_attention_can_be_chosen(puma_dir: Path, images: list[Image.Image]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from puma_hf.configs import IndexConfig
-from puma_hf.search import index as module
+from puma_hf.search import build as module
+from puma_hf.search.index import open_index
 from tests.forks import exit_signal, in_a_fork
 
 # In the first runs before the second write of rows, and when all is written; then before what is gone is removed.
@@ -27,7 +28,7 @@ KILLS = (("_add", 2), ("_finish", 1), ("_finish", 2)), (("_finish", 1), ("_finis
 def look_and_run(config: IndexConfig, said: Path, name: str, number: int) -> None:
     """One run, in a fork that has loaded LanceDB itself, whose thread is in no other."""
     try:
-        found: Any = len(module.open_index(config.output))
+        found: Any = len(open_index(config.output))
     except (ValueError, OSError) as error:
         found = str(error)
     said.write_text(json.dumps([*(json.loads(said.read_text()) if said.exists() else []), found]))
@@ -46,7 +47,7 @@ def look_and_run(config: IndexConfig, said: Path, name: str, number: int) -> Non
 
 def main(model: str, data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    config = IndexConfig(data=data, model=model, shard_size=2, output=folder / "killed")
+    config = IndexConfig(data=data, model=model, shard_size=2, max_batch_tokens=1, output=folder / "killed")
     lines = data.read_text().splitlines(keepends=True)
     texts = [f'{{"id": "new{number}", "text": "red {number}"}}\n' for number in range(4)]
     for kept, kills in zip((lines, [*texts, *lines[1:]]), KILLS, strict=True):

@@ -13,7 +13,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import IndexConfig, SearchConfig
-from puma_hf.search.index import build_index, open_index
+from puma_hf.search.build import build_index
+from puma_hf.search.index import open_index
 from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, open_searcher, search
 from tests.search.small_corpus import write_picture
 
@@ -172,7 +173,7 @@ def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path, cor
 def test_what_is_wrong_is_told_before_the_model_is_loaded(
     index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("puma_hf.search.query.open_model", None)
+    monkeypatch.setattr("puma_hf.search.query.open_sentence_transformer", None)
     with pytest.raises(FileNotFoundError, match="no image file"):
         search(SearchConfig(index=index_dir, image=tmp_path / "gone.png"))
     with pytest.raises(FileNotFoundError, match="is no index"):

@@ -13,7 +13,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from puma_hf import PumaModel, lora_config, prune
-from puma_hf.trainer.lora import add_lora, puma_model
+from puma_hf.trainer.lora_puma import add_lora, puma_model
 from tests.data.mbeir_builder import build_mbeir
 
 MakeStudent = Callable[..., SentenceTransformer]

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from torch import Tensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer, lora_config
-from puma_hf.trainer.lora import add_lora, puma_model
+from puma_hf.trainer.lora_puma import add_lora, puma_model
 from tests.forks import exit_signal, in_a_fork
 
 NUM_ROWS = 24
@@ -41,10 +41,11 @@ class Recorder(PumaTrainer):
     record: Path
     kill_in_step = kill_in_save = -1
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.model.tokenizer.batch_decode(inputs["anchor_input_ids"])
+        loss = super().training_step(model, inputs, *args, **kwargs)
         with self.record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([self.state.global_step, self._epoch, self._batches, float(loss)]) + "\n")
+            file.write(json.dumps([self.state.global_step, str(rows), float(loss)]) + "\n")
         if self.state.global_step == self.kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss

@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
 from puma_hf import PumaDistillationTrainer, SelfDistillationLoss
-from puma_hf.trainer import FrozenTeacher, merge_adapter
-from puma_hf.trainer.full_model import StoredModel
-from puma_hf.trainer.lora import BASE_FILE, puma_model
+from puma_hf.checkpoint import SourceCheckpoint, open_checkpoint
+from puma_hf.trainer import FrozenTeacher, distillation, merge_adapter
+from puma_hf.trainer.lora_puma import puma_model
+from tests.forks import exit_signal, in_a_fork
+from tests.tiny import build_qwen2_vl
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
 
@@ -53,28 +61,6 @@ def test_loss_falls(
     assert torch.equal(trainer.teacher.states(probe), teacher_before)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     assert all(not torch.equal(p, start[name]) for name, p in trained_parameters(model).items())
-
-
-def test_only_the_adapter_is_optimised_and_saved(
-    qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset, tmp_path: Path
-) -> None:
-    model = make_student()
-    trainer = PumaDistillationTrainer(
-        model=model,
-        teacher=qwen_dir,
-        args=make_arguments(max_steps=1, save_strategy="steps", save_steps=1),
-        train_dataset=items,
-    )
-    assert isinstance(trainer.loss, SelfDistillationLoss)
-    trainer.train()
-    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert optimised == {id(p) for p in model.parameters() if p.requires_grad}
-    dropped = {id(p) for p in trainer.teacher.dropped_layers.parameters()}
-    assert dropped
-    assert dropped.isdisjoint(id(p) for p in [*model.parameters(), *trainer.loss.parameters()])
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    assert not (checkpoint / "model.safetensors").exists()
-    assert (checkpoint / BASE_FILE).is_file()
 
 
 def test_vision_tower_runs_once_a_column(
@@ -187,19 +173,6 @@ def test_evaluation_loss(
 # --- what is refused
 
 
-def test_trainable_base_weights(
-    qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset
-) -> None:
-    with pytest.raises(ValueError, match=r"\d+ base weights are trainable \(first: visual\..*add_lora"):
-        PumaDistillationTrainer(
-            model=make_student(adapter=False), teacher=qwen_dir, args=make_arguments(), train_dataset=items
-        )
-    model = make_student()
-    puma_model(model).language_model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 base weights are trainable \(first: language_model\.norm\.weight\)"):
-        PumaDistillationTrainer(model=model, teacher=qwen_dir, args=make_arguments(), train_dataset=items)
-
-
 def test_default_teacher(
     qwen_dir: Path,
     make_student: MakeStudent,
@@ -210,13 +183,13 @@ def test_default_teacher(
 ) -> None:
     model = make_student()
     arguments = {"model": model, "args": make_arguments(), "train_dataset": items}
-    with pytest.raises(ValueError, match=r"from a local folder named 'tiny-qwen2-vl', which is not here\. .*--teacher"):
+    with pytest.raises(ValueError, match=r"pruned from .tiny-qwen2-vl., which is not here\. .*--teacher"):
         PumaDistillationTrainer(**arguments)
     monkeypatch.chdir(qwen_dir.parent)
     assert len(PumaDistillationTrainer(**arguments).teacher.dropped_layers) == 2
     puma_model(model).config.source_name_or_path = None
     with pytest.raises(
-        ValueError, match=r"does not name the checkpoint it was pruned from\. Pass teacher=.* \(--teacher\)"
+        ValueError, match=r"a checkpoint that it does not name', which is not here\. Pass teacher=.* \(--teacher\)"
     ):
         PumaDistillationTrainer(**arguments)
 
@@ -233,11 +206,11 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
     puma_model(model).config.source_revision = "0123abc"
     asked = {}
 
-    def load(source: str, student: Any, **options: Any) -> StoredModel:
+    def find(source: str, **options: Any) -> SourceCheckpoint:
         asked.update(source=source, **options)
-        return StoredModel(qwen_dir, student)
+        return open_checkpoint(qwen_dir)
 
-    monkeypatch.setattr("puma_hf.trainer.teacher.StoredModel", load)
+    monkeypatch.setattr("puma_hf.trainer.teachers.open_checkpoint", find)
     trainer = PumaDistillationTrainer(model=model, args=make_arguments(), train_dataset=items)
     assert len(trainer.teacher.dropped_layers) == 2
     assert asked == {"source": "org/model", "revision": "0123abc"}
@@ -245,3 +218,188 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
         model=model, teacher="org/other", teacher_revision="v2", args=make_arguments(), train_dataset=items
     )
     assert asked == {"source": "org/other", "revision": "v2"}
+
+
+MakeTrainer = Callable[..., PumaDistillationTrainer]
+
+
+@pytest.fixture
+def make_cached(
+    qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset, tmp_path: Path
+) -> MakeTrainer:
+    def make(**changes: Any) -> PumaDistillationTrainer:
+        arguments: dict[str, Any] = {
+            "model": changes.pop("model", None) or make_student(),
+            "teacher": qwen_dir,
+            "teacher_mode": "cached",
+            "teacher_cache": tmp_path / "cache",
+            "args": changes.pop("args", None) or make_arguments(),
+            "train_dataset": items,
+        }
+        return PumaDistillationTrainer(**{**arguments, **changes})
+
+    return make
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six files of 16 rows."""
+    monkeypatch.setattr(distillation, "ROWS_PER_FILE", 3)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Inputs of each batch that a teacher is asked."""
+    counts: list[int] = []
+    states = FrozenTeacher.states
+
+    def count(self: FrozenTeacher, features: dict[str, Any]) -> Tensor:
+        counts.append(len(features["input_ids"]))
+        return states(self, features)
+
+    monkeypatch.setattr(FrozenTeacher, "states", count)
+    return counts
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.arrow"))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_stored_states_are_those_of_the_frozen_teacher(
+    qwen_dir: Path, make_cached: MakeTrainer, items: Dataset, tmp_path: Path
+) -> None:
+    rows = two_columns(items)
+    trainer = make_cached(train_dataset=rows)
+    frozen = FrozenTeacher.from_pretrained(qwen_dir, puma_model(trainer.model))
+    for row in (0, 5, 15):
+        stored = torch.tensor(trainer.train_dataset[row]["teacher_states"])
+        cells = [rows[row]["anchor"], rows[row]["positive"]]
+        expected = torch.cat([frozen.states(trainer.model[0].preprocess([cell])) for cell in cells])
+        torch.testing.assert_close(stored, expected, atol=1e-5, rtol=0)
+    assert len(files_of(tmp_path / "cache")) == 6
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_steps_with_stored_states_are_those_with_the_teacher(
+    make_cached: MakeTrainer, make_arguments: MakeArguments, items: Dataset, columns: int
+) -> None:
+    rows = items if columns == 1 else two_columns(items)
+    held_out = Dataset.from_dict({name: ["a red apple", "a table"] for name in rows.column_names})
+    changes: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out, "args": make_arguments(max_steps=6)}
+    frozen = make_cached(teacher_mode="frozen", teacher_cache=None, **changes)
+    cached = make_cached(**changes)
+    assert cached.evaluate()["eval_loss"] == pytest.approx(frozen.evaluate()["eval_loss"], abs=1e-4)
+    for trainer in (frozen, cached):
+        trainer.train()
+    of_frozen, of_cached = (
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (frozen, cached)
+    )
+    assert len(of_cached) == 6
+    assert of_cached == pytest.approx(of_frozen, rel=1e-4)
+    assert "teacher_cosine" in cached.state.log_history[0]
+
+
+def test_several_datasets(make_cached: MakeTrainer, make_student: MakeStudent) -> None:
+    model = make_student()
+    rows = DatasetDict(
+        text=Dataset.from_dict({"anchor": ["red", "green", "blue", "an apple"]}),
+        pairs=Dataset.from_dict({"anchor": ["a table", "red"] * 2, "positive": ["x", "y", "z", "w"]}),
+    )
+    loss = SelfDistillationLoss(model)
+    trainer = make_cached(model=model, train_dataset=rows, loss={"text": loss, "pairs": loss})
+    assert trainer.train().global_step == 4
+
+
+def test_the_deep_layers_are_freed(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    references: list[weakref.ref[Any]] = []
+    create = FrozenTeacher.__init__
+
+    def watch(self: FrozenTeacher, student: Any, dropped_layers: Any) -> None:
+        create(self, student, dropped_layers)
+        references.extend(weakref.ref(part) for part in [self, *dropped_layers.modules(), *dropped_layers.parameters()])
+
+    monkeypatch.setattr(FrozenTeacher, "__init__", watch)
+    trainer = make_cached()
+    gc.collect()
+    assert len(references) > 20
+    assert all(reference() is None for reference in references)
+    assert len(puma_model(trainer.model).language_model.layers) == 2
+
+
+def test_a_complete_cache_is_not_computed_again(make_cached: MakeTrainer, asked: list[int], tmp_path: Path) -> None:
+    make_cached(teacher_cache=None)
+    assert sum(asked) == 16
+    assert files_of(tmp_path / "run" / "teacher_cache")
+    asked.clear()
+    make_cached(teacher_cache=None).train()
+    assert not asked
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_killed_computation_goes_on(
+    make_cached: MakeTrainer, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """What is lost is the file that was being written."""
+    expected = make_cached(teacher_cache=tmp_path / "uninterrupted").train_dataset["teacher_states"][:]
+    asked.clear()
+    counted = FrozenTeacher.states
+
+    def kill(self: FrozenTeacher, features: dict[str, Any]) -> Tensor:
+        if len(asked) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return counted(self, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenTeacher, "states", kill)
+        assert exit_signal(in_a_fork(make_cached)) == signal.SIGKILL
+    assert len(files_of(tmp_path / "cache")) == batch
+    asked.clear()
+    found = make_cached().train_dataset["teacher_states"][:]
+    assert len(asked) == 6 - batch
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_states_of_others_are_never_read(
+    make_cached: MakeTrainer,
+    make_student: MakeStudent,
+    items: Dataset,
+    asked: list[int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of another teacher, other rows, another way to read them, another data type."""
+    make_cached()
+    assert "computing them anew" not in caplog.text
+    asked.clear()
+    make_cached(train_dataset=items.select(range(15)))
+    assert sum(asked) == 15
+    other = build_qwen2_vl(tmp_path / "other", seed=1)
+    before = len(files_of(tmp_path / "cache"))
+    make_cached(teacher=other)
+    assert "holds states of another teacher, data or processing: computing them anew" in caplog.text
+    model = make_student()
+    model[0].processing_kwargs = {"text": {"max_length": 100}}
+    make_cached(model=model)
+    assert len(files_of(tmp_path / "cache")) == before + 2
+    asked.clear()
+    make_cached()
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", ["stream", "labels"])
+def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dataset, kind: str) -> None:
+    rows: Any = items.to_iterable_dataset() if kind == "stream" else items.add_column("label", [0] * len(items))
+    with pytest.raises(
+        ValueError, match=r"train_dataset has a .*goes over a datasets\.Dataset .*teacher_mode='frozen'"
+    ):
+        make_cached(train_dataset=rows)
+
+
+def test_states_that_are_not_finite(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = FrozenTeacher.states
+    monkeypatch.setattr(FrozenTeacher, "states", lambda self, features: states(self, features) * float("nan"))
+    with pytest.raises(ValueError, match=r"states of some rows are NaN or infinite\. Run it in bfloat16"):
+        make_cached()

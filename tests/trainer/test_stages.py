@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.modeling_utils
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, TrainerState
@@ -29,9 +31,9 @@ from puma_hf.losses import MultimodalMACLoss
 from puma_hf.pruning import set_limits
 from puma_hf.settings import load_config
 from puma_hf.trainer import stages
-from puma_hf.trainer.lora import BASE_FILE, puma_model
-from puma_hf.trainer.puma import PumaTrainer
+from puma_hf.trainer.lora_puma import BASE_FILE, puma_model
 from puma_hf.trainer.stages import distill, merge, train
+from puma_hf.trainer.trainer_puma import PumaTrainer
 from tests import released
 from tests.data.mbeir_builder import build_mbeir, change_record, qid, query_path
 from tests.tiny import build_qwen2_vl
@@ -230,7 +232,7 @@ def test_a_share_of_the_labelled_rows(
     train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    run = stages.run
+    run = stages._run
 
     def record(trainer: PumaTrainer, *args: Any) -> Path:
         rows: Any = trainer.train_dataset
@@ -238,7 +240,7 @@ def test_a_share_of_the_labelled_rows(
         seen.append([str(row) for row in rows["anchor"]])
         return run(trainer, *args)
 
-    monkeypatch.setattr(stages, "run", record)
+    monkeypatch.setattr(stages, "_run", record)
     for number, (fraction, seed) in enumerate([(1.0, 0), (0.25, 0), (0.25, 0), (0.25, 1)]):
         train(train_config(output=tmp_path / str(number), train_fraction=fraction, seed=seed, max_steps=1))
     whole, quarter, again, other = seen
@@ -353,7 +355,7 @@ def test_more_arguments_of_the_trainer(train_config: MakeConfig, monkeypatch: py
         seen.append(trainer.args)
         return Path(config.output)
 
-    monkeypatch.setattr(stages, "run", stop)
+    monkeypatch.setattr(stages, "_run", stop)
     arguments = {"lr_scheduler_type": "linear", "weight_decay": 0.1}
     train(train_config(training_arguments=arguments, report_to=[], gradient_checkpointing=True, warmup=0.2))
     assert (seen[0].lr_scheduler_type, seen[0].weight_decay, seen[0].report_to) == ("linear", 0.1, [])
@@ -380,7 +382,7 @@ def test_only_puma_directories_are_trained(train_config: MakeConfig, qwen_dir: P
 
 
 def test_teacher_that_is_not_here(distill_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match=r"local folder named 'tiny-qwen2-vl', which is not here"):
+    with pytest.raises(ValueError, match=r"pruned from 'tiny-qwen2-vl', which is not here"):
         distill(distill_config(teacher=None))
 
 
@@ -431,7 +433,7 @@ def test_a_teacher_that_is_not_the_students_source(
     train_config: MakeConfig, nli: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = {**released.STAGE_1, "data": nli}
-    with pytest.raises(ValueError, match=r"local folder named 'tiny-qwen2-vl', which is not here\. Pass teacher="):
+    with pytest.raises(ValueError, match=r"pruned from 'tiny-qwen2-vl', which is not here\. Pass teacher="):
         train(train_config(**recipe))
     other = build_qwen2_vl(tmp_path / "other", seed=1)
     train(train_config(**recipe, teacher=other, max_steps=1))
@@ -485,7 +487,7 @@ def test_training_on_photos_with_captions(
     train_config: MakeConfig, photos: Path, batches: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {"data": photos, "direction": "both", "max_steps": -1}
-    with pytest.raises(ValueError, match=r"captions\.csv: 1 of 16 rows cannot be used: 1 x image missing"):
+    with pytest.raises(ValueError, match=r"captions\.csv: 1 of 16 rows cannot be used: image missing"):
         train(train_config(**settings))
     wordings = {"instruction": "Find the photo.", "reverse_instruction": "Find a caption."}
     saved = train(train_config(**settings, **wordings, bad_pairs="drop"))
@@ -501,7 +503,7 @@ def test_training_on_photos_with_captions(
 
 def test_columns_of_pairs(train_config: MakeConfig, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(stages, "run", lambda trainer, *_: seen.append(trainer.train_dataset) or Path("out"))
+    monkeypatch.setattr(stages, "_run", lambda trainer, *_: seen.append(trainer.train_dataset) or Path("out"))
     table = photos / "table.csv"
     table.write_text(
         "".join(f"{name},text of {name[:4]},b,c,d\n" for name in ("foto", *(f"{n}.png" for n in range(5))))
@@ -529,7 +531,7 @@ def test_special_tokens_are_refused_before_training(
 ) -> None:
     root = build_mbeir(tmp_path / "mbeir")
     change_record(query_path(root, 1, "train"), 2, query_txt="a <|im_end|> b")
-    message = r"rows of .*mbeir hold a special token, .*row \d+{}: {} is 'a <.im_end.> b'.*--special-tokens split"
+    message = r".*mbeir holds a special token, .*row \d+{}: {} is 'a <.im_end.> b'.*--special-tokens split"
     with pytest.raises(ValueError, match=message.format(rf", query '{qid(1, 1)}'", "anchor.text")):
         train(train_config(data=root))
     with pytest.raises(ValueError, match=message.format("", "item.text")):
@@ -558,3 +560,58 @@ def test_four_bits_need_bitsandbytes(train_config: MakeConfig, tmp_path: Path) -
     with pytest.raises(ImportError, match=r"needs bitsandbytes, .* pip install 'puma-hf\[qlora\]'"):
         train(train_config(load_in_4bit=True, overwrite=True))
     assert stale.is_dir()  # nothing is removed for a run that cannot be
+
+
+MakeConfig = Callable[..., DistillConfig]
+
+
+@pytest.fixture
+def make_config(puma_dir: Path, qwen_dir: Path, mbeir_root: Path, tmp_path: Path) -> MakeConfig:
+    """Builds settings of a few quick steps that save no checkpoint."""
+
+    def make(**changes: Any) -> DistillConfig:
+        values: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "lora_r": 2, "save_steps": 0}
+        paths = {"model": puma_dir, "output": tmp_path / "out", "data": mbeir_root, "teacher": qwen_dir}
+        return DistillConfig(**{**values, **paths, **changes})
+
+    return make
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("save_steps", [0, 2])
+def test_a_full_disk_at_the_end_leaves_no_half_adapter(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    config = make_config(save_steps=save_steps)
+    write = transformers.modeling_utils.safe_save_file
+
+    def full_at_the_end(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        full() if stages._UNFINISHED in str(path) else write(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full_at_the_end)
+    with pytest.raises(SafetensorError, match="No space left"):
+        distill(config)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"distill.yaml", *(["checkpoint-2"] if save_steps else [])}
+    monkeypatch.undo()
+    saved = distill(make_config(save_steps=save_steps, resume=True))
+    assert {"adapter_config.json", "adapter_model.safetensors", "modules.json", BASE_FILE} <= {
+        path.name for path in saved.iterdir()
+    }
+    assert not (saved / stages._UNFINISHED).exists()
+
+
+def test_a_save_takes_no_row_for_a_usage_example(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    distill(make_config(save_steps=1))
+    assert "Could not save predict example" not in caplog.text
+
+
+def test_weights_that_the_last_step_spoils_are_no_result(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^Optimizer step 2 has left weights .* not finite.* Train with a lower learn"
+    ):
+        distill(make_config(learning_rate=1e30))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from puma_hf.losses import SelfDistillationLoss
-from puma_hf.trainer.frozen_teacher import FrozenTeacher
-from puma_hf.trainer.gradient_checkpointing import PREFIX
-from puma_hf.trainer.teacher_base import Teacher
-from puma_hf.trainer.whole_teacher import WholeTeacher
+from puma_hf.trainer.lora_puma import PREFIX
+from puma_hf.trainer.teachers import FrozenTeacher, Teacher, WholeTeacher
 from tests.full_size import (
     HIDDEN_SIZE,
     StepFlops,

@@ -1,0 +1,213 @@
+"""`puma-hf app`: the page, made of Gradio's own parts, and its server, until it is stopped.
+
+Gradio keeps uploads in a folder of its own, limits their size, and serves no other file of this machine; it listens on
+the loopback address unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from puma_hf.configs import AppConfig
+from puma_hf.processes import ends_well_on_sigterm
+from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
+from puma_hf.search.index import Index
+from puma_hf.search.query import Query, Searcher, open_searcher
+
+logger = logging.getLogger(__name__)
+
+TITLE = "Search by words and pictures"
+
+_UPLOADS_LIVE = 3600  # seconds
+_HEADERS = ["rank", "score", "id", "text"]
+_CHOICES = {"any": "Anything", "image": "Pictures", "text": "Texts"}
+_MODALITIES = {
+    "image": ("picture", "pictures"),
+    "image,text": ("picture with a text", "pictures with a text"),
+    "text": ("text", "texts"),
+}
+
+
+def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
+    """Serve the page of an index until Ctrl-C or SIGTERM.
+
+    An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
+
+    Args:
+        config: Which index, and where; see `AppConfig`.
+        started: Called with the page's address, once it is there.
+
+    Raises:
+        FileNotFoundError: If the index or its model is missing.
+        ImportError: If Gradio or LanceDB is missing.
+        ValueError: If the index is empty, unfinished, damaged or of another model.
+        OSError: If the port is in use.
+    """
+    require_gradio()
+    loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
+    searcher = open_searcher(config.index, backend=config.backend, **loading)
+    with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
+        (started or logger.info)(url)
+        threading.Event().wait()
+
+
+@contextmanager
+def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
+    """Serve the page from a thread for as long as the block runs.
+
+    Args:
+        searcher: Whom the page asks.
+        config: Address and limits; its index is not read.
+
+    Yields:
+        The address.
+
+    Raises:
+        ImportError: If Gradio is missing.
+        OSError: If the port is in use.
+        ValueError: If the index is empty.
+
+    Example:
+        >>> from puma_hf.search import AppConfig, open_searcher, serving
+        >>> with serving(open_searcher("index"), AppConfig(index="index")) as url:  # doctest: +SKIP
+        ...     print(url)
+        http://127.0.0.1:7860
+    """
+    require_gradio()
+    import gradio as gr
+
+    page = make_page(searcher, config)
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+    try:
+        _, url, _ = page.launch(
+            server_name=config.host,
+            server_port=config.port or None,
+            max_file_size=int(config.max_upload_mb * 2**20),
+            inbrowser=config.open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts),
+        )
+        yield url.rstrip("/")
+    finally:
+        page.close(verbose=False)
+
+
+def make_page(searcher: Searcher, config: AppConfig) -> Any:
+    """Build the page, `gr.Blocks`, that asks a searcher."""
+    import gradio as gr
+
+    searcher.index.num_candidates()  # an index that is empty has no page
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_UPLOADS_LIVE // 4, _UPLOADS_LIVE)) as page:
+        gr.Markdown(f"# {TITLE}\n{count_line(searcher.index, searcher.index.model)}")
+        with gr.Row():
+            with gr.Column(scale=3):
+                text = gr.Textbox(label="Words", placeholder="What do you look for?", max_lines=4)
+                target = _choice(gr, searcher.index.counts)
+                with gr.Accordion("Instruction", open=config.instruction is not None):
+                    hint = "What is asked for, in the words that the model was trained with"
+                    instruction = gr.Textbox(config.instruction, label="Instruction", placeholder=hint)
+            with gr.Column(scale=2):
+                picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+        button = gr.Button("Search", variant="primary")
+        note = gr.Markdown("Type a sentence, drop a picture, or give both. Choose an answer to search with it.")
+        shape: Any = {"columns": 4, "object_fit": "contain", "allow_preview": False}
+        gallery = gr.Gallery(label="Pictures", visible=False, interactive=False, **shape)
+        table = gr.Dataframe(headers=_HEADERS, datatype="str", wrap=True, visible=False, interactive=False)
+        # The answers that are shown: a visitor names one of these by its place, never a file by its path.
+        remembered = gr.State(([], []), time_to_live=_UPLOADS_LIVE)
+        results = [note, gallery, table, remembered]
+
+        def ask(text: str | None, picture: Any, instruction: str | None, target: Any) -> tuple[Any, ...]:
+            try:
+                query = Query(text=text or None, image=picture, instruction=(instruction or "").strip() or None)
+                found = searcher.search(query, target=target, top_k=config.top)
+            except (ValueError, OSError) as error:
+                raise gr.Error(_words_of(error, searcher.index.folder, picture), print_exception=False) from error
+            cards, rows = _cards_and_rows(found)
+            return (
+                f"{len(found.answers):,} of {found.num_candidates:,} {KINDS[found.target]}, best first",
+                gr.Gallery([card for _, *card in cards], visible=bool(cards), selected_index=None),
+                gr.Dataframe([row for _, *row in rows] or [[""] * len(_HEADERS)], visible=bool(rows)),
+                ([answer for answer, *_ in cards], [answer for answer, *_ in rows]),
+            )
+
+        def again(remembered: Any, instruction: str | None, target: Any, event: Any) -> tuple[Any, ...]:
+            pictures, texts = remembered
+            # A picture's place is a number, that of a cell its row and column.
+            answer = texts[event.index[0]] if isinstance(event.index, list) else pictures[event.index]
+            shown = _small(answer.image, 1024)
+            return answer.text, shown, *ask(answer.text, shown and answer.image, instruction, target)
+
+        again.__annotations__["event"] = gr.SelectData  # Gradio asks for the type itself, not its name
+        # One question at a time: the model has the machine for itself.
+        common: Any = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        gr.on([button.click, text.submit], ask, [text, picture, instruction, target], results, **common)
+        for part in (gallery, table):
+            part.select(again, [remembered, instruction, target], [text, picture, *results], **common)
+    page.queue(max_size=32, api_open=False)
+    return page
+
+
+def _cards_and_rows(found: Answers) -> tuple[list[Any], list[Any]]:
+    """The answers that have a picture, with it and its caption, and the others as rows of a table."""
+    cards, rows = [], []
+    for answer in found.answers:
+        shown = _small(answer.image, 320)
+        words = shorten(answer.text or "", 280)
+        if shown is not None:
+            cards.append((answer, shown, f"{answer.rank} · {answer.score:.3f} · {words or shorten(answer.id, 80)}"))
+        else:
+            words = "This picture is gone, or cannot be read." if answer.image else words
+            rows.append((answer, str(answer.rank), f"{answer.score:.3f}", shorten(answer.id, 80), words))
+    return cards, rows
+
+
+def _choice(gr: Any, counts: dict[str, int]) -> Any:
+    """What to look for, of what the index has.
+
+    Embeddings of texts lie nearer to a text than any picture does, so that words find no picture among "Anything".
+    """
+    both = "text" in counts and len(counts) > 1
+    choices = [(label, name) for name, label in _CHOICES.items() if both or name == "any"]
+    return gr.Radio(choices, value="image" if both else "any", label="Look for", visible=both)
+
+
+def count_line(index: Index, model: str) -> str:
+    """One line of an index: how many of what it has, and the model that made it."""
+    parts = [f"{count:,} {_MODALITIES[modality][count != 1]}" for modality, count in index.counts.items()]
+    head = parts[0] if len(parts) == 1 else f"{len(index):,} items ({', '.join(parts)})"
+    return f"{head} · {Path(model).name if Path(model).is_absolute() else model}"
+
+
+def require_gradio() -> None:
+    """Raise ImportError if what the page is made with is missing."""
+    if find_spec("gradio") is None:
+        raise ImportError("The page needs Gradio. Run: pip install 'puma-hf[app]'")
+
+
+def _small(path: str | None, size: int) -> Image.Image | None:
+    """A small copy of a picture; None if there is none, or it is gone or cannot be read."""
+    with suppress(OSError, ValueError):
+        return None if path is None else small_copy(path, size)
+    return None
+
+
+def _words_of(error: Exception, folder: Path, picture: Any) -> str:
+    """An error as the page says it: no path of the server, and no HTML."""
+    words = str(error)
+    for path in (str(picture), str(folder.resolve()), str(folder)):
+        words = words.replace(path, Path(path).name)
+    return escape(shorten(words, 500))

@@ -1,0 +1,146 @@
+"""The page as a Space of the Hub: a folder with the index, its pictures, its model, and a few lines that serve it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from huggingface_hub import SpaceCardData
+
+from puma_hf import __version__
+from puma_hf.configs import FIRST_PORT, AppConfig
+from puma_hf.files import model_files, new_directory
+from puma_hf.search.build import create_table, keep_picture, tag_complete
+from puma_hf.search.index import Index, open_index
+from puma_hf.search.page import TITLE, count_line, require_gradio
+
+logger = logging.getLogger(__name__)
+
+_APP = '''"""Search the index beside this file by words, by a picture, or by both."""
+
+import os
+from pathlib import Path
+
+from puma_hf.search import AppConfig
+from puma_hf.search.page import launch
+
+if __name__ == "__main__":
+    config = AppConfig(
+        index=Path(__file__).resolve().parent / "index",
+        # A Space is reached from other machines, and through this port.
+        host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
+        port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{more}
+    )
+    launch(config, started=print)
+'''
+
+_README = """---
+{settings}
+---
+
+# {title}
+
+{line}.
+
+This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `index/`, the embeddings, texts
+and pictures that it searches{model}. Everything in a public Space can be downloaded: publish it only if you may publish
+all of that, and name its licence above.
+
+Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. A
+Space installs `requirements.txt` from the Python package index; if puma-hf {version} is not there, put an address of
+its source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
+
+Run it here with `pip install -r requirements.txt` and `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
+"""
+
+
+def write_configured(config: AppConfig) -> Path:
+    """`write_space` with the settings of `puma-hf app --space`."""
+    for note in config.notes():
+        logger.warning(note)
+    loading: Any = {"model": config.model, "trust_remote_code": config.trust_remote_code}
+    return write_space(open_index(config.index), str(config.space), instruction=config.instruction, **loading)
+
+
+def write_space(
+    index: Index,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    instruction: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a folder that is a Space of the Hub as it is: the page, and a copy of an index that needs nothing else.
+
+    A picture is copied with all that its file says, such as the place that a camera wrote into it.
+
+    Args:
+        index: The index.
+        folder: Where to, a new or empty directory. It is written whole or not at all.
+        model: Name of the index's model on the Hub. By default a model in a local directory is copied.
+        instruction: What queries ask for, in the words that the model was trained with; can be changed on the page.
+        trust_remote_code: Whether the Space may run the code of a model's repository, which a PUMA model needs unless
+            it is copied.
+
+    Raises:
+        FileExistsError: If the folder is not empty.
+        FileNotFoundError: If a picture of the index, or its model, is gone.
+        ValueError: If the index is empty.
+    """
+    require_gradio()
+    index.num_candidates()
+    with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
+        name = _copy_index(index, draft / "index", model)
+        more = "" if instruction is None else f"\n        instruction={instruction!r},"
+        more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
+        is_copied = name.startswith(".")
+        values: dict[str, Any] = {
+            "title": TITLE,
+            "sdk": "gradio",
+            "sdk_version": version("gradio"),
+            "app_file": "app.py",
+        }
+        values |= {"models": None if is_copied else [name], "tags": ["puma", "multimodal-retrieval"]}
+        readme = _README.format(
+            settings=SpaceCardData(**values).to_yaml(),
+            title=TITLE,
+            line=count_line(index, index.model if is_copied else name),
+            model=", and the model" if is_copied else "",
+            version=__version__,
+        )
+        texts = {
+            "app.py": _APP.format(port=FIRST_PORT, more=more),
+            "requirements.txt": f"puma-hf[app,search]=={__version__}\n",
+            "README.md": readme,
+        }
+        for file, text in texts.items():
+            (draft / file).write_text(text, encoding="utf-8")
+    return Path(folder)
+
+
+def _copy_index(index: Index, folder: Path, model: str | None) -> str:
+    """Copy an index so that no path in it leads outside; what it calls its model now."""
+    source = Path(index.model)
+    name = model or ("./model" if source.is_absolute() else index.model)
+    (folder / "model" if name.startswith(".") else folder).mkdir(parents=True)
+    if name.startswith("."):
+        if not source.is_dir():
+            raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
+        for file in model_files(source):
+            shutil.copyfile(source / file, folder / "model" / file)
+    revision = index.description["revision"] if name == index.model else None
+    about = {**index.description, "model": name, "revision": revision, "data": Path(index.description["data"]).name}
+    table = create_table(folder, about, index.table.schema.field("vector").type.list_size)
+    schema = table.schema
+    for batch in index.table.search().select(schema.names).limit(len(index)).to_batches(1000):
+        images = [
+            path and keep_picture(folder, (index.folder / path).read_bytes()) for path in batch["image"].to_pylist()
+        ]
+        columns = {**{name: batch[name] for name in schema.names}, "image": pa.array(images, pa.string())}
+        table.add(pa.table(columns, schema=schema))
+    tag_complete(table)
+    return name

@@ -1,0 +1,219 @@
+"""The PUMA LoRA recipe: the adapter, its four-bit base, and gradient checkpointing that spares the vision tower."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+
+from puma_hf.losses.cached_mac_puma import find_puma_model
+
+# All linear layers of the decoder. Unlike peft's "all-linear" this leaves the vision tower and the merger be.
+DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# Beside an adapter: the SHA-256 of the weights that it was trained on. `puma_hf.files` says the same, but stays here.
+BASE_FILE = "puma_base.json"
+# transformers 5.23 renamed arguments and methods and keeps the old names of the arguments as mirrors.
+PREFIX = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+
+
+def lora_config(
+    *,
+    r: int = 64,
+    alpha: int | None = None,
+    dropout: float = 0.05,
+    ret_token_id: int | None = None,
+) -> LoraConfig:
+    """LoRA on every linear layer of the kept decoder layers; vision tower and merger stay as they are.
+
+    Args:
+        r: Rank. LamRA takes 64 for the stage on text pairs and 128 for M-BEIR.
+        alpha: Scale, by default twice the rank, as in LamRA.
+        dropout: Dropout before the adapter.
+        ret_token_id: Also train the embedding row of this token, which is `[RET]` in the distillation stage;
+            `model.config.ret_token_id` knows it.
+
+    Returns:
+        A configuration for `add_lora(model, ...)`.
+
+    Raises:
+        ValueError: If `r` or `alpha` is below 1, or `dropout` outside [0, 1).
+
+    Example:
+        >>> lora_config(r=8).lora_alpha
+        16
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064 trains with LoRA; the numbers are LamRA's, arXiv 2412.01720.
+    """
+    alpha = 2 * r if alpha is None else alpha
+    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"r={r} and alpha={alpha} must be at least 1, and dropout={dropout} in [0, 1). LamRA takes 64, 128, 0.05."
+        )
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=DECODER_LINEARS,
+        trainable_token_indices=None if ret_token_id is None else {"embed_tokens": [ret_token_id]},
+    )
+
+
+def puma_model(model: SentenceTransformer) -> Any:
+    """The `PumaModel` inside a SentenceTransformer, or a ValueError."""
+    if (puma := find_puma_model(model)) is None:
+        raise ValueError(
+            f"The model, of {[type(module).__name__ for module in model]}, holds none that was pruned from a Qwen2-VL, "
+            "and only such a one can be trained here. Make one with puma_hf.prune (puma-hf prune)."
+        )
+    return puma
+
+
+def has_adapter(backbone: Any) -> bool:
+    """Whether a model has a LoRA adapter."""
+    return bool(getattr(backbone, "_hf_peft_config_loaded", False))
+
+
+def add_lora(model: SentenceTransformer, config: LoraConfig) -> None:
+    """Give a PUMA `SentenceTransformer` a fresh adapter in float32 and freeze everything else.
+
+    Raises:
+        ValueError: If the model is no PUMA model, or already has an adapter.
+    """
+    backbone = puma_model(model)
+    if has_adapter(backbone):
+        raise ValueError("The model already has an adapter. Merge it first (puma-hf merge), or load its base.")
+    backbone.requires_grad_(False)
+    model.add_adapter(config)
+    base = Path(str(backbone.name_or_path))
+    if base.is_dir():  # a relative path would be looked for wherever the adapter is opened
+        backbone.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            # In the bfloat16 of published checkpoints, most updates of the optimizer would round to nothing.
+            parameter.data = parameter.data.float()
+
+
+def quantization_config() -> BitsAndBytesConfig:
+    """QLoRA: how to load a model whose decoder is held in 4-bit NormalFloat, doubly quantised, computing in bfloat16.
+
+    Vision tower, merger, token embedding and norms are not quantised. `merge_adapter` always merges into the base as it
+    is on disk, not quantised: its embeddings differ from those seen in training by the quantisation error. Measure the
+    merged model. A frozen teacher is then held whole beside the student, with a warning; a cached one is not held.
+
+    Returns:
+        A configuration for `from_pretrained(..., quantization_config=...)`.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+        ValueError: If there is no CUDA GPU.
+
+    Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Neither PUMA nor LamRA trains this way.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "load_in_4bit needs bitsandbytes, which is not installed: pip install 'puma-hf[qlora]'. "
+            "Without it leave load_in_4bit out."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit needs a CUDA GPU, and there is none. Train on one, or leave load_in_4bit out.")
+    untyped: Any = BitsAndBytesConfig
+    config: BitsAndBytesConfig = untyped(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["visual"],  # as with LoRA, vision tower and merger stay as they are
+    )
+    return config
+
+
+# --- the base that an adapter belongs to
+
+
+def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> None:
+    """Note beside a saved adapter which weights it belongs to, so that `merge_adapter` can check them.
+
+    Nothing is written if there is no adapter, or the model was not loaded from a directory.
+    """
+    backbone = find_puma_model(model)
+    if has_adapter(backbone) and Path(str(backbone.name_or_path)).is_dir():
+        content = json.dumps({"sha256": weights_sha256(backbone.name_or_path)}, indent=2) + "\n"
+        Path(folder, BASE_FILE).write_text(content, encoding="utf-8")
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 of the safetensors files of a directory, names included."""
+    files = sorted(Path(folder).resolve().glob("*.safetensors"))
+    return _files_sha256(tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=4)
+def _files_sha256(files: tuple[tuple[str, int, int], ...]) -> str:
+    # Size and time of change are there for the cache: every checkpoint of a run asks for the same files.
+    digest = hashlib.sha256()
+    for name, _, _ in files:
+        with Path(name).open("rb") as file:
+            digest.update(Path(name).name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# --- gradient checkpointing
+
+
+def set_non_reentrant(args: TrainingArguments) -> bool:
+    """Ask for the kind of checkpointing that needs no gradients of its inputs; whether any is asked for.
+
+    Raises:
+        ValueError: If the arguments insist on the other kind.
+    """
+    if not getattr(args, f"{PREFIX}_checkpointing"):
+        return False
+    options: dict[str, Any] = dict(getattr(args, f"{PREFIX}_checkpointing_kwargs") or {})
+    if options.setdefault("use_reentrant", False):
+        raise ValueError(
+            f"{PREFIX}_checkpointing_kwargs has use_reentrant=True, which needs gradients of the inputs: the frozen "
+            "vision tower would be computed twice and propagated through. Leave it out, or pass False."
+        )
+    setattr(args, f"{PREFIX}_checkpointing_kwargs", options)
+    return True
+
+
+@contextmanager
+def enabled_by_backbone(model: SentenceTransformer) -> Iterator[None]:
+    """In this block a trainer that enables checkpointing asks the backbone itself.
+
+    The method of `SentenceTransformer` is deprecated in new releases and refuses the arguments in old ones.
+    """
+    name = f"{PREFIX}_checkpointing_enable"
+    setattr(model, name, getattr(puma_model(model), name))
+    try:
+        yield
+    finally:
+        delattr(model, name)
+
+
+def spare_frozen_vision(model: Any) -> None:
+    """Undo what enabling checkpointing does to a `PumaModel` beyond its decoder layers.
+
+    `transformers` makes the outputs of every embedding require gradients once a model has an adapter, that of the image
+    patches too. The frozen vision tower is then computed twice and propagated through to its first layer, for gradients
+    that nobody wants: 41 % more time. Checkpointing that is not reentrant needs none of these hooks, and the gradients
+    of the adapter stay the same. A vision tower with trainable weights stays checkpointed.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()
+    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+        for part in model.visual.modules():
+            if hasattr(part, "gradient_checkpointing"):
+                part.gradient_checkpointing = False

@@ -1,0 +1,438 @@
+"""Teachers: the full model in one copy of the weights with its student, or another model held beside it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from puma_hf.checkpoint import SourceCheckpoint, StoredWeights, open_checkpoint
+from puma_hf.fingerprint import model_fingerprint, tensors_sha256
+from puma_hf.losses.cached_mac_puma import runs_tower_once
+from puma_hf.losses.distillation_puma import TEACHER_KEY
+from puma_hf.modeling import PumaConfig, PumaModel
+from puma_hf.pruning import place_ret_token
+from puma_hf.trainer.lora_puma import has_adapter, puma_model
+
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
+
+
+class Teacher(ABC):
+    """Tells the student's trainer the `[RET]` states that the student is to reach.
+
+    A teacher belongs to the trainer alone: never to the model, the loss, the optimizer or a checkpoint.
+
+    Attributes:
+        shares_base_weights: Whether training the student's base weights would change this teacher.
+    """
+
+    shares_base_weights = False
+
+    @abstractmethod
+    def states(self, features: dict[str, Any]) -> Tensor:
+        """`[RET]` states of one column after the final norm, `(batch_size, hidden_size)`, without gradient."""
+
+    def fingerprint(self) -> str:
+        """A SHA-256 that changes when the states may, under which they can be stored."""
+        raise ValueError(
+            f"A {type(self).__name__} has no fingerprint to store states under. Use teacher_mode='frozen'."
+        )
+
+    def add_states(self, features: dict[str, Any]) -> None:
+        """Put `teacher_state` `(batch_size, hidden_size)` into the features of one column, before the student runs."""
+        features[TEACHER_KEY] = self.states(features)
+
+
+class FrozenTeacher(Teacher):
+    """The full, untouched model, which tells `[RET]` states to the student that was cut from it.
+
+    One copy of the weights serves both: with adapters switched off, the student's kept layers are the teacher's,
+    and only the dropped ones are held besides. It never enters the optimizer or a checkpoint.
+
+    Args:
+        student: The pruned model, whose base weights must not be trained (LoRA leaves them alone).
+        dropped_layers: The decoder layers that pruning removed, in order.
+
+    Raises:
+        ValueError: If the layers do not complete the student to its original depth.
+
+    Example:
+        >>> teacher = FrozenTeacher.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", student)  # doctest: +SKIP
+        >>> teacher.states(features).shape  # doctest: +SKIP
+        torch.Size([8, 1536])
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, whose released code has a frozen
+    teacher, too; there it is a second model.
+    """
+
+    shares_base_weights = True
+
+    def __init__(self, student: PumaModel, dropped_layers: nn.ModuleList) -> None:
+        kept, depth = len(student.language_model.layers), student.config.original_num_hidden_layers
+        if kept + len(dropped_layers) != depth:
+            raise ValueError(
+                f"The student keeps {kept} of {depth} layers, but {len(dropped_layers)} dropped layers were given. "
+                "Load the teacher from the checkpoint that was pruned."
+            )
+        self.student = student
+        modules: list[Any] = list(dropped_layers)
+        self._dropped_layer_types = [module.self_attn.layer_type for module in modules]
+        self.dropped_layers = dropped_layers.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, student: PumaModel, *, revision: str | None = None) -> FrozenTeacher:
+        """Load what pruning dropped from the original checkpoint (or a PUMA directory with all its layers).
+
+        Args:
+            source: Folder or Hub id.
+            student: The pruned model.
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
+                the student's, or its hidden size differs.
+        """
+        full = StoredModel(source, student, revision=revision)
+        if different := _different_weights(student, full):
+            raise ValueError(
+                f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
+                f"{different[0]}), so the two cannot share one copy of the weights. Distil from the "
+                "checkpoint that was pruned, before any other training; or give PumaDistillationTrainer this one as "
+                "teacher, which it holds whole, or asks once with teacher_mode='cached'."
+            )
+        return cls(student, _dropped_layers(full, student))
+
+    def add_states(self, features: dict[str, Any]) -> None:
+        """Put `teacher_state` into the features, and run the vision tower once for student and teacher."""
+        share_image_features(self.student, features)
+        super().add_states(features)
+
+    @torch.no_grad()
+    def states(self, features: dict[str, Any]) -> Tensor:
+        """`[RET]` states of the full model after its final norm, `(batch_size, hidden_size)`, without gradient."""
+        with self._full_depth():
+            states: Tensor = self.student(**_model_inputs(self.student, features), return_dict=True).pooler_output
+        return states
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and settings, whatever the adapter has learned."""
+        dropped = {f"dropped.{name}": tensor for name, tensor in self.dropped_layers.state_dict().items()}
+        return tensors_sha256(base_tensors(self.student) | dropped, self.student.config.to_dict())
+
+    def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
+        """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
+        there, others = dict(zip(self.student.config.layers_of_original, kept, strict=True)), iter(dropped)
+        total = len(there) + len(self.dropped_layers)
+        return [there[number] if number in there else next(others) for number in range(total)]
+
+    @contextmanager
+    def _full_depth(self) -> Iterator[None]:
+        """Make the student the full model: other layers, no adapter, no dropout; afterwards all is as before."""
+        student, decoder = self.student, cast(Any, self.student.language_model)
+        training = [module for module in student.modules() if module.training]
+        adapted = has_adapter(student)
+        self.dropped_layers.to(student.device)
+        before = decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers
+        try:
+            student.eval()
+            if adapted:
+                student.disable_adapters()
+            decoder.layers = nn.ModuleList(self._in_order(decoder.layers, self.dropped_layers))
+            # Each layer is told its kind of attention here, not by itself.
+            decoder.config.layer_types = self._in_order(decoder.config.layer_types, self._dropped_layer_types)
+            decoder.has_sliding_layers = "sliding_attention" in decoder.config.layer_types
+            yield
+        finally:
+            decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers = before
+            if adapted:
+                student.enable_adapters()
+            for module in training:
+                module.training = True
+
+
+class WholeTeacher(Teacher):
+    """A second model, such as a trained one of all layers, whose `[RET]` states the student is to reach.
+
+    It is held beside the student, in evaluation mode and without gradients, and reads the student's own token ids.
+    PUMA distils from the model that was pruned; another teacher is this library's addition.
+
+    Args:
+        model: The teacher. It is frozen.
+        student: The pruned model.
+
+    Raises:
+        ValueError: If the two are one, or differ in hidden size, reading, or the ids of `[RET]` and of image tokens.
+    """
+
+    def __init__(self, model: PumaModel, student: PumaModel) -> None:
+        if model is student:
+            raise ValueError("The teacher is the student itself. Pass the model that was pruned, or another.")
+        _check_hidden_size(student, model, type(model).__name__)
+        for name in ("ret_token_id", "image_token_id", "video_token_id", "positions"):
+            ours, theirs = getattr(student.config, name), getattr(model.config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"The teacher has {name}={theirs} and the student {ours}, but it is given the student's inputs. "
+                    "Choose a teacher with the same tokenizer and reading; an original Qwen2-VL gets its [RET] from "
+                    "puma_hf.prune with num_kept_layers=<all of its layers>."
+                )
+        self.student = student
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def states(self, features: dict[str, Any]) -> Tensor:
+        """`[RET]` states of the teacher after its final norm, `(batch_size, hidden_size)`, without gradient."""
+        model: Any = self.model.to(self.student.device)
+        states: Tensor = model.eval()(**_model_inputs(self.model, features), return_dict=True).pooler_output
+        return states
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the teacher's weights, an adapter among them, and settings."""
+        return str(model_fingerprint(nn.ModuleDict({"teacher": self.model})))
+
+
+TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
+
+
+def find_teacher(
+    teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None, stays: bool = True
+) -> Teacher:
+    """A teacher that never moves: one copy of the weights with the student where that is possible.
+
+    Args:
+        teacher: Path or Hub id of a checkpoint (by default the one that was pruned, which the student's configuration
+            names), a model of the student's hidden size, or a teacher, which is returned. What does not share its
+            weights with the student is held whole beside it, and a warning says why and what that takes.
+        student: The pruned model.
+        revision: Branch, tag or commit of a teacher on the Hub.
+        stays: Whether it is held while training, which the warning is about.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If there is no teacher, it is the student, or its hidden size or token ids differ from the
+            student's.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    full: PumaModel | StoredModel
+    if isinstance(teacher, PumaModel | SentenceTransformer):
+        full = teacher if isinstance(teacher, PumaModel) else puma_model(teacher)
+        name = f"a {type(teacher).__name__}"
+    else:
+        source, revision = _source(teacher, student, revision)
+        full, name = StoredModel(source, student, revision=revision), repr(str(source))
+    _check_hidden_size(student, full, name)
+    # The student itself is refused by the second class.
+    reason = "it is the student" if full is student else _why_not_shared(full, student)
+    if reason is None:
+        return FrozenTeacher(student, _dropped_layers(full, student))
+    whole = WholeTeacher(full.load() if isinstance(full, StoredModel) else full, student)
+    if stays:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
+        logger.warning(
+            "The teacher, %s, is held whole beside the student and takes %.1f MiB more: %s. "
+            "teacher_mode='cached' avoids that: it asks the teacher once, before training, and then frees it.",
+            *(name, size, reason),
+        )
+    return whole
+
+
+def _source(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str | Path, str | None]:
+    """Path or Hub id, and revision."""
+    if isinstance(teacher, str | Path):
+        return teacher, revision
+    if teacher is not None:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}, but it must be a path, a Hub id, a PumaModel, a "
+            "SentenceTransformer or a teacher. Pass one of these, or nothing for the checkpoint that was pruned."
+        )
+    source = student.config.source_name_or_path
+    # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
+    if source is None or ("/" not in source and not Path(source).is_dir()):
+        raise ValueError(
+            f"The model was pruned from {source or 'a checkpoint that it does not name'!r}, which is not here. Pass "
+            "teacher=<path of that folder> (--teacher)."
+        )
+    return source, revision or student.config.source_revision
+
+
+def _why_not_shared(full: PumaModel | StoredModel, student: PumaModel) -> str | None:
+    """Why one copy of the weights cannot serve both, or None if it can."""
+    if getattr(student, "is_quantized", False):
+        return "the student's base is held in 4 bits and the teacher is not"
+    ours, theirs = student.config._attn_implementation, full.config._attn_implementation
+    if ours != theirs:
+        return f"its attn_implementation is {theirs!r} and the student's {ours!r}"
+    if different := _different_weights(student, full):
+        return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
+    depth, original = _text(full).num_hidden_layers, student.config.original_num_hidden_layers
+    if depth == original:
+        return None
+    if depth == len(student.language_model.layers):
+        raise ValueError(
+            f"The teacher has {depth} layers and the student's weights: it is the student itself. Pass the "
+            f"checkpoint that was pruned, of {original} layers, or another."
+        )
+    return f"it has {depth} layers, and the student was cut from {original}"
+
+
+# --- the full model's weights
+
+
+class StoredModel:
+    """A checkpoint with all its layers, in the student's data type and with its kind of attention; read in parts.
+
+    A teacher that shares its student's weights takes the memory of its dropped layers and of one tensor besides.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+    """
+
+    def __init__(self, source: str | Path, student: PumaModel, *, revision: str | None = None) -> None:
+        self._loading: dict[str, Any] = {
+            "dtype": student.dtype,
+            # Both halves see the mask that is built for the student's kind of attention.
+            "attn_implementation": student.config._attn_implementation,
+        }
+        self._source, self._device, self._positions = source, student.device, student.config.positions
+        try:
+            self._checkpoint: SourceCheckpoint = open_checkpoint(source, revision=revision)
+            self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
+        except OSError as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(
+                f"The teacher {str(source)!r} cannot be opened: {error} A teacher is the folder or the Hub id of a "
+                "checkpoint of the student's hidden size. Pass one (teacher=..., --teacher), or nothing for the "
+                "checkpoint that was pruned."
+            ) from error
+        _check_hidden_size(student, self, repr(str(source)))
+
+    def tensors(self) -> StoredWeights:
+        """All tensors, each read when it is asked for."""
+        return StoredWeights(self._checkpoint)
+
+    def layers(self, numbers: Sequence[int]) -> nn.ModuleList:
+        """The decoder layers of these numbers, on the student's device; nothing else is read."""
+        with torch.device("meta"):
+            every = PumaModel(self.config).language_model.layers
+        layers = nn.ModuleList(every[number] for number in numbers)
+        stored, tensors = self.tensors(), {}
+        for name, parameter in layers.named_parameters():
+            index, _, rest = name.partition(".")
+            tensor = stored.get(f"language_model.layers.{numbers[int(index)]}.{rest}")
+            if tensor is None or tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
+                    f"another shape (layer {numbers[int(index)]}, {rest}). Download it again."
+                )
+            tensors[name] = tensor.to(self._device, self._loading["dtype"], copy=True)
+        layers.load_state_dict(tensors, assign=True)
+        return layers
+
+    def load(self) -> PumaModel:
+        """The whole model; if its tokenizer has no `[RET]`, that gets the row that pruning would give it."""
+        revision = self._checkpoint.revision or "main"
+        full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
+        if full.config.ret_token_id is None:
+            place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+            full.config.positions = self._positions
+        return full
+
+
+def base_tensors(model: PumaModel) -> dict[str, Tensor]:
+    """Base weights under the names that they have without an adapter: peft wraps the layers that it adapts."""
+    return {
+        name.replace(".base_layer.", ".").replace(".token_adapter.", "."): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not is_of_adapter(name)
+    }
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter belongs to the adapter."""
+    return ".lora_" in name or "trainable_tokens" in name
+
+
+def _dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:
+    """The layers of a full model that the student does not have, in order, on its device."""
+    dropped = [n for n in range(_text(full).num_hidden_layers) if n not in student.config.layers_of_original]
+    if isinstance(full, StoredModel):
+        return full.layers(dropped)
+    return nn.ModuleList(full.language_model.layers[number] for number in dropped).to(student.device)
+
+
+def _different_weights(student: PumaModel, full: PumaModel | StoredModel) -> list[str]:
+    """Names of the student's base weights that are not those of the full model."""
+    theirs: Mapping[str, Tensor] = full.tensors() if isinstance(full, StoredModel) else dict(full.named_parameters())
+    ours, different = base_tensors(student), []
+    if _text(full).num_hidden_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
+        kept = student.config.layers_of_original
+        ours = {_LAYER.sub(lambda old: str(kept[int(old[0])]), name): tensor for name, tensor in ours.items()}
+    for name, tensor in ours.items():
+        other = theirs.get(name)
+        if other is not None and isinstance(full, StoredModel):
+            other = other.to(student.dtype)  # as it would be loaded
+        if other is None or other.dtype != tensor.dtype or not _is_equal(name, tensor, other, student):
+            different.append(name)
+    return different
+
+
+def _is_equal(name: str, ours: Tensor, theirs: Tensor, student: PumaModel) -> bool:
+    parts = [slice(None)]
+    if name == "language_model.embed_tokens.weight":
+        # Pruning may have added rows, and made one that of [RET].
+        rows, ret_row = min(len(ours), len(theirs)), student.config.ret_token_id
+        parts = [slice(rows)] if ret_row is None else [slice(min(ret_row, rows)), slice(ret_row + 1, rows)]
+    return all(torch.equal(ours[part].cpu(), theirs[part].detach().cpu()) for part in parts)
+
+
+def _check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
+    ours, theirs = _text(student).hidden_size, _text(teacher).hidden_size
+    if ours != theirs:
+        raise ValueError(
+            f"The teacher {name} has hidden_size={theirs} and the student {ours}. States of different sizes cannot be "
+            "compared: choose the checkpoint that was pruned, or another of the student's hidden size."
+        )
+
+
+def _text(model: PumaModel | StoredModel) -> Any:
+    return model.config.text_config
+
+
+# --- a forward pass
+
+
+def _model_inputs(model: PumaModel, features: dict[str, Any]) -> dict[str, Any]:
+    """Those features that the model's forward pass takes."""
+    accepted = inspect.signature(model.forward).parameters
+    return {key: value for key, value in features.items() if key in accepted}
+
+
+def share_image_features(model: PumaModel, features: dict[str, Any]) -> None:
+    """Run the vision tower once for student and teacher, where it is frozen and its output can be passed on.
+
+    `pixel_values` and `pixel_values_videos` `(num_patches, patch_dim)` in `features` give way to
+    `mm_encoder_outputs`.
+    """
+    visual = {"image": "pixel_values", "video": "pixel_values_videos"}
+    present = [kind for kind, key in visual.items() if features.get(key) is not None]
+    if not present or not runs_tower_once(model):
+        return
+    encode: dict[str, Any] = {"image": model.get_image_features, "video": model.get_video_features}
+    with torch.no_grad():
+        features["mm_encoder_outputs"] = {
+            kind: encode[kind](features.pop(visual[kind]), features[f"{kind}_grid_thw"], return_dict=True)
+            for kind in present
+        }

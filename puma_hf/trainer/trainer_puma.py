@@ -1,0 +1,350 @@
+"""A SentenceTransformerTrainer for PUMA: scheduled losses, fitting batches, whole checkpoints, telling logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
+    MultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
+)
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import TrainingArguments
+
+from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.losses.cached_mac_puma import find_puma_model
+from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses, is_scheduled
+from puma_hf.trainer.checkpoints_puma import last_whole_checkpoint, mark_whole, require_whole_checkpoint, unmark
+from puma_hf.trainer.lora_puma import (
+    PREFIX,
+    enabled_by_backbone,
+    save_base_fingerprint,
+    set_non_reentrant,
+    spare_frozen_vision,
+)
+from puma_hf.trainer.statistics_puma import TrainingStatistics
+
+# Losses whose negatives are the other rows of the batch, beside the scheduled ones of ours.
+_IN_BATCH_LOSSES = (
+    MultipleNegativesRankingLoss,
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
+)
+
+
+class PumaTrainer(SentenceTransformerTrainer):
+    """`SentenceTransformerTrainer` that moves the temperature schedule of MAC-Loss, and survives what happens.
+
+    - Checkpoints end with a marker. Resuming takes the last that is whole, whatever a kill or a full disk
+      left behind it, and continues as if nothing had happened: same batches, same dropout, same weights.
+    - Gradients that are not finite, as of a loss that is not, stop the run before they reach the weights.
+    - With `gradient_checkpointing` a frozen vision tower is neither computed twice nor propagated through.
+    - Each log line tells, averaged since the last one and over all processes, where the loss knows it:
+      `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`,
+      `intra_similarity` and `inter_similarity`; `temperature` and `hard_temperature`; in self-distillation
+      `teacher_cosine`, of the student's states with the teacher's; the terms of a loss that has several;
+      `items_per_second` and, with images, `images_per_second`, over all processes and without the time for
+      saving and evaluating. Of the last batch: `effective_rank` and `uniformity` of the positives'
+      embeddings, or of the states. A collapse is warned of.
+    - Batches that hold one modality each, which makes MAC-Loss plain InfoNCE, are warned of.
+
+    A plain `SentenceTransformerTrainer` works as well, after one call of `add_temperature_schedule(trainer)` (of the
+    losses), but does none of this.
+
+    Args:
+        args: Every argument of `SentenceTransformerTrainer`, and likewise in `kwargs`.
+        positives: For each row of `train_dataset`, the ids of all its right answers, as
+            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step's batches then share one,
+            on one device or over several, so that no row's positive is a right answer of another.
+        kwargs: See `args`.
+
+    Raises:
+        ValueError: If a dataset is empty, or `train_dataset` is not one with as many rows as `positives`; if no
+            row could ever have a negative that the loss needs; if one process sees several GPUs; if checkpointing is
+            to be reentrant.
+
+    Example:
+        >>> from puma_hf import MultimodalMACLoss, load_mbeir  # doctest: +SKIP
+        >>> dataset = load_mbeir("demo/emoji", num_negatives=1)  # doctest: +SKIP
+        >>> loss = MultimodalMACLoss(model)  # doctest: +SKIP
+        >>> PumaTrainer(model=model, train_dataset=dataset, loss=loss).train()  # doctest: +SKIP
+
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, modality-adaptive contrastive learning.
+    """
+
+    def __init__(self, *args: Any, positives: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "
+                "Run `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        self.positives = positives
+        if positives is not None:
+            rows = self.train_dataset
+            if not isinstance(rows, Dataset) or len(positives) != len(rows):
+                raise ValueError(
+                    f"positives has {len(positives)} rows and train_dataset is a {type(rows).__name__} of "
+                    f"{len(rows) if isinstance(rows, Dataset) else 'others'}. Pass one list of ids per row of one "
+                    "dataset, or leave positives out."
+                )
+        _check_rows(self, self.train_dataset, "train_dataset", self.args.train_batch_size)
+        _check_rows(self, self.eval_dataset, "eval_dataset", self.args.eval_batch_size)
+        self._recomputes = set_non_reentrant(self.args) and find_puma_model(self.model) is not None
+        self._statistics = TrainingStatistics(self.loss)
+        # After the flow control, which decides what a step is followed by, and before the reporters.
+        self.callback_handler.callbacks[1:1] = [SafeSteps(), self._statistics]
+        if find_scheduled_losses(self.loss):
+            add_temperature_schedule(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint: Path of a checkpoint; True for the last whole one in `args.output_dir`.
+            args: What the base class takes besides, and likewise in `kwargs`.
+
+        Raises:
+            ValueError: If there is no whole checkpoint, the one that is named is not whole (the message names
+                the last whole one), or gradients or weights are not finite.
+            OSError: If a checkpoint cannot be written. The last whole one stays.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"output_dir {self.args.output_dir!r} holds no whole checkpoint to continue from. Start without "
+                    "resume_from_checkpoint."
+                )
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = require_whole_checkpoint(resume_from_checkpoint)
+        with enabled_by_backbone(self.model) if self._recomputes else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def add_model_card_callback(self, *args: Any, **kwargs: Any) -> None:
+        """That of the base class, without rows as examples: it expects plain texts, and ours are structs."""
+        card = self.model.model_card_data
+        given, card.widget = card.widget, card.widget or [{}]  # examples are drawn only where there are none
+        super().add_model_card_callback(*args, **kwargs)
+        card.widget = given
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator of the base class, in which each process reads its own batches of a stream."""
+        settings: Any = self.args.accelerator_config
+        if settings.dispatch_batches is None:
+            # One process would share its batches out by their first dimension, which in `pixel_values` is the patches.
+            settings.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The sampler of the arguments, or for training rows that of `positives`."""
+        if dataset is not self.train_dataset or self.positives is None:
+            return super().get_batch_sampler(dataset, *args, **kwargs)
+        devices = self.args.world_size
+        return DistinctPositivesBatchSampler(dataset, self.positives, *args, num_devices=devices, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The data loader of the base class, whose sampler always learns which epoch it is."""
+        loader: Any = super().get_train_dataloader()
+        shard: Any = getattr(loader, "batch_sampler", None)
+        sampler: Any = getattr(shard, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch") and not hasattr(shard, "set_epoch"):
+            # With several processes accelerate wraps the sampler once to share the batches out, and once more to
+            # skip those of a resumed epoch; the epoch does not get through both, and the first would come again.
+            shard.set_epoch = sampler.set_epoch
+        self._loader = loader
+        return loader
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One batch forward and backward, counted."""
+        self._statistics.count(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._statistics.read()
+        return loss
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; a ValueError if `eval_dataset` is empty, or no row could have a negative that the loss needs."""
+        if not isinstance(eval_dataset, str):  # a name is that of a dataset which was checked at the start
+            _check_rows(self, eval_dataset, "eval_dataset", self.args.eval_batch_size)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
+        if (epoch or batches) and self.state.epoch is not None:
+            # The base class divides the optimizer steps by those of a full epoch, but a sampler that keeps rows
+            # apart may end an epoch early. The fraction of epochs that it saves tells the very batch.
+            length = len(self._loader)
+            epoch, batches = divmod(round(self.state.epoch * length), length)
+            batches = 0 if self.args.ignore_data_skip else batches
+        return epoch, batches
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)
+        # The base class would delete an older checkpoint before the new one is known to be whole: with a limit of one,
+        # a kill in between would leave none.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            safe = last_whole_checkpoint(run)
+            kept = (
+                f"The last whole checkpoint is {safe!r}: free some space, and resume from there" if safe else "None is"
+            )
+            raise OSError(f"{str(folder)!r} could not be written ({error}). {kept}.") from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_whole(folder)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter; under FSDP2 its shards are put together first."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, *args, **kwargs)
+            return
+        card: Any = self.model.model_card_data
+        # For its card sentence-transformers would encode, on this process alone, and wait for the others for ever.
+        given, card.generate_widget_examples = card.generate_widget_examples, False
+        try:
+            with whole_weights(self.model):
+                if self.args.should_save:
+                    self._save(output_dir)
+        finally:
+            card.generate_widget_examples = given
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_base_fingerprint(self.model, str(output_dir or self.args.output_dir))
+
+
+class SafeSteps(TrainerCallback):
+    """Stops a run before gradients that are not finite reach the weights, or such weights a checkpoint.
+
+    Each process looks at the same: gradients are reduced by then, and of sharded tensors the norm is that of all parts.
+
+    Raises:
+        ValueError: In the step itself. It names the last whole checkpoint to go on from.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Spare the frozen vision tower, now that the trainer has enabled checkpointing."""
+        puma = find_puma_model(model)
+        if puma is not None and getattr(args, f"{PREFIX}_checkpointing"):
+            spare_frozen_vision(puma)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Drop what an epoch that ended early, within an accumulation, has left: no checkpoint holds it."""
+        model.zero_grad()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Look at the gradients: the norm costs a pass over those of the adapter, and one wait for the device."""
+        # With a loss scaler infinite gradients are part of the search for the scale, and it skips the step.
+        grads = [] if args.fp16 else [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
+        if not _is_finite(grads):
+            raise ValueError(
+                f"The gradients of optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}, are not "
+                "finite. The step was not done: the weights are those of the step before"
+                f"{_last(args)}. Look at its rows for empty or damaged inputs, lower learning_rate or raise the "
+                "temperatures, and train in bfloat16 or float32 rather than float16."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Look at the weights that are about to be saved: those of the last step no loss has seen."""
+        if control.should_save or control.should_training_stop:
+            check_weights(model, args, state)
+
+
+def check_weights(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Raise a ValueError if trained tensors are not finite, or so large that float32 cannot hold their squares."""
+    if not _is_finite([tensor.detach() for tensor in model.parameters() if tensor.requires_grad]):
+        raise ValueError(
+            f"Optimizer step {state.global_step} has left weights that are not finite, or too large to compute with, "
+            f"so they are not saved{_last(args)}. Train with a lower learning_rate, and with max_grad_norm above 0."
+        )
+
+
+def _is_finite(tensors: list[Tensor]) -> bool:
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+
+
+def _last(args: TrainingArguments) -> str:
+    safe = last_whole_checkpoint(str(args.output_dir))
+    return f", and the last whole checkpoint is {safe!r}" if safe else ""
+
+
+@contextmanager
+def whole_weights(model: SentenceTransformer) -> Iterator[None]:
+    """Let a model under FSDP2 be saved as if it were whole. All processes must enter; else nothing happens.
+
+    sentence-transformers saves what a process holds itself, which is a part. Here the trained tensors, those of the
+    adapter, are put together on every device; the frozen ones, which are not saved, stay parts.
+    """
+    first: Any = model[0]
+    backbone: Any = getattr(first, "model", first)
+    parameters = dict(backbone.named_parameters())
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        yield
+        return
+    whole = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in parameters.items()
+        if parameter.requires_grad
+    }
+    original = backbone.state_dict
+    backbone.state_dict = lambda *args, **kwargs: {**original(*args, **kwargs), **whole}
+    try:
+        yield
+    finally:
+        del backbone.state_dict
+
+
+def _check_rows(trainer: Any, datasets: Any, what: str, batch_size: int) -> None:
+    """Raise if there are no rows, or nothing to tell a positive from: such a loss would always be 0."""
+    for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            continue
+        name = f"{what}[{key!r}]" if key else what
+        rows = len(dataset) if isinstance(dataset, Dataset) else None
+        if rows == 0:
+            raise ValueError(f"{name} has no rows. Look at the folder, the split and the filters it comes from.")
+        loss: Any = trainer.loss.get(key) if isinstance(trainer.loss, Mapping) else trainer.loss
+        modules = [] if loss is None else loss.modules()
+        found = [module for module in modules if isinstance(module, _IN_BATCH_LOSSES) or is_scheduled(module)]
+        labels = {*trainer.data_collator.valid_label_columns, "dataset_name"}
+        if not found or len(set(dataset.column_names) - labels) > 2:
+            continue
+        devices = trainer.args.world_size if getattr(found[0], "gather_across_devices", False) else 1
+        if 1 in (batch_size * devices, rows):
+            raise ValueError(
+                f"{name} has {'a stream of' if rows is None else rows} row(s), batches have {batch_size * devices} and "
+                f"there are no negative columns: {type(found[0]).__name__} compares a positive with those of other "
+                "rows, so it would always be 0. Give it two rows and a batch size of 2 at least, or columns of "
+                "negatives."
+            )

@@ -1,0 +1,126 @@
+"""A Space: written, read as the Hub would, and searched elsewhere."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from huggingface_hub import SpaceCard
+
+import puma_hf
+from puma_hf.search import AppConfig, Searcher, open_index, open_searcher, write_space
+from puma_hf.search.space import write_configured
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def space(page_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only."""
+    return write_space(open_index(page_index), tmp_path_factory.mktemp("spaces") / "space")
+
+
+def test_what_is_in_it(space: Path) -> None:
+    assert sorted(path.name for path in space.iterdir()) == ["README.md", "app.py", "index", "requirements.txt"]
+    assert (space / "requirements.txt").read_text() == f"puma-hf[app,search]=={puma_hf.__version__}\n"
+    assert (space / "index" / "model" / "model.safetensors").is_file()
+    assert len(list((space / "index" / "images").iterdir())) == 3
+
+
+def test_its_settings_are_the_hubs(space: Path) -> None:
+    card = SpaceCard.load(space / "README.md")
+    assert card.data.to_dict() == {
+        "title": "Search by words and pictures",
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "app_file": "app.py",
+        "tags": ["puma", "multimodal-retrieval"],
+    }
+    assert "7 items (2 pictures, 1 picture with a text, 4 texts) · tiny-puma." in card.text
+    assert "and, in `index/`, the embeddings, texts\nand pictures that it searches, and the model." in card.text
+
+
+def test_no_file_names_this_machine(space: Path, page_index: Path) -> None:
+    here = str(page_index.parent.parent).encode()
+    for path in space.rglob("*"):
+        assert path.is_dir() or here not in path.read_bytes(), path
+
+
+def test_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
+    written = write_space(open_index(page_index), tmp_path / "space", model="org/name")
+    assert not (written / "index" / "model").exists()
+    assert open_index(written / "index").model == "org/name"
+    card = SpaceCard.load(written / "README.md")
+    assert card.data.models == ["org/name"]
+    assert "· org/name." in card.text
+    assert "trust_remote_code" not in (written / "app.py").read_text()
+
+
+def test_an_instruction_is_quoted(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "Find a \"red\" one.\nAnd {not} a 'green' one."
+    written = write_space(open_index(page_index), tmp_path / "space", model="org/name", instruction=words)
+    launched = []
+    monkeypatch.setattr("puma_hf.search.page.launch", lambda config, started: launched.append(config.instruction))
+    runpy.run_path(str(written / "app.py"), run_name="__main__")
+    assert launched == [words]
+
+
+def test_it_is_written_whole_or_not_at_all(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("puma_hf.search.space.count_line", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_space(open_index(page_index), tmp_path / "space")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty(page_index: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        write_space(open_index(page_index), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_it_answers_elsewhere(space: Path, page_index: Path, tmp_path: Path, page_searcher: Searcher) -> None:
+    moved = shutil.copytree(space, tmp_path / "moved")
+    copied = open_searcher(moved / "index")
+    found, expected = (one.search("a red picture").answers for one in (copied, page_searcher))
+    assert [(answer.id, answer.score, answer.text) for answer in found] == [
+        (answer.id, pytest.approx(answer.score, abs=1e-6), answer.text) for answer in expected
+    ]
+    picture = next(Path(answer.image or "") for answer in found if answer.id == "i0")
+    assert picture.parent == moved / "index" / "images"
+    assert picture.read_bytes() == (page_index.parent / "i0.png").read_bytes()
+
+
+def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
+    shutil.copytree(page_index.parent, tmp_path / "corpus")
+    index = open_index(tmp_path / "corpus" / "index")
+    (page_index.parent / "i0.png").rename(tmp_path / "i0.png")
+    try:
+        with pytest.raises(FileNotFoundError, match=r"i0\.png"):
+            write_space(index, tmp_path / "space")
+    finally:
+        (tmp_path / "i0.png").rename(page_index.parent / "i0.png")
+    assert not (tmp_path / "space").exists()
+
+
+def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
+    assert write_configured(config) == tmp_path / "space"
+    assert "port=1: not used with space" in caplog.text
+    assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
+
+
+def test_on_a_space_it_is_reached_from_outside(space: Path) -> None:
+    """The names are those that Gradio itself reads."""
+    from puma_hf.configs import FIRST_PORT
+
+    code = (space / "app.py").read_text()
+    assert 'os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")' in code
+    assert f'os.environ.get("GRADIO_SERVER_PORT", "{FIRST_PORT}")' in code
+    compile(code, "app.py", "exec")

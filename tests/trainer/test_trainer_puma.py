@@ -1,0 +1,484 @@
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, DatasetDict, Features, Value
+from PIL import Image
+from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from puma_hf import MultimodalMACLoss, PumaTrainer
+from puma_hf.data.sampler import DistinctPositivesBatchSampler
+from puma_hf.losses import TemperatureScheduleCallback
+from puma_hf.trainer.lora_puma import BASE_FILE, puma_model
+from puma_hf.trainer.trainer_puma import check_weights, whole_weights
+from tests.trainer.conftest import MakeArguments, MakeStudent
+
+ROWS = 16
+# Four answers, each right for four rows; the last four rows have a second one.
+POSITIVES = [[f"answer {row % 4}"] + ([f"answer {(row + 1) % 4}"] if row >= 12 else []) for row in range(ROWS)]
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    return Dataset.from_dict(
+        {"anchor": [f"query {row}" for row in range(ROWS)], "positive": [f"apple {row % 4}" for row in range(ROWS)]}
+    )
+
+
+def test_schedule_is_added_and_logged(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.04, schedule="linear", schedule_end=1.0)
+    trainer = PumaTrainer(model=model, args=make_arguments(max_steps=4), train_dataset=pairs, loss=loss)
+    callbacks = trainer.callback_handler.callbacks
+    assert sum(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks) == 1
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["temperature"] for entry in logs] == [0.05] * 4
+    assert [entry["hard_temperature"] for entry in logs] == pytest.approx([0.05, 0.0475, 0.045, 0.0425])
+    assert loss.current_hard_temperature == 0.04
+
+
+def test_no_process_encodes_alone_for_the_card_under_fsdp(
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others would not come to the forward pass, in which all put their parts of the weights together."""
+    model = make_student()
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=MultimodalMACLoss(model))
+    encoded: list[Any] = []
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: encoded.append(args))
+    trainer.save_model(str(tmp_path / "alone"))
+    assert encoded  # sentence-transformers does
+    encoded.clear()
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    trainer.save_model(str(tmp_path / "sharded"))
+    assert not encoded
+    monkeypatch.setattr(trainer, "_save", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.save_model(str(tmp_path / "failed"))
+    assert model.model_card_data.generate_widget_examples
+
+
+def test_rows_of_a_trained_batch_share_no_answer(
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def batches(positives: list[list[str]] | None) -> list[list[int]]:
+        model = make_student()
+        trainer = PumaTrainer(
+            model=model,
+            args=make_arguments(max_steps=-1, num_train_epochs=3),
+            train_dataset=pairs,
+            loss=MultimodalMACLoss(model),
+            positives=positives,
+        )
+        seen: list[list[int]] = []
+        collate = type(trainer.data_collator).__call__
+
+        def record(self: Any, rows: list[dict[str, Any]]) -> Any:
+            seen.append([int(row["anchor"].split()[1]) for row in rows])
+            return collate(self, rows)
+
+        monkeypatch.setattr(type(trainer.data_collator), "__call__", record)
+        trainer.train()
+        monkeypatch.undo()
+        return seen
+
+    def clashes(batch: list[int]) -> bool:
+        answers = [answer for row in batch for answer in POSITIVES[row]]
+        return len(set(answers)) < len(answers)
+
+    apart = batches(POSITIVES)
+    assert apart
+    assert not any(map(clashes, apart))
+    assert len({tuple(batch) for batch in apart}) == len(apart)  # each epoch has its own order
+    assert any(map(clashes, batches(None)))
+
+
+def test_evaluation_rows_keep_their_own_sampler(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    model = make_student()
+    trainer = PumaTrainer(
+        model=model,
+        args=make_arguments(per_device_eval_batch_size=8),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(8)),
+        loss=MultimodalMACLoss(model),
+        positives=POSITIVES,
+    )
+    train_sampler: Any = trainer.get_train_dataloader().batch_sampler
+    eval_sampler: Any = trainer.get_eval_dataloader().batch_sampler
+    assert isinstance(train_sampler, DistinctPositivesBatchSampler)
+    assert not isinstance(eval_sampler, DistinctPositivesBatchSampler)
+    assert sorted(row for batch in eval_sampler for row in batch) == list(range(8))
+
+
+def test_positives_must_fit(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    model = make_student()
+    arguments = {"model": model, "args": make_arguments(), "loss": MultimodalMACLoss(model)}
+    with pytest.raises(ValueError, match=r"positives has 3 rows and train_dataset is a Dataset of 16\. Pass one list"):
+        PumaTrainer(**arguments, train_dataset=pairs, positives=POSITIVES[:3])
+    several = DatasetDict(one=pairs, other=pairs)
+    with pytest.raises(
+        ValueError, match=r"train_dataset is a DatasetDict of others\. Pass one list of ids per row of one"
+    ):
+        PumaTrainer(**arguments, train_dataset=several, positives=POSITIVES)
+
+
+def test_arguments_are_saved_and_checkpoints_know_their_base(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
+) -> None:
+    model = make_student()
+    trainer = PumaTrainer(
+        model,
+        make_arguments(max_steps=1, save_strategy="steps", save_steps=1),
+        train_dataset=pairs,
+        loss=MultimodalMACLoss(model),
+        positives=POSITIVES,
+    )
+    trainer.train()
+    assert pickle.loads(pickle.dumps(trainer.args)).learning_rate == 1e-2
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert saved.learning_rate == 1e-2
+    assert (checkpoint / BASE_FILE).is_file()
+
+
+def test_one_process_takes_one_gpu(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
+    arguments = make_arguments()
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match=r"sees 2 GPUs, .*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        PumaTrainer(model=make_student(), args=arguments, train_dataset=pairs)
+
+
+def test_other_models_are_saved_without_a_note_of_their_base(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
+) -> None:
+    """MAC-Loss takes modality ids as labels from any SentenceTransformer."""
+    model = make_student()
+    model[0].model.config.model_type = "another"
+    arguments = make_arguments(max_steps=1, save_strategy="steps", save_steps=1)
+    PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)).train()
+    checkpoint = Path(arguments.output_dir) / "checkpoint-1"
+    assert checkpoint.is_dir()
+    assert not (checkpoint / BASE_FILE).exists()
+
+
+# --- epochs
+
+
+def test_a_resumed_epoch_is_shared_out_in_its_own_order(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate wraps the sampler twice then, and the epoch must get through to it."""
+    model = make_student()
+    loss = MultimodalMACLoss(model)
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=pairs, loss=loss, positives=POSITIVES)
+    options = {"num_processes": 2, "process_index": 1, "even_batches": False, "put_on_device": False}
+    monkeypatch.setattr(trainer.accelerator, "prepare", lambda loader: prepare_data_loader(loader, **options))
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(1)
+    second = list(loader.batch_sampler)
+    loader.set_epoch(0)
+    first = list(loader.batch_sampler)
+    assert first != second
+    resumed: Any = skip_first_batches(loader, 1)
+    resumed.batch_sampler.batch_sampler.set_epoch(1)  # as the trainer reaches for it
+    assert list(resumed.batch_sampler) == second[1:]
+
+
+def test_what_an_early_end_of_an_epoch_leaves_over_is_dropped(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    """Gradients of an accumulation that was not completed are in no checkpoint."""
+    left: list[bool] = []
+
+    class Watching(PumaTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            left.append(any(parameter.grad is not None for parameter in self.model.parameters()))
+            return super().training_step(*args, **kwargs)
+
+    positives = [["common"] if row < 6 else [str(row)] for row in range(ROWS)]  # three batches of four
+    model = make_student()
+    arguments = make_arguments(
+        max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2, dataloader_drop_last=True
+    )
+    trainer = Watching(
+        model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model), positives=positives
+    )
+    assert len(list(trainer.get_train_dataloader().batch_sampler)) % 2 == 1
+    trainer.train()
+    assert left[::3] == [False, False]  # at the first batch of each epoch
+
+
+# --- streams, and datasets of structs
+
+
+@pytest.fixture
+def captions(tmp_path: Path, images: list[Image.Image]) -> Dataset:
+    """Texts, and pictures of several sizes."""
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    cell = {"text": Value("string"), "image": Value("string")}
+    anchors = [{"text": f"query {row}", "image": None} for row in range(ROWS)]
+    positives = [{"text": None, "image": str(tmp_path / f"{row % len(images)}.png")} for row in range(ROWS)]
+    return Dataset.from_dict({"anchor": anchors, "positive": positives}, Features(anchor=cell, positive=cell))
+
+
+def test_a_stream_of_pictures_trains_and_evaluates_like_a_dataset(
+    make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset
+) -> None:
+    model = make_student()
+    stream = captions.to_iterable_dataset()
+    arguments = make_arguments(max_steps=2, per_device_eval_batch_size=ROWS)
+    trainer = PumaTrainer(model=model, args=arguments, train_dataset=stream, loss=MultimodalMACLoss(model))
+    of_rows, of_stream = (trainer.evaluate(dataset)["eval_loss"] for dataset in (captions, stream))
+    assert of_stream == pytest.approx(of_rows, abs=1e-4)
+    assert of_rows > 0.1
+    assert trainer.train().global_step == 2
+
+
+def test_processes_share_a_stream_out(
+    make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_student()
+    stream, loss = captions.to_iterable_dataset(), MultimodalMACLoss(model)
+    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=stream, loss=loss)
+    dispatched = trainer.accelerator.dispatch_batches
+    collate: Any = trainer.data_collator
+    trainer.data_collator = lambda rows: (rows, collate(rows))  # type: ignore[assignment]
+    shares: list[list[str]] = []
+    for rank in range(2):
+        options: dict[str, Any] = {"num_processes": 2, "process_index": rank, "put_on_device": False}
+        prepare = partial(prepare_data_loader, dispatch_batches=dispatched, **options)
+        monkeypatch.setattr(trainer.accelerator, "prepare", prepare)
+        shares.append([row["anchor"]["text"] for rows, _ in trainer.get_train_dataloader() for row in rows])
+    assert sorted(shares[0] + shares[1]) == sorted(row["text"] for row in captions["anchor"])
+    # Who asks for one process that reads for all, gets it.
+    arguments = make_arguments(accelerator_config={"dispatch_batches": True})
+    assert PumaTrainer(model=model, args=arguments, train_dataset=stream, loss=loss).accelerator.dispatch_batches
+
+
+@pytest.mark.parametrize("prompts", [None, {"one": {"anchor": "Find it."}, "other": "Describe it."}])
+def test_several_datasets_of_structs(
+    prompts: Any, make_student: MakeStudent, make_arguments: MakeArguments, captions: Dataset
+) -> None:
+    model = make_student()
+    loss = MultimodalMACLoss(model)
+    trainer = PumaTrainer(
+        model=model,
+        args=make_arguments(max_steps=2, prompts=prompts),
+        train_dataset=DatasetDict(one=captions, other=captions),
+        loss=loss if prompts else {"one": loss, "other": MultimodalMACLoss(model)},
+    )
+    assert trainer.train().global_step == 2
+    assert model.model_card_data.widget == []
+
+
+class BreakingLoss(nn.Module):
+    """InfoNCE whose n-th call breaks."""
+
+    def __init__(self, model: nn.Module, call: int, value: float, gradient_only: bool = False) -> None:
+        super().__init__()
+        self.loss = MultipleNegativesRankingLoss(model)
+        self.call, self.value, self.gradient_only = call, value, gradient_only
+
+    def forward(self, features: Any, labels: Tensor | None = None) -> Tensor:
+        loss: Tensor = self.loss(features, labels)
+        self.call -= 1
+        if self.call != 0:
+            return loss
+        if self.gradient_only:  # the root of 0 is 0, its derivative infinite
+            return loss + (loss - loss.detach()).sqrt()
+        return loss * self.value
+
+
+@pytest.fixture
+def breaking(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> Any:
+    """A trainer of which the n-th batch breaks."""
+
+    def make(call: int, value: float = math.nan, *, gradient_only: bool = False, **changes: Any) -> PumaTrainer:
+        model = make_student()
+        loss = BreakingLoss(model, call, value, gradient_only)
+        return PumaTrainer(model=model, args=make_arguments(**changes), train_dataset=pairs, loss=loss)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("call", "changes"),
+    [
+        (4, {"value": math.nan}),
+        (4, {"value": -math.inf}),
+        (4, {"gradient_only": True}),
+        (4, {"value": math.nan, "max_grad_norm": 0.0}),
+        (7, {"value": math.nan, "gradient_accumulation_steps": 2}),  # in the first batch of the fourth step
+    ],
+)
+def test_what_is_not_finite_stops_before_the_step(
+    call: int, changes: dict[str, Any], breaking: Any, tmp_path: Any
+) -> None:
+    """The weights are those of the step before, and there is a checkpoint to go on from."""
+    trainer = breaking(call, **changes, save_strategy="steps", save_steps=1)
+    message = (
+        r"^The gradients of optimizer step 4, in epoch \d\.\d+, are not finite\. The step was not done: .* last "
+        r"whole checkpoint is '.*checkpoint-3'\. .*lower learning_rate .*bfloat16"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    saved = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    held = {name.replace(".default", ""): weight for name, weight in puma_model(trainer.model).named_parameters()}
+    found = [torch.equal(tensor, held[name.removeprefix("base_model.model.")]) for name, tensor in saved.items()]
+    assert all(found)
+    assert len(found) == len(saved) > 20
+    goes_on = breaking(99, **{**changes, "value": 1.0}, save_strategy="steps", save_steps=1)
+    goes_on.train(resume_from_checkpoint=True)
+    assert goes_on.state.global_step == 4
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_weights_that_a_step_has_spoilt_are_not_saved(max_grad_norm: float, breaking: Any) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
+    trainer = breaking(99, learning_rate=1e30, max_grad_norm=max_grad_norm, **changes)
+    message = (
+        r"^Optimizer step 2 has left weights .* too large .* last whole checkpoint is '.*checkpoint-1'\. .*max_grad"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_weights_are_looked_at(value: float, breaking: Any) -> None:
+    trainer = breaking(99)
+    check_weights(trainer.model, trainer.args, trainer.state)
+    trained = [tensor for tensor in trainer.model.parameters() if tensor.requires_grad]
+    trained[3].data.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=r"step 0 has left weights .* so they are not saved\. Train with a lower"):
+        check_weights(trainer.model, trainer.args, trainer.state)
+
+
+@pytest.mark.parametrize("key", [None, "queries"])
+def test_an_empty_dataset_is_refused(
+    key: str | None, make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    model = make_student()
+    empty = pairs.select([])
+    dataset = empty if key is None else DatasetDict({"full": pairs, key: empty})
+    name = "train_dataset" if key is None else r"train_dataset\['queries'\]"
+    with pytest.raises(ValueError, match=rf"^{name} has no rows\. .*the split and the filters"):
+        PumaTrainer(model=model, args=make_arguments(), train_dataset=dataset, loss=MultimodalMACLoss(model))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (ROWS, 1)])
+def test_rows_that_never_have_a_negative_are_refused(
+    rows: int,
+    batch_size: int,
+    wrapped: bool,
+    make_student: MakeStudent,
+    make_arguments: MakeArguments,
+    pairs: Dataset,
+) -> None:
+    model = make_student()
+    loss: nn.Module = MatryoshkaLoss(model, MultimodalMACLoss(model), [32]) if wrapped else MultimodalMACLoss(model)
+    arguments = make_arguments(per_device_train_batch_size=batch_size)
+    few = pairs.select(range(rows))
+    message = rf"^train_dataset has {rows} row\(s\), batches have {batch_size} and .*MultimodalMACLoss .* always be 0"
+    with pytest.raises(ValueError, match=message):
+        PumaTrainer(model=model, args=arguments, train_dataset=few, loss=loss)
+    # A column of negatives helps, and so does a loss that needs none.
+    negatives = few.add_column("negative_1", ["pear"] * rows)
+    PumaTrainer(model=model, args=arguments, train_dataset=negatives, loss=loss)
+    PumaTrainer(model=model, args=arguments, train_dataset=few, loss=nn.Identity())
+
+
+def test_negatives_of_other_devices_count(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_student()
+    arguments = make_arguments(per_device_train_batch_size=1)
+    monkeypatch.setattr(type(arguments), "world_size", 2)
+    PumaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        loss=MultimodalMACLoss(model, gather_across_devices=True),
+    )
+    with pytest.raises(ValueError, match="batches have 1"):
+        PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_that_could_only_be_zero_is_refused(
+    several: bool, make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
+) -> None:
+    model = make_student()
+    loss = MultimodalMACLoss(model)
+    held_out: Any = DatasetDict(one=pairs) if several else pairs
+    settings = {"model": model, "train_dataset": pairs if not several else held_out, "loss": loss}
+    settings["loss"] = {"one": loss} if several else loss
+    arguments = make_arguments(per_device_eval_batch_size=1)
+    name = r"eval_dataset\['one'\]" if several else "eval_dataset"
+    message = rf"^{name} has 16 row\(s\), batches have 1 and .*negatives\.$"
+    with pytest.raises(ValueError, match=message):
+        PumaTrainer(**settings, args=arguments, eval_dataset=held_out)
+    trainer = PumaTrainer(**settings, args=arguments)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(held_out)
+    if not several:
+        with pytest.raises(ValueError, match=r"^eval_dataset has a stream of row\(s\), batches have 1 and"):
+            trainer.evaluate(pairs.to_iterable_dataset())
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_saved_whole(make_student: MakeStudent, mesh: DeviceMesh, tmp_path: Path) -> None:
+    model = make_student(disturbed=True)
+    model.save_pretrained(str(tmp_path / "before"))
+    backbone: Any = puma_model(model)
+    for layer in backbone.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in backbone.parameters())
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        model.save_pretrained(str(tmp_path / "parts"))
+    with whole_weights(model):
+        model.save_pretrained(str(tmp_path / "after"))
+    assert "state_dict" not in vars(backbone)
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_whole_model_is_left_alone(make_student: MakeStudent) -> None:
+    model = make_student()
+    with whole_weights(model):
+        assert "state_dict" not in vars(puma_model(model))
