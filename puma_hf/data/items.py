@@ -20,17 +20,7 @@ import numpy as np
 
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
-from puma_hf.data.mbeir import (
-    MBEIR,
-    MBEIRTask,
-    Pool,
-    Query,
-    check_is_file,
-    is_mbeir,
-    parse_candidate,
-    seeded_random,
-    select_tasks,
-)
+from puma_hf.data.mbeir import MBEIR, Pool, Query, check_is_file, is_mbeir, parse_candidate, seeded_random
 from puma_hf.data.records import (
     COLUMNS,
     Line,
@@ -45,6 +35,7 @@ from puma_hf.data.records import (
     read_lines,
     wrong,
 )
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.fingerprint import image_content
 from puma_hf.settings import cut, is_unicode, shown
 

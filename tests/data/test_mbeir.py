@@ -16,7 +16,8 @@ from puma_hf.data import (
     MBEIRTask,
     Query,
 )
-from puma_hf.data.mbeir import read_instructions, read_origin, read_qrels, select_tasks
+from puma_hf.data.mbeir import read_instructions, read_origin, read_qrels
+from puma_hf.data.tasks import select_tasks
 from tests.data import mbeir_builder as builder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in builder.MODALITIES]
@@ -140,7 +141,7 @@ def test_splits_and_tasks_that_are_not_there(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the splits here are \['test', 'train', 'union_train'\]"):
         MBEIR(root).tasks("val")
     builder.query_path(root, 1, "test").rename(root / "query" / "test" / "mbeir_toys_task5_test.jsonl")
-    with pytest.raises(MBEIRFormatError, match=r"task 5 is not one of M-BEIR's \[0, 1, 2, 3, 4, 6, 7, 8\]"):
+    with pytest.raises(ValueError, match=r"task 5 is not one of M-BEIR's \[0, 1, 2, 3, 4, 6, 7, 8\]"):
         MBEIR(root).tasks()
 
 
@@ -254,7 +255,7 @@ def test_instructions(tmp_path: Path) -> None:
         ("text\timage\tToys\t3\t\t", "expected query modality, candidate modality, dataset name"),
         ("text\timage\tToys\tthree\tFind it.", "expected query modality"),
         ("text\timage", "expected query modality"),
-        ("text\ttext\tToys\t3\tAgain.", r"instruction key \(3, 'text', 'text'\) was already given"),
+        ("text\ttext\tToys\t3\tAgain.", "expected .* one row of each kind"),
     ],
 )
 def test_broken_instructions(tmp_path: Path, row: str, message: str) -> None:

@@ -256,7 +256,7 @@ def test_a_did_that_means_two_things(root: Path, copies: Path, cache: Path) -> N
 
     shutil.rmtree(copies / "mbeir_toys_task7")
     write_copy(root, copies, 7, change=clash)
-    with pytest.raises(MBEIRFormatError, match=r"did '11:100' was already given for something else"):
+    with pytest.raises(MBEIRFormatError, match=r"did '11:100' of toys_task\d was already given for something else"):
         open_mbeir(copies, cache_dir=cache)
     assert not [path for path in (cache / "datasets").iterdir() if path.is_dir()]
 
@@ -302,16 +302,18 @@ def task(number: int) -> MBEIRTask:
     return MBEIRTask(number, builder.DATASET)
 
 
-def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path, cache: Path) -> None:
+def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path) -> None:
     folder = write_copy(root, tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match=r"queries has no split 'val', only \['test'\]\. Ask for one"):
-        mbeir_hub.find_copy(folder, task(1), "val")
+    with pytest.raises(
+        FileNotFoundError, match=r"queries of the split 'val' there are no files, only \['test'\]\. Ask"
+    ):
+        mbeir_hub.copy_files(folder, "queries", "val")
     (folder / "corpus" / "corpus-00001-of-00002.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 2 files of its corpus are there\. .* interrupted: run"):
-        mbeir_hub.find_copy(folder, task(1))
+    with pytest.raises(FileNotFoundError, match=r"of the corpus .* there are 1 of 2 files\. .* interrupted: run"):
+        mbeir_hub.copy_files(folder, "corpus", "test")
     shutil.rmtree(folder / "corpus")
-    with pytest.raises(FileNotFoundError, match=r"no Parquet files of corpus\. If it was downloaded, .*interrupted"):
-        mbeir_hub.find_copy(folder, task(1))
+    with pytest.raises(FileNotFoundError, match=r"of the corpus .* no files, only \[\]\. .*interrupted"):
+        mbeir_hub.copy_files(folder, "corpus", "test")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -348,7 +350,7 @@ def set_row(table: int, row: int, **values: Any) -> Change:
 @pytest.mark.parametrize(
     ("number", "change", "message"),
     [
-        (1, set_row(0, 1, id="11:100"), r"did '11:100' was already given for something else"),
+        (1, set_row(0, 1, id="11:100"), r"did '11:100' of toys_task\d was already given for something else"),
         (1, set_row(1, 1, id="11:1100"), r"line 2: qid '11:1100' is also on line 1"),
         (1, set_row(0, 1, id="a b"), r"line 2: did must look like '<dataset_id>:<number>', got"),
         (1, set_row(0, 1, modality="image"), "line 2: modality is 'image' but the line holds text"),
@@ -380,5 +382,6 @@ def test_a_struct_of_nothing_is_no_image(root: Path, tmp_path: Path) -> None:
 def test_a_missing_column(root: Path, tmp_path: Path) -> None:
     path = write_copy(root, tmp_path, 1) / "qrels/test-00000-of-00001.parquet"
     parquet.write_table(parquet.read_table(path).drop_columns("score"), path)
-    with pytest.raises(MBEIRFormatError, match=rf"{path}: no column score or relevance, only .*query-id"):
-        mbeir_hub.import_copy(mbeir_hub.find_copy(path.parents[1], task(1)), tmp_path / "to", tmp_path, "test", None)
+    shutil.copy(builder.instructions_path(root), path.parents[1])
+    with pytest.raises(MBEIRFormatError, match=rf"{path}: no column score, only \['query-id', 'corpus-id'\]"):
+        open_mbeir(path.parents[1], cache_dir=tmp_path / "to")

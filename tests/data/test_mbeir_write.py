@@ -19,7 +19,7 @@ from puma_hf.data import (
     mbeir_write,
     write_mbeir,
 )
-from puma_hf.data.mbeir_write import make_folder, query_record
+from puma_hf.data.mbeir_write import make_folder, record_line
 from tests.data import mbeir_builder as builder
 from tests.data.photos import make_photos, write_captions
 
@@ -83,7 +83,7 @@ def test_who_comes_at_the_same_time_waits(tmp_path: Path) -> None:
 
 def test_candidates_outside_the_pool_are_left_out(root: Path) -> None:
     query = MBEIR(root).queries(MBEIR(root).tasks()[1])[1]
-    record = query_record(query, root, {"11:102", "11:104"})
+    record = record_line(query, root, {"11:102", "11:104"})
     assert (record["pos_cand_list"], record["neg_cand_list"]) == (["11:102"], ["11:104"])
 
 
