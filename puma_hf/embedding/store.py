@@ -263,10 +263,11 @@ class EmbeddingStore:
                 self.embedding_dim = dim
                 return torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
         except _DAMAGES as error:
-            reason = f"is cut or spoiled ({error})"
+            reason = f"is cut or spoiled ({error.__cause__ or error})"
         if name not in self._refused:
             self._refused.add(name)
-            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", self.folder / name, reason)
+            path = self.folder / f"{name}.{self.settings['file_format']}"
+            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", path, reason)
         return None
 
     def _read(self, name: str, places: Tensor) -> Tensor:
