@@ -194,7 +194,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mistakes = {
-        f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 is outside",
+        f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 must be an integer from 1 to 4",
         f"prune {qwen_dir} out --keep-layers 0,9": "keep_layers='0,9' must be rising numbers from 0 to 3",
         f"prune {qwen_dir} out --num-kept-layers 2 --reading gme": "reading='gme' is not known here",
         f"prune {qwen_dir} out --num-kept-layers 2 --max-pixels all": "max_pixels='all' must be a whole number, or",
