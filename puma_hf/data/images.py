@@ -110,32 +110,26 @@ class Images:
             MBEIRFormatError: If the value is no path, or one that leaves the folder.
         """
         content = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(content, bytes):
-            return self._save(content, where)
         path = value.get("path") if isinstance(value, dict) else value
-        if not isinstance(path, str):
-            raise wrong(where, f"image is {shown(value)}, must be the path of a file, or null.", "image refused")
-        full = self.find(path, where)
-        if full not in self.sizes:
-            self.sizes[full] = image_header(full, f"{where}: {full!r}", decode=self._decode)[0]
-        return full
-
-    def _save(self, content: bytes, where: str) -> str:
-        """The path of a file with the bytes of an image, named by their hash."""
-        if self._save_to is None:
+        if isinstance(content, bytes) and self._save_to is None:
             remedy = "Save the images to a folder (load_pairs: images_to=FOLDER, --images-to), and name that."
             raise InsideImageError(f"{where}: the image is inside the dataset, must be the path of a file. {remedy}")
-        name = f"{where}: the image inside ({len(content)} bytes)"
-        size, kind = image_header(content, name, decode=self._decode)
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        path = Path(os.path.abspath(self._save_to), f"{digest}.{kind.lower()}")
-        if not self._dry and not path.is_file():
-            write_whole(path, content, sync=False)
-        self.sizes[str(path)] = size
-        return str(path)
+        if isinstance(content, bytes):
+            size, kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", self._decode)
+            name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind.lower()}"
+            full = os.path.abspath(os.path.join(str(self._save_to), name))
+            if not self._dry and not os.path.isfile(full):
+                write_whole(Path(full), content, sync=False)
+        elif isinstance(path, str):
+            full = self.find(path, where)
+            size = self.sizes.get(full) or image_header(full, f"{where}: {full!r}", self._decode)[0]
+        else:
+            raise wrong(where, f"image is {shown(value)}, must be the path of a file, or null.", "image refused")
+        self.sizes[full] = size
+        return full
 
 
-def image_header(source: str | bytes, name: str, *, decode: bool = False) -> tuple[tuple[int, int], str]:
+def image_header(source: str | bytes, name: str, decode: bool = False) -> tuple[tuple[int, int], str]:
     """Width and height of an image, and its format; a BrokenImageError if a model could not take it."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:

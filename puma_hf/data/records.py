@@ -11,8 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import datasets
 import pyarrow  # type: ignore[import-untyped]
@@ -35,7 +34,6 @@ _ROWS_AT_ONCE = 64  # of a Parquet file; an image inside has up to some megabyte
 _BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _MOST_CHARACTERS = 2**24  # of a cell; Python's own limit is 131,072
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -151,12 +149,10 @@ class Problems:
         if len(self.first[kind]) < SHOWN:
             self.first[kind].append(str(error))
 
-    def attempt(
-        self, read: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result | None:
+    def attempt(self, read: Callable[..., Result], *args: Any) -> Result | None:
         """What a function returns, or None if it found something wrong, which is counted."""
         try:
-            return read(*args, **kwargs)
+            return read(*args)
         except (MBEIRFormatError, FileNotFoundError) as error:
             self.add(error)
             return None
@@ -164,18 +160,15 @@ class Problems:
     def __enter__(self) -> Problems:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None and self:
             raise self.report()
 
     def report(self) -> Exception:
         """The error that tells of all of them; there must be one."""
-        if (total := self.counts.total()) == 1:
-            return self._quoted[0]
-        message = f"{self.path}: {total} problems ({self}){self.quotes()}"
-        return FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
+        message = f"{self.path}: {self.counts.total()} problems ({self}){self.quotes()}"
+        several = FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
+        return self._quoted[0] if self.counts.total() == 1 else several
 
     def quotes(self) -> str:
         """The first of them, a line each."""
@@ -328,11 +321,10 @@ def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = _different(file.schema_arrow.names, path)
             wanted = [name for name in names if only is None or name in only]
-            rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None) for row in _rows(batch))
-            for number, row in enumerate(rows, start=1):
+            batches = file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
+            for number, row in enumerate((row for batch in batches for row in _rows(batch)), start=1):
                 where = f"{path}, row {number}"
-                is_row = isinstance(row, dict)
-                yield Line(where, row) if is_row else _bad(where, f"a cell cannot be read ({row})", "broken line")
+                yield Line(where, row) if isinstance(row, dict) else _bad(where, f"a cell cannot be read ({row})")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -343,8 +335,7 @@ def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
 def _rows(batch: Any) -> list[Any]:
     """The rows of a batch; in the place of one that Python cannot hold (no UTF-8, an odd date) what is wrong."""
     try:
-        rows: list[Any] = batch.to_pylist()
-        return rows
+        return list(batch.to_pylist())
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             return [cut(str(error))]

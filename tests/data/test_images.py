@@ -77,16 +77,6 @@ def test_links_may_stay_inside_and_what_is_missing_may_be_so(folder: Path) -> No
             images.find(name, "here", may_be_missing=True)
 
 
-def test_more_pixels_than_pillow_decodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)
-    Images(folder).read("a.png", "line 2")
-    # Up to twice the limit Pillow only warns.
-    with pytest.raises(BrokenImageError, match=r"b\.png' has 10 x 5 pixels; at most 49 in all"):
-        Images(folder).read("deep/b.png", "line 2")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    Images(folder).read("deep/b.png", "line 2")
-
-
 def test_damage_behind_the_header_is_found_by_decoding(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
     assert Images(folder).read("cut.png", "line 2")

@@ -16,7 +16,7 @@ from puma_hf.data import (
     MBEIRTask,
     Query,
 )
-from puma_hf.data.mbeir import read_instructions, read_origin, read_qrels
+from puma_hf.data.mbeir import read_instructions, read_qrels
 from puma_hf.data.tasks import select_tasks
 from tests.data import mbeir_builder as builder
 
@@ -37,19 +37,6 @@ def test_tables_are_m_beirs() -> None:
         set(MBEIR_DATASET_IDS),
         set(TASK_MODALITIES),
     )
-
-
-@pytest.mark.parametrize(
-    ("task", "name", "arrow", "k"),
-    [
-        (MBEIRTask(0, "fashion200k"), "fashion200k_task0", "t -> i", 10),
-        (MBEIRTask(7, "fashioniq"), "fashioniq_task7", "it -> i", 10),
-        (MBEIRTask(2, "webqa"), "webqa_task2", "t -> it", 5),
-    ],
-)
-def test_task_names_itself(task: MBEIRTask, name: str, arrow: str, k: int) -> None:
-    assert (task.name, task.arrow, task.reported_k) == (name, arrow, k)
-    assert (task.query_modality, task.candidate_modality) == builder.MODALITIES[task.task_id]
 
 
 def test_select_tasks() -> None:
@@ -120,21 +107,6 @@ def test_validation_shares_the_pool_of_the_test_split(root: Path) -> None:
     builder.global_pool_path(root, "train").unlink()
     with pytest.raises(FileNotFoundError, match=r"mbeir_union_train_cand_pool\.jsonl is missing; M-BEIR's layout"):
         data.global_pool("train")
-
-
-def test_union_file_may_repeat_a_query(root: Path) -> None:
-    queries = MBEIR(root).union_queries()
-    assert len(queries) == len(TASKS) * builder.NUM_QUERIES + 1
-    assert queries[0] == queries[-1]
-    assert (queries[0].line, queries[-1].line) == (1, len(queries))
-
-
-def test_images_may_be_elsewhere(root: Path, tmp_path: Path) -> None:
-    (root / "images").rename(tmp_path / "images")
-    with pytest.raises(FileNotFoundError, match=r"task0_test_cand_pool\.jsonl, line 1: image 'images/c0_0\.png'"):
-        MBEIR(root).local_pool(TASKS[0])
-    image = MBEIR(root, image_root=tmp_path).local_pool(TASKS[0])["11:0"].image
-    assert image == str((tmp_path / "images" / "c0_0.png").resolve())
 
 
 def test_splits_and_tasks_that_are_not_there(root: Path) -> None:
@@ -303,10 +275,3 @@ def test_broken_qrels(tmp_path: Path, line: str, message: str) -> None:
     path.write_bytes(b"5:1 0 5:7 1 6\n5:1 0 \xff")
     with pytest.raises(MBEIRFormatError, match=r"line 2: expected 'qid 0 did .*; the file ends in the middle of this"):
         read_qrels(path, {"5:1"}, {"5:7"})
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"image_root": "."}', '{"image_root": 3, "settings": {}}'])
-def test_a_broken_description(tmp_path: Path, text: str) -> None:
-    (tmp_path / "nano.json").write_text(text)
-    with pytest.raises(MBEIRFormatError, match=r"nano\.json: it does not say what the folder holds .* build it anew"):
-        read_origin(tmp_path)

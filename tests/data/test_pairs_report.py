@@ -48,37 +48,6 @@ def test_a_clean_source(folder: Path) -> None:
     )
 
 
-def test_everything_is_looked_at(folder: Path) -> None:
-    rows = [("none.png", "x"), ("a.png", "red"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", " ")]
-    table = write_captions(folder, [*rows, ("", "x"), *((f"{number}.png", "x") for number in range(6))])
-    report = check_pairs(table)
-    assert not report.ok
-    assert kinds(report) == {
-        "image missing": 7,
-        "image broken": 1,
-        "image refused": 1,
-        "anchor missing": 1,
-        "positive missing": 1,
-    }
-    assert (report.num_rows, report.num_rows_left_out, report.num_pairs) == (12, 11, 1)
-    page = str(report)
-    assert "  rows       12, of which 11 cannot be used\n" in page
-    assert f"Cannot be used:\n  7 x image missing\n    {table}, line 2: image 'none.png' is not a file" in page
-    assert page.count("is not a file below") == 5
-    assert page.endswith("Mend these rows, or leave them out (--bad-pairs drop).")
-    # What it counts is what load_pairs leaves out.
-    with pytest.raises(ValueError, match=r"11 of 12 rows cannot be used: image missing: 7"):
-        load_pairs(table)
-    assert len(load_pairs(table, on_error="drop")) == report.num_pairs
-
-
-def test_nothing_to_train_on(folder: Path) -> None:
-    report = check_pairs(write_captions(folder, {"none.png": "x"}))
-    assert not report.ok
-    assert str(report).endswith("No row can be trained on: mend them.")
-    assert (report.image_widths, report.text_lengths) == (None, {})
-
-
 def test_what_is_worth_a_look(tmp_path: Path) -> None:
     header = ["anchor", "positive", "negative_1"]
     rows = [
@@ -100,21 +69,6 @@ def test_what_is_worth_a_look(tmp_path: Path) -> None:
     }
     assert "\n  1 x pair given again\n" in str(report)
     assert str(report).endswith("All rows can be trained on.")
-
-
-def test_copies_of_an_image_are_one(folder: Path) -> None:
-    rows = [("a.png", "red"), ("copy of a.png", "red"), ("deep/b.png", "x" * 70)]
-    report = check_pairs(write_captions(folder, rows), direction="image-to-text")
-    assert kinds(report) == {"pair given again": 1}
-
-
-def test_decoding_finds_more(folder: Path) -> None:
-    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
-    table = write_captions(folder, {"cut.png": "red", "a.png": "red"})
-    assert check_pairs(table).ok
-    report = check_pairs(table, decode=True)
-    assert kinds(report) == {"image broken": 1}
-    assert "1 files (decoded)" in str(report)
 
 
 # --- the command's function
