@@ -1,13 +1,14 @@
-"""Embed inputs of any modality: planned batches, prepared ahead of the device, broken inputs by name."""
+"""Embed many inputs of any modality: prepared ahead of the device, broken ones by name, a corpus as a stream."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, get_args
@@ -17,31 +18,63 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig, OnError, Precision
-from puma_hf.embedding.batches import WINDOW, plan_batches
-from puma_hf.embedding.device import Rows, Runner
-from puma_hf.embedding.features import take
-from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_tokens
-from puma_hf.embedding.measure import Measure, Rates
-from puma_hf.embedding.records import Record
-from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+from puma_hf.data.records import Record
+from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepared
+from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["WINDOW", "embed", "embed_records", "embedding_dim", "iterate_embeddings", "quantize", "ranges_of"]
-
-# Tokens of a batch by default. A GPU is busy only with many; a CPU is with few, and its caches hold no more.
-CUDA_BATCH_TOKENS = 16_384
-CPU_BATCH_TOKENS = 2_048
 _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
-_LETTERS = "abcdefghijklmnop"
+_IN_FLIGHT = 2  # chunks on a GPU
 _SHOWN = 3
 _SCALED = ("int8", "uint8")
 _PLACE = re.compile(r"^inputs\[\d+\]: ")  # which says nothing to who knows ids
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Embeddings, in the order of the inputs.
+
+    Args:
+        embeddings: `(num_rows, embedding_dim)`; for binary precisions one eighth of it.
+        indices: `(num_rows,)`, int64: the input that each row belongs to.
+        errors: Inputs that are broken, by index.
+    """
+
+    embeddings: NDArray[Any]
+    indices: NDArray[Any]
+    errors: tuple[BrokenInput, ...] = ()
+
+
+class BrokenInputError(ValueError):
+    """An input cannot be embedded.
+
+    Args:
+        broken: The input.
+        done: What was embedded before, by `embed`; None from `iterate_embeddings`, which has yielded it.
+    """
+
+    def __init__(self, broken: BrokenInput, done: EmbedResult | None = None) -> None:
+        super().__init__(broken, done)
+        self.broken, self.done = broken, done
+
+    @property
+    def index(self) -> int:
+        """Position of the broken input in the inputs."""
+        return self.broken.index
+
+    def __str__(self) -> str:
+        reason = self.broken.message.rstrip(".")
+        return (
+            f"{reason}. Repair or remove this input, or pass on_error='skip' to leave out what is broken, 'zero' to "
+            "have zeros in its place."
+        )
 
 
 def embed(
@@ -63,8 +96,7 @@ def embed(
 ) -> EmbedResult:
     """Embed a list of inputs: the rows of `model.encode`, sooner.
 
-    Batches are sorted by length and cut at a budget of tokens, texts and images together. Worker processes load,
-    decode and tokenise ahead of the device, and memory grows with the result alone.
+    Worker processes load, decode and tokenise ahead of the device, and memory grows with the result alone.
 
     Args:
         model: A PUMA model as a `SentenceTransformer`. It is switched to evaluation mode.
@@ -205,81 +237,102 @@ def iterate_embeddings(
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
-    budget = max_batch_tokens or (CUDA_BATCH_TOKENS if on_cuda else CPU_BATCH_TOKENS)
     total = len(inputs) if isinstance(inputs, Sized) else None
     packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
-    measure = Measure(
-        packer.processor,
-        images_kwargs=packer.options["images_kwargs"],
-        max_length=packer.options["max_length"],
+    budget = max_batch_tokens or (CUDA_TOKENS if on_cuda else CPU_TOKENS)
+    if packer.layout is not None:
+        packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
+    image_processor = packer.processor.image_processor
+    size = {**dict(image_processor.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
+    guess = Guess(
+        pixels_per_token=(image_processor.patch_size * image_processor.merge_size) ** 2,
+        limits=(size["shortest_edge"], size["longest_edge"]),
         open_files=load is None,
     )
-    prepared = iterate_prepared(
-        plan_batches(inputs, measure, first_rates(packer), budget, sort=sort, padded=not packer.packing),
-        Preparer(packer, measure, budget, load, sort),
+    chunks = prepared(
+        plan(inputs, guess, budget, sort=sort, padded=packer.layout is None),
+        packer,
+        load,
         num_workers=default_num_workers(on_cuda, total) if num_workers is None else num_workers,
         pin_memory=on_cuda,
     )
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
-    runner = Runner(model.eval(), None if truncate_dim is None and model.truncate_dim is None else dim)
-    return _run(prepared, runner, _Broken(on_error, report, dim), progress)
+    computed = _computed(chunks, model.eval(), None if truncate_dim is None and model.truncate_dim is None else dim)
+    return _rows(computed, on_error, report, dim, progress)
 
 
-@dataclass(frozen=True)
-class _Broken:
-    """What to do about broken inputs."""
-
-    on_error: OnError
-    report: Callable[[BrokenInput], None] | None
-    dim: int
-
-    def rows(self, broken: Sequence[BrokenInput]) -> list[Rows]:
-        """Report them; their rows, if they have any."""
-        if broken and self.on_error == "raise":
-            raise BrokenInputError(broken[0])
-        for one in broken if self.report else ():
-            self.report(one)  # type: ignore[misc]
-        if not broken or self.on_error == "skip":
-            return []
-        return [(tuple(one.index for one in broken), torch.zeros(len(broken), self.dim))]
-
-
-def _run(
-    prepared: Generator[Prepared, None, None], runner: Runner, broken: _Broken, new_progress: Callable[[], Any]
+def _rows(
+    computed: Generator[tuple[Prepared, Tensor | None], None, None],
+    on_error: OnError,
+    report: Callable[[BrokenInput], None] | None,
+    dim: int,
+    new_progress: Callable[[], Any],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    with closing(prepared), new_progress() as progress:
-        for indices, embeddings in _all_rows(prepared, runner, broken, progress):
-            progress.update(len(indices))
-            yield torch.tensor(indices, dtype=torch.int64), embeddings
+    """Indices and rows of each chunk; then those of its broken inputs, if they have any."""
+    with closing(computed), new_progress() as progress:
+        for chunk, rows in computed:
+            if rows is not None:
+                progress.update(len(chunk.indices))
+                yield torch.tensor(chunk.indices), rows
+            if chunk.broken and on_error == "raise":
+                raise BrokenInputError(chunk.broken[0])
+            progress.update(len(chunk.broken))
+            for one in chunk.broken if report is not None else ():
+                report(one)  # type: ignore[misc]
+            if chunk.broken and on_error == "zero":
+                yield torch.tensor([one.index for one in chunk.broken]), torch.zeros(len(chunk.broken), dim)
 
 
-def _all_rows(prepared: Iterable[Prepared], runner: Runner, broken: _Broken, progress: Any) -> Iterator[Rows]:
-    for one in prepared:
-        for part in one.parts:
-            yield from runner.put(part.indices, part.batch)
-        if one.broken and broken.on_error == "raise":
-            yield from runner.take()
-        rows = broken.rows(one.broken)
-        progress.update(len(one.broken) - sum(len(indices) for indices, _ in rows))
-        yield from rows
-    yield from runner.take()
+def _computed(
+    chunks: Iterator[Prepared], model: Any, truncate_dim: int | None
+) -> Generator[tuple[Prepared, Tensor | None], None, None]:
+    """Float32 rows of each chunk, on the CPU.
 
-
-def first_rates(packer: Any) -> Rates:
-    """What every input costs besides its own content, as the packer counts it for some that share nothing else.
-
-    Raises:
-        ValueError: If the prompt or the settings allow no input at all.
+    On CUDA two chunks are on their way while the next is started, so that the device never waits for the host.
     """
+    waiting: deque[tuple[Prepared, Tensor | None, Any]] = deque()
+    device = torch.device(model.device)
+    with closing(chunks):  # type: ignore[type-var]  # a generator
+        for chunk in chunks:
+            rows = None if chunk.batch is None else _embed(model, chunk, device, truncate_dim)
+            waiting.append((chunk, *_copy_back(rows)))
+            while len(waiting) > (_IN_FLIGHT if device.type == "cuda" else 0):
+                yield _arrived(*waiting.popleft())
+        while waiting:
+            yield _arrived(*waiting.popleft())
+
+
+@torch.inference_mode()
+def _embed(model: Any, chunk: Prepared, device: torch.device, truncate_dim: int | None) -> Tensor:
     try:
-        features = packer.process(list(_LETTERS))
-    except ValueError as error:
-        raise ValueError(f"no input can be embedded with this prompt and these settings: {error}") from error
-    half = len(_LETTERS) // 2
-    few, many = (num_tokens(packer.pack(take(features, 0, count))) for count in (half, 2 * half))
-    return Rates(tokens_per_input=(many - few) / half - 1)
+        features = model[0].embed_batch(chunk.on(device))
+        for module in list(model)[1:]:
+            features = module(features)
+    except torch.OutOfMemoryError as error:
+        error.add_note("Lower max_batch_tokens.")
+        raise
+    rows: Tensor = features["sentence_embedding"].float()
+    return rows if truncate_dim is None else normalize(rows[:, :truncate_dim], dim=1)
+
+
+def _copy_back(rows: Tensor | None) -> tuple[Tensor | None, Any]:
+    """Rows in pinned memory, complete when the event has happened."""
+    if rows is None or rows.device.type != "cuda":
+        return None if rows is None else rows.cpu(), None
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(rows.device))  # by default that of the current device
+    return host, event
+
+
+def _arrived(chunk: Prepared, rows: Tensor | None, event: Any) -> tuple[Prepared, Tensor | None]:
+    if event is not None:
+        event.synchronize()
+    # A clone, made outside inference mode, is a tensor like any other; and pinned memory goes back, to be used again.
+    return chunk, None if rows is None else rows.clone()
 
 
 def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
@@ -304,7 +357,7 @@ def _not_a_list(inputs: Any) -> str:
 
 
 def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
-    if not (isinstance(model, torch.nn.Sequential) and len(model) and hasattr(model[0], "packer")):
+    if not is_puma(model):
         raise ValueError(
             f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
             "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
@@ -320,6 +373,12 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: i
             raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
+
+
+def is_puma(model: Any) -> bool:
+    """Whether a model is a PUMA as a `SentenceTransformer`, with the code of this version."""
+    is_ours = isinstance(model, torch.nn.Sequential) and len(model) > 0 and hasattr(model[0], "packer")
+    return is_ours and hasattr(model[0].packer(), "layout")
 
 
 def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:

@@ -19,8 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig
-from puma_hf.embedding.embed import WINDOW, embed_records, embedding_dim, quantize, ranges_of
-from puma_hf.embedding.records import Corpus, Record, open_corpus
+from puma_hf.data.items import Corpus, open_corpus
+from puma_hf.data.records import Record
+from puma_hf.embedding.embed import embed_records, embedding_dim, quantize, ranges_of
+from puma_hf.embedding.prepare import WINDOW
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
 from puma_hf.files import is_puma_directory, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name

@@ -80,7 +80,7 @@ class EmbeddingStore:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = EmbeddingStore(folder, {"model": "tiny"})
-        ...     store.add(torch.tensor([7, 3]), torch.eye(2))
+        ...     _ = store.add(torch.tensor([7, 3]), torch.eye(2))
         ...     store.refresh()
         ...     store.has(torch.tensor([3, 4])), store.rows(torch.tensor([3]))
         (tensor([ True, False]), tensor([[0., 1.]]))

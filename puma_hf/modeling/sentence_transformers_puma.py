@@ -166,7 +166,7 @@ class PumaTransformer(Transformer):
         device = self.model.device
         states = [packed_states(self.model, part, fast_path) for part in batch.to(device).parts]
         order = torch.tensor([row for part in batch.parts for row in part.rows]).argsort()
-        pooled = torch.cat(states)[order.to(device)]
+        pooled = torch.cat(states)[order.to(device, non_blocking=True)]  # else the host would wait here for all of it
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
 
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

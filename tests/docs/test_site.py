@@ -91,7 +91,7 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     names = {name.rpartition(".")[2] for name in listed}
     packages = [
         f"puma_hf.{name}"
-        for name in ("losses", "trainer", "data", "evaluation", "embedding", "search", "app", "modeling")
+        for name in ("losses", "trainer", "data", "evaluation", "embedding", "search", "modeling")
     ]
     public = {name for package in ("puma_hf", *packages) for name in import_module(package).__all__}
     assert public - names == {"__version__"}

@@ -4,7 +4,6 @@ import io
 import logging
 import multiprocessing
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from sentence_transformers.util import quantize_embeddings
 from torch import nn
 
 from puma_hf.embedding import embed as module
-from puma_hf.embedding.batches import plan_batches
-from puma_hf.embedding.embed import default_num_workers, embed, first_rates, iterate_embeddings
-from puma_hf.embedding.results import BrokenInput, BrokenInputError
+from puma_hf.embedding import prepare
+from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings
+from puma_hf.embedding.prepare import BrokenInput
 
 PROMPT = "Find an image that matches."
 
@@ -287,7 +286,7 @@ def test_the_users_loader(sentence_transformer: Any, images: list[Any]) -> None:
 
 
 def test_a_stream_is_not_read_to_its_end(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "plan_batches", partial(plan_batches, window=8))
+    monkeypatch.setattr(prepare, "WINDOW", 8)
     read = 0
 
     def stream() -> Iterator[str]:
@@ -316,7 +315,7 @@ def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inpu
         sentence_transformer,
         iter([*inputs[:5], "", *inputs[5:9]]),
         sort=False,
-        max_batch_tokens=300,
+        max_batch_tokens=60,
         on_error="zero",
         report=broken.append,
     )
@@ -357,21 +356,13 @@ def test_progress(
 # --- what costs what
 
 
-@pytest.mark.parametrize("prompt", [None, PROMPT])
-def test_the_first_rates_are_what_another_input_costs(sentence_transformer: Any, prompt: str | None) -> None:
-    packer = sentence_transformer[0].packer(prompt)
-    rate = first_rates(packer).tokens_per_input
-    texts = list("abcdefghijklmnopqrstuvwxyzABCDEF")
-    assert rate + 1 == pytest.approx((packer(texts).num_tokens - packer(texts[:16]).num_tokens) / 16, rel=0.1)
-
-
 def test_batches_fill_the_budget(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On average at least three quarters of it, and never more."""
     computed: list[int] = []
     real = sentence_transformer[0].embed_batch
 
     def embed_batch(batch: Any) -> Any:
-        computed.append(batch.num_tokens)
+        computed.extend(len(part.input_ids) for part in batch.parts)
         return real(batch)
 
     monkeypatch.setattr(sentence_transformer[0], "embed_batch", embed_batch)
@@ -423,8 +414,8 @@ def test_the_number_of_workers(
         ({"precision": "int4"}, "precision is 'int4'"),
         ({"ranges": np.zeros((2, 32))}, "are for precision int8 and uint8 alone"),
         ({"precision": "int8", "ranges": np.zeros((2, 3))}, r"ranges have shape \(2, 3\), must be \(2, 32\)"),
-        ({"max_length": 8}, "no input can be embedded with this prompt and these settings: .*max_length=8"),
-        ({"prompt": "<|image_pad|>"}, "no input can be embedded with this prompt.*special token"),
+        ({"max_length": 8}, r"inputs\[\d\].*max_length=8"),
+        ({"prompt": "<|image_pad|>"}, r"inputs\[\d\].*special token"),
     ],
 )
 def test_errors(sentence_transformer: Any, options: dict[str, Any], message: str) -> None:
