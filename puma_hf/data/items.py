@@ -97,8 +97,9 @@ def load_mbeir(
                 dropped += 1
                 continue
             if len(negatives) < num_negatives:
-                what = f"query {shown(query.id)} has no negatives but num_negatives is {num_negatives}"
-                raise wrong(where, f"{what}; pass num_negatives=0 or missing_negatives='drop'")
+                raise wrong(
+                    where, f"query {query.id!r} has no negatives; pass num_negatives=0 or missing_negatives='drop'"
+                )
             positive = pool[_choose_positive(query, row, seed)]
             # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
             instruction = data.instruction(query, positive.modality, seed, row=row)
@@ -263,8 +264,10 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
         corpus = Corpus(Path("the dataset"), None, partial(dataset_lines, source), _table_record)
         return partial(_records, corpus), ["dataset", source._fingerprint]
     if not isinstance(source, str | Path):
-        allowed = "a path, a datasets.Dataset, an MBEIR, or a list of such. Of a DatasetDict choose one split"
-        raise ValueError(f"A source is a {type(source).__name__}, must be {allowed}.")
+        kind = type(source).__name__
+        raise ValueError(
+            f"A source is a {kind}, must be a path, a Dataset or an MBEIR. Of a DatasetDict choose a split."
+        )
     corpus = open_corpus(source)
     files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
     return partial(_records, corpus), ["files", *map(file_state, files)]
@@ -368,8 +371,8 @@ class Corpus:
     def _checked(self, row: int, line: Line) -> Record:
         record = self.parse(line)
         if bool(record.id) != self.has_ids:
-            what = f"id is {shown(line.columns.get('id'))}, must be a text or a whole number"
-            raise wrong(line.where, f"{what}. Give every row one, or none.", "wrong id")
+            what = f"id is {shown(line.columns.get('id'))}, must be a text or number. Give every row one, or none."
+            raise wrong(line.where, what, "wrong id")
         return replace(record, id=record.id or str(row), row=row)
 
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
@@ -480,8 +483,7 @@ def _table_record(line: Line, images: Images) -> Record:
     image, text, instruction = line.columns.get("image"), line.text("text"), line.text("instruction")
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
-        what = f"image is {shown(image)}, must be the path of a file below {images.root}"
-        raise wrong(line.where, f"{what}. Download images first, or call puma_hf.embed with a loader of your own.")
+        raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
     if text is None and not image:
         raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
     if image and isinstance(image, str):

@@ -114,8 +114,7 @@ def _content(
     text_name, path_name, label_name = (f"{prefix}{name}" for name in ("txt", "img_path", "modality"))
     for name in (key, text_name, path_name, label_name, *others):
         if name not in line.columns:
-            what = f"field {name!r} is missing; the line has {shown(sorted(line.columns))}"
-            raise wrong(line.where, what, "missing field")
+            raise wrong(line.where, f"field {name!r} is missing, only {shown(sorted(line.columns))}", "missing field")
     record_id, label = line.columns[key], line.columns[label_name]
     if not isinstance(record_id, str) or not _RECORD_ID.fullmatch(record_id):
         raise wrong(line.where, f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}", "wrong id")
@@ -253,8 +252,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
         cells = line.decode(errors="replace").split()
         is_right = len(cells) == 5 and cells[3].isdecimal()
         if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
-            expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-            what = f"{expected}, got {shown(line.decode(errors='replace').rstrip())}"
+            what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
             raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
         qid, did, relevance = cells[0], cells[2], int(cells[3])
         if qid not in qids:
@@ -296,8 +294,7 @@ def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             "image_root": image_root,
         }
     except (ValueError, TypeError, KeyError) as error:
-        what = f"it does not say what the folder holds ({type(error).__name__}: {error})"
-        raise wrong(path, f"{what}; remove the folder and build it anew", "broken JSON") from error
+        raise wrong(path, f"it does not say what the folder holds ({error!r}); remove it and build it anew") from error
 
 
 class Layout:
@@ -355,8 +352,7 @@ class MBEIR(Layout):
         self.image_root = Path(named if image_root is None else image_root).resolve()
         if not self.image_root.is_dir():
             by = "" if self._origin is None else f", which {self._origin[0]} names,"
-            remedy = "put it back, or name the one they are in now: MBEIR(..., image_root=...), in Python alone"
-            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; {remedy}")
+            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
         self._images = Images(self.image_root)
 
     @cached_property
@@ -366,8 +362,7 @@ class MBEIR(Layout):
         for name, expected in says["files"].items():
             file = path.parent / name
             if not file.is_file() or file_hash(file) != expected:
-                what = f"it was changed or removed after {path} was written, whose content_hash does not hold now"
-                raise wrong(file, f"{what}; remove the folder and build it anew", "changed file")
+                raise wrong(file, f"it was changed or removed after {path}; remove the folder and build it anew")
         return None if says["content_hash"] is None else str(says["content_hash"])
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
@@ -375,8 +370,8 @@ class MBEIR(Layout):
         if found := self.task_files(split):
             return found
         there = sorted(path.name for path in (self.root / "query").glob("*"))
-        what = f"{self.root / 'query' / split} holds no mbeir_<dataset>_task<n>_{split}.jsonl"
-        raise FileNotFoundError(f"{what}; the splits here are {there}")
+        here = f"{self.root / 'query' / split}; the splits here are {there}"
+        raise FileNotFoundError(f"There is no mbeir_<dataset>_task<n>_{split}.jsonl in {here}")
 
     def task_files(self, split: str) -> list[MBEIRTask]:
         """As `tasks`, but without an error if there are none."""
@@ -423,8 +418,7 @@ class MBEIR(Layout):
             if query is None:
                 continue
             if task is not None and lines.setdefault(query.id, query.line) != query.line:
-                what = f"qid {shown(query.id)} is also on line {lines[query.id]}"
-                problems.add(wrong(line.where, what, "duplicated id"))
+                problems.add(wrong(line.where, f"qid {query.id!r} is also on line {lines[query.id]}", "duplicated id"))
             elif task is not None and query.modality != task.query_modality:
                 what = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
                 problems.add(wrong(line.where, f"{what} queries; move the line to the file of its own task"))
@@ -493,8 +487,8 @@ class MBEIR(Layout):
         """All wordings of a query's instruction, in the table's order."""
         key = (query.dataset_id, query.modality, candidate_modality)
         if key not in self._instructions[0]:
-            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}"
-            raise wrong(self.instruction_path, f"{what}, needed by query {shown(query.id)}; add the row")
+            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}; add the row"
+            raise wrong(self.instruction_path, what)
         return self._instructions[0][key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
@@ -504,8 +498,7 @@ class MBEIR(Layout):
         """
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
-            what = f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
-            raise wrong(f"query {shown(query.id)}", what)
+            raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")
         names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
         return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
 

@@ -87,8 +87,7 @@ def open_mbeir(
         return source
     folder = Path(source)
     if folder.is_dir() and revision is not None:
-        what = f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone"
-        raise ValueError(f"{what}: leave it out (in evaluate --data-revision)")
+        raise ValueError(f"revision is {revision!r}, but {folder} is a folder: leave it out (--data-revision)")
     if folder.is_dir() and is_mbeir(folder):
         return MBEIR(folder)
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
@@ -205,8 +204,7 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
 def _instruction_row(task: MBEIRTask, folder: Path) -> list[str]:
     wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
     if wording is None:
-        what = f"{task.name} is none of M-BEIR's tasks, so its instruction is not known"
-        raise FileNotFoundError(f"{folder}: {what}. Put a {_TABLE} beside it, in M-BEIR's format.")
+        raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
     return [*task.modalities, task.dataset, str(MBEIR_DATASET_IDS[task.dataset]), wording]
 
 
@@ -219,8 +217,7 @@ def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[Mapping[str, Any]]:
             if did not in contents:
                 yield line.columns
             if contents.setdefault(did, content) != content:
-                what = f"did {did!r} of {task.name} was already given for something else, here or for another task"
-                raise wrong(part, f"{what}; a did must mean the same in every pool", "contradiction")
+                raise wrong(part, f"did {did!r} of {task.name} was already given for something else")
 
 
 def import_copy(
@@ -293,7 +290,7 @@ def _store_image(cell: Any, root: Path, where: str) -> str:
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(data, bytes) or not data:
         raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
-    kind = image_header(data, f"{where}: the image")[1]
+    kind = image_header(data, f"{where}: the image")
     suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
     digest = hashlib.sha256(data).hexdigest()
     path = root / f"images/{digest[:2]}/{digest[2:]}.{suffix}"

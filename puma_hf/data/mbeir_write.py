@@ -26,7 +26,6 @@ from puma_hf.data.pairs import Pair, PairIds, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
 from puma_hf.files import new_directory
-from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +166,7 @@ def build_nano(
     ```
     """
     if min(num_queries, num_candidates) < 0:
-        numbers = f"num_queries is {num_queries} and num_candidates {num_candidates}"
-        raise ValueError(f"{numbers}, must be 0 or more; 0 takes all of them")
+        raise ValueError(f"num_queries={num_queries} and num_candidates={num_candidates} must be 0 (all) or more.")
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
@@ -193,8 +191,7 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     for task, _, pool, _ in parts:
         for candidate in pool:
             if everything.setdefault(candidate.id, candidate) != candidate:
-                what = f"did {shown(candidate.id)} of {task.name} is something else in another task's pool"
-                raise wrong(data.root, f"{what}; a did must mean the same in every pool", "contradiction")
+                raise wrong(data.root, f"did {candidate.id!r} of {task.name} is something else in another task's pool")
 
     @cache  # each image is read once
     def hash_of(image: str | None) -> str | None:
@@ -227,8 +224,8 @@ def _choose(
     relevant = data.qrels(task, split, queries, pool)
     judged = [query for query in queries if relevant.get(query.id)]
     if not judged:
-        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool"
-        raise wrong(data.root, f"{what}; look at its qrels, or name the other tasks (tasks=[...], --tasks)")
+        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool; look at its qrels"
+        raise wrong(data.root, f"{what}, or name the other tasks (tasks=[...], --tasks)")
 
     def sample(items: Sequence[Item], number: int, name: str) -> list[Item]:
         generator = seeded_random(seed, name, task.name)
@@ -380,15 +377,14 @@ def _collect(
     for pair in pairs:
         modalities = (pair.anchor.modality, pair.positive.modality)
         if modalities not in TASK_OF_MODALITIES:
-            what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
-            raise wrong(pair.where, f"{what}. Leave such pairs out, or swap the sides (anchor, positive).")
+            raise wrong(pair.where, f"M-BEIR has no task from {modalities[0]} to {modalities[1]}. Swap the sides.")
         task, content = MBEIRTask(TASK_OF_MODALITIES[modalities], dataset), ids.of(pair.anchor)
         # Tabs and quotation marks at the ends have a meaning in the table.
         sentence = " ".join((pair.anchor.instruction or "").split()).strip('"')
         wordings[task] |= {sentence: None} if sentence else {}
         if len(wordings[task]) > MAX_WORDINGS:
-            what = f"more than {MAX_WORDINGS} different instructions for one task"
-            raise wrong(pair.where, f"{what}. Put what differs from row to row into the anchor's text.")
+            what = f"more than {MAX_WORDINGS} instructions for one task; put what differs into the anchor's text"
+            raise wrong(pair.where, what)
         anchor = anchors.setdefault((task, content), _Anchor(pair.anchor, content, task))
         anchor.positives[ids.of(pair.positive)] = None
         anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))

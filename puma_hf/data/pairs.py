@@ -266,7 +266,7 @@ class PairReading:
     columns: PairColumns
     pairs: list[Pair]
     problems: Problems
-    sizes: Mapping[str, tuple[int, int]]  # width and height of each image
+    images: Images
     num_rows: int = 0
     num_rows_left_out: int = 0
 
@@ -305,7 +305,7 @@ def read_pairs(
     ways = _ways(columns, direction, asks, reverse_instruction)
     images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to), dry=dry)
     row = _Row(columns, images, instruction if is_text else None, special_tokens == "raise")
-    reading = PairReading(name, columns, [], Problems(name), images.sizes)
+    reading = PairReading(name, columns, [], Problems(name), images)
     for line in chain(head, lines):
         found = reading.problems.attempt(row.pairs, line)
         reading.num_rows += 1
@@ -323,8 +323,8 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
     if not isinstance(source, str | Path):
-        allowed = "a path or a datasets.Dataset. Of a DatasetDict choose one split"
-        raise ValueError(f"The source is a {type(source).__name__}, must be {allowed}.")
+        kind = type(source).__name__
+        raise ValueError(f"The source is a {kind}, must be a path or a Dataset. Of a DatasetDict choose one split.")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")

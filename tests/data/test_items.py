@@ -111,7 +111,7 @@ def test_a_positive_is_never_a_negative(root: Path) -> None:
 def test_query_without_negatives(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     builder.change_record(builder.query_path(root, 1, "train"), 2, neg_cand_list=[])
     assert len(load_mbeir(root)) == NUM_ROWS
-    message = r"task1_train\.jsonl, line 2: query '11:1101' has no negatives .*missing_negatives='drop'"
+    message = r"task1_train\.jsonl, line 2: query '11:1101' has no negatives; .*missing_negatives='drop'"
     with pytest.raises(MBEIRFormatError, match=message):
         load_mbeir(root, num_negatives=1)
     with caplog.at_level(logging.WARNING):
@@ -174,7 +174,7 @@ def test_a_folder_of_mbeir_is_known_by_its_files(root: Path, tmp_path: Path) -> 
     assert load_items(root, split="test")[:] == load_mbeir_items(root, "test")[:] != expected
     # Half an M-BEIR folder is not taken for a folder of images, nor one of images for M-BEIR by the names of folders.
     shutil.rmtree(root / "query")
-    with pytest.raises(FileNotFoundError, match=r"holds no mbeir_<dataset>_task<n>_train\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"There is no mbeir_<dataset>_task<n>_train\.jsonl in"):
         load_items(root)
     picture(tmp_path / "images" / "query" / "test" / "a.png")
     picture(tmp_path / "images" / "cand_pool" / "b.png")
@@ -209,7 +209,7 @@ def test_several_sources_and_equal_items(root: Path, tmp_path: Path) -> None:
     [
         ([], r"The source is \[\], must name at least one file or folder"),
         ("a.txt,,b.txt", r"must name at least one file or folder, and no empty name"),
-        (DatasetDict(), r"A source is a DatasetDict, must be a path.*choose one split"),
+        (DatasetDict(), r"A source is a DatasetDict, must be a path.*choose a split"),
         ([3], r"A source is a int, must be a path"),
         (Dataset.from_dict({"text": []}), r"A source holds no items\. Name one with at least one text"),
     ],
@@ -260,7 +260,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
             message
         )
     parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": "a.png"}]}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset, .*Save the images"):
+    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset\. Save it"):
         load_items(tmp_path / "t.parquet")
 
 
@@ -352,16 +352,16 @@ def test_a_pool(root: Path, pool: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or a whole number\. Give every row one, or"),
+        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or number\. Give every row one, or"),
         ({"text": "a"}, r"line 2: id is None"),
         ({"id": True, "text": "a"}, r"line 2: id is True, must be"),
         ({"id": "b", "text": 3}, r"line 2: text is 3, must be a text or null"),
         ({"id": "b", "text": ["0" * 1000] * 1000}, r"line 2: text is .*\.\.\., must be a text"),
         ({"id": "b", "instruction": []}, r"line 2: instruction is \[\], must be a text or null"),
-        ({"id": "b", "image": 3}, r"line 2: image is 3, must be the path of a file below"),
+        ({"id": "b", "image": 3}, r"line 2: image is 3, must be a file below"),
         (
             {"id": "b", "image": "https://a.org/a.png"},
-            r"line 2: image is 'https.*Download images first, or call puma_hf",
+            r"line 2: image is 'https.*Download images first",
         ),
         ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
         ({"id": "b", "image": "pipe.png"}, r"line 2: image 'pipe\.png' is not a file below"),

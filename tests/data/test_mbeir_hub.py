@@ -203,7 +203,7 @@ def test_no_such_source(source: str, message: str, cache: Path) -> None:
 
 def test_a_folder_has_no_revision(root: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"revision is 'main', but .*mbeir is a folder; a revision is for the Hub.*--data-revision"
+        ValueError, match=r"revision is 'main', but .*mbeir is a folder: leave it out \(--data-revision"
     ):
         open_mbeir(root, revision="main")
 

@@ -186,7 +186,7 @@ def test_moved_images(root: Path, tmp_path: Path) -> None:
     root.rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
-        match=r"The images' folder .*mbeir, which .*nano\.json names, is not there; .*MBEIR\(\.\.\., image_root=",
+        match=r"The images' folder .*mbeir, which .*nano\.json names, is not there; use MBEIR\(image_root=",
     ):
         MBEIR(nano.root)
     moved = MBEIR(nano.root, image_root=tmp_path / "moved")

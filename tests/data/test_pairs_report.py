@@ -9,7 +9,7 @@ import pytest
 from puma_hf.configs import PairsConfig
 from puma_hf.data import MBEIR
 from puma_hf.data.pairs import load_pairs
-from puma_hf.data.pairs_report import PairsReport, Spread, check_pairs, pairs
+from puma_hf.data.pairs_report import PairsReport, check_pairs, pairs
 from tests.data.photos import make_photos, write_captions, write_csv
 
 
@@ -28,8 +28,7 @@ def test_a_clean_source(folder: Path) -> None:
     assert report.ok
     assert (report.num_rows, report.num_rows_left_out, report.num_pairs) == (2, 0, 2)
     assert report.modalities == {"anchors": {"text": 2}, "positives": {"image": 2}, "negatives": {}}
-    assert (report.image_widths, report.image_heights) == (Spread(2, 4, 4, 10), Spread(2, 5, 5, 6))
-    assert report.text_lengths == {"anchors": Spread(2, 3, 3, 11)}
+    assert report.num_images == 2
     assert kinds(report) == {}
     assert str(report) == "\n".join(
         [
@@ -40,8 +39,7 @@ def test_a_clean_source(folder: Path) -> None:
             "  pairs      2",
             "  anchors    2 text",
             "  positives  2 image",
-            "  images     2 files (headers read); width 4 to 10, median 4; height 5 to 6, median 5",
-            "  texts      anchors: 3 to 11, median 3 characters",
+            "  images     2 different files",
             "",
             "All rows can be trained on.",
         ]
@@ -82,7 +80,7 @@ def test_the_report_as_json(folder: Path) -> None:
     assert written["ok"] is False
     assert written["modalities"]["anchors"] == {"text": 1}
     assert written["offenders"][0]["kind"] == "image missing"
-    assert written["image_widths"] == {"count": 1, "smallest": 4, "median": 4, "largest": 4}
+    assert written["num_images"] == 1
     assert [path.name for path in (folder / "out").iterdir()] == ["report.json"]
 
 
