@@ -66,6 +66,7 @@ class Images:
         """
         if "\0" in img_path or not is_unicode(img_path):  # JSON may hold half a character, which nobody could show
             raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file: no path can be called so.")
+        # Normalised as text first, then followed: a `..` behind a link would lead elsewhere on the disk.
         full = os.path.normpath(os.path.join(self.root or os.getcwd(), img_path))
         if self.root is not None:
             # Folders are resolved once: a pool of millions costs two looks at the disk an image, and no more.
@@ -137,6 +138,7 @@ def image_header(source: str | bytes, name: str, decode: bool = False) -> str:
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
         raise BrokenImageError(f"{name} cannot be read as an image ({reason_of(error)}). Replace it.") from error
     # What the processor would refuse later, in the middle of a run; the header tells it.
+    # The header tells both, at a fraction of what the pixels cost.
     most = Image.MAX_IMAGE_PIXELS or float("inf")
     if size[0] * size[1] > most or max(size) > MAX_ASPECT_RATIO * min(size):
         what = f"{name} has {size[0]} x {size[1]} pixels; at most {most} in all (PIL.Image.MAX_IMAGE_PIXELS)"
@@ -159,6 +161,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     entered: two may lead into each other. What else is left out is counted by kind.
     """
     left_out = Counter() if left_out is None else left_out
+    # Names of hidden files are of other programs: thumbnails, `._photo.jpg` of macOS, checkouts.
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         left_out.update("linked folder" for name in names if os.path.islink(os.path.join(parent, name)))
@@ -187,6 +190,7 @@ def image_table(folder: Path) -> Path | None:
     It is one whose first row with a file's name names an image: other programs write a `metadata.json`, too. A
     ValueError if there are several.
     """
+    # The first row that names a file tells: a table of another kind in the same folder must not hide the images.
     found = []
     for table in table_files(folder, named=True):
         rows = (line.columns for line in item_lines(table) if line.error is None)

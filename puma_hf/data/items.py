@@ -52,15 +52,10 @@ def load_mbeir(
 
     Every cell is a struct `{"text": str | None, "image": absolute path | None}`, the anchor's also has
     "instruction"; images are read when a batch is collated.  The candidates come from the global pool of the
-    split.  Each choice depends only on the seed and the row, never on the order of calls:
-
-    - the instruction: one of its wordings;
-    - the positive: one of `pos_cand_list`;
-    - the negatives: drawn from `neg_cand_list`, less the positives, without repetition; a query with fewer
-      than `num_negatives` repeats its own in turn, which counts them twice in a softmax; one with none at all
-      is an error or is dropped, see `missing_negatives`.
-
-    The rows are made once and kept in the cache of `datasets`; all processes of a machine map the same file.
+    split.  Three choices are made, each by the seed and the row alone, whatever the order of calls: one of the wordings
+    of the instruction; one of `pos_cand_list` as the positive; negatives from `neg_cand_list`, less the positives,
+    without repetition. A query with fewer than `num_negatives` repeats its own in turn, which counts them twice in a
+    softmax. The rows are made once and kept in the cache of `datasets`; all processes of a machine map the same file.
 
     Args:
         root: Folder in M-BEIR's layout, or an `MBEIR` of it.
@@ -68,11 +63,10 @@ def load_mbeir(
             repeated), or any other split.
         tasks: Names such as "webqa_task1"; None for all.
         num_negatives: Number of columns `negative_1`, `negative_2`, ...
-        missing_negatives: What to do with a query without hard negatives if `num_negatives` > 0.
+        missing_negatives: What to do with a query without any hard negative if `num_negatives` > 0.
         seed: Seed of the choices above.
-        with_ids: Whether to add the columns `qid`, `did` (the chosen positive) and `positives` (all of them),
-            which a batch sampler can use to keep false negatives apart.  Remove them before training: a
-            trainer embeds every column.
+        with_ids: Whether to add the columns `qid`, `did` (the chosen positive) and `positives` (all of them), by which
+            a batch sampler keeps false negatives apart. Remove them before training: a trainer embeds every column.
 
     Raises:
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
@@ -89,6 +83,7 @@ def load_mbeir(
         raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
     data, names = root if isinstance(root, MBEIR) else MBEIR(root), _names(tasks)
 
+    # The generator runs in one process of a machine, and only if the cache has no such rows yet.
     def rows() -> Iterator[dict[str, Any]]:
         pool, dropped = data.global_pool(split), 0
         for query, row, where, _ in _queries(data, split, names, pool, seed, judged=True):
@@ -149,6 +144,7 @@ def _queries(
     all candidates must be in the pool.
     """
     mixed = data.mixed_paths(split)
+    # Of "train" M-BEIR has files of whole datasets, of "union_train" one file; demo and pairs have one a task.
     known = data.task_files(split) if mixed else data.tasks(split)
     found = set(known)
     files: list[tuple[Path, MBEIRTask | None]] = [(data.query_path(split, task), task) for task in known]
@@ -198,18 +194,15 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
 
     A source is one of
 
-    - a folder of images, with all folders below it, or with a table of them: `metadata.csv`, `.jsonl` or `.parquet`
-      with `file_name` and `text`, as the Hub has it;
-    - a .txt with one text a line;
-    - a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path below the file's own
-      folder) and `instruction`, or with the NLI columns sent0, sent1 and hard_neg, each an item of its own;
-      other columns are ignored; BEIR's `corpus.jsonl`, a title before its text;
+    - a folder of images, with all folders below it, or with a table of them: `metadata` or `captions` with `file_name`
+      and `text`, as the Hub has it;
+    - a .txt with one text a line; a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path
+      below the file's own folder) and `instruction`, or with NLI's columns, whose sentences are an item each;
     - a `datasets.Dataset` with such columns, or with the result's column `item`;
     - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
 
     Equal items come once, and texts lose the blanks around them. Only the header of an image file is read here; damage
-    further in is found when a batch needs the image, with the file's name in the error. The items are made once and
-    kept in the cache of `datasets`.
+    further in is found when a batch needs the image. The items are made once and kept in the cache of `datasets`.
 
     Args:
         source: A source, several in a list, or several paths joined with commas.
@@ -220,8 +213,8 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
         A dataset with the column `item`, structs `{"text": ..., "image": absolute path, "instruction": ...}`.
 
     Raises:
-        FileNotFoundError: If a source or an image is missing.
-        ValueError: If a source holds nothing, or a line of it is wrong, which the message names.
+        FileNotFoundError: If a source is missing, or images are all that is.
+        ValueError: If a source holds nothing, or lines of it are wrong; all are counted, and the first named.
 
     Example:
 
@@ -232,6 +225,7 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
     ['item']
     ```
     """
+    # A comma may be part of a name.
     if isinstance(source, str) and "," in source and not Path(source).exists():
         source = [name.strip() for name in source.split(",")]
     sources = list(source) if isinstance(source, list | tuple) else [source]
@@ -369,6 +363,7 @@ class Corpus:
             return Record(_id_of(line) or str(row), row=row, problem=str(error))
 
     def _checked(self, row: int, line: Line) -> Record:
+        # Numbers as ids beside given ids could meet one of those.
         record = self.parse(line)
         if bool(record.id) != self.has_ids:
             what = f"id is {shown(line.columns.get('id'))}, must be a text or number. Give every row one, or none."
@@ -451,6 +446,7 @@ def open_corpus(
         return Corpus(file, mbeir.image_root, partial(item_lines, file), parse, on_error=on_error)
     table = path if path.is_file() else image_table(path)
     if table is None:
+        # One more walk, so that what is left out is told before hours of embedding and not after.
         left_out = Counter[str]()
         is_empty = not sum(1 for _ in image_files(path, left_out))
         rest = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common())
@@ -486,6 +482,7 @@ def _table_record(line: Line, images: Images) -> Record:
         raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
     if text is None and not image:
         raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
+    # A missing file is not a wrong line: with on_error="skip" it is told with its index when it is embedded.
     if image and isinstance(image, str):
         image = images.find(image, line.where, may_be_missing=True)
     return Record(_id_of(line), text, image or None, instruction=instruction)

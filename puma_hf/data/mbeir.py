@@ -95,6 +95,7 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
     content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
+    # Both null and an empty list mean that there are none.
     lists = [line.columns[name] or [] for name in ("pos_cand_list", "neg_cand_list")]
     for value in lists:
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
@@ -118,6 +119,7 @@ def _content(
     record_id, label = line.columns[key], line.columns[label_name]
     if not isinstance(record_id, str) or not _RECORD_ID.fullmatch(record_id):
         raise wrong(line.where, f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}", "wrong id")
+    # A blank text counts as none, as null does: there is nothing in it to read.
     text, path = line.text(text_name), line.text(path_name)
     # The label is redundant, and that is its use: a line that lost its text or image would else be another task's.
     present = ",".join(name for name, value in (("image", path), ("text", text)) if value is not None)
@@ -141,6 +143,8 @@ class Pool(Mapping[str, Candidate]):
     @cached_property
     def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Hashes of the dids in ascending order, and the row of each."""
+        # A dict of the dids would take some 100 bytes each, in every process.
+        # Two dids may have one hash, so a row is always compared with the did itself.
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         return hashes[order], order
@@ -164,6 +168,7 @@ class Pool(Mapping[str, Candidate]):
         return int(self._table.num_rows)
 
     def __iter__(self) -> Iterator[str]:
+        # A thousand rows at a time: one scalar of Arrow after the other is far slower.
         return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
 
     def candidates(self) -> Iterator[Candidate]:
@@ -249,6 +254,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
     foreign: dict[str, None] = {}
 
     def judge(line: bytes, where: str) -> None:
+        # As trec_eval does, fields are whatever stands between blanks.
         cells = line.decode(errors="replace").split()
         is_right = len(cells) == 5 and cells[3].isdecimal()
         if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
@@ -459,6 +465,8 @@ class MBEIR(Layout):
                     hashes.append(hash(candidate.id))
                     lines.append(_number(line))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
+            # Duplicates are neighbours in the order of hashes. Two different dids of 5.6 M have the same 64 bits once in a
+            # million pools.
             values = np.frombuffer(hashes, np.int64)
             order = np.argsort(values, kind="stable")
             for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
@@ -480,6 +488,7 @@ class MBEIR(Layout):
                 for the same seed, qid and row (training).
             row: Tells repetitions of one query apart.
         """
+        # Drawn by qid and row, and not from one stream: tasks can be left out without changing the others.
         wordings = self.wordings(query, candidate_modality)
         return wordings[0] if seed is None else seeded_random(seed, "instruction", query.id, row).choice(wordings)
 
@@ -499,6 +508,7 @@ class MBEIR(Layout):
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
             raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")
+        # M-BEIR's own ten are known by their numbers, any other by the table.
         names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
         return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
 

@@ -129,6 +129,7 @@ def load_pairs(
         for pair in pairs:
             row = training_row(pair.anchor, pair.positive, pair.negatives)
             if ids is not None:
+                # All right answers of an anchor with a thousand of them would be a million ids.
                 telling = ids.telling_positives(pair)
                 row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
             yield row
@@ -237,6 +238,7 @@ def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
         names = (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path")
         side = {kinds[name]: name for name in reversed(names) if name in kinds}
         if side:
+            # A struct has text and image itself.
             return {"both": side["both"]} if "both" in side else dict(sorted(side.items(), reverse=True))
     return {}
 
@@ -293,6 +295,7 @@ def read_pairs(
 ) -> PairReading:
     """Read a source to its end, whatever is wrong with its rows; a dry run saves no images. See `load_pairs`."""
     name, folder, lines = _open(source)
+    # The first rows tell the columns of all, so the rest can be a stream.
     head = list(islice(lines, _NUM_ROWS_LOOKED_AT))
     good = [line.columns for line in head if line.error is None]
     if not good:
@@ -300,6 +303,7 @@ def read_pairs(
     is_text = instruction is not None and not any(instruction in row for row in good)
     if is_text and str(instruction).isascii() and str(instruction).isidentifier():
         raise ValueError(f"instruction={shown(instruction)} must be a text of several words or a column of {name}.")
+    # A single word is more likely a misspelt column than an instruction.
     columns = find_columns(good, anchor, positive, negatives, None if is_text else instruction)
     asks = instruction if is_text else columns.instruction
     ways = _ways(columns, direction, asks, reverse_instruction)

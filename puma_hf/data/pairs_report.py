@@ -123,11 +123,13 @@ def _notes(pairs: Sequence[Pair]) -> Problems:
     for pair in pairs:
         anchor, positive, *negatives = map(ids.of, (pair.anchor, pair.positive, *pair.negatives))
         first = seen.setdefault((anchor, positive, *negatives, pair.anchor.instruction), pair.where)
+        # Whoever trains on the pair twice weighs it twice.
         if first is not pair.where:
             notes.add(wrong(pair.where, f"the same as {first}", "pair given again"))
         if anchor == positive:
             notes.add(wrong(pair.where, shown(pair.anchor.model_input), "anchor that is its own positive"))
         for negative, record in zip(negatives, pair.negatives, strict=True):
+            # The loss would push away what it pulls elsewhere.
             if negative in ids.positives(pair.anchor):
                 kind = "negative that is a right answer of its anchor"
                 notes.add(wrong(pair.where, shown(record.model_input), kind))
@@ -141,6 +143,7 @@ def pairs(config: PairsConfig) -> PairsReport:
     M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
     """
     arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
+    # Read twice, for the report must not depend on what is dropped.
     report = check_pairs(config.data, decode=config.decode, **arguments)
     if config.json is not None:
         write_whole(Path(config.json), (json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
