@@ -138,7 +138,6 @@ def image_header(source: str | bytes, name: str, decode: bool = False) -> str:
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
         raise BrokenImageError(f"{name} cannot be read as an image ({reason_of(error)}). Replace it.") from error
     # What the processor would refuse later, in the middle of a run; the header tells it.
-    # The header tells both, at a fraction of what the pixels cost.
     most = Image.MAX_IMAGE_PIXELS or float("inf")
     if size[0] * size[1] > most or max(size) > MAX_ASPECT_RATIO * min(size):
         what = f"{name} has {size[0]} x {size[1]} pixels; at most {most} in all (PIL.Image.MAX_IMAGE_PIXELS)"

@@ -465,8 +465,8 @@ class MBEIR(Layout):
                     hashes.append(hash(candidate.id))
                     lines.append(_number(line))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
-            # Duplicates are neighbours in the order of hashes. Two different dids of 5.6 M have the same 64 bits once in a
-            # million pools.
+            # Duplicates are neighbours in the order of hashes. Of 5.6 M different dids two have the same 64 bits once
+            # in a million pools.
             values = np.frombuffer(hashes, np.int64)
             order = np.argsort(values, kind="stable")
             for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
