@@ -286,6 +286,7 @@ class EmbeddingStore:
         buffer = io.BytesIO()
         # Parquet has no integers of one byte: only as indices into a dictionary of 256 they take no more.
         small = ["embedding.list.element"] if self.dtype.itemsize == 1 and "embedding" in columns else False
+        # Nothing is compressed: embeddings are noise, which takes the time and stays as large.
         table = pa.table(dict(columns)).replace_schema_metadata(self._metadata)
         parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
         return buffer.getvalue()
