@@ -75,6 +75,7 @@ class Index:
         The query is `(embedding_dim,)`. With `rescored=None` all items are compared; otherwise the approximate index
         proposes `rescored * top_k` of them, which are compared exactly. ValueError if files of the index are gone.
         """
+        # The filter comes first: after a search, ten pictures among a million texts might be none.
         asked = self.table.search(query).distance_type("cosine").limit(top_k).select([*_SHOWN, "_distance"])
         asked = asked.bypass_vector_index() if rescored is None else asked.refine_factor(rescored)
         try:
@@ -85,9 +86,11 @@ class Index:
                 "again, as it may have been made anew meanwhile; or delete it and run puma-hf index again."
             ) from error
         for row in rows:
+            # LanceDB divides by both lengths, so cut vectors and float16 need no scaling.
             row["score"] = 1 - row.pop("_distance")
             # Of a copied picture the path is below the index, which may have been moved.
             row["image"] = None if row["image"] is None else os.path.join(self.folder, row["image"])
+        # Whose scores are equal LanceDB gives in any order, and in another one the next time.
         return sorted(rows, key=lambda row: (-row["score"], row["id"]))
 
 
@@ -108,6 +111,7 @@ def open_index(folder: str | Path) -> Index:
 
 def open_table(folder: Path) -> Any:
     """The table of an index at its newest version, or None if there is none."""
+    # 180 MB, and more than a second to import: only what opens an index pays for it.
     try:
         import lancedb
     except ImportError as error:

@@ -106,6 +106,7 @@ class Searcher:
             )
         self.index, self._rescored = index, rescore_multiplier if backend == "ann" else None
         self.model = _open_model(index, model, trust_remote_code) if isinstance(model, str) else model
+        # To hash all weights takes a second for some gigabytes; another model's vectors would find nonsense silently.
         if model_fingerprint(self.model) != index.fingerprint:
             raise ValueError(
                 f"The index {str(index.folder)!r} was made by another model than {model_name(self.model)!r}, and "
@@ -124,6 +125,7 @@ class Searcher:
         truncate_dim = self.index.description["truncate_dim"]
         options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": truncate_dim}
         options |= {"normalize_embeddings": truncate_dim is not None, "show_progress_bar": False}
+        # One query is one call of `encode`: what a search costs besides is the comparison.
         model_input = query.model_input()
         try:
             return np.asarray(self.model.encode([model_input], **options), np.float32)
@@ -149,7 +151,8 @@ class Searcher:
         num_candidates = self.index.num_candidates(target)
         row = self.embed(query)[0]
         found = self.index.nearest(row, target, top_k, rescored=self._rescored)
-        if len(found) < min(top_k, num_candidates):  # a graph may not lead to enough of them, which is rare
+        # A graph may not lead to enough of them, which is rare and cheap to find out.
+        if len(found) < min(top_k, num_candidates):
             found = self.index.nearest(row, target, top_k)
         is_path = isinstance(query.image, str | Path)
         return Answers(
@@ -212,6 +215,7 @@ def _open_model(index: Index, name: str, trust_remote_code: bool) -> SentenceTra
             f"The model {name!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it is now."
         )
     described = index.description
+    # The data type, too, must be that of the index: in another one the fingerprint is another.
     return open_sentence_transformer(
         name,
         revision=described["revision"] if name == index.model else None,
