@@ -39,7 +39,6 @@ from puma_hf.search.index import (
     FORMAT_VERSION,
     TABLE,
     about,
-    model_of,
     open_index,
     open_table,
 )
@@ -91,7 +90,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
             revision = before["revision"] if config.revision is None else config.revision
-            config = replace(config, model=model_of(folder, before), revision=revision)
+            config = replace(config, model=before["model"], revision=revision)
         if not config.model:
             raise ValueError(
                 f"model is missing: {str(config.output)!r} is no index yet, so the model that makes it must be named, "
