@@ -108,8 +108,8 @@ class Searcher:
         if isinstance(model, str):
             if Path(model).is_absolute() and not Path(model).is_dir():
                 raise FileNotFoundError(
-                    f"The model {model!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it is "
-                    "now."
+                    f"The model {model!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it "
+                    "is now."
                 )
             # The data type, too, must be that of the index: in another one the fingerprint is another.
             loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
