@@ -194,7 +194,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mistakes = {
-        f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 is outside",
+        f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 must be an integer from 1 to 4",
         f"prune {qwen_dir} out --keep-layers 0,9": "keep_layers='0,9' must be rising numbers from 0 to 3",
         f"prune {qwen_dir} out --num-kept-layers 2 --reading gme": "reading='gme' is not known here",
         f"prune {qwen_dir} out --num-kept-layers 2 --max-pixels all": "max_pixels='all' must be a whole number, or",
@@ -269,7 +269,6 @@ def test_an_error_while_training_has_a_line_of_its_own(
     [
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         SafetensorError("Error while deserializing header: header too small"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
     ],
 )
 def test_errors_of_files_are_one_line_too(

@@ -16,20 +16,11 @@ from PIL import Image
 
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.tasks import MBEIRTask
+from tests.data.mbeir_builder import MODALITIES as TASKS
 
 ROOT = Path(__file__).resolve().parent.parent / "demo" / "emoji"
 SPLITS = ("train", "val", "test")
 HELD_OUT = ("val", "test")
-TASKS = {
-    0: ("text", "image"),
-    1: ("text", "text"),
-    2: ("text", "image,text"),
-    3: ("image", "text"),
-    4: ("image", "image"),
-    6: ("image,text", "text"),
-    7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
-}
 EDIT_TASKS = (6, 7, 8)
 NEAR = 4.9  # root mean square difference at 16x16; the script leaves out what is nearer than 5
 SMALL_WORDS = {"a", "an", "at", "in", "of", "or", "the"}

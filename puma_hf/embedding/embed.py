@@ -6,12 +6,11 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -23,11 +22,12 @@ from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig, OnError, Precision
 from puma_hf.data.records import Record
-from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepared
+from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, Unreadable, plan, prepared
 from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
@@ -232,7 +232,7 @@ def iterate_embeddings(
     ...     index.add_with_ids(rows.numpy(), indices.numpy())
     ```
     """
-    _check(model, inputs, max_batch_tokens, num_workers, on_error)
+    _check(model, inputs, max_batch_tokens, on_error)
     dim = embedding_dim(model, truncate_dim)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
@@ -259,23 +259,29 @@ def iterate_embeddings(
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
-    computed = _computed(chunks, model.eval(), None if truncate_dim is None and model.truncate_dim is None else dim)
-    return _rows(computed, on_error, report, dim, progress)
+    keep = None if truncate_dim is None and model.truncate_dim is None else dim
+    started = ((chunk, *_start(model.eval(), chunk, keep)) for chunk in chunks)
+    late = _late(started, _IN_FLIGHT if on_cuda else 0)
+    # However it ends, so do the worker processes.
+    return _rows(late, closing(chunks), progress, on_error, report, dim)
 
 
 def _rows(
-    computed: Generator[tuple[Prepared, Tensor | None], None, None],
+    chunks: Iterator[tuple[Prepared, Tensor | None, Any]],
+    workers: AbstractContextManager[Any],
+    new_progress: Callable[[], Any],
     on_error: OnError,
     report: Callable[[BrokenInput], None] | None,
     dim: int,
-    new_progress: Callable[[], Any],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices and rows of each chunk; then those of its broken inputs, if they have any."""
-    with closing(computed), new_progress() as progress:
-        for chunk, rows in computed:
+    with workers, new_progress() as progress:
+        for chunk, rows, event in chunks:
+            if event is not None:
+                event.synchronize()
             if rows is not None:
-                progress.update(len(chunk.indices))
-                yield torch.tensor(chunk.indices), rows
+                progress.update(len(rows))
+                # A clone, made outside inference mode, is a tensor like any other; and pinned memory goes back.
+                yield torch.tensor(chunk.indices), rows.clone()
             if chunk.broken and on_error == "raise":
                 raise BrokenInputError(chunk.broken[0])
             progress.update(len(chunk.broken))
@@ -285,54 +291,37 @@ def _rows(
                 yield torch.tensor([one.index for one in chunk.broken]), torch.zeros(len(chunk.broken), dim)
 
 
-def _computed(
-    chunks: Iterator[Prepared], model: Any, truncate_dim: int | None
-) -> Generator[tuple[Prepared, Tensor | None], None, None]:
-    """Float32 rows of each chunk, on the CPU.
-
-    On CUDA two chunks are on their way while the next is started, so that the device never waits for the host.
-    """
-    waiting: deque[tuple[Prepared, Tensor | None, Any]] = deque()
-    device = torch.device(model.device)
-    with closing(chunks):  # type: ignore[type-var]  # a generator
-        for chunk in chunks:
-            rows = None if chunk.batch is None else _embed(model, chunk, device, truncate_dim)
-            waiting.append((chunk, *_copy_back(rows)))
-            while len(waiting) > (_IN_FLIGHT if device.type == "cuda" else 0):
-                yield _arrived(*waiting.popleft())
-        while waiting:
-            yield _arrived(*waiting.popleft())
+# On CUDA a chunk is asked for when two more have been started: the device never waits for the host.
+def _late(started: Iterator[T], count: int) -> Iterator[T]:
+    waiting: deque[T] = deque()
+    for one in started:
+        waiting.append(one)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
+# The float32 rows of a chunk on the CPU; on CUDA they are there when the event has happened.
 @torch.inference_mode()
-def _embed(model: Any, chunk: Prepared, device: torch.device, truncate_dim: int | None) -> Tensor:
+def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tensor | None, Any]:
+    if chunk.batch is None:
+        return None, None
     try:
-        features = model[0].embed_batch(chunk.on(device))
+        features = model[0].embed_batch(chunk.on(model.device))
         for module in list(model)[1:]:
             features = module(features)
     except torch.OutOfMemoryError as error:
         error.add_note("Lower max_batch_tokens.")
         raise
     rows: Tensor = features["sentence_embedding"].float()
-    return rows if truncate_dim is None else normalize(rows[:, :truncate_dim], dim=1)
-
-
-def _copy_back(rows: Tensor | None) -> tuple[Tensor | None, Any]:
-    """Rows in pinned memory, complete when the event has happened."""
-    if rows is None or rows.device.type != "cuda":
-        return None if rows is None else rows.cpu(), None
+    rows = rows if truncate_dim is None else normalize(rows[:, :truncate_dim], dim=1)
+    if rows.device.type != "cuda":
+        return rows.cpu(), None
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(rows.device))  # by default that of the current device
     return host, event
-
-
-def _arrived(chunk: Prepared, rows: Tensor | None, event: Any) -> tuple[Prepared, Tensor | None]:
-    if event is not None:
-        event.synchronize()
-    # A clone, made outside inference mode, is a tensor like any other; and pinned memory goes back, to be used again.
-    return chunk, None if rows is None else rows.clone()
 
 
 def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
@@ -356,7 +345,7 @@ def _not_a_list(inputs: Any) -> str:
     )
 
 
-def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
+def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str) -> None:
     if not is_puma(model):
         raise ValueError(
             f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
@@ -368,9 +357,8 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: i
         raise ValueError(_not_a_list(inputs))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
         raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
-    for name, value, least in (("max_batch_tokens", max_batch_tokens, 1), ("num_workers", num_workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")
+    if max_batch_tokens is not None and max_batch_tokens < 1:
+        raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be 1 or more; None chooses by device.")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
 
@@ -414,18 +402,14 @@ def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> ND
     return np.asarray(quantized)
 
 
-def ranges_of(rows: NDArray[Any], precision: str) -> NDArray[Any]:
-    """Lowest and highest value of each dimension, `(2, embedding_dim)`.
-
-    Raises:
-        ValueError: If there are fewer than two rows.
-    """
+def ranges_of(rows: NDArray[Any], precision: str) -> list[list[float]]:
+    """Lowest and highest value of each dimension, `(2, embedding_dim)`; a ValueError for fewer than two rows."""
     if len(rows) < 2:
         raise ValueError(
-            f"precision={precision!r} takes the range of each dimension from the embeddings, and there are only "
-            f"{len(rows)}, must be 2 or more. Pass ranges, lowest and highest value, of shape (2, {rows.shape[1]})."
+            f"precision={precision!r} is scaled by the embeddings of 2 inputs or more, and there are {len(rows)} here. "
+            "Take float32, float16 or binary."
         )
-    return np.stack([rows.min(axis=0), rows.max(axis=0)])
+    return [rows.min(axis=0).tolist(), rows.max(axis=0).tolist()]
 
 
 # --- records
@@ -448,29 +432,16 @@ def embed_records(
     Raises:
         ValueError: If a record is broken and `config.on_error` is "raise", or an embedding is not finite.
     """
-    sent: dict[int, Record] = {}  # what the model has not given back
-    numbers = count()
-    unread: list[Record] = []  # records of lines that could not be read
+    sent: dict[int, Record] = {}  # what has not come back
 
     def inputs() -> Iterator[Any]:
-        for record in records:
-            if record.problem is not None:
-                on_broken(record, record.problem)
-                if config.on_error == "zero":
-                    unread.append(record)
-            else:
-                sent[next(numbers)] = record
-                yield record.model_input
+        for number, record in enumerate(records):
+            sent[number] = record
+            yield record.model_input if record.problem is None else Unreadable(record.problem)
 
     def report(error: BrokenInput) -> None:
-        on_broken(sent[error.index], _PLACE.sub("", error.message))
-        if config.on_error == "skip":
-            del sent[error.index]
-
-    def zeros() -> Iterator[tuple[list[Record], Tensor]]:
-        if unread:
-            yield list(unread), torch.zeros(len(unread), embedding_dim(model, config.truncate_dim))
-            unread.clear()
+        record = sent[error.index] if config.on_error == "zero" else sent.pop(error.index)
+        on_broken(record, _PLACE.sub("", error.message))
 
     batches = iterate_embeddings(
         model,
@@ -487,28 +458,17 @@ def embed_records(
     try:
         for indices, rows in batches:
             done = [sent.pop(index) for index in indices.tolist()]
-            _check_finite(done, rows)
+            if bad := [record.id for record, row in zip(done, rows, strict=True) if not bool(row.isfinite().all())]:
+                raise ValueError(
+                    f"The embeddings of {len(bad)} of {len(done)} inputs have NaN or infinity, first "
+                    f"{shown(bad[:_SHOWN])}. Look at these inputs, or load the weights as bfloat16 or float32 instead "
+                    "of float16."
+                )
             yield done, rows
-            yield from zeros()
     except BrokenInputError as error:
-        raise ValueError(_broken_record(sent[error.index], error.broken.message)) from error
-    yield from zeros()
-
-
-def _check_finite(records: Sequence[Record], rows: Tensor) -> None:
-    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
+        record = sent[error.index]
         raise ValueError(
-            f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first "
-            f"{shown([records[place].id for place in bad[:_SHOWN]])}. Look at these inputs, or load the weights as "
-            "bfloat16 or float32 instead of float16."
-        )
-
-
-def _broken_record(record: Record, message: str) -> str:
-    reason = _PLACE.sub("", message).rstrip(".")
-    return (
-        f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
-        "again, which goes on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is "
-        "broken."
-    )
+            f"Input {shown(record.id)} (row {record.row}) cannot be embedded: "
+            f"{_PLACE.sub('', error.broken.message).rstrip('.')}. Mend it and run the same command again, which goes "
+            "on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is broken."
+        ) from error

@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -57,8 +57,8 @@ class Guess:
     Args:
         pixels_per_token: Pixels of an image that become one token.
         limits: Fewest and most pixels of an image; others are scaled.
-        open_files: Whether the headers of files are read for their size: some 0.1 ms each on a local disk. With a
-            loader of the user's own a path may be anything.
+        open_files: Whether the headers of files are read for their size. With a loader of the user's own a path may be
+            anything.
     """
 
     pixels_per_token: float
@@ -72,34 +72,29 @@ class Guess:
     def _content(self, item: Any) -> float:
         if isinstance(item, str) and not is_image_reference(item):
             return _text_tokens(item)
-        if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
-            return sum(
-                _text_tokens(value)
-                if isinstance(value, str) and key in ("text", "instruction", "content")
-                else self._content(value)
-                for key, value in item.items()
-                if value is not None and key not in ("type", "role")
-            )
         if isinstance(item, list | tuple):
             return sum(map(self._content, item))
+        if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
+            given = {key: value for key, value in item.items() if value is not None and key not in ("type", "role")}
+            # A text may be what a file is called: nobody looks at the disk for it.
+            texts = [given.pop(key) for key in ("text", "instruction", "content") if isinstance(given.get(key), str)]
+            return sum(map(_text_tokens, texts)) + sum(map(self._content, given.values()))
         least, most = self.limits
         return min(max(self._pixels(item), least), most) / self.pixels_per_token
 
     def _pixels(self, image: Any) -> float:
-        if isinstance(image, Image.Image):
-            return image.height * image.width
-        if isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
-            return float(np.prod(image.shape)) / 3
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        if self.open_files and (isinstance(image, bytes) or (isinstance(image, str) and "://" not in image[:9])):
-            try:
+        if isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
+            return float(np.prod(image.shape)) / 3
+        try:
+            if isinstance(image, str | bytes) and self.open_files and not str(image[:9]).count("://"):
                 file = io.BytesIO(image) if isinstance(image, bytes) else image
                 with warnings.catch_warnings(action="ignore"), open_image(file) as opened:
                     return opened.height * opened.width
-            except Exception:  # the processor will say what is wrong with it
-                return 0.0
-        return _UNKNOWN_PIXELS
+        except Exception:  # the processor will say what is wrong with it
+            return 0.0
+        return image.height * image.width if isinstance(image, Image.Image) else _UNKNOWN_PIXELS
 
 
 def _text_tokens(text: str) -> float:
@@ -123,8 +118,8 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class _Unsendable:
-    """Stands for an input that cannot go to a worker process."""
+class Unreadable:
+    """Stands for an input that cannot be read."""
 
     reason: str
 
@@ -133,7 +128,8 @@ def _sendable(item: Any) -> Any:
     try:
         pickle.dumps(item)
     except Exception as error:
-        return _Unsendable(f"{type(error).__name__}: {error}")
+        what = f"cannot be sent to a worker process ({type(error).__name__}: {error}). If it is whole, pass a path or "
+        return Unreadable(what + "bytes in its place, or num_workers=0.")
     return item
 
 
@@ -184,7 +180,7 @@ def cut(sizes: Sequence[float], max_tokens: float, padded: bool = False) -> list
 
 
 def _windows(inputs: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Consecutive inputs with the position of the first; fewer of a stream whose images are large."""
+    # Consecutive inputs with the position of the first; fewer of a stream whose images are large.
     stream, start = iter(inputs), 0
     is_list = isinstance(inputs, list | tuple)  # which holds its inputs anyway
     while True:
@@ -260,9 +256,8 @@ class _Preparer(Dataset[Prepared]):
 
     def _loaded(self, chunk: Chunk, broken: list[BrokenInput]) -> Iterator[tuple[int, Any]]:
         for index, item in zip(chunk.indices, chunk.inputs, strict=True):
-            if isinstance(item, _Unsendable):
-                message = f"inputs[{index}]: cannot be sent to a worker process ({item.reason}). If it is whole, pass "
-                broken.append(BrokenInput(index, message + "a path or bytes in its place, or num_workers=0."))
+            if isinstance(item, Unreadable):
+                broken.append(BrokenInput(index, f"inputs[{index}]: {item.reason}"))
                 continue
             try:
                 yield index, item if self.load is None else self.load(item)
@@ -292,7 +287,7 @@ class _Preparer(Dataset[Prepared]):
 
 def prepared(
     chunks: Iterable[Chunk], packer: Any, load: Callable[[Any], Any] | None, *, num_workers: int, pin_memory: bool
-) -> Iterator[Prepared]:
+) -> Generator[Prepared, None, None]:
     """Prepare chunks ahead, in order; only those on their way are in memory.
 
     Args:
@@ -310,7 +305,6 @@ def prepared(
         sampler=chunks,
         batch_size=None,  # what the sampler yields is a batch
         num_workers=num_workers,
-        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=_PREFETCHED if num_workers else None,
         generator=torch.Generator(),  # by default a seed is drawn from the user's own random numbers
@@ -322,7 +316,7 @@ def prepared(
 
 @contextmanager
 def _one_thread_each(num_workers: int) -> Iterator[None]:
-    """Tokenizers' own threads do not survive a fork; it warns unless told before."""
+    # Tokenizers' own threads do not survive a fork; it warns unless told before.
     if not num_workers or _TOKENIZERS in os.environ:
         yield
         return
@@ -333,12 +327,8 @@ def _one_thread_each(num_workers: int) -> Iterator[None]:
         del os.environ[_TOKENIZERS]
 
 
-def _as_it_is(one: Any) -> Any:
-    return one
-
-
 def _message(error: Exception, index: int) -> str:
-    """The processor's message, with the input's own index: it was tried alone."""
+    # The processor's message, with the input's own index: it was tried alone.
     is_ours = isinstance(error, ValueError | FileNotFoundError | ImportError)
     text = str(error) if is_ours else f"{type(error).__name__}: {error}"
     return _FIRST_INPUT.sub(f"inputs[{index}]", text) if _FIRST_INPUT.match(text) else f"inputs[{index}]: {text}"

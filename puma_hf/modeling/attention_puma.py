@@ -18,7 +18,7 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-# torch 2.10 has the kernel, but it takes neither a scale nor a window; torch 2.11 takes no grouped queries.
+# Older kernels take no scale, no window or no grouped queries.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 T = TypeVar("T")
 
@@ -119,8 +119,8 @@ def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
 def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float, causal: bool) -> Tensor:
     """Attention of each sequence's queries to its keys.
 
-    On NVIDIA GPUs from Ampere on, in half precision and with torch 2.11, one kernel for sequences of any length does
-    it; elsewhere one call for each block of sequences of one length. Neither waits for the device.
+    On NVIDIA GPUs from Ampere on, in half precision and with a recent torch, one kernel for sequences of any length
+    does it; elsewhere one call for each block of sequences of one length. Neither waits for the device.
 
     Args:
         query: `(num_queries, num_heads, head_dim)`, all sequences one after another.
@@ -199,7 +199,7 @@ def _triangle(size: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _has_varlen(device: torch.device, head_dim: int) -> bool:
     """Whether the kernel for sequences of any length is there and takes such heads."""
-    if torch.version.hip is not None or not {"scale", "window_size"} <= _VARLEN_OPTIONS:
+    if torch.version.hip is not None or not {"scale", "window_size", "enable_gqa"} <= _VARLEN_OPTIONS:
         return False
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
@@ -208,16 +208,12 @@ def _has_varlen(device: torch.device, head_dim: int) -> bool:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, causal: bool) -> Tensor:
     if sequences.key_index is not None:
         key, value = key[sequences.key_index], value[sequences.key_index]
-    groups, options = query.shape[1] // key.shape[1], {}
-    if "enable_gqa" in _VARLEN_OPTIONS:
-        options["enable_gqa"] = groups > 1
-    else:
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     # A window without a right side is causal: where a sequence has more keys than queries, its last query stands at
     # its last key.
     window = (-1, 0) if causal else (-1, -1)
     ends = (sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys)
-    attended: Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=window, **options)
+    attended: Tensor = varlen_attn(query, key, value, *ends, window_size=window, **options)
     return attended
 
 

