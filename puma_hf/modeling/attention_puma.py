@@ -25,16 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences of one length that lie one after another, and the prefix that they share.
+    """`count` sequences of one length that lie one after another, and the prefix that they share.
 
-    Args:
-        count: How many sequences.
-        num_queries: Queries of each: all of its tokens, or one.
-        num_keys: Keys of each, besides those of the prefix.
-        first_query: Where the queries of the first sequence begin.
-        first_key: Where its keys begin.
-        first_prefix_key: Where the prefix begins.
-        num_prefix_keys: Its length, 0 for none.
+    Each has `num_queries` queries, all of its tokens or one, and `num_keys` keys besides those of the prefix; the first
+    begins at `first_query` and `first_key`. The prefix, if any, begins at `first_prefix_key`.
     """
 
     count: int
@@ -48,15 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which queries look at which keys.
+    """Which queries look at which keys: as blocks, and as a kernel for sequences of any length asks for it.
 
-    Args:
-        blocks: The sequences, those of one length and prefix together.
-        query_ends: `(num_sequences + 1,)` int32, where the queries of each sequence end, a 0 before them.
-        key_ends: `(num_sequences + 1,)` int32, likewise for keys, those of the prefix before each sequence's own.
-        key_index: `(num_keys,)` int64, which keys these are; `None` if all, in their order.
-        max_queries: Queries of the longest sequence.
-        max_keys: Keys of the longest sequence.
+    `query_ends` and `key_ends`, `(num_sequences + 1,)` int32, are where the queries and keys of each sequence end,
+    after a 0. Keys of a prefix come before each sequence's own: `key_index` says which all are, `None` if in order.
     """
 
     blocks: tuple[Block, ...]
@@ -103,15 +92,14 @@ def sequences_of(blocks: Sequence[Block]) -> Sequences:
     )
 
 
-def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """Blocks of sequences with these lengths; neighbours of one length are one block."""
+def blocks_of_lengths(lengths: Sequence[int], start: int = 0, *prefix: int) -> tuple[Block, ...]:
+    """Blocks of sequences with these lengths, neighbours of one length together; `prefix` is its start and length."""
     blocks: list[Block] = []
-    start = 0
     for length in lengths:
         if blocks and blocks[-1].num_keys == length:
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
         else:
-            blocks.append(Block(1, length, length, start, start))
+            blocks.append(Block(1, length, length, start, start, *prefix))
         start += length
     return tuple(blocks)
 
@@ -140,8 +128,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
     >>> from puma_hf.modeling.attention_puma import attend, blocks_of_lengths, sequences_of
 
     >>> states = torch.randn(5, 1, 2)
-    >>> sequences = sequences_of(blocks_of_lengths([2, 3]))
-    >>> attended = attend(states, states, states, sequences, scale=1.0, causal=True)
+    >>> attended = attend(states, states, states, sequences_of(blocks_of_lengths([2, 3])), scale=1.0, causal=True)
     >>> bool((attended[2] == states[2]).all())  # the first token of a sequence sees itself
     True
     ```

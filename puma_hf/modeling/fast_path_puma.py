@@ -73,12 +73,7 @@ def _is_as_made(module: nn.Module, child: str = "") -> bool:
 
 
 def packed_states(model: Any, part: PackedPart) -> Tensor:
-    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, in the order of `part.rows`.
-
-    Args:
-        model: A PUMA model.
-        part: On its device.
-    """
+    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, of `part.rows`, on the model's device."""
     decoder, images = model.language_model, part.images
     hidden = decoder.embed_tokens(part.input_ids)
     added: list[Tensor] = []
@@ -101,7 +96,7 @@ def packed_states(model: Any, part: PackedPart) -> Tensor:
 def decoder_layer(
     layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences, wanted: Tensor | None = None
 ) -> Tensor:
-    """One decoder layer on tokens that lie one after another.
+    """One decoder layer on tokens that lie one after another: `(num_wanted, hidden_size)`.
 
     Args:
         layer: A decoder layer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
@@ -109,9 +104,6 @@ def decoder_layer(
         angles: Cosines and sines of the positions, `(num_tokens, 1, head_dim)` each.
         sequences: Which queries look at which keys.
         wanted: `(num_wanted,)` the tokens whose states are wanted, whose queries `sequences` has; `None` for all.
-
-    Returns:
-        `(num_wanted, hidden_size)`.
     """
     query, key, value, residual = before_attention(layer, hidden, angles, wanted)
     attended = attend(query, key, value, sequences, scale=layer.self_attn.scaling, causal=wanted is None)

@@ -136,7 +136,6 @@ def test_every_input_is_there_in_its_place(seed: int, side: str, max_tokens: flo
     rows, grids = random_batch(seed)
     features = features_of(rows, flat(grids), side)
     batch = packed(features, max_tokens=max_tokens)
-    assert batch.num_inputs == len(rows)
     assert sorted(row for part in batch.parts for row in part.rows) == list(range(len(rows)))
     first_patches = np.cumsum([0, *(sum(int(np.prod(grid)) for grid in of_row) for of_row in grids)])
     for part in batch.parts:
@@ -327,7 +326,7 @@ def test_all_but_the_grid_moves(
     tensors = {name: tensor.device.type for name, tensor in held.items() if torch.is_tensor(tensor)}
     assert {name for name, device in tensors.items() if device == "cpu"} == {"grid_thw"}
     assert len(tensors) >= 9
-    assert (moved.num_inputs, moved.num_tokens) == (batch.num_inputs, batch.num_tokens)
+    assert moved.num_tokens == batch.num_tokens
 
 
 @pytest.mark.parametrize(("packing", "video"), [(False, False), (True, True)])
