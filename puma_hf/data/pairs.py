@@ -326,9 +326,6 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     """How errors call it, the folder that its images must be in, and its rows."""
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
-    if not isinstance(source, str | Path):
-        kind = type(source).__name__
-        raise ValueError(f"The source is a {kind}, must be a path or a Dataset. Of a DatasetDict choose one split.")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
