@@ -75,26 +75,6 @@ def test_nano(puma_dir: Path, root: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.messages
 
 
-def test_options_that_are_not_used_are_told(puma_dir: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    evaluate(config(puma_dir, root, nano_seed=3))
-    assert "nano_seed=3: not used with benchmark='mbeir'." in caplog.messages
-
-
-def test_no_more_dimensions_than_there_are(puma_dir: Path, root: Path) -> None:
-    with pytest.raises(ValueError, match=r"truncate_dim=9999, but the embeddings of .* have \d+ dimensions"):
-        evaluate(config(puma_dir, root, truncate_dim=9999))
-
-
-def test_data_are_looked_for_before_the_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="gone"):
-        evaluate(EvaluateConfig(model="no/model", data=tmp_path / "gone"))
-
-
-def test_a_model_that_is_nowhere_is_named(root: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model='no/model' is no folder here, and the Hub has no such model"):
-        evaluate(EvaluateConfig(model="no/model", data=root))
-
-
 def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> None:
     with pytest.raises(ValueError, match=r"is an original qwen2_vl checkpoint, must be an embedder.*puma-hf prune"):
         evaluate(EvaluateConfig(model=str(qwen_dir), data=root))
