@@ -23,7 +23,8 @@ from puma_hf import (
     lora_config,
 )
 from puma_hf.data.items import load_mbeir_items
-from puma_hf.trainer.merge import merge_adapter, save_base_fingerprint
+from puma_hf.trainer.lora_puma import save_base_fingerprint
+from puma_hf.trainer.merge import merge_adapter
 
 BATCH_SIZE = 64
 LORA_R = 16

@@ -53,7 +53,7 @@ def draw(count: int, dim: int, num_clusters: int, seed: int) -> NDArray[np.float
 
 def write_index(folder: Path, args: argparse.Namespace) -> Any:
     """A table as `puma-hf index` writes it; every second item is a picture."""
-    about = {"format_version": FORMAT_VERSION, "precision": "float32", "fingerprint": "benchmark"}
+    about = {"format_version": FORMAT_VERSION, "precision": "float32", "fingerprint": "benchmark", "model": "none"}
     table = create_table(folder, about, args.dim)
     for start in range(0, args.items, ROWS):
         ids = [str(row) for row in range(start, min(start + ROWS, args.items))]

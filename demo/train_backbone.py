@@ -48,7 +48,7 @@ from puma_hf import evaluate_mbeir, prune
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.attention_puma import blocks_of_lengths, sequences_of
-from puma_hf.modeling.fast_path_puma import FastPath, after_attention, before_attention, fast_vision
+from puma_hf.modeling.fast_path_puma import after_attention, before_attention, fast_vision
 from puma_hf.modeling.packing_puma import mrope_positions
 
 DEMO = Path(__file__).parent
@@ -312,7 +312,7 @@ class Reader:
         """`(n * 9, hidden_size)` of drawings `(n, 3, 48, 48)`."""
         number = len(pixels)
         sequences = sequences_of(blocks_of_lengths([len(self.places)] * number))
-        with fast_vision(self.model.visual, FastPath()):
+        with fast_vision(self.model.visual):
             output = self.model.visual(
                 patches(pixels),
                 grid_thw=self.grid.repeat(number, 1),

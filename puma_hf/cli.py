@@ -8,7 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, fields
+from importlib import import_module
+from inspect import cleandoc
 from io import TextIOWrapper
 from pathlib import Path
 from types import UnionType
@@ -17,7 +20,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import click
 
 from puma_hf import __version__, configs
-from puma_hf.files import is_full_disk
 from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.settings import field_help, load_config
 
@@ -46,8 +48,8 @@ def app() -> None:
 # --------------------------------------------------------------------------------------- options from a settings class
 
 
-def _command(kind: Any, name: str | None = None) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Make a function of one configuration a command that takes its fields as options, a YAML file, or both.
+def _command(name: str, kind: Any, place: str, show: Callable[[Any, Any], str]) -> click.Command:
+    """A command that takes the fields of a settings class as options, a YAML file, or both.
 
     Names, defaults and help are written in the class alone. A field may have "positional" and "flag" in its metadata:
     `False` for none, or a name of its own.
@@ -56,31 +58,32 @@ def _command(kind: Any, name: str | None = None) -> Callable[[Callable[[Any], No
     positional = [entry.name for entry in entries if entry.metadata.get("positional")]
     hints, texts = get_type_hints(kind), field_help(kind)
 
-    def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def run(config: Path | None, **given: Any) -> None:
-            for field in positional:
-                value = given.pop(f"{field}_argument")
-                if None not in (value, given[field]):
-                    both = f"as {value!r} and as --{field} {given[field]!r}"
-                    raise ValueError(f"{field} is given twice, {both}. Remove one of them.")
-                given[field] = given[field] if value is None else value
-            # Options that were not given are None, repeated ones empty.
-            values = {field: value for field, value in given.items() if value is not None and value != ()}
-            function(load_config(kind, config, **values))
+    def run(config: Path | None, **given: Any) -> None:
+        for field in positional:
+            value = given.pop(f"{field}_argument")
+            if None not in (value, given[field]):
+                both = f"as {value!r} and as --{field} {given[field]!r}"
+                raise ValueError(f"{field} is given twice, {both}. Remove one of them.")
+            given[field] = given[field] if value is None else value
+        # Options that were not given are None, repeated ones empty.
+        values = {field: value for field, value in given.items() if value is not None and value != ()}
+        settings = load_config(kind, config, **values)
+        module, _, function = place.partition(":")
+        work = getattr(import_module(module), function)  # heavy, and only now
+        with ends_well_on_sigterm() if name in _KEEP_WORK else nullcontext():
+            result = work(**asdict(settings)) if name in _WITH_KEYWORDS else work(settings)
+        if _is_first_process():
+            click.echo(show(settings, result))
+        if not getattr(result, "ok", True):
+            sys.exit(1)
 
-        parameters: list[click.Parameter] = [
-            *(
-                click.Argument([f"{field}_argument"], required=False, metavar=f"[{field.upper()}]")
-                for field in positional
-            ),
-            click.Option(["--config"], type=click.Path(path_type=Path), help=_CONFIG_HELP),
-            *(_option(entry, hints[entry.name], texts[entry.name]) for entry in entries),
-        ]
-        command = click.Command(name or function.__name__, callback=run, params=parameters, help=function.__doc__)
-        app.add_command(command)
-        return function
-
-    return decorate
+    parameters: list[click.Parameter] = [
+        *(click.Argument([f"{field}_argument"], required=False, metavar=f"[{field.upper()}]") for field in positional),
+        click.Option(["--config"], type=click.Path(path_type=Path), help=_CONFIG_HELP),
+        *(_option(entry, hints[entry.name], texts[entry.name]) for entry in entries),
+    ]
+    words = cleandoc(kind.__doc__).partition("\n\nArgs:")[0]
+    return click.Command(name, callback=run, params=parameters, help=words)
 
 
 def _option(entry: Field[Any], hint: Any, text: str) -> click.Option:
@@ -152,163 +155,64 @@ def estimate(config: Path, gpu: str | None, **sizes: Any) -> None:
     click.echo(run(config, **sizes).to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
-@_command(configs.DistillConfig)
-def distill(config: configs.DistillConfig) -> None:
-    """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
-
-    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_stage1_ours.yaml --data M-BEIR
-    """
-    from puma_hf.trainer.stages import distill as run
-
-    _echo_saved(run(config))
+def _saved(_: Any, adapter: Path) -> str:
+    return f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED"
 
 
-@_command(configs.TrainConfig)
-def train(config: configs.TrainConfig) -> None:
-    """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
-
-    Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
-    """
-    from puma_hf.trainer.stages import train as run
-
-    _echo_saved(run(config))
+def _merged(config: configs.MergeConfig, largest: float) -> str:
+    return f"merged; embeddings differ by at most {largest:.1e}\nsaved    {config.output}"
 
 
-def _echo_saved(adapter: Path) -> None:
-    _echo_first(f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED")
+def _markdown(_: Any, results: Any) -> str:
+    return str(results.to_markdown())
 
 
-@_command(configs.MergeConfig)
-def merge(config: configs.MergeConfig) -> None:
-    """Merge a trained adapter into its base, checked, and write a complete directory.
-
-    Example: puma-hf merge puma-k14-lora puma-k14-distilled
-    """
-    from puma_hf.trainer.stages import merge as run
-
-    click.echo(f"merged; embeddings differ by at most {run(config):.1e}\nsaved    {config.output}")
+def _report(_: Any, report: Any) -> str:
+    return str(report)
 
 
-@_command(configs.EmbedConfig)
-def embed(config: configs.EmbedConfig) -> None:
-    """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
-
-    Example: puma-hf embed photos --model puma-k14-mac --output embeddings
-    """
-    from puma_hf.embedding.run import embed_corpus as run
-
-    with ends_well_on_sigterm():
-        _echo_first(str(run(config)))
+def _answers(config: configs.SearchConfig, answers: Any) -> str:
+    if config.json:  # for programs, which read nothing else
+        return json.dumps(answers.to_dict(), ensure_ascii=False, indent=2)
+    return str(answers) if config.html is None else f"{answers}\nsaved    {config.html}"
 
 
-@_command(configs.EvaluateConfig)
-def evaluate(config: configs.EvaluateConfig) -> None:
-    """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
-
-    Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
-    """
-    from puma_hf.evaluation.mbeir import evaluate as run
-
-    with ends_well_on_sigterm():
-        _echo_first(run(config).to_markdown())
-
-
-@_command(configs.SweepConfig)
-def sweep(config: configs.SweepConfig) -> None:
-    """Choose k: measure every depth of a model in one pass, with its parameters and operations.
-
-    Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
-    """
-    from puma_hf.evaluation.layer_sweep import sweep as run
-
-    click.echo(run(config).to_markdown())
-
-
-@_command(configs.PairsConfig)
-def pairs(config: configs.PairsConfig) -> None:
-    """Look through pairs of your own before training: what there is, and what is wrong with it.
-
-    Example: puma-hf pairs photos/captions.csv --direction both
-    """
-    from puma_hf.data.pairs_report import pairs as run
-
-    _echo_checked(run(config))
-
-
-@_command(configs.IndexConfig)
-def index(config: configs.IndexConfig) -> None:
-    """Make an index of pictures and texts to search in; run again, it takes in what changed.
-
-    Example: puma-hf index photos --model puma-k14-mac --output photos-index
-    """
-    from puma_hf.search.build import build_index as run
-
-    with ends_well_on_sigterm():
-        _echo_first(str(run(config)))
-
-
-@_command(configs.SearchConfig)
-def search(config: configs.SearchConfig) -> None:
-    """Search an index by words, by a picture, or by both.
-
-    Example: puma-hf search photos-index "a red apple" --for image --html answers.html
-    """
-    from puma_hf.search.query import search as run
-
-    answers = run(config)
-    click.echo(json.dumps(answers.to_dict(), ensure_ascii=False, indent=2) if config.json else str(answers))
-    if config.html is not None:
-        click.echo(f"saved    {config.html}", err=config.json)  # which is for programs
-
-
-@_command(configs.AppConfig, name="app")
-def show(config: configs.AppConfig) -> None:
-    """Search an index on a page in the browser, or write that page as a Space of the Hub.
-
-    Example: puma-hf app photos-index
-    """
+def show_page(config: configs.AppConfig) -> str:
+    """Serve the page of an index, or write it as a Space."""
     if config.space is None:
         from puma_hf.search.page import launch
 
         launch(config, started=lambda url: click.echo(f"serving {config.index} at {url}; Ctrl-C ends it"))
-    else:
-        from puma_hf.search.space import write_configured
+        return "ended"
+    from puma_hf.search.space import write_configured
 
-        place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
-        click.echo(f"saved the Space to {place}; look at it first with: {run} {place}/app.py")
-
-
-@_command(configs.ExportConfig)
-def export(config: configs.ExportConfig) -> None:
-    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
-
-    Example: puma-hf export puma-k14-mac puma-k14-stock
-    """
-    from puma_hf.export import export as run
-
-    click.echo(str(run(**asdict(config))))
+    place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
+    return f"saved the Space to {place}; look at it first with: {run} {place}/app.py"
 
 
-@_command(configs.CheckConfig)
-def check(config: configs.CheckConfig) -> None:
-    """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
+# Command, settings, the function that does it, and how its result is shown. A command's help stands in its class.
+_COMMANDS: tuple[tuple[str, Any, str, Callable[[Any, Any], str]], ...] = (
+    ("distill", configs.DistillConfig, "puma_hf.trainer.stages:distill", _saved),
+    ("train", configs.TrainConfig, "puma_hf.trainer.stages:train", _saved),
+    ("merge", configs.MergeConfig, "puma_hf.trainer.stages:merge", _merged),
+    ("embed", configs.EmbedConfig, "puma_hf.embedding.run:embed_corpus", _report),
+    ("evaluate", configs.EvaluateConfig, "puma_hf.evaluation.mbeir:evaluate", _markdown),
+    ("sweep", configs.SweepConfig, "puma_hf.evaluation.layer_sweep:sweep", _markdown),
+    ("pairs", configs.PairsConfig, "puma_hf.data.pairs_report:pairs", _report),
+    ("index", configs.IndexConfig, "puma_hf.search.build:build_index", _report),
+    ("search", configs.SearchConfig, "puma_hf.search.query:search", _answers),
+    ("app", configs.AppConfig, "puma_hf.cli:show_page", _report),
+    ("export", configs.ExportConfig, "puma_hf.export:export", _report),
+    ("check", configs.CheckConfig, "puma_hf.hub.check:check", _report),
+    ("push", configs.PushConfig, "puma_hf.hub.push:push_configured", _report),
+)
+# These take their settings one by one.
+_WITH_KEYWORDS = ("export", "check")
+# Of these much may be done when SIGTERM comes. A training has its checkpoints, and dies with its launcher at once.
+_KEEP_WORK = ("embed", "evaluate", "index")
 
-    Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
-    """
-    from puma_hf.hub.check import check as run
-
-    _echo_checked(run(**asdict(config)))
-
-
-@_command(configs.PushConfig)
-def push(config: configs.PushConfig) -> None:
-    """Publish a directory on the Hub, after it was loaded where puma_hf is not installed.
-
-    Example: puma-hf push puma-k14-mac org/puma-k14 --dry-run
-    """
-    from puma_hf.hub.push import push_configured as run
-
-    click.echo(str(run(config)))
+for _entry in _COMMANDS:
+    app.add_command(_command(*_entry))
 
 
 # ---------------------------------------------------------------------------------------------------- output and errors
@@ -317,18 +221,6 @@ def push(config: configs.PushConfig) -> None:
 def _is_first_process() -> bool:
     """Whether this is the process that speaks, of those that `torchrun` or `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _echo_first(text: str) -> None:
-    if _is_first_process():
-        click.echo(text)
-
-
-def _echo_checked(report: Any) -> None:
-    """Print a report, and leave with status 1 if something in it is wrong."""
-    click.echo(str(report))
-    if not report.ok:
-        sys.exit(1)
 
 
 def _in_few_lines(error: Exception) -> str:
@@ -352,9 +244,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        # safetensors and torch have errors of their own for a file that cannot be written or read.
-        is_of_a_file = type(error).__name__ == "SafetensorError" or is_full_disk(error)
-        if not (isinstance(error, ValueError | OSError | ImportError) or is_of_a_file):
+        # safetensors has an error of its own for a file that cannot be written or read.
+        if not isinstance(error, ValueError | OSError | ImportError) and type(error).__name__ != "SafetensorError":
             raise
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
             bar.close()  # else the error would be glued to its line

@@ -81,7 +81,9 @@ def parse_parameters(value: str | int | float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(CheckedConfig):
-    """Settings of `puma_hf.embedding.run.embed_corpus`.
+    """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
+
+    Example: puma-hf embed photos --model puma-k14-mac --output embeddings
 
     Args:
         data: A folder of images; a .txt, .jsonl, .json, .csv, .tsv or .parquet with columns among id, text, image and
@@ -140,7 +142,9 @@ class EmbedConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckedConfig):
-    """Settings of `puma_hf.evaluation.mbeir.evaluate`.
+    """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
+
+    Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
 
     Args:
         model: PUMA directory, or any SentenceTransformer here or on the Hub.
@@ -200,7 +204,9 @@ class EvaluateConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(CheckedConfig):
-    """Settings of `puma_hf.evaluation.layer_sweep.sweep`, which measures every depth of a model at once.
+    """Choose k: measure every depth of a model in one pass, with its parameters and operations.
+
+    Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
 
     Args:
         model: The full model: folder or Hub id of an original Qwen2-VL, 2.5 or 3, or of a PUMA directory.
@@ -252,7 +258,9 @@ class SweepConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EmbedConfig):
-    """Settings of `puma_hf.search.build.build_index`.
+    """Make an index of pictures and texts to search in; run again, it takes in what changed.
+
+    Example: puma-hf index photos --model puma-k14-mac --output photos-index
 
     Args:
         model: PUMA directory, here or on the Hub; needed by the first run, which the index remembers.
@@ -291,7 +299,9 @@ class IndexConfig(EmbedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(CheckedConfig):
-    """Settings of `puma_hf.search.query.search`.
+    """Search an index by words, by a picture, or by both.
+
+    Example: puma-hf search photos-index "a red apple" --for image --html answers.html
 
     Args:
         index: Directory that puma-hf index has written.
@@ -335,7 +345,9 @@ class SearchConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(CheckedConfig):
-    """Settings of `puma_hf.search.page.launch`.
+    """Search an index on a page in the browser, or write that page as a Space of the Hub.
+
+    Example: puma-hf app photos-index
 
     Args:
         index: Directory that puma-hf index has written.
@@ -372,7 +384,9 @@ class AppConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckedConfig):
-    """Settings of `puma_hf.export.export`.
+    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
+
+    Example: puma-hf export puma-k14-mac puma-k14-stock
 
     Args:
         source: PUMA directory, here or on the Hub.
@@ -391,7 +405,9 @@ class ExportConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig(CheckedConfig):
-    """Settings of `puma_hf.hub.push.push_configured`.
+    """Publish a directory on the Hub, after it was loaded where puma_hf is not installed.
+
+    Example: puma-hf push puma-k14-mac org/puma-k14 --dry-run
 
     Args:
         directory: A PUMA directory, or the directory of a trained LoRA adapter.
@@ -436,7 +452,9 @@ class PushConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CheckedConfig):
-    """Settings of `puma_hf.hub.check.check`.
+    """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
+
+    Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
 
     Args:
         directory: PUMA directory, or one of an adapter. Its code is run.

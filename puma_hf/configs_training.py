@@ -77,7 +77,9 @@ class PairSettings(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(PairSettings):
-    """Settings of the dry run, `puma_hf.data.pairs_report.pairs`.
+    """Look through pairs of your own before training: what there is, and what is wrong with it.
+
+    Example: puma-hf pairs photos/captions.csv --direction both
 
     Args:
         data: Table of pairs (.csv, .tsv, .jsonl, .json, .parquet), or a folder of images with its captions.* or
@@ -211,10 +213,12 @@ class StageConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(StageConfig):
-    """Self-distillation without labels, our stage 1: settings of `puma_hf.trainer.stages.distill`.
+    """Stage 1 without labels, which is ours: distil the full model into the pruned one. Saves a LoRA adapter.
 
     The defaults are LamRA's where it states them (arXiv 2412.01720). PUMA's own stage 1 (ACM MM 2025, arXiv 2507.08064)
     learns from labelled pairs besides: it is a `TrainConfig` with a `distillation_weight`.
+
+    Example: puma-hf distill puma-k14 puma-k14-lora --config configs/qwen2_vl_2b_stage1_ours.yaml --data M-BEIR
 
     Args:
         data: Folder in M-BEIR's layout or of images, .txt, or table with text, image or NLI columns; commas join
@@ -242,10 +246,12 @@ class DistillConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PairSettings, StageConfig):
-    """Training on labelled pairs, stage 2, or with a teacher stage 1: settings of `puma_hf.trainer.stages.train`.
+    """Train on labelled pairs: stage 2 with MAC-Loss, stage 1 as released with a teacher. Saves a LoRA adapter.
 
     The defaults are LamRA's where it states them (arXiv 2412.01720); MAC-Loss is PUMA's (ACM MM 2025, arXiv
     2507.08064), with the temperatures of the code that its authors released.
+
+    Example: puma-hf train puma-k14-distilled puma-k14-mac-lora --data M-BEIR --learning-rate 1e-4
 
     Args:
         data: Folder in M-BEIR's layout; or pairs of your own: a table, or a folder of images with captions.csv in it.
@@ -349,7 +355,9 @@ class TrainConfig(PairSettings, StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(CheckedConfig):
-    """Settings of `puma_hf.trainer.stages.merge`, which merges a trained adapter into its base.
+    """Merge a trained adapter into its base, checked, and write a complete directory.
+
+    Example: puma-hf merge puma-k14-lora puma-k14-distilled
 
     Args:
         adapter: Directory that training saved.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,17 @@ def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None
         >>> count_flops(model, "a red apple") < count_flops(model, {"image": "apple.png"})  # doctest: +SKIP
         True
     """
-    features = model.preprocess([item], prompt=prompt)
+    return int(counted_pass(model, model.preprocess([item], prompt=prompt), fast=fast).get_total_flops())
+
+
+def counted_pass(model: SentenceTransformer, features: Mapping[str, Any], *, fast: bool = False) -> FlopCounterMode:
+    """Run a batch of `preprocess` through a model, and return the counter of its operations, part by part."""
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    way = nullcontext() if fast else plain_forward(model)
-    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(features)
-    return int(counter.get_total_flops())
+    way, counter = nullcontext() if fast else plain_forward(model), FlopCounterMode(display=False)
+    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(dict(features))
+    return counter
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -37,11 +36,6 @@ _LOADED = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt"),
-)
-# What torch and safetensors say of a full disk: their errors carry no errno.
-_FULL_DISK_WORDS = (
-    *("no space left", "os error 28", "disk quota", "os error 122"),
-    *("file write failed", "pytorchstreamwriter", "inline_container"),
 )
 _PATIENCE = 0.2  # seconds: a run that ends at this moment removes its lock, and the next one makes its own
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -146,17 +140,6 @@ def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that people can read, whole or not at all."""
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error of Python, torch or safetensors, or what it came from, says that the disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, new_directory, read_config
 from puma_hf.model_card import write_model_card
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor

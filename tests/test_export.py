@@ -31,8 +31,7 @@ from puma_hf.hub.check import (
     embed_features,
     embed_stock,
     features_of,
-    open_auto_model,
-    open_stock,
+    open_model,
     stock_features,
 )
 from tests.tiny import (
@@ -75,8 +74,8 @@ def settings_of(folder: Path, name: str = "config.json") -> dict[str, object]:
 def largest_difference(puma: Path, stock: Path) -> float:
     """Of the embeddings by AutoModel to those by stock classes and files alone."""
     inputs = check_inputs(3)
-    expected = embed_features(open_auto_model(puma, torch.float32, "cpu"), features_of(puma, inputs))
-    found = embed_stock(open_stock(stock, torch.float32, "cpu"), stock_features(stock, inputs))
+    expected = embed_features(open_model(puma, torch.float32), features_of(puma, inputs))
+    found = embed_stock(open_model(stock, torch.float32, stock=True), stock_features(stock, inputs))
     assert found.shape == (len(inputs), HIDDEN_SIZE)
     return float((found - expected).abs().max())
 
@@ -139,7 +138,10 @@ def test_a_list_of_layers_is_told(qwen_dir: Path, tmp_path: Path) -> None:
     assert settings_of(tmp_path / "stock")[LINEAGE_KEY]["kept_layers"] == [0, 3]  # type: ignore[index]
     assert "decoder layers 0 and 3 of the 4\nof" in (tmp_path / "stock" / "README.md").read_text()
     one = {"text": "a red apple"}
-    model, features = open_stock(tmp_path / "stock", torch.float32, "cpu"), stock_features(tmp_path / "stock", [one])
+    model, features = (
+        open_model(tmp_path / "stock", torch.float32, stock=True),
+        stock_features(tmp_path / "stock", [one]),
+    )
     expected = PumaModel.from_pretrained(qwen_dir, keep_layers=[0, 3]).eval()
     puma = PumaModel.from_pretrained(tmp_path / "puma")
     expected.load_state_dict({"language_model.embed_tokens.weight": puma.get_input_embeddings().weight}, strict=False)
@@ -270,7 +272,7 @@ def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Pa
     names: dict[str, Any] = {}
     exec(compile(code, "card", "exec"), names)
     one = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
-    expected = embed_features(open_auto_model(puma_dir, torch.float32, "cpu"), features_of(puma_dir, [one]))
+    expected = embed_features(open_model(puma_dir, torch.float32), features_of(puma_dir, [one]))
     torch.testing.assert_close(names["embedding"], expected, rtol=0, atol=1e-5)
 
 
@@ -300,7 +302,7 @@ def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in output.iterdir()} == {"README.md", "config.json", *tokenizer, *graph}
     assert report.num_bytes == sum((output / name).stat().st_size for name in graph)
-    model, session = open_auto_model(puma, torch.float32, "cpu"), InferenceSession(output / "model.onnx")
+    model, session = open_model(puma, torch.float32), InferenceSession(output / "model.onnx")
     for inputs, side in ((TEXTS, "left"), (TEXTS, "right"), (TEXTS[:1], "left")):
         features = features_of(puma, inputs, padding_side=side)
         given = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}

@@ -24,7 +24,6 @@ from puma_hf.files import (
     LOCK_FILE,
     PUMA_MODEL_TYPES,
     DirectoryInUseError,
-    is_full_disk,
     is_hub_id,
     locked,
     new_directory,
@@ -168,15 +167,6 @@ def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, b"new", sync=sync)
     assert path.read_bytes() == b"old"
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
-
-
-def test_a_full_disk_is_known_by_its_number_or_by_what_torch_says() -> None:
-    assert is_full_disk(OSError(errno.ENOSPC, "full"))
-    assert is_full_disk(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
-    assert not is_full_disk(ValueError("loss is nan"))
-    error = ValueError("loss is nan")
-    error.__cause__ = OSError(errno.EDQUOT, "quota")
-    assert is_full_disk(error)
 
 
 @pytest.mark.parametrize(

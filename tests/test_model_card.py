@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from puma_hf import PumaConfig
-from puma_hf.model_card import write_model_card
+from puma_hf.model_card import fill_template, write_model_card
 
 FACTS: dict[str, Any] = {"source": "/home/somebody/secret/qwen", "output_dir": "/home/somebody/out"}
 FACTS |= {"num_kept_layers": 8, "original_num_hidden_layers": 28, "bytes_before": 19_753_086, "bytes_after": 2_469_134}
@@ -50,3 +51,10 @@ def test_a_pruned_directory_has_its_card(puma_dir: Path, qwen_dir: Path) -> None
     assert "layers 0 to 1" in card.text
     assert f"`{qwen_dir.name}`" in card.text
     assert str(qwen_dir.parent) not in card.content
+
+
+def test_the_template_renders_without_any_value() -> None:
+    card = ModelCard(fill_template(ModelCardData()))
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "feature-extraction")
+    assert "Nothing has been measured" in card.text
+    assert not re.search(r"None|Undefined|\{\{|\{%|\n{4}", card.text)

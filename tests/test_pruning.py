@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from puma_hf import PumaModel, PumaProcessor, prune
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.pruning import PruneReport, read_limits, set_limits
 from puma_hf.trainer import merge_adapter
 from tests.test_files import listing
@@ -215,15 +215,6 @@ def test_a_pruned_directory_can_be_pruned_further(qwen_dir: Path, tmp_path: Path
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
-def test_overwriting_replaces_the_old_directory(qwen_dir: Path, tmp_path: Path) -> None:
-    prune(qwen_dir, tmp_path / "out", num_kept_layers=3)
-    (tmp_path / "out" / "left-over.txt").touch()
-    prune(qwen_dir, tmp_path / "out", num_kept_layers=1, overwrite=True)
-    assert not (tmp_path / "out" / "left-over.txt").exists()
-    assert PumaModel.from_pretrained(tmp_path / "out").config.num_kept_layers == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 # --- errors; none of them leaves anything behind
 
 
@@ -373,18 +364,6 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
     # Cut further, it keeps what it has.
     assert prune(tmp_path / "k3", tmp_path / "k2", num_kept_layers=2).max_pixels == expected
     assert [longest(tmp_path / name) for name in ("k3", "k2")] == [expected, expected]
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ({"min_pixels": 256, "max_pixels": 65_536}, 65_536),  # less than 300 tokens, as the demo's
-        ({"min_pixels": 100_000, "max_pixels": 12_845_056}, 100_000),  # more than 300 tokens
-    ],
-)
-def test_the_default_is_within_the_sources_own(qwen_dir: Path, tmp_path: Path, size: Any, expected: int) -> None:
-    source = with_size(Path(shutil.copytree(qwen_dir, tmp_path / "source")), **size)
-    assert prune(source, tmp_path / "out", num_kept_layers=1).max_pixels == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import yaml
 
@@ -270,56 +269,3 @@ def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path, from_sdist: bo
         "puma_hf",
         f"puma_hf-{puma_hf.__version__}.dist-info",
     }
-
-
-# --- the model card template
-
-
-def render(**values: object) -> huggingface_hub.ModelCard:
-    data = huggingface_hub.ModelCardData(**values.pop("card_data", {}))  # type: ignore[arg-type]
-    return huggingface_hub.ModelCard.from_template(data, template_path=str(ROOT / "hub_card.md"), **values)
-
-
-def test_the_card_renders_without_any_value() -> None:
-    card = render()
-    assert card.data.library_name == "sentence-transformers"
-    assert card.data.pipeline_tag == "feature-extraction"
-    assert {"puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers"} <= set(
-        card.data.tags
-    )
-    assert "base_model_relation" not in card.data.to_dict()
-    assert "Nothing has been measured" in card.text
-    assert not re.search(r"None|Undefined|\{\{|\{%|\n{4}", card.text)
-
-
-def test_the_card_shows_its_values() -> None:
-    card = render(
-        card_data={"base_model": "Qwen/Qwen2-VL-2B-Instruct", "license": "apache-2.0", "tags": ["own"]},
-        model_id="someone/puma",
-        num_kept_layers=14,
-        original_num_hidden_layers=28,
-        kept="decoder layers 0 to 13",
-        dropped="decoder layers 14 to 27",
-        parameters_before=9876543,
-        parameters_after=1234567,
-        bytes_after=2469134,
-        embedding_dim=1536,
-        dtype="bfloat16",
-        instructions=["Find an image that matches the sentence."],
-        results="| task | hit@5 |\n|---|---|\n| t->i | 0.5 |",
-        not_measured=["Video retrieval."],
-    )
-    assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
-    assert card.data.to_dict()["base_model_relation"] == "finetune"
-    assert card.data.tags == ["own"]
-    expected = ("layers 0 to 13", "14 to 27", "1,234,567", "2.5 MB", "1536", "someone/puma", "t->i", "Video")
-    for shown in expected:
-        assert shown in card.text
-    assert "Nothing has been measured" not in card.text
-    assert "Find an image that matches the sentence." in card.text
-
-
-@pytest.mark.parametrize("kept", [28, 8])
-def test_the_card_names_dropped_layers_only_if_there_are_any(kept: int) -> None:
-    card = render(num_kept_layers=kept, original_num_hidden_layers=28)
-    assert ("No decoder layer was dropped" in card.text) == (kept == 28)

@@ -1,4 +1,4 @@
-"""M-BEIR: its tasks, its folder layout, and its records.
+"""A folder in M-BEIR's layout: its files, its records, its pools.
 
     query/<split>/mbeir_<dataset>_task<n>_<split>.jsonl
     query/train/mbeir_<dataset>_train.jsonl                    (all tasks of a dataset)
@@ -20,7 +20,7 @@ import logging
 import random
 import re
 from array import array
-from collections.abc import Container, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Container, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,95 +32,16 @@ from numpy.typing import NDArray
 
 from puma_hf.data.images import Images
 from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, location, on_disk, read_lines, wrong
-from puma_hf.modeling.inputs_puma import MODALITY_NAMES, modality_of
+from puma_hf.data.tasks import MBEIR_DATASET_IDS, MODALITIES, TASK_OF_MODALITIES, MBEIRTask, task_named
 from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
-MODALITIES = TEXT, IMAGE, IMAGE_TEXT = MODALITY_NAMES[:3]
-# Task 5, image -> image,text, is reserved by M-BEIR and has no data.
-TASK_MODALITIES: dict[int, tuple[str, str]] = {
-    0: (TEXT, IMAGE),
-    1: (TEXT, TEXT),
-    2: (TEXT, IMAGE_TEXT),
-    3: (IMAGE, TEXT),
-    4: (IMAGE, IMAGE),
-    6: (IMAGE_TEXT, TEXT),
-    7: (IMAGE_TEXT, IMAGE),
-    8: (IMAGE_TEXT, IMAGE_TEXT),
-}
-TASK_OF_MODALITIES = {modalities: task_id for task_id, modalities in TASK_MODALITIES.items()}
-_DATASETS = "visualnews fashion200k webqa edis nights oven infoseek fashioniq cirr mscoco"
-MBEIR_DATASET_IDS: dict[str, int] = {name: number for number, name in enumerate(_DATASETS.split())}
 NANO_FILE, IMPORT_FILE = "nano.json", "import.json"  # what a folder made from another dataset says of itself
-
 _RECORD_ID = re.compile(r"(\d+):\S+")
-_NAMES_TASK = re.compile(r"(\w+)_task(\d+)")
 _LFS_POINTER = b"version https://git-lfs.github.com/"
-_UNION_PREFIX = "union_"
-_SHORT_NAMES = {TEXT: "t", IMAGE: "i", IMAGE_TEXT: "it"}
+_UNION = "union_"
 _POOL = datasets.Features({name: datasets.Value("string") for name in ("did", "text", "image")})
-
-
-@dataclass(frozen=True, order=True)
-class MBEIRTask:
-    """One row of M-BEIR: a dataset and a direction of retrieval.
-
-    Args:
-        task_id: M-BEIR's task number, a key of `TASK_MODALITIES`.
-        dataset: Name of the dataset as in the file names, in lower case.
-
-    Example:
-        >>> MBEIRTask(6, "oven").arrow
-        'it -> t'
-    """
-
-    task_id: int
-    dataset: str
-
-    @property
-    def name(self) -> str:
-        """`<dataset>_task<n>`, the stem that M-BEIR's file names share."""
-        return f"{self.dataset}_task{self.task_id}"
-
-    @property
-    def query_modality(self) -> str:
-        """Modality of the queries."""
-        return TASK_MODALITIES[self.task_id][0]
-
-    @property
-    def candidate_modality(self) -> str:
-        """Modality of the relevant candidates."""
-        return TASK_MODALITIES[self.task_id][1]
-
-    @property
-    def arrow(self) -> str:
-        """The direction as M-BEIR's tables print it, such as `t -> i`."""
-        return " -> ".join(_SHORT_NAMES[modality] for modality in TASK_MODALITIES[self.task_id])
-
-    @property
-    def reported_k(self) -> int:
-        """The k whose hit@k papers report for this row: 10 for the two fashion datasets, else 5."""
-        return 10 if self.dataset in ("fashion200k", "fashioniq") else 5
-
-
-def task_named(name: str, where: str | Path) -> MBEIRTask | None:
-    """The task of a name such as "cirr_task7", or None if it names none; a number that M-BEIR has not is an error."""
-    match = _NAMES_TASK.fullmatch(name)
-    if match is not None and int(match[2]) not in TASK_MODALITIES:
-        raise wrong(where, f"task {match[2]} is not one of M-BEIR's {sorted(TASK_MODALITIES)}")
-    return None if match is None else MBEIRTask(int(match[2]), match[1])
-
-
-def select_tasks(available: Sequence[MBEIRTask], names: Iterable[str] | None) -> list[MBEIRTask]:
-    """The tasks with these names, in the order of `available`; None for all. A ValueError if one is not there."""
-    if names is None:
-        return list(available)
-    wanted = {names} if isinstance(names, str) else set(names)
-    known = [task.name for task in available]
-    if not wanted or not wanted <= set(known):
-        raise ValueError(f"tasks is {sorted(wanted)}, must be some of {known}; choose from these or leave it out")
-    return [task for task in available if task.name in wanted]
 
 
 # --- records
@@ -158,11 +79,7 @@ class Query(Record):
     @property
     def dataset_id(self) -> int:
         """Number of the dataset, the part of the qid before the colon."""
-        return _dataset_id(self.id)
-
-
-def _dataset_id(record_id: str) -> int:
-    return int(record_id.partition(":")[0])
+        return int(self.id.partition(":")[0])
 
 
 def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False) -> Candidate:
@@ -172,13 +89,14 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
         MBEIRFormatError: If a field is missing or wrong.
         FileNotFoundError: If the image is missing, unless it may be.
     """
-    return Candidate(*_content(line, "did", "", images, may_be_missing))
+    return Candidate(*_content(line, images, may_be_missing, "", "did"))
 
 
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
-    content = _content(line, "qid", "query_", images, False, "pos_cand_list", "neg_cand_list")
-    lists = [line.columns[key] or [] for key in ("pos_cand_list", "neg_cand_list")]
+    content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
+    # Both null and an empty list mean that there are none.
+    lists = [line.columns[name] or [] for name in ("pos_cand_list", "neg_cand_list")]
     for value in lists:
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
             raise wrong(line.where, f"a list of candidates must be one of dids, got {shown(value)}")
@@ -191,31 +109,31 @@ def _number(line: Line) -> int:
 
 
 def _content(
-    line: Line, key: str, prefix: str, images: Images, may_be_missing: bool, *others: str
+    line: Line, images: Images, may_be_missing: bool, prefix: str, key: str, *others: str
 ) -> tuple[str, str | None, str | None]:
     """Id, text and absolute image path of a query (prefix "query_") or a candidate (no prefix)."""
-    fields = [key, *(prefix + name for name in ("txt", "img_path", "modality"))]
-    if missing := [name for name in (*fields, *others) if name not in line.columns]:
-        what = f"field {missing[0]!r} is missing; the line has {shown(sorted(line.columns))}"
-        raise wrong(line.where, what, "missing field")
-    record_id, label = line.columns[key], line.columns[fields[3]]
+    text_name, path_name, label_name = (f"{prefix}{name}" for name in ("txt", "img_path", "modality"))
+    for name in (key, text_name, path_name, label_name, *others):
+        if name not in line.columns:
+            raise wrong(line.where, f"field {name!r} is missing, only {shown(sorted(line.columns))}", "missing field")
+    record_id, label = line.columns[key], line.columns[label_name]
     if not isinstance(record_id, str) or not _RECORD_ID.fullmatch(record_id):
-        what = f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}"
-        raise wrong(line.where, what, "wrong id")
-    text, img_path = line.text(fields[1]), line.text(fields[2])
+        raise wrong(line.where, f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}", "wrong id")
+    # A blank text counts as none, as null does: there is nothing in it to read.
+    text, path = line.text(text_name), line.text(path_name)
     # The label is redundant, and that is its use: a line that lost its text or image would else be another task's.
-    present = modality_of(text is not None, img_path is not None, False)
-    if label != present or not present:
-        what = f"{fields[3]} is {shown(label)} but the line holds {present or 'neither text nor image'}"
-        raise wrong(line.where, f"{what}; mend either", "wrong modality label")
-    return record_id, text, images.find(img_path, line.where, may_be_missing=may_be_missing) if img_path else None
+    present = ",".join(name for name, value in (("image", path), ("text", text)) if value is not None)
+    if label != present or present not in MODALITIES:
+        what = f"{label_name} is {shown(label)} but the line holds {present or 'neither text nor image'}; mend either"
+        raise wrong(line.where, what, "wrong modality label")
+    return record_id, text, images.find(path, line.where, may_be_missing=may_be_missing) if path else None
 
 
 class Pool(Mapping[str, Candidate]):
     """The candidates of a pool by did, in the file's order; made one at a time when they are asked for.
 
     They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did. One
-    that is looked up takes some 20 microseconds; `values` and `items` read thousands of rows at a time.
+    that is looked up takes some 20 microseconds; `values` and `items` read a thousand rows at a time.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -225,6 +143,8 @@ class Pool(Mapping[str, Candidate]):
     @cached_property
     def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Hashes of the dids in ascending order, and the row of each."""
+        # A dict of the dids would take some 100 bytes each, in every process.
+        # Two dids may have one hash, so a row is always compared with the did itself.
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         return hashes[order], order
@@ -240,8 +160,7 @@ class Pool(Mapping[str, Candidate]):
         return self.row(did) is not None
 
     def __getitem__(self, did: str) -> Candidate:
-        row = self.row(did)
-        if row is None:
+        if (row := self.row(did)) is None:
             raise KeyError(did)
         return Candidate(*(column[row].as_py() for column in self._columns))
 
@@ -249,6 +168,7 @@ class Pool(Mapping[str, Candidate]):
         return int(self._table.num_rows)
 
     def __iter__(self) -> Iterator[str]:
+        # A thousand rows at a time: one scalar of Arrow after the other is far slower.
         return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
 
     def candidates(self) -> Iterator[Candidate]:
@@ -295,10 +215,10 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[Line]:
     check_is_file(path)
     line = None
     for line in read_lines(path):
-        if line.error is not None:
-            problems.add(line.error)
-        else:
+        if line.error is None:
             yield line
+        else:
+            problems.add(line.error)
     if line is None:
         raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
 
@@ -313,13 +233,11 @@ def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str,
         if not line.strip():
             continue
         cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
-        where, wordings = location(path, number), tuple(cell for cell in cells[4:] if cell)
-        if not wordings or not cells[3].isdecimal():
+        wordings = tuple(cell for cell in cells[4:] if cell)
+        key = (int(cells[3]), cells[0], cells[1]) if wordings and cells[3].isdecimal() else None
+        if key is None or key in prompts:
             columns = "query modality, candidate modality, dataset name, a dataset id and at least one prompt"
-            raise wrong(where, f"expected {columns}, separated by tabs, got {shown(line)}")
-        key = (int(cells[3]), cells[0], cells[1])
-        if key in prompts:
-            raise wrong(where, f"instruction key {key} was already given; keep one row")
+            raise wrong(location(path, number), f"expected {columns}, one row of each kind, got {shown(line)}")
         prompts[key], names[key[0]] = wordings, cells[2].lower()
     return prompts, names
 
@@ -336,22 +254,21 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
     foreign: dict[str, None] = {}
 
     def judge(line: bytes, where: str) -> None:
+        # As trec_eval does, fields are whatever stands between blanks.
         cells = line.decode(errors="replace").split()
         is_right = len(cells) == 5 and cells[3].isdecimal()
         if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
-            expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-            what = f"{expected}, got {shown(line.decode(errors='replace').rstrip())}"
+            what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
             raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
         qid, did, relevance = cells[0], cells[2], int(cells[3])
         if qid not in qids:
             raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
+        if did not in dids and did.partition(":")[0] == qid.partition(":")[0]:
+            raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
         if did not in dids:
-            if _dataset_id(did) == _dataset_id(qid):
-                raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
             foreign[did] = None
         elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
-            what = f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}"
-            raise wrong(where, what, "contradiction")
+            raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}")
 
     with Problems(path) as problems, path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -379,12 +296,11 @@ def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         # A relative image root counts from the folder, so that both can move together.
         image_root = (folder.resolve() / values["image_root"]).resolve()
         return path, {
+            **{name: values[name] for name in ("content_hash", "files", "settings")},
             "image_root": image_root,
-            **{name: values[name] for name in ("settings", "content_hash", "files")},
         }
     except (ValueError, TypeError, KeyError) as error:
-        what = f"it does not say what the folder holds ({type(error).__name__}: {error})"
-        raise wrong(path, f"{what}; remove the folder and build it anew", "broken JSON") from error
+        raise wrong(path, f"it does not say what the folder holds ({error!r}); remove it and build it anew") from error
 
 
 class Layout:
@@ -392,6 +308,7 @@ class Layout:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.instruction_path = self.root / "instructions" / "query_instructions.tsv"
 
     def query_path(self, split: str, task: MBEIRTask) -> Path:
         """File of the queries of a task."""
@@ -408,11 +325,6 @@ class Layout:
     def union_pool_path(self, split: str) -> Path:
         """File of the candidates of all tasks."""
         return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
-
-    @property
-    def instruction_path(self) -> Path:
-        """The table of instructions."""
-        return self.root / "instructions" / "query_instructions.tsv"
 
 
 class MBEIR(Layout):
@@ -442,58 +354,52 @@ class MBEIR(Layout):
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
         self._origin = read_origin(self.root)
-        if image_root is None:
-            image_root = self.root if self._origin is None else self._origin[1]["image_root"]
-        self.image_root = Path(image_root).resolve()
+        named = self.root if self._origin is None else self._origin[1]["image_root"]
+        self.image_root = Path(named if image_root is None else image_root).resolve()
         if not self.image_root.is_dir():
-            named = "" if self._origin is None else f", which {self._origin[0]} names,"
-            remedy = "put it back, or name the one they are in now: MBEIR(..., image_root=...), in Python alone"
-            raise FileNotFoundError(f"The images' folder {self.image_root}{named} is not there; {remedy}")
+            by = "" if self._origin is None else f", which {self._origin[0]} names,"
+            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
         self._images = Images(self.image_root)
 
     @cached_property
     def content_hash(self) -> str | None:
         """SHA-256 of what a nano folder holds, see `build_nano`; None for any other folder."""
-        if self._origin is None or self._origin[1]["content_hash"] is None:
-            return None
-        path, says = self._origin
+        path, says = self._origin or (self.root, {"content_hash": None, "files": {}})
         for name, expected in says["files"].items():
             file = path.parent / name
             if not file.is_file() or file_hash(file) != expected:
-                what = f"it was changed or removed after {path} was written, whose content_hash does not hold now"
-                raise wrong(file, f"{what}; remove the folder and build it anew", "changed file")
-        return str(says["content_hash"])
+                raise wrong(file, f"it was changed or removed after {path}; remove the folder and build it anew")
+        return None if says["content_hash"] is None else str(says["content_hash"])
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
         """The tasks that have queries in a split, by task number and then by dataset; there must be one."""
         if found := self.task_files(split):
             return found
         there = sorted(path.name for path in (self.root / "query").glob("*"))
-        what = f"{self.root / 'query' / split} holds no mbeir_<dataset>_task<n>_{split}.jsonl"
-        raise FileNotFoundError(f"{what}; the splits here are {there}")
+        here = f"{self.root / 'query' / split}; the splits here are {there}"
+        raise FileNotFoundError(f"There is no mbeir_<dataset>_task<n>_{split}.jsonl in {here}")
 
     def task_files(self, split: str) -> list[MBEIRTask]:
         """As `tasks`, but without an error if there are none."""
-        return sorted(task for name, path in self._query_files(split) if (task := task_named(name, path)))
+        return sorted(task for name in self._query_files(split) if (task := task_named(name)))
 
     def mixed_paths(self, split: str) -> list[Path]:
         """Query files whose names do not tell the task: M-BEIR's own of "train", one a dataset, or a union.
 
         A dataset that also has files of its tasks is left out, for these hold the same.
         """
-        if split.startswith(_UNION_PREFIX):
-            folder, part = self.root / "query" / split, split.removeprefix(_UNION_PREFIX)
+        if split.startswith(_UNION):
+            folder, part = self.root / "query" / split, split.removeprefix(_UNION)
             repeated = folder / f"mbeir_union_up_{part}.jsonl"  # "up": smaller datasets repeated
             return [repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"]
         known = {task.dataset for task in self.task_files(split)}
-        files = self._query_files(split)
-        return [path for name, path in files if not _NAMES_TASK.fullmatch(name) and name not in known]
+        files = self._query_files(split).items()
+        return [path for name, path in files if task_named(name) is None and name not in known]
 
-    def _query_files(self, split: str) -> list[tuple[str, Path]]:
-        """The query files, and what stands between `mbeir_` and the split in their names."""
-        pattern = re.compile(rf"mbeir_(\w+)_{re.escape(split)}\.jsonl")
-        files = sorted((self.root / "query" / split).glob("mbeir_*.jsonl"))
-        return [(match[1], file) for file in files if (match := pattern.fullmatch(file.name))]
+    def _query_files(self, split: str) -> dict[str, Path]:
+        """The query files, by what stands between `mbeir_` and the split in their names."""
+        files = sorted((self.root / "query" / split).glob(f"mbeir_*_{split}.jsonl"))
+        return {file.stem.removeprefix("mbeir_").removesuffix(f"_{split}"): file for file in files}
 
     def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
         """The queries of one task, in the file's order; a qid may come once."""
@@ -518,12 +424,10 @@ class MBEIR(Layout):
             if query is None:
                 continue
             if task is not None and lines.setdefault(query.id, query.line) != query.line:
-                what = f"qid {shown(query.id)} is also on line {lines[query.id]}"
-                problems.add(wrong(line.where, what, "duplicated id"))
+                problems.add(wrong(line.where, f"qid {query.id!r} is also on line {lines[query.id]}", "duplicated id"))
             elif task is not None and query.modality != task.query_modality:
                 what = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
-                what += " queries; move the line to the file of its own task"
-                problems.add(wrong(line.where, what, "query of another task"))
+                problems.add(wrong(line.where, f"{what} queries; move the line to the file of its own task"))
             else:
                 yield query
 
@@ -531,12 +435,22 @@ class MBEIR(Layout):
         """The candidates of one task alone, of its split where that has its own (MSCOCO's val and test differ)."""
         return self._read_pool(self.local_pool_path(task, split))
 
+    def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
+        """File of the candidates of a task, see `local_pool`."""
+        own = self.pool_path(f"{task.name}_{split}")
+        return own if own.is_file() else self.pool_path(task.name)
+
     def global_pool(self, split: str = "test") -> Pool:
         """The candidates of all tasks; "union_train" has those of "train".
 
         Without a file of its own "val" has that of "test": M-BEIR's local pools serve both.
         """
         return self._read_pool(self.global_pool_path(split))
+
+    def global_pool_path(self, split: str) -> Path:
+        """File of the candidates of all tasks, see `global_pool`."""
+        path = self.union_pool_path(split.removeprefix(_UNION))
+        return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
 
     def _read_pool(self, path: Path) -> Pool:
         check_is_file(path)
@@ -551,6 +465,8 @@ class MBEIR(Layout):
                     hashes.append(hash(candidate.id))
                     lines.append(_number(line))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
+            # Duplicates are neighbours in the order of hashes. Of 5.6 M different dids two have the same 64 bits once
+            # in a million pools.
             values = np.frombuffer(hashes, np.int64)
             order = np.argsort(values, kind="stable")
             for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
@@ -572,17 +488,17 @@ class MBEIR(Layout):
                 for the same seed, qid and row (training).
             row: Tells repetitions of one query apart.
         """
+        # Drawn by qid and row, and not from one stream: tasks can be left out without changing the others.
         wordings = self.wordings(query, candidate_modality)
         return wordings[0] if seed is None else seeded_random(seed, "instruction", query.id, row).choice(wordings)
 
     def wordings(self, query: Query, candidate_modality: str) -> tuple[str, ...]:
         """All wordings of a query's instruction, in the table's order."""
-        prompts, _ = self._instructions
         key = (query.dataset_id, query.modality, candidate_modality)
-        if key not in prompts:
-            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}"
-            raise wrong(self.instruction_path, f"{what}, needed by query {shown(query.id)}; add the row")
-        return prompts[key]
+        if key not in self._instructions[0]:
+            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}; add the row"
+            raise wrong(self.instruction_path, what)
+        return self._instructions[0][key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
         """The task of a query from a file whose name does not say it, by the modality of its positive.
@@ -591,20 +507,10 @@ class MBEIR(Layout):
         """
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
-            what = f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
-            raise wrong(f"query {shown(query.id)}", what)
+            raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")
+        # M-BEIR's own ten are known by their numbers, any other by the table.
         names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
         return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
-
-    def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
-        """File of the candidates of a task, see `local_pool`."""
-        own = self.pool_path(f"{task.name}_{split}")
-        return own if own.is_file() else self.pool_path(task.name)
-
-    def global_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks, see `global_pool`."""
-        path = self.union_pool_path(split.removeprefix(_UNION_PREFIX))
-        return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
 
     @cached_property
     def _instructions(self) -> tuple[dict[tuple[int, str, str], tuple[str, ...]], dict[int, str]]:

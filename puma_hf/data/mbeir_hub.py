@@ -8,59 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import datasets
 from huggingface_hub import constants, snapshot_download
 
+from puma_hf.data import mbeir_write as to
 from puma_hf.data.images import image_header
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import (
-    IMAGE,
-    IMPORT_FILE,
-    MBEIR,
-    MBEIR_DATASET_IDS,
-    TEXT,
-    Layout,
-    MBEIRTask,
-    file_hash,
-    is_mbeir,
-    read_instructions,
-    read_jsonl,
-    select_tasks,
-    task_named,
-)
-from puma_hf.data.mbeir_write import (
-    link,
-    make_folder,
-    text_hash,
-    write_instructions,
-    write_lines,
-    write_origin,
-    write_records,
-)
+from puma_hf.data.mbeir import IMPORT_FILE, MBEIR, Layout, file_hash, is_mbeir, read_instructions, read_jsonl
 from puma_hf.data.records import Problems, read_lines, wrong
+from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
 from puma_hf.files import write_whole
 from puma_hf.settings import shown
 
-logger = logging.getLogger(__name__)
-
-_AGAIN = "If it was downloaded, the download was interrupted: run it again."
-# The names of each configuration, the first that is there is taken.
-_CONFIGS = {"corpus": ("corpus",), "queries": ("query", "queries"), "qrels": ("qrels", "default", "data")}
+# The folders of each part of a copy; of those in one list there is one.
+_FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "default", "data"]}
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})(?:-\w+)?")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(?:-\w+)?")
 _TABLE = "query_instructions.tsv"
-_SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
 # What some conversions put before an id: the name of the table, and the split.
 _ID_PREFIX = re.compile(r"^(?:query|queries|corpus|doc)-(?:(?:train|val|validation|dev|test|corpus)-)?")
 _OURS = {"_id": "id", "qid": "id", "did": "id", "txt": "text", "query_txt": "text", "query_modality": "modality"}
@@ -86,15 +58,14 @@ def open_mbeir(
     - an organisation of the Hub that has copies of all 16 tasks: "mteb" or "MRBench".
 
     Copies are imported once, into the cache: images as files with the bytes they have, queries, pools and
-    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task; images that are
-    there are not written again. They have the first wording of each instruction (or a `query_instructions.tsv` beside
-    them), no hard negatives, and the global pool of the tasks that are asked for alone.
+    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task. They have the first
+    wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and the global pool of
+    the tasks that are asked for alone.
 
     Args:
         source: The source.
         split: The split that is wanted of copies.
-        tasks: The tasks that are wanted of copies, such as "cirr_task7"; None for all. A folder in M-BEIR's layout
-            is opened whole.
+        tasks: The tasks that are wanted of copies, such as "cirr_task7"; None for all.
         cache_dir: Where imports go; by default `puma_hf/mbeir` in the cache of Hugging Face (`HF_HOME`).
         revision: Commit, branch or tag of a dataset of the Hub.
 
@@ -115,23 +86,19 @@ def open_mbeir(
         return source
     folder = Path(source)
     if folder.is_dir() and revision is not None:
-        what = f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone"
-        raise ValueError(f"{what}: leave it out (in evaluate --data-revision)")
+        raise ValueError(f"revision is {revision!r}, but {folder} is a folder: leave it out (--data-revision)")
     if folder.is_dir() and is_mbeir(folder):
         return MBEIR(folder)
+    # Found and chosen before anything is downloaded or written.
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
-    places = [
-        folder / _TABLE,
-        *(copy / name for copy in copies.values() for name in (_TABLE, f"instructions/{_TABLE}")),
-    ]
-    table = next((place for place in places if place.is_file()), None)
-    return MBEIR(_import([find_copy(copies[task], task, split) for task in copies], cache, split, table))
+    places = (place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}"))
+    return MBEIR(_import(copies, cache, split, next((place for place in places if place.is_file()), None)))
 
 
 def _task_of(name: str) -> MBEIRTask | None:
     """The task that a folder or a dataset of the Hub is named after, or None."""
-    return _OTHER_NAMES.get(name) or (task_named(name[6:], name) if name.startswith("mbeir_") else None)
+    return _OTHER_NAMES.get(name) or (task_named(name[6:]) if name.startswith("mbeir_") else None)
 
 
 def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask, Path]:
@@ -140,8 +107,7 @@ def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask,
     if not found and next(folder.rglob("*.parquet"), None):
         # A snapshot in the Hub's cache has the name further up, as datasets--<organisation>--<name>.
         names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
-        named = [task for name in names if (task := _task_of(name))]
-        found = {task: folder for task in named[:1]}
+        found = dict.fromkeys([task for name in names if (task := _task_of(name))][:1], folder)
     if not found:
         raise FileNotFoundError(
             f"{folder} is not M-BEIR: it has no query/ and cand_pool/, and neither it nor a folder in it is a Parquet "
@@ -165,9 +131,8 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
         )
     folders = {}
     for task in select_tasks(sorted(known), tasks):
-        full = f"{organisation}/{known[task]}"
+        full, wanted = f"{organisation}/{known[task]}", ["*.parquet", "README.md"]
         try:
-            wanted = ["*.parquet", "README.md"]
             found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
         except Exception as error:  # the Hub's client raises errors of many types
             raise FileNotFoundError(
@@ -179,152 +144,134 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
     return folders
 
 
-# --- which files are what
-
-
-class ParquetCopy(NamedTuple):
-    """The Parquet copy of one task: its folder, and the files of its candidates, queries and judgements, in order."""
-
-    folder: Path
-    task: MBEIRTask
-    corpus: list[Path]
-    queries: list[Path]
-    qrels: list[Path]
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the files' names, sizes and times, to tell whether they have been imported before."""
-        files = [(file, file.stat()) for file in (*self.corpus, *self.queries, *self.qrels)]
-        states = [[file.name, file.parent.name, state.st_size, state.st_mtime_ns] for file, state in files]
-        return text_hash([self.task.name, *states])
-
-
-def find_copy(folder: Path, task: MBEIRTask, split: str = "test") -> ParquetCopy:
-    """The files of a copy: its configurations come from the `README.md`, as `datasets` has them, or are folders.
+def copy_files(folder: Path, role: str, split: str) -> list[Path]:
+    """The Parquet files of a copy's "corpus", "queries" or "qrels", in order.
 
     Raises:
-        FileNotFoundError: If a configuration, the split or a part of a file is missing.
+        FileNotFoundError: If the part, the split or a file of it is missing.
     """
-    return ParquetCopy(folder, task, *(_files(folder, role, split) for role in _CONFIGS))
-
-
-def _files(folder: Path, role: str, split: str) -> list[Path]:
-    known = datasets.get_dataset_config_names(str(folder))
-    found: Mapping[Any, Any] = {}
-    for name in reversed(_CONFIGS[role]):
-        options = {"name": name} if name in known and len(known) > 1 else {"data_dir": name}
-        if "name" in options or next((folder / name).rglob("*.parquet"), None):
-            found = datasets.load_dataset_builder(str(folder), **options).config.data_files or {}
-    if not found:
-        raise FileNotFoundError(f"{folder} has no Parquet files of {' or '.join(_CONFIGS[role])}. {_AGAIN}")
-    splits = {str(name): [Path(file) for file in files] for name, files in found.items()}
+    splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
+    for file in sorted(file for name in _FOLDERS[role] for file in (folder / name).rglob("*.parquet")):
+        name, total = match.groups() if (match := _SHARD.fullmatch(file.stem)) else (file.stem, 1)
+        splits[name].append((file, int(total)))
     # A pool has a split of any name, but queries of another split are other queries.
-    chosen = next(iter(splits)) if role == "corpus" and len(splits) == 1 else split
-    if chosen not in splits:
-        raise FileNotFoundError(f"{folder}: {role} has no split {split!r}, only {sorted(splits)}. Ask for one of them.")
-    # A shard that is missing would be a smaller pool, and better figures.
-    shards = [match for file in splits[chosen] if (match := _SHARD.fullmatch(file.stem))]
-    if shards and len(shards) != int(shards[0][2]):
-        what = f"{len(shards)} of the {int(shards[0][2])} files of its {role} are there"
-        raise FileNotFoundError(f"{folder}: {what}. {_AGAIN}")
-    return splits[chosen]
+    found = next(iter(splits.values()), []) if role == "corpus" and len(splits) == 1 else splits.get(split, [])
+    # A file that is missing would be a smaller pool, and better figures.
+    if not found or len(found) != found[0][1]:
+        parts = f"{len(found)} of {found[0][1]} files" if found else f"no files, only {sorted(splits)}"
+        what = f"of the {role} of the split {split!r} there are {parts}"
+        raise FileNotFoundError(
+            f"{folder}: {what}. Ask for another split; or the download was interrupted: run it again."
+        )
+    return [file for file, _ in found]
 
 
 # --- the import
 
 
-def _import(copies: Sequence[ParquetCopy], cache: Path, split: str, table: Path | None) -> Path:
+def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Path | None) -> Path:
     """Import what is not in the cache yet; returns the folder of these tasks together."""
     numbers = dict(MBEIR_DATASET_IDS)
     if table is not None:
         numbers |= {name: number for number, name in read_instructions(table)[1].items()}
-    rows = [] if table is not None else [_instruction_row(copy) for copy in copies]
-    parts: list[Path] = []
-    for copy in copies:
-        part = cache / "tasks" / f"{copy.task.name}-{split}-{copy.fingerprint[:16]}"
-        options: Any = {"image_root": cache, "split": split, "dataset_id": numbers.get(copy.task.dataset)}
-        make_folder(part, partial(import_copy, copy, **options))
-        parts.append(part)
-    key = text_hash([split, [part.name for part in parts], file_hash(table) if table else rows])
-    name = copies[0].task.name if len(copies) == 1 else f"{len(copies)}_tasks"
+    rows = [] if table is not None else [_instruction_row(task, folder) for task, folder in copies.items()]
+    parts: dict[MBEIRTask, Path] = {}
+    for task, folder in copies.items():
+        files = {role: copy_files(folder, role, split) for role in _FOLDERS}
+        # Size and time stand for the bytes: to hash them would cost a read of all images.
+        states = [(file, file.stat()) for role in files.values() for file in role]
+        known_by = [[file.name, file.parent.name, state.st_size, state.st_mtime_ns] for file, state in states]
+        parts[task] = cache / "tasks" / f"{task.name}-{split}-{to.text_hash([task.name, *known_by])[:16]}"
+        to.make_folder(parts[task], partial(import_copy, files, task, split, cache, numbers.get(task.dataset)))
+    key = to.text_hash([split, [part.name for part in parts.values()], file_hash(table) if table else rows])
+    name = next(iter(copies)).name if len(copies) == 1 else f"{len(copies)}_tasks"
     folder = cache / "datasets" / f"{name}-{split}-{key[:16]}"
 
     def write(draft: Path) -> None:
         layout = Layout(draft)
-        write_instructions(layout.instruction_path, rows or [[""] * 5])
+        to.write_instructions(layout.instruction_path, rows or [[""] * 5])
         if table is not None:
             shutil.copyfile(table, layout.instruction_path)
-        write_records(layout.union_pool_path(split), _joined(copies, parts))
-        for part in parts:
+        to.write_records(layout.union_pool_path(split), _joined(parts))
+        for part in parts.values():
             for path in (path for path in part.rglob("*") if path.is_file()):
-                link(path, draft / path.relative_to(part))
-        write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [part.name for part in parts]})
+                to.link(path, draft / path.relative_to(part))
+        to.write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [p.name for p in parts.values()]})
 
-    make_folder(folder, write)
+    to.make_folder(folder, write)
     return folder
 
 
-def _instruction_row(copy: ParquetCopy) -> list[str]:
-    task = copy.task
+def _instruction_row(task: MBEIRTask, folder: Path) -> list[str]:
     wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
     if wording is None:
-        what = f"{task.name} is none of M-BEIR's tasks, so its instruction is not known"
-        raise FileNotFoundError(f"{copy.folder}: {what}. Put a {_TABLE} beside it, in M-BEIR's format.")
-    number = MBEIR_DATASET_IDS[task.dataset]
-    return [task.query_modality, task.candidate_modality, task.dataset, str(number), wording]
+        raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
+    return [*task.modalities, task.dataset, str(MBEIR_DATASET_IDS[task.dataset]), wording]
 
 
-def _joined(copies: Sequence[ParquetCopy], parts: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
+def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[Mapping[str, Any]]:
     """The candidates of several tasks, each once."""
     contents: dict[str, int] = {}  # hashes: pools of millions need not be held
-    for copy, part in zip(copies, parts, strict=True):
-        for line in read_jsonl(Layout(part).pool_path(copy.task.name), Problems(part)):
+    for task, part in parts.items():
+        for line in read_jsonl(Layout(part).pool_path(task.name), Problems(part)):
+            # A candidate of two tasks is in both local pools, and once in the global one.
             did, content = line.columns["did"], hash(json.dumps(line.columns))
             if did not in contents:
                 yield line.columns
             if contents.setdefault(did, content) != content:
-                what = f"did {did!r} was already given for something else, here or for another task"
-                raise wrong(copy.folder, f"{what}; a did must mean the same in every pool", "contradiction")
+                raise wrong(part, f"did {did!r} of {task.name} was already given for something else")
 
 
-def import_copy(copy: ParquetCopy, folder: Path, image_root: Path, split: str, dataset_id: int | None) -> None:
-    """Write the queries, the pool and the judgements of a copy; rows are read a few at a time.
+def import_copy(
+    files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str, images: Path, number: int | None, folder: Path
+) -> None:
+    """Write the queries, the pool and the judgements of a copy into a folder; rows are read a few at a time.
 
     The positives of a query are those that the judgements name; the copies have no hard negatives. What is wrong with
     a record is told by `MBEIR`, which reads what is written here.
-    Images go below `image_root`, each under a hash of its bytes; one that is there already is not written again. The
-    dataset's number is put before ids that have none; None if it is not known.
+    Images go below `images`, each under a hash of its bytes; one that is there already is not written again. The
+    dataset's `number` is put before ids that have none; None if it is not known.
     """
-    task, layout = copy.task, Layout(folder)
+    layout, judged = Layout(folder), defaultdict[str, dict[str, int]](dict)
 
-    def records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        for where, row in _rows(files, problems, "id"):
+    def full_id(value: Any) -> str:
+        record_id = _ID_PREFIX.sub("", str(value).strip())
+        return record_id if ":" in record_id or number is None else f"{number}:{record_id}"
+
+    def records(role: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for where, row in _rows(files[role], problems, "id"):
             cell, text = row.get("image"), row.get("text") or None
             if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
                 cell = None  # some writers have a struct of nothing for a row without an image
-            image = None if cell is None else problems.attempt(_store_image, cell, image_root, where)
+            image = None if cell is None else problems.attempt(_store_image, cell, images, where)
             # Without a label, that of what is there; some copies have "text,image".
-            label = row.get("modality") or ",".join([IMAGE] * (cell is not None) + [TEXT] * (text is not None))
+            label = row.get("modality") or ",".join(["image"] * (cell is not None) + ["text"] * (text is not None))
             label = ",".join(sorted(part.strip() for part in str(label).split(",")))
-            yield {"did": _full_id(row["id"], dataset_id), "txt": text, "img_path": image, "modality": label}
+            yield full_id(row["id"]), {"txt": text, "img_path": image, "modality": label}
 
-    with Problems(copy.folder) as problems:
-        judged: dict[str, dict[str, int]] = defaultdict(dict)
-        for where, row in _rows(copy.qrels, problems, "query-id", "corpus-id", "score"):
-            problems.attempt(_judge, judged, row, where, dataset_id)
+    def judge(row: Mapping[str, Any], where: str) -> None:
+        qid, did, score = full_id(row["query-id"]), full_id(row["corpus-id"]), row["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score) or score < 0:
+            raise wrong(where, f"score is {shown(score)}, must be a whole number of 0 or more")
+        if (before := judged[qid].setdefault(did, int(score))) != score:
+            raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {score}")
+
+    with Problems(files["corpus"][0].parents[1]) as problems:
+        for where, row in _rows(files["qrels"], problems, "query-id", "corpus-id", "score"):
+            problems.attempt(judge, row, where)
         scores = ((qid, did, score) for qid, dids in judged.items() for did, score in dids.items())
-        write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
+        to.write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
         queries = (
             {
-                **{f"query_{name}": record[name] for name in ("txt", "img_path", "modality")},
-                "qid": record["did"],
-                "pos_cand_list": [did for did, score in judged.get(record["did"], {}).items() if score > 0],
+                "qid": qid,
+                **{f"query_{name}": value for name, value in record.items()},
+                "pos_cand_list": [did for did, score in judged.get(qid, {}).items() if score > 0],
                 "neg_cand_list": [],
             }
-            for record in records(copy.queries)
+            for qid, record in records("queries")
         )
-        write_records(layout.query_path(split, task), queries)
-        write_records(layout.pool_path(task.name), records(copy.corpus))
+        to.write_records(layout.query_path(split, task), queries)
+        to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 
 def _rows(files: Sequence[Path], problems: Problems, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -336,24 +283,8 @@ def _rows(files: Sequence[Path], problems: Problems, *needed: str) -> Iterator[t
                 continue
             row = {_OURS.get(name, name): value for name, value in line.columns.items()}
             if missing := [name for name in needed if name not in row]:
-                names = [missing[0], *(name for name, ours in _OURS.items() if ours == missing[0])]
-                what = f"no column {' or '.join(names)}, only {shown(list(line.columns))}"
-                raise wrong(path, f"{what}; rename the one that holds it", "missing field")
+                raise wrong(path, f"no column {missing[0]}, only {shown(list(line.columns))}", "missing field")
             yield line.where, row
-
-
-def _judge(judged: dict[str, dict[str, int]], row: Mapping[str, Any], where: str, dataset_id: int | None) -> None:
-    qid, did = (_full_id(row[name], dataset_id) for name in ("query-id", "corpus-id"))
-    score = row["score"]
-    if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score) or score < 0:
-        raise wrong(where, f"score is {shown(score)}, must be a whole number of 0 or more")
-    if judged[qid].setdefault(did, int(score)) != score:
-        raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {judged[qid][did]} before, now {score}")
-
-
-def _full_id(value: Any, dataset_id: int | None) -> str:
-    record_id = _ID_PREFIX.sub("", str(value).strip())
-    return record_id if ":" in record_id or dataset_id is None else f"{dataset_id}:{record_id}"
 
 
 def _store_image(cell: Any, root: Path, where: str) -> str:
@@ -361,10 +292,11 @@ def _store_image(cell: Any, root: Path, where: str) -> str:
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(data, bytes) or not data:
         raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
-    kind = image_header(data, f"{where}: the image")[1]
+    kind = image_header(data, f"{where}: the image")
+    suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
     digest = hashlib.sha256(data).hexdigest()
-    name = f"images/{digest[:2]}/{digest[2:]}{_SUFFIXES.get(kind, f'.{kind.lower()}')}"
-    path = root / name
+    path = root / f"images/{digest[:2]}/{digest[2:]}.{suffix}"
+    # Written whole, but without a wait for the disk; a file that lost its end in a power cut is written again.
     if not path.is_file() or path.stat().st_size != len(data):
         write_whole(path, data, sync=False)
-    return name
+    return path.relative_to(root).as_posix()

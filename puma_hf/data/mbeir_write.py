@@ -13,6 +13,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,29 +21,16 @@ from typing import Any, TypeVar
 import datasets
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from puma_hf.data.mbeir import (
-    MBEIR,
-    NANO_FILE,
-    TASK_OF_MODALITIES,
-    Candidate,
-    Layout,
-    MBEIRTask,
-    Query,
-    file_hash,
-    read_origin,
-    seeded_random,
-    select_tasks,
-)
+from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, file_hash, read_origin, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, read_pairs
 from puma_hf.data.records import Record, wrong
+from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
 from puma_hf.files import new_directory
-from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID = 100  # below are M-BEIR's own datasets and those that may join them
 MAX_WORDINGS = 50
-_IN_WORDS = {"text": "text", "image": "image", "image,text": "image with text"}
 _NANO_VERSION = 1  # of how queries and candidates are chosen; part of the settings, so of the hash
 
 Item = TypeVar("Item")
@@ -70,32 +58,22 @@ def write_instructions(path: Path, rows: Sequence[Sequence[str]]) -> None:
     write_lines(path, ("\t".join(row) for row in (header, *rows)))
 
 
-def candidate_record(candidate: Candidate, image_root: Path) -> dict[str, Any]:
-    """A candidate as a line of a pool."""
-    image = _relative(candidate.image, image_root)
-    return {"did": candidate.id, "txt": candidate.text, "img_path": image, "modality": candidate.modality}
-
-
-def query_record(query: Query, image_root: Path, pool: Container[str]) -> dict[str, Any]:
-    """A query as a line of a query file; candidates that are not in the global pool are left out."""
-    return {
-        "qid": query.id,
-        "query_txt": query.text,
-        "query_img_path": _relative(query.image, image_root),
-        "query_modality": query.modality,
-        "pos_cand_list": [did for did in query.positives if did in pool],
-        "neg_cand_list": [did for did in query.negatives if did in pool],
-    }
-
-
-def _relative(image: str | None, image_root: Path) -> str | None:
-    return None if image is None else Path(os.path.relpath(image, image_root)).as_posix()
+def record_line(record: Record, root: Path, pool: Container[str] = ()) -> dict[str, Any]:
+    """A candidate as a line of a pool, or a query as one of a query file, without what is not in the global pool."""
+    image = None if record.image is None else Path(os.path.relpath(record.image, root)).as_posix()
+    values = {"txt": record.text, "img_path": image, "modality": record.modality}
+    if not isinstance(record, Query):
+        return {"did": record.id, **values}
+    lists = {"pos_cand_list": record.positives, "neg_cand_list": record.negatives}
+    known = {name: [did for did in dids if did in pool] for name, dids in lists.items()}
+    return {"qid": record.id, **{f"query_{name}": value for name, value in values.items()}, **known}
 
 
 def link(source: str | Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        # No second copy of gigabytes of images.
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
@@ -116,6 +94,7 @@ def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
     It is written beside its place and renamed. What a killed process left behind is removed by the next one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock file stays: to remove it would let a third process lock another file of the same name.
     with WeakFileLock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             return
@@ -156,10 +135,9 @@ def build_nano(
     second of each ...), and others drawn with the seed, in the source's order. The global pool is that of all local
     pools. The same data, settings and seed give the same folder on every machine.
 
-    Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the
-    SHA-256 of all ids, texts, image bytes, judgements, instructions and settings; where the data lies does not
-    change it. Report it with a figure. A folder that was built with the same settings from the same place is opened
-    as it is, even if the data has changed.
+    Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
+    of all that a figure depends on, wherever the data lies: report it with the figure. A folder that was built with the
+    same settings from the same place is opened as it is, even if the data has changed.
 
     Args:
         data: The dataset, which may itself be such a part.
@@ -167,14 +145,12 @@ def build_nano(
         split: The split to take queries from.
         tasks: Names such as "webqa_task1"; None for all of the split.
         num_queries: Queries of each task, or all if there are fewer; 0 for all.
-        num_candidates: Candidates of each local pool, or all if there are fewer; 0 for all. Relevant ones are
-            never left out, so there may be more.
+        num_candidates: Candidates of each local pool, likewise; relevant ones are never left out.
         seed: Seed of what is drawn.
 
     Raises:
-        ValueError: If an argument is out of range, or `output` was built with other settings.
+        ValueError: If an argument is out of range, `output` has other settings, or a task has no judged query.
         FileExistsError: If `output` holds anything else.
-        MBEIRFormatError: If a task has no judged query.
 
     Example:
 
@@ -189,8 +165,7 @@ def build_nano(
     ```
     """
     if min(num_queries, num_candidates) < 0:
-        numbers = f"num_queries is {num_queries} and num_candidates {num_candidates}"
-        raise ValueError(f"{numbers}, must be 0 or more; 0 takes all of them")
+        raise ValueError(f"num_queries={num_queries} and num_candidates={num_candidates} must be 0 (all) or more.")
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
@@ -215,27 +190,25 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     for task, _, pool, _ in parts:
         for candidate in pool:
             if everything.setdefault(candidate.id, candidate) != candidate:
-                what = f"did {shown(candidate.id)} of {task.name} is something else in another task's pool"
-                raise wrong(data.root, f"{what}; a did must mean the same in every pool", "contradiction")
-    images: dict[str | None, str | None] = {None: None}
+                raise wrong(data.root, f"did {candidate.id!r} of {task.name} is something else in another task's pool")
 
-    def content(record: Record) -> list[object]:
-        if record.image not in images:
-            images[record.image] = file_hash(Path(record.image))  # each is read once
-        return [record.id, record.modality, record.text, images[record.image]]
+    @cache  # each image is read once
+    def hash_of(image: str | None) -> str | None:
+        return None if image is None else file_hash(Path(image))
 
+    # What a figure depends on, wherever the data lies.
     contents: list[object] = [settings]
     for task, queries, pool, qrels in parts:
-        records = [query_record(query, root, everything) for query in queries]
+        records = [record_line(query, root, everything) for query in queries]
         write_records(layout.query_path(split, task), records)
-        write_records(layout.pool_path(task.name), (candidate_record(candidate, root) for candidate in pool))
+        write_records(layout.pool_path(task.name), (record_line(candidate, root) for candidate in pool))
         write_lines(layout.qrels_path(split, task), qrels)
         wordings = {data.wordings(query, task.candidate_modality): None for query in queries}
         contents += [task.name, list(wordings), qrels]
-        for query, record in zip(queries, records, strict=True):
-            contents.append([*content(query), record["pos_cand_list"], record["neg_cand_list"]])
-        contents += map(content, pool)
-    write_records(layout.union_pool_path(split), (candidate_record(one, root) for one in everything.values()))
+        lists = [[record["pos_cand_list"], record["neg_cand_list"]] for record in records]
+        for one, others in zip([*queries, *pool], lists + [[]] * len(pool), strict=True):
+            contents.append([one.id, one.modality, one.text, hash_of(one.image), *others])
+    write_records(layout.union_pool_path(split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
     write_origin(folder / NANO_FILE, str(root), settings, content_hash=text_hash(contents))
@@ -250,28 +223,29 @@ def _choose(
     relevant = data.qrels(task, split, queries, pool)
     judged = [query for query in queries if relevant.get(query.id)]
     if not judged:
-        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool"
-        raise wrong(data.root, f"{what}; look at its qrels, or name the other tasks (tasks=[...], --tasks)")
-    taken = _sample(judged, settings["num_queries"] or len(judged), seeded_random(seed, "nano queries", task.name))
+        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool; look at its qrels"
+        raise wrong(data.root, f"{what}, or name the other tasks (tasks=[...], --tasks)")
+
+    def sample(items: Sequence[Item], number: int, name: str) -> list[Item]:
+        generator = seeded_random(seed, name, task.name)
+        places = generator.sample(range(len(items)), min(max(number, 0), len(items)))
+        return [items[place] for place in sorted(places)]  # in their own order
+
+    taken = sample(judged, settings["num_queries"] or len(judged), "nano queries")
     # Relevant candidates, then hard negatives, those of all queries in turn.
     wanted = dict.fromkeys(did for query in taken for did in relevant[query.id])
     limit = settings["num_candidates"] or len(pool)
+    # In turn, and not query by query: else the first queries would fill the pool with theirs.
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
         if len(wanted) < limit and did in pool:
             wanted[did] = None
-    others = [did for did in pool if did not in wanted]
-    generator = seeded_random(seed, "nano candidates", task.name)
-    wanted |= dict.fromkeys(_sample(others, max(limit - len(wanted), 0), generator))
+    wanted |= dict.fromkeys(sample([did for did in pool if did not in wanted], limit - len(wanted), "nano candidates"))
     # Judgements of other datasets' candidates are kept: they may be in the global pool.
+    # The same file once more: what was judged is independent of the pool.
     everywhere = data.qrels(task, split, queries, _Everything())
     judgements = ((query.id, *judgement) for query in taken for judgement in everywhere[query.id].items())
     lines = [f"{qid} 0 {did} {relevance} {task.task_id}" for qid, did, relevance in judgements]
     return taken, [candidate for candidate in pool.values() if candidate.id in wanted], lines
-
-
-def _sample(items: Sequence[Item], number: int, generator: random.Random) -> list[Item]:
-    """Some of the items, in their own order."""
-    return [items[index] for index in sorted(generator.sample(range(len(items)), min(number, len(items))))]
 
 
 class _Everything:
@@ -286,9 +260,10 @@ class _Everything:
 
 @dataclass
 class _Anchor:
-    """An anchor that looks for one modality, with the content ids of all its right and wrong answers."""
+    """An anchor that looks for one modality, and by their content ids itself, its right and its wrong answers."""
 
     record: Record
+    content: str
     task: MBEIRTask
     positives: dict[str, None] = field(default_factory=dict)
     negatives: dict[str, None] = field(default_factory=dict)
@@ -308,12 +283,9 @@ def write_mbeir(
 
     An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
     are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
-    directly or through others, come into one split: no anchor and no positive of val or test is trained on, but a
-    positive may be a negative or the image of a captioned candidate elsewhere. Instructions are those
-    of the rows, as the wordings of their task; a task without any has a plain sentence.
-
-    Images are hard links where the file system allows, else copies: the folder holds all it needs, but do not edit
-    an image in place.
+    directly or through others, come into one split: none of val or test is trained on. Instructions are those of the
+    rows; a task without any has a plain sentence. Images are hard links where the file system allows, else copies: the
+    folder holds all it needs, but do not edit an image in place.
 
     Args:
         rows: As `load_pairs` makes them.
@@ -351,12 +323,24 @@ def write_mbeir(
         if reading.problems:
             raise ValueError(reading.refusal())
         ids, layout = PairIds(reading.pairs), Layout(folder)
-        anchors, records, wordings = _collect(reading.pairs, ids, dataset)
-        splits = _split(anchors, ids, {"test": test_fraction, "val": val_fraction}, seed)
-        dids = {content: f"{dataset_id}:{number}" for number, content in enumerate(records, start=1)}
         images = folder / "mbeir_images" / f"{dataset}_images"
-        pool = {key: Candidate(dids[key], one.text, _place(one, images, ids)) for key, one in records.items()}
-        lines = {key: candidate_record(one, folder) for key, one in pool.items()}
+
+        def place(record: Record) -> str | None:
+            """The image of a record in the folder, under a name by what it holds."""
+            if record.image is None:
+                return None
+            content = ids.image(record.image).encode("utf-8", "surrogateescape")
+            name = hashlib.blake2b(content, digest_size=12).hexdigest()
+            target = images / name[:2] / f"{name}{Path(record.image).suffix.lower()}"
+            if not target.exists():
+                link(os.path.realpath(record.image), target)
+            return str(target)
+
+        anchors, records, wordings = _collect(reading.pairs, ids, dataset)
+        splits = _split(anchors, {"test": test_fraction, "val": val_fraction}, seed)
+        dids = {content: f"{dataset_id}:{number}" for number, content in enumerate(records, start=1)}
+        pool = {key: Candidate(dids[key], one.text, place(one)) for key, one in records.items()}
+        lines = {key: record_line(one, folder) for key, one in pool.items()}
         for task in wordings:
             wanted = {key for anchor in anchors if anchor.task == task for key in anchor.positives | anchor.negatives}
             write_records(layout.pool_path(task.name), (line for key, line in lines.items() if key in wanted))
@@ -367,18 +351,14 @@ def write_mbeir(
             by_task: dict[MBEIRTask, list[Query]] = defaultdict(list)
             for anchor in chosen:
                 right, bad = (tuple(dids[key] for key in keys) for keys in (anchor.positives, anchor.negatives))
-                qid, image = f"{dataset_id}:{next(numbers)}", _place(anchor.record, images, ids)
-                by_task[anchor.task].append(Query(qid, anchor.record.text, image, right, bad))
+                qid = f"{dataset_id}:{next(numbers)}"
+                by_task[anchor.task].append(Query(qid, anchor.record.text, place(anchor.record), right, bad))
             for task, queries in by_task.items():
-                write_records(
-                    layout.query_path(split, task), (query_record(query, folder, everything) for query in queries)
-                )
+                path = layout.query_path(split, task)
+                write_records(path, (record_line(query, folder, everything) for query in queries))
                 judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in queries for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
-        table = [
-            [task.query_modality, task.candidate_modality, dataset, str(dataset_id), *sentences]
-            for task, sentences in sorted(wordings.items())
-        ]
+        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in sorted(wordings.items())]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
@@ -395,37 +375,33 @@ def _collect(
     for pair in pairs:
         modalities = (pair.anchor.modality, pair.positive.modality)
         if modalities not in TASK_OF_MODALITIES:
-            what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
-            raise wrong(pair.where, f"{what}. Leave such pairs out, or swap the sides (anchor, positive).")
-        task = MBEIRTask(TASK_OF_MODALITIES[modalities], dataset)
-        sentences = wordings[task]
-        if pair.anchor.instruction is not None:
-            # Tabs and quotation marks at the ends have a meaning in the table.
-            sentences[" ".join(pair.anchor.instruction.split()).strip('"')] = None
-        if len(sentences) > MAX_WORDINGS:
-            what = f"more than {MAX_WORDINGS} different instructions for one task"
-            raise wrong(pair.where, f"{what}. Put what differs from row to row into the anchor's text.")
-        anchor = anchors.setdefault((task, ids.of(pair.anchor)), _Anchor(pair.anchor, task))
+            raise wrong(pair.where, f"M-BEIR has no task from {modalities[0]} to {modalities[1]}. Swap the sides.")
+        task, content = MBEIRTask(TASK_OF_MODALITIES[modalities], dataset), ids.of(pair.anchor)
+        # Tabs and quotation marks at the ends have a meaning in the table.
+        sentence = " ".join((pair.anchor.instruction or "").split()).strip('"')
+        wordings[task] |= {sentence: None} if sentence else {}
+        if len(wordings[task]) > MAX_WORDINGS:
+            what = f"more than {MAX_WORDINGS} instructions for one task; put what differs into the anchor's text"
+            raise wrong(pair.where, what)
+        anchor = anchors.setdefault((task, content), _Anchor(pair.anchor, content, task))
         anchor.positives[ids.of(pair.positive)] = None
         anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))
         for record in (pair.positive, *pair.negatives):
             records.setdefault(ids.of(record), record)
     for anchor in anchors.values():
-        anchor.negatives = {content: None for content in anchor.negatives if content not in anchor.positives}
-    plain = "Find the {} that matches the given {}."
-    return (
-        list(anchors.values()),
-        records,
-        {
-            task: list(sentences) or [plain.format(_IN_WORDS[task.candidate_modality], _IN_WORDS[task.query_modality])]
-            for task, sentences in sorted(wordings.items())
-        },
-    )
+        anchor.negatives = {key: None for key in anchor.negatives if key not in anchor.positives}
+    names = {"text": "text", "image": "image", "image,text": "image with text"}
+    plain = {
+        task: f"Find the {names[task.candidate_modality]} that matches the given {names[task.query_modality]}."
+        for task in wordings
+    }
+    return list(anchors.values()), records, {task: list(wordings[task]) or [plain[task]] for task in sorted(wordings)}
 
 
-def _split(anchors: list[_Anchor], ids: PairIds, fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:
+def _split(anchors: list[_Anchor], fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:
     """The anchors of each split, in their own order; those that share anything stay together."""
-    groups = _groups(anchors, ids)
+    # Groups and not pairs are drawn: five captions of an image in two splits would be a leak.
+    groups = _groups(anchors)
     random.Random(seed).shuffle(groups)
     splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     rooms = {name: round(fraction * len(anchors)) for name, fraction in fractions.items()}
@@ -443,7 +419,7 @@ def _split(anchors: list[_Anchor], ids: PairIds, fractions: Mapping[str, float],
     return {name: [anchors[number] for number in sorted(numbers)] for name, numbers in splits.items()}
 
 
-def _groups(anchors: list[_Anchor], ids: PairIds) -> list[list[int]]:
+def _groups(anchors: list[_Anchor]) -> list[list[int]]:
     """Numbers of the anchors that share content, directly or through others: a union-find over what they hold."""
     parents = list(range(len(anchors)))
 
@@ -455,21 +431,10 @@ def _groups(anchors: list[_Anchor], ids: PairIds) -> list[list[int]]:
 
     owners: dict[str, int] = {}
     for number, anchor in enumerate(anchors):
-        for content in (ids.of(anchor.record), *anchor.positives):
+        # Negatives do not tie anchors together: hard ones come from everywhere, and all would be one group.
+        for content in (anchor.content, *anchor.positives):
             parents[find(number)] = find(owners.setdefault(content, number))
     groups: dict[int, list[int]] = defaultdict(list)
     for number in range(len(anchors)):
         groups[find(number)].append(number)
     return list(groups.values())
-
-
-def _place(record: Record, folder: Path, ids: PairIds) -> str | None:
-    """The image of a record in the folder, under a name by what it holds."""
-    if record.image is None:
-        return None
-    content = ids.image(record.image).encode("utf-8", "surrogateescape")
-    name = hashlib.blake2b(content, digest_size=12).hexdigest()
-    target = folder / name[:2] / f"{name}{Path(record.image).suffix.lower()}"
-    if not target.exists():
-        link(os.path.realpath(record.image), target)
-    return str(target)

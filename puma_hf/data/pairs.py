@@ -1,4 +1,4 @@
-"""Training rows from pairs of one's own: images with captions, questions with answers, or any two columns."""
+"""Training rows from pairs of one's own, such as images with captions or questions with answers, and their dry run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
 
 from puma_hf.configs import PairDirection
-from puma_hf.data.images import TABLE_STEMS, TABLE_SUFFIXES, Images, table_files
+from puma_hf.data.images import TABLE_STEMS, Images, table_files
 from puma_hf.data.items import training_features, training_row
 from puma_hf.data.records import (
     CAPTION_NAMES,
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Given: TypeAlias = str | Mapping[str, str]
 PairSource: TypeAlias = str | Path | datasets.Dataset
+Side: TypeAlias = Mapping[str, str]  # columns by what they hold: "text", "image", or "both" of a column of structs
 
 # What others call the columns, the likeliest first.
 ANCHOR_NAMES = ("anchor", "query", "question", "sent0", "sentence1")
@@ -59,11 +60,7 @@ class Pair:
 
 
 def load_pairs(
-    source: PairSource,
-    *,
-    on_error: Literal["raise", "drop"] = "raise",
-    with_ids: bool = False,
-    **options: Any,
+    source: PairSource, *, on_error: Literal["raise", "drop"] = "raise", with_ids: bool = False, **options: Any
 ) -> datasets.Dataset:
     """Training rows of a table of pairs, for `SentenceTransformerTrainer` and its relatives.
 
@@ -80,24 +77,20 @@ def load_pairs(
 
     Args:
         source: The table.
-        on_error: What to do if lines cannot be used: "raise" with counts and the first of them, or "drop" them and
-            log that.
+        on_error: What to do if lines cannot be used: "raise" with counts and the first of them, or "drop" them.
         with_ids: Whether to add the columns `qid`, `did` and `positives`, ids by content as `PairIds` makes them,
             which a batch sampler uses to keep rows with the same right answer apart: five captions of one image.
-            `positives` has as many of an anchor's right answers as that takes. Remove them before training.
+            Remove them before training.
         options:
             anchor: Column of what asks, or columns by what they hold: `{"text": ..., "image": ...}`.
             positive: Column or columns of the right answers.
             negatives: One of these for each wrong answer; `()` for none.
-            instruction: What the anchors look for, as a text or a column of texts; by default the column
-                `instruction`, if there is one.
+            instruction: What the anchors look for, as a text or a column; by default the column `instruction`.
             reverse_instruction: The same for the positives of `direction="both"`, when they ask.
             direction: "text-to-image" or "image-to-text", whichever side is the anchor; "both" for every pair in
                 both directions; by default as found.
-            decode: Whether to decode every image; by default its header is read, and damage further in is found
-                when a batch needs it.
-            images_to: Folder for images that are inside of a dataset, not beside it; they are saved as they are,
-                named by their hash.
+            decode: Whether to decode every image, and not to read its header alone.
+            images_to: Folder for images that are inside of a dataset, saved as they are and named by their hash.
             special_tokens: Whether a text with a special token such as `<|im_end|>` is wrong: "raise"; with "split"
                 it is taken as it is, for a model that is told to read it as plain text.
 
@@ -125,9 +118,9 @@ def load_pairs(
     reading = read_pairs(source, **options)
     pairs = reading.pairs
     logger.info("%s: %d pairs; %s", reading.name, len(pairs), reading.columns)
+    if reading.problems and (on_error == "raise" or not pairs):
+        raise ValueError(reading.refusal())
     if reading.problems:
-        if on_error == "raise" or not pairs:
-            raise ValueError(reading.refusal())
         counts = (reading.num_rows_left_out, reading.num_rows)
         logger.warning("%s: left out %d of %d rows: %s", reading.name, *counts, reading.problems)
     ids = PairIds(pairs) if with_ids else None
@@ -136,8 +129,9 @@ def load_pairs(
         for pair in pairs:
             row = training_row(pair.anchor, pair.positive, pair.negatives)
             if ids is not None:
-                row |= {"qid": ids.of(pair.anchor), "did": ids.of(pair.positive)}
-                row["positives"] = ids.telling_positives(pair)
+                # All right answers of an anchor with a thousand of them would be a million ids.
+                telling = ids.telling_positives(pair)
+                row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
             yield row
 
     # Known again by what was read, and not by the file: an image may have been mended that a former run left out.
@@ -150,31 +144,7 @@ def load_pairs(
 # --- columns
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Where one side of a pair stands: a column of texts, one of images, or one of structs with both."""
-
-    text: str | None = None
-    image: str | None = None
-    both: str | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns it is read from."""
-        return [name for name in (self.text, self.image, self.both) if name is not None]
-
-    @property
-    def kind(self) -> str:
-        """What it may hold: "text", "image" or "both"."""
-        return "both" if self.both or (self.text and self.image) else "image" if self.image else "text"
-
-    def __str__(self) -> str:
-        named = (("text", self.text), ("image", self.image), ("text and image", self.both))
-        return ", ".join(f"{name} ({kind})" for kind, name in named if name is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class PairColumns:
+class PairColumns(NamedTuple):
     """Where everything stands; see `find_columns`."""
 
     anchor: Side
@@ -184,11 +154,15 @@ class PairColumns:
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        sides = [("anchor", self.anchor), ("positive", self.positive)]
-        sides += [(f"negative {number}", side) for number, side in enumerate(self.negatives, start=1)]
-        text = "; ".join(f"{name}: {side}" for name, side in sides)
-        text += f"; instruction: {self.instruction}" if self.instruction is not None else ""
-        return text + (f"; ignored: {', '.join(self.ignored)}" if self.ignored else "")
+        sides = {"anchor": self.anchor, "positive": self.positive}
+        sides |= {f"negative {number}": side for number, side in enumerate(self.negatives, start=1)}
+        parts = [f"{name}: {_columns_of(side)}" for name, side in sides.items()]
+        parts += [f"instruction: {self.instruction}"] if self.instruction is not None else []
+        return "; ".join([*parts, f"ignored: {', '.join(self.ignored)}"] if self.ignored else parts)
+
+
+def _columns_of(side: Side) -> str:
+    return ", ".join(f"{column} ({kind.replace('both', 'text and image')})" for kind, column in side.items())
 
 
 def find_columns(
@@ -201,48 +175,40 @@ def find_columns(
     """What is given, and for the rest what the columns' names and first values tell.
 
     If both sides are guessed, a column such as `label`, which may say that some rows are wrong pairs, and images that
-    may belong to either side are refused.
-
-    Args:
-        rows: The first rows of the table.
-        anchor: A column, or columns by what they hold: `{"text": ..., "image": ...}`, in a command
-            "text=...,image=...".
-        positive: Likewise.
-        negatives: One of these, or several.
-        instruction: A column.
+    may belong to either side are refused. The arguments are those of `load_pairs`, but `instruction` is a column.
     """
     kinds = {name: _kind_of(name, rows) for name in dict.fromkeys(name for row in rows for name in row)}
     first = _guess(ANCHOR_NAMES, kinds) if anchor is None else _given(anchor, "anchor", kinds)
     second = _guess(POSITIVE_NAMES, kinds) if positive is None else _given(positive, "positive", kinds)
-    named = anchor is not None or positive is not None or (second is not None and second.columns[0].startswith("pos"))
-    if not named and first and second and (found := [name for name in SCORE_NAMES if name in kinds]):
-        raise ValueError(
-            f"There is a column {found[0]!r}, which may say that some rows are no right pairs. Leave these out and "
-            "remove the column, or name the columns (anchor=..., positive=..., in a command --anchor, --positive)."
-        )
+    is_guessed = anchor is None and positive is None
+    is_clear = any(name.startswith("pos") for name in second.values())
+    if is_guessed and first and second and not is_clear and (found := [name for name in SCORE_NAMES if name in kinds]):
+        what = f"There is a column {found[0]!r}, which may say that some rows are no right pairs"
+        raise ValueError(f"{what}. Leave these out and remove it, or name the columns (--anchor, --positive).")
     # Of an image with a caption the caption asks, unless it is the answer.
-    taken = {name for side in (first, second) if side is not None for name in side.columns}
-    free = [name for name in kinds if name not in taken]
-    caption = next((Side(text=name) for name in CAPTION_NAMES if name in free and kinds[name] == "text"), None)
-    image = next((Side(image=name) for name in IMAGE_NAMES if name in free and kinds[name] == "image"), None)
+    free = [name for name in kinds if name not in (*first.values(), *second.values())]
+    texts, images = ([name for name in free if kinds[name] == kind] for kind in ("text", "image"))
+    caption = next(({"text": name} for name in CAPTION_NAMES if name in texts), {})
+    image = next(({"image": name} for name in IMAGE_NAMES if name in images), {})
     first = first or caption or image
-    second = second or next((side for side in (image, caption) if side not in (first, None)), None)
-    if first is None or second is None or first == second:
-        role, names = ("anchor", ANCHOR_NAMES) if first is None else ("positive", POSITIVE_NAMES)
-        here = f"the columns are {cut(', '.join(kinds)) or 'none'}"
-        remedy = f"Name another ({role}=..., in a command --{role}), or call it one of {', '.join(names)}"
-        raise ValueError(f"No column for the {role}: {here}. {remedy}, {', '.join((*CAPTION_NAMES, *IMAGE_NAMES))}.")
+    second = second or next((side for side in (image, caption) if side and side != first), {})
+    if not first or not second or first == second:
+        role, names = ("positive", POSITIVE_NAMES) if first else ("anchor", ANCHOR_NAMES)
+        here = (
+            f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}. Name another ({role}=..., "
+        )
+        raise ValueError(f"{here}--{role}), or call it one of {', '.join((*names, *CAPTION_NAMES, *IMAGE_NAMES))}.")
     if negatives is None:
         bases = {match[1]: int(match[2] or 0) for name in kinds if (match := _NEGATIVE.fullmatch(name))}
         bad = [_guess([base], kinds) for base in sorted(bases, key=lambda base: bases[base])]
     else:
         several = [negatives] if isinstance(negatives, str | Mapping) else negatives
         bad = [_given(one, "negatives", kinds) for one in several]
-    sides = [first, second, *(side for side in bad if side is not None)]
+    sides = [first, second, *filter(None, bad)]
     instruction = instruction or ("instruction" if "instruction" in kinds else None)
-    used = {name for side in sides for name in side.columns} | {instruction}
+    used = {name for side in sides for name in side.values()} | {instruction}
     ignored = tuple(name for name in kinds if name not in used)
-    if anchor is None and positive is None:
+    if is_guessed:
         _check_other_images(rows, [name for name in ignored if kinds[name] == "image"], first, second)
     return PairColumns(first, second, tuple(sides[2:]), instruction, ignored)
 
@@ -259,39 +225,36 @@ def _given(value: Given, role: str, kinds: Mapping[str, str]) -> Side:
     if isinstance(value, str) and value not in kinds and "=" in value:
         entries = [entry.partition("=") for entry in value.split(",")]
         value = {key.strip(): name.strip() for key, _, name in entries}
-    named = {kinds.get(value, "text"): value} if isinstance(value, str) else dict(value)
-    unknown = [name for name in named.values() if name not in kinds]
-    if unknown or not named or set(named) - {"text", "image", "both"}:
+    named = {kinds.get(value, "text"): value} if isinstance(value, str) else value
+    if not named or set(named) - {"text", "image", "both"} or not set(named.values()) <= set(kinds):
         ways = "a column, or columns of text and image: {'text': ..., 'image': ...}, in a command text=...,image=..."
         raise ValueError(f"{role}={shown(value)} must be {ways}. The columns are {cut(', '.join(kinds))}.")
-    return Side(**named)
+    return {kind: named[kind] for kind in ("text", "image", "both") if kind in named}
 
 
-def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side | None:
+def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
     """The columns of the first of these names: the name itself, or with `_text` and `_image` behind it."""
     for base in bases:
-        parts: dict[str, str] = {}
-        for name in (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path"):
-            if name in kinds:
-                parts.setdefault(kinds[name], name)
-        if parts:
-            return Side(both=parts["both"]) if "both" in parts else Side(**parts)
-    return None
+        names = (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path")
+        side = {kinds[name]: name for name in reversed(names) if name in kinds}
+        if side:
+            # A struct has text and image itself.
+            return {"both": side["both"]} if "both" in side else dict(sorted(side.items(), reverse=True))
+    return {}
 
 
 def _check_other_images(rows: Iterable[Mapping[str, Any]], names: Iterable[str], *sides: Side) -> None:
     """Refuse to guess the side of images: they may be half of a composed query, as image, caption, target_image."""
-    has_image = any(side.kind != "text" for side in sides)
+    has_image = any(set(side) != {"text"} for side in sides)
     for name in names:
         # Of an image that is taken there may be the name in other columns as well.
         if _NEGATIVE.fullmatch(name) or (has_image and not _ANOTHER_IMAGE.fullmatch(name.lower())):
             continue
         values = [value for row in rows if (value := row.get(name)) is not None]
         if any(not isinstance(value, str) or (is_image_name(value) and "://" not in value) for value in values):
-            raise ValueError(
-                f"The column {shown(name)} holds images, but its name does not tell whose: anchor {sides[0]}; positive "
-                f"{sides[1]}. Name the columns of each side (in a command --anchor text=...,image=... --positive ...)."
-            )
+            found = f"anchor {_columns_of(sides[0])}; positive {_columns_of(sides[1])}"
+            what = f"The column {shown(name)} holds images, but its name does not tell whose: {found}"
+            raise ValueError(f"{what}. Name the columns of each side (--anchor text=...,image=... --positive ...).")
 
 
 # --- rows
@@ -305,17 +268,15 @@ class PairReading:
     columns: PairColumns
     pairs: list[Pair]
     problems: Problems
-    num_rows: int
-    num_rows_left_out: int
-    sizes: Mapping[str, tuple[int, int]]  # width and height of each image
+    images: Images
+    num_rows: int = 0
+    num_rows_left_out: int = 0
 
     def refusal(self) -> str:
         """What an error says about the rows that cannot be used."""
-        remedy = (
-            "Mend them (puma-hf pairs lists more), or leave them out (on_error='drop', in a command --bad-pairs drop)."
-        )
-        share = f"{self.num_rows_left_out} of {self.num_rows} rows cannot be used"
-        return f"{self.name}: {share}: {self.problems}{self.problems.quotes()}\n{remedy}"
+        share = f"{self.name}: {self.num_rows_left_out} of {self.num_rows} rows cannot be used"
+        remedy = "Mend them (puma-hf pairs lists more), or leave them out (on_error='drop', --bad-pairs drop)."
+        return f"{share}: {self.problems}{self.problems.quotes()}\n{remedy}"
 
 
 def read_pairs(
@@ -332,38 +293,32 @@ def read_pairs(
     special_tokens: SpecialTokens = "raise",
     dry: bool = False,
 ) -> PairReading:
-    """Read a source to its end, whatever is wrong with its rows; a dry run saves no images. See `load_pairs`.
-
-    Raises:
-        FileNotFoundError: If the source, or the table in it, is missing.
-        ValueError: If there are no rows, or the options do not fit the columns.
-    """
+    """Read a source to its end, whatever is wrong with its rows; a dry run saves no images. See `load_pairs`."""
     name, folder, lines = _open(source)
+    # The first rows tell the columns of all, so the rest can be a stream.
     head = list(islice(lines, _NUM_ROWS_LOOKED_AT))
     good = [line.columns for line in head if line.error is None]
     if not good:
-        because = f" ({head[0].error})" if head else ""
-        raise ValueError(f"{name} holds no rows{because}. Name a source with at least one pair.")
-    is_column = instruction is None or any(instruction in row for row in good)
-    if instruction is not None and not is_column and instruction.isascii() and instruction.isidentifier():
+        raise ValueError(f"{name} holds no rows ({head[0].error if head else 'it is empty'}). Name one with a pair.")
+    is_text = instruction is not None and not any(instruction in row for row in good)
+    if is_text and str(instruction).isascii() and str(instruction).isidentifier():
         raise ValueError(f"instruction={shown(instruction)} must be a text of several words or a column of {name}.")
-    columns = find_columns(good, anchor, positive, negatives, instruction if is_column else None)
-    asks = instruction if is_column is False else columns.instruction
+    # A single word is more likely a misspelt column than an instruction.
+    columns = find_columns(good, anchor, positive, negatives, None if is_text else instruction)
+    asks = instruction if is_text else columns.instruction
     ways = _ways(columns, direction, asks, reverse_instruction)
     images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to), dry=dry)
-    row = _Row(columns, images, None if is_column else instruction, special_tokens == "raise")
-    reading = PairReading(name, columns, [], Problems(name), 0, 0, images.sizes)
+    row = _Row(columns, images, instruction if is_text else None, special_tokens == "raise")
+    reading = PairReading(name, columns, [], Problems(name), images)
     for line in chain(head, lines):
         found = reading.problems.attempt(row.pairs, line)
         reading.num_rows += 1
         reading.num_rows_left_out += found is None
         for pair in found or ():
-            if "forward" in ways:
-                reading.pairs.append(pair)
-            if "reverse" in ways:
-                other = pair.anchor.instruction if len(ways) == 1 else reverse_instruction
-                asker, answer = replace(pair.positive, instruction=other), replace(pair.anchor, instruction=None)
-                reading.pairs.append(Pair(pair.where, asker, answer))
+            other = pair.anchor.instruction if len(ways) == 1 else reverse_instruction
+            turned = (replace(pair.positive, instruction=other), replace(pair.anchor, instruction=None))
+            both = {"forward": pair, "reverse": Pair(pair.where, *turned)}
+            reading.pairs += (both[way] for way in ways)
     return reading
 
 
@@ -372,8 +327,8 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
     if not isinstance(source, str | Path):
-        allowed = "a path or a datasets.Dataset. Of a DatasetDict choose one split"
-        raise ValueError(f"The source is a {type(source).__name__}, must be {allowed}.")
+        kind = type(source).__name__
+        raise ValueError(f"The source is a {kind}, must be a path or a Dataset. Of a DatasetDict choose one split.")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
@@ -383,40 +338,33 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
         if not tables and {one.suffix.lower() for one in others} == {".parquet"}:
             tables = others  # the shards of a dataset
         elif len(tables) != 1:
-            wanted = (
-                f"one table called {' or '.join(TABLE_STEMS)} ({', '.join(TABLE_SUFFIXES)}), or Parquet files alone"
-            )
             found = cut(", ".join(one.name for one in tables or others)) or "none"
-            raise ValueError(f"{path} must hold {wanted}; the tables here: {found}. Name the file.")
+            what = f"must hold one table called {' or '.join(TABLE_STEMS)}, or Parquet files alone"
+            raise ValueError(f"{path} {what}; the tables here: {found}. Name the file.")
     return str(tables[0] if len(tables) == 1 else path), tables[0].parent, chain.from_iterable(map(read_lines, tables))
 
 
 def _ways(columns: PairColumns, direction: str | None, asks: str | None, reverse: str | None) -> tuple[str, ...]:
     """Which of the two ways the pairs are read: forward, from the anchor as it was found, and reverse."""
-    if reverse is not None and direction != "both":
-        raise ValueError(
-            f"reverse_instruction={reverse!r} is for direction='both' only, not {direction!r}. Leave it out."
-        )
-    if direction is None:
-        return ("forward",)
-    ways: tuple[str, ...] = ("forward", "reverse")
-    if direction != "both":
-        wanted, found = tuple(direction.split("-to-")), (columns.anchor.kind, columns.positive.kind)
+    what, ways = "", ("forward", "reverse") if direction == "both" else ("forward",)
+    if direction not in (None, "both"):
+        wanted, found = str(direction).split("-to-"), [*columns.anchor, *columns.positive]
+        ways = ways if found == wanted else ("reverse",)
         if found not in (wanted, wanted[::-1]):
-            what = f"needs one side of texts and one of images, found {cut(str(columns))}"
-            raise ValueError(f"direction={direction!r} {what}. Leave it out: the anchor is what asks.")
-        ways = ("forward",) if found == wanted else ("reverse",)
-    elif asks and reverse is None:
-        given = f"direction='both' with instruction={asks!r}"
-        raise ValueError(f"{given} needs reverse_instruction, for the positives when they ask. Give both, or none.")
-    if "reverse" in ways and columns.negatives:
-        what = f"direction={direction!r} turns pairs round, but their negatives are wrong answers of one side alone"
-        raise ValueError(f"{what}. Remove their columns (in Python negatives=()), or leave the direction out.")
+            what = f"needs one side of texts and one of images, found {cut(str(columns))}: leave it out"
+    if "reverse" in ways and columns.negatives and not what:
+        what = "turns pairs round, but their negatives are wrong answers of one side alone: remove their columns "
+        what += "(in Python negatives=()), or leave it out"
+    if direction == "both" and asks and reverse is None:
+        what = f"with instruction={asks!r} needs reverse_instruction, for the positives when they ask"
+    if direction != "both" and reverse is not None:
+        what = f"cannot have reverse_instruction={reverse!r}, which is for direction='both' only: leave it out"
+    if what:
+        raise ValueError(f"direction={direction!r} {what}.")
     return ways
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """Makes pairs of a row; raises at the first thing that is wrong with it."""
 
     columns: PairColumns
@@ -428,45 +376,40 @@ class _Row:
         """The pairs of a row, several if a cell is a list of texts."""
         if line.error is not None:
             raise line.error
-        asks = self._instruction(line)
+        struct = line.columns.get(self.columns.anchor.get("both", ""))
+        value = line.columns.get(self.columns.instruction or "")
+        if self.columns.instruction is None and isinstance(struct, Mapping):
+            value = struct.get("instruction")
+        asks = self._text(value if self.instruction is None else self.instruction, line.where, "instruction")
         anchors = [replace(one, instruction=asks) for one in self._side(line, self.columns.anchor, "anchor")]
         positives = self._side(line, self.columns.positive, "positive")
         bad = tuple(self._side(line, side, "negative")[0] for side in self.columns.negatives)
         return [Pair(line.where, anchor, positive, bad) for anchor in anchors for positive in positives]
 
     def _side(self, line: Line, side: Side, role: str) -> list[Record]:
-        values, text_name, image_name = line.columns, side.text, side.image
-        if side.both is not None:
-            values, text_name, image_name = values.get(side.both) or {}, "text", "image"
+        values = {kind: line.columns.get(name) for kind, name in side.items()}
+        if "both" in values:
+            values = values["both"] or {}
             if not isinstance(values, Mapping):
-                raise wrong(line.where, f"{side.both} is {shown(values)}, must have text and image as in other rows.")
-        text, image = (None if name is None else values.get(name) for name in (text_name, image_name))
+                raise wrong(line.where, f"{role} is {shown(values)}, must have text and image as in other rows.")
+        text, image = values.get("text"), values.get("image")
         # As many pairs as captions; of wrong answers there is one a column.
         several = text if isinstance(text, list) and role != "negative" else [text]
         texts: list[str | None] = [found for one in several if (found := self._text(one, line.where, role))]
         path = None if image is None or image == "" else self.images.read(image, line.where)
         # Both columns of a composed query belong to it, but either may be empty in a row.
         if not texts and path is None:
-            what = f"{role} is empty (column {' and '.join(side.columns)}). Fill it or leave the line out."
+            what = f"{role} is empty (column {' and '.join(side.values())}). Fill it or leave the line out."
             raise wrong(line.where, what, f"{role} missing")
         return [Record(text=one, image=path) for one in texts or [None]]
 
     def _text(self, value: Any, where: str, role: str) -> str | None:
         text = text_value(value, where, role)
         if text and self.refuses_special_tokens and (found := SPECIAL_TOKEN.search(text)):
-            remedy = "Remove it, or read it as text (special_tokens='split', in a command --special-tokens split)."
+            remedy = "Remove it, or read it as text (special_tokens='split', --special-tokens split)."
             what = f"{role} is {shown(text)} with the special token {found[0]!r}. {remedy}"
             raise wrong(where, what, "special token in a text")
         return text and text.strip()
-
-    def _instruction(self, line: Line) -> str | None:
-        if self.instruction is not None:
-            return self.instruction.strip()
-        struct = line.columns.get(self.columns.anchor.both or "")
-        value = line.columns.get(self.columns.instruction or "")
-        if self.columns.instruction is None and isinstance(struct, Mapping):
-            value = struct.get("instruction")
-        return self._text(value, line.where, "instruction")
 
 
 # --- ids
@@ -478,18 +421,20 @@ class PairIds:
     Texts are equal if they differ in case and blanks at most, images if their files are copies of each other.
     """
 
-    def __init__(self, pairs: Iterable[Pair]) -> None:
-        pairs = list(pairs)
-        sides = (record for pair in pairs for record in (pair.anchor, pair.positive, *pair.negatives))
-        self._images = _contents({record.image: None for record in sides if record.image is not None})
-        positives: dict[str, dict[str, None]] = defaultdict(dict)
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        by_size: dict[int, dict[str, None]] = defaultdict(dict)
         for pair in pairs:
-            positives[self.of(pair.anchor)][self.of(pair.positive)] = None
-        self._positives = {anchor: list(ids) for anchor, ids in positives.items()}
-        counts = Counter(chain.from_iterable(self._positives.values()))
-        self._telling = {
-            anchor: [one for one in ids if counts[one] > 1] or ids[:1] for anchor, ids in self._positives.items()
-        }
+            for path in (one.image for one in (pair.anchor, pair.positive, *pair.negatives) if one.image is not None):
+                by_size[os.path.getsize(path) if os.path.isfile(path) else -1][path] = None
+        self._images = {path: path for paths in by_size.values() for path in paths}
+        # Only files whose size another file has, too, are read.
+        for path in (path for size, paths in by_size.items() if size >= 0 and len(paths) > 1 for path in paths):
+            with open(path, "rb") as file:
+                self._images[path] = hashlib.file_digest(file, "blake2b").hexdigest()
+        self._positives: dict[str, dict[str, None]] = defaultdict(dict)
+        for pair in pairs:
+            self._positives[self.of(pair.anchor)][self.of(pair.positive)] = None
+        self._counts = Counter(chain.from_iterable(self._positives.values()))
 
     def of(self, record: Record) -> str:
         """The id of what a side holds."""
@@ -504,7 +449,7 @@ class PairIds:
 
     def positives(self, anchor: Record) -> list[str]:
         """The ids of all right answers of an anchor, in the order of the pairs."""
-        return self._positives[self.of(anchor)]
+        return list(self._positives[self.of(anchor)])
 
     def telling_positives(self, pair: Pair) -> list[str]:
         """The positive's id, and as many of the anchor's others as tell which rows must be kept apart.
@@ -513,16 +458,6 @@ class PairIds:
         that no other anchor has, one stands for all: an anchor with a thousand answers has a thousand rows, which
         would take a million ids.
         """
-        return list(dict.fromkeys([self.of(pair.positive), *self._telling[self.of(pair.anchor)]]))
-
-
-def _contents(paths: Iterable[str]) -> dict[str, str]:
-    """A name for what each image file holds; only files whose size another file has, too, are read."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for path in paths:
-        by_size[os.path.getsize(path) if os.path.isfile(path) else -1].append(path)
-    names = {path: path for paths in by_size.values() for path in paths}
-    for path in chain.from_iterable(group for size, group in by_size.items() if size >= 0 and len(group) > 1):
-        with open(path, "rb") as file:
-            names[path] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return names
+        right = self.positives(pair.anchor)
+        shared = [one for one in right if self._counts[one] > 1] or right[:1]
+        return list(dict.fromkeys([self.of(pair.positive), *shared]))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir_write import write_mbeir
 from puma_hf.data.pairs import Pair, PairIds, PairSource, load_pairs, read_pairs
-from puma_hf.data.records import Problems, Record, wrong
+from puma_hf.data.records import Problems, wrong
+from puma_hf.data.tasks import MODALITIES
 from puma_hf.files import write_whole
-from puma_hf.modeling.inputs_puma import MODALITY_NAMES
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -32,40 +31,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Some numbers: how many, the smallest, the middle one (of an even count the lower of the two) and the largest."""
-
-    count: int
-    smallest: int
-    median: int
-    largest: int
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Spread | None:
-        """That of some numbers, None of none."""
-        return cls(len(numbers), min(numbers), median_low(numbers), max(numbers)) if numbers else None
-
-    def __str__(self) -> str:
-        return f"{self.smallest:,} to {self.largest:,}, median {self.median:,}"
-
-
-@dataclass(frozen=True)
 class PairsReport:
     """What a source of pairs holds; `str` makes a page of it.
 
-    Args:
-        source: Its name.
-        columns: Which columns were read as what.
-        num_rows: Rows of the source.
-        num_rows_left_out: Rows that cannot be used.
-        num_pairs: Pairs to train on: a row makes several if it is read in both directions, or holds a list.
-        modalities: For anchors, positives and negatives the number of each modality.
-        offenders: What is wrong, the first thing of each row: `load_pairs` raises, or leaves the rows out.
-        notes: What can be trained on, but is worth a look: duplicates, right answers among the negatives.
-        image_widths: Over the different image files that can be read; None without images.
-        image_heights: Likewise.
-        text_lengths: For anchors, positives and negatives the characters of their texts.
-        decoded: Whether images were decoded, not their headers alone.
+    Of `num_rows` rows some cannot be used; a row makes several pairs if it is read in both directions, or holds a list.
+    `offenders` is the first thing that is wrong with each row: `load_pairs` raises, or leaves the row out. `notes` can
+    be trained on, but are worth a look. Of the images those are counted that can be read.
     """
 
     source: str
@@ -76,10 +47,7 @@ class PairsReport:
     modalities: Mapping[str, Mapping[str, int]]
     offenders: tuple[Found, ...]
     notes: tuple[Found, ...]
-    image_widths: Spread | None
-    image_heights: Spread | None
-    text_lengths: Mapping[str, Spread]
-    decoded: bool
+    num_images: int
 
     @property
     def ok(self) -> bool:
@@ -95,22 +63,15 @@ class PairsReport:
         lines += [f"  rows       {self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used"]
         lines += [f"  pairs      {self.num_pairs:,}"]
         for side, counts in self.modalities.items():
-            if counts:
-                lines.append(f"  {side:<10} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-        if self.image_widths is not None:
-            how = "decoded" if self.decoded else "headers read"
-            size = f"width {self.image_widths}; height {self.image_heights}"
-            lines.append(f"  images     {self.image_widths.count:,} files ({how}); {size}")
-        lines += [f"  texts      {side}: {spread} characters" for side, spread in self.text_lengths.items()]
+            found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            lines += [f"  {side:<10} {found}"] if found else []
+        lines += [f"  images     {self.num_images:,} different files"] if self.num_images else []
         for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
             lines += ["", f"{title}:"] if entries else []
             for entry in entries:
                 lines += [f"  {entry.count:,} x {entry.kind}", *(f"    {message}" for message in entry.first)]
-                lines += [f"    and {entry.count - len(entry.first):,} more"] if entry.count > len(entry.first) else []
-        verdict = "Mend these rows, or leave them out (on_error='drop', in a command --bad-pairs drop)."
-        if self.ok or not self.num_pairs:
-            verdict = "All rows can be trained on." if self.ok else "No row can be trained on: mend them."
-        return "\n".join([*lines, "", verdict])
+        verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
+        return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
 
 
 def check_pairs(source: PairSource, **options: Any) -> PairsReport:
@@ -118,16 +79,8 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
 
     Nothing is written. Equal texts are those that differ in case and blanks at most, equal images copies of a file.
 
-    Args:
-        source: As in `load_pairs`.
-        options: As in `load_pairs`. To `decode` takes as long as an epoch of reading the images.
-
-    Returns:
-        The report.
-
-    Raises:
-        FileNotFoundError: If the source is missing.
-        ValueError: If there are no rows at all, a column is missing, or an argument does not fit.
+    The arguments are those of `load_pairs`; to `decode` takes as long as an epoch of reading the images. Raises a
+    FileNotFoundError if the source is missing, a ValueError if it has no rows or lacks a column.
 
     Example:
 
@@ -142,91 +95,62 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     ```
     """
     reading = read_pairs(source, dry=True, **options)
-    pairs, sizes = reading.pairs, reading.sizes.values()
+    pairs = reading.pairs
     sides = {"anchors": [pair.anchor for pair in pairs], "positives": [pair.positive for pair in pairs]}
     sides["negatives"] = [record for pair in pairs for record in pair.negatives]
     counts = {side: Counter(record.modality for record in records) for side, records in sides.items()}
-    lengths = {side: Spread.of([len(one.text) for one in records if one.text]) for side, records in sides.items()}
+    offenders, notes = (
+        tuple(Found(kind, count, tuple(found.first[kind])) for kind, count in found.counts.items())
+        for found in (reading.problems, _notes(pairs))
+    )
     return PairsReport(
         source=reading.name,
         columns=str(reading.columns),
         num_rows=reading.num_rows,
         num_rows_left_out=reading.num_rows_left_out,
         num_pairs=len(pairs),
-        modalities={side: {n: found[n] for n in MODALITY_NAMES if found[n]} for side, found in counts.items()},
-        offenders=_found(reading.problems),
-        notes=_found(_notes(pairs)),
-        image_widths=Spread.of([width for width, _ in sizes]),
-        image_heights=Spread.of([height for _, height in sizes]),
-        text_lengths={side: spread for side, spread in lengths.items() if spread is not None},
-        decoded=options.get("decode", False),
+        modalities={side: {name: found[name] for name in MODALITIES if found[name]} for side, found in counts.items()},
+        offenders=offenders,
+        notes=notes,
+        num_images=len(reading.images.read_paths),
     )
-
-
-def pairs(config: PairsConfig) -> PairsReport:
-    """The dry run of `puma-hf pairs`.
-
-    Args:
-        config: What to look at; see `PairsConfig`.
-
-    Returns:
-        The report, which is also in `config.json` if that is given. With `config.mbeir` the pairs are written there
-        in M-BEIR's layout, unless rows cannot be used and are not to be dropped.
-
-    Raises:
-        FileNotFoundError: If the source is missing.
-        FileExistsError: If `config.mbeir` is there already.
-        ValueError: If there are no rows at all, or a column is missing.
-    """
-    arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
-    report = check_pairs(config.data, decode=config.decode, **arguments)
-    if config.json is not None:
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_whole(Path(config.json), text.encode())
-    if config.mbeir is None:
-        return report
-    if not report.num_pairs or (report.offenders and config.bad_pairs == "raise"):
-        logger.warning("%s was not written, for rows cannot be used; see the report.", config.mbeir)
-        return report
-    rows = load_pairs(config.data, on_error=config.bad_pairs, **arguments)
-    val, test = config.val_fraction, config.test_fraction
-    write_mbeir(rows, config.mbeir, val_fraction=val, test_fraction=test, seed=config.seed)
-    return report
-
-
-def _found(problems: Problems) -> tuple[Found, ...]:
-    return tuple(Found(kind, count, tuple(problems.first[kind])) for kind, count in problems.counts.items())
 
 
 def _notes(pairs: Sequence[Pair]) -> Problems:
     """What can be trained on, but is often a mistake in the table."""
     ids, notes = PairIds(pairs), Problems()
-    seen: dict[tuple[str, ...], str] = {}
-    known: set[str] = set()
-    anchors: dict[str, dict[str, str]] = {}  # of each positive, with the first place of each anchor
+    seen: dict[tuple[str | None, ...], str] = {}
     for pair in pairs:
-        anchor, positive = ids.of(pair.anchor), ids.of(pair.positive)
-        key = (anchor, positive, *map(ids.of, pair.negatives), pair.anchor.instruction or "")
-        first = seen.setdefault(key, pair.where)
+        anchor, positive, *negatives = map(ids.of, (pair.anchor, pair.positive, *pair.negatives))
+        first = seen.setdefault((anchor, positive, *negatives, pair.anchor.instruction), pair.where)
+        # Whoever trains on the pair twice weighs it twice.
         if first is not pair.where:
             notes.add(wrong(pair.where, f"the same as {first}", "pair given again"))
         if anchor == positive:
-            notes.add(wrong(pair.where, _shown(pair.anchor), "anchor that is its own positive"))
-        right = ids.positives(pair.anchor)
-        for negative in pair.negatives:
-            if ids.of(negative) in right:
-                notes.add(wrong(pair.where, _shown(negative), "negative that is a right answer of its anchor"))
-        if anchor not in known and len(right) > 1:
-            notes.add(wrong(pair.where, f"{_shown(pair.anchor)} has {len(right)}", "anchor with several positives"))
-        known.add(anchor)
-        anchors.setdefault(positive, {}).setdefault(anchor, f"{pair.where}: {_shown(pair.positive)}")
-    for places in anchors.values():
-        if len(places) > 1:
-            notes.add(ValueError(f"{next(iter(places.values()))} has {len(places)}"), "positive of several anchors")
+            notes.add(wrong(pair.where, shown(pair.anchor.model_input), "anchor that is its own positive"))
+        for negative, record in zip(negatives, pair.negatives, strict=True):
+            # The loss would push away what it pulls elsewhere.
+            if negative in ids.positives(pair.anchor):
+                kind = "negative that is a right answer of its anchor"
+                notes.add(wrong(pair.where, shown(record.model_input), kind))
     return notes
 
 
-def _shown(record: Record) -> str:
-    text = None if record.text is None else record.text if len(record.text) <= 60 else record.text[:57] + "..."
-    image = None if record.image is None else os.path.basename(record.image)
-    return " with ".join(repr(part) for part in (text, image) if part is not None)
+def pairs(config: PairsConfig) -> PairsReport:
+    """The dry run of `puma-hf pairs`.
+
+    The report is also written to `config.json` if that is given. With `config.mbeir` the pairs are written there in
+    M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
+    """
+    arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
+    # Read twice, for the report must not depend on what is dropped.
+    report = check_pairs(config.data, decode=config.decode, **arguments)
+    if config.json is not None:
+        write_whole(Path(config.json), (json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    if config.mbeir is not None and (not report.num_pairs or (report.offenders and config.bad_pairs == "raise")):
+        logger.warning("%s was not written, for rows cannot be used; see the report.", config.mbeir)
+    elif config.mbeir is not None:
+        rows = load_pairs(config.data, on_error=config.bad_pairs, **arguments)
+        val, test = config.val_fraction, config.test_fraction
+        write_mbeir(rows, config.mbeir, val_fraction=val, test_fraction=test, seed=config.seed)
+    return report

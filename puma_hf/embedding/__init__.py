@@ -8,11 +8,11 @@ from puma_hf.lazy import resolver
 
 # `embed` itself is in `puma_hf`: here the module of that name would hide it.
 _NAMES = {
-    "BrokenInput": "puma_hf.embedding.results",
-    "BrokenInputError": "puma_hf.embedding.results",
+    "BrokenInput": "puma_hf.embedding.prepare",
+    "BrokenInputError": "puma_hf.embedding.embed",
     "EmbedConfig": "puma_hf.configs",
     "EmbedReport": "puma_hf.embedding.run",
-    "EmbedResult": "puma_hf.embedding.results",
+    "EmbedResult": "puma_hf.embedding.embed",
     "embed_corpus": "puma_hf.embedding.run",
     "iterate_embeddings": "puma_hf.embedding.embed",
     "open_embeddings": "puma_hf.embedding.store",
@@ -34,7 +34,7 @@ __getattr__ = resolver(__name__, _NAMES)
 
 if TYPE_CHECKING:
     from puma_hf.configs import EmbedConfig
-    from puma_hf.embedding.embed import iterate_embeddings
-    from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+    from puma_hf.embedding.embed import BrokenInputError, EmbedResult, iterate_embeddings
+    from puma_hf.embedding.prepare import BrokenInput
     from puma_hf.embedding.run import EmbedReport, embed_corpus
     from puma_hf.embedding.store import open_embeddings

@@ -1,47 +1,80 @@
-"""Embed inputs of any modality: planned batches, prepared ahead of the device, broken inputs by name."""
+"""Embed many inputs of any modality: prepared ahead of the device, broken ones by name, a corpus as a stream."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig, OnError, Precision
-from puma_hf.embedding.batches import WINDOW, plan_batches
-from puma_hf.embedding.device import Rows, Runner
-from puma_hf.embedding.features import take
-from puma_hf.embedding.loader import Prepared, Preparer, iterate_prepared, num_tokens
-from puma_hf.embedding.measure import Measure, Rates
-from puma_hf.embedding.records import Record
-from puma_hf.embedding.results import BrokenInput, BrokenInputError, EmbedResult
+from puma_hf.data.records import Record
+from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, Unreadable, plan, prepared
+from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-__all__ = ["WINDOW", "embed", "embed_records", "embedding_dim", "iterate_embeddings", "quantize", "ranges_of"]
-
-# Tokens of a batch by default. A GPU is busy only with many; a CPU is with few, and its caches hold no more.
-CUDA_BATCH_TOKENS = 16_384
-CPU_BATCH_TOKENS = 2_048
 _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
-_LETTERS = "abcdefghijklmnop"
+_IN_FLIGHT = 2  # chunks on a GPU
 _SHOWN = 3
 _SCALED = ("int8", "uint8")
 _PLACE = re.compile(r"^inputs\[\d+\]: ")  # which says nothing to who knows ids
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Embeddings, in the order of the inputs.
+
+    Args:
+        embeddings: `(num_rows, embedding_dim)`; for binary precisions one eighth of it.
+        indices: `(num_rows,)`, int64: the input that each row belongs to.
+        errors: Inputs that are broken, by index.
+    """
+
+    embeddings: NDArray[Any]
+    indices: NDArray[Any]
+    errors: tuple[BrokenInput, ...] = ()
+
+
+class BrokenInputError(ValueError):
+    """An input cannot be embedded.
+
+    Args:
+        broken: The input.
+        done: What was embedded before, by `embed`; None from `iterate_embeddings`, which has yielded it.
+    """
+
+    def __init__(self, broken: BrokenInput, done: EmbedResult | None = None) -> None:
+        super().__init__(broken, done)
+        self.broken, self.done = broken, done
+
+    @property
+    def index(self) -> int:
+        """Position of the broken input in the inputs."""
+        return self.broken.index
+
+    def __str__(self) -> str:
+        reason = self.broken.message.rstrip(".")
+        return (
+            f"{reason}. Repair or remove this input, or pass on_error='skip' to leave out what is broken, 'zero' to "
+            "have zeros in its place."
+        )
 
 
 def embed(
@@ -63,8 +96,7 @@ def embed(
 ) -> EmbedResult:
     """Embed a list of inputs: the rows of `model.encode`, sooner.
 
-    Batches are sorted by length and cut at a budget of tokens, texts and images together. Worker processes load,
-    decode and tokenise ahead of the device, and memory grows with the result alone.
+    Worker processes load, decode and tokenise ahead of the device, and memory grows with the result alone.
 
     Args:
         model: A PUMA model as a `SentenceTransformer`. It is switched to evaluation mode.
@@ -200,86 +232,96 @@ def iterate_embeddings(
     ...     index.add_with_ids(rows.numpy(), indices.numpy())
     ```
     """
-    _check(model, inputs, max_batch_tokens, num_workers, on_error)
+    _check(model, inputs, max_batch_tokens, on_error)
     dim = embedding_dim(model, truncate_dim)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
-    budget = max_batch_tokens or (CUDA_BATCH_TOKENS if on_cuda else CPU_BATCH_TOKENS)
     total = len(inputs) if isinstance(inputs, Sized) else None
     packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
-    measure = Measure(
-        packer.processor,
-        images_kwargs=packer.options["images_kwargs"],
-        max_length=packer.options["max_length"],
+    budget = max_batch_tokens or (CUDA_TOKENS if on_cuda else CPU_TOKENS)
+    if packer.layout is not None:
+        packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
+    image_processor = packer.processor.image_processor
+    size = {**dict(image_processor.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
+    guess = Guess(
+        pixels_per_token=(image_processor.patch_size * image_processor.merge_size) ** 2,
+        limits=(size["shortest_edge"], size["longest_edge"]),
         open_files=load is None,
     )
-    prepared = iterate_prepared(
-        plan_batches(inputs, measure, first_rates(packer), budget, sort=sort, padded=not packer.packing),
-        Preparer(packer, measure, budget, load, sort),
+    chunks = prepared(
+        plan(inputs, guess, budget, sort=sort, padded=packer.layout is None),
+        packer,
+        load,
         num_workers=default_num_workers(on_cuda, total) if num_workers is None else num_workers,
         pin_memory=on_cuda,
     )
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
-    runner = Runner(model.eval(), None if truncate_dim is None and model.truncate_dim is None else dim)
-    return _run(prepared, runner, _Broken(on_error, report, dim), progress)
+    keep = None if truncate_dim is None and model.truncate_dim is None else dim
+    started = ((chunk, *_start(model.eval(), chunk, keep)) for chunk in chunks)
+    late = _late(started, _IN_FLIGHT if on_cuda else 0)
+    # However it ends, so do the worker processes.
+    return _rows(late, closing(chunks), progress, on_error, report, dim)
 
 
-@dataclass(frozen=True)
-class _Broken:
-    """What to do about broken inputs."""
-
-    on_error: OnError
-    report: Callable[[BrokenInput], None] | None
-    dim: int
-
-    def rows(self, broken: Sequence[BrokenInput]) -> list[Rows]:
-        """Report them; their rows, if they have any."""
-        if broken and self.on_error == "raise":
-            raise BrokenInputError(broken[0])
-        for one in broken if self.report else ():
-            self.report(one)  # type: ignore[misc]
-        if not broken or self.on_error == "skip":
-            return []
-        return [(tuple(one.index for one in broken), torch.zeros(len(broken), self.dim))]
-
-
-def _run(
-    prepared: Generator[Prepared, None, None], runner: Runner, broken: _Broken, new_progress: Callable[[], Any]
+def _rows(
+    chunks: Iterator[tuple[Prepared, Tensor | None, Any]],
+    workers: AbstractContextManager[Any],
+    new_progress: Callable[[], Any],
+    on_error: OnError,
+    report: Callable[[BrokenInput], None] | None,
+    dim: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    with closing(prepared), new_progress() as progress:
-        for indices, embeddings in _all_rows(prepared, runner, broken, progress):
-            progress.update(len(indices))
-            yield torch.tensor(indices, dtype=torch.int64), embeddings
+    with workers, new_progress() as progress:
+        for chunk, rows, event in chunks:
+            if event is not None:
+                event.synchronize()
+            if rows is not None:
+                progress.update(len(rows))
+                # A clone, made outside inference mode, is a tensor like any other; and pinned memory goes back.
+                yield torch.tensor(chunk.indices), rows.clone()
+            if chunk.broken and on_error == "raise":
+                raise BrokenInputError(chunk.broken[0])
+            progress.update(len(chunk.broken))
+            for one in chunk.broken if report is not None else ():
+                report(one)  # type: ignore[misc]
+            if chunk.broken and on_error == "zero":
+                yield torch.tensor([one.index for one in chunk.broken]), torch.zeros(len(chunk.broken), dim)
 
 
-def _all_rows(prepared: Iterable[Prepared], runner: Runner, broken: _Broken, progress: Any) -> Iterator[Rows]:
-    for one in prepared:
-        for part in one.parts:
-            yield from runner.put(part.indices, part.batch)
-        if one.broken and broken.on_error == "raise":
-            yield from runner.take()
-        rows = broken.rows(one.broken)
-        progress.update(len(one.broken) - sum(len(indices) for indices, _ in rows))
-        yield from rows
-    yield from runner.take()
+# On CUDA a chunk is asked for when two more have been started: the device never waits for the host.
+def _late(started: Iterator[T], count: int) -> Iterator[T]:
+    waiting: deque[T] = deque()
+    for one in started:
+        waiting.append(one)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
-def first_rates(packer: Any) -> Rates:
-    """What every input costs besides its own content, as the packer counts it for some that share nothing else.
-
-    Raises:
-        ValueError: If the prompt or the settings allow no input at all.
-    """
+# The float32 rows of a chunk on the CPU; on CUDA they are there when the event has happened.
+@torch.inference_mode()
+def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tensor | None, Any]:
+    if chunk.batch is None:
+        return None, None
     try:
-        features = packer.process(list(_LETTERS))
-    except ValueError as error:
-        raise ValueError(f"no input can be embedded with this prompt and these settings: {error}") from error
-    half = len(_LETTERS) // 2
-    few, many = (num_tokens(packer.pack(take(features, 0, count))) for count in (half, 2 * half))
-    return Rates(tokens_per_input=(many - few) / half - 1)
+        features = model[0].embed_batch(chunk.on(model.device))
+        for module in list(model)[1:]:
+            features = module(features)
+    except torch.OutOfMemoryError as error:
+        error.add_note("Lower max_batch_tokens.")
+        raise
+    rows: Tensor = features["sentence_embedding"].float()
+    rows = rows if truncate_dim is None else normalize(rows[:, :truncate_dim], dim=1)
+    if rows.device.type != "cuda":
+        return rows.cpu(), None
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(rows.device))  # by default that of the current device
+    return host, event
 
 
 def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
@@ -303,8 +345,8 @@ def _not_a_list(inputs: Any) -> str:
     )
 
 
-def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: int | None, on_error: str) -> None:
-    if not (isinstance(model, torch.nn.Sequential) and len(model) and hasattr(model[0], "packer")):
+def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str) -> None:
+    if not is_puma(model):
         raise ValueError(
             f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
             "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
@@ -315,11 +357,16 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, num_workers: i
         raise ValueError(_not_a_list(inputs))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
         raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
-    for name, value, least in (("max_batch_tokens", max_batch_tokens, 1), ("num_workers", num_workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, must be {least} or more; None chooses by device.")
+    if max_batch_tokens is not None and max_batch_tokens < 1:
+        raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be 1 or more; None chooses by device.")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
+
+
+def is_puma(model: Any) -> bool:
+    """Whether a model is a PUMA as a `SentenceTransformer`, with the code of this version."""
+    is_ours = isinstance(model, torch.nn.Sequential) and len(model) > 0 and hasattr(model[0], "packer")
+    return is_ours and hasattr(model[0].packer(), "layout")
 
 
 def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:
@@ -355,18 +402,14 @@ def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> ND
     return np.asarray(quantized)
 
 
-def ranges_of(rows: NDArray[Any], precision: str) -> NDArray[Any]:
-    """Lowest and highest value of each dimension, `(2, embedding_dim)`.
-
-    Raises:
-        ValueError: If there are fewer than two rows.
-    """
+def ranges_of(rows: NDArray[Any], precision: str) -> list[list[float]]:
+    """Lowest and highest value of each dimension, `(2, embedding_dim)`; a ValueError for fewer than two rows."""
     if len(rows) < 2:
         raise ValueError(
-            f"precision={precision!r} takes the range of each dimension from the embeddings, and there are only "
-            f"{len(rows)}, must be 2 or more. Pass ranges, lowest and highest value, of shape (2, {rows.shape[1]})."
+            f"precision={precision!r} is scaled by the embeddings of 2 inputs or more, and there are {len(rows)} here. "
+            "Take float32, float16 or binary."
         )
-    return np.stack([rows.min(axis=0), rows.max(axis=0)])
+    return [rows.min(axis=0).tolist(), rows.max(axis=0).tolist()]
 
 
 # --- records
@@ -389,29 +432,16 @@ def embed_records(
     Raises:
         ValueError: If a record is broken and `config.on_error` is "raise", or an embedding is not finite.
     """
-    sent: dict[int, Record] = {}  # what the model has not given back
-    numbers = count()
-    unread: list[Record] = []  # records of lines that could not be read
+    sent: dict[int, Record] = {}  # what has not come back
 
     def inputs() -> Iterator[Any]:
-        for record in records:
-            if record.problem is not None:
-                on_broken(record, record.problem)
-                if config.on_error == "zero":
-                    unread.append(record)
-            else:
-                sent[next(numbers)] = record
-                yield record.model_input
+        for number, record in enumerate(records):
+            sent[number] = record
+            yield record.model_input if record.problem is None else Unreadable(record.problem)
 
     def report(error: BrokenInput) -> None:
-        on_broken(sent[error.index], _PLACE.sub("", error.message))
-        if config.on_error == "skip":
-            del sent[error.index]
-
-    def zeros() -> Iterator[tuple[list[Record], Tensor]]:
-        if unread:
-            yield list(unread), torch.zeros(len(unread), embedding_dim(model, config.truncate_dim))
-            unread.clear()
+        record = sent[error.index] if config.on_error == "zero" else sent.pop(error.index)
+        on_broken(record, _PLACE.sub("", error.message))
 
     batches = iterate_embeddings(
         model,
@@ -428,28 +458,17 @@ def embed_records(
     try:
         for indices, rows in batches:
             done = [sent.pop(index) for index in indices.tolist()]
-            _check_finite(done, rows)
+            if bad := [record.id for record, row in zip(done, rows, strict=True) if not bool(row.isfinite().all())]:
+                raise ValueError(
+                    f"The embeddings of {len(bad)} of {len(done)} inputs have NaN or infinity, first "
+                    f"{shown(bad[:_SHOWN])}. Look at these inputs, or load the weights as bfloat16 or float32 instead "
+                    "of float16."
+                )
             yield done, rows
-            yield from zeros()
     except BrokenInputError as error:
-        raise ValueError(_broken_record(sent[error.index], error.broken.message)) from error
-    yield from zeros()
-
-
-def _check_finite(records: Sequence[Record], rows: Tensor) -> None:
-    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
+        record = sent[error.index]
         raise ValueError(
-            f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first "
-            f"{shown([records[place].id for place in bad[:_SHOWN]])}. Look at these inputs, or load the weights as "
-            "bfloat16 or float32 instead of float16."
-        )
-
-
-def _broken_record(record: Record, message: str) -> str:
-    reason = _PLACE.sub("", message).rstrip(".")
-    return (
-        f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. Mend it and run the same command "
-        "again, which goes on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is "
-        "broken."
-    )
+            f"Input {shown(record.id)} (row {record.row}) cannot be embedded: "
+            f"{_PLACE.sub('', error.broken.message).rstrip('.')}. Mend it and run the same command again, which goes "
+            "on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is broken."
+        ) from error

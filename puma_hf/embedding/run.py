@@ -12,15 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from puma_hf.configs import EmbedConfig
-from puma_hf.embedding.embed import WINDOW, embed_records, embedding_dim, quantize, ranges_of
-from puma_hf.embedding.records import Corpus, Record, open_corpus
+from puma_hf.data.items import Corpus, open_corpus
+from puma_hf.data.records import Record
+from puma_hf.embedding.embed import embed_records, embedding_dim, quantize, ranges_of
+from puma_hf.embedding.prepare import WINDOW
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
 from puma_hf.files import is_puma_directory, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
@@ -141,7 +142,6 @@ class _Run:
         self.progress: Any = None
 
     def run(self, num_items: int) -> EmbedReport:
-        """Embed what is missing, remove what is gone, and say that the directory is complete."""
         start, size = time.monotonic(), self.config.shard_size
         mine = sum(min(size, num_items - first) for first in range(self.rank * size, num_items, self.count * size))
         shares = "" if self.count == 1 else f", process 1 of {self.count}"
@@ -172,11 +172,9 @@ class _Run:
         )
 
     def _embed(self) -> None:
-        """Embed the records that the store lacks, and write them in the order of the corpus, a shard at a time.
-
-        Inside a window of the corpus rows arrive by length. With a window more than a shard in the buffer, its first
-        rows are all there: only then are they written, unless a minute has passed.
-        """
+        # Rows are written in the order of the corpus, a shard at a time, but arrive by length inside of a window. With
+        # a window more than a shard in the buffer, its first rows are all there: only then are they written, unless a
+        # minute has passed. So the order costs a window of rows in memory.
         buffer: list[tuple[int, int, str, Tensor]] = []
         written = time.monotonic()
         with sigterm_waits():
@@ -193,8 +191,8 @@ class _Run:
             finally:  # whatever ends the run, what is done is kept
                 self._write(buffer, len(buffer))
 
+    # The records that the store lacks, of this process: every so-many-th shard of the corpus.
     def _missing(self) -> Iterator[Record]:
-        """The records of this process, every so-many-th shard of the corpus, that the store lacks."""
         lines = self._my_lines()
         while part := [self.corpus.record(row, line) for row, line in islice(lines, _LOOKED_UP)]:
             keys = [content_key(record.id, self.corpus.content_hash(record)) for record in part]
@@ -213,11 +211,8 @@ class _Run:
                 yield row, line
 
     def _broken(self, record: Record, message: str) -> None:
-        """Note a record that cannot be embedded.
-
-        Its key stays absent, so that every run tries it again and lists it again. Zeros in its place have the
-        complement of the key, which no content has.
-        """
+        # Its key stays absent, so that every run tries it again, and lists it again. Zeros in its place have the
+        # complement of the key, which no content has.
         self.errors.append({"row": record.row, "id": record.id, "message": message})
         if self.config.on_error == "zero":
             self.waiting[record.row] = ~self.waiting[record.row]
@@ -227,7 +222,7 @@ class _Run:
             self.progress.update(1)
 
     def _write(self, buffer: list[tuple[int, int, str, Tensor]], count: int) -> list[tuple[int, int, str, Tensor]]:
-        """Write the first rows of the buffer; what is left of it."""
+        # The first rows of the buffer; what is left of it is returned.
         buffer.sort(key=lambda entry: entry[0])
         self.num_new += sum(key >= 0 for _, key, _, _ in buffer[:count])
         for start in range(0, count, self.config.shard_size):
@@ -260,7 +255,7 @@ class _Run:
 
 
 def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
-    """What the embeddings depend on besides the inputs."""
+    # What the embeddings depend on besides the inputs.
     values: dict[str, Any] = {
         "fingerprint": model_fingerprint(model),
         "weights_dtype": str(model.dtype).removeprefix("torch."),
@@ -274,23 +269,15 @@ def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]
 def _ranges(
     folder: Path, model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig
 ) -> list[list[float]] | None:
-    """The least and the largest value of every dimension, `(2, embedding_dim)`: those of an earlier run, or a sample's.
-
-    A corpus that grows keeps its ranges: else the integers of its first rows would mean something else.
-    """
+    # A corpus that grows keeps its ranges: else the integers of its first rows would mean something else.
     if (folder / MANIFEST).is_file():
-        found: list[list[float]] | None = read_manifest(folder)["settings"].get("ranges")
-        return found
+        return read_manifest(folder)["settings"].get("ranges")  # type: ignore[no-any-return]
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
     # What is broken is told when its turn comes.
-    parts = embed_records(model, sample, replace(config, on_error="skip"), lambda *_: None)
-    rows = torch.cat([torch.empty(0, embedding_dim(model, config.truncate_dim)), *(rows for _, rows in parts)]).numpy()
-    if len(rows) < 2:
-        raise ValueError(
-            f"precision={config.precision!r} is scaled by the embeddings of 2 inputs or more, and of {len(sample)} "
-            f"drawn {len(rows)} could be embedded. Take float32, float16 or binary, or a larger calibration_size."
-        )
-    return np.asarray(ranges_of(rows, config.precision)).tolist()  # type: ignore[no-any-return]
+    parts = [rows for _, rows in embed_records(model, sample, replace(config, on_error="skip"), lambda *_: None)]
+    return ranges_of(
+        torch.cat([torch.empty(0, embedding_dim(model, config.truncate_dim)), *parts]).numpy(), config.precision
+    )
 
 
 def open_model(config: EmbedConfig) -> SentenceTransformer:

@@ -5,10 +5,9 @@
     manifest.json                the settings that all rows depend on, and what a finished run says of them
     shard-00000-5f0c1a….parquet  columns key (int64), id (if there are ids) and embedding (a list of fixed size)
 
-or, as safetensors, `shard-….safetensors` with tensors `keys` and `embeddings`, and `shard-….ids.parquet` beside it if
-there are ids. Parquet is for users, who read it with whatever reads tables. safetensors is for programs: rows are
-mapped from the file, so that a few of them are read at once, where Parquet decodes all of a shard (about 0.1 GB a
-second).
+With `format: safetensors` the tensor `embeddings` is in `shard-….safetensors` beside it. Parquet is for users, who read
+it with whatever reads tables. safetensors is for programs: rows are mapped from the file, so that a few of them are
+read at once, where Parquet decodes all of a shard (about 0.1 GB a second).
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "puma_hf embeddings", 2
-_KEY = "puma_hf"  # where a shard says what it is
-_SHARD = re.compile(r"shard-\d{5,}-[0-9a-f]{24}\.(?:parquet|safetensors|ids\.parquet)")
-_IDS = ".ids.parquet"
+_KEY = b"puma_hf"  # where a shard says what it is
+_SHARD = re.compile(r"(shard-\d{5,}-[0-9a-f]{24})\.(?:parquet|safetensors)")
 _STALE_SECONDS = 3600.0  # a draft that is so old is that of a process that died
 _SHOWN = 5
 _DAMAGES = (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError, IndexError)
@@ -80,7 +78,7 @@ class EmbeddingStore:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = EmbeddingStore(folder, {"model": "tiny"})
-        ...     store.add(torch.tensor([7, 3]), torch.eye(2))
+        ...     _ = store.add(torch.tensor([7, 3]), torch.eye(2))
         ...     store.refresh()
         ...     store.has(torch.tensor([3, 4])), store.rows(torch.tensor([3]))
         (tensor([ True, False]), tensor([[0., 1.]]))
@@ -94,15 +92,17 @@ class EmbeddingStore:
         dtype: torch.dtype = torch.float32,
         file_format: Literal["parquet", "safetensors"] = "parquet",
     ) -> None:
-        self.folder, self.dtype, self.file_format = Path(folder), dtype, file_format
+        self.folder = Path(folder)
         self.embedding_dim: int | None = None
-        self.manifest = self._settle(settings)
+        kind = {"embedding_dtype": str(dtype).removeprefix("torch."), "file_format": file_format}
+        # Through JSON, as what is read from the manifest went.
+        wanted = None if settings is None else json.loads(json.dumps({**settings, **kind}))
+        self.manifest = self._settle(wanted)
         self.settings: dict[str, Any] = self.manifest["settings"]
-        self.dtype = getattr(torch, self.settings["embedding_dtype"])
-        self.file_format = self.settings["file_format"]
-        self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True)}
+        self.dtype: torch.dtype = getattr(torch, self.settings["embedding_dtype"])
+        self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True).encode()}
         self._shards: dict[str, Tensor] = {}  # the keys of each
-        self._damaged: set[str] = set()
+        self._refused: set[str] = set()
         self.refresh()
 
     def __len__(self) -> int:
@@ -111,26 +111,25 @@ class EmbeddingStore:
 
     @property
     def num_shards(self) -> int:
-        """Number of files that hold rows, likewise."""
+        """Number of shards, likewise."""
         return len(self._shards)
 
     def __iter__(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
-        """Ids and rows `(num_rows, embedding_width)` of one shard after the other.
-
-        Raises:
-            DamagedShardError: If a shard is gone, or no longer what it was.
-        """
+        """Ids and rows `(num_rows, embedding_width)` of each shard; a DamagedShardError if one is spoiled."""
         for name, keys in self._shards.items():
             yield self._ids(name), self._read(name, torch.arange(len(keys))).numpy()
 
     def refresh(self) -> None:
         """Take in the shards that were written since, by this process or by others."""
-        names = sorted(path.name for path in self.folder.glob(f"shard-*.{self.file_format}") if _is_shard(path))
-        self._shards = {name: keys for name in names if (keys := self._keys_of(name)) is not None}
-        lengths = torch.tensor([0, *map(len, self._shards.values())])
-        keys = torch.cat([torch.empty(0, dtype=torch.int64), *self._shards.values()])
+        names = sorted(path.stem for path in self.folder.glob("shard-*.parquet") if _SHARD.fullmatch(path.name))
+        found = {name: self._shards[name] if name in self._shards else self._keys_of(name) for name in names}
+        self._shards = {name: keys for name, keys in found.items() if keys is not None}
+        # Rows are numbered over all shards, in the order of their names. The stable sort makes the first of equal keys
+        # the one that is found, whoever wrote it when.
+        self._names = [*self._shards]
+        self._starts = torch.tensor([0, *map(len, self._shards.values())]).cumsum(0)
+        keys = torch.cat([torch.tensor([], dtype=torch.int64), *self._shards.values()])
         self._keys, self._order = keys.sort(stable=True)
-        self._names, self._starts = [*self._shards], lengths.cumsum(0)
 
     def has(self, keys: Tensor) -> Tensor:
         """Whether the embedding of each key was there at the last `refresh`.
@@ -153,7 +152,7 @@ class EmbeddingStore:
             order: Files come in the order of these numbers.
 
         Returns:
-            The name of the file.
+            The name of the shard.
 
         Raises:
             ValueError: If a shape or a value is not as said.
@@ -169,25 +168,23 @@ class EmbeddingStore:
             raise ValueError(f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32")
         keys = keys.cpu().contiguous()
         # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
-        digest = hashlib.sha256(self._metadata[_KEY].encode() + keys.numpy().tobytes()).hexdigest()[:24]
-        name = f"shard-{order:05d}-{digest}"
-        columns: dict[str, Any] = {"key": pa.array(keys.numpy())}
+        digest = hashlib.sha256(self._metadata[_KEY] + keys.numpy().tobytes()).hexdigest()[:24]
+        path = self.folder / f"shard-{order:05d}-{digest}.parquet"
+        columns = {"key": pa.array(keys.numpy())}
         if ids is not None:
             # Names of files, and JSON, may hold half a character, which no table can.
             columns["id"] = pa.array([one.encode("utf-8", "backslashreplace").decode() for one in ids], pa.string())
         with disk_full_explained(self.folder):
             self.say(complete=False)  # before anything changes
-            if self.file_format == "parquet":
+            if self.settings["file_format"] == "parquet":
                 columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), rows.shape[1])
-                write_whole(self.folder / f"{name}.parquet", self._table(columns))
             else:
-                if ids is not None:  # first: the shard is there when its safetensors file is
-                    write_whole(self.folder / f"{name}{_IDS}", self._table(columns))
-                # As bytes, since the file then fails as files do: safetensors' own error is no OSError.
-                tensors = {"keys": keys, "embeddings": rows}
-                write_whole(self.folder / f"{name}.safetensors", save(tensors, metadata=self._metadata))
+                # As bytes, since the file then fails as files do: safetensors' own error is no OSError. And first: a
+                # shard is there when its Parquet file is.
+                write_whole(path.with_suffix(".safetensors"), save({"embeddings": rows}))
+            write_whole(path, self._table(columns))
         self.embedding_dim = rows.shape[1]
-        return f"{name}.{self.file_format}"
+        return path.stem
 
     def rows(self, keys: Tensor) -> Tensor:
         """Rows `(num_keys, embedding_width)` in the order of the keys.
@@ -231,9 +228,9 @@ class EmbeddingStore:
                 ids, order = self._ids(name), int(name.split("-")[1])
                 some = [ids[place] for place in places.tolist()] if ids else None
                 name = self.add(own[places], self._read(name, places), ids=some, order=order)
-            kept |= {name, name.replace(".safetensors", _IDS)} if len(places) else set()
+            kept |= {name} if len(places) else set()
         for path in self.folder.iterdir():
-            if _is_shard(path) and path.name not in kept:
+            if (match := _SHARD.fullmatch(path.name)) and match[1] not in kept:
                 self.say(complete=False)
                 path.unlink()
         self._remove_drafts(0.0)
@@ -242,68 +239,51 @@ class EmbeddingStore:
     def say(self, **about: Any) -> None:
         """Change what `manifest.json` says besides the settings; `complete` tells readers that a run has finished."""
         self.manifest = read_manifest(self.folder)  # another process may have changed it
-        said = {**self.manifest, **about}
-        if said != self.manifest:
+        if (said := {**self.manifest, **about}) != self.manifest:
             self.manifest = said
-            self._write_manifest()
+            self._write_manifest(said)
 
+    # The number of each key's row, counted over all shards; -1 where there is none.
     def _find(self, keys: Tensor) -> Tensor:
-        """Number of the row of each key, counted over all shards; -1 where there is none."""
-        if keys.ndim != 1 or keys.dtype is not torch.int64:
-            raise ValueError(f"keys is {tuple(keys.shape)} of {keys.dtype}, must be (num_keys,) of torch.int64")
         if not len(self._keys):
             return torch.full_like(keys, -1, device="cpu")
         at = torch.searchsorted(self._keys, keys.cpu()).clamp(max=len(self._keys) - 1)
         return torch.where(self._keys[at] == keys.cpu(), self._order[at], -1)
 
+    # The keys of a shard; None if it is cut off, or not of these settings, which is said once.
     def _keys_of(self, name: str) -> Tensor | None:
-        """The keys of a shard; None if it is cut off, or not of these settings."""
-        if name in self._shards:
-            return self._shards[name]
-        path = self.folder / name
+        reason = "is not of these settings"
         try:
-            if self.file_format == "parquet":
-                file = parquet.ParquetFile(path)
-                metadata = {_KEY: (file.schema_arrow.metadata or {}).get(_KEY.encode(), b"").decode()}
-                keys = torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
+            file = parquet.ParquetFile(self.folder / f"{name}.parquet")
+            if self.settings["file_format"] == "parquet":
                 dim = file.schema_arrow.field("embedding").type.list_size
             else:
-                with safe_open(path, framework="pt") as opened:
-                    metadata, keys = opened.metadata(), opened.get_tensor("keys").clone()
-                    dim = opened.get_slice("embeddings").get_shape()[1]
-        except FileNotFoundError:  # another process has just removed it
-            return None
+                dim = self._read(name, torch.tensor([], dtype=torch.int64)).shape[1]
+            if file.schema_arrow.metadata == self._metadata and dim == (self.embedding_dim or dim):
+                self.embedding_dim = dim
+                return torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
         except _DAMAGES as error:
-            return self._refuse(name, f"is cut or spoiled ({error})")
-        if metadata != self._metadata or dim != (self.embedding_dim or dim):
-            return self._refuse(name, "is not of these settings")
-        self._damaged.discard(name)
-        self.embedding_dim = dim
-        return keys
-
-    def _refuse(self, name: str, reason: str) -> Tensor | None:
-        if name not in self._damaged:  # said once, not at every refresh
-            self._damaged.add(name)
-            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", self.folder / name, reason)
+            reason = f"is cut or spoiled ({error.__cause__ or error})"
+        if name not in self._refused:
+            self._refused.add(name)
+            path = self.folder / f"{name}.{self.settings['file_format']}"
+            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", path, reason)
         return None
 
     def _read(self, name: str, places: Tensor) -> Tensor:
-        path = self.folder / name
+        path = self.folder / f"{name}.{self.settings['file_format']}"
         with _damage_explained(path):
-            if self.file_format == "safetensors":
+            if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    embeddings: Tensor = file.get_tensor("embeddings")
-                    return embeddings[places]  # mapped from the file: only the pages of these rows are read
+                    # It is mapped: only the pages of these rows are read from the disk.
+                    return file.get_tensor("embeddings")[places]  # type: ignore[no-any-return]
             table = parquet.read_table(path, columns=["embedding"], page_checksum_verification=True)
             flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             return torch.from_numpy(flat.reshape(len(table), -1)[places.numpy()])
 
     def _ids(self, name: str) -> list[str]:
-        """The ids of a shard; none if it was added without."""
-        path = self.folder / name.replace(".safetensors", _IDS)
+        path = self.folder / f"{name}.parquet"
         with _damage_explained(path):
-            if path.name != name and not path.is_file():
-                return []
             file = parquet.ParquetFile(path, page_checksum_verification=True)
             return file.read(columns=["id"])["id"].to_pylist() if "id" in file.schema_arrow.names else []
 
@@ -315,41 +295,37 @@ class EmbeddingStore:
         parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
         return buffer.getvalue()
 
-    def _settle(self, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The manifest of the directory, a new one if there is none; settings must be those that are there."""
-        kind = {"embedding_dtype": str(self.dtype).removeprefix("torch."), "file_format": self.file_format}
-        wanted = None if settings is None else json.loads(json.dumps({**settings, **kind}))
+    # The manifest of the directory, a new one if there is none. Its settings must be those that are wanted.
+    def _settle(self, wanted: dict[str, Any] | None) -> dict[str, Any]:
         if wanted is not None:
             with disk_full_explained(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_drafts(_STALE_SECONDS)
                 if not (self.folder / MANIFEST).exists():
                     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-                    self.manifest = {**head, "settings": wanted, "complete": False}
-                    self._write_manifest()
+                    self._write_manifest({**head, "settings": wanted, "complete": False})
         # Read in any case: another process may have written another one meanwhile.
         manifest = read_manifest(self.folder)
         found = manifest["settings"]
         wanted = found if wanted is None else wanted
         if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-            values = "; ".join(
-                f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names
-            )
+            pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
+            values = "; ".join(pairs)
             raise ValueError(
                 f"The embeddings in {str(self.folder)!r} were made with other settings: {values}. Choose another "
                 "directory, or delete this one to make them again."
             )
         return manifest
 
+    # What writers that were killed have left, if it is older than so many seconds.
     def _remove_drafts(self, age: float) -> None:
-        """Remove what writers that were killed have left, if it is older than so many seconds."""
         for draft in self.folder.glob(".*.tmp"):
             with suppress(FileNotFoundError):
                 if time.time() - draft.stat().st_mtime >= age:
                     draft.unlink()
 
-    def _write_manifest(self) -> None:
-        text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         write_whole(self.folder / MANIFEST, text.encode("utf-8", "backslashreplace"))
 
 
@@ -438,7 +414,3 @@ def _damage_explained(path: Path) -> Iterator[None]:
             f"{str(path)!r} can no longer be read ({error}). Delete this file and run the same command again: its "
             "embeddings are then made anew"
         ) from error
-
-
-def _is_shard(path: Path) -> bool:
-    return _SHARD.fullmatch(path.name) is not None

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.data.records import Record
+from puma_hf.embedding.embed import BrokenInputError, embed, is_puma
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.fingerprint import content_key, image_content
 from puma_hf.processes import broadcast, connect, gather
@@ -101,8 +102,7 @@ def _missing(store: EmbeddingStore, window: Sequence[Pair], keys: Tensor, shard_
 
 def _encode(model: Encoder, pairs: Sequence[Pair], store: EmbeddingStore, options: Mapping[str, Any]) -> Tensor:
     records, prompt = [record for record, _ in pairs], pairs[0][1]
-    # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-    encode = partial(model.encode, prompt=prompt, show_progress_bar=False, **options)
+    encode = partial(_rows, model, prompt, options)
     rows = torch.as_tensor(encode_named(encode, [record.model_input for record in records], records)).float().cpu()
     if rows.ndim != 2 or len(rows) != len(records) or rows.shape[1] != (store.embedding_dim or rows.shape[1]):
         raise ValueError(
@@ -119,6 +119,20 @@ def _encode(model: Encoder, pairs: Sequence[Pair], store: EmbeddingStore, option
             f"{[records[place].id for place in bad[:_SHOWN]]}; {remedy}"
         )
     return rows
+
+
+def _rows(model: Encoder, prompt: str, options: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    """A PUMA embeds as `embed` does, where worker processes decode images ahead; any other model by its `encode`.
+
+    The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+    """
+    what = {name: value for name, value in options.items() if name not in _HOW_IT_RUNS}
+    if not is_puma(model) or not what.keys() <= {"truncate_dim", "processing_kwargs"}:
+        return model.encode(inputs, prompt=prompt, show_progress_bar=False, **options)
+    try:
+        return embed(model, inputs, prompt=prompt, show_progress_bar=False, **what).embeddings
+    except BrokenInputError as error:
+        raise ValueError(error.broken.message) from error  # without what is said of `on_error`
 
 
 def encode_named(encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Record]) -> Any:

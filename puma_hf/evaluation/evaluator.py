@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
-from torch import Tensor, nn
+from torch import Tensor
 
-from puma_hf.data.mbeir import MBEIR, MBEIRTask, select_tasks
+from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.evaluation.encoding import check_encode_kwargs
-from puma_hf.evaluation.mbeir import (
-    NDCG_K,
-    POOLS,
-    Search,
-    check_choices,
-    distinct_candidates,
-    instructions_of,
-    read_searches,
-    task_result,
-)
+from puma_hf.evaluation.mbeir import NDCG_K, POOLS, Search, check_choices, prompted, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.topk import exact_search
 from puma_hf.processes import main_process_first
@@ -41,8 +32,7 @@ class MBEIREvaluator(BaseEvaluator):
     """M-BEIR's table as `evaluator=` of a `PumaTrainer` or a `SentenceTransformerTrainer`.
 
     The figures are those of `evaluate_mbeir`. Embeddings stay in memory, so give it little data: a nano benchmark (see
-    `build_nano`), or a few tasks. Files are read and checked once, when it is made: wrong data are found before the
-    training, not after its first hours.
+    `build_nano`), or a few tasks. Files are read and checked when it is made, before the training.
 
     A call returns, by name, for each pool that is measured:
 
@@ -60,7 +50,7 @@ class MBEIREvaluator(BaseEvaluator):
         data: Folder in M-BEIR's layout, a nano folder, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
         split: Split to evaluate.
         tasks: Names such as "webqa_task1"; None for all of the split.
-        pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
+        pool: "local", "global", or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
         batch_size: Batch size of `encode`.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
@@ -77,8 +67,6 @@ class MBEIREvaluator(BaseEvaluator):
     Example:
 
     ```python
-    >>> from puma_hf.evaluation.evaluator import MBEIREvaluator
-
     >>> evaluator = MBEIREvaluator("demo/emoji", split="test", tasks=["emoji_task1"], name="emoji")
     >>> evaluator.primary_metric
     'emoji_local_score'
@@ -120,22 +108,26 @@ class MBEIREvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Measure a model; its training mode is as before afterwards.
+        """Measure a model, a `SentenceTransformer` or anything with its `encode`: values between 0 and 1 by name.
 
         Args:
-            model: A `SentenceTransformer` or anything with its `encode`.
+            model: The model.
             output_path: Folder of the CSV file; None for no file.
             epoch: Where the training is, for the CSV file; -1 if there is none.
             steps: Likewise.
 
-        Returns:
-            Values between 0 and 1 by name.
-
         Raises:
             ValueError: If an embedding is not finite or of a wrong shape.
         """
-        with _mode_kept(model), torch.no_grad():
-            figures = _figures(self._evaluate(model))
+        # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
+        # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
+        held = HeldInputs(self._data, self._searches, self.instruction_seed)
+        embeddings = held.embed(
+            lambda records, prompt: model.encode([one.model_input for one in records], prompt=prompt, **self._options)
+        )
+        results = held.results(embeddings, self.split, self.ks)
+        figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
+        figures |= {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
         where = f" after {steps} steps" if steps != -1 else ""
         logger.info("M-BEIR%s%s: %s", f" ({self.name})" if self.name else "", where, figures)
         if output_path is not None and self.write_csv:
@@ -147,62 +139,36 @@ class MBEIREvaluator(BaseEvaluator):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the evaluation."""
-        return {
-            "split": self.split,
-            "pool": self.pool,
-            "tasks": [task.name for task in self.tasks],
-            "instructions": instructions_of(self.instruction_seed),
-        }
-
-    def _evaluate(self, model: Any) -> MBEIRResults:
-        # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
-        # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
-        held = HeldInputs(self._data, self._searches, self.instruction_seed)
-        embeddings = held.embed(
-            lambda records, prompt: model.encode([one.model_input for one in records], prompt=prompt, **self._options)
-        )
-        return held.results(embeddings, self.split, self.ks)
+        names = ("split", "pool", "instruction_seed")
+        return {**{name: getattr(self, name) for name in names}, "tasks": [task.name for task in self.tasks]}
 
 
 class HeldInputs:
-    """What some searches embed, held in memory: every candidate once, then the queries with their instructions.
-
-    Args:
-        data: The dataset.
-        searches: What is searched.
-        instruction_seed: As in `evaluate_mbeir`.
-
-    Raises:
-        MBEIRFormatError: If a did means two things.
-    """
+    """What some searches embed, held in memory: every candidate once, then the queries with their instructions."""
 
     def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None = None) -> None:
-        candidates = distinct_candidates(searches)
-        self.searches, self.row_of = searches, {did: row for row, did in enumerate(candidates)}
-        self.records: list[Any] = [*candidates.values()]
+        self.searches = searches
+        # By what they are, not by their did: should it mean two things in two pools, then each has its row.
+        candidates = dict.fromkeys(candidate for search in searches for candidate in search.pool.values())
+        self.row_of = {candidate: row for row, candidate in enumerate(candidates)}
+        pairs: list[Any] = [(candidate, "") for candidate in candidates]
         self.first_query: dict[MBEIRTask, int] = {}
-        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        prompts = [""] * len(candidates)
         for search in {search.task: search for search in searches}.values():
-            self.first_query[search.task], wanted = len(prompts), search.task.candidate_modality
-            self.records += search.queries
-            prompts += [data.instruction(query, wanted, instruction_seed) for query in search.queries]
+            self.first_query[search.task] = len(pairs)
+            pairs += prompted(data, search, instruction_seed)
+        self.records = [record for record, _ in pairs]
         self.groups: dict[tuple[str, str], list[int]] = {}
-        for row, (prompt, record) in enumerate(zip(prompts, self.records, strict=True)):
+        for row, (record, prompt) in enumerate(pairs):
             self.groups.setdefault((prompt, record.modality), []).append(row)
 
     def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
-        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt.
-
-        Raises:
-            ValueError: If it returns a wrong shape: one row would be taken for all.
-        """
+        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
         embeddings: Tensor | None = None
         for (prompt, modality), rows in self.groups.items():
             encoded = torch.as_tensor(encode([self.records[row] for row in rows], prompt)).float().cpu()
             if embeddings is None:
                 embeddings = torch.empty(len(self.records), encoded.shape[-1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):
+            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
                 raise ValueError(
                     f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
                     f"expected ({len(rows)}, {embeddings.shape[1]})"
@@ -215,45 +181,20 @@ class HeldInputs:
         results = MBEIRResults(split, [])
         for search in self.searches:
             first, dids = self.first_query[search.task], [*search.pool]
-            queries, pool = embeddings[first : first + len(search.queries)], [self.row_of[did] for did in dids]
-            found = exact_search(queries, embeddings[pool], max(*ks, NDCG_K, search.task.reported_k)).indices.tolist()
-            rankings = [[dids[index] for index in ranking] for ranking in found]
-            by_qid = {query.qid: ranking for query, ranking in zip(search.queries, rankings, strict=True)}
-            results.rows.append(task_result(search, by_qid, ks))
+            queries = embeddings[first : first + len(search.queries)]
+            pool = embeddings[[self.row_of[candidate] for candidate in search.pool.values()]]
+            found = exact_search(queries, pool, max(*ks, NDCG_K, search.task.reported_k)).indices.tolist()
+            ranked = zip(search.queries, found, strict=True)
+            rankings = {query.id: [dids[index] for index in ranking] for query, ranking in ranked}
+            results.rows.append(task_result(search, rankings, ks))
         return results
 
 
-def _figures(results: MBEIRResults) -> dict[str, float]:
-    """The means of each pool, the score first, and the score of each task."""
-    figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
-    return figures | {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
-
-
-@contextmanager
-def _mode_kept(model: Any) -> Iterator[None]:
-    """`encode` puts a model into evaluation mode; afterwards each part is in the mode that it was in."""
-    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _add_line(path: Path, values: Mapping[str, float]) -> None:
-    """Add a line to a CSV file; one with other columns, of another evaluation, is set aside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = None
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), None)
-    if header not in (None, list(values)):
-        aside = path.with_suffix(".old.csv")
-        logger.warning("%s has the columns of another evaluation; it is now %s", path, aside.name)
-        os.replace(path, aside)
-        header = None
+    # Under the columns of another evaluation a line would be misread: such a file is set aside.
+    if path.is_file() and path.read_text(encoding="utf-8").partition("\n")[0].strip() != ",".join(values):
+        path.replace(path.with_suffix(".old.csv"))
+    is_new = not path.is_file()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        if header is None:
-            writer.writerow(values)
-        writer.writerow(values.values())
+        csv.writer(file).writerows([values, values.values()] if is_new else [values.values()])

@@ -23,15 +23,14 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint
 from puma_hf.configs import SweepConfig, parse_parameters
-from puma_hf.data.mbeir import select_tasks
 from puma_hf.data.mbeir_hub import open_mbeir
+from puma_hf.data.tasks import select_tasks
+from puma_hf.estimate import counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
@@ -131,16 +130,8 @@ def encode_all_layers(
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
-    The embedding at depth k is `L2(norm(h_k)[RET])`, where h_k is what layer k hands on.
-
-    Args:
-        model: A `SentenceTransformer` of a PUMA directory of L layers.
-        inputs: Inputs of `model.encode`.
-        prompt: Their instruction; None for none.
-        batch_size: Inputs per forward pass.
-        processing_kwargs: As in `model.encode`.
-        keep_last: Whether to embed as the models of the first k - 1 layers and the last would, too: one more call of
-            the last layer for each.
+    The embedding at depth k is `L2(norm(h_k)[RET])`, where h_k is what layer k hands on. With `keep_last` also as the
+    models of the first k - 1 layers and the last would: one more call of the last layer for each.
 
     Returns:
         `(L, len(inputs), hidden_size)`, float32, on the CPU, each row of length 1; row k - 1 is that of k layers. With
@@ -251,20 +242,8 @@ def layer_costs(model: SentenceTransformer) -> LayerCosts:
 
 
 def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
-    """Operations of one batch at every depth, as `puma_hf.estimate.count_flops` counts them, from one forward pass.
-
-    Args:
-        model: A `SentenceTransformer` of a PUMA directory of L layers.
-        features: What its `preprocess` returned.
-
-    Returns:
-        L numbers; number k - 1 equals the count of the model pruned to k layers.
-    """
-    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
-    # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    way = plain_forward(model)
-    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(features)
+    """Operations of one batch of `preprocess` at every depth, as `count_flops` counts them, from one forward pass."""
+    counter = counted_pass(model, features)
     spent = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     by_layer = [
         next(count for name, count in spent.items() if name.endswith(f".language_model.layers.{number}"))
@@ -338,11 +317,12 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         swept: list[SweptModel] = []
         full: Tensor | None = None
+        counted: list[LayerCosts] = []
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
                 full, rows = _rows(held, model, costs, config, full, bar=name if show_progress_bar else None)
-            num_layers = len(costs.parameters)
+            counted, num_layers = [*counted, costs], len(costs.parameters)
             swept.append(SweptModel(name, rows[:num_layers]))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
@@ -359,8 +339,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             num_candidates=len(held.row_of),
             pool=pools[0],
             metric=config.metric,
-            text_tokens=costs.text_tokens,
-            image_tokens=costs.image_tokens,
+            text_tokens=counted[0].text_tokens,
+            image_tokens=counted[0].image_tokens,
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from puma_hf import __version__
 from puma_hf.configs import EvaluateConfig, SweepConfig
-from puma_hf.data.mbeir import MBEIR, Candidate, MBEIRTask, Query, select_tasks
+from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
+from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
@@ -34,14 +35,7 @@ from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
-from puma_hf.processes import (
-    connect,
-    gather,
-    locked_for_all,
-    main_process_first,
-    own_device,
-    shared_folder,
-)
+from puma_hf.processes import connect, gather, locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
@@ -50,8 +44,6 @@ NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK = 4096  # rows that a search reads at once
-# Whose releases may change the last digits of an embedding.
-_LIBRARIES = ("torch", "transformers", "sentence-transformers")
 
 Ranking = dict[str, list[tuple[str, float]]]
 """For each qid, dids and scores, best first."""
@@ -92,31 +84,19 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
                     f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
                 )
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
-    skipped = [
-        f"{count} of {len(search.queries)} in {search.task.name} ({search.pool_name} pool)"
-        for search in searches
-        if (count := len(search.queries) - len(search.relevance))
+    left_out = [
+        f"{len(one.queries) - len(one.relevance)} of {len(one.queries)} in {one.task.name} ({one.pool_name} pool)"
+        for one in searches
+        if len(one.queries) > len(one.relevance)
     ]
-    if skipped:
-        logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(skipped))
+    if left_out:
+        logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(left_out))
     return searches
 
 
-def distinct_candidates(searches: Iterable[Search]) -> dict[str, Candidate]:
-    """Every candidate of some searches once, by did, for who holds them in memory: those of the largest pool first.
-
-    Raises:
-        MBEIRFormatError: If a did means two things.
-    """
-    distinct: dict[str, Candidate] = {}
-    for search in sorted(searches, key=lambda search: -len(search.pool)):
-        for did, candidate in search.pool.items():
-            if distinct.setdefault(did, candidate) != candidate:
-                raise MBEIRFormatError(
-                    f"did {did!r} of the {search.pool_name} pool of {search.task.name} differs from that in "
-                    f"another pool: {candidate} and {distinct[did]}; a did must mean the same in every pool"
-                )
-    return distinct
+def prompted(data: MBEIR, search: Search, seed: int | None) -> list[tuple[Query, str]]:
+    """The queries of a search with their instructions: the first wording, or one that is drawn by a seed."""
+    return [(query, data.instruction(query, search.task.candidate_modality, seed)) for query in search.queries]
 
 
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
@@ -148,11 +128,6 @@ def check_choices(pool: str, ks: Sequence[int]) -> None:
         raise ValueError(f"pool is {pool!r}, must be one of {list(POOLS)}")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
-
-
-def instructions_of(seed: int | None) -> str:
-    """How the wording of each query's instruction was chosen, as results and cards say it."""
-    return "first wording" if seed is None else f"drawn with seed {seed}"
 
 
 # --- the evaluation
@@ -237,7 +212,8 @@ def evaluate_mbeir(
         opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
     chosen = select_tasks(opened.tasks(split), names)
     made_from = {
-        **_made_from(model, model_name, encode_kwargs, opened, data_name, instruction_seed),
+        **_made_from(model, model_name, opened, data_name, encode_kwargs),
+        "instructions": "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}",
         "pool": pool,
         "embedding_dtype": embedding_dtype,
         **({} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}),
@@ -245,7 +221,6 @@ def evaluate_mbeir(
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
     device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
-
     with shared_folder(output_dir) as folder:
         store = _open_store(folder / "embeddings", made_from, _DTYPES[embedding_dtype])
         searches = read_searches(opened, chosen, split, POOLS[pool])  # reads and checks every file before encoding
@@ -253,46 +228,36 @@ def evaluate_mbeir(
         options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
         root = getattr(opened, "image_root", opened.root)
         embed = partial(embed_into, store, model, root=root, shard_size=shard_size, **options)
-        for group in _by_pool(searches):
-            candidates = group[0].pool
-            pool_keys = embed(((candidate, "") for candidate in candidates.values()), total=len(candidates))
-            queries = [
-                (query, opened.instruction(query, search.task.candidate_modality, instruction_seed))
-                for search in group
-                for query in search.queries
-            ]
-            asked = [store.rows(embed(queries, total=len(queries)))]
+        # Searches of one pool go together: its embeddings are read once for all tasks.
+        for candidates in {id(search.pool): search.pool for search in searches}.values():
+            group = [search for search in searches if search.pool is candidates]
+            keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
+            queries = [pair for search in group for pair in prompted(opened, search, instruction_seed)]
+            rows = store.rows(embed(pairs=queries, total=len(queries)))
+            plain = _rankings(group, _search_shares(rows, store, keys, top_k, device))
+            corrected: list[Ranking] | None = None
             if popularity_penalty is not None:
                 # Each task by the popularity among its own queries, as if it were evaluated alone.
-                tasks_rows = asked[0].split([len(search.queries) for search in group])
-                asked.append(torch.cat([less_popular(rows, popularity_penalty) for rows in tasks_rows]))
-            found = [_search_shares(rows, store, pool_keys, top_k, device) for rows in asked]
-            for search, plain, *corrected in zip(group, *(_named(group, one) for one in found), strict=True):
-                row = task_result(search, _dids(plain), ks)
-                for ranking in corrected:
-                    other = task_result(search, _dids(ranking), ks)
+                by_task = rows.split([len(search.queries) for search in group])
+                moved = torch.cat([less_popular(own, popularity_penalty) for own in by_task])
+                corrected = _rankings(group, _search_shares(moved, store, keys, top_k, device))
+            for number, search in enumerate(group):
+                row = task_result(search, _dids(plain[number]), ks)
+                if corrected is not None:
+                    other = task_result(search, _dids(corrected[number]), ks)
                     row = replace(row, corrected={"score": other.score, **other.metrics})
-                results.rankings[row.pool][search.task.name] = _dids(plain)
+                results.rankings[row.pool][search.task.name] = _dids(plain[number])
                 results.rows.append(row)
-                logger.info("%s, %s pool: hit@%d %.4f", search.task.name, row.pool, search.task.reported_k, row.score)
                 if output is not None:
-                    _write_for_trec_eval(output, search, plain)
+                    _write_for_trec_eval(output, search, plain[number])
         if output is not None:
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
     return results
 
 
-def _by_pool(searches: Iterable[Search]) -> list[list[Search]]:
-    """Searches of one pool go together, so that its embeddings are read once for all tasks."""
-    groups: dict[int, list[Search]] = {}
-    for search in searches:
-        groups.setdefault(id(search.pool), []).append(search)
-    return list(groups.values())
-
-
 def _search_shares(queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any) -> SearchResult:
-    """Search a pool, each process its slice of it."""
+    # Each process searches its slice of the pool.
     rank, count = connect()
     start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
     blocks = ((first + start, rows) for first, rows in store.blocks(keys[start:stop], _BLOCK))
@@ -300,42 +265,13 @@ def _search_shares(queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: 
     return merge_results(gather(found), top_k)
 
 
-def _named(group: Sequence[Search], found: SearchResult) -> list[Ranking]:
-    """The rankings of each search, with dids in place of rows; the dids of a pool are read, but not all kept."""
+def _rankings(group: Sequence[Search], found: SearchResult) -> list[Ranking]:
+    # Of the dids of a pool, which are read one after the other, those that were found are kept.
     wanted = set(found.indices.flatten().tolist())
     dids = {row: did for row, did in enumerate(group[0].pool) if row in wanted}
     rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
-    return [
-        {
-            query.qid: [(dids[index], score) for index, score in zip(indices, scores, strict=True)]
-            for query, (indices, scores) in zip(search.queries, rows, strict=False)  # the next search goes on
-        }
-        for search in group
-    ]
-
-
-def _made_from(
-    model: Encoder,
-    model_name: str | None,
-    encode_kwargs: Mapping[str, Any] | None,
-    data: MBEIR,
-    data_name: str | None,
-    instruction_seed: int | None,
-) -> dict[str, Any]:
-    """What the results say of the model and of the data."""
-    encoding = settings_of_encode(encode_kwargs)
-    content_hash = getattr(data, "content_hash", None)
-    return {
-        "puma_hf": __version__,
-        **{library: version(library) for library in _LIBRARIES},
-        "model": model_name or name_of(model),
-        "model_fingerprint": model_fingerprint(model),
-        "truncate_dim": encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
-        **({"encode_kwargs": encoding} if encoding else {}),
-        "data": data_name or data.root.resolve().name,
-        **({"content_hash": content_hash} if content_hash else {}),
-        "instructions": instructions_of(instruction_seed),
-    }
+    pairs = iter([[(dids[row], score) for row, score in zip(*one, strict=True)] for one in rows])
+    return [{query.id: next(pairs) for query in search.queries} for search in group]
 
 
 def _dids(ranking: Ranking) -> dict[str, list[str]]:
@@ -348,8 +284,26 @@ def _write_for_trec_eval(output: Path, search: Search, ranking: Ranking) -> None
         write_qrels(output / folder / search.pool_name / f"{search.task.name}.txt", search.relevance, task_id)
 
 
+def _made_from(
+    model: Encoder, model_name: str | None, data: MBEIR, data_name: str | None, encode_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    encoding = settings_of_encode(encode_kwargs)
+    content_hash = getattr(data, "content_hash", None)
+    return {
+        "puma_hf": __version__,
+        # The releases of these may change the last digits of an embedding.
+        **{library: version(library) for library in ("torch", "transformers", "sentence-transformers")},
+        "model": model_name or name_of(model),
+        "model_fingerprint": model_fingerprint(model),
+        "truncate_dim": encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
+        **({"encode_kwargs": encoding} if encoding else {}),
+        "data": data_name or data.root.resolve().name,
+        **({"content_hash": content_hash} if content_hash else {}),
+    }
+
+
 def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
-    """The stored embeddings in a folder, which must be of this model and these settings, or a ValueError says so."""
+    # The store refuses embeddings of another model or of other settings.
     fingerprint = made_from["model_fingerprint"]
     if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
         raise ValueError(
@@ -371,24 +325,18 @@ def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) 
 
 
 def evaluate(config: EvaluateConfig) -> MBEIRResults:
-    """Measure a model on M-BEIR, on data in its layout, or on a small subset of either.
-
-    Started by `accelerate launch` or `torchrun`, the processes share the work, and all return the same results.
+    """Measure a model on M-BEIR, on data in its layout, or on a small subset of either, as `puma-hf evaluate` does.
 
     Args:
-        config: What to measure, on what, and how; see `EvaluateConfig`.
-
-    Returns:
-        The table; `print(results.to_markdown())` shows it.
+        config: What to measure, on what, and how.
 
     Raises:
-        FileNotFoundError: If the data, the split or an image is missing.
+        FileNotFoundError: If the model, the data, the split or an image is missing.
         ValueError: If the data are wrong, the output holds embeddings of another model or setting, or `truncate_dim`
             is more than the model has.
         DirectoryInUseError: If another run writes into the output.
 
     Example:
-        >>> from puma_hf.evaluation import EvaluateConfig, evaluate
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
     """

@@ -74,7 +74,7 @@ def wrong_modality_at_k(
 ) -> float:
     """Share of the first k candidates with a modality that none of the query's relevant candidates has.
 
-    The mean over queries. A ranking shorter than k is taken as it is: the share is one of the candidates it has.
+    The mean over queries, between 0 and 1. A ranking shorter than k is taken as it is.
 
     Args:
         rankings: For each query, candidate ids, best first; at least one.
@@ -82,11 +82,8 @@ def wrong_modality_at_k(
         modalities: Modality of every candidate.
         k: How many candidates of each ranking to look at.
 
-    Returns:
-        A number between 0 and 1.
-
     Raises:
-        ValueError: If the lengths differ, there is no query, a query has nothing relevant, or k is below 1.
+        ValueError: As in `retrieval_metrics`.
 
     Example:
         >>> wrong_modality_at_k([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"}, k=2)
@@ -104,9 +101,7 @@ def wrong_modality_at_k(
 def wrong_modality_at_1(
     rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], modalities: Mapping[IdT, str]
 ) -> float:
-    """Share of queries whose first candidate has a modality that none of their relevant candidates has.
-
-    `wrong_modality_at_k` at k = 1, with the same arguments.
+    """`wrong_modality_at_k` of the first candidate alone.
 
     Example:
         >>> wrong_modality_at_1([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"})

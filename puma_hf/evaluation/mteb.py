@@ -21,8 +21,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIRTask, task_named
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
 from puma_hf.evaluation.results import PUBLISHED
 
 if TYPE_CHECKING:
@@ -42,10 +41,9 @@ def puma_model_meta(
 ) -> ModelMeta:
     """The entry of a PUMA model for `mteb.evaluate`, with images and with the tasks' instructions.
 
-    A task's prompt becomes the instruction of its queries; candidates have none. Inputs of image and text stay
-    together. mteb's main score of M-BEIR's tasks is nDCG@10; `mbeir_scores` reads what papers report. The prompts of 5
-    of the 16 tasks are not the first wordings of M-BEIR, one is that of another task; `mbeir_prompts` has these. mteb
-    has no pool of all tasks; for that, see `evaluate_mbeir`.
+    A task's prompt becomes the instruction of its queries; candidates have none. mteb's main score of M-BEIR's tasks is
+    nDCG@10; `mbeir_scores` reads what papers report. The prompts of 5 of the 16 tasks are not the first wordings of
+    M-BEIR, one is that of another task; `mbeir_prompts` has these.
 
     Args:
         name_or_path: A directory, or an id on the Hub.
@@ -54,15 +52,11 @@ def puma_model_meta(
         prompts: Instructions by name of the mteb task, in place of the tasks' own. mteb files results by them, too.
         trust_remote_code: Whether code from the Hub may run, which a PUMA model there needs. A directory's does.
 
-    Returns:
-        A `mteb.models.ModelMeta`; `.load_model()` opens the model.
-
     Raises:
         ImportError: If mteb is not installed.
         FileNotFoundError: If the name is neither a directory nor an id on the Hub.
 
     Example:
-        >>> import mteb  # doctest: +SKIP
         >>> meta = puma_model_meta("puma-demo", prompts=mbeir_prompts())  # doctest: +SKIP
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
@@ -94,7 +88,7 @@ def puma_model_meta(
 def mteb_tasks() -> dict[str, MBEIRTask]:
     """M-BEIR's 16 rows by MIEB's names of them, such as "CIRRIT2IRetrieval"."""
     names = {name.lower(): name for name in _NAMES}
-    tasks = [task for name in PUBLISHED if (task := task_named(name, name)) is not None]
+    tasks = [task for name in PUBLISHED if (task := task_named(name)) is not None]
     return {f"{names[task.dataset]}{task.arrow.upper().replace(' -> ', '2')}Retrieval": task for task in tasks}
 
 
@@ -109,13 +103,9 @@ def mbeir_prompts() -> dict[str, str]:
 
 
 def mbeir_scores(result: Any) -> dict[str, float]:
-    """What papers on M-BEIR report, from mteb's results: hit@10 on the two fashion datasets, else hit@5.
+    """What papers on M-BEIR report, hit@10 on the two fashion datasets, else hit@5, from what `mteb.evaluate` returned.
 
-    Args:
-        result: What `mteb.evaluate` returned; tasks that are not M-BEIR's are passed over.
-
-    Returns:
-        A number between 0 and 1 for each task, by M-BEIR's name of it, such as "cirr_task7".
+    The figures, between 0 and 1, are by M-BEIR's name of the task, such as "cirr_task7"; other tasks are passed over.
     """
     scores = {}
     for task_result in result.task_results:
@@ -126,12 +116,7 @@ def mbeir_scores(result: Any) -> dict[str, float]:
 
 
 class PumaEncoder:
-    """A `SentenceTransformer` as mteb calls it.
-
-    Args:
-        model: The model.
-        prompts: Instructions by name of the mteb task, in place of the tasks' own.
-    """
+    """A `SentenceTransformer` as mteb calls it; `prompts` are by name of the task, in place of the tasks' own."""
 
     mteb_model_meta: Any = None  # set by mteb when it has opened the model
 
@@ -162,9 +147,6 @@ class PumaEncoder:
 
         Returns:
             float32 embeddings on the CPU, `(num_inputs, embedding_dim)`.
-
-        Raises:
-            ValueError: If an input has neither text nor image.
         """
         kind = getattr(prompt_type, "value", prompt_type)
         prompt = "" if kind == "document" else self.prompts.get(task_metadata.name, task_metadata.prompt)
@@ -211,7 +193,7 @@ def _model_inputs(batch: Mapping[str, Sequence[Any]], task: str) -> Iterator[dic
 
 
 def _revision(folder: Path) -> str:
-    """SHA-256 of the files that a model's directory, and the folders of its modules, are made of; hidden ones aside."""
+    # SHA-256 of the files that the model, and the modules in folders of their own, are made of.
     digest = hashlib.sha256()
     for path in sorted(path for pattern in ("*", "[0-9]*_*/*") for path in folder.glob(pattern)):
         if path.is_file() and path.suffix in _MODEL_FILES:
@@ -228,7 +210,7 @@ def _meta_class() -> Any:
     except ImportError as error:
         raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
 
-    class PumaModelMeta(mteb.models.ModelMeta):  # type: ignore[misc, valid-type]
+    class PumaModelMeta(mteb.models.ModelMeta):
         # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
         def _resolve_extras_groups(self) -> list[str]:
             return [group for group in super()._resolve_extras_groups() if group != "image"]

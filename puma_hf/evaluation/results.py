@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from puma_hf.data.mbeir import MBEIRTask
+from puma_hf.data.tasks import MBEIRTask
 from puma_hf.files import write_whole
 
 PUBLISHED_MODELS: tuple[str, ...] = ("LamRA-Ret 7B", "LamRA < 4B", "PUMA")
@@ -40,46 +40,21 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
     "infoseek_task8": (63.3, 60.8, 65.2),
 }
 
-# Means of the sixteen rows against the local pools and the global one, as printed: the papers average before they
-# round. None: not known. A re-ranker reads query and candidate together, so it is no embedder: what it adds is a bound.
-PUBLISHED_MEANS: dict[str, tuple[float, float | None]] = {
-    "LamRA-Ret 7B": (56.6, 54.9),
-    "LamRA < 4B": (51.8, None),
-    "PUMA": (54.4, None),
-    "CLIP_SF": (50.6, 48.9),
-    "PUMA + ELVA's stage": (56.3, None),
-    "ELVA-7B": (58.7, None),
-    "U-MARVEL 4B (Qwen3-VL)": (58.8, 56.2),
-    "U-MARVEL 7B (Qwen2-VL)": (63.2, 60.7),
-    "LamRA 7B with re-ranker": (63.7, 61.4),
-    "U-MARVEL 7B with re-ranker": (64.8, 61.8),
-}
+# Means of the sixteen rows, as printed: the papers average before they round. None: not known.
+_PUBLISHED_MEANS = {"local": (56.6, 51.8, 54.4), "global": (54.9, None, None)}
+# A re-ranker reads query and candidate together, so it is no embedder: what it adds is a bound.
 PUBLISHED_NOTE = (
-    f"{', '.join(PUBLISHED_MODELS)}: hit@k as published (PUMA, ACM MM 2025, arXiv 2507.08064; LamRA, arXiv 2412.01720) "
+    "LamRA-Ret 7B, LamRA < 4B, PUMA: hit@k as published (PUMA, ACM MM 2025, arXiv 2507.08064; LamRA, arXiv 2412.01720) "
     "for the local pools of the test split; not measured here. Published means of all sixteen rows, local / global: "
-    + ", ".join(f"{name} {local} / {everywhere or '?'}" for name, (local, everywhere) in PUBLISHED_MEANS.items())
-    + " (U-MARVEL, arXiv 2507.14902; ELVA; ?: not known)."
+    "LamRA-Ret 7B 56.6 / 54.9, LamRA < 4B 51.8 / ?, PUMA 54.4 / ?, CLIP_SF 50.6 / 48.9, PUMA + ELVA's stage 56.3 / ?, "
+    "ELVA-7B 58.7 / ?, U-MARVEL 4B (Qwen3-VL) 58.8 / 56.2, U-MARVEL 7B (Qwen2-VL) 63.2 / 60.7, LamRA 7B with re-ranker "
+    "63.7 / 61.4, U-MARVEL 7B with re-ranker 64.8 / 61.8 (U-MARVEL, arXiv 2507.14902; ELVA; ?: not known)."
 )
-
-
-def published_mean(pool: str) -> tuple[float | None, ...]:
-    """Means of `PUBLISHED_MODELS` against the local pools or the global one."""
-    return tuple(PUBLISHED_MEANS[model][pool == "global"] for model in PUBLISHED_MODELS)
-
-
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
 _SHOWN = {"hit", "ndcg", "wrong_modality@1"}
-# What a result was made from, in the order and the words that Markdown shows it in.
-_MADE_FROM = {
-    "model": "model",
-    "model_fingerprint": "fingerprint",
-    "truncate_dim": "first dimensions",
-    "data": "data",
-    "content_hash": "content hash",
-    "split": "split",
-    "instructions": "instructions",
-    "puma_hf": "puma-hf",
-}
+# What a result was made from, in the order that Markdown shows it in; and what it calls that.
+_MADE_FROM = ("model", "model_fingerprint", "truncate_dim", "data", "content_hash", "split", "instructions", "puma_hf")
+_WORDS = {"model_fingerprint": "fingerprint", "truncate_dim": "first dimensions", "content_hash": "content hash"}
 _SHOWN_DIGITS = 12  # of a hash
 
 
@@ -203,7 +178,7 @@ class MBEIRResults:
             is_theirs = len(published) == len(PUBLISHED) == len(rows)
             cells = ["", "**mean**", pool, "", sum(row.num_queries for row in rows), ""]
             cells += _bold(_percent([mean["score"], mean.get("corrected_score")][: len(ours)]))
-            cells += _tenths(published_mean(pool) if is_theirs else empty)
+            cells += _tenths(_PUBLISHED_MEANS[pool] if is_theirs else empty)
             lines.append(_line([*cells, *_bold(_percent(mean[name] for name in names))]))
         return "\n\n".join(["\n".join(lines), *self._remarks(bool(published))]) + "\n"
 
@@ -228,11 +203,15 @@ class MBEIRResults:
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
         made_from = {"split": self.split, **self.made_from}
         words = [
-            f"{word} {str(value)[:_SHOWN_DIGITS] if word in ('fingerprint', 'content hash') else value}"
-            for name, word in _MADE_FROM.items()
-            if (value := made_from.get(name)) is not None
+            f"{_WORDS.get(name, name.replace('_', '-'))} {_shown(name, made_from[name])}"
+            for name in _MADE_FROM
+            if made_from.get(name) is not None
         ]
         return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
+
+
+def _shown(name: str, value: object) -> str:
+    return str(value)[:_SHOWN_DIGITS] if name in ("model_fingerprint", "content_hash") else str(value)
 
 
 def _line(cells: Iterable[object]) -> str:

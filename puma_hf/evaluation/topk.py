@@ -136,7 +136,7 @@ def less_popular(query_embeddings: Tensor, penalty: float) -> Tensor:
 
 
 def _keep_best(keys: Tensor, scores: Tensor, start: int) -> None:
-    """Merge scores of a block, `(num_queries, block_size)`, into the best keys `(num_queries, top_k)`, in place."""
+    # Merges the scores of a block, `(num_queries, block_size)`, into the best keys `(num_queries, top_k)`, in place.
     # Most blocks hold nothing for most queries, and a maximum is found much quicker than the best k. A tie with the
     # last one that is kept adds nothing, since rows only go up.
     better = (_steps(scores.amax(dim=1)) > keys[:, -1] >> _ROW_BITS).nonzero().flatten()

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,14 @@ _STAGES = re.compile(
     r"^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without labels)",
     re.MULTILINE,
 )
-_EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
-_COUNTED = (
-    "Operations are multiplications and additions, each counted as one, without the language-model head's. Counted on "
-    "these weights; a dropped layer costs as much as a kept one."
+# What is told of a recipe: of each stage, of MAC-Loss, and of all labelled training.
+_OF_ALL = ("max_steps", "batch_size", "learning_rate", "lora_r", "seed")
+_OF_MAC = ("hard_temperature", "schedule", "schedule_end", "grouping")
+_TOLD = (
+    *("contrastive_weight", "contrastive_weight_start", "distillation_weight_start", "temperature", *_OF_MAC),
+    *("num_negatives", *_OF_ALL, "matryoshka_dims"),
 )
+_EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def make_card(
     # A Hub id is a path to nowhere here, so nothing is known of that base.
     base = Path(named_base(folder) or folder) if is_adapter else folder
     config, model = read_config(base), MeasuredModel(folder)
-    found = read_results(model, results, travelling=code is not None)
+    found = CardResults(model, travelling=code is not None).read(results)
     named = config.get("source_name_or_path")
     if is_adapter:  # a folder of this machine is nobody else's business
         named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
@@ -159,7 +162,7 @@ def make_card(
         training=training,
         results="\n\n".join(_table(found, *evaluation) for evaluation in found.evaluations) or None,
         not_measured=_not_measured(found, is_adapter, is_trained=training != _UNTRAINED),
-        licences=_licences(options, base_model),
+        options=options,
         source=named,
         source_revision=config.get("source_revision"),
         backbone=config_class_of(config["model_type"]).source_name if config else None,
@@ -210,92 +213,78 @@ class MeasuredModel:
         dropped: int = config.original_num_hidden_layers - config.num_kept_layers
 
         def before(by_depth: Sequence[int], more: int = 0) -> int | None:
-            # All decoder layers are of one size; of one layer alone its share is not known.
+            """With the dropped layers, as all are of one size; of one layer alone its share is not known."""
             if dropped and len(by_depth) == 1:
                 return None
-            layer = by_depth[-1] - by_depth[-2] if dropped else 0
-            return by_depth[-1] + more + dropped * layer
+            return by_depth[-1] + more + (dropped * (by_depth[-1] - by_depth[-2]) if dropped else 0)
 
         # The head, which is not counted in operations, has the shape of the token embedding.
         text = config.text_config
         head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
         kinds = {
-            f"text of {counted.text_tokens} tokens": counted.flops_text,
-            f"image of {counted.image_tokens} visual tokens": counted.flops_image,
+            f"operations, text of {counted.text_tokens} tokens": counted.flops_text,
+            f"operations, image of {counted.image_tokens} visual tokens": counted.flops_image,
         }
-        shown = [(kind, by_depth[-1], before(by_depth)) for kind, by_depth in kinds.items()]
         return {
             "parameters_before": before(counted.parameters, head),
             "parameters_after": counted.parameters[-1],
             "bytes_before": before(counted.bytes, head * self.model.dtype.itemsize),
             "bytes_after": counted.bytes[-1],
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "costs": [
-                (f"operations, {kind}", f"{si(after)}FLOP", all_ and f"{si(all_)}FLOP") for kind, after, all_ in shown
-            ],
-            "costs_note": _COUNTED,
+            "costs": [(kind, *(n and f"{si(n)}FLOP" for n in (by[-1], before(by)))) for kind, by in kinds.items()],
         }
 
 
 # --- result files
 
 
-@dataclass
 class CardResults:
-    """What was measured on a model, each with the words that cite its file.
+    """What was measured on a model, from the files that say so.
 
-    Args:
-        evaluations: Tables of `puma-hf evaluate`.
-        recipes: Settings of the stages it was trained in, the last first.
-        files: The files of the tables by the names that the card calls them. Recipes hold paths of this machine, so
-            they are cited and stay here.
+    `evaluations` are tables of `puma-hf evaluate`, and `recipes` settings of the stages it was trained in, the last
+    first, each after the words that cite its file; `files` are those of the tables, by the names that the card calls
+    them. Recipes hold paths of this machine, so they are cited and stay here.
     """
 
-    evaluations: list[tuple[str, MBEIRResults]] = field(default_factory=list)
-    recipes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
+    def __init__(self, model: MeasuredModel, *, travelling: bool = False) -> None:
+        self.model, self.travelling = model, travelling
+        self.evaluations: list[tuple[str, MBEIRResults]] = []
+        self.recipes: list[tuple[str, dict[str, Any]]] = []
+        self.files: dict[str, Path] = {}
 
-    def add(self, path: Path, model: MeasuredModel, travelling: bool) -> None:
-        """Take a file in; ValueError if it is of another model."""
+    def read(self, paths: Iterable[str | Path] | None) -> CardResults:
+        """Read files, or with None those beside the model that are its own.
+
+        ValueError if a file that was named cannot be read, or is of another model; others are passed by.
+        """
+        for path in find_results(self.model.directory) if paths is None else map(Path, paths):
+            try:
+                self._add(path)
+            except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+                if paths is not None:
+                    raise ValueError(
+                        f"results {str(path)!r} is no result of {str(self.model.directory)!r} ({error}). Measure this "
+                        "model again: puma-hf evaluate."
+                    ) from error
+                logger.info("not in the card: %s (%s)", path, error)
+        return self
+
+    def _add(self, path: Path) -> None:
         values, name = _read(path), f"{path.resolve().parent.name}/{path.name}"
-        if path.name in _RECIPES:
-            self.recipes.append((_cited(name, path), values))
+        is_recipe, digest = path.name in _RECIPES, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        if is_recipe:
+            self.recipes.append((f"`{name}`, SHA-256 {digest}", values))
             return
-        if path.name != RESULTS:
-            raise ValueError(f"the file must be called {', '.join((RESULTS, *_RECIPES))}")
         results = MBEIRResults.from_dict(values)
         fingerprint = results.made_from.get("model_fingerprint")
         # The dimensions were chosen when the model was loaded, or for a call of `encode`, which no fingerprint covers.
-        dims = dict.fromkeys((results.made_from.get("truncate_dim"), None))
-        if fingerprint is None or all(model.fingerprint(dim) != fingerprint for dim in dims):
+        dims = {results.made_from.get("truncate_dim"), None}
+        if fingerprint is None or all(self.model.fingerprint(dim) != fingerprint for dim in dims):
             raise ValueError("it is of another model, by its fingerprint")
-        if travelling:  # as it will be called beside the model, where no folder tells the tables apart
-            name = RESULTS if not self.files else f"results-{len(self.files) + 1}.json"
+        if self.travelling:  # as it will be called beside the model, where no folder tells the tables apart
+            name = f"results-{len(self.files) + 1}.json" if self.files else RESULTS
         self.files[name] = path
-        self.evaluations.append((_cited(name, path), results))
-
-
-def _cited(name: str, path: Path) -> str:
-    return f"`{name}`, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-
-
-def read_results(model: MeasuredModel, paths: Iterable[str | Path] | None, *, travelling: bool = False) -> CardResults:
-    """Read result files, or with None those beside the model that are its own.
-
-    ValueError if a file that was named cannot be read, or is of another model; others are passed by.
-    """
-    found = CardResults()
-    for path in find_results(model.directory) if paths is None else map(Path, paths):
-        try:
-            found.add(path, model, travelling)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            if paths is not None:
-                raise ValueError(
-                    f"results {str(path)!r} is no result of {str(model.directory)!r} ({error}). Measure this model "
-                    "again: puma-hf evaluate."
-                ) from error
-            logger.info("not in the card: %s (%s)", path, error)
-    return found
+        self.evaluations.append((f"`{name}`, SHA-256 {digest}", results))
 
 
 def find_results(directory: Path) -> list[Path]:
@@ -374,20 +363,20 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
 
 
 def _stage(cited: str, recipe: Mapping[str, Any]) -> str:
-    settings = ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
+    names: tuple[str, ...] = _TOLD
     if recipe.get("loss"):
         what = f"Trained with the loss `{recipe['loss']}`"
-        mac = ["hard_temperature", "schedule", "schedule_end", "grouping"] if recipe["loss"] != "infonce" else []
-        settings = ["temperature", *mac, "num_negatives", *settings, "matryoshka_dims"]
         if recipe.get("distillation_weight") or recipe.get("distillation_weight_start"):
             what += f" and distillation of weight {recipe['distillation_weight']}, metric `{recipe.get('metric')}`"
-            settings = ["contrastive_weight", "contrastive_weight_start", "distillation_weight_start", *settings]
+        if recipe["loss"] == "infonce":  # which has one temperature and all negatives
+            names = tuple(name for name in names if name not in _OF_MAC)
     else:
         teacher = short_name(str(recipe["teacher"])) if recipe.get("teacher") else "the model with all its layers"
         what = f"Distilled without labels; teacher: `{teacher}`, metric `{recipe.get('metric')}`"
+        names = _OF_ALL
     # Of paths the last part: where they lie here is nobody else's business.
     data = short_name(str(recipe["data"])) if recipe.get("data") else "unknown data"
-    told = ", ".join(f"{name} {recipe[name]}" for name in settings if recipe.get(name) not in (None, []))
+    told = ", ".join(f"{name} {recipe[name]}" for name in names if recipe.get(name) not in (None, []))
     split = f", split {recipe['split']}" if recipe.get("split") else ""
     return f"- {what}, on `{data}`{split}: {told}. From {cited}."
 
@@ -401,7 +390,7 @@ def _usage(folder: Path, found: CardResults, embedding_dim: int | None) -> dict[
     trained = [dims for _, recipe in found.recipes if (dims := recipe.get("matryoshka_dims"))]
     example = prompts.get(_EXAMPLE_PROMPT, next(iter(prompts.values()), None))
     return {
-        "instructions": [f"`{name}`: {' '.join(prompt.split())}" for name, prompt in prompts.items()],
+        "prompts": prompts,
         # Quoted for JSON it is quoted for Python, too.
         "example_instruction": None if example is None else json.dumps(example, ensure_ascii=False),
         "versions": " and ".join(f"{named[name]} {versions[name]}" for name in named if name in versions),
@@ -412,30 +401,15 @@ def _usage(folder: Path, found: CardResults, embedding_dim: int | None) -> dict[
 
 def _not_measured(found: CardResults, is_adapter: bool, *, is_trained: bool) -> list[str]:
     """What the result files do not hold."""
-    rows = [row for _, results in found.evaluations for row in results.rows]
-    ours: set[str] = set()
-    for _, results in found.evaluations:
-        if results.split == "test" and "content_hash" not in results.made_from:  # a subset is another benchmark
-            ours |= {row.task.name for row in results.rows}
-    absent = [name for name in PUBLISHED if name not in ours]
-    lines = []
-    if absent:
-        none = len(absent) == len(PUBLISHED)
-        lines += ["M-BEIR: none of its 16 rows." if none else f"Of M-BEIR's 16 rows: {', '.join(absent)}."]
-    if rows:
-        lines += [f"The {pool} pools." for pool in ("local", "global") if pool not in {row.pool for row in rows}]
+    every = [results for _, results in found.evaluations]
+    # A subset is another benchmark, and so is another split.
+    whole = [one for one in every if one.split == "test" and "content_hash" not in one.made_from]
+    absent = [name for name in PUBLISHED if name not in {row.task.name for one in whole for row in one.rows}]
+    none = len(absent) == len(PUBLISHED)
+    lines = ["M-BEIR: none of its 16 rows." if none else f"Of M-BEIR's 16 rows: {', '.join(absent)}."] if absent else []
+    if every:
+        pools = {row.pool for one in every for row in one.rows}
+        lines += [f"The {pool} pools." for pool in ("local", "global") if pool not in pools]
         lines += ["How much the figures would vary with another seed of the training."] if is_trained else []
     lines += ["Operations per text and image."] if is_adapter else []
     return [*lines, "Speed and memory, other data types than that of the weights, video."]
-
-
-def _licences(options: CardOptions, base_model: str | None) -> list[str]:
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "the model it was made from"
-    data = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in options.datasets)
-    of_data = options.data_license or ("each under its own licence" if data else None)
-    return [
-        f"This model: {options.license}" if options.license else "This model: not stated by who published it",
-        f"Base: {options.base_license or 'not stated here'}, of {base}; it also holds for the weights kept from it",
-        f"Data: {of_data}{f' ({data})' if data else ''}" if of_data else "Data: not stated by who published it",
-        "The code in this repository: Apache-2.0",
-    ]

@@ -178,14 +178,12 @@ class Forms:
         self.features = features_of(folder, inputs)
         self.reference = torch.empty(0)
 
-    def _row(
-        self, form: str, found: Tensor, expected: Tensor | None = None, *, to: str = "AutoModel", **options: Any
-    ) -> ParityRow:
-        expected = self.reference if expected is None else expected
-        return compare(form, to, found, expected, [", ".join(one) for one in self.inputs], **options)
+    def _row(self, form: str, found: Tensor, expected: Any = None, *, to: str = "AutoModel", **how: Any) -> ParityRow:
+        kinds = [", ".join(one) for one in self.inputs]
+        return compare(form, to, found, self.reference if expected is None else expected, kinds, **how)
 
     def by_auto_model(self) -> Iterator[ParityRow]:
-        model = open_auto_model(self.folder, torch.float32, self.device)
+        model = open_model(self.folder, torch.float32, self.device)
         self.reference = embed_features(model, self.features)
         padded = features_of(self.folder, self.inputs, padding_side="right")
         yield self._row("padded on the right", embed_features(model, padded), to="padded on the left")
@@ -215,7 +213,7 @@ class Forms:
             return self._row("saved and loaded again", encode(model, self.inputs), expected, to="SentenceTransformer")
 
     def rounded(self) -> ParityRow:
-        model = open_auto_model(self.folder, torch.bfloat16, self.device)
+        model = open_model(self.folder, torch.bfloat16, self.device)
         return self._row("in bfloat16", embed_features(model, self.features), measure="1 - cosine")
 
     def exported(self, folder: Path | None) -> Iterator[ParityRow]:
@@ -225,7 +223,7 @@ class Forms:
         if folder is None:
             folder = self.scratch / "exported"
             export(self.folder, folder)
-        model = open_stock(folder, torch.float32, self.device)
+        model = open_model(folder, torch.float32, self.device, stock=True)
         yield self._row("exported, stock classes", embed_stock(model, self.features))
         yield self._row("exported, stock inputs too", embed_stock(model, stock_features(folder, self.inputs)))
         found, expected = (StoredWeights(open_checkpoint(one)) for one in (folder, self.folder))
@@ -249,10 +247,10 @@ class Forms:
 # --- embeddings by every way in
 
 
-def open_auto_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A PUMA directory by AutoModel, with the code that lies in it."""
-    model: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
-    return model.to(device).eval()
+def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, stock: bool = False) -> Any:
+    """A PUMA directory by AutoModel, with the code that lies in it; or an export by the stock class, without any."""
+    auto: Any = AutoModelForImageTextToText if stock else AutoModel
+    return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=not stock).to(device).eval()
 
 
 @contextmanager
@@ -261,12 +259,6 @@ def _opened(folder: Path, dtype: torch.dtype | str, device: str) -> Iterator[Sen
     model = SentenceTransformer(str(folder), trust_remote_code=True, device=device, model_kwargs={"dtype": dtype})
     yield model.eval()
     model.to("meta")
-
-
-def open_stock(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """An export by the stock class, without remote code."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
 
 
 def features_of(folder: Path, inputs: Sequence[Any], *, padding_side: str = "left") -> dict[str, Tensor]:
@@ -280,15 +272,14 @@ def features_of(folder: Path, inputs: Sequence[Any], *, padding_side: str = "lef
 @torch.inference_mode()
 def embed_features(model: Any, features: Mapping[str, Tensor]) -> Tensor:
     """Embeddings `(batch_size, embedding_dim)` of a PUMA model, or of an adapter on one."""
-    embeddings: Tensor = model(**{name: tensor.to(model.device) for name, tensor in features.items()}).embeddings
-    return embeddings.float().cpu()
+    embeddings = model(**{name: tensor.to(model.device) for name, tensor in features.items()}).embeddings
+    return torch.as_tensor(embeddings.float().cpu())
 
 
 def encode(model: SentenceTransformer, inputs: Sequence[Any], **options: Any) -> Tensor:
     """Embeddings of a SentenceTransformer, `(num_inputs, embedding_dim)`."""
     found: Any = model.encode(list(inputs), convert_to_tensor=True, show_progress_bar=False, **options)
-    embeddings: Tensor = found.float().cpu()
-    return embeddings
+    return torch.as_tensor(found.float().cpu())
 
 
 def stock_features(folder: Path, inputs: Sequence[Any]) -> dict[str, Tensor]:
@@ -370,56 +361,40 @@ def _picture(rng: random.Random) -> Image.Image:
 
 
 def compare(
-    form: str,
-    compared_with: str,
-    found: Tensor,
-    expected: Tensor,
-    kinds: Sequence[str],
-    *,
-    measure: Measure = "difference",
+    form: str, to: str, found: Tensor, expected: Tensor, kinds: Sequence[str], *, measure: Measure = "difference"
 ) -> ParityRow:
-    """Compare the embeddings of two forms, `(num_inputs, embedding_dim)` each.
+    """Compare the embeddings of two forms, `(num_inputs, embedding_dim)`, of inputs whose kinds are told.
 
-    `measure` is "1 - cosine" where weights are rounded to two bytes; `kinds` says what each input is. ValueError if the
-    two are of different shapes.
+    `measure` is "1 - cosine" where weights are rounded to two bytes. Two of other shapes differ without end.
     """
     if found.shape != expected.shape:
-        raise ValueError(
-            f"{form} gives embeddings of shape {tuple(found.shape)}, but {compared_with} {tuple(expected.shape)}. Name "
-            "directories of one model."
-        )
-    if measure == "difference":
+        differences, bound = torch.full((len(kinds),), math.inf), 0.0
+    elif measure == "difference":
         differences, bound = (found - expected).abs().amax(dim=1), TOLERANCE
     else:  # rounding may make a cosine larger than 1
         differences, bound = (1 - cosine_similarity(found, expected)).clamp(min=0), COSINE_TOLERANCE
     worst = int(differences.argmax())  # of NaN, too
-    return ParityRow(form, compared_with, measure, float(differences[worst]), bound, kinds[worst])
+    return ParityRow(form, to, measure, float(differences[worst]), bound, kinds[worst])
 
 
 def compare_weights(
-    form: str, compared_with: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, bound: float
+    form: str, to: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, bound: float
 ) -> ParityRow:
-    """Compare two sets of tensors by name: drawn inputs never reach every row of an embedding.
+    """Compare two sets of tensors by name: drawn inputs never reach every row of an embedding."""
+    names = found.keys() | expected.keys()
+    largest, worst = max((_difference(found.get(name), expected.get(name)), name) for name in names)
+    return ParityRow(form, to, "relative difference", largest, bound, worst if largest else "all tensors")
 
-    Those of `expected` are rounded to the data type of `found`. The largest difference is a share of the largest number
-    of its tensor; it is infinite if a tensor is missing or of another shape.
+
+def _difference(found: Tensor | None, expected: Tensor | None) -> float:
+    """The largest difference of two tensors as a share of the largest number, once one has the other's data type.
+
+    It is infinite if one is missing, of another shape, or not finite.
     """
-    largest, worst = 0.0, "all tensors"
-    for name in sorted(found.keys() | expected.keys()):
-        difference = _difference(found[name], expected[name]) if name in found and name in expected else math.inf
-        if not difference <= largest:  # NaN, too
-            largest, worst = difference, name
-        if math.isnan(largest):
-            break
-    return ParityRow(form, compared_with, "relative difference", largest, bound, worst)
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+    if found is None or expected is None or found.shape != expected.shape:
         return math.inf
     rounded = expected.cpu().to(found.dtype)
     if torch.equal(found, rounded):  # the copies below are large
         return 0.0
-    difference = float((found.double() - rounded.double()).abs().max())
-    largest = float(rounded.double().abs().max())
-    return difference / largest if largest else (math.inf if difference else 0.0)
+    difference = float((found.double() - rounded.double()).abs().max() / rounded.double().abs().max())
+    return difference if math.isfinite(difference) else math.inf

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from puma_hf.configs import PushConfig
 from puma_hf.files import (
@@ -34,6 +34,7 @@ from puma_hf.hub.load_check import LoadCheck, check_loads
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 # What is removed of an older push unless this one has it: of two forms of the weights a loader might take the older.
 _REPLACED = ("*_puma.py", "model*.safetensors", "model.safetensors.index.json", "results*.json", "sweep*.json")
 # What the Hub itself puts into a repository, or a person by its forms.
@@ -100,8 +101,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     Raises:
         FileNotFoundError: If the directory is none of ours.
         ValueError: If it does not load or changes meanwhile, or the repository holds something else.
-        PermissionError: If the token may not write there.
-        ConnectionError: If the Hub refuses what was sent or cannot be reached.
+        OSError: If there is no token, it may not write there, or the Hub refuses what was sent or cannot be reached;
+            huggingface_hub's own errors are among them.
 
     Example:
 
@@ -287,20 +288,16 @@ def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) ->
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Name the repository in errors of the Hub and of the network, and say that nothing was half written."""
+    """Make an OSError of those of the network, as the Hub's own answers are, and say that nothing was half written."""
     try:
         yield
     except Exception as error:
-        # An upload wraps the Hub's answer in a RuntimeError. The HTTP client differs between versions of
-        # huggingface_hub, so its classes cannot be imported.
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        is_client = type(cause).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-        if not is_client and not isinstance(cause, HfHubHTTPError):
+        # The HTTP client differs between versions of huggingface_hub, so its classes cannot be imported; of large files
+        # an upload wraps them, and the Hub's answers, in a RuntimeError.
+        is_wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
+        if isinstance(error, OSError) or not (is_wrapped or type(error).__module__.startswith(_CLIENTS)):
             raise
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        kind = PermissionError if status in (401, 403) else ConnectionError
-        reason = " ".join(str(cause).split())[:300]
-        raise kind(
-            f"The push to {repo_id!r} failed ({reason}). A commit is made whole or not at all, so the repository is as "
-            "it was, or empty if it is new. Mend what is named and run it again; large files are not sent twice."
+        reason = error.__cause__ if is_wrapped else error
+        raise ConnectionError(
+            f"The push to {repo_id!r} failed ({reason}). Run it again: a commit is whole or not there."
         ) from error

@@ -18,23 +18,17 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-# torch 2.10 has the kernel, but it takes neither a scale nor a window; torch 2.11 takes no grouped queries.
+# Older kernels take no scale, no window or no grouped queries.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences of one length that lie one after another, and the prefix that they share.
+    """`count` sequences of one length that lie one after another, and the prefix that they share.
 
-    Args:
-        count: How many sequences.
-        num_queries: Queries of each: all of its tokens, or one.
-        num_keys: Keys of each, besides those of the prefix.
-        first_query: Where the queries of the first sequence begin.
-        first_key: Where its keys begin.
-        first_prefix_key: Where the prefix begins.
-        num_prefix_keys: Its length, 0 for none.
+    Each has `num_queries` queries, all of its tokens or one, and `num_keys` keys besides those of the prefix; the first
+    begins at `first_query` and `first_key`. The prefix, if any, begins at `first_prefix_key`.
     """
 
     count: int
@@ -48,15 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which queries look at which keys.
+    """Which queries look at which keys: as blocks, and as a kernel for sequences of any length asks for it.
 
-    Args:
-        blocks: The sequences, those of one length and prefix together.
-        query_ends: `(num_sequences + 1,)` int32, where the queries of each sequence end, a 0 before them.
-        key_ends: `(num_sequences + 1,)` int32, likewise for keys, those of the prefix before each sequence's own.
-        key_index: `(num_keys,)` int64, which keys these are; `None` if all, in their order.
-        max_queries: Queries of the longest sequence.
-        max_keys: Keys of the longest sequence.
+    `query_ends` and `key_ends`, `(num_sequences + 1,)` int32, are where the queries and keys of each sequence end,
+    after a 0. Keys of a prefix come before each sequence's own: `key_index` says which all are, `None` if in order.
     """
 
     blocks: tuple[Block, ...]
@@ -103,15 +92,14 @@ def sequences_of(blocks: Sequence[Block]) -> Sequences:
     )
 
 
-def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """Blocks of sequences with these lengths; neighbours of one length are one block."""
+def blocks_of_lengths(lengths: Sequence[int], start: int = 0, *prefix: int) -> tuple[Block, ...]:
+    """Blocks of sequences with these lengths, neighbours of one length together; `prefix` is its start and length."""
     blocks: list[Block] = []
-    start = 0
     for length in lengths:
         if blocks and blocks[-1].num_keys == length:
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
         else:
-            blocks.append(Block(1, length, length, start, start))
+            blocks.append(Block(1, length, length, start, start, *prefix))
         start += length
     return tuple(blocks)
 
@@ -119,8 +107,8 @@ def blocks_of_lengths(lengths: Sequence[int]) -> tuple[Block, ...]:
 def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scale: float, causal: bool) -> Tensor:
     """Attention of each sequence's queries to its keys.
 
-    On NVIDIA GPUs from Ampere on, in half precision and with torch 2.11, one kernel for sequences of any length does
-    it; elsewhere one call for each block of sequences of one length. Neither waits for the device.
+    On NVIDIA GPUs from Ampere on, in half precision and with a recent torch, one kernel for sequences of any length
+    does it; elsewhere one call for each block of sequences of one length. Neither waits for the device.
 
     Args:
         query: `(num_queries, num_heads, head_dim)`, all sequences one after another.
@@ -140,8 +128,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
     >>> from puma_hf.modeling.attention_puma import attend, blocks_of_lengths, sequences_of
 
     >>> states = torch.randn(5, 1, 2)
-    >>> sequences = sequences_of(blocks_of_lengths([2, 3]))
-    >>> attended = attend(states, states, states, sequences, scale=1.0, causal=True)
+    >>> attended = attend(states, states, states, sequences_of(blocks_of_lengths([2, 3])), scale=1.0, causal=True)
     >>> bool((attended[2] == states[2]).all())  # the first token of a sequence sees itself
     True
     ```
@@ -199,7 +186,7 @@ def _triangle(size: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _has_varlen(device: torch.device, head_dim: int) -> bool:
     """Whether the kernel for sequences of any length is there and takes such heads."""
-    if torch.version.hip is not None or not {"scale", "window_size"} <= _VARLEN_OPTIONS:
+    if torch.version.hip is not None or not {"scale", "window_size", "enable_gqa"} <= _VARLEN_OPTIONS:
         return False
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
@@ -208,16 +195,12 @@ def _has_varlen(device: torch.device, head_dim: int) -> bool:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, causal: bool) -> Tensor:
     if sequences.key_index is not None:
         key, value = key[sequences.key_index], value[sequences.key_index]
-    groups, options = query.shape[1] // key.shape[1], {}
-    if "enable_gqa" in _VARLEN_OPTIONS:
-        options["enable_gqa"] = groups > 1
-    else:
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     # A window without a right side is causal: where a sequence has more keys than queries, its last query stands at
     # its last key.
     window = (-1, 0) if causal else (-1, -1)
     ends = (sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys)
-    attended: Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=window, **options)
+    attended: Tensor = varlen_attn(query, key, value, *ends, window_size=window, **options)
     return attended
 
 

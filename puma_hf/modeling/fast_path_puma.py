@@ -25,34 +25,28 @@ _LOCK = threading.RLock()
 
 @dataclass(frozen=True)
 class FastPath:
-    """Which savings `PumaTransformer` makes when it embeds; the vectors are the same with each and without.
+    """How `PumaTransformer` embeds with less work; the vectors are those of the plain forward pass.
+
+    - Inputs lie one after another, without padding, those of one length together.
+    - First tokens that several inputs share, such as an instruction, are computed once.
+    - The last layer computes queries and what follows for `[RET]` alone.
+    - The vision tower attends to images of one size in one call (on CUDA to all of them), does not wait for the device
+      in each layer, and embeds patches with a matrix product instead of a convolution.
 
     Args:
-        packing: Inputs lie one after another, without padding. The next two, and `max_tokens`, need it.
-        shared_prefix: First tokens that several inputs of a batch share, such as an instruction, are computed once.
-        last_token_only: The last layer computes queries and what follows for `[RET]` alone.
-        batched_vision: The vision tower attends to images of one size in one call (on CUDA to all of them), and does
-            not wait for the device in each layer.
-        linear_patch_embedding: The vision tower embeds patches with a matrix product, not a convolution.
-        max_tokens: A batch is computed in parts of so many tokens, inputs of one length together, which bounds its
-            memory and suits the caches of a CPU. `None` chooses by device.
+        max_tokens: A batch is computed in parts of so many tokens, which bounds its memory and suits the caches of a
+            CPU. `None` chooses by device.
 
     Example:
 
     ```python
-    >>> from dataclasses import replace
     >>> from puma_hf.modeling.fast_path_puma import FastPath
 
-    >>> replace(FastPath(), packing=False).packing
-    False
+    >>> model[0].fast_path = FastPath(max_tokens=4096)  # doctest: +SKIP
+    >>> model[0].fast_path = None  # the plain forward pass  # doctest: +SKIP
     ```
     """
 
-    packing: bool = True
-    shared_prefix: bool = True
-    last_token_only: bool = True
-    batched_vision: bool = True
-    linear_patch_embedding: bool = True
     max_tokens: int | None = None
 
 
@@ -78,20 +72,13 @@ def _is_as_made(module: nn.Module, child: str = "") -> bool:
     return not hooked and "forward" not in vars(module) and (not child or child in module._modules)
 
 
-def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
-    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, in the order of `part.rows`.
-
-    Args:
-        model: A PUMA model.
-        part: On its device.
-        fast_path: Which savings to make.
-    """
-    decoder = model.language_model
+def packed_states(model: Any, part: PackedPart) -> Tensor:
+    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, of `part.rows`, on the model's device."""
+    decoder, images = model.language_model, part.images
     hidden = decoder.embed_tokens(part.input_ids)
-    images = part.images
     added: list[Tensor] = []
     if images is not None:
-        features, added = _image_features(model.visual, images, fast_path)
+        features, added = _image_features(model.visual, images)
         hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
     # One position's cosines and sines serve all heads.
     cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], part.position_ids))
@@ -100,11 +87,8 @@ def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
         hidden = decoder_layer(layer, hidden, (cos, sin), part.sequences)
         if images is not None and number < len(added):  # DeepStack
             hidden = hidden.index_add(0, images.token_index, added[number].to(hidden.dtype))
-    # Later tokens see every key and value of the last layer, but nothing reads its other outputs.
-    if fast_path.last_token_only:
-        states = decoder_layer(last_layer, hidden, (cos, sin), part.last_sequences, part.last_index)
-    else:
-        states = decoder_layer(last_layer, hidden, (cos, sin), part.sequences)[part.last_index]
+    # [RET] sees every key and value of the last layer, but nothing reads that layer's other outputs.
+    states = decoder_layer(last_layer, hidden, (cos, sin), part.last_sequences, part.last_index)
     normed: Tensor = decoder.norm(states)
     return normed
 
@@ -112,7 +96,7 @@ def packed_states(model: Any, part: PackedPart, fast_path: FastPath) -> Tensor:
 def decoder_layer(
     layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences, wanted: Tensor | None = None
 ) -> Tensor:
-    """One decoder layer on tokens that lie one after another.
+    """One decoder layer on tokens that lie one after another: `(num_wanted, hidden_size)`.
 
     Args:
         layer: A decoder layer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
@@ -120,9 +104,6 @@ def decoder_layer(
         angles: Cosines and sines of the positions, `(num_tokens, 1, head_dim)` each.
         sequences: Which queries look at which keys.
         wanted: `(num_wanted,)` the tokens whose states are wanted, whose queries `sequences` has; `None` for all.
-
-    Returns:
-        `(num_wanted, hidden_size)`.
     """
     query, key, value, residual = before_attention(layer, hidden, angles, wanted)
     attended = attend(query, key, value, sequences, scale=layer.self_attn.scaling, causal=wanted is None)
@@ -158,13 +139,12 @@ def after_attention(layer: Any, attended: Tensor, residual: Tensor) -> Tensor:
 # --- the vision tower: transformers' own, which is told what it would otherwise read back from the device
 
 
-def _image_features(visual: Any, images: PackedImages, fast_path: FastPath) -> tuple[Tensor, list[Tensor]]:
+def _image_features(visual: Any, images: PackedImages) -> tuple[Tensor, list[Tensor]]:
     """`(num_visual_tokens, hidden_size)`, and as much again for each of DeepStack's layers."""
     device = images.pixel_values.device
-    known = _known_layout(visual, images) if fast_path.batched_vision else {}
     grid = images.grid_thw if device.type == "meta" else images.grid_thw.to(device)
-    with fast_vision(visual, fast_path):
-        output = visual(images.pixel_values, grid_thw=grid, **known)
+    with fast_vision(visual):
+        output = visual(images.pixel_values, grid_thw=grid, **_known_layout(visual, images))
     return output.pooler_output, list(getattr(output, "deepstack_features", None) or [])
 
 
@@ -189,19 +169,16 @@ def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
 
 
 @contextmanager
-def fast_vision(visual: Any, fast_path: FastPath) -> Iterator[None]:
+def fast_vision(visual: Any) -> Iterator[None]:
     """A vision tower that batches its attention and embeds patches with a matrix product, within the block."""
     with _LOCK, ExitStack() as undo:
-        if fast_path.batched_vision:
-            ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _vision_attention)
-            config, implementation = visual.config, visual.config._attn_implementation
-            config._attn_implementation = _ATTENTION_NAME
-            undo.callback(setattr, config, "_attn_implementation", implementation)
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _vision_attention)
+        undo.callback(setattr, visual.config, "_attn_implementation", visual.config._attn_implementation)
+        visual.config._attn_implementation = _ATTENTION_NAME
         projection = visual.patch_embed.proj
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
         as_made = _is_as_made(projection) and "forward" not in vars(visual.patch_embed)
-        as_made = as_made and isinstance(projection, nn.Conv3d) and not hasattr(projection, "_hf_hook")
-        if fast_path.linear_patch_embedding and as_made:
+        if as_made and isinstance(projection, nn.Conv3d) and not hasattr(projection, "_hf_hook"):
             # An attribute of the instance goes before the method of its class.
             visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)
             undo.callback(delattr, visual.patch_embed, "forward")

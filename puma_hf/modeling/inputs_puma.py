@@ -126,15 +126,10 @@ def modality_of_messages(messages: list[dict[str, Any]]) -> str:
 
 
 def to_messages(item: Any, prompt: str | None, where: str) -> list[dict[str, Any]]:
-    """Normalise one input to chat messages whose content is a list of typed items with loaded images.
-
-    Args:
-        item: What `PumaProcessor.process_inputs` takes as one input.
-        prompt: Instruction; that of the input itself takes its place.
-        where: How error messages call the input.
+    """One input of `PumaProcessor.process_inputs` as chat messages: lists of typed items with loaded images.
 
     Raises:
-        ValueError: If it is of an unknown kind, empty, or holds an image that cannot be read.
+        ValueError: If it, called `where`, is of an unknown kind, empty, or holds an image that cannot be read.
         FileNotFoundError: If an image's file is missing.
     """
     try:
@@ -409,14 +404,10 @@ _NOT_VIDEO = ("auto_map", "processor_class", "image_processor_type")
 
 
 def video_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete settings of a video processor, the same whatever is installed.
+    """What `Qwen2VLVideoProcessor(**given).to_dict()` gives where torchvision is installed, whatever is installed.
 
-    Args:
-        given: What a file says of videos, or of images where it says nothing of videos: transformers, too, reads the
-            `preprocessor_config.json` of an original Qwen2-VL as both.
-
-    Returns:
-        What `Qwen2VLVideoProcessor(**given).to_dict()` gives where torchvision is installed.
+    Where a file says nothing of videos, its settings of images are given: transformers, too, reads the
+    `preprocessor_config.json` of an original Qwen2-VL as both.
     """
     found = {name: value for name, value in given.items() if value is not None and name not in _NOT_VIDEO}
     size = dict(found.get("size") or _VIDEO_SETTINGS["size"])
@@ -446,11 +437,7 @@ def read_frames(video: Any, where: str) -> tuple[np.ndarray, float | None]:
 
     Args:
         video: A path, a URL, the bytes of a file, an array of frames or a list of images of one size.
-        where: Name of the input, for errors.
-
-    Raises:
-        ValueError: If the video cannot be read.
-        ImportError: If it is a file and PyAV is not installed.
+        where: Name of the input, for errors: a ValueError, or an ImportError for a file without PyAV.
     """
     is_file = isinstance(video, (str, Path, bytes))
     if is_file and not is_av_available():

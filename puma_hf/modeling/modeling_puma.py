@@ -39,17 +39,14 @@ class PumaModelOutput(ModelOutput):
     """Output of [`PumaModel`].
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            Hidden states after the last kept layer and the final norm.
-        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
-            The row of `last_hidden_state` at the last unmasked token, `[RET]`: the state that
-            self-distillation compares between student and teacher.
-        embeddings (`torch.Tensor` of shape `(batch_size, hidden_size)`):
-            `pooler_output` scaled to unit L2 norm, in float32: the retrieval embedding.
-        hidden_states (`tuple(torch.Tensor)`, *optional*, with `output_hidden_states=True`):
-            One `(batch_size, sequence_length, hidden_size)` tensor for the input embeddings and each layer.
-        attentions (`tuple(torch.Tensor)`, *optional*, with `output_attentions=True` and eager attention):
-            One `(batch_size, num_heads, sequence_length, sequence_length)` tensor per layer.
+        last_hidden_state: `(batch_size, sequence_length, hidden_size)`, after the last kept layer and the final norm.
+        pooler_output: `(batch_size, hidden_size)`, the row of `last_hidden_state` at the last unmasked token, `[RET]`:
+            the state that self-distillation compares between student and teacher.
+        embeddings: `(batch_size, hidden_size)`, `pooler_output` scaled to unit L2 norm, in float32: for retrieval.
+        hidden_states: With `output_hidden_states=True`, `(batch_size, sequence_length, hidden_size)` for the input
+            embeddings and each layer.
+        attentions: With `output_attentions=True` and eager attention, `(batch_size, num_heads, sequence_length,
+            sequence_length)` for each layer.
     """
 
     last_hidden_state: Tensor | None = None
@@ -60,14 +57,11 @@ class PumaModelOutput(ModelOutput):
 
 
 def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Pick each sequence's state at its last unmasked token, for left and right padding alike.
+    """Each sequence's state `(batch_size, hidden_size)` at its last unmasked token, padded on either side.
 
     Args:
         hidden_states: `(batch_size, sequence_length, hidden_size)`.
         attention_mask: `(batch_size, sequence_length)` of 0 and 1, or `None` when nothing is padded.
-
-    Returns:
-        `(batch_size, hidden_size)`.
 
     Example:
 

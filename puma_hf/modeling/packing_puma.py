@@ -23,43 +23,25 @@ _LONGEST_SHARED = 2048
 
 @dataclass(frozen=True)
 class PackedImages:
-    """The images of a packed batch, in the order of their tokens.
+    """The images of a packed batch, in the order of their tokens."""
 
-    Args:
-        pixel_values: `(num_patches, patch_dim)`, in the model's data type.
-        grid_thw: `(num_images, 3)` time, height and width in patches; stays on the CPU, where it is read.
-        patch_positions: `(num_patches, 2)` row and column of each patch.
-        token_index: `(num_visual_tokens,)` where the images' tokens are among the batch's.
-        sequences: The patches of each image (of each frame, to be exact), which attend to one another.
-    """
-
-    pixel_values: Tensor
-    grid_thw: Tensor
-    patch_positions: Tensor
-    token_index: Tensor
-    sequences: Sequences
+    pixel_values: Tensor  # (num_patches, patch_dim), in the model's data type
+    grid_thw: Tensor  # (num_images, 3), time, height and width in patches; stays on the CPU, where it is read
+    patch_positions: Tensor  # (num_patches, 2), row and column
+    token_index: Tensor  # (num_visual_tokens,), where the images' tokens are among the part's
+    sequences: Sequences  # the patches of each image (of each frame, to be exact), which attend to one another
 
 
 @dataclass(frozen=True)
 class PackedPart:
-    """Inputs of a batch that are computed at once.
+    """Inputs of a batch that are computed at once."""
 
-    Args:
-        rows: Which inputs of the batch these are, in the order of `last_index`.
-        input_ids: `(num_tokens,)`: shared prefixes first, then what is left of each input.
-        position_ids: `(3, 1, num_tokens)` positions in time, height and width.
-        sequences: Which tokens attend to which.
-        last_sequences: The same for the last token of each input alone.
-        last_index: `(num_inputs,)` where the last tokens are.
-        images: The images, `None` without any.
-    """
-
-    rows: tuple[int, ...]
-    input_ids: Tensor
-    position_ids: Tensor
-    sequences: Sequences
-    last_sequences: Sequences
-    last_index: Tensor
+    rows: tuple[int, ...]  # which inputs of the batch these are, in the order of last_index
+    input_ids: Tensor  # (num_tokens,): shared prefixes first, then what is left of each input
+    position_ids: Tensor  # (3, 1, num_tokens), in time, height and width
+    sequences: Sequences  # which tokens attend to which
+    last_sequences: Sequences  # the same for the last token of each input alone
+    last_index: Tensor  # (num_inputs,), where the last tokens are
     images: PackedImages | None
 
 
@@ -68,11 +50,6 @@ class PackedBatch:
     """Inputs as the fast path takes them: in parts of a bounded number of tokens, each input in one of them."""
 
     parts: tuple[PackedPart, ...]
-
-    @property
-    def num_inputs(self) -> int:
-        """Number of inputs."""
-        return sum(len(part.rows) for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -152,7 +129,6 @@ def pack(
     image_token_id: int,
     merge_size: int,
     dtype: torch.dtype = torch.float32,
-    shared_prefix: bool = True,
     sequential: bool = False,
     max_tokens: float = float("inf"),
 ) -> PackedBatch:
@@ -165,7 +141,6 @@ def pack(
         image_token_id: The token that stands for a part of an image.
         merge_size: Patches along each side of what becomes one token.
         dtype: Data type of the pixels.
-        shared_prefix: Whether first tokens that inputs share are computed once for all of them.
         sequential: Whether positions count every token, those of images too, instead of M-RoPE.
         max_tokens: Most tokens of a part, but for one input that alone has more.
 
@@ -196,9 +171,7 @@ def pack(
     positions, first_images = _all_positions(rows, grids, image_token_id, merge_size)
     if sequential:
         positions = [_counted(length) for length in lengths]
-    groups = [Group(list(range(len(rows))), 0)]
-    if shared_prefix:
-        groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
+    groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
     pixels = features["pixel_values"].split(grids.prod(dim=1).tolist()) if len(grids) else ()
     parts = []
     for cut in _cut(groups, lengths, max_tokens):
@@ -239,12 +212,7 @@ def _images(pixel_values: Tensor, grids: Tensor, token_index: Tensor, merge_size
 
 
 class Group(NamedTuple):
-    """Sequences that share their first tokens.
-
-    Args:
-        rows: Which sequences.
-        prefix_length: How many tokens they share and compute once; 0 for none.
-    """
+    """Sequences `rows` that share their first `prefix_length` tokens, and compute them once; 0 for none."""
 
     rows: list[int]
     prefix_length: int
@@ -334,21 +302,13 @@ def _lay_out(groups: Sequence[Group], lengths: Sequence[int]) -> tuple[Sequences
     blocks = list(blocks_of_lengths(prefixes))
     last: list[Block] = []
     start, prefix_start, number = sum(prefixes), 0, 0
-    for group in groups:
-        left = [lengths[row] - group.prefix_length for row in group.rows]
-        for block in blocks_of_lengths(left):
-            shifted = replace(
-                block,
-                first_query=start + block.first_query,
-                first_key=start + block.first_key,
-                first_prefix_key=prefix_start,
-                num_prefix_keys=group.prefix_length,
-            )
-            blocks.append(shifted)
-            last.append(replace(shifted, num_queries=1, first_query=number))
+    for rows, prefix_length in groups:
+        left = [lengths[row] - prefix_length for row in rows]
+        for block in blocks_of_lengths(left, start, prefix_start, prefix_length):
+            blocks.append(block)
+            last.append(replace(block, num_queries=1, first_query=number))
             number += block.count
-        start += sum(left)
-        prefix_start += group.prefix_length
+        start, prefix_start = start + sum(left), prefix_start + prefix_length
     return sequences_of(blocks), sequences_of(last)
 
 

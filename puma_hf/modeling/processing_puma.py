@@ -55,25 +55,15 @@ class Reading:
     """One way to read an input: template, text, positions. A model keeps the one that it was trained with.
 
     The embedding is read at the last token, where every template ends.
-
-    Args:
-        template: File of the chat template beside this one.
-        system: What the template calls `system`: the text of a system turn that every input has.
-        positions: "mrope", in time, height and width, as the backbone was made; "sequential", one after another, those
-            of images too.
-        to_sentence: What becomes of the instruction, and then of both, it and the text, with a line break between.
-        max_text_tokens: After so many tokens that text is cut.
-        backbones: The `model_type` of originals that can be read so; None for all.
-        told: The rest of the sentence "Inputs are read as ..." on a card.
     """
 
-    template: str
-    system: str | None = None
-    positions: str = "mrope"
-    to_sentence: Callable[[str], str] | None = None
-    max_text_tokens: int | None = None
-    backbones: tuple[str, ...] | None = None
-    told: str = ""
+    template: str  # the file of the chat template beside this one
+    system: str | None = None  # what the template calls so: the text of a system turn that every input has
+    positions: str = "mrope"  # in time, height and width; "sequential", one after another, those of images too
+    to_sentence: Callable[[str], str] | None = None  # for the instruction, then for both, it and the text
+    max_text_tokens: int | None = None  # of that text
+    backbones: tuple[str, ...] | None = None  # the model_type of originals that can be read so; None for all
+    told: str = ""  # the rest of the sentence "Inputs are read as ..." on a card
 
 
 def released_sentence(text: str) -> str:
@@ -453,9 +443,6 @@ def write_sentence_transformers_files(
         settings: What the directory that the processor came from has in `config_sentence_transformers.json`. Without
             prompts and settings that file is not written.
         overwrite: Whether to replace files that are there already.
-
-    Raises:
-        FileNotFoundError: If the code of the module is not beside this file.
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
     if not module_file.is_file():

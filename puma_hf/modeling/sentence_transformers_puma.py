@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ except ImportError as error:
 
 # Given by teachers and losses that have computed a part already; the fast path starts from tokens and pixels.
 _MODEL_INPUTS = {"position_ids", "inputs_embeds", "mm_encoder_outputs"}
-_PLAIN = FastPath(False, False, False, False, False)
 # Tokens that are computed at once by default. A GPU is busy only with many; a CPU is with few, and its caches hold no
 # more: passages embed 1.2 times as fast as in parts of 8,192.
 CUDA_TOKENS = 16_384
@@ -81,13 +81,14 @@ class PumaTransformer(Transformer):
 
         Returns:
             The processor's batch as a dict, with `modality_ids` and `content_ids`, both `(batch_size,)`; equal
-            inputs have equal content ids.
+            inputs have equal content ids, which `encode` leaves out.
         """
         if not inputs:
             return {}
         packer = self.packer(prompt, processing_kwargs=processing_kwargs, max_length=kwargs.get("max_length"))
-        features = packer.process(inputs)
-        return {**features, "content_ids": content_ids(features), "modality": "message"}
+        features = {**packer.process(inputs), "modality": "message"}
+        # Hashing pixels costs 2 % of embedding an image, and only losses read the ids; `encode` infers.
+        return features if torch.is_inference_mode_enabled() else {**features, "content_ids": content_ids(features)}
 
     def packer(
         self, prompt: str | None = None, *, processing_kwargs: Any = None, max_length: int | None = None
@@ -111,16 +112,14 @@ class PumaTransformer(Transformer):
             "images_kwargs": options.get("image"),
         }
         model: Any = self.model
-        fast_path = self.fast_path or _PLAIN
-        if not fast_path.packing or not can_pack(model):
+        if self.fast_path is None or not can_pack(model):
             return Packer(self.processor, reading, None)
         layout = {
             "image_token_id": model.config.image_token_id,
             "merge_size": model.config.vision_config.spatial_merge_size,
             "dtype": model.visual.dtype,
-            "shared_prefix": fast_path.shared_prefix,
             "sequential": model.config.positions == "sequential",
-            "max_tokens": fast_path.max_tokens or (CUDA_TOKENS if model.device.type == "cuda" else CPU_TOKENS),
+            "max_tokens": self.fast_path.max_tokens or (CUDA_TOKENS if model.device.type == "cuda" else CPU_TOKENS),
         }
         return Packer(self.processor, reading, layout)
 
@@ -158,15 +157,15 @@ class PumaTransformer(Transformer):
         Returns:
             `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, in the order of the inputs.
         """
-        fast_path = self.fast_path or _PLAIN
         if isinstance(batch, dict):
             # A model that is wrapped, as by torch.compile, stays as it is: compiled code notices every change.
-            with fast_vision(self.model.visual, fast_path if self.model is self._unwrapped() else _PLAIN):
+            is_fast = self.fast_path is not None and self.model is self._unwrapped()
+            with fast_vision(self.model.visual) if is_fast else nullcontext():
                 return self._plain(batch)
         device = self.model.device
-        states = [packed_states(self.model, part, fast_path) for part in batch.to(device).parts]
+        states = [packed_states(self.model, part) for part in batch.to(device).parts]
         order = torch.tensor([row for part in batch.parts for row in part.rows]).argsort()
-        pooled = torch.cat(states)[order.to(device)]
+        pooled = torch.cat(states)[order.to(device, non_blocking=True)]  # else the host would wait here for all of it
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
 
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from puma_hf.configs import AnnKind, IndexConfig
+from puma_hf.data.items import Corpus, open_corpus
+from puma_hf.data.records import Record
 from puma_hf.embedding.embed import embed_records, embedding_dim
-from puma_hf.embedding.records import Corpus, Record, open_corpus
 from puma_hf.embedding.run import open_model
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from puma_hf.data.mbeir import MBEIRTask
+from puma_hf.data.tasks import MBEIRTask
 from tests.data import mbeir_builder as builder
 
 Layout = Literal["mrbench", "mteb"]

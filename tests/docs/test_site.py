@@ -90,8 +90,7 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     assert len(listed) == len(set(listed))
     names = {name.rpartition(".")[2] for name in listed}
     packages = [
-        f"puma_hf.{name}"
-        for name in ("losses", "trainer", "data", "evaluation", "embedding", "search", "app", "modeling")
+        f"puma_hf.{name}" for name in ("losses", "trainer", "data", "evaluation", "embedding", "search", "modeling")
     ]
     public = {name for package in ("puma_hf", *packages) for name in import_module(package).__all__}
     assert public - names == {"__version__"}

@@ -32,7 +32,7 @@ from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
 embed = importlib.import_module("puma_hf.embedding.embed")
 # In the n-th batch of the model, or the n-th write of a file whose name ends so: shards are finished in between.
-KILLS = (("batch", 2), (".ids.parquet", 2), (".safetensors", 2), ("batch", 9), ("manifest.json", 1))
+KILLS = (("batch", 2), (".parquet", 2), (".safetensors", 2), ("batch", 2), ("manifest.json", 1))
 OPTIONS = ("model", "output", "shard_size", "format", "precision", "on_error", "max_batch_tokens")
 
 

@@ -150,7 +150,7 @@ def test_ranges_outlive_a_changed_corpus_and_come_from_a_sample(config: Any, tab
 
 def test_one_input_has_no_range(config: Any, table: Path) -> None:
     table.write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match=r"precision='int8' is scaled by .* 2 inputs or more, and of 1 drawn 1 could"):
+    with pytest.raises(ValueError, match=r"precision='int8' is scaled by .* 2 inputs or more, and there are 1 here"):
         embed_corpus(config(precision="int8"))
 
 

@@ -124,6 +124,25 @@ def test_another_size_than_before(store: EmbeddingStore) -> None:
         embed(store, encoder_of(np.ones((2, 4))), texts(2, first=5))
 
 
+@pytest.mark.parametrize("options", [{}, {"truncate_dim": 8}, {"normalize_embeddings": True, "batch_size": 2}])
+def test_a_puma_embeds_as_by_encode(
+    sentence_transformer: Any, images: list[Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    images[0].save(tmp_path / "a.png")
+    picture = Candidate("1:9", None, str(tmp_path / "a.png"))
+    pairs = [*texts(3, "find it"), (picture, ""), (picture, "describe"), (Candidate("1:5", "a.png"), "")]
+    store = EmbeddingStore(tmp_path / "store", {"model": "puma"})
+    rows = store.rows(embed(store, sentence_transformer, pairs, **options))
+    for row, (record, prompt) in zip(rows, pairs, strict=True):
+        wanted = {"normalize_embeddings": True, **options}
+        (expected,) = sentence_transformer.encode([record.model_input], prompt=prompt, **wanted)
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"^query '9:7': no image file at '.*gone\.png'\. Check the path\.$"
+    ):
+        embed(store, sentence_transformer, [(Query("9:7", None, str(tmp_path / "gone.png")), "")], **options)
+
+
 def test_an_input_that_cannot_be_read_is_named(store: EmbeddingStore) -> None:
     class Picky(FakeEncoder):
         def encode(self, inputs: list[Any], prompt: str | None = None, **kwargs: Any) -> Any:

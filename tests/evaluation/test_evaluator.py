@@ -84,41 +84,11 @@ def test_each_call_adds_a_line(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_line_of_other_columns_does_not_get_under_the_old_ones(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_of_other_columns_does_not_get_under_the_old_ones(root: Path, tmp_path: Path) -> None:
     for tasks in (["toys_task0"], ["toys_task1"]):
         MBEIREvaluator(root, split="test", tasks=tasks, name="toys")(FakeEncoder(), str(tmp_path))
-    assert "columns of another evaluation; it is now M-BEIR_evaluation_toys_results.old.csv" in caplog.text
     assert "local_toys_task1_score" in read_csv(tmp_path / CSV)[0]
     assert "local_toys_task0_score" in read_csv(tmp_path / CSV.replace(".csv", ".old.csv"))[0]
-
-
-def test_the_mode_of_every_part_is_kept(root: Path) -> None:
-    class Model(FakeEncoder, torch.nn.Module):
-        def __init__(self) -> None:
-            torch.nn.Module.__init__(self)
-            FakeEncoder.__init__(self)
-            self.frozen = torch.nn.Linear(1, 1).eval()
-            self.trained = torch.nn.Linear(1, 1)
-
-        def encode(self, *args: Any, **kwargs: Any) -> Any:
-            self.eval()
-            return FakeEncoder.encode(self, *args, **kwargs)
-
-    model = Model()
-    evaluator = MBEIREvaluator(root, split="test")
-    evaluator(model)
-    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        model.eval()
-        raise RuntimeError("out of memory")
-
-    model.encode = fail  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator(model)
-    assert model.trained.training
 
 
 def test_several_evaluators(root: Path, tmp_path: Path) -> None:

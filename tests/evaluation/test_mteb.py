@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.evaluation.metrics import retrieval_metrics
 from puma_hf.evaluation.mteb import (
     PumaEncoder,

@@ -12,17 +12,15 @@ import pytest
 import pytrec_eval
 import pytrec_eval_ext
 
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
-from puma_hf.data.mbeir import MBEIR, TASK_MODALITIES, MBEIRTask
+from puma_hf.data.mbeir import MBEIR
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.results import (
     PUBLISHED,
-    PUBLISHED_MODELS,
     PUBLISHED_NOTE,
     MBEIRResults,
     MBEIRTaskResult,
     falling_scores,
-    published_mean,
     read_run,
     write_qrels,
     write_run,
@@ -108,12 +106,8 @@ def test_nothing_published_where_it_would_not_compare(results: MBEIRResults) -> 
 def test_published_figures_are_those_of_the_papers() -> None:
     assert {f"mbeir_{name}" for name in PUBLISHED} == set(MBEIR_INSTRUCTIONS)
     # Each row is rounded to 0.05, and so is the printed mean.
-    for figures, printed in zip(zip(*PUBLISHED.values(), strict=True), published_mean("local"), strict=True):
+    for figures, printed in zip(zip(*PUBLISHED.values(), strict=True), (56.6, 51.8, 54.4), strict=True):
         assert sum(figures) / len(figures) == pytest.approx(printed, abs=0.1)
-    assert published_mean("global") == (54.9, None, None)
-    assert all(said in PUBLISHED_NOTE for said in (*PUBLISHED_MODELS, "2507.08064", "2412.01720", "not measured here"))
-    assert "LamRA 7B with re-ranker 63.7 / 61.4, " in PUBLISHED_NOTE
-    assert "ELVA-7B 58.7 / ?, " in PUBLISHED_NOTE
 
 
 def test_corrected_figures_stand_beside_the_plain_ones() -> None:

@@ -22,7 +22,7 @@ from puma_hf.estimate import count_flops
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, MBEIRTaskResult
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.fingerprint import model_fingerprint
-from puma_hf.hub.card import CardOptions, MeasuredModel, find_results, make_card, read_results, write_card
+from puma_hf.hub.card import CardOptions, CardResults, MeasuredModel, find_results, make_card, write_card
 from puma_hf.model_card import fill_template, with_training_note
 from tests.tiny import build_checkpoint
 
@@ -197,7 +197,7 @@ def test_results_are_found_in_the_directory_and_beside_it_if_they_are_its_own(fo
     closed = write_results(folder.parent / "closed" / "results.json").parent
     closed.chmod(0)  # as in /tmp, where programs have folders that nobody else may look into
     try:
-        found = read_results(MeasuredModel(folder), None)
+        found = CardResults(MeasuredModel(folder)).read(None)
     finally:
         closed.chmod(0o755)
     names = [cited.split("`")[1] for cited, _ in found.evaluations]
@@ -211,11 +211,11 @@ def test_results_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     model = MeasuredModel(folder)
     for made_from in ({"model_fingerprint": "0" * 64}, {"model_fingerprint": None}):
         with pytest.raises(ValueError, match=r"is no result of .*\(it is of another model, by its fingerprint\)"):
-            read_results(model, [write_results(tmp_path / "results.json", **made_from)])
+            CardResults(model).read([write_results(tmp_path / "results.json", **made_from)])
     with pytest.raises(ValueError, match=r"'nowhere/results\.json' is no result of"):
-        read_results(model, ["nowhere/results.json"])
-    with pytest.raises(ValueError, match=r"the file must be called results\.json, distill\.yaml, train\.yaml"):
-        read_results(model, [folder / "config.json"])
+        CardResults(model).read(["nowhere/results.json"])
+    with pytest.raises(ValueError, match=r"config\.json' is no result of"):
+        CardResults(model).read([folder / "config.json"])
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"model: [", b"model: \xff"])
@@ -224,9 +224,9 @@ def test_damaged_files_are_named_and_passed_by(folder: Path, content: bytes, cap
     for name in ("results.json", "train.yaml")[: 1 if content == b"{}" else 2]:
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}' is no result of"):
-            read_results(model, [folder / name])
+            CardResults(model).read([folder / name])
         with caplog.at_level(logging.INFO, logger="puma_hf"):
-            assert (found := read_results(model, None)).evaluations == found.recipes == []
+            assert (found := CardResults(model).read(None)).evaluations == found.recipes == []
         assert "not in the card: " in caplog.text
 
 

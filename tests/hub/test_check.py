@@ -231,8 +231,7 @@ def test_embeddings_are_compared_by_the_worst_number_or_by_cosine() -> None:
     row = compare("a", "b", 3 * expected, expected, ["text", "image"], measure="1 - cosine")
     assert (row.largest, row.ok) == (pytest.approx(0, abs=1e-6), True)
     assert not compare("a", "b", expected * math.nan, expected, ["text", "image"]).ok
-    with pytest.raises(ValueError, match=r"a gives embeddings of shape \(2, 1\), but b \(2, 2\)"):
-        compare("a", "b", expected[:, :1], expected, ["text", "image"])
+    assert compare("a", "b", expected[:, :1], expected, ["text", "image"]).largest == math.inf
 
 
 @pytest.mark.parametrize(
@@ -243,14 +242,14 @@ def test_embeddings_are_compared_by_the_worst_number_or_by_cosine() -> None:
         ({"b": torch.tensor([[2.1]])}, 0.05, "b"),
         ({"b": torch.tensor([2.0])}, math.inf, "b"),
         ({"c": torch.ones(1)}, math.inf, "c"),
-        ({"a": torch.tensor([1.0, math.nan])}, math.nan, "a"),
+        ({"a": torch.tensor([1.0, math.nan])}, math.inf, "a"),
         ({"a": torch.tensor([1.001, -4.0]).bfloat16()}, 0.0, "all tensors"),  # what rounding changed
     ],
 )
 def test_weights_are_compared_tensor_by_tensor(changes: dict[str, Tensor], largest: float, worst: str) -> None:
     expected = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([[2.0]])}
     row = compare_weights("saved", "model", {**expected, **changes}, expected, bound=1e-2)
-    assert row.largest == pytest.approx(largest, rel=1e-3, nan_ok=True)
+    assert row.largest == pytest.approx(largest, rel=1e-3)
     assert (row.worst, row.ok) == (worst, largest <= 1e-2)
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from puma_hf.hub.load_check import LoadCheck, check_loads
 
-FOUND: dict[str, Any] = {"shape": [3, 64], "same_shape": True, "finite": True, "difference": 1e-6, "dtype": "float32"}
-FOUND |= {"unread": [], "1 - cosine": 1e-7}
+FOUND: dict[str, Any] = {"dim": 64, "difference": 1e-6, "dtype": "float32", "unread": [], "1 - cosine": 1e-7}
 
 
 @pytest.fixture
@@ -45,13 +44,11 @@ def test_the_reason_calls_a_copy_by_the_name_of_what_it_was_made_from(script: Pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unread": ["a.weight", "b.weight"]}, r"holds 2 tensors that no loader reads \(first: a\.weight\)"),
-        ({"difference": 2e-4}, "read .* differently"),
-        ({"difference": float("nan")}, "read .* differently"),
-        ({"finite": False}, "read .* differently"),
-        ({"same_shape": False, "difference": None}, "read .* differently"),
+        ({"unread": ["a.weight", "b.weight"]}, r"holds 2 tensors that no loader reads, first a\.weight"),
+        ({"difference": 2e-4}, "read it differently"),
+        ({"difference": float("nan")}, "read it differently"),
         # The entries of 3,584 dimensions are 0.017 on average: a difference says little there.
-        ({"difference": 0.02, "1 - cosine": 0.1, "dtype": "bfloat16"}, "read .* differently"),
+        ({"difference": 0.02, "1 - cosine": 0.1, "dtype": "bfloat16"}, "read it differently"),
     ],
 )
 def test_loaders_that_differ_are_refused(script: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

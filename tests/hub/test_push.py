@@ -181,14 +181,11 @@ def test_a_repository_with_a_licence_alone_is_empty_enough(folder: Path, hub: Hu
 def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(OSError, match="hf auth login"):
         push(folder, "org/puma")
-    with pytest.raises(PermissionError, match=r"The push to 'org/puma' failed \(Invalid user token"):
+    with pytest.raises(OSError, match="Invalid user token"):
         push(folder, "org/puma", token="wrong")
     with pytest.raises(PermissionError, match=r"'me' is no member of 'they', .*\. Choose one of me, org, or"):
         push(folder, "they/puma", token=TOKEN)
     assert loads == []
-    hub.fail = {"api/repos/create": 403}
-    with pytest.raises(PermissionError, match=r"The push to 'org/puma' failed \(.*403"):
-        push(folder, "org/puma", token=TOKEN)
 
 
 @pytest.mark.parametrize("part", ["/preupload/", "lfs/", "/commit/"])
@@ -197,7 +194,7 @@ def test_the_network_goes_in_the_middle(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     hub.fail = {part: None}
-    with pytest.raises(ConnectionError, match=r"'org/puma' failed .* made whole or not at all"):
+    with pytest.raises(ConnectionError, match=r"'org/puma' failed .* Run it again: a commit is whole"):
         push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"] == {}
     hub.fail = {}
@@ -206,16 +203,13 @@ def test_the_network_goes_in_the_middle(
 
 
 @pytest.mark.parametrize(
-    ("part", "status", "kind"),
-    [("/commit/", 400, ConnectionError), ("/commit/", 500, ConnectionError), ("lfs/", 403, PermissionError)],
+    ("part", "status"), [("repos/create", 403), ("/commit/", 400), ("/commit/", 500), ("lfs/", 403)]
 )
-def test_the_hub_refuses(
-    folder: Path, hub: HubServer, loads: list[Any], part: str, status: int, kind: type[Exception]
-) -> None:
+def test_the_hub_refuses(folder: Path, hub: HubServer, loads: list[Any], part: str, status: int) -> None:
     hub.fail = {part: status}
-    with pytest.raises(kind, match=rf"'org/puma' failed \(.*refused by the test|{status}"):
+    with pytest.raises(OSError, match=rf"refused by the test|{status}"):
         push(folder, "org/puma", token=TOKEN)
-    assert hub.repositories["org/puma"].branches["main"] == {}
+    assert not any(repository.branches["main"] for repository in hub.repositories.values())
 
 
 def test_errors_of_the_code_are_not_called_errors_of_the_network(
@@ -268,7 +262,7 @@ def test_a_repository_that_changes_is_left_alone(
     push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
     changing(monkeypatch, lambda: files.update({"notes.md": b"of somebody else"}))
-    with pytest.raises(ConnectionError, match=r"The push to 'org/puma' failed \(.*412"):
+    with pytest.raises(OSError, match=r"A commit has happened since"):
         push(folder, "org/puma", token=TOKEN, message="second")
     assert files["notes.md"] == b"of somebody else"
 
@@ -318,7 +312,7 @@ def base_on_hub(puma_dir: Path, hub: HubServer) -> Repository:
 def test_an_adapter_needs_a_base_that_others_have(adapter: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"which nobody else has. Push that first, and name it: base_model"):
         push(adapter, "org/puma-lora", token=TOKEN)
-    with pytest.raises(ConnectionError, match=r"org/puma"):
+    with pytest.raises(OSError, match=r"Repository Not Found .*models/org/puma"):
         push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
     assert (loads, hub.repositories) == ([], {})
 
@@ -359,7 +353,7 @@ def test_a_directory_that_does_not_load_is_refused_with_the_reason(folder: Path,
     (folder / "modeling_puma.py").write_text(code)
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "language_model.extra": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"holds 1 tensors that no loader reads \(first: language_model\.extra\)"):
+    with pytest.raises(ValueError, match=r"it holds 1 tensors that no loader reads, first language_model\.extra"):
         push(folder, "org/puma", token=TOKEN)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"does not load .*model\.safetensors"):
@@ -391,7 +385,7 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
     assert all(one["difference"] < 1e-4 for one in found.values())
-    assert found["org/puma-lora"]["shape"] == found["org/puma"]["shape"]
+    assert found["org/puma-lora"]["dim"] == found["org/puma"]["dim"]
 
 
 def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,20 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from puma_hf.modeling.fast_path_puma import FastPath
-
 WORDS = ("a", "red", "apple", "on", "table", "the", "green", "of", "wood", "two", "é", "苹果")
 PROMPT = "Find a picture of the red apple on the table."
 OTHER_PROMPT = "Find a picture of a green apple, or a text."
 # The smallest and the largest side of the pictures.
 SIDES = (28, 1000)
-NAMES = tuple(field.name for field in fields(FastPath) if field.type == "bool")
-COMBINATIONS = tuple(itertools.product((True, False), repeat=len(NAMES)))
-
-
-def fast_path(module: Any, *switches: bool) -> Any:
-    """A `FastPath` of the module's own class, which for a model opened from a directory is a copy."""
-    return type(type(module).fast_path)(*switches)
 
 
 def mixed_inputs(count: int, seed: int = 0, *, longest: int = 600) -> list[Any]:
@@ -43,34 +33,27 @@ def mixed_inputs(count: int, seed: int = 0, *, longest: int = 600) -> list[Any]:
             several = [_picture(generator, 200) for _ in range(generator.integers(2, 4))]
             inputs.append({"image": several, "text": _text(generator, 40), "instruction": OTHER_PROMPT})
         elif kind < 0.92:
-            inputs.append(
-                {"text": _text(generator, 60), "instruction": (PROMPT, OTHER_PROMPT, "Find.")[len(inputs) % 3]}
-            )
+            instruction = (PROMPT, OTHER_PROMPT, "Find.")[len(inputs) % 3]
+            inputs.append({"text": _text(generator, 60), "instruction": instruction})
         else:
             inputs.append(inputs[generator.integers(len(inputs))])
     return inputs
 
 
-def batches_of(inputs: list[Any], sizes: tuple[int, ...] = (1, 2, 7, 64, 30, 3, 48, 16)) -> list[list[Any]]:
-    """The inputs in batches of these sizes, again and again."""
-    batches, start = [], 0
-    for size in itertools.cycle(sizes):
-        if start >= len(inputs):
-            return batches
-        batches.append(inputs[start : start + size])
-        start += size
-    raise AssertionError("sizes must not be empty")
-
-
-def features_of(module: Any, batches: list[list[Any]], side: str, **options: Any) -> list[dict[str, Any]]:
-    """Every batch prepared once, every third of them without an instruction."""
+def features_of(module: Any, inputs: list[Any], side: str, sizes: tuple[int, ...], **options: Any) -> list[Any]:
+    """The inputs in batches of these sizes, again and again, prepared once; every third without an instruction."""
     tokenizer = module.processor.tokenizer
     before, tokenizer.padding_side = tokenizer.padding_side, side
+    prompts, start, batches = itertools.cycle((PROMPT, "", OTHER_PROMPT)), 0, []
     try:
-        prompts = itertools.cycle((PROMPT, "", OTHER_PROMPT))
-        return [module.preprocess(batch, prompt=next(prompts), **options) for batch in batches]
+        for size in itertools.cycle(sizes):
+            if start >= len(inputs):
+                return batches
+            batches.append(module.preprocess(inputs[start : start + size], prompt=next(prompts), **options))
+            start += size
     finally:
         tokenizer.padding_side = before
+    raise AssertionError("sizes must not be empty")
 
 
 @torch.inference_mode()

@@ -150,10 +150,6 @@ def varlen_by_its_documentation(
     return torch.cat(parts)
 
 
-def varlen_of_torch_2_11(*args: Any, scale: float | None = None, window_size: Any = (-1, -1)) -> Tensor:
-    return varlen_by_its_documentation(*args, scale=scale, window_size=window_size)
-
-
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setattr(attention_puma, "varlen_attn", request.param)
@@ -163,7 +159,7 @@ def varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 LAST = (Block(2, 1, 4, 0, 3, 0, 3), Block(1, 1, 2, 2, 11))  # one query of each sequence
 
 
-@pytest.mark.parametrize("varlen", [varlen_by_its_documentation, varlen_of_torch_2_11], indirect=True)
+@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
 @pytest.mark.parametrize("key_value_heads", [HEADS, KEY_VALUE_HEADS])
 @pytest.mark.parametrize(
     ("blocks", "causal"),
@@ -211,7 +207,7 @@ class OnCuda:
         ({"capability": (7, 5)}, 128, torch.bfloat16, False),
         ({"built": False}, 128, torch.bfloat16, False),
         ({"hip": "7.0"}, 128, torch.bfloat16, False),
-        ({"options": {"scale"}}, 128, torch.bfloat16, False),  # torch 2.10
+        ({"options": {"scale", "window_size"}}, 128, torch.bfloat16, False),  # torch 2.11
         ({}, 12, torch.bfloat16, False),
         ({}, 512, torch.bfloat16, False),
     ],

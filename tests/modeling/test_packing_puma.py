@@ -131,13 +131,11 @@ def test_an_image_without_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("max_tokens", [float("inf"), 70, 1])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_every_input_is_there_in_its_place(seed: int, shared_prefix: bool, side: str, max_tokens: float) -> None:
+def test_every_input_is_there_in_its_place(seed: int, side: str, max_tokens: float) -> None:
     rows, grids = random_batch(seed)
     features = features_of(rows, flat(grids), side)
-    batch = packed(features, shared_prefix=shared_prefix, max_tokens=max_tokens)
-    assert batch.num_inputs == len(rows)
+    batch = packed(features, max_tokens=max_tokens)
     assert sorted(row for part in batch.parts for row in part.rows) == list(range(len(rows)))
     first_patches = np.cumsum([0, *(sum(int(np.prod(grid)) for grid in of_row) for of_row in grids)])
     for part in batch.parts:
@@ -162,7 +160,7 @@ def test_every_input_is_there_in_its_place(seed: int, shared_prefix: bool, side:
     if max_tokens == 1:
         assert len(batch.parts) == len(rows)
     whole = sum(map(len, rows))
-    assert batch.num_tokens < whole if shared_prefix and max_tokens > whole else batch.num_tokens >= whole - 80
+    assert batch.num_tokens < whole if max_tokens > whole else batch.num_tokens >= whole - 80
 
 
 def test_parts_hold_inputs_of_one_length_and_pay_for_their_prefix() -> None:
@@ -200,7 +198,7 @@ def test_frames_attend_apart_and_pixels_come_in_the_models_type() -> None:
 
 
 def test_without_a_mask_every_token_counts() -> None:
-    (part,) = packed({"input_ids": torch.tensor([[5, 6, RET], [7, 8, RET]])}, shared_prefix=False).parts
+    (part,) = packed({"input_ids": torch.tensor([[5, 6, RET], [7, 8, RET]])}).parts
     assert (part.input_ids.tolist(), part.images) == ([5, 6, RET, 7, 8, RET], None)
 
 
@@ -328,7 +326,7 @@ def test_all_but_the_grid_moves(
     tensors = {name: tensor.device.type for name, tensor in held.items() if torch.is_tensor(tensor)}
     assert {name for name, device in tensors.items() if device == "cpu"} == {"grid_thw"}
     assert len(tensors) >= 9
-    assert (moved.num_inputs, moved.num_tokens) == (batch.num_inputs, batch.num_tokens)
+    assert moved.num_tokens == batch.num_tokens
 
 
 @pytest.mark.parametrize(("packing", "video"), [(False, False), (True, True)])

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
-from puma_hf.data.instructions import MBEIR_INSTRUCTIONS
+from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
 from puma_hf.modeling.packing_puma import PackedPart
@@ -288,8 +288,7 @@ def test_what_the_fast_path_does_not_know_takes_the_plain_path(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batched_vision", [True, False])
-def test_videos_take_the_plain_path(fast: tuple[PumaTransformer, list[int]], batched_vision: bool) -> None:
+def test_videos_take_the_plain_path(fast: tuple[PumaTransformer, list[int]]) -> None:
     """Their frames are batched all the same."""
     module, packed = fast
     config: Any = module.model.config
@@ -300,7 +299,6 @@ def test_videos_take_the_plain_path(fast: tuple[PumaTransformer, list[int]], bat
         "pixel_values_videos": torch.randn(48 + 16, 384, generator=torch.Generator().manual_seed(0)),
         "video_grid_thw": torch.tensor([[3, 4, 4], [1, 4, 4]]),
     }
-    module.fast_path = FastPath(batched_vision=batched_vision)
     vectors = embedded(module, features)
     module.fast_path = None
     assert_close(vectors, embedded(module, features))
@@ -308,7 +306,7 @@ def test_videos_take_the_plain_path(fast: tuple[PumaTransformer, list[int]], bat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", [None, FastPath(), FastPath(packing=False)])
+@pytest.mark.parametrize("path", [None, FastPath()])
 def test_embed_batch_takes_what_a_packer_makes(
     fast: tuple[PumaTransformer, list[int]], images: list[Image.Image], path: FastPath | None
 ) -> None:
@@ -340,7 +338,7 @@ def test_embedding_changes_nothing_that_is_saved(
     after = model.state_dict()
     assert list(after) == list(weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in after.items())
-    model[0].fast_path = FastPath(packing=False)  # a choice of this process
+    model[0].fast_path = FastPath(max_tokens=9)  # a choice of this process
     model.save_pretrained(str(tmp_path / "after"))
     files = {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir() if path.is_file()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "after").iterdir() if path.is_file()} == files

@@ -1,0 +1,334 @@
+"""From many inputs to batches for the model, ahead of it: planned, loaded, decoded and tokenised in worker processes.
+
+The plan needs no more than a guess of how many tokens an input has. What the guess misses is cut by the model's own
+packer, so a wrong one costs a little speed and no more.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from puma_hf.modeling.inputs_puma import is_image_reference, open_image
+
+WINDOW = 4096  # inputs that are sorted together
+_HELD_BYTES = 256 * 2**20  # of images that a window of a stream keeps in memory
+_PREFETCHED = 2  # chunks that each worker prepares ahead
+_BYTES_PER_TOKEN = 4.0  # English prose
+_TOKENS_PER_INPUT = 8.0  # of the template, besides what all inputs share
+_UNKNOWN_PIXELS = 640 * 480  # of an image that has to be downloaded, or loaded by the user
+_TOKENIZERS = "TOKENIZERS_PARALLELISM"
+_FIRST_INPUT = re.compile(r"^inputs\[0\]")
+
+
+@dataclass(frozen=True, order=True)
+class BrokenInput:
+    """An input that has no embedding.
+
+    Args:
+        index: Its position in the inputs.
+        message: What is wrong with it.
+    """
+
+    index: int
+    message: str
+
+
+# --- the plan
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Guesses the tokens of inputs, without decoding their images.
+
+    Args:
+        pixels_per_token: Pixels of an image that become one token.
+        limits: Fewest and most pixels of an image; others are scaled.
+        open_files: Whether the headers of files are read for their size. With a loader of the user's own a path may be
+            anything.
+    """
+
+    pixels_per_token: float
+    limits: tuple[float, float]
+    open_files: bool = True
+
+    def tokens(self, item: Any) -> float:
+        """About how many tokens an input has, as `PumaProcessor.process_inputs` reads it; never an error."""
+        return _TOKENS_PER_INPUT + self._content(item)
+
+    def _content(self, item: Any) -> float:
+        if isinstance(item, str) and not is_image_reference(item):
+            return _text_tokens(item)
+        if isinstance(item, list | tuple):
+            return sum(map(self._content, item))
+        if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
+            given = {key: value for key, value in item.items() if value is not None and key not in ("type", "role")}
+            # A text may be what a file is called: nobody looks at the disk for it.
+            texts = [given.pop(key) for key in ("text", "instruction", "content") if isinstance(given.get(key), str)]
+            return sum(map(_text_tokens, texts)) + sum(map(self._content, given.values()))
+        least, most = self.limits
+        return min(max(self._pixels(item), least), most) / self.pixels_per_token
+
+    def _pixels(self, image: Any) -> float:
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
+            return float(np.prod(image.shape)) / 3
+        try:
+            if isinstance(image, str | bytes) and self.open_files and not str(image[:9]).count("://"):
+                file = io.BytesIO(image) if isinstance(image, bytes) else image
+                with warnings.catch_warnings(action="ignore"), open_image(file) as opened:
+                    return opened.height * opened.width
+        except Exception:  # the processor will say what is wrong with it
+            return 0.0
+        return image.height * image.width if isinstance(image, Image.Image) else _UNKNOWN_PIXELS
+
+
+def _text_tokens(text: str) -> float:
+    return (len(text) if text.isascii() else len(text.encode(errors="replace"))) / _BYTES_PER_TOKEN
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Inputs that are prepared and embedded together, and their positions in the corpus."""
+
+    indices: tuple[int, ...]
+    inputs: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without fail: in a thread of `DataLoader` an error would be lost, and it would wait forever."""
+        try:
+            inputs = pickle.dumps(self.inputs, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # such as of an image that PIL has opened but not read, and cannot
+            inputs = pickle.dumps(tuple(map(_sendable, self.inputs)), pickle.HIGHEST_PROTOCOL)
+        return _unpickled, (self.indices, inputs)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for an input that cannot be read."""
+
+    reason: str
+
+
+def _sendable(item: Any) -> Any:
+    try:
+        pickle.dumps(item)
+    except Exception as error:
+        what = f"cannot be sent to a worker process ({type(error).__name__}: {error}). If it is whole, pass a path or "
+        return Unreadable(what + "bytes in its place, or num_workers=0.")
+    return item
+
+
+def _unpickled(indices: tuple[int, ...], inputs: bytes) -> Chunk:
+    return Chunk(indices, pickle.loads(inputs))
+
+
+def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, padded: bool) -> Iterator[Chunk]:
+    """Cut inputs into chunks of about `max_tokens`, the longest of a window first.
+
+    One window is in memory at a time, whatever the length of the corpus. The plan depends on the inputs alone, so that
+    the same call gives the same bits.
+
+    Args:
+        inputs: The corpus; read once, in order.
+        guess: Guesses tokens.
+        max_tokens: Tokens of a chunk.
+        sort: Whether to sort inside a window; otherwise chunks are consecutive.
+        padded: Whether every input of a chunk costs as much as its longest.
+    """
+    for start, items in _windows(inputs):
+        sizes = [guess.tokens(item) for item in items]
+        order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else range(len(items))
+        for run in cut([sizes[place] for place in order], max_tokens, padded):
+            yield Chunk(tuple(start + place for place in order[run]), tuple(items[place] for place in order[run]))
+
+
+def cut(sizes: Sequence[float], max_tokens: float, padded: bool = False) -> list[slice]:
+    """Consecutive runs whose tokens fit into a budget; one that alone exceeds it is a run of its own.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.embedding.prepare import cut
+
+    >>> cut([9, 4, 3, 3, 1], max_tokens=8)
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    ```
+    """
+    runs, start, total, longest = [], 0, 0.0, 0.0
+    for end, size in enumerate(sizes):
+        total, longest = total + size, max(longest, size)
+        cost = longest * (end + 1 - start) if padded else total
+        if cost > max_tokens and end > start:
+            runs.append(slice(start, end))
+            start, total, longest = end, size, size
+    return [*runs, slice(start, len(sizes))] if start < len(sizes) else runs
+
+
+def _windows(inputs: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
+    # Consecutive inputs with the position of the first; fewer of a stream whose images are large.
+    stream, start = iter(inputs), 0
+    is_list = isinstance(inputs, list | tuple)  # which holds its inputs anyway
+    while True:
+        items, held = [], 0
+        for item in islice(stream, WINDOW):
+            items.append(item)
+            held += 0 if is_list else _held_bytes(item)
+            if held >= _HELD_BYTES:
+                break
+        if not items:
+            return
+        yield start, items
+        start += len(items)
+
+
+def _held_bytes(item: Any) -> int:
+    if isinstance(item, bytes):
+        return len(item)
+    if isinstance(item, Image.Image):
+        return item.height * item.width * len(item.getbands())
+    if isinstance(item, np.ndarray):
+        return item.nbytes
+    parts = item.values() if isinstance(item, Mapping) else item
+    return sum(map(_held_bytes, parts)) if isinstance(item, Mapping | list | tuple) else 0
+
+
+# --- the work
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a chunk.
+
+    Args:
+        indices: Its good inputs.
+        batch: What the packer made of them; None if there are none.
+        broken: Those that cannot be embedded, by index.
+    """
+
+    indices: tuple[int, ...]
+    batch: Any
+    broken: tuple[BrokenInput, ...]
+
+    def pin_memory(self) -> Prepared:
+        """The same in pinned memory; `DataLoader` calls it."""
+        return Prepared(self.indices, _map_batch(self.batch, lambda part: part.pin_memory()), self.broken)
+
+    def on(self, device: torch.device) -> Any:
+        """The batch on a device; from pinned memory it is copied while the device computes."""
+        return _map_batch(self.batch, lambda part: part.to(device, non_blocking=True))
+
+
+def _map_batch(batch: Any, change: Callable[[Any], Any]) -> Any:
+    if not isinstance(batch, dict):  # packed, or nothing
+        return batch and change(batch)
+    return {name: change(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class _Preparer(Dataset[Prepared]):
+    """Makes what the model takes of chunks. It goes to the worker processes, so it holds no weights."""
+
+    packer: Any
+    load: Callable[[Any], Any] | None
+
+    def __getitem__(self, chunk: Chunk) -> Prepared:
+        """Prepare a chunk. No input of it is an error: `Prepared.broken` names those that are broken."""
+        broken: list[BrokenInput] = []
+        items = list(self._loaded(chunk, broken))
+        batch = self._packed(items, broken)
+        bad = {one.index for one in broken}
+        return Prepared(tuple(index for index, _ in items if index not in bad), batch, tuple(sorted(broken)))
+
+    def _loaded(self, chunk: Chunk, broken: list[BrokenInput]) -> Iterator[tuple[int, Any]]:
+        for index, item in zip(chunk.indices, chunk.inputs, strict=True):
+            if isinstance(item, Unreadable):
+                broken.append(BrokenInput(index, f"inputs[{index}]: {item.reason}"))
+                continue
+            try:
+                yield index, item if self.load is None else self.load(item)
+            except MemoryError:
+                raise
+            except Exception as error:  # the loader is the user's: whatever it raises is about this input
+                reason = f"load failed with {type(error).__name__}: {error}"
+                broken.append(BrokenInput(index, f"inputs[{index}]: {reason}"))
+
+    def _packed(self, items: Sequence[tuple[int, Any]], broken: list[BrokenInput]) -> Any:
+        if not items:
+            return None
+        try:
+            return self.packer([item for _, item in items])
+        except MemoryError:
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                broken.append(BrokenInput(items[0][0], _message(error, items[0][0])))
+                return None
+            # One by one, to find out which.
+            good = [item for item in items if self._packed([item], broken) is not None]
+            if len(good) == len(items):
+                raise  # each is good by itself: not the fault of an input
+            return self._packed(good, broken)
+
+
+def prepared(
+    chunks: Iterable[Chunk], packer: Any, load: Callable[[Any], Any] | None, *, num_workers: int, pin_memory: bool
+) -> Generator[Prepared, None, None]:
+    """Prepare chunks ahead, in order; only those on their way are in memory.
+
+    Args:
+        chunks: The plan; read as far ahead as the workers get.
+        packer: A `Packer`.
+        load: The user's own loader.
+        num_workers: Worker processes; 0 prepares each chunk when it is asked for.
+        pin_memory: Whether batches come in pinned memory.
+
+    Raises:
+        RuntimeError: If a worker process dies.
+    """
+    loader: DataLoader[Prepared] = DataLoader(
+        _Preparer(packer, load),
+        sampler=chunks,
+        batch_size=None,  # what the sampler yields is a batch
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=_PREFETCHED if num_workers else None,
+        generator=torch.Generator(),  # by default a seed is drawn from the user's own random numbers
+    )
+    with _one_thread_each(num_workers):
+        batches = iter(loader)  # the workers start here
+    yield from batches
+
+
+@contextmanager
+def _one_thread_each(num_workers: int) -> Iterator[None]:
+    # Tokenizers' own threads do not survive a fork; it warns unless told before.
+    if not num_workers or _TOKENIZERS in os.environ:
+        yield
+        return
+    os.environ[_TOKENIZERS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_TOKENIZERS]
+
+
+def _message(error: Exception, index: int) -> str:
+    # The processor's message, with the input's own index: it was tried alone.
+    is_ours = isinstance(error, ValueError | FileNotFoundError | ImportError)
+    text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+    return _FIRST_INPUT.sub(f"inputs[{index}]", text) if _FIRST_INPUT.match(text) else f"inputs[{index}]: {text}"
