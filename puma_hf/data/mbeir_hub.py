@@ -26,7 +26,7 @@ from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask,
 from puma_hf.files import write_whole
 from puma_hf.settings import shown
 
-# The folders of each part of a copy; of those in one list there is one.
+# The folders of each part of a copy; the first that is there is taken.
 _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "default", "data"]}
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
@@ -151,7 +151,8 @@ def copy_files(folder: Path, role: str, split: str) -> list[Path]:
         FileNotFoundError: If the part, the split or a file of it is missing.
     """
     splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
-    for file in sorted(file for name in _FOLDERS[role] for file in (folder / name).rglob("*.parquet")):
+    files = (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])
+    for file in next(filter(None, files), []):
         name, total = match.groups() if (match := _SHARD.fullmatch(file.stem)) else (file.stem, 1)
         splits[name].append((file, int(total)))
     # A pool has a split of any name, but queries of another split are other queries.
