@@ -122,6 +122,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 def _tensor_names(path: Path) -> set[str]:
     try:
+        # The names stand in the header: some kilobytes of a file of gigabytes are read, and its length is checked.
         with safe_open(path, framework="pt") as file:
             return set(file.keys())
     except SafetensorError as error:
@@ -209,6 +210,7 @@ def kept_weights(checkpoint: SourceCheckpoint, layers: Sequence[int]) -> Iterato
             if absent:
                 named = f"{len(absent)} tensors that {INDEX_NAME} places in it (first: {min(absent)!r})"
                 raise ValueError(f"{file_name!r} lacks {named}. Download the checkpoint again.")
+            # A link: shards stay where they are, in the user's folder or in the cache of the Hub.
             (folder / file_name).symlink_to(path.resolve())
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": kept}))
         yield folder

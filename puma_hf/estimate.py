@@ -189,6 +189,7 @@ def estimate(
     pixels = config.max_pixels or 300 * _PIXELS_OF_TOKEN
     images = (0 if is_nli else 1) if images is None else images
     tokens = tokens or (_NLI_TOKENS if is_nli else config.max_length or 512)
+    # An image is never cut, and the prompt around it takes 34 tokens.
     tokens = max(tokens, math.ceil(pixels / _PIXELS_OF_TOKEN) + 34 if images else 0)
     work = _Work(config, shape, tokens, config.batch_size * images, pixels, mask_bytes=1 if device == "cuda" else 4)
     if rows is None and (rows := _ROWS.get(Path(config.data).name)) and is_nli and isinstance(config, DistillConfig):
@@ -290,7 +291,9 @@ class _Work:
         Backward passes go through the frozen weights once (no gradient of the weights) and through the adapters twice.
         """
         sequences = self.columns * self.config.batch_size
-        attention = 4 * self.tokens * self.hidden  # of a token in a layer
+        # A weight costs a token two operations: one multiplication, one addition. Attention of a token in a layer is
+        # two products with all tokens, 2 h each.
+        attention = 4 * self.tokens * self.hidden
         forward = 2 * (self.layer + self.adapter) + attention
         backward = 2 * self.layer + 4 * self.adapter + 2 * attention
         again = int(self.config.gradient_checkpointing) + int(getattr(self.config, "cached", False))
@@ -310,6 +313,7 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     if file.is_file():
         shape = PumaConfig.from_pretrained(file, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
         return shape, f"Shapes are those of {file}."
+    # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.
     size = re.search(r"(?:qwen2-vl|puma)-([27])b\b", name.lower())
     depth = re.search(r"\bk(\d+)\b", name.lower())
     named = int(depth[1]) if depth else _NUM_LAYERS if model is not None else None

@@ -157,6 +157,7 @@ def _stock_config(puma_config: Any) -> Any:
     settings = {name: value for name, value in puma_config.to_dict().items() if name not in _NOT_STOCK}
     own = [entry.name for entry in fields(PumaConfigMixin)]
     lineage = {name: settings.pop(name) for name in own if name in settings}
+    # A stock class of fewer layers is still the stock class: the number of layers tells it all.
     settings["model_type"] = puma_config.source_model_type
     config = CONFIG_MAPPING[puma_config.source_model_type].from_dict(settings)
     # transformers reads the first of the two, vLLM the one of the text tower.
@@ -173,6 +174,7 @@ def _write_weights(stored: StoredWeights, config: Any, folder: Path, source: str
         model.model.load_state_dict(dict(stored), assign=True)
     except RuntimeError as error:
         raise ValueError(f"{source!r} has other tensors than its config.json says. Save it again. {error}") from error
+    # The head that the stock class wants costs nothing: it is the embedding, and is not written.
     model.tie_weights()
     model.save_pretrained(folder, max_shard_size="5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)  # it does not generate

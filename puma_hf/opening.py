@@ -26,6 +26,7 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     Example:
         >>> model = open_sentence_transformer("puma-k4-mac", device="cpu")  # doctest: +SKIP
     """
+    # A local directory was put there by the user, and its code is what `puma-hf prune` wrote. A repository may change.
     is_folder = Path(name).is_dir()
     loading["trust_remote_code"] = loading.get("trust_remote_code", False) or is_folder
     try:

@@ -212,6 +212,7 @@ def prune(
 
 
 def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any, is_original: bool) -> str:
+    # An original reads as it is asked to; a PUMA directory's weights know one reading, the one of its processor.
     own = None if is_original else read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")
     name = str((own or "puma") if asked is None else asked)
     backbones = reading_of(name).backbones or (config.source_model_type,)
@@ -246,6 +247,7 @@ def _build_processor(checkpoint: SourceCheckpoint, config: Any, reading: str) ->
 
 
 def _load_kept(checkpoint: SourceCheckpoint, config: Any, layers: list[int], dtype: str | torch.dtype) -> PumaModel:
+    # Only what is kept is read: a 7B cut to 12 of 28 layers takes 8 GB of memory in bfloat16, not 15.5.
     model_class = MODEL_CLASSES[type(config)]
     with kept_weights(checkpoint, layers) as weights:
         try:
@@ -328,6 +330,7 @@ def set_limits(
             f"max_pixels={highest!r} must be a whole number of at least {least}: a visual token has "
             f"{pixels_per_token(images)} pixels, and images are enlarged to {lowest} (shortest_edge). Choose more."
         )
+    # In the place where stock image processors look, so that they read alike.
     images.size = SizeDict(shortest_edge=lowest, longest_edge=highest)
     if max_length is not None:
         processor.tokenizer.model_max_length = max_length

@@ -6,25 +6,17 @@ from typing import TYPE_CHECKING
 
 from puma_hf.lazy import resolver
 
-# Name -> module. Resolved on first use: the command reads `pairs_config` for its options, and --help is to be quick.
-_NAMES = {
-    "Candidate": "puma_hf.data.mbeir",
-    "DistinctPositivesBatchSampler": "puma_hf.data.sampler",
-    "MBEIR": "puma_hf.data.mbeir",
-    "MBEIRFormatError": "puma_hf.data.records",
-    "MBEIRTask": "puma_hf.data.tasks",
-    "MBEIR_DATASET_IDS": "puma_hf.data.tasks",
-    "MBEIR_INSTRUCTIONS": "puma_hf.data.tasks",
-    "Query": "puma_hf.data.mbeir",
-    "TASK_MODALITIES": "puma_hf.data.tasks",
-    "build_nano": "puma_hf.data.mbeir_write",
-    "check_pairs": "puma_hf.data.pairs_report",
-    "load_items": "puma_hf.data.items",
-    "load_mbeir": "puma_hf.data.items",
-    "load_mbeir_items": "puma_hf.data.items",
-    "load_pairs": "puma_hf.data.pairs",
-    "open_mbeir": "puma_hf.data.mbeir_hub",
-    "write_mbeir": "puma_hf.data.mbeir_write",
+# Imported on first use, so that who needs one of them does not wait for the libraries of all.
+_MODULES = {
+    "puma_hf.data.items": ("load_items", "load_mbeir", "load_mbeir_items"),
+    "puma_hf.data.mbeir": ("MBEIR", "Candidate", "Query"),
+    "puma_hf.data.mbeir_hub": ("open_mbeir",),
+    "puma_hf.data.mbeir_write": ("build_nano", "write_mbeir"),
+    "puma_hf.data.pairs": ("load_pairs",),
+    "puma_hf.data.pairs_report": ("check_pairs",),
+    "puma_hf.data.records": ("MBEIRFormatError",),
+    "puma_hf.data.sampler": ("DistinctPositivesBatchSampler",),
+    "puma_hf.data.tasks": ("MBEIRTask", "MBEIR_DATASET_IDS", "MBEIR_INSTRUCTIONS", "TASK_MODALITIES"),
 }
 
 __all__ = [
@@ -48,7 +40,7 @@ __all__ = [
 ]
 
 
-__getattr__ = resolver(__name__, _NAMES)
+__getattr__ = resolver(__name__, {name: module for module, names in _MODULES.items() for name in names})
 
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ class Images:
         self.root = None if root is None else os.path.realpath(root)
         self._folders: dict[str, str] = {}
         self._decode, self._save_to, self._dry = decode, save_to, dry
-        self.sizes: dict[str, tuple[int, int]] = {}  # width and height of each path that was read
+        self.read_paths: set[str] = set()
 
     def find(self, img_path: str, where: str, *, may_be_missing: bool = False) -> str:
         """The absolute path of an image.
@@ -66,6 +66,7 @@ class Images:
         """
         if "\0" in img_path or not is_unicode(img_path):  # JSON may hold half a character, which nobody could show
             raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file: no path can be called so.")
+        # Normalised as text first, then followed: a `..` behind a link would lead elsewhere on the disk.
         full = os.path.normpath(os.path.join(self.root or os.getcwd(), img_path))
         if self.root is not None:
             # Folders are resolved once: a pool of millions costs two looks at the disk an image, and no more.
@@ -80,9 +81,8 @@ class Images:
             mode = None
         is_good = may_be_missing if mode is None else stat.S_ISREG(mode)  # to open a pipe may take for ever
         if not is_good:
-            remedy = "Check the path; M-BEIR's images may be elsewhere: MBEIR(..., image_root=...), in Python alone"
-            below = "" if self.root is None else f" below {self.root}"
-            raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file{below}. {remedy}")
+            below = "" if self.root is None else f" below {self.root} (or elsewhere: MBEIR(image_root=...))"
+            raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file{below}. Check the path.")
         return full
 
     def _inside(self, path: str, img_path: str, where: str) -> str:
@@ -91,8 +91,7 @@ class Images:
         root = str(self.root)
         if os.path.commonpath([root, real]) != root:
             by = "passes a symbolic link that leaves" if os.path.commonpath([root, path]) == root else "leaves"
-            remedy = "keep the files below it (hf download --local-dir FOLDER writes files instead of links), write "
-            remedy += "paths relative to it, or name their real folder: MBEIR(..., image_root=...), in Python alone"
+            remedy = "keep it below (hf download --local-dir FOLDER writes no links), or use MBEIR(image_root=...)"
             raise wrong(where, f"image path {shown(img_path)} {by} {root}; {remedy}", "image refused")
         return real
 
@@ -110,40 +109,34 @@ class Images:
             MBEIRFormatError: If the value is no path, or one that leaves the folder.
         """
         content = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(content, bytes):
-            return self._save(content, where)
         path = value.get("path") if isinstance(value, dict) else value
-        if not isinstance(path, str):
+        if isinstance(content, bytes) and self._save_to is None:
+            what = "the image is inside the dataset. Save it to a folder (load_pairs: images_to=FOLDER, --images-to)."
+            raise InsideImageError(f"{where}: {what}")
+        if isinstance(content, bytes):
+            kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", self._decode)
+            name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind.lower()}"
+            full = os.path.abspath(os.path.join(str(self._save_to), name))
+            if not self._dry and not os.path.isfile(full):
+                write_whole(Path(full), content, sync=False)
+        elif isinstance(path, str):
+            full = self.find(path, where)
+            if full not in self.read_paths:  # five captions of an image cost one look at it
+                image_header(full, f"{where}: {full!r}", self._decode)
+        else:
             raise wrong(where, f"image is {shown(value)}, must be the path of a file, or null.", "image refused")
-        full = self.find(path, where)
-        if full not in self.sizes:
-            self.sizes[full] = image_header(full, f"{where}: {full!r}", decode=self._decode)[0]
+        self.read_paths.add(full)
         return full
 
-    def _save(self, content: bytes, where: str) -> str:
-        """The path of a file with the bytes of an image, named by their hash."""
-        if self._save_to is None:
-            remedy = "Save the images to a folder (load_pairs: images_to=FOLDER, --images-to), and name that."
-            raise InsideImageError(f"{where}: the image is inside the dataset, must be the path of a file. {remedy}")
-        name = f"{where}: the image inside ({len(content)} bytes)"
-        size, kind = image_header(content, name, decode=self._decode)
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        path = Path(os.path.abspath(self._save_to), f"{digest}.{kind.lower()}")
-        if not self._dry and not path.is_file():
-            write_whole(path, content, sync=False)
-        self.sizes[str(path)] = size
-        return str(path)
 
-
-def image_header(source: str | bytes, name: str, *, decode: bool = False) -> tuple[tuple[int, int], str]:
-    """Width and height of an image, and its format; a BrokenImageError if a model could not take it."""
+def image_header(source: str | bytes, name: str, decode: bool = False) -> str:
+    """The format of an image; a BrokenImageError if a model could not take it."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings(action="ignore"), open_image(file) as image:
             size, kind = image.size, image.format or "png"
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
-        what = f"{name} cannot be read as an image ({reason_of(error)})"
-        raise BrokenImageError(f"{what}. Replace it or leave it out.") from error
+        raise BrokenImageError(f"{name} cannot be read as an image ({reason_of(error)}). Replace it.") from error
     # What the processor would refuse later, in the middle of a run; the header tells it.
     most = Image.MAX_IMAGE_PIXELS or float("inf")
     if size[0] * size[1] > most or max(size) > MAX_ASPECT_RATIO * min(size):
@@ -154,7 +147,7 @@ def image_header(source: str | bytes, name: str, *, decode: bool = False) -> tup
             load_rgb_image(source, name)
         except ValueError as error:
             raise BrokenImageError(str(error)) from error
-    return size, kind
+    return kind
 
 
 # --- folders of images
@@ -167,6 +160,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     entered: two may lead into each other. What else is left out is counted by kind.
     """
     left_out = Counter() if left_out is None else left_out
+    # Names of hidden files are of other programs: thumbnails, `._photo.jpg` of macOS, checkouts.
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         left_out.update("linked folder" for name in names if os.path.islink(os.path.join(parent, name)))
@@ -195,6 +189,7 @@ def image_table(folder: Path) -> Path | None:
     It is one whose first row with a file's name names an image: other programs write a `metadata.json`, too. A
     ValueError if there are several.
     """
+    # The first row that names a file tells: a table of another kind in the same folder must not hide the images.
     found = []
     for table in table_files(folder, named=True):
         rows = (line.columns for line in item_lines(table) if line.error is None)

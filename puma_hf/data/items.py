@@ -21,20 +21,7 @@ import numpy as np
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
 from puma_hf.data.mbeir import MBEIR, Pool, Query, check_is_file, is_mbeir, parse_candidate, seeded_random
-from puma_hf.data.records import (
-    COLUMNS,
-    Line,
-    MBEIRFormatError,
-    Problems,
-    Record,
-    dataset_lines,
-    file_state,
-    item_lines,
-    location,
-    on_disk,
-    read_lines,
-    wrong,
-)
+from puma_hf.data.records import COLUMNS, Line, Problems, Record, dataset_lines, file_state, item_lines, on_disk, wrong
 from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.fingerprint import image_content
 from puma_hf.settings import cut, is_unicode, shown
@@ -65,15 +52,10 @@ def load_mbeir(
 
     Every cell is a struct `{"text": str | None, "image": absolute path | None}`, the anchor's also has
     "instruction"; images are read when a batch is collated.  The candidates come from the global pool of the
-    split.  Each choice depends only on the seed and the row, never on the order of calls:
-
-    - the instruction: one of its wordings;
-    - the positive: one of `pos_cand_list`;
-    - the negatives: drawn from `neg_cand_list`, less the positives, without repetition; a query with fewer
-      than `num_negatives` repeats its own in turn, which counts them twice in a softmax; one with none at all
-      is an error or is dropped, see `missing_negatives`.
-
-    The rows are made once and kept in the cache of `datasets`; all processes of a machine map the same file.
+    split.  Three choices are made, each by the seed and the row alone, whatever the order of calls: one of the wordings
+    of the instruction; one of `pos_cand_list` as the positive; negatives from `neg_cand_list`, less the positives,
+    without repetition. A query with fewer than `num_negatives` repeats its own in turn, which counts them twice in a
+    softmax. The rows are made once and kept in the cache of `datasets`; all processes of a machine map the same file.
 
     Args:
         root: Folder in M-BEIR's layout, or an `MBEIR` of it.
@@ -81,11 +63,10 @@ def load_mbeir(
             repeated), or any other split.
         tasks: Names such as "webqa_task1"; None for all.
         num_negatives: Number of columns `negative_1`, `negative_2`, ...
-        missing_negatives: What to do with a query without hard negatives if `num_negatives` > 0.
+        missing_negatives: What to do with a query without any hard negative if `num_negatives` > 0.
         seed: Seed of the choices above.
-        with_ids: Whether to add the columns `qid`, `did` (the chosen positive) and `positives` (all of them),
-            which a batch sampler can use to keep false negatives apart.  Remove them before training: a
-            trainer embeds every column.
+        with_ids: Whether to add the columns `qid`, `did` (the chosen positive) and `positives` (all of them), by which
+            a batch sampler keeps false negatives apart. Remove them before training: a trainer embeds every column.
 
     Raises:
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
@@ -101,19 +82,19 @@ def load_mbeir(
     if missing_negatives not in ("error", "drop"):
         raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
     data, names = root if isinstance(root, MBEIR) else MBEIR(root), _names(tasks)
-    features = training_features(num_negatives, with_ids)
 
+    # The generator runs in one process of a machine, and only if the cache has no such rows yet.
     def rows() -> Iterator[dict[str, Any]]:
         pool, dropped = data.global_pool(split), 0
-        for query, row, path, _ in _queries(data, split, names, pool, seed, judged=True):
+        for query, row, where, _ in _queries(data, split, names, pool, seed, judged=True):
             negatives = _choose_negatives(query, num_negatives, row, seed)
             if len(negatives) < num_negatives and missing_negatives == "drop":
                 dropped += 1
                 continue
             if len(negatives) < num_negatives:
-                what = f"query {shown(query.id)} has no negatives but num_negatives is {num_negatives}"
-                remedy = "pass num_negatives=0 or missing_negatives='drop'"
-                raise wrong(location(path, query.line), f"{what}; {remedy}")
+                raise wrong(
+                    where, f"query {query.id!r} has no negatives; pass num_negatives=0 or missing_negatives='drop'"
+                )
             positive = pool[_choose_positive(query, row, seed)]
             # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
             instruction = data.instruction(query, positive.modality, seed, row=row)
@@ -124,7 +105,7 @@ def load_mbeir(
             logger.warning("Dropped %d queries of %s without negatives", dropped, split)
 
     key = ["load_mbeir 1", names, num_negatives, missing_negatives, seed, with_ids, _state(data, split)]
-    return on_disk(rows, features, key)
+    return on_disk(rows, training_features(num_negatives, with_ids), key)
 
 
 def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
@@ -138,8 +119,8 @@ def training_features(num_negatives: int, with_ids: bool) -> datasets.Features:
 
 def training_row(anchor: Record, positive: Record, negatives: Sequence[Record]) -> dict[str, Any]:
     """One of them, without ids."""
-    others = {f"negative_{number}": record for number, record in enumerate(negatives, start=1)}
-    cells = {name: {"text": one.text, "image": one.image} for name, one in {"positive": positive, **others}.items()}
+    sides = {"positive": positive, **{f"negative_{number}": one for number, one in enumerate(negatives, start=1)}}
+    cells = {name: {"text": one.text, "image": one.image} for name, one in sides.items()}
     return {"anchor": {name: getattr(anchor, name) for name in COLUMNS}, **cells}
 
 
@@ -156,13 +137,14 @@ def _state(data: MBEIR, split: str) -> list[Any]:
 
 def _queries(
     data: MBEIR, split: str, names: Sequence[str] | None, pool: Pool, seed: int, *, judged: bool
-) -> Iterator[tuple[Query, int, Path, MBEIRTask]]:
-    """Each query of the wanted tasks with its row number, file and task.
+) -> Iterator[tuple[Query, int, str, MBEIRTask]]:
+    """Each query of the wanted tasks with its row number, its place and its task.
 
     Where the name of a file does not tell the task, the positive does. If they are `judged`, there must be one, and
     all candidates must be in the pool.
     """
     mixed = data.mixed_paths(split)
+    # Of "train" M-BEIR has files of whole datasets, of "union_train" one file; demo and pairs have one a task.
     known = data.task_files(split) if mixed else data.tasks(split)
     found = set(known)
     files: list[tuple[Path, MBEIRTask | None]] = [(data.query_path(split, task), task) for task in known]
@@ -171,27 +153,26 @@ def _queries(
             continue
         with Problems(path) as problems:
             for row, query in enumerate(data.read_queries(path, problems, task)):
-                where = location(path, query.line)
-                if (judged or task is None) and not problems.attempt(_check_candidates, query, pool, where):
+                its, where = task, f"{path}, line {query.line}"
+                if (judged or its is None) and (what := _lacks(query, pool)):
+                    problems.add(wrong(where, what, "no candidate"))
                     continue
-                its = task
                 if its is None:
                     its = data.task_of(query, pool[_choose_positive(query, row, seed)].modality)
                     found.add(its)
                 if names is None or its.name in names:
-                    yield query, row, path, its
+                    yield query, row, where, its
     select_tasks(sorted(found), names)  # a name that is none of these is an error
 
 
-def _check_candidates(query: Query, pool: Pool, where: str) -> bool:
+def _lacks(query: Query, pool: Pool) -> str:
+    """What a query must have to be trained on, and has not."""
     if not query.positives:
-        what = f"pos_cand_list of query {shown(query.id)} is empty; a training row needs a positive"
-        raise wrong(where, what, "no positive")
+        return f"pos_cand_list of query {shown(query.id)} is empty; a training row needs a positive"
     for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
         if unknown := [did for did in dids if did not in pool]:
-            what = f"{name} has dids that are not in the global pool of the split: {shown(unknown[:3])}"
-            raise wrong(where, what, "did that is in no pool")
-    return True
+            return f"{name} has dids that are not in the global pool of the split: {shown(unknown[:3])}"
+    return ""
 
 
 def _choose_positive(query: Query, row: int, seed: int) -> str:
@@ -213,18 +194,15 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
 
     A source is one of
 
-    - a folder of images, with all folders below it, or with a table of them: `metadata.csv`, `.jsonl` or `.parquet`
-      with `file_name` and `text`, as the Hub has it;
-    - a .txt with one text a line;
-    - a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path below the file's own
-      folder) and `instruction`, or with the NLI columns sent0, sent1 and hard_neg, each an item of its own;
-      other columns are ignored; BEIR's `corpus.jsonl`, a title before its text;
+    - a folder of images, with all folders below it, or with a table of them: `metadata` or `captions` with `file_name`
+      and `text`, as the Hub has it;
+    - a .txt with one text a line; a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path
+      below the file's own folder) and `instruction`, or with NLI's columns, whose sentences are an item each;
     - a `datasets.Dataset` with such columns, or with the result's column `item`;
     - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
 
     Equal items come once, and texts lose the blanks around them. Only the header of an image file is read here; damage
-    further in is found when a batch needs the image, with the file's name in the error. The items are made once and
-    kept in the cache of `datasets`.
+    further in is found when a batch needs the image. The items are made once and kept in the cache of `datasets`.
 
     Args:
         source: A source, several in a list, or several paths joined with commas.
@@ -235,8 +213,8 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
         A dataset with the column `item`, structs `{"text": ..., "image": absolute path, "instruction": ...}`.
 
     Raises:
-        FileNotFoundError: If a source or an image is missing.
-        ValueError: If a source holds nothing, or a line of it is wrong, which the message names.
+        FileNotFoundError: If a source is missing, or images are all that is.
+        ValueError: If a source holds nothing, or lines of it are wrong; all are counted, and the first named.
 
     Example:
 
@@ -247,13 +225,13 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
     ['item']
     ```
     """
+    # A comma may be part of a name.
     if isinstance(source, str) and "," in source and not Path(source).exists():
         source = [name.strip() for name in source.split(",")]
     sources = list(source) if isinstance(source, list | tuple) else [source]
     if not sources or "" in [one for one in sources if isinstance(one, str)]:
         raise ValueError(f"The source is {shown(sources)}, must name at least one file or folder, and no empty name.")
-    opened = [_open(one, split, seed) for one in sources]
-    return on_disk(partial(_item_rows, opened), _ITEMS, ["items 2", *(key for _, key in opened)])
+    return _items([_open(one, split, seed) for one in sources])
 
 
 def load_mbeir_items(
@@ -264,8 +242,7 @@ def load_mbeir_items(
     Queries carry one wording of their instruction, drawn with the seed; candidates carry none, and are those of the
     whole pool, whatever the tasks. Nothing in the result tells which candidate answers which query.
     """
-    opened = _open_mbeir(root if isinstance(root, MBEIR) else MBEIR(root), split, tasks, seed)
-    return on_disk(partial(_item_rows, [opened]), _ITEMS, ["items 2", opened[1]])
+    return _items([_open_mbeir(root if isinstance(root, MBEIR) else MBEIR(root), split, tasks, seed)])
 
 
 # A source: its records, and what they depend on.
@@ -281,8 +258,10 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
         corpus = Corpus(Path("the dataset"), None, partial(dataset_lines, source), _table_record)
         return partial(_records, corpus), ["dataset", source._fingerprint]
     if not isinstance(source, str | Path):
-        allowed = "a path, a datasets.Dataset, an MBEIR, or a list of such. Of a DatasetDict choose one split"
-        raise ValueError(f"A source is a {type(source).__name__}, must be {allowed}.")
+        kind = type(source).__name__
+        raise ValueError(
+            f"A source is a {kind}, must be a path, a Dataset or an MBEIR. Of a DatasetDict choose a split."
+        )
     corpus = open_corpus(source)
     files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
     return partial(_records, corpus), ["files", *map(file_state, files)]
@@ -301,7 +280,7 @@ def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int)
 
 
 def _records(corpus: Corpus) -> Iterator[Record]:
-    """The good records of a corpus, whose images can be read; what is wrong with the others is told in one error."""
+    """The records of a corpus, whose images can be read; what is wrong is told in one error."""
     images = Images()  # where they may be has been looked at by then
     with Problems(corpus.path) as problems:
         for line in corpus.lines():
@@ -313,18 +292,22 @@ def _records(corpus: Corpus) -> Iterator[Record]:
                 yield record
 
 
-def _item_rows(opened: Sequence[_Opened]) -> Iterator[dict[str, Any]]:
-    seen: set[int] = set()  # hashes: two different items of ten million have the same once in 400,000 times
-    for records, _ in opened:
-        record = None
-        for record in records():
-            item = {"text": record.text and record.text.strip(), "image": record.image}
-            item["instruction"] = record.instruction and record.instruction.strip()
-            if (value := hash(tuple(item.values()))) not in seen:
-                seen.add(value)
-                yield {"item": item}
-        if record is None:
-            raise ValueError("A source holds no items. Name one with at least one text or image.")
+def _items(opened: Sequence[_Opened]) -> datasets.Dataset:
+    def rows() -> Iterator[dict[str, Any]]:
+        seen: set[int] = set()  # hashes: two different items of ten million have the same once in 400,000 times
+        for records, _ in opened:
+            record = None
+            for record in records():
+                item = {name: getattr(record, name) for name in COLUMNS}
+                # Blanks around a text are noise of tables; `embed` keeps them, as they change a vector.
+                item |= {name: item[name] and item[name].strip() for name in ("text", "instruction")}
+                if (value := hash(tuple(item.values()))) not in seen:
+                    seen.add(value)
+                    yield {"item": item}
+            if record is None:
+                raise ValueError("A source holds no items. Name one with at least one text or image.")
+
+    return on_disk(rows, _ITEMS, ["items 2", *(key for _, key in opened)])
 
 
 # --- a corpus to embed
@@ -364,31 +347,27 @@ class Corpus:
         self.path, self.lines, self.has_ids, self.on_error = path, lines, has_ids, on_error
         self.images, self._parse = Images(root), parse
 
-    def record(self, row: int, line: Line) -> Record:
-        """A line, checked. That its image is there is not checked.
-
-        Raises:
-            FileNotFoundError: If its image is no regular file, and `on_error` is "raise".
-            MBEIRFormatError: If a field is not what it must be, likewise; the message names the line.
-        """
-        try:
-            return self._checked(row, line)
-        except (MBEIRFormatError, FileNotFoundError) as error:
-            if self.on_error == "raise":
-                raise
-            return Record(_id_of(line) or str(row), row=row, problem=str(error))
-
     def parse(self, line: Line) -> Record:
         """A line without its row, whatever `on_error` says."""
         if line.error is not None:
             raise line.error
         return self._parse(line, self.images)
 
+    def record(self, row: int, line: Line) -> Record:
+        """A line, checked; that its image is there is not. ValueError or FileNotFoundError if `on_error` is "raise"."""
+        try:
+            return self._checked(row, line)
+        except (ValueError, FileNotFoundError) as error:
+            if self.on_error == "raise":
+                raise
+            return Record(_id_of(line) or str(row), row=row, problem=str(error))
+
     def _checked(self, row: int, line: Line) -> Record:
+        # Numbers as ids beside given ids could meet one of those.
         record = self.parse(line)
         if bool(record.id) != self.has_ids:
-            what = f"id is {shown(line.columns.get('id'))}, must be a text or a whole number"
-            raise wrong(line.where, f"{what}. Give every row one, or none.", "wrong id")
+            what = f"id is {shown(line.columns.get('id'))}, must be a text or number. Give every row one, or none."
+            raise wrong(line.where, what, "wrong id")
         return replace(record, id=record.id or str(row), row=row)
 
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
@@ -409,10 +388,7 @@ class Corpus:
             ids.append(hash(record.id if record is not None else row))
             # A reservoir: every set of so many lines is drawn with the same probability, and only those are kept.
             place = row if row < sample_size else generator.randint(0, row)
-            if row < sample_size:
-                sample.append((row, line))
-            elif place < sample_size:
-                sample[place] = (row, line)
+            sample[place : place + 1] = [(row, line)] if place < sample_size else []
         if not num_items:
             raise ValueError(f"{self.path} holds no inputs. Name one with at least one text or image.")
         if problems:
@@ -467,18 +443,16 @@ def open_corpus(
         file = mbeir.local_pool_path(tasks[pool], split) if tasks else mbeir.global_pool_path(split)
         check_is_file(file)
         parse = partial(parse_candidate, may_be_missing=True)
-        return Corpus(file, mbeir.image_root, partial(read_lines, file), parse, on_error=on_error)
+        return Corpus(file, mbeir.image_root, partial(item_lines, file), parse, on_error=on_error)
     table = path if path.is_file() else image_table(path)
     if table is None:
+        # One more walk, so that what is left out is told before hours of embedding and not after.
         left_out = Counter[str]()
         is_empty = not sum(1 for _ in image_files(path, left_out))
         rest = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common())
         if is_empty:
-            what = "no image (such as .jpg, .png or .webp) and is no M-BEIR folder, which has query/ and cand_pool/"
-            remedy = "Name a folder of images, or a file."
-            raise ValueError(
-                f"{path} holds {what} with files called mbeir_*.jsonl. Left out: {rest or 'none'}. {remedy}"
-            )
+            what = "holds no image (such as .jpg or .png), and is no M-BEIR folder with query/ and cand_pool/"
+            raise ValueError(f"{path} {what}. Left out: {rest or 'none'}. Name a folder of images, or a file.")
         if left_out:
             logger.info("%s: left out what is no image here: %s", path, rest)
         return Corpus(path, path, partial(_folder_lines, path), _folder_record, on_error=on_error)
@@ -502,15 +476,13 @@ def _folder_record(line: Line, images: Images) -> Record:
 
 
 def _table_record(line: Line, images: Images) -> Record:
-    image = line.columns.get("image")
+    image, text, instruction = line.columns.get("image"), line.text("text"), line.text("instruction")
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
-        below = f"must be the path of a file below {images.root}"
-        remedy = "Download images first, or call puma_hf.embed with a loader of your own."
-        raise wrong(line.where, f"image is {shown(image)}, {below}. {remedy}", "wrong image")
-    text, instruction = line.text("text"), line.text("instruction")
+        raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
     if text is None and not image:
         raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
+    # A missing file is not a wrong line: with on_error="skip" it is told with its index when it is embedded.
     if image and isinstance(image, str):
         image = images.find(image, line.where, may_be_missing=True)
     return Record(_id_of(line), text, image or None, instruction=instruction)

@@ -95,6 +95,7 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
     content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
+    # Both null and an empty list mean that there are none.
     lists = [line.columns[name] or [] for name in ("pos_cand_list", "neg_cand_list")]
     for value in lists:
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
@@ -114,11 +115,11 @@ def _content(
     text_name, path_name, label_name = (f"{prefix}{name}" for name in ("txt", "img_path", "modality"))
     for name in (key, text_name, path_name, label_name, *others):
         if name not in line.columns:
-            what = f"field {name!r} is missing; the line has {shown(sorted(line.columns))}"
-            raise wrong(line.where, what, "missing field")
+            raise wrong(line.where, f"field {name!r} is missing, only {shown(sorted(line.columns))}", "missing field")
     record_id, label = line.columns[key], line.columns[label_name]
     if not isinstance(record_id, str) or not _RECORD_ID.fullmatch(record_id):
         raise wrong(line.where, f"{key} must look like '<dataset_id>:<number>', got {shown(record_id)}", "wrong id")
+    # A blank text counts as none, as null does: there is nothing in it to read.
     text, path = line.text(text_name), line.text(path_name)
     # The label is redundant, and that is its use: a line that lost its text or image would else be another task's.
     present = ",".join(name for name, value in (("image", path), ("text", text)) if value is not None)
@@ -142,6 +143,8 @@ class Pool(Mapping[str, Candidate]):
     @cached_property
     def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Hashes of the dids in ascending order, and the row of each."""
+        # A dict of the dids would take some 100 bytes each, in every process.
+        # Two dids may have one hash, so a row is always compared with the did itself.
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         return hashes[order], order
@@ -165,6 +168,7 @@ class Pool(Mapping[str, Candidate]):
         return int(self._table.num_rows)
 
     def __iter__(self) -> Iterator[str]:
+        # A thousand rows at a time: one scalar of Arrow after the other is far slower.
         return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
 
     def candidates(self) -> Iterator[Candidate]:
@@ -250,11 +254,11 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
     foreign: dict[str, None] = {}
 
     def judge(line: bytes, where: str) -> None:
+        # As trec_eval does, fields are whatever stands between blanks.
         cells = line.decode(errors="replace").split()
         is_right = len(cells) == 5 and cells[3].isdecimal()
         if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
-            expected = "expected 'qid 0 did relevance task_id' with ids such as 9:12 and a relevance of 0 or more"
-            what = f"{expected}, got {shown(line.decode(errors='replace').rstrip())}"
+            what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
             raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
         qid, did, relevance = cells[0], cells[2], int(cells[3])
         if qid not in qids:
@@ -296,8 +300,7 @@ def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             "image_root": image_root,
         }
     except (ValueError, TypeError, KeyError) as error:
-        what = f"it does not say what the folder holds ({type(error).__name__}: {error})"
-        raise wrong(path, f"{what}; remove the folder and build it anew", "broken JSON") from error
+        raise wrong(path, f"it does not say what the folder holds ({error!r}); remove it and build it anew") from error
 
 
 class Layout:
@@ -355,8 +358,7 @@ class MBEIR(Layout):
         self.image_root = Path(named if image_root is None else image_root).resolve()
         if not self.image_root.is_dir():
             by = "" if self._origin is None else f", which {self._origin[0]} names,"
-            remedy = "put it back, or name the one they are in now: MBEIR(..., image_root=...), in Python alone"
-            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; {remedy}")
+            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
         self._images = Images(self.image_root)
 
     @cached_property
@@ -366,8 +368,7 @@ class MBEIR(Layout):
         for name, expected in says["files"].items():
             file = path.parent / name
             if not file.is_file() or file_hash(file) != expected:
-                what = f"it was changed or removed after {path} was written, whose content_hash does not hold now"
-                raise wrong(file, f"{what}; remove the folder and build it anew", "changed file")
+                raise wrong(file, f"it was changed or removed after {path}; remove the folder and build it anew")
         return None if says["content_hash"] is None else str(says["content_hash"])
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
@@ -375,8 +376,8 @@ class MBEIR(Layout):
         if found := self.task_files(split):
             return found
         there = sorted(path.name for path in (self.root / "query").glob("*"))
-        what = f"{self.root / 'query' / split} holds no mbeir_<dataset>_task<n>_{split}.jsonl"
-        raise FileNotFoundError(f"{what}; the splits here are {there}")
+        here = f"{self.root / 'query' / split}; the splits here are {there}"
+        raise FileNotFoundError(f"There is no mbeir_<dataset>_task<n>_{split}.jsonl in {here}")
 
     def task_files(self, split: str) -> list[MBEIRTask]:
         """As `tasks`, but without an error if there are none."""
@@ -423,8 +424,7 @@ class MBEIR(Layout):
             if query is None:
                 continue
             if task is not None and lines.setdefault(query.id, query.line) != query.line:
-                what = f"qid {shown(query.id)} is also on line {lines[query.id]}"
-                problems.add(wrong(line.where, what, "duplicated id"))
+                problems.add(wrong(line.where, f"qid {query.id!r} is also on line {lines[query.id]}", "duplicated id"))
             elif task is not None and query.modality != task.query_modality:
                 what = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
                 problems.add(wrong(line.where, f"{what} queries; move the line to the file of its own task"))
@@ -465,6 +465,8 @@ class MBEIR(Layout):
                     hashes.append(hash(candidate.id))
                     lines.append(_number(line))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
+            # Duplicates are neighbours in the order of hashes. Of 5.6 M different dids two have the same 64 bits once
+            # in a million pools.
             values = np.frombuffer(hashes, np.int64)
             order = np.argsort(values, kind="stable")
             for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
@@ -486,6 +488,7 @@ class MBEIR(Layout):
                 for the same seed, qid and row (training).
             row: Tells repetitions of one query apart.
         """
+        # Drawn by qid and row, and not from one stream: tasks can be left out without changing the others.
         wordings = self.wordings(query, candidate_modality)
         return wordings[0] if seed is None else seeded_random(seed, "instruction", query.id, row).choice(wordings)
 
@@ -493,8 +496,8 @@ class MBEIR(Layout):
         """All wordings of a query's instruction, in the table's order."""
         key = (query.dataset_id, query.modality, candidate_modality)
         if key not in self._instructions[0]:
-            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}"
-            raise wrong(self.instruction_path, f"{what}, needed by query {shown(query.id)}; add the row")
+            what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}; add the row"
+            raise wrong(self.instruction_path, what)
         return self._instructions[0][key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
@@ -504,8 +507,8 @@ class MBEIR(Layout):
         """
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
-            what = f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}"
-            raise wrong(f"query {shown(query.id)}", what)
+            raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")
+        # M-BEIR's own ten are known by their numbers, any other by the table.
         names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
         return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
 

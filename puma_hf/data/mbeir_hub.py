@@ -26,7 +26,7 @@ from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask,
 from puma_hf.files import write_whole
 from puma_hf.settings import shown
 
-# The folders of each part of a copy; of those in one list there is one.
+# The folders of each part of a copy; the first that is there is taken.
 _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "default", "data"]}
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
@@ -58,15 +58,14 @@ def open_mbeir(
     - an organisation of the Hub that has copies of all 16 tasks: "mteb" or "MRBench".
 
     Copies are imported once, into the cache: images as files with the bytes they have, queries, pools and
-    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task; images that are
-    there are not written again. They have the first wording of each instruction (or a `query_instructions.tsv` beside
-    them), no hard negatives, and the global pool of the tasks that are asked for alone.
+    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task. They have the first
+    wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and the global pool of
+    the tasks that are asked for alone.
 
     Args:
         source: The source.
         split: The split that is wanted of copies.
-        tasks: The tasks that are wanted of copies, such as "cirr_task7"; None for all. A folder in M-BEIR's layout
-            is opened whole.
+        tasks: The tasks that are wanted of copies, such as "cirr_task7"; None for all.
         cache_dir: Where imports go; by default `puma_hf/mbeir` in the cache of Hugging Face (`HF_HOME`).
         revision: Commit, branch or tag of a dataset of the Hub.
 
@@ -87,10 +86,10 @@ def open_mbeir(
         return source
     folder = Path(source)
     if folder.is_dir() and revision is not None:
-        what = f"revision is {revision!r}, but {folder} is a folder; a revision is for the Hub alone"
-        raise ValueError(f"{what}: leave it out (in evaluate --data-revision)")
+        raise ValueError(f"revision is {revision!r}, but {folder} is a folder: leave it out (--data-revision)")
     if folder.is_dir() and is_mbeir(folder):
         return MBEIR(folder)
+    # Found and chosen before anything is downloaded or written.
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
     places = (place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}"))
@@ -152,7 +151,8 @@ def copy_files(folder: Path, role: str, split: str) -> list[Path]:
         FileNotFoundError: If the part, the split or a file of it is missing.
     """
     splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
-    for file in sorted(file for name in _FOLDERS[role] for file in (folder / name).rglob("*.parquet")):
+    files = (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])
+    for file in next(filter(None, files), []):
         name, total = match.groups() if (match := _SHARD.fullmatch(file.stem)) else (file.stem, 1)
         splits[name].append((file, int(total)))
     # A pool has a split of any name, but queries of another split are other queries.
@@ -179,6 +179,7 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
     parts: dict[MBEIRTask, Path] = {}
     for task, folder in copies.items():
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
+        # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
         known_by = [[file.name, file.parent.name, state.st_size, state.st_mtime_ns] for file, state in states]
         parts[task] = cache / "tasks" / f"{task.name}-{split}-{to.text_hash([task.name, *known_by])[:16]}"
@@ -205,8 +206,7 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
 def _instruction_row(task: MBEIRTask, folder: Path) -> list[str]:
     wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
     if wording is None:
-        what = f"{task.name} is none of M-BEIR's tasks, so its instruction is not known"
-        raise FileNotFoundError(f"{folder}: {what}. Put a {_TABLE} beside it, in M-BEIR's format.")
+        raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
     return [*task.modalities, task.dataset, str(MBEIR_DATASET_IDS[task.dataset]), wording]
 
 
@@ -215,12 +215,12 @@ def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[Mapping[str, Any]]:
     contents: dict[str, int] = {}  # hashes: pools of millions need not be held
     for task, part in parts.items():
         for line in read_jsonl(Layout(part).pool_path(task.name), Problems(part)):
+            # A candidate of two tasks is in both local pools, and once in the global one.
             did, content = line.columns["did"], hash(json.dumps(line.columns))
             if did not in contents:
                 yield line.columns
             if contents.setdefault(did, content) != content:
-                what = f"did {did!r} of {task.name} was already given for something else, here or for another task"
-                raise wrong(part, f"{what}; a did must mean the same in every pool", "contradiction")
+                raise wrong(part, f"did {did!r} of {task.name} was already given for something else")
 
 
 def import_copy(
@@ -293,10 +293,11 @@ def _store_image(cell: Any, root: Path, where: str) -> str:
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(data, bytes) or not data:
         raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
-    kind = image_header(data, f"{where}: the image")[1]
+    kind = image_header(data, f"{where}: the image")
     suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
     digest = hashlib.sha256(data).hexdigest()
     path = root / f"images/{digest[:2]}/{digest[2:]}.{suffix}"
+    # Written whole, but without a wait for the disk; a file that lost its end in a power cut is written again.
     if not path.is_file() or path.stat().st_size != len(data):
         write_whole(path, data, sync=False)
     return path.relative_to(root).as_posix()

@@ -26,12 +26,10 @@ from puma_hf.data.pairs import Pair, PairIds, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
 from puma_hf.files import new_directory
-from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID = 100  # below are M-BEIR's own datasets and those that may join them
-MAX_WORDINGS = 50
 _NANO_VERSION = 1  # of how queries and candidates are chosen; part of the settings, so of the hash
 
 Item = TypeVar("Item")
@@ -74,6 +72,7 @@ def link(source: str | Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        # No second copy of gigabytes of images.
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
@@ -94,6 +93,7 @@ def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
     It is written beside its place and renamed. What a killed process left behind is removed by the next one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock file stays: to remove it would let a third process lock another file of the same name.
     with WeakFileLock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             return
@@ -134,10 +134,9 @@ def build_nano(
     second of each ...), and others drawn with the seed, in the source's order. The global pool is that of all local
     pools. The same data, settings and seed give the same folder on every machine.
 
-    Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the
-    SHA-256 of all ids, texts, image bytes, judgements, instructions and settings; where the data lies does not
-    change it. Report it with a figure. A folder that was built with the same settings from the same place is opened
-    as it is, even if the data has changed.
+    Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
+    of all that a figure depends on, wherever the data lies: report it with the figure. A folder that was built with the
+    same settings from the same place is opened as it is, even if the data has changed.
 
     Args:
         data: The dataset, which may itself be such a part.
@@ -145,14 +144,12 @@ def build_nano(
         split: The split to take queries from.
         tasks: Names such as "webqa_task1"; None for all of the split.
         num_queries: Queries of each task, or all if there are fewer; 0 for all.
-        num_candidates: Candidates of each local pool, or all if there are fewer; 0 for all. Relevant ones are
-            never left out, so there may be more.
+        num_candidates: Candidates of each local pool, likewise; relevant ones are never left out.
         seed: Seed of what is drawn.
 
     Raises:
-        ValueError: If an argument is out of range, or `output` was built with other settings.
+        ValueError: If an argument is out of range, `output` has other settings, or a task has no judged query.
         FileExistsError: If `output` holds anything else.
-        MBEIRFormatError: If a task has no judged query.
 
     Example:
 
@@ -167,8 +164,7 @@ def build_nano(
     ```
     """
     if min(num_queries, num_candidates) < 0:
-        numbers = f"num_queries is {num_queries} and num_candidates {num_candidates}"
-        raise ValueError(f"{numbers}, must be 0 or more; 0 takes all of them")
+        raise ValueError(f"num_queries={num_queries} and num_candidates={num_candidates} must be 0 (all) or more.")
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
@@ -178,11 +174,11 @@ def build_nano(
     origin = read_origin(folder) if folder.is_dir() else None
     if origin is None or origin[0].name != NANO_FILE:
         raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
+    wanted = {**settings, "images": str(data.image_root)}
     there = {**origin[1]["settings"], "images": str(origin[1]["image_root"])}
-    for name, value in {**settings, "images": str(data.image_root)}.items():
-        if there.get(name) != value:
-            remedy = "Name another folder, remove this one, or use its settings."
-            raise ValueError(f"{folder} was built with {name}={there.get(name)!r}, not {value!r}. {remedy}")
+    for name in (name for name in wanted if there.get(name) != wanted[name]):
+        what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
+        raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
     return MBEIR(folder)
 
 
@@ -193,8 +189,7 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     for task, _, pool, _ in parts:
         for candidate in pool:
             if everything.setdefault(candidate.id, candidate) != candidate:
-                what = f"did {shown(candidate.id)} of {task.name} is something else in another task's pool"
-                raise wrong(data.root, f"{what}; a did must mean the same in every pool", "contradiction")
+                raise wrong(data.root, f"did {candidate.id!r} of {task.name} is something else in another task's pool")
 
     @cache  # each image is read once
     def hash_of(image: str | None) -> str | None:
@@ -227,8 +222,8 @@ def _choose(
     relevant = data.qrels(task, split, queries, pool)
     judged = [query for query in queries if relevant.get(query.id)]
     if not judged:
-        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool"
-        raise wrong(data.root, f"{what}; look at its qrels, or name the other tasks (tasks=[...], --tasks)")
+        what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool; look at its qrels"
+        raise wrong(data.root, f"{what}, or name the other tasks (tasks=[...], --tasks)")
 
     def sample(items: Sequence[Item], number: int, name: str) -> list[Item]:
         generator = seeded_random(seed, name, task.name)
@@ -239,11 +234,13 @@ def _choose(
     # Relevant candidates, then hard negatives, those of all queries in turn.
     wanted = dict.fromkeys(did for query in taken for did in relevant[query.id])
     limit = settings["num_candidates"] or len(pool)
+    # In turn, and not query by query: else the first queries would fill the pool with theirs.
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
         if len(wanted) < limit and did in pool:
             wanted[did] = None
     wanted |= dict.fromkeys(sample([did for did in pool if did not in wanted], limit - len(wanted), "nano candidates"))
     # Judgements of other datasets' candidates are kept: they may be in the global pool.
+    # The same file once more: what was judged is independent of the pool.
     everywhere = data.qrels(task, split, queries, _Everything())
     judgements = ((query.id, *judgement) for query in taken for judgement in everywhere[query.id].items())
     lines = [f"{qid} 0 {did} {relevance} {task.task_id}" for qid, did, relevance in judgements]
@@ -285,12 +282,9 @@ def write_mbeir(
 
     An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
     are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
-    directly or through others, come into one split: no anchor and no positive of val or test is trained on, but a
-    positive may be a negative or the image of a captioned candidate elsewhere. Instructions are those
-    of the rows, as the wordings of their task; a task without any has a plain sentence.
-
-    Images are hard links where the file system allows, else copies: the folder holds all it needs, but do not edit
-    an image in place.
+    directly or through others, come into one split: none of val or test is trained on. Instructions are those of the
+    rows; a task without any has a plain sentence. Images are hard links where the file system allows, else copies: the
+    folder holds all it needs, but do not edit an image in place.
 
     Args:
         rows: As `load_pairs` makes them.
@@ -316,13 +310,11 @@ def write_mbeir(
     [MBEIRTask(task_id=1, dataset='pairs')]
     ```
     """
-    if not re.fullmatch(r"[A-Za-z0-9_]+", dataset):
-        raise ValueError(f"dataset={dataset!r} must be letters, digits and underscores: it stands in file names.")
-    if dataset_id < FIRST_FREE_ID:
-        raise ValueError(f"dataset_id={dataset_id} must be {FIRST_FREE_ID} or more: smaller ones are M-BEIR's own.")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", dataset) or dataset_id < FIRST_FREE_ID:
+        what = f"dataset={dataset!r} must be letters, digits and underscores, and dataset_id={dataset_id}"
+        raise ValueError(f"{what} {FIRST_FREE_ID} or more: smaller ones are M-BEIR's own.")
     if not (0 <= val_fraction <= 1 and 0 <= test_fraction <= 1 and val_fraction + test_fraction <= 1):
-        both = f"val_fraction={val_fraction} and test_fraction={test_fraction}"
-        raise ValueError(f"{both} must be 0 to 1, and 1 at most together; what they leave is for training. Lower one.")
+        raise ValueError(f"{val_fraction=} and {test_fraction=} must be 0 to 1, and 1 at most together. Lower one.")
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
         if reading.problems:
@@ -363,7 +355,7 @@ def write_mbeir(
                 write_records(path, (record_line(query, folder, everything) for query in queries))
                 judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in queries for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
-        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in sorted(wordings.items())]
+        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in wordings.items()]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
@@ -380,15 +372,11 @@ def _collect(
     for pair in pairs:
         modalities = (pair.anchor.modality, pair.positive.modality)
         if modalities not in TASK_OF_MODALITIES:
-            what = f"M-BEIR has no task from {modalities[0]!r} to {modalities[1]!r}"
-            raise wrong(pair.where, f"{what}. Leave such pairs out, or swap the sides (anchor, positive).")
+            raise wrong(pair.where, f"M-BEIR has no task from {modalities[0]} to {modalities[1]}. Swap the sides.")
         task, content = MBEIRTask(TASK_OF_MODALITIES[modalities], dataset), ids.of(pair.anchor)
         # Tabs and quotation marks at the ends have a meaning in the table.
         sentence = " ".join((pair.anchor.instruction or "").split()).strip('"')
         wordings[task] |= {sentence: None} if sentence else {}
-        if len(wordings[task]) > MAX_WORDINGS:
-            what = f"more than {MAX_WORDINGS} different instructions for one task"
-            raise wrong(pair.where, f"{what}. Put what differs from row to row into the anchor's text.")
         anchor = anchors.setdefault((task, content), _Anchor(pair.anchor, content, task))
         anchor.positives[ids.of(pair.positive)] = None
         anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))
@@ -396,16 +384,15 @@ def _collect(
             records.setdefault(ids.of(record), record)
     for anchor in anchors.values():
         anchor.negatives = {key: None for key in anchor.negatives if key not in anchor.positives}
-    names = {"text": "text", "image": "image", "image,text": "image with text"}
-    plain = {
-        task: f"Find the {names[task.candidate_modality]} that matches the given {names[task.query_modality]}."
-        for task in wordings
-    }
-    return list(anchors.values()), records, {task: list(wordings[task]) or [plain[task]] for task in sorted(wordings)}
+    for task in wordings:  # a task without any has a plain sentence
+        asks, answers = (modality.replace(",", " with ") for modality in task.modalities)
+        wordings[task] = wordings[task] or {f"Find the {answers} that matches the given {asks}.": None}
+    return list(anchors.values()), records, {task: list(wordings[task]) for task in sorted(wordings)}
 
 
 def _split(anchors: list[_Anchor], fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:
     """The anchors of each split, in their own order; those that share anything stay together."""
+    # Groups and not pairs are drawn: five captions of an image in two splits would be a leak.
     groups = _groups(anchors)
     random.Random(seed).shuffle(groups)
     splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
@@ -436,6 +423,7 @@ def _groups(anchors: list[_Anchor]) -> list[list[int]]:
 
     owners: dict[str, int] = {}
     for number, anchor in enumerate(anchors):
+        # Negatives do not tie anchors together: hard ones come from everywhere, and all would be one group.
         for content in (anchor.content, *anchor.positives):
             parents[find(number)] = find(owners.setdefault(content, number))
     groups: dict[int, list[int]] = defaultdict(list)

@@ -129,6 +129,7 @@ def load_pairs(
         for pair in pairs:
             row = training_row(pair.anchor, pair.positive, pair.negatives)
             if ids is not None:
+                # All right answers of an anchor with a thousand of them would be a million ids.
                 telling = ids.telling_positives(pair)
                 row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
             yield row
@@ -237,6 +238,7 @@ def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
         names = (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path")
         side = {kinds[name]: name for name in reversed(names) if name in kinds}
         if side:
+            # A struct has text and image itself.
             return {"both": side["both"]} if "both" in side else dict(sorted(side.items(), reverse=True))
     return {}
 
@@ -266,7 +268,7 @@ class PairReading:
     columns: PairColumns
     pairs: list[Pair]
     problems: Problems
-    sizes: Mapping[str, tuple[int, int]]  # width and height of each image
+    images: Images
     num_rows: int = 0
     num_rows_left_out: int = 0
 
@@ -293,6 +295,7 @@ def read_pairs(
 ) -> PairReading:
     """Read a source to its end, whatever is wrong with its rows; a dry run saves no images. See `load_pairs`."""
     name, folder, lines = _open(source)
+    # The first rows tell the columns of all, so the rest can be a stream.
     head = list(islice(lines, _NUM_ROWS_LOOKED_AT))
     good = [line.columns for line in head if line.error is None]
     if not good:
@@ -300,12 +303,13 @@ def read_pairs(
     is_text = instruction is not None and not any(instruction in row for row in good)
     if is_text and str(instruction).isascii() and str(instruction).isidentifier():
         raise ValueError(f"instruction={shown(instruction)} must be a text of several words or a column of {name}.")
+    # A single word is more likely a misspelt column than an instruction.
     columns = find_columns(good, anchor, positive, negatives, None if is_text else instruction)
     asks = instruction if is_text else columns.instruction
     ways = _ways(columns, direction, asks, reverse_instruction)
     images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to), dry=dry)
     row = _Row(columns, images, instruction if is_text else None, special_tokens == "raise")
-    reading = PairReading(name, columns, [], Problems(name), images.sizes)
+    reading = PairReading(name, columns, [], Problems(name), images)
     for line in chain(head, lines):
         found = reading.problems.attempt(row.pairs, line)
         reading.num_rows += 1
@@ -323,8 +327,8 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
     if not isinstance(source, str | Path):
-        allowed = "a path or a datasets.Dataset. Of a DatasetDict choose one split"
-        raise ValueError(f"The source is a {type(source).__name__}, must be {allowed}.")
+        kind = type(source).__name__
+        raise ValueError(f"The source is a {kind}, must be a path or a Dataset. Of a DatasetDict choose one split.")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from puma_hf.configs import PairsConfig
@@ -32,30 +31,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Some numbers: how many, the smallest, the middle one (of an even count the lower of the two) and the largest."""
-
-    count: int
-    smallest: int
-    median: int
-    largest: int
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Spread | None:
-        """That of some numbers, None of none."""
-        return cls(len(numbers), min(numbers), median_low(numbers), max(numbers)) if numbers else None
-
-    def __str__(self) -> str:
-        return f"{self.smallest:,} to {self.largest:,}, median {self.median:,}"
-
-
-@dataclass(frozen=True)
 class PairsReport:
     """What a source of pairs holds; `str` makes a page of it.
 
     Of `num_rows` rows some cannot be used; a row makes several pairs if it is read in both directions, or holds a list.
     `offenders` is the first thing that is wrong with each row: `load_pairs` raises, or leaves the row out. `notes` can
-    be trained on, but are worth a look. Sizes are of different image files that can be read, lengths in characters.
+    be trained on, but are worth a look. Of the images those are counted that can be read.
     """
 
     source: str
@@ -66,10 +47,7 @@ class PairsReport:
     modalities: Mapping[str, Mapping[str, int]]
     offenders: tuple[Found, ...]
     notes: tuple[Found, ...]
-    image_widths: Spread | None
-    image_heights: Spread | None
-    text_lengths: Mapping[str, Spread]
-    decoded: bool
+    num_images: int
 
     @property
     def ok(self) -> bool:
@@ -87,11 +65,7 @@ class PairsReport:
         for side, counts in self.modalities.items():
             found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
             lines += [f"  {side:<10} {found}"] if found else []
-        if self.image_widths is not None:
-            how = "decoded" if self.decoded else "headers read"
-            size = f"width {self.image_widths}; height {self.image_heights}"
-            lines.append(f"  images     {self.image_widths.count:,} files ({how}); {size}")
-        lines += [f"  texts      {side}: {spread} characters" for side, spread in self.text_lengths.items()]
+        lines += [f"  images     {self.num_images:,} different files"] if self.num_images else []
         for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
             lines += ["", f"{title}:"] if entries else []
             for entry in entries:
@@ -121,11 +95,10 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     ```
     """
     reading = read_pairs(source, dry=True, **options)
-    pairs, sizes = reading.pairs, reading.sizes.values()
+    pairs = reading.pairs
     sides = {"anchors": [pair.anchor for pair in pairs], "positives": [pair.positive for pair in pairs]}
     sides["negatives"] = [record for pair in pairs for record in pair.negatives]
     counts = {side: Counter(record.modality for record in records) for side, records in sides.items()}
-    lengths = {side: Spread.of([len(one.text) for one in records if one.text]) for side, records in sides.items()}
     offenders, notes = (
         tuple(Found(kind, count, tuple(found.first[kind])) for kind, count in found.counts.items())
         for found in (reading.problems, _notes(pairs))
@@ -139,10 +112,7 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
         modalities={side: {name: found[name] for name in MODALITIES if found[name]} for side, found in counts.items()},
         offenders=offenders,
         notes=notes,
-        image_widths=Spread.of([width for width, _ in sizes]),
-        image_heights=Spread.of([height for _, height in sizes]),
-        text_lengths={side: spread for side, spread in lengths.items() if spread is not None},
-        decoded=options.get("decode", False),
+        num_images=len(reading.images.read_paths),
     )
 
 
@@ -153,11 +123,13 @@ def _notes(pairs: Sequence[Pair]) -> Problems:
     for pair in pairs:
         anchor, positive, *negatives = map(ids.of, (pair.anchor, pair.positive, *pair.negatives))
         first = seen.setdefault((anchor, positive, *negatives, pair.anchor.instruction), pair.where)
+        # Whoever trains on the pair twice weighs it twice.
         if first is not pair.where:
             notes.add(wrong(pair.where, f"the same as {first}", "pair given again"))
         if anchor == positive:
             notes.add(wrong(pair.where, shown(pair.anchor.model_input), "anchor that is its own positive"))
         for negative, record in zip(negatives, pair.negatives, strict=True):
+            # The loss would push away what it pulls elsewhere.
             if negative in ids.positives(pair.anchor):
                 kind = "negative that is a right answer of its anchor"
                 notes.add(wrong(pair.where, shown(record.model_input), kind))
@@ -171,6 +143,7 @@ def pairs(config: PairsConfig) -> PairsReport:
     M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
     """
     arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
+    # Read twice, for the report must not depend on what is dropped.
     report = check_pairs(config.data, decode=config.decode, **arguments)
     if config.json is not None:
         write_whole(Path(config.json), (json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())

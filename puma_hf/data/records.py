@@ -11,8 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import datasets
 import pyarrow  # type: ignore[import-untyped]
@@ -30,12 +29,12 @@ NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # as in SimCSE's nli_for_simcse.cs
 # What is read of a Parquet file: our names, BEIR's, those of the Hub's folders of images, NLI's.
 _READ = ("id", *COLUMNS, "_id", "title", "file_name", *CAPTION_NAMES, *NLI_COLUMNS)
 
+# A text such as "photo.jpg" would be opened by a model that takes bare strings for paths, so it is marked as text.
 _LOOKS_LIKE_FILE = re.compile(r"^(?:data:|https?://)|\.\w{2,5}$")
 _ROWS_AT_ONCE = 64  # of a Parquet file; an image inside has up to some megabytes
 _BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _MOST_CHARACTERS = 2**24  # of a cell; Python's own limit is 131,072
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -107,24 +106,6 @@ class Problems:
     At the end of a `with` block one error says how many there are, of which kinds, and quotes the first five. A
     single wrong row is raised as it is. If all that is wrong are missing images, the error is a `FileNotFoundError`.
 
-    Args:
-        path: The file, or the folder of several.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.data.records import MBEIRFormatError, Problems
-
-    >>> try:
-    ...     with Problems("pool.jsonl") as problems:
-    ...         for line in (3, 8):
-    ...             problems.add(MBEIRFormatError(f"pool.jsonl, line {line}: no did", "missing field"))
-    ... except MBEIRFormatError as error:
-    ...     print(error)
-    pool.jsonl: 2 problems (missing field: 2):
-    - pool.jsonl, line 3: no did
-    - pool.jsonl, line 8: no did
-    ```
     """
 
     def __init__(self, path: str | Path = "") -> None:
@@ -146,17 +127,16 @@ class Problems:
         kind = kind or str("image missing" if is_missing else getattr(error, "kind", "wrong field"))
         self.counts[kind] += 1
         self._only_missing &= is_missing
+        # Of ten million wrong rows only the first few are kept: a pool with a wrong root has nothing else.
         if len(self._quoted) < SHOWN:
             self._quoted.append(error)
         if len(self.first[kind]) < SHOWN:
             self.first[kind].append(str(error))
 
-    def attempt(
-        self, read: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result | None:
+    def attempt(self, read: Callable[..., Result], *args: Any) -> Result | None:
         """What a function returns, or None if it found something wrong, which is counted."""
         try:
-            return read(*args, **kwargs)
+            return read(*args)
         except (MBEIRFormatError, FileNotFoundError) as error:
             self.add(error)
             return None
@@ -164,18 +144,15 @@ class Problems:
     def __enter__(self) -> Problems:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None and self:
             raise self.report()
 
     def report(self) -> Exception:
         """The error that tells of all of them; there must be one."""
-        if (total := self.counts.total()) == 1:
-            return self._quoted[0]
-        message = f"{self.path}: {total} problems ({self}){self.quotes()}"
-        return FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
+        message = f"{self.path}: {self.counts.total()} problems ({self}){self.quotes()}"
+        several = FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
+        return self._quoted[0] if self.counts.total() == 1 else several
 
     def quotes(self) -> str:
         """The first of them, a line each."""
@@ -236,27 +213,28 @@ def _bad(where: str, what: str, kind: str = "broken line") -> Line:
 
 
 def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator[Line]:
+    # Read as bytes: a line that is no UTF-8 is then an error of its own, and not of the rest of the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = location(path, number)
             try:
-                columns = parse(line) if line.strip() else {}
+                columns = parse(line) if line.removeprefix(BOM_UTF8).strip() else None
             except (ValueError, RecursionError) as error:
                 # Nothing else tells a download that was interrupted: each line before its end is whole.
                 is_cut = not line.endswith(b"\n")
                 yield Line(where, {}, cut_off(where, str(error))) if is_cut else _bad(where, f"{error}.")
             else:
-                if columns:
+                if columns is not None:
                     yield Line(where, columns)
 
 
 def _text_line(line: bytes) -> dict[str, Any]:
-    text = line.decode("utf-8-sig").strip()
-    return {"text": text} if text else {}
+    return {"text": line.decode("utf-8-sig").strip()}
 
 
 def _json_line(line: bytes) -> dict[str, Any]:
     try:
+        # `json.loads` takes a BOM in bytes, and tells UTF-8 from UTF-16.
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error}), each line must be one JSON object in UTF-8") from error
@@ -325,14 +303,14 @@ def _different(names: list[str], path: Path) -> list[str]:
 
 def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
     try:
+        # Without these Arrow reads a whole row group ahead, with all images inside of it.
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = _different(file.schema_arrow.names, path)
             wanted = [name for name in names if only is None or name in only]
-            rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None) for row in _rows(batch))
-            for number, row in enumerate(rows, start=1):
+            batches = file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
+            for number, row in enumerate((row for batch in batches for row in _rows(batch)), start=1):
                 where = f"{path}, row {number}"
-                is_row = isinstance(row, dict)
-                yield Line(where, row) if is_row else _bad(where, f"a cell cannot be read ({row})", "broken line")
+                yield Line(where, row) if isinstance(row, dict) else _bad(where, f"a cell cannot be read ({row})")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -343,8 +321,8 @@ def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
 def _rows(batch: Any) -> list[Any]:
     """The rows of a batch; in the place of one that Python cannot hold (no UTF-8, an odd date) what is wrong."""
     try:
-        rows: list[Any] = batch.to_pylist()
-        return rows
+        # One bad cell spoils a whole batch; only then is it cut into rows, each of which is slow.
+        return list(batch.to_pylist())
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             return [cut(str(error))]
@@ -379,6 +357,7 @@ def item_lines(path: Path) -> Iterator[Line]:
     """
     names: dict[str, str] | None = None
     for line in read_lines(path, _READ):
+        # The table as a whole decides, and not each row: see above.
         if names is None and line.error is None and line.columns.get("file_name", "-"):
             names = _names(line.columns)
         row = {(names or {}).get(name, name): value for name, value in line.columns.items()}
@@ -425,6 +404,8 @@ def on_disk(
         Exception: What making them raises; nothing is kept then.
     """
     try:
+        # With a fingerprint of ours `datasets` need not pickle and hash the generator, and with it a pool or a model.
+        # A part that a killed process left behind has another name, and is never taken for the whole.
         fingerprint = Hasher.hash([key, str(features)])
         return datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except DatasetGenerationError as error:

@@ -20,14 +20,11 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
     In-batch negatives of a row are the other rows' positives. Two queries about the same thing would make
     each other's right answer a negative; here they never meet. A row that does not fit into a batch waits for
     a later one, so every row comes once an epoch, but for those that an answer shared by too many rows leaves
-    over: an epoch has never more batches than `len` says, and with `drop_last` it ends at the first that
-    cannot be filled. Time grows with the number of rows, whatever they share.
+    over: with `drop_last` an epoch ends at the first batch that cannot be filled.
 
     On several devices no two rows of a step share a right answer, for a loss may gather the candidates of all:
     each run of `num_devices` batches, which accelerate deals out one to each device, is one such step. All its
-    batches are full, and the epoch ends with the first step that cannot be filled. Without `drop_last` that one
-    is filled with rows that came before and share no answer with it; with it, or where these do not suffice,
-    it is left out.
+    batches are full; without `drop_last` the last one is filled with rows that came before, or left out.
 
     A hard negative that a row brings along in a column of its own may still be right for another row.
 
@@ -56,12 +53,9 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         self, dataset: Any, positives: Sequence[Sequence[str]], *, num_devices: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(dataset, **kwargs)
-        if len(positives) != len(dataset):
-            raise ValueError(
-                f"positives has {len(positives)} rows and the dataset {len(dataset)}. Pass one list of ids per row."
-            )
-        if num_devices < 1:
-            raise ValueError(f"num_devices is {num_devices}, must be 1 or more: pass the number of processes.")
+        if len(positives) != len(dataset) or num_devices < 1:
+            what = f"positives has {len(positives)} rows, the dataset {len(dataset)}, and num_devices is {num_devices}"
+            raise ValueError(f"{what}. Pass one list of ids per row, and 1 device or more.")
         # Numbers in one array take 4 bytes an id; a million sets of texts would take some hundred each.
         numbers: dict[str, int] = {}
         self._answers, self._starts = array("i"), array("q", [0])
@@ -71,6 +65,7 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         self.num_devices = num_devices
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Seed and epoch are added as in sentence-transformers, so that a resumed epoch has the same batches.
         generator = self.generator or torch.Generator()
         generator.manual_seed((self.seed or 0) + self.epoch)
         num_rows = len(self._starts) - 1
@@ -79,6 +74,7 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         looks_left = LOOKED_AT_LAST * num_rows
         seen: list[int] = []
         for _ in range(len(self) // self.num_devices):
+            # Answers of a whole step, on all devices: a loss may gather their candidates.
             used: set[int] = set()
             step: list[list[int]] = [[] for _ in range(self.num_devices)]
             for batch in step:

@@ -202,19 +202,11 @@ def iterate_embeddings(
     """Embed a list or a stream batch by batch, in memory that does not depend on its length.
 
     Args:
-        model: As in `embed`.
+        model: As in `embed`, like all arguments but these.
         inputs: The inputs; any iterable, read once, at most a window of 4,096 ahead.
-        prompt: As in `embed`.
-        max_batch_tokens: As in `embed`.
-        num_workers: As in `embed`.
         on_error: As in `embed`; "zero" yields rows of zeros.
         report: Called with each broken input that "skip" and "zero" pass over.
-        load: As in `embed`.
-        truncate_dim: As in `embed`.
-        processing_kwargs: As in `embed`.
-        max_length: As in `embed`.
         sort: As in `embed`; with `False` rows come in the order of the inputs, but for broken ones.
-        show_progress_bar: As in `embed`.
 
     Returns:
         An iterator over indices `(batch_size,)`, int64, into the inputs, and float32 rows
@@ -237,6 +229,7 @@ def iterate_embeddings(
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
+    # The plan aims at the budget, and the packer, which knows the true number of tokens, keeps to it.
     total = len(inputs) if isinstance(inputs, Sized) else None
     packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
     budget = max_batch_tokens or (CUDA_TOKENS if on_cuda else CPU_TOKENS)
@@ -260,6 +253,7 @@ def iterate_embeddings(
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     keep = None if truncate_dim is None and model.truncate_dim is None else dim
+    # Lazily: a chunk is started when `_late` asks for it.
     started = ((chunk, *_start(model.eval(), chunk, keep)) for chunk in chunks)
     late = _late(started, _IN_FLIGHT if on_cuda else 0)
     # However it ends, so do the worker processes.
@@ -325,12 +319,8 @@ def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tenso
 
 
 def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
-    """Processes that prepare inputs: none where the model itself needs the processors.
-
-    Args:
-        on_cuda: Whether the model is on a GPU.
-        num_inputs: Inputs in all, if that is known.
-    """
+    """Processes that prepare inputs."""
+    # None where the model itself needs the processors. Beside a GPU, decoding images ahead of it is what they are for.
     if not on_cuda:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -348,10 +338,8 @@ def _not_a_list(inputs: Any) -> str:
 def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str) -> None:
     if not is_puma(model):
         raise ValueError(
-            f"model is a {type(model).__name__} whose input module prepares no packed batches: embed needs a PUMA "
-            "model, opened as SentenceTransformer(directory, trust_remote_code=True) from a directory that this "
-            "version of puma_hf has written (PumaModel and PumaProcessor.from_pretrained(old).save_pretrained(new) "
-            "write an older one anew). Use model.encode with any other."
+            f"model is a {type(model).__name__}: embed needs a PUMA model as a SentenceTransformer, from a directory "
+            "that this version of puma_hf has written. Use model.encode with any other."
         )
     if isinstance(inputs, str | bytes | Mapping):
         raise ValueError(_not_a_list(inputs))
@@ -371,6 +359,7 @@ def is_puma(model: Any) -> bool:
 
 def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:
     """Dimensions of an embedding after truncation."""
+    # Of the last module that has any: a Dense layer may come after the model.
     full = [module.get_embedding_dimension() for module in model if hasattr(module, "get_embedding_dimension")][-1]
     if truncate_dim is not None and not 1 <= truncate_dim <= full:
         raise ValueError(f"truncate_dim is {truncate_dim}, must be 1 to {full}, the dimensions of this model.")
@@ -443,18 +432,10 @@ def embed_records(
         record = sent[error.index] if config.on_error == "zero" else sent.pop(error.index)
         on_broken(record, _PLACE.sub("", error.message))
 
-    batches = iterate_embeddings(
-        model,
-        inputs(),
-        prompt=config.prompt,
-        max_batch_tokens=config.max_batch_tokens,
-        num_workers=config.num_workers,
-        on_error=config.on_error,
-        report=report,
-        truncate_dim=config.truncate_dim,
-        processing_kwargs=processing_of(config.special_tokens),
-        show_progress_bar=False,
-    )
+    names = ("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options["processing_kwargs"] = processing_of(config.special_tokens)
+    batches = iterate_embeddings(model, inputs(), report=report, show_progress_bar=False, **options)
     try:
         for indices, rows in batches:
             done = [sent.pop(index) for index in indices.tolist()]

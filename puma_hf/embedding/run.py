@@ -64,18 +64,12 @@ class EmbedReport:
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
         before = self.num_items - self.num_errors - self.num_new_items
-        lines = [
-            f"embedded {_count(self.num_new_items, 'input')}{rate}; {before:,} already were",
-            f"saved    {_count(self.num_rows, 'embedding')} of {self.embedding_dim} dimensions as {self.precision} in "
-            f"{_count(self.num_shards, 'shard')}: {self.output}",
-        ]
-        if self.num_errors:
-            lines.append(f"broken   {_count(self.num_errors, 'input')}, see {Path(self.output, ERRORS)}")
-        return "\n".join(lines)
-
-
-def _count(count: int, name: str) -> str:
-    return f"1 {name}" if count == 1 else f"{count:,} {name}s"
+        broken = f"\nbroken   {self.num_errors:,} inputs, see {Path(self.output, ERRORS)}" if self.num_errors else ""
+        return (
+            f"embedded {self.num_new_items:,} inputs{rate}; {before:,} already were\n"
+            f"saved    {self.num_rows:,} embeddings of {self.embedding_dim} dimensions as {self.precision}, shards: "
+            f"{self.num_shards:,}, in {self.output}{broken}"
+        )
 
 
 def embed_corpus(config: EmbedConfig) -> EmbedReport:

@@ -42,7 +42,6 @@ FORMAT, FORMAT_VERSION = "puma_hf embeddings", 2
 _KEY = b"puma_hf"  # where a shard says what it is
 _SHARD = re.compile(r"(shard-\d{5,}-[0-9a-f]{24})\.(?:parquet|safetensors)")
 _STALE_SECONDS = 3600.0  # a draft that is so old is that of a process that died
-_SHOWN = 5
 _DAMAGES = (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError, IndexError)
 
 
@@ -160,10 +159,8 @@ class EmbeddingStore:
         """
         rows = embeddings.detach().to("cpu", self.dtype).contiguous()
         if rows.ndim != 2 or len(rows) != len(keys) or rows.shape[1] != (self.embedding_dim or rows.shape[1]):
-            raise ValueError(
-                f"embeddings is {tuple(rows.shape)} for {len(keys)} keys, must be (num_keys, "
-                f"{self.embedding_dim or 'embedding_dim'}); name in the settings what changes their size"
-            )
+            size = f"(num_keys, {self.embedding_dim or 'embedding_dim'})"
+            raise ValueError(f"embeddings is {tuple(rows.shape)} for {len(keys)} keys, must be {size}")
         if rows.is_floating_point() and not bool(rows.isfinite().all()):
             raise ValueError(f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32")
         keys = keys.cpu().contiguous()
@@ -195,12 +192,10 @@ class EmbeddingStore:
         """
         places = self._find(keys)
         if bool((places < 0).any()):
-            missing = keys[places < 0]
-            raise ValueError(
-                f"{len(missing)} of {len(keys)} keys have no embedding in {str(self.folder)!r}, first keys "
-                f"{missing[:_SHOWN].tolist()}; add them first, or call refresh() if another process did"
-            )
+            missing = f"{int((places < 0).sum())} of {len(keys)} keys have no embedding in {str(self.folder)!r}"
+            raise ValueError(f"{missing}; add them first, or call refresh() if another process did")
         rows = torch.empty(len(keys), self.embedding_dim or 0, dtype=self.dtype)
+        # Each shard is opened once, however its rows are spread over the keys.
         shards = torch.searchsorted(self._starts, places, right=True) - 1
         for shard in shards.unique().tolist():
             where = (shards == shard).nonzero().flatten()
@@ -376,16 +371,11 @@ def open_embeddings(folder: str | Path) -> EmbeddingStore:
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    if not manifest["complete"]:
-        raise ValueError(
-            f"The run that writes {str(folder)!r} has not finished. Wait for it, or run the same command again: it "
-            "goes on where it was."
-        )
     store = EmbeddingStore(path, None)
-    if len(store) != manifest["num_rows"]:
+    if not manifest["complete"] or len(store) != manifest["num_rows"]:
         raise ValueError(
-            f"{str(folder)!r} has {len(store)} embeddings, and its run has made {manifest['num_rows']}. Copy the whole "
-            "directory, or run puma-hf embed again, which makes what is missing."
+            f"{str(folder)!r} is not whole: the run that writes it has not finished, or files are missing. Run the "
+            "same command again: it goes on where it was."
         )
     return store
 

@@ -317,11 +317,12 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         swept: list[SweptModel] = []
         full: Tensor | None = None
+        counted: list[LayerCosts] = []
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
                 costs = layer_costs(model)
                 full, rows = _rows(held, model, costs, config, full, bar=name if show_progress_bar else None)
-            num_layers = len(costs.parameters)
+            counted, num_layers = [*counted, costs], len(costs.parameters)
             swept.append(SweptModel(name, rows[:num_layers]))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
@@ -338,8 +339,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             num_candidates=len(held.row_of),
             pool=pools[0],
             metric=config.metric,
-            text_tokens=costs.text_tokens,
-            image_tokens=costs.image_tokens,
+            text_tokens=counted[0].text_tokens,
+            image_tokens=counted[0].image_tokens,
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )

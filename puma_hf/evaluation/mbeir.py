@@ -77,6 +77,7 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
         for task in tasks:
             pool = data.local_pool(task, split) if global_pool is None else global_pool
             qrels = data.qrels(task, split, queries[task], pool)
+            # The others are left out of the means, as M-BEIR does; the table says how many.
             relevance = {qid: judged for qid, judged in qrels.items() if judged}
             if not relevance:
                 raise MBEIRFormatError(
@@ -84,13 +85,6 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
                     f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
                 )
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
-    left_out = [
-        f"{len(one.queries) - len(one.relevance)} of {len(one.queries)} in {one.task.name} ({one.pool_name} pool)"
-        for one in searches
-        if len(one.queries) > len(one.relevance)
-    ]
-    if left_out:
-        logger.warning("Queries to which nothing is relevant are left out of the means: %s", ", ".join(left_out))
     return searches
 
 
@@ -231,6 +225,7 @@ def evaluate_mbeir(
         # Searches of one pool go together: its embeddings are read once for all tasks.
         for candidates in {id(search.pool): search.pool for search in searches}.values():
             group = [search for search in searches if search.pool is candidates]
+            # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
             keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
             queries = [pair for search in group for pair in prompted(opened, search, instruction_seed)]
             rows = store.rows(embed(pairs=queries, total=len(queries)))

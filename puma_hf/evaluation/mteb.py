@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +61,21 @@ def puma_model_meta(
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
     """
-    folder, name = Path(name_or_path).expanduser().resolve(), str(name_or_path)
-    # Not in loader_kwargs, which mteb writes into its results: they need not tell whose directory it was.
-    loader = partial(_load, source=name, commit=revision, trust_remote_code=trust_remote_code)
+    folder, name, commit = Path(name_or_path).expanduser().resolve(), str(name_or_path), revision
+    source, is_trusted = name, trust_remote_code
     if folder.is_dir():
-        loader = partial(_load, source=str(folder), commit=None, trust_remote_code=True)
+        source, commit, is_trusted = str(folder), None, True
         name, revision = f"local/{folder.name}", revision or _revision(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id of the form 'organisation/name'")
+
+    def loader(model_name: str, revision: str | None, *, embed_dim: int | None = None, **options: Any) -> PumaEncoder:
+        # mteb asks by the name and the revision that it files results by. Where the model is stays out of
+        # loader_kwargs, which mteb writes into its results: they need not tell whose directory it was.
+        given: dict[str, Any] = {"revision": commit, "truncate_dim": embed_dim, "trust_remote_code": is_trusted}
+        prompts = options.pop("prompts", None)
+        return PumaEncoder(SentenceTransformer(source, **given, **options), prompts)
+
     entry: ModelMeta = _meta_class().create_empty(
         overwrites={
             "loader": loader,
@@ -166,20 +173,6 @@ class PumaEncoder:
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosine of each pair of embeddings, `(num_embeddings,)`."""
         return self.model.similarity_pairwise(embeddings1, embeddings2)
-
-
-def _load(
-    model_name: str,
-    revision: str | None,
-    *,
-    source: str,
-    commit: str | None,
-    embed_dim: int | None = None,
-    prompts: Mapping[str, str] | None = None,
-    **kwargs: Any,
-) -> PumaEncoder:
-    # mteb asks by the name and the revision that it files results by, not by where the model is.
-    return PumaEncoder(SentenceTransformer(source, revision=commit, truncate_dim=embed_dim, **kwargs), prompts)
 
 
 def _model_inputs(batch: Mapping[str, Sequence[Any]], task: str) -> Iterator[dict[str, Any]]:

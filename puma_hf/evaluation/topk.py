@@ -70,11 +70,12 @@ def exact_search(
         )
     device = device or query_embeddings.device
     queries = _unit_rows("query_embeddings", query_embeddings.to(device), 0, query_embeddings.shape[1])
-    blocks = _blocks(candidates, block_size) if isinstance(candidates, Tensor) else candidates
+    if isinstance(candidates, Tensor):
+        candidates = ((number * block_size, rows) for number, rows in enumerate(candidates.split(block_size)))
     keys = torch.full((len(queries), top_k), torch.iinfo(torch.int64).min, device=device)
     num_candidates = 0
     with _full_float32():
-        for start, block in blocks:
+        for start, block in candidates:
             rows = _unit_rows("candidates", block.to(device), start, queries.shape[1])
             # All products have one shape, of whole tiles: of another a copy's score may differ in its last digit, and
             # the tie with the copy would be lost.
@@ -176,11 +177,6 @@ def _unit_rows(name: str, embeddings: Tensor, start: int, dim: int) -> Tensor:
             "encode in float32 or bfloat16 instead of float16"
         )
     return units
-
-
-def _blocks(embeddings: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(embeddings), block_size):
-        yield start, embeddings[start : start + block_size]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 from puma_hf.modeling.inputs_puma import load_rgb_image
 
 KINDS = {"any": "items", "text": "texts", "image": "pictures"}  # what answers to each target are called
-_ICON_SIZE = 128  # pixels of the longer side; JPEG would leave clouds around the lines of an icon, and save little
+_ICON_SIZE = 128  # pixels of the longer side
 
 # A page that fetches nothing and runs nothing: what an item holds is not to be trusted.
 _PAGE = """<!DOCTYPE html>
@@ -76,6 +76,7 @@ def one_line(text: str) -> str:
 
 def shorten(text: str, length: int) -> str:
     """The beginning of a text in one line."""
+    # Of a text of a million characters only the beginning is looked at.
     shown = one_line(text[: 2 * length])
     return shown if len(shown) <= length and len(text) <= 2 * length else shown[: length - 1].rstrip() + "…"
 
@@ -83,6 +84,7 @@ def shorten(text: str, length: int) -> str:
 def to_html(answers: Answers, *, picture: Any = None) -> str:
     """A page of answers, with small copies of the pictures inside, that needs no other file."""
     title = f"“{_shown(answers.query)}”" if answers.query and answers.query.strip() else "Answers to a picture"
+    # Every text of a user or of an item goes through `escape`, in attributes, too.
     notes = [_shown(answers.instruction)] if answers.instruction else []
     notes.append(f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}")
     head = "" if picture is None else _image(picture, answers.image or "picture")
@@ -101,6 +103,7 @@ def _image(image: Any, description: str) -> str:
         small = small_copy(image, 320)
     except (OSError, ValueError):  # it may have been moved since it was indexed
         return f'<p class="note">This picture cannot be read: {_shown(str(image))}</p>'
+    # Small icons as PNG: JPEG would leave clouds around their lines, and save little.
     kind = "png" if max(small.size) <= _ICON_SIZE else "jpeg"
     buffer = io.BytesIO()
     small.save(buffer, kind, quality=85)

@@ -39,7 +39,6 @@ from puma_hf.search.index import (
     FORMAT_VERSION,
     TABLE,
     about,
-    model_of,
     open_index,
     open_table,
 )
@@ -85,12 +84,13 @@ def build_index(config: IndexConfig) -> IndexReport:
     for note in config.notes():
         logger.warning(note)
     folder = Path(config.output)
+    # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
     with locked_for_all(folder):
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
             revision = before["revision"] if config.revision is None else config.revision
-            config = replace(config, model=model_of(folder, before), revision=revision)
+            config = replace(config, model=before["model"], revision=revision)
         if not config.model:
             raise ValueError(
                 f"model is missing: {str(config.output)!r} is no index yet, so the model that makes it must be named, "
@@ -118,6 +118,7 @@ class _Run:
         self.folder, self.progress = Path(config.output), tqdm(disable=True)
         self.errors: list[dict[str, Any]] = []
         self.num_new = 0
+        # All keys at once: a lookup on disk for each item would cost more than 300 bytes of memory do.
         there = table.search().with_row_id(True).select(["key", "seen"]).limit(max(1, table.count_rows())).to_arrow()
         self.there = set(there["key"].to_pylist())
         self.row_of = dict(zip(there["seen"].to_pylist(), there["_rowid"].to_pylist(), strict=True))
@@ -161,10 +162,12 @@ class _Run:
             seen = self.corpus.content_hash(record)
             place = record.image if isinstance(record.image, str) else None
             key = blake2b(json.dumps([record.id, place, seen]).encode(), digest_size=16).hexdigest()
+            # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
             if int(key[:8], 16) % self.count != self.rank:
                 continue
             is_good = record.problem is None
             if is_good and (key in self.there or key in self.wanted):
+                # Not counted as done: so the rate, and the time left, are those of the work.
                 self.progress.total -= 1
             elif is_good and seen in self.row_of:
                 self.progress.total -= 1
@@ -198,6 +201,7 @@ class _Run:
             self.new.clear()
 
     def _copy(self) -> None:
+        # Lines of a table without ids are numbered: one that goes renames all behind it, which must not cost the model.
         if self.moved:
             row_ids = sorted({self.row_of[str(row["seen"])] for row in self.moved})
             found = self.table.take_row_ids(row_ids).select(["seen", "vector"]).to_arrow()
@@ -209,6 +213,7 @@ class _Run:
     def _add(self, rows: list[dict[str, str | None]], vectors: NDArray[Any]) -> None:
         schema = self.table.schema
         kind = schema.field("vector").type
+        # Built by hand: of rows as dicts Arrow would look at every number of every vector.
         columns = [pa.array([row[name] for row in rows], pa.string()) for name in _COLUMNS]
         values = pa.array(vectors.astype(kind.value_type.to_pandas_dtype()).ravel())
         vector = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
@@ -234,7 +239,8 @@ def keep_picture(folder: Path, content: bytes) -> str:
     with open_image(io.BytesIO(content)) as opened:
         name = f"images/{blake2b(content, digest_size=16).hexdigest()}.{(opened.format or 'image').lower()}"
     path = folder / name
-    if not path.is_file() or path.stat().st_size != len(content):  # cut off when the machine lost power
+    # It may be cut off, as the machine may lose power: to wait for the disk with each would take longer than to embed.
+    if not path.is_file() or path.stat().st_size != len(content):
         write_whole(path, content, sync=False)
     return name
 
@@ -243,6 +249,7 @@ def create_table(folder: Path, description: Mapping[str, Any], dim: int) -> Any:
     """The empty table of a new index."""
     import lancedb
 
+    # What the vectors are of lies in the metadata of their column, where other readers of the table find it, too.
     numbers = pa.float16() if description["precision"] == "float16" else pa.float32()
     vector = pa.field("vector", pa.list_(numbers, dim), metadata={ABOUT: json.dumps(description)})
     schema = pa.schema([*((name, pa.string()) for name in _COLUMNS), vector])
@@ -266,6 +273,7 @@ def update_ann(table: Any, kind: AnnKind | None) -> None:
         # One part: with more of them a search would have to choose some, and miss what is in others.
         config = {"IvfHnswSq": HnswSq, "IvfSq": IvfSq, "IvfRq": IvfRq}[wanted]
         table.create_index("vector", config=config(distance_type="cosine", num_partitions=1))
+    # To put fragments together rewrites all vectors, so it waits until there are many.
     is_behind = wanted in there and there[wanted].num_unindexed_rows > 0
     if is_behind or table.stats()["fragment_stats"]["num_fragments"] > _MOST_FRAGMENTS:
         table.optimize()

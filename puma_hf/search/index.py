@@ -38,7 +38,7 @@ class Index:
         self.folder, self.table = folder, table
         self.description = about(folder, table)
         self.fingerprint = str(self.description["fingerprint"])  # of the model
-        self.model = model_of(folder, self.description)  # an absolute path, or a Hub id
+        self.model = str(self.description["model"])  # an absolute path, or a Hub id
         found = {name: table.count_rows(f"modality = '{name}'") for name in ("image", "image,text", "text")}
         self.counts: dict[str, int] = {name: count for name, count in found.items() if count}
 
@@ -56,8 +56,8 @@ class Index:
         """How many items a search may find: "text", "image" (with or without text), or "any"; ValueError if none."""
         if target not in get_args(Target):
             raise ValueError(f"target is {target!r}, must be one of {', '.join(map(repr, get_args(Target)))}.")
-        texts = self.counts.get("text", 0)
-        if not (found := {"any": len(self), "text": texts, "image": len(self) - texts}[target]):
+        total, texts = sum(self.counts.values()), self.counts.get("text", 0)
+        if not (found := {"any": total, "text": texts, "image": total - texts}[target]):
             there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
             raise ValueError(
                 f"The index {str(self.folder)!r} has no {target} to find, only {there}. Look for 'any' (--for any)."
@@ -75,6 +75,7 @@ class Index:
         The query is `(embedding_dim,)`. With `rescored=None` all items are compared; otherwise the approximate index
         proposes `rescored * top_k` of them, which are compared exactly. ValueError if files of the index are gone.
         """
+        # The filter comes first: after a search, ten pictures among a million texts might be none.
         asked = self.table.search(query).distance_type("cosine").limit(top_k).select([*_SHOWN, "_distance"])
         asked = asked.bypass_vector_index() if rescored is None else asked.refine_factor(rescored)
         try:
@@ -85,9 +86,11 @@ class Index:
                 "again, as it may have been made anew meanwhile; or delete it and run puma-hf index again."
             ) from error
         for row in rows:
+            # LanceDB divides by both lengths, so cut vectors and float16 need no scaling.
             row["score"] = 1 - row.pop("_distance")
             # Of a copied picture the path is below the index, which may have been moved.
             row["image"] = None if row["image"] is None else os.path.join(self.folder, row["image"])
+        # Whose scores are equal LanceDB gives in any order, and in another one the next time.
         return sorted(rows, key=lambda row: (-row["score"], row["id"]))
 
 
@@ -108,6 +111,7 @@ def open_index(folder: str | Path) -> Index:
 
 def open_table(folder: Path) -> Any:
     """The table of an index at its newest version, or None if there is none."""
+    # 180 MB, and more than a second to import: only what opens an index pays for it.
     try:
         import lancedb
     except ImportError as error:
@@ -134,10 +138,6 @@ def about(folder: Path, table: Any) -> dict[str, Any]:
             f"{str(folder)!r} has a table {TABLE!r} of format {version}, must be {FORMAT_VERSION} of puma-hf index. "
             "Choose another folder, or install the puma-hf that has made it."
         )
+    if str(found["model"]).startswith("."):  # a Space has it inside, and says where from its own folder
+        found["model"] = str((folder / found["model"]).resolve())
     return found
-
-
-def model_of(folder: Path, description: dict[str, Any]) -> str:
-    """Where the model of an index is: a Space has it inside, and says where from its own folder."""
-    name = str(description["model"])
-    return str((folder / name).resolve()) if name.startswith(".") else name

@@ -86,7 +86,8 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
     import gradio as gr
 
     page = make_page(searcher, config)
-    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+    # Of the visitor's own system: Gradio's fonts would be fetched from elsewhere, which tells who looks at the page.
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         _, url, _ = page.launch(
             server_name=config.host,
@@ -110,6 +111,7 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
     import gradio as gr
 
     searcher.index.num_candidates()  # an index that is empty has no page
+    # Uploads are removed after an hour: a page that is open to all would fill the disk.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_UPLOADS_LIVE // 4, _UPLOADS_LIVE)) as page:
         gr.Markdown(f"# {TITLE}\n{count_line(searcher.index, searcher.index.model)}")
         with gr.Row():
@@ -120,6 +122,7 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
                     hint = "What is asked for, in the words that the model was trained with"
                     instruction = gr.Textbox(config.instruction, label="Instruction", placeholder=hint)
             with gr.Column(scale=2):
+                # As a path: the file as it came, which the reader that all inputs go through turns upright and checks.
                 picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
         button = gr.Button("Search", variant="primary")
         note = gr.Markdown("Type a sentence, drop a picture, or give both. Choose an answer to search with it.")
@@ -134,6 +137,7 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
             try:
                 query = Query(text=text or None, image=picture, instruction=(instruction or "").strip() or None)
                 found = searcher.search(query, target=target, top_k=config.top)
+            # What a visitor can mend is told; all else is a fault of ours and stays in the log.
             except (ValueError, OSError) as error:
                 raise gr.Error(_words_of(error, searcher.index.folder, picture), print_exception=False) from error
             cards, rows = _cards_and_rows(found)
@@ -165,6 +169,7 @@ def _cards_and_rows(found: Answers) -> tuple[list[Any], list[Any]]:
     """The answers that have a picture, with it and its caption, and the others as rows of a table."""
     cards, rows = [], []
     for answer in found.answers:
+        # A small copy goes out, without what a camera wrote into the file, such as a place.
         shown = _small(answer.image, 320)
         words = shorten(answer.text or "", 280)
         if shown is not None:

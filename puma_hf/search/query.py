@@ -105,7 +105,18 @@ class Searcher:
                 "--ann hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend exact)."
             )
         self.index, self._rescored = index, rescore_multiplier if backend == "ann" else None
-        self.model = _open_model(index, model, trust_remote_code) if isinstance(model, str) else model
+        if isinstance(model, str):
+            if Path(model).is_absolute() and not Path(model).is_dir():
+                raise FileNotFoundError(
+                    f"The model {model!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it "
+                    "is now."
+                )
+            # The data type, too, must be that of the index: in another one the fingerprint is another.
+            loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
+            loading["revision"] = index.description["revision"] if model == index.model else None
+            model = open_sentence_transformer(model, trust_remote_code=trust_remote_code, **loading).eval()
+        self.model = model
+        # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
         if model_fingerprint(self.model) != index.fingerprint:
             raise ValueError(
                 f"The index {str(index.folder)!r} was made by another model than {model_name(self.model)!r}, and "
@@ -124,6 +135,7 @@ class Searcher:
         truncate_dim = self.index.description["truncate_dim"]
         options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": truncate_dim}
         options |= {"normalize_embeddings": truncate_dim is not None, "show_progress_bar": False}
+        # One query is one call of `encode`: what a search costs besides is the comparison.
         model_input = query.model_input()
         try:
             return np.asarray(self.model.encode([model_input], **options), np.float32)
@@ -149,7 +161,8 @@ class Searcher:
         num_candidates = self.index.num_candidates(target)
         row = self.embed(query)[0]
         found = self.index.nearest(row, target, top_k, rescored=self._rescored)
-        if len(found) < min(top_k, num_candidates):  # a graph may not lead to enough of them, which is rare
+        # A graph may not lead to enough of them, which is rare and cheap to find out.
+        if len(found) < min(top_k, num_candidates):
             found = self.index.nearest(row, target, top_k)
         is_path = isinstance(query.image, str | Path)
         return Answers(
@@ -179,8 +192,8 @@ def search(config: SearchConfig) -> Answers:
     index.num_candidates(config.target)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     query.model_input()  # what is wrong is told before the model is loaded
-    names = ("model", "backend", "rescore_multiplier", "trust_remote_code")
-    searcher = open_searcher(index, **{name: getattr(config, name) for name in names})
+    names = ("backend", "rescore_multiplier", "trust_remote_code")
+    searcher = Searcher(index, config.model or index.model, **{name: getattr(config, name) for name in names})
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:
         write_whole(Path(config.html), to_html(answers, picture=config.image).encode("utf-8", "backslashreplace"))
@@ -204,17 +217,3 @@ def open_searcher(index: str | Path | Index, *, model: str | None = None, **opti
     """
     opened = index if isinstance(index, Index) else open_index(index)
     return Searcher(opened, model or opened.model, **options)
-
-
-def _open_model(index: Index, name: str, trust_remote_code: bool) -> SentenceTransformer:
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"The model {name!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it is now."
-        )
-    described = index.description
-    return open_sentence_transformer(
-        name,
-        revision=described["revision"] if name == index.model else None,
-        trust_remote_code=trust_remote_code,
-        model_kwargs={"dtype": described["dtype"]},
-    ).eval()

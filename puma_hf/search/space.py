@@ -93,6 +93,7 @@ def write_space(
     """
     require_gradio()
     index.num_candidates()
+    # Written beside its place and renamed: a Space that lacks half of its pictures would be published unnoticed.
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         name = _copy_index(index, draft / "index", model)
         more = "" if instruction is None else f"\n        instruction={instruction!r},"
@@ -132,10 +133,12 @@ def _copy_index(index: Index, folder: Path, model: str | None) -> str:
             raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
         for file in model_files(source):
             shutil.copyfile(source / file, folder / "model" / file)
+    # A branch or commit is one of the model that was named before, and paths say where this machine keeps its files.
     revision = index.description["revision"] if name == index.model else None
     about = {**index.description, "model": name, "revision": revision, "data": Path(index.description["data"]).name}
     table = create_table(folder, about, index.table.schema.field("vector").type.list_size)
     schema = table.schema
+    # A thousand rows at a time: the vectors of a million items are gigabytes.
     for batch in index.table.search().select(schema.names).limit(len(index)).to_batches(1000):
         images = [
             path and keep_picture(folder, (index.folder / path).read_bytes()) for path in batch["image"].to_pylist()

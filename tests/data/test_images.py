@@ -30,7 +30,7 @@ def test_paths_become_absolute_and_sizes_are_kept(folder: Path) -> None:
     assert images.read("a.png", "line 2") == images.read(str(folder / "a.png"), "line 3") == str(folder / "a.png")
     assert images.read("./deep/../a.png", "line 4") == str(folder / "a.png")
     assert images.read({"path": "deep/b.png", "bytes": None}, "line 5") == str(folder / "deep/b.png")
-    assert images.sizes == {str(folder / "a.png"): (4, 6), str(folder / "deep/b.png"): (10, 5)}
+    assert images.read_paths == {str(folder / "a.png"), str(folder / "deep/b.png")}
     outside = str(folder.parent / "outside.png")
     assert Images().read(outside, "row 1") == outside
 
@@ -49,7 +49,7 @@ def test_paths_become_absolute_and_sizes_are_kept(folder: Path) -> None:
         (
             "deep",
             FileNotFoundError,
-            r"line 2: image 'deep' is not a file .*MBEIR\(\.\.\., image_root=\.\.\.\), in Python",
+            r"line 2: image 'deep' is not a file .*MBEIR\(image_root=\.\.\.\)",
         ),
         ("a\0.png", FileNotFoundError, r"line 2: image 'a\\x00\.png' is not a file: no path can be called so"),
         ("half \ud800/cat.png", FileNotFoundError, r"line 2: image .* is not a file: no path"),
@@ -77,16 +77,6 @@ def test_links_may_stay_inside_and_what_is_missing_may_be_so(folder: Path) -> No
             images.find(name, "here", may_be_missing=True)
 
 
-def test_more_pixels_than_pillow_decodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)
-    Images(folder).read("a.png", "line 2")
-    # Up to twice the limit Pillow only warns.
-    with pytest.raises(BrokenImageError, match=r"b\.png' has 10 x 5 pixels; at most 49 in all"):
-        Images(folder).read("deep/b.png", "line 2")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    Images(folder).read("deep/b.png", "line 2")
-
-
 def test_damage_behind_the_header_is_found_by_decoding(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
     assert Images(folder).read("cut.png", "line 2")
@@ -102,15 +92,12 @@ def test_images_inside_are_saved_as_they_are(tmp_path: Path) -> None:
     other = images.read({"bytes": png((5, 5)), "path": None}, "row 3")
     assert sorted(map(str, (tmp_path / "saved").iterdir())) == sorted([first, other])
     assert (Path(first).read_bytes(), Path(first).suffix) == (png(), ".png")
-    assert images.sizes == {first: (3, 2), other: (5, 5)}
     for content in (b"abc", png((60, 60))[:60]):
         with pytest.raises(
             BrokenImageError, match=r"row 4: the image inside \(\d+ bytes\).* cannot be read as an image"
         ):
             Images(save_to=tmp_path / "none", decode=True).read(content, "row 4")
-    with pytest.raises(
-        MBEIRFormatError, match=r"row 1: the image is inside the dataset, .*Save the images to a folder"
-    ):
+    with pytest.raises(MBEIRFormatError, match=r"row 1: the image is inside the dataset\. Save it to a folder"):
         Images().read(png(), "row 1")
     assert not (tmp_path / "none").exists()
 

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def test_a_positive_is_never_a_negative(root: Path) -> None:
 def test_query_without_negatives(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     builder.change_record(builder.query_path(root, 1, "train"), 2, neg_cand_list=[])
     assert len(load_mbeir(root)) == NUM_ROWS
-    message = r"task1_train\.jsonl, line 2: query '11:1101' has no negatives .*missing_negatives='drop'"
+    message = r"task1_train\.jsonl, line 2: query '11:1101' has no negatives; .*missing_negatives='drop'"
     with pytest.raises(MBEIRFormatError, match=message):
         load_mbeir(root, num_negatives=1)
     with caplog.at_level(logging.WARNING):
@@ -130,19 +129,6 @@ def test_every_broken_row_of_a_file_is_reported(root: Path) -> None:
     builder.change_record(path, 3, neg_cand_list=["11:9999"])
     with pytest.raises(MBEIRFormatError, match=r"\n- .*line 3: neg_cand_list has dids that are not .*\['11:9999'\]"):
         load_mbeir(root)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_negatives": -1}, "num_negatives is -1, must be 0 or more"),
-        ({"missing_negatives": "ignore"}, "missing_negatives is 'ignore', must be 'error' or 'drop'"),
-        ({"tasks": ["toys_task5"]}, r"tasks is \['toys_task5'\], must be some of"),
-    ],
-)
-def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_mbeir(root, **arguments)
 
 
 # --- items
@@ -188,7 +174,7 @@ def test_a_folder_of_mbeir_is_known_by_its_files(root: Path, tmp_path: Path) -> 
     assert load_items(root, split="test")[:] == load_mbeir_items(root, "test")[:] != expected
     # Half an M-BEIR folder is not taken for a folder of images, nor one of images for M-BEIR by the names of folders.
     shutil.rmtree(root / "query")
-    with pytest.raises(FileNotFoundError, match=r"holds no mbeir_<dataset>_task<n>_train\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"There is no mbeir_<dataset>_task<n>_train\.jsonl in"):
         load_items(root)
     picture(tmp_path / "images" / "query" / "test" / "a.png")
     picture(tmp_path / "images" / "cand_pool" / "b.png")
@@ -223,7 +209,7 @@ def test_several_sources_and_equal_items(root: Path, tmp_path: Path) -> None:
     [
         ([], r"The source is \[\], must name at least one file or folder"),
         ("a.txt,,b.txt", r"must name at least one file or folder, and no empty name"),
-        (DatasetDict(), r"A source is a DatasetDict, must be a path.*choose one split"),
+        (DatasetDict(), r"A source is a DatasetDict, must be a path.*choose a split"),
         ([3], r"A source is a int, must be a path"),
         (Dataset.from_dict({"text": []}), r"A source holds no items\. Name one with at least one text"),
     ],
@@ -274,7 +260,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
             message
         )
     parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": "a.png"}]}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset, .*Save the images"):
+    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset\. Save it"):
         load_items(tmp_path / "t.parquet")
 
 
@@ -302,20 +288,6 @@ def test_a_table(tmp_path: Path) -> None:
         Record("d", None, str(tmp_path / "images" / "gone.png")),
     ]
     assert [record.row for record in found] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("t.txt", "red\n\nblue\n"),
-        ("t.csv", 'text,image\nred,\n"blue",\n'),
-        ("t.tsv", "text\nred\nblue\n"),
-        ("t.json", '[{"text": "red"}, {"text": "blue"}]'),
-    ],
-)
-def test_without_ids_rows_are_numbered(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    assert records(open_corpus(tmp_path / name)) == [Record("0", "red"), Record("1", "blue")]
 
 
 def test_parquet_with_images_inside(tmp_path: Path) -> None:
@@ -362,7 +334,7 @@ def test_a_folder_of_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "gone.png").symlink_to("nothing")
     for read in (open_corpus, load_items):
-        with pytest.raises(ValueError, match=r"holds no image \(.*\) and is no M-BEIR folder.* 1 x link to nothing"):
+        with pytest.raises(ValueError, match=r"holds no image \(.*\), and is no M-BEIR folder.* 1 x link to nothing"):
             read(tmp_path / "none")
 
 
@@ -380,16 +352,16 @@ def test_a_pool(root: Path, pool: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or a whole number\. Give every row one, or"),
+        ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or number\. Give every row one, or"),
         ({"text": "a"}, r"line 2: id is None"),
         ({"id": True, "text": "a"}, r"line 2: id is True, must be"),
         ({"id": "b", "text": 3}, r"line 2: text is 3, must be a text or null"),
         ({"id": "b", "text": ["0" * 1000] * 1000}, r"line 2: text is .*\.\.\., must be a text"),
         ({"id": "b", "instruction": []}, r"line 2: instruction is \[\], must be a text or null"),
-        ({"id": "b", "image": 3}, r"line 2: image is 3, must be the path of a file below"),
+        ({"id": "b", "image": 3}, r"line 2: image is 3, must be a file below"),
         (
             {"id": "b", "image": "https://a.org/a.png"},
-            r"line 2: image is 'https.*Download images first, or call puma_hf",
+            r"line 2: image is 'https.*Download images first",
         ),
         ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
         ({"id": "b", "image": "pipe.png"}, r"line 2: image 'pipe\.png' is not a file below"),
@@ -476,18 +448,3 @@ def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     # The content is what the model sees: neither the id nor the row.
     assert corpus.content_hash(Record("a", "red", row=1)) == corpus.content_hash(Record("b", "red"))
     assert corpus.content_hash(Record("a", "red")) != corpus.content_hash(Record("a", instruction="red"))
-
-
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    def peak(num_rows: int) -> int:
-        rows = ({"text": f"{row:090d}"} for row in range(num_rows))
-        corpus = open_corpus(table(tmp_path / f"{num_rows}.jsonl", *rows))
-        tracemalloc.start()
-        assert corpus.survey(8).num_items == num_rows
-        value = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return value
-
-    peak(10)
-    # The rows themselves are 360,000 bytes more; what other threads of the process do meanwhile counts, too.
-    assert peak(4000) < peak(400) + 180_000

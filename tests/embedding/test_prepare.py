@@ -166,13 +166,3 @@ def test_what_cannot_be_sent_to_a_worker_is_broken_there_alone() -> None:
 def test_a_worker_that_dies_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         work(Chunk((0,), ("a",)), num_workers=1, load=lambda item: os._exit(3))
-
-
-def test_tokenizers_do_not_warn_of_forks_and_the_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    with prepare._one_thread_each(1):
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    with prepare._one_thread_each(1):
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"

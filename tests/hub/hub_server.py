@@ -117,12 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind = rest[0] if rest else "revision"
         if kind == "preupload":
             asked = json.loads(self.body)["files"]
-            modes = {True: "lfs", False: "regular"}
-            files = [
-                {"path": e["path"], "uploadMode": modes[e["path"].endswith(".safetensors")], "shouldIgnore": False}
-                for e in asked
-            ]
-            return self.answer({"files": files})
+            for one in asked:
+                is_large = one["path"].endswith(".safetensors")
+                one |= {"uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+            return self.answer({"files": asked})
         if kind == "branch":
             repository.branches[rest[1]] = dict(repository.branches["main"])
             return self.answer({})
@@ -134,13 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.commit(name, repository, branch, is_pull_request=query.get("create_pr") == ["1"])
         if kind == "resolve":
             return self.file(files.get("/".join(rest[2:])), repository.sha(branch))
-        if kind == "tree":
-            if rest[2:]:  # no repository of ours has folders
-                return self.answer({"error": "no such folder"}, 404, {"X-Error-Code": "EntryNotFound"})
-            listed = [
-                {"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()
-            ]
-            return self.answer(listed)
+        if kind == "tree":  # no repository of ours has folders
+            listed = [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files]
+            return self.answer(listed if not rest[2:] else {}, 404 if rest[2:] else 200)
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(files)]
         for one in siblings:
             data = files[one["rfilename"]]

@@ -171,13 +171,6 @@ def test_other_content_is_not_mixed(
     assert loads == []
 
 
-def test_a_repository_with_a_licence_alone_is_empty_enough(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    hub.repositories["org/puma"] = Repository()
-    hub.repositories["org/puma"].branches["main"] = {".gitattributes": b"", "README.md": b"", "LICENSE": b""}
-    push(folder, "org/puma", token=TOKEN)
-    assert "config.json" in hub.repositories["org/puma"].branches["main"]
-
-
 def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     with pytest.raises(OSError, match="hf auth login"):
         push(folder, "org/puma")

@@ -21,7 +21,6 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.configs import IndexConfig
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
-from puma_hf.search import build as module
 from puma_hf.search.build import IndexReport, build_index
 from puma_hf.search.index import Index, open_index
 from puma_hf.search.query import Searcher
@@ -76,18 +75,6 @@ def test_what_it_holds(
     np.testing.assert_allclose(vectors(index_dir, ["t1", "i1"]), expected, atol=1e-5)
 
 
-def test_another_reader_reads_it(index_dir: Path) -> None:
-    """LanceDB alone, as its own users would."""
-    import lancedb
-
-    table = lancedb.connect(str(index_dir)).open_table("items")
-    assert table.count_rows("modality LIKE 'image%'") == 3
-    assert (
-        json.loads(table.schema.field("vector").metadata[b"puma_hf"])["fingerprint"]
-        == open_index(index_dir).fingerprint
-    )
-
-
 def test_hundreds_of_pictures_and_broken_ones(make: Make, tmp_path: Path) -> None:
     data = tmp_path / "photos"
     for number in range(300):
@@ -103,13 +90,6 @@ def test_hundreds_of_pictures_and_broken_ones(make: Make, tmp_path: Path) -> Non
     assert {"0/50.png", "2/50.png"} < set(rows(tmp_path / "out"))  # two of one name
 
 
-def test_a_broken_picture_can_stop_it(make: Make, tmp_path: Path) -> None:
-    write_picture(tmp_path / "photos" / "a.png", 0)
-    (tmp_path / "photos" / "m.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"Input 'm.png' \(row 1\) cannot be embedded"):
-        make(tmp_path / "photos", on_error="raise")
-
-
 def test_broken_rows_of_a_table(make: Make, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(
         '{"id": "a", "text": "red"}\n{"id": "b", "text": \n{"id": "\\ud800", "text": "x"}\n'
@@ -118,13 +98,6 @@ def test_broken_rows_of_a_table(make: Make, tmp_path: Path) -> None:
     assert (report.counts, report.num_errors) == ({"text": 1}, 2)
     with pytest.raises(ValueError, match="line 2"):
         make(tmp_path / "t.jsonl", on_error="raise")
-
-
-def test_a_text_of_a_hundred_thousand_characters(make: Make, tmp_path: Path) -> None:
-    text = "apple " * 17_000
-    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    assert make(tmp_path / "t.jsonl").counts == {"text": 1}
-    assert rows(tmp_path / "out")["0"]["text"] == text
 
 
 def test_a_pool_of_mbeir(make: Make, tmp_path: Path) -> None:
@@ -216,14 +189,6 @@ def test_pictures_added_changed_removed_and_mended(make: Make, tmp_path: Path) -
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
-def test_a_corpus_that_was_moved_shows_its_pictures(make: Make, tmp_path: Path) -> None:
-    write_picture(tmp_path / "photos" / "a.png", 0)
-    make(tmp_path / "photos")
-    shutil.move(tmp_path / "photos", tmp_path / "moved")
-    assert make(tmp_path / "moved").num_new == 0
-    assert rows(tmp_path / "out")["a.png"]["image"] == str((tmp_path / "moved" / "a.png").resolve())
-
-
 def test_again_nothing_is_embedded_and_the_model_is_remembered(make: Make, corpus: Path, copy: Path) -> None:
     before = open_index(copy)
     assert make(corpus, model="").num_new == 0
@@ -272,14 +237,6 @@ def test_approximate_search_is_added_kept_up_to_date_and_removed(
     assert open_index(tmp_path / "out").ann == "none"
 
 
-def test_many_small_runs_are_put_together(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_FRAGMENTS", 2)
-    make(write_corpus(tmp_path), shard_size=1)
-    index = open_index(tmp_path / "out")
-    assert index.table.stats()["fragment_stats"]["num_fragments"] == 1
-    assert len(index) == 8
-
-
 # --- stopped, and in use
 
 
@@ -319,11 +276,6 @@ def test_who_has_an_index_open_goes_on_with_it(
 
 
 # --- what is refused
-
-
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is no index. Name a directory that puma-hf index has written"):
-        open_index(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])

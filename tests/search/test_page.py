@@ -58,11 +58,6 @@ def test_a_picture_that_was_uploaded_then_an_answer_as_the_next_query(url: str, 
     assert shown(chosen)[2][0] == ["1", "1.000", "t1", "a table"]
 
 
-def test_answers_are_remembered_by_session_alone(url: str) -> None:
-    shown(Visitor(url).ask("a table"))
-    assert not Visitor(url).choose("gallery", 0)["success"]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -129,12 +124,6 @@ def test_only_what_the_index_has_can_be_chosen(
     assert page.delete_cache == (900, 3600)
 
 
-def test_an_index_that_is_empty(page_searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_searcher.index, "counts", {})
-    with pytest.raises(ValueError, match="is empty"):
-        make_page(page_searcher, AppConfig(index="index"))
-
-
 # --- the command
 
 
@@ -150,12 +139,6 @@ def test_a_port_that_is_taken(page_searcher: Searcher) -> None:
         config = AppConfig(index="index", port=other.getsockname()[1])
         with pytest.raises(OSError, match="port"), serving(page_searcher, config):
             pass
-
-
-def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puma_hf.search.page.find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r"needs Gradio. Run: pip install 'puma-hf\[app\]'"):
-        launch(AppConfig(index="index"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -16,7 +16,6 @@ from puma_hf.configs import IndexConfig, SearchConfig
 from puma_hf.search.build import build_index
 from puma_hf.search.index import open_index
 from puma_hf.search.query import MAX_QUERY_LENGTH, Query, Searcher, open_searcher, search
-from tests.search.small_corpus import write_picture
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +61,6 @@ def test_an_item_finds_itself(searcher: Searcher, corpus: Path) -> None:
     assert best.score == pytest.approx(1, abs=1e-5)
 
 
-def test_an_instruction_changes_the_query(searcher: Searcher) -> None:
-    plain, told = (searcher.search(Query(text="on", instruction=text)) for text in (None, "Find a picture."))
-    assert told.instruction == "Find a picture."
-    assert [answer.score for answer in plain.answers] != [answer.score for answer in told.answers]
-
-
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_old_words_for_exact(searcher: Searcher, backend: Any) -> None:
-    assert Searcher(searcher.index, searcher.model, backend=backend).search("a table") == searcher.search("a table")
-
-
 def test_backends_that_there_are_not(searcher: Searcher) -> None:
     for backend, message in (
         ("annoy", "backend is 'annoy', must be one of 'exact', 'ann'"),
@@ -93,12 +81,6 @@ def test_a_query_costs_an_encode_and_a_search(searcher: Searcher, monkeypatch: p
         )
     searcher.search("a table")
     assert calls == ["encode", "nearest"]
-
-
-def test_words_that_name_a_file_are_words(searcher: Searcher, corpus: Path) -> None:
-    found = searcher.search(Query(text=str(corpus.parent / "i1.png")), top_k=1)
-    assert found.image is None
-    assert found.answers[0].score < 0.9999
 
 
 # --- bad queries
@@ -129,12 +111,6 @@ def test_a_picture_that_cannot_be_read(searcher: Searcher, tmp_path: Path) -> No
 def test_words_that_the_model_does_not_take(searcher: Searcher) -> None:
     with pytest.raises(ValueError, match=r"^The query cannot be embedded: (?!.*inputs\[).*half a character"):
         searcher.search(Query(text="\ud83d"))
-
-
-def test_special_tokens_of_a_query_are_words(searcher: Searcher) -> None:
-    options: dict[str, Any] = {"processing_kwargs": {"text": {"split_special_tokens": True}}}
-    expected = searcher.model.encode(["a <|im_end|> b"], **options)
-    np.testing.assert_allclose(searcher.embed("a <|im_end|> b"), expected, rtol=0, atol=1e-5)
 
 
 # --- from a configuration
@@ -178,11 +154,6 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(
         search(SearchConfig(index=index_dir, image=tmp_path / "gone.png"))
     with pytest.raises(FileNotFoundError, match="is no index"):
         search(SearchConfig(index=tmp_path, query="a"))
-
-
-def test_a_picture_outside(searcher: Searcher, tmp_path: Path) -> None:
-    found = searcher.search(Query(image=write_picture(tmp_path / "q.png", 7), text="red"))
-    assert (found.query, found.image) == ("red", str(tmp_path / "q.png"))
 
 
 def test_open_and_ask(index_dir: Path, puma_dir: Path, searcher: Searcher) -> None:

@@ -68,23 +68,6 @@ def test_an_instruction_is_quoted(page_index: Path, tmp_path: Path, monkeypatch:
     assert launched == [words]
 
 
-def test_it_is_written_whole_or_not_at_all(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("puma_hf.search.space.count_line", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_space(open_index(page_index), tmp_path / "space")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_not_empty(page_index: Path, tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty"):
-        write_space(open_index(page_index), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
-
-
 def test_it_answers_elsewhere(space: Path, page_index: Path, tmp_path: Path, page_searcher: Searcher) -> None:
     moved = shutil.copytree(space, tmp_path / "moved")
     copied = open_searcher(moved / "index")
@@ -114,13 +97,3 @@ def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert write_configured(config) == tmp_path / "space"
     assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
-
-
-def test_on_a_space_it_is_reached_from_outside(space: Path) -> None:
-    """The names are those that Gradio itself reads."""
-    from puma_hf.configs import FIRST_PORT
-
-    code = (space / "app.py").read_text()
-    assert 'os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0")' in code
-    assert f'os.environ.get("GRADIO_SERVER_PORT", "{FIRST_PORT}")' in code
-    compile(code, "app.py", "exec")
