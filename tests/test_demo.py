@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import numpy as np
 import pytest
@@ -114,3 +117,15 @@ def test_the_teacher_is_asked_for_nothing_that_only_val_and_test_have() -> None:
     unseen = phrases.held_out(DATA)
     assert {"brain", "rocket, man, dark skin tone"} <= unseen
     assert unseen.isdisjoint({"pizza", "exploding head"})
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "demo", "examples"])
+def test_what_the_scripts_import_is_there(folder: str) -> None:
+    """Most of them take minutes, so no test runs them."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("puma_hf"):
+                module = import_module(node.module or "")
+                submodules = {found.name for found in iter_modules(getattr(module, "__path__", []))}
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert set(missing) <= submodules, f"{path.name}: {node.module} has no {missing}"
