@@ -30,7 +30,6 @@ from puma_hf.files import new_directory
 logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID = 100  # below are M-BEIR's own datasets and those that may join them
-MAX_WORDINGS = 50
 _NANO_VERSION = 1  # of how queries and candidates are chosen; part of the settings, so of the hash
 
 Item = TypeVar("Item")
@@ -175,11 +174,11 @@ def build_nano(
     origin = read_origin(folder) if folder.is_dir() else None
     if origin is None or origin[0].name != NANO_FILE:
         raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
+    wanted = {**settings, "images": str(data.image_root)}
     there = {**origin[1]["settings"], "images": str(origin[1]["image_root"])}
-    for name, value in {**settings, "images": str(data.image_root)}.items():
-        if there.get(name) != value:
-            remedy = "Name another folder, remove this one, or use its settings."
-            raise ValueError(f"{folder} was built with {name}={there.get(name)!r}, not {value!r}. {remedy}")
+    for name in (name for name in wanted if there.get(name) != wanted[name]):
+        what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
+        raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
     return MBEIR(folder)
 
 
@@ -311,13 +310,11 @@ def write_mbeir(
     [MBEIRTask(task_id=1, dataset='pairs')]
     ```
     """
-    if not re.fullmatch(r"[A-Za-z0-9_]+", dataset):
-        raise ValueError(f"dataset={dataset!r} must be letters, digits and underscores: it stands in file names.")
-    if dataset_id < FIRST_FREE_ID:
-        raise ValueError(f"dataset_id={dataset_id} must be {FIRST_FREE_ID} or more: smaller ones are M-BEIR's own.")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", dataset) or dataset_id < FIRST_FREE_ID:
+        what = f"dataset={dataset!r} must be letters, digits and underscores, and dataset_id={dataset_id}"
+        raise ValueError(f"{what} {FIRST_FREE_ID} or more: smaller ones are M-BEIR's own.")
     if not (0 <= val_fraction <= 1 and 0 <= test_fraction <= 1 and val_fraction + test_fraction <= 1):
-        both = f"val_fraction={val_fraction} and test_fraction={test_fraction}"
-        raise ValueError(f"{both} must be 0 to 1, and 1 at most together; what they leave is for training. Lower one.")
+        raise ValueError(f"{val_fraction=} and {test_fraction=} must be 0 to 1, and 1 at most together. Lower one.")
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
         if reading.problems:
@@ -358,7 +355,7 @@ def write_mbeir(
                 write_records(path, (record_line(query, folder, everything) for query in queries))
                 judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in queries for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
-        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in sorted(wordings.items())]
+        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in wordings.items()]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
@@ -380,9 +377,6 @@ def _collect(
         # Tabs and quotation marks at the ends have a meaning in the table.
         sentence = " ".join((pair.anchor.instruction or "").split()).strip('"')
         wordings[task] |= {sentence: None} if sentence else {}
-        if len(wordings[task]) > MAX_WORDINGS:
-            what = f"more than {MAX_WORDINGS} instructions for one task; put what differs into the anchor's text"
-            raise wrong(pair.where, what)
         anchor = anchors.setdefault((task, content), _Anchor(pair.anchor, content, task))
         anchor.positives[ids.of(pair.positive)] = None
         anchor.negatives |= dict.fromkeys(map(ids.of, pair.negatives))
@@ -390,12 +384,10 @@ def _collect(
             records.setdefault(ids.of(record), record)
     for anchor in anchors.values():
         anchor.negatives = {key: None for key in anchor.negatives if key not in anchor.positives}
-    names = {"text": "text", "image": "image", "image,text": "image with text"}
-    plain = {
-        task: f"Find the {names[task.candidate_modality]} that matches the given {names[task.query_modality]}."
-        for task in wordings
-    }
-    return list(anchors.values()), records, {task: list(wordings[task]) or [plain[task]] for task in sorted(wordings)}
+    for task in wordings:  # a task without any has a plain sentence
+        asks, answers = (modality.replace(",", " with ") for modality in task.modalities)
+        wordings[task] = wordings[task] or {f"Find the {answers} that matches the given {asks}.": None}
+    return list(anchors.values()), records, {task: list(wordings[task]) for task in sorted(wordings)}
 
 
 def _split(anchors: list[_Anchor], fractions: Mapping[str, float], seed: int) -> dict[str, list[_Anchor]]:

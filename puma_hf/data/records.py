@@ -203,8 +203,6 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
     kind = path.suffix.lower()
     if kind not in _READERS:
         raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(_READERS)}; convert it.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file. Check the path.")
     return _parquet(path, only) if kind == ".parquet" else _READERS[kind](path)
 
 
@@ -218,19 +216,18 @@ def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator
         for number, line in enumerate(file, start=1):
             where = location(path, number)
             try:
-                columns = parse(line) if line.strip() else {}
+                columns = parse(line) if line.removeprefix(BOM_UTF8).strip() else None
             except (ValueError, RecursionError) as error:
                 # Nothing else tells a download that was interrupted: each line before its end is whole.
                 is_cut = not line.endswith(b"\n")
                 yield Line(where, {}, cut_off(where, str(error))) if is_cut else _bad(where, f"{error}.")
             else:
-                if columns:
+                if columns is not None:
                     yield Line(where, columns)
 
 
 def _text_line(line: bytes) -> dict[str, Any]:
-    text = line.decode("utf-8-sig").strip()
-    return {"text": text} if text else {}
+    return {"text": line.decode("utf-8-sig").strip()}
 
 
 def _json_line(line: bytes) -> dict[str, Any]:

@@ -53,12 +53,9 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         self, dataset: Any, positives: Sequence[Sequence[str]], *, num_devices: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(dataset, **kwargs)
-        if len(positives) != len(dataset):
-            raise ValueError(
-                f"positives has {len(positives)} rows and the dataset {len(dataset)}. Pass one list of ids per row."
-            )
-        if num_devices < 1:
-            raise ValueError(f"num_devices is {num_devices}, must be 1 or more: pass the number of processes.")
+        if len(positives) != len(dataset) or num_devices < 1:
+            what = f"positives has {len(positives)} rows, the dataset {len(dataset)}, and num_devices is {num_devices}"
+            raise ValueError(f"{what}. Pass one list of ids per row, and 1 device or more.")
         # Numbers in one array take 4 bytes an id; a million sets of texts would take some hundred each.
         numbers: dict[str, int] = {}
         self._answers, self._starts = array("i"), array("q", [0])

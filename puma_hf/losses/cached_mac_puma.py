@@ -98,15 +98,14 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         **options: Any,
     ) -> None:
         super().__init__(model, *arguments, **options)
-        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(
-                    f"{name} is {value!r}, but it must be an integer of at least 1. Leave it out, or use 32."
-                )
+        if mini_batch_size < 1 or (mini_batch_num_tokens or 1) < 1:
+            raise ValueError(
+                f"mini_batch_size={mini_batch_size} and mini_batch_num_tokens={mini_batch_num_tokens} must be above 0."
+            )
         if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
             raise ValueError(
-                "the model embeds its inputs with a StaticEmbedding, whose features cannot be cut into mini-batches. "
-                "Use MultimodalMACLoss: such a model needs little memory."
+                "a StaticEmbedding's features cannot be cut into mini-batches. Use MultimodalMACLoss: it needs little "
+                "memory with such a model."
             )
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
@@ -120,7 +119,10 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         """
         columns = [dict(features) for features in sentence_features]
         batch = _Batch(*read_ids(columns, labels), [])
-        self._check_devices()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.mini_batch_num_tokens and distributed and not hasattr(gradcache, "_ddp_replay_context"):
+            # The devices' numbers of mini-batches differ, and they would wait for each other for ever.
+            raise ValueError("mini_batch_num_tokens on several devices needs sentence-transformers 6.2. Upgrade it.")
         if (puma := find_puma_model(self.model)) is not None:
             for index, features in enumerate(columns):
                 cut = MiniBatches(features, self.mini_batch_size, self.mini_batch_num_tokens, puma.device.type)
@@ -171,16 +173,6 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         """The settings that the model card shows."""
         names = ("mini_batch_size", "mini_batch_num_tokens", "keep_image_features")
         return {**super().get_config_dict(), **{name: getattr(self, name) for name in names}}
-
-    def _check_devices(self) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        size = torch.distributed.get_world_size() if distributed else 1
-        if self.mini_batch_num_tokens is not None and size > 1 and not hasattr(gradcache, "_ddp_replay_context"):
-            raise ValueError(
-                f"mini_batch_num_tokens is {self.mini_batch_num_tokens} on {size} devices, whose numbers of "
-                "mini-batches differ then; before sentence-transformers 6.2 they would wait for each other forever. "
-                "Upgrade sentence-transformers, or set mini_batch_size instead."
-            )
 
 
 def find_puma_model(model: nn.Module) -> Any:

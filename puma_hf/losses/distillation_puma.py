@@ -43,16 +43,15 @@ def self_distillation_loss(student: Tensor, teacher: Tensor, metric: Distillatio
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student states are {tuple(student.shape)} and teacher states {tuple(teacher.shape)}, but both must be "
-            "the same (batch_size, hidden_size), a [RET] state per sample. Use the full model that the student was "
-            "pruned from as the teacher, or recompute the cached states with it."
+            "the same (batch_size, hidden_size). Take a teacher of the student's hidden size."
         )
     dtype = torch.float64 if student.dtype == teacher.dtype == torch.float64 else torch.float32
     student, teacher = student.to(dtype), teacher.detach().to(device=student.device, dtype=dtype)
     if not torch.isfinite(teacher).all():
         broken = (~torch.isfinite(teacher)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
-            f"the teacher states of the samples {broken} of this batch are NaN or infinite, but they must be finite. "
-            "Run the teacher in bfloat16 or float32 instead of float16, or recompute the cached states."
+            f"the teacher states of the samples {broken} of this batch are NaN or infinite. Run the teacher in "
+            "bfloat16 or float32 instead of float16."
         )
     if metric == "cosine":
         return (1.0 - torch.nn.functional.cosine_similarity(student, teacher, dim=1)).mean()
@@ -123,12 +122,12 @@ class SelfDistillationLoss(nn.Module):
 
 def _cut(output: dict[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Student's and teacher's states, at the width of the embedding where `MatryoshkaLoss` has shortened it."""
-    if STUDENT_KEY not in output:
+    student: Tensor | None = output.get(STUDENT_KEY)
+    if student is None:
         raise ValueError(
             f"the model returned the features {sorted(output)}, but self-distillation needs {STUDENT_KEY!r}, the [RET] "
-            "state after the final norm. Use a PUMA model, or an input module that returns this feature."
+            "state after the final norm. Use a PUMA model."
         )
-    student: Tensor = output[STUDENT_KEY]
     width = output.get("sentence_embedding", student).shape[-1]
     # States of another hidden size stay apart, to be refused; labels come shortened already.
     fits = teacher.shape[-1] == student.shape[-1]
@@ -136,18 +135,13 @@ def _cut(output: dict[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _teacher_columns(labels: Tensor | None, num_columns: int) -> list[Tensor]:
-    if labels is None:
-        raise ValueError(
-            f"the features have no {TEACHER_KEY!r} and labels is None, but self-distillation needs the teacher's "
-            "[RET] states. Use PumaDistillationTrainer, or add a label column with the cached states to the dataset."
-        )
-    if labels.ndim == 2 and num_columns == 1:
+    if labels is not None and labels.ndim == 2 and num_columns == 1:
         labels = labels.unsqueeze(1)
-    if labels.ndim != 3 or labels.shape[1] != num_columns or not labels.is_floating_point():
+    if labels is None or labels.ndim != 3 or labels.shape[1] != num_columns:
         raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, but for {num_columns} column(s) they must be "
-            f"floating-point teacher states (batch_size, {num_columns}, hidden_size). Pass one state per sample and "
-            "column, in the order of the columns."
+            f"the features have no {TEACHER_KEY!r} and labels are {None if labels is None else tuple(labels.shape)}, "
+            f"but self-distillation needs states (batch_size, {num_columns}, hidden_size) of the teacher. Use "
+            "PumaDistillationTrainer, or add them as a label column."
         )
     return list(labels.unbind(1))
 
@@ -224,7 +218,7 @@ class JointDistillationLoss(nn.Module):
         self.weights |= {f"{name}_start": start for name, start in starts.items() if start is not None}
         for name, weight in self.weights.items():
             if not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"{name} is {weight}, but a weight must be 0 or more and finite. Choose 1.0 to start.")
+                raise ValueError(f"{name} is {weight}, but a weight must be 0 or more and finite.")
         if uses_gradient_cache(contrastive) or not hasattr(contrastive, "compute_loss_from_embeddings"):
             raise ValueError(
                 f"contrastive is a {type(contrastive).__name__}, but it must compute its loss from embeddings of one "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad, cos_sim, get_rank, similarity_fct_name
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-from puma_hf.modeling.inputs_puma import MODALITY_NAMES
 
 from .progress_puma import ScheduledTemperatureLoss
 from .schedule_puma import (
@@ -25,6 +22,7 @@ from .schedule_puma import (
     ModalityGrouping,
     Schedule,
     check_choice,
+    check_share,
     check_temperatures,
 )
 
@@ -71,7 +69,7 @@ def mac_loss(
         The loss, a scalar in float32 (float64 for float64 similarities).
 
     Raises:
-        ValueError: If a shape or dtype does not fit, or a temperature is not positive and finite.
+        ValueError: If a temperature is not positive and finite; torch refuses shapes that do not fit.
 
     Example:
         >>> similarities = torch.zeros(1, 2)  # equal similarities, two candidates: log 2
@@ -79,9 +77,10 @@ def mac_loss(
         >>> round(mac_loss(similarities, torch.tensor([0]), same_modality, 0.05, 0.04).item(), 4)
         0.6931
     """
-    _check_matrices(similarities, positive_index, same_modality, false_negatives)
     check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
     similarities = at_least_float32(similarities)
+    # A matrix of its own, beside the similarities and the logits: two numbers a candidate would save it, and cost
+    # a second pass over the masks.
     tau = torch.full_like(similarities, temperature).masked_fill_(same_modality, hard_temperature)
     return _cross_entropy(similarities / tau, positive_index, false_negatives)
 
@@ -109,10 +108,10 @@ def split_loss(
         >>> round(loss.item(), 4)  # (log 4 + log 2) / 2
         1.0397
     """
-    _check_matrices(similarities, positive_index, same_modality, false_negatives)
     check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
-    _check_split_weight(split_weight)
+    check_share(split_weight=split_weight)
     similarities = at_least_float32(similarities)
+    # The positive belongs to the group even where the grouping is by the query's modality and it has another.
     outside = (~same_modality).scatter_(1, positive_index.unsqueeze(1), False)
     if false_negatives is not None:
         outside |= false_negatives
@@ -244,20 +243,16 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         super().__init__(temperature, hard_temperature, schedule, schedule_end)
         check_choice("grouping", grouping, ModalityGrouping)
         check_choice("objective", objective, MACObjective)
-        _check_split_weight(split_weight)
-        margin = false_negative_margin
-        if margin is not None and not (math.isfinite(margin) and margin >= 0):
-            raise ValueError(
-                f"false_negative_margin is {margin}, but it must be finite and at least 0: candidates more similar "
-                "than the positive by more than it are left out. Use a value such as 0.1, or None to leave out none."
-            )
+        check_share(split_weight=split_weight)
+        if false_negative_margin is not None:
+            check_share(false_negative_margin=false_negative_margin, most=float("inf"))
         self.model = model
         self.grouping = grouping
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
         self.objective = objective
         self.split_weight = split_weight
-        self.false_negative_margin = margin
+        self.false_negative_margin = false_negative_margin
         self.negative_counts: tuple[Tensor, Tensor] | None = None
         self.statistics: dict[str, Tensor] | None = None
         self.candidates_seen: Tensor | None = None
@@ -288,7 +283,13 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         Returns:
             The loss, a scalar in float32 (float64 for float64 embeddings).
         """
-        _check_columns(embeddings, modality_ids, content_ids)
+        ids = [*modality_ids, *(content_ids or modality_ids)]
+        lengths = {len(column) for column in (*embeddings, *ids)}
+        if len(embeddings) < 2 or len(ids) != 2 * len(embeddings) or len(lengths) > 1:
+            raise ValueError(
+                f"embeddings are {[tuple(column.shape) for column in embeddings]} and ids {[len(c) for c in ids]}, but "
+                "MAC-Loss needs an anchor, a positive and any negatives of equally many rows, and ids for each."
+            )
         anchors, device = embeddings[0], embeddings[0].device
         modalities, contents = ([ids.to(device) for ids in columns or ()] for columns in (modality_ids, content_ids))
         wanted = modalities[1 if self.grouping == "target" else 0]
@@ -357,21 +358,17 @@ def read_ids(columns: list[dict[str, Any]], labels: Tensor | None = None) -> tup
 
     Columns that have no modality ids take them from the labels, `(batch_size, num_columns)`.
     """
-    content_ids = _ids_of(columns, CONTENT_KEY)
-    if (own := _ids_of(columns, MODALITY_KEY)) is not None:
-        return own, content_ids
-    if labels is None:
+    own, contents = _ids_of(columns, MODALITY_KEY), _ids_of(columns, CONTENT_KEY)
+    if own is not None:
+        return own, contents
+    if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) or labels.is_floating_point():
+        given = None if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(
-            f"the columns {list(range(len(columns)))} of {len(columns)} have no {MODALITY_KEY!r} feature and labels is "
-            "None, but MAC-Loss needs the modality of every input. Use a PUMA model, whose input module adds it, or "
-            "add a label column with one modality id per column, (batch_size, num_columns)."
+            f"the {len(columns)} columns have no {MODALITY_KEY!r} feature and labels are {given}, but MAC-Loss needs "
+            "the modality of every input. Use a PUMA model, whose input module adds it, or a label column with one "
+            "integer per column, (batch_size, num_columns)."
         )
-    if labels.ndim != 2 or labels.shape[1] != len(columns) or not _is_integer(labels):
-        raise ValueError(
-            f"labels are {_describe(labels)}, but as modality ids of {len(columns)} columns they must be integers "
-            f"(batch_size, {len(columns)}). Pass one id per column: anchor, positive, negatives."
-        )
-    return list(labels.unbind(1)), content_ids
+    return list(labels.unbind(1)), contents
 
 
 def restore_ids(
@@ -384,80 +381,12 @@ def restore_ids(
 
 
 def _ids_of(columns: list[dict[str, Any]], key: str) -> list[Tensor] | None:
-    missing = [index for index, features in enumerate(columns) if features.get(key) is None]
-    if 0 < len(missing) < len(columns):
-        raise ValueError(
-            f"only the columns {missing} of {len(columns)} lack the {key!r} feature, but either all columns or none "
-            "must have it. Use the same input module for all columns."
-        )
-    return None if missing else [features[key] for features in columns]
+    found = [features[key] for features in columns if features.get(key) is not None]
+    if found and len(found) < len(columns):
+        raise ValueError(f"only {len(found)} of {len(columns)} columns have the {key!r} feature, but all or none must.")
+    return found or None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Itself in float64, anything else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _check_split_weight(value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"split_weight is {value}, but it is the share of the intra-modality term and must be in [0, 1]. "
-            "Use 0.5 for equal shares."
-        )
-
-
-def _check_matrices(
-    similarities: Tensor, positive_index: Tensor, same_modality: Tensor, false_negatives: Tensor | None
-) -> None:
-    masks = [same_modality] if false_negatives is None else [same_modality, false_negatives]
-    fits = similarities.ndim == 2 and similarities.numel() > 0
-    fits = fits and positive_index.shape == similarities.shape[:1] and positive_index.dtype == torch.int64
-    if not fits or any(mask.shape != similarities.shape or mask.dtype != torch.bool for mask in masks):
-        raise ValueError(
-            f"similarities are {_describe(similarities)}, positive_index {_describe(positive_index)}, same_modality "
-            f"(and false_negatives) {' and '.join(map(_describe, masks))}, but they must be floats (batch_size, "
-            "num_candidates), int64 (batch_size,) and bool (batch_size, num_candidates). Pass one row per query and "
-            "one column per candidate."
-        )
-
-
-def _check_columns(
-    embeddings: list[Tensor], modality_ids: Sequence[Tensor], content_ids: Sequence[Tensor] | None
-) -> None:
-    ids = {"modality": modality_ids} if content_ids is None else {"modality": modality_ids, "content": content_ids}
-    if len(embeddings) < 2 or any(len(columns) != len(embeddings) for columns in ids.values()):
-        counts = " and ".join(f"{len(columns)} of {name} ids" for name, columns in ids.items())
-        raise ValueError(
-            f"got {len(embeddings)} columns of embeddings and {counts}, but MAC-Loss needs at least an anchor and a "
-            "positive, and ids for each. Pass the lists in the order of the columns; content ids may be None."
-        )
-    shape = embeddings[0].shape
-    if any(column.ndim != 2 or column.shape != shape or shape[0] == 0 for column in embeddings):
-        raise ValueError(
-            f"the columns of embeddings are {[tuple(column.shape) for column in embeddings]}, but all must be the same "
-            "(batch_size, embedding_dim), not empty. Give every row an anchor, a positive and the same number of "
-            "negatives, and drop empty batches."
-        )
-    for name, columns in ids.items():
-        if any(column.shape != shape[:1] or not _is_integer(column) for column in columns):
-            raise ValueError(
-                f"the columns of {name} ids are {[_describe(column) for column in columns]}, but all must be integers "
-                f"({shape[0]},), one per embedding. Pass one {name} id per input."
-            )
-    # One host synchronisation for all columns.
-    all_ids = torch.cat([column.to(modality_ids[0].device) for column in modality_ids])
-    lowest, highest = torch.stack(torch.aminmax(all_ids)).tolist()
-    if lowest < 0 or highest >= len(MODALITY_NAMES):
-        names = ", ".join(f"{index} = {name!r}" for index, name in enumerate(MODALITY_NAMES))
-        raise ValueError(
-            f"modality ids range from {lowest} to {highest}, but they must be in 0..{len(MODALITY_NAMES) - 1} "
-            f"({names}). Map each input's modality with MODALITY_IDS."
-        )
-
-
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -105,14 +105,14 @@ class FrozenTeacher(Teacher):
                 the student's, or its hidden size differs.
         """
         full = StoredModel(source, student, revision=revision)
-        if different := _different_weights(student, full):
+        if different := full.different_weights(student):
             raise ValueError(
                 f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
                 f"{different[0]}), so the two cannot share one copy of the weights. Distil from the "
                 "checkpoint that was pruned, before any other training; or give PumaDistillationTrainer this one as "
                 "teacher, which it holds whole, or asks once with teacher_mode='cached'."
             )
-        return cls(student, _dropped_layers(full, student))
+        return cls(student, full.dropped_layers(student))
 
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` into the features, and run the vision tower once for student and teacher."""
@@ -179,7 +179,7 @@ class WholeTeacher(Teacher):
     def __init__(self, model: PumaModel, student: PumaModel) -> None:
         if model is student:
             raise ValueError("The teacher is the student itself. Pass the model that was pruned, or another.")
-        _check_hidden_size(student, model, type(model).__name__)
+        _check_hidden_size(student, model.config, type(model).__name__)
         for name in ("ret_token_id", "image_token_id", "video_token_id", "positions"):
             ours, theirs = getattr(student.config, name), getattr(model.config, name)
             if ours != theirs:
@@ -212,9 +212,9 @@ def find_teacher(
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
     Args:
-        teacher: Path or Hub id of a checkpoint (by default the one that was pruned, which the student's configuration
-            names), a model of the student's hidden size, or a teacher, which is returned. What does not share its
-            weights with the student is held whole beside it, and a warning says why and what that takes.
+        teacher: Path or Hub id of a checkpoint, by default the one that was pruned, which the student's configuration
+            names: it shares its weights with the student where they are equal. A model is held whole beside the
+            student, and so is another checkpoint, with a warning. A teacher is returned.
         student: The pruned model.
         revision: Branch, tag or commit of a teacher on the Hub.
         stays: Whether it is held while training, which the warning is about.
@@ -226,25 +226,19 @@ def find_teacher(
     """
     if isinstance(teacher, Teacher):
         return teacher
-    full: PumaModel | StoredModel
     if isinstance(teacher, PumaModel | SentenceTransformer):
-        full = teacher if isinstance(teacher, PumaModel) else puma_model(teacher)
-        name = f"a {type(teacher).__name__}"
-    else:
-        source, revision = _source(teacher, student, revision)
-        full, name = StoredModel(source, student, revision=revision), repr(str(source))
-    _check_hidden_size(student, full, name)
-    # The student itself is refused by the second class.
-    reason = "it is the student" if full is student else _why_not_shared(full, student)
-    if reason is None:
-        return FrozenTeacher(student, _dropped_layers(full, student))
-    whole = WholeTeacher(full.load() if isinstance(full, StoredModel) else full, student)
+        return WholeTeacher(teacher if isinstance(teacher, PumaModel) else puma_model(teacher), student)
+    source, revision = _source(teacher, student, revision)
+    full = StoredModel(source, student, revision=revision)
+    if (reason := _why_not_shared(full, student)) is None:
+        return FrozenTeacher(student, full.dropped_layers(student))
+    whole = WholeTeacher(full.load(), student)
     if stays:
         size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
         logger.warning(
-            "The teacher, %s, is held whole beside the student and takes %.1f MiB more: %s. "
+            "The teacher, %r, is held whole beside the student and takes %.1f MiB more: %s. "
             "teacher_mode='cached' avoids that: it asks the teacher once, before training, and then frees it.",
-            *(name, size, reason),
+            *(str(source), size, reason),
         )
     return whole
 
@@ -268,24 +262,19 @@ def _source(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str
     return source, revision or student.config.source_revision
 
 
-def _why_not_shared(full: PumaModel | StoredModel, student: PumaModel) -> str | None:
+def _why_not_shared(full: StoredModel, student: PumaModel) -> str | None:
     """Why one copy of the weights cannot serve both, or None if it can."""
     if getattr(student, "is_quantized", False):
         return "the student's base is held in 4 bits and the teacher is not"
-    ours, theirs = student.config._attn_implementation, full.config._attn_implementation
-    if ours != theirs:
-        return f"its attn_implementation is {theirs!r} and the student's {ours!r}"
-    if different := _different_weights(student, full):
+    if different := full.different_weights(student):
         return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
-    depth, original = _text(full).num_hidden_layers, student.config.original_num_hidden_layers
-    if depth == original:
-        return None
-    if depth == len(student.language_model.layers):
+    depth, original = full.num_layers, student.config.original_num_hidden_layers
+    if depth == len(student.language_model.layers) != original:
         raise ValueError(
             f"The teacher has {depth} layers and the student's weights: it is the student itself. Pass the "
             f"checkpoint that was pruned, of {original} layers, or another."
         )
-    return f"it has {depth} layers, and the student was cut from {original}"
+    return None if depth == original else f"it has {depth} layers, and the student was cut from {original}"
 
 
 # --- the full model's weights
@@ -306,7 +295,7 @@ class StoredModel:
             # Both halves see the mask that is built for the student's kind of attention.
             "attn_implementation": student.config._attn_implementation,
         }
-        self._source, self._device, self._positions = source, student.device, student.config.positions
+        self._source, self._positions = source, student.config.positions
         try:
             self._checkpoint: SourceCheckpoint = open_checkpoint(source, revision=revision)
             self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
@@ -317,18 +306,33 @@ class StoredModel:
                 "checkpoint of the student's hidden size. Pass one (teacher=..., --teacher), or nothing for the "
                 "checkpoint that was pruned."
             ) from error
-        _check_hidden_size(student, self, repr(str(source)))
+        text_config: Any = self.config.text_config
+        self.num_layers: int = text_config.num_hidden_layers
+        _check_hidden_size(student, self.config, repr(str(source)))
 
-    def tensors(self) -> StoredWeights:
-        """All tensors, each read when it is asked for."""
-        return StoredWeights(self._checkpoint)
+    def different_weights(self, student: PumaModel) -> list[str]:
+        """Names of the student's base weights that are not those of this model, as they would be loaded."""
+        stored, ours, different = StoredWeights(self._checkpoint), base_tensors(student), []
+        if self.num_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
+            kept = student.config.layers_of_original
+            ours = {_LAYER.sub(lambda old: str(kept[int(old[0])]), name): tensor for name, tensor in ours.items()}
+        for name, tensor in ours.items():
+            other, parts = stored.get(name), [slice(None)]
+            if other is not None and name == "language_model.embed_tokens.weight":
+                # Pruning may have added rows, and made one that of [RET].
+                rows, ret_row = min(len(tensor), len(other)), student.config.ret_token_id
+                parts = [slice(rows)] if ret_row is None else [slice(min(ret_row, rows)), slice(ret_row + 1, rows)]
+            if other is None or not all(torch.equal(tensor[p].cpu(), other[p].to(tensor.dtype)) for p in parts):
+                different.append(name)
+        return different
 
-    def layers(self, numbers: Sequence[int]) -> nn.ModuleList:
-        """The decoder layers of these numbers, on the student's device; nothing else is read."""
+    def dropped_layers(self, student: PumaModel) -> nn.ModuleList:
+        """The decoder layers that the student does not have, in order, on its device; nothing else is read."""
+        numbers = [number for number in range(self.num_layers) if number not in student.config.layers_of_original]
         with torch.device("meta"):
             every = PumaModel(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
-        stored, tensors = self.tensors(), {}
+        stored, tensors = StoredWeights(self._checkpoint), {}
         for name, parameter in layers.named_parameters():
             index, _, rest = name.partition(".")
             tensor = stored.get(f"language_model.layers.{numbers[int(index)]}.{rest}")
@@ -337,7 +341,7 @@ class StoredModel:
                     f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
                     f"another shape (layer {numbers[int(index)]}, {rest}). Download it again."
                 )
-            tensors[name] = tensor.to(self._device, self._loading["dtype"], copy=True)
+            tensors[name] = tensor.to(student.device, self._loading["dtype"], copy=True)
         layers.load_state_dict(tensors, assign=True)
         return layers
 
@@ -365,50 +369,14 @@ def is_of_adapter(name: str) -> bool:
     return ".lora_" in name or "trainable_tokens" in name
 
 
-def _dropped_layers(full: PumaModel | StoredModel, student: PumaModel) -> nn.ModuleList:
-    """The layers of a full model that the student does not have, in order, on its device."""
-    dropped = [n for n in range(_text(full).num_hidden_layers) if n not in student.config.layers_of_original]
-    if isinstance(full, StoredModel):
-        return full.layers(dropped)
-    return nn.ModuleList(full.language_model.layers[number] for number in dropped).to(student.device)
-
-
-def _different_weights(student: PumaModel, full: PumaModel | StoredModel) -> list[str]:
-    """Names of the student's base weights that are not those of the full model."""
-    theirs: Mapping[str, Tensor] = full.tensors() if isinstance(full, StoredModel) else dict(full.named_parameters())
-    ours, different = base_tensors(student), []
-    if _text(full).num_hidden_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
-        kept = student.config.layers_of_original
-        ours = {_LAYER.sub(lambda old: str(kept[int(old[0])]), name): tensor for name, tensor in ours.items()}
-    for name, tensor in ours.items():
-        other = theirs.get(name)
-        if other is not None and isinstance(full, StoredModel):
-            other = other.to(student.dtype)  # as it would be loaded
-        if other is None or other.dtype != tensor.dtype or not _is_equal(name, tensor, other, student):
-            different.append(name)
-    return different
-
-
-def _is_equal(name: str, ours: Tensor, theirs: Tensor, student: PumaModel) -> bool:
-    parts = [slice(None)]
-    if name == "language_model.embed_tokens.weight":
-        # Pruning may have added rows, and made one that of [RET].
-        rows, ret_row = min(len(ours), len(theirs)), student.config.ret_token_id
-        parts = [slice(rows)] if ret_row is None else [slice(min(ret_row, rows)), slice(ret_row + 1, rows)]
-    return all(torch.equal(ours[part].cpu(), theirs[part].detach().cpu()) for part in parts)
-
-
-def _check_hidden_size(student: PumaModel, teacher: PumaModel | StoredModel, name: str) -> None:
-    ours, theirs = _text(student).hidden_size, _text(teacher).hidden_size
-    if ours != theirs:
+def _check_hidden_size(student: PumaModel, teacher: Any, name: str) -> None:
+    ours: Any = student.config.text_config
+    if ours.hidden_size != teacher.text_config.hidden_size:
         raise ValueError(
-            f"The teacher {name} has hidden_size={theirs} and the student {ours}. States of different sizes cannot be "
-            "compared: choose the checkpoint that was pruned, or another of the student's hidden size."
+            f"The teacher {name} has hidden_size={teacher.text_config.hidden_size} and the student {ours.hidden_size}. "
+            "States of different sizes cannot be compared: choose the checkpoint that was pruned, or another of the "
+            "student's hidden size."
         )
-
-
-def _text(model: PumaModel | StoredModel) -> Any:
-    return model.config.text_config
 
 
 # --- a forward pass

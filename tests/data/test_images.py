@@ -97,9 +97,7 @@ def test_images_inside_are_saved_as_they_are(tmp_path: Path) -> None:
             BrokenImageError, match=r"row 4: the image inside \(\d+ bytes\).* cannot be read as an image"
         ):
             Images(save_to=tmp_path / "none", decode=True).read(content, "row 4")
-    with pytest.raises(
-        MBEIRFormatError, match=r"row 1: the image is inside the dataset\. Save it to a folder"
-    ):
+    with pytest.raises(MBEIRFormatError, match=r"row 1: the image is inside the dataset\. Save it to a folder"):
         Images().read(png(), "row 1")
     assert not (tmp_path / "none").exists()
 

@@ -189,6 +189,9 @@ def test_files_that_are_empty_or_a_note_of_git_lfs(root: Path) -> None:
     path.write_text("\n")
     with pytest.raises(MBEIRFormatError, match=r"line 1: the file is empty"):
         MBEIR(root).local_pool(TASKS[1])
+    path.write_text("{}\n")
+    with pytest.raises(MBEIRFormatError, match=r"line 1: field 'did' is missing"):
+        MBEIR(root).local_pool(TASKS[1])
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     with pytest.raises(FileNotFoundError, match=r"is a pointer of Git LFS, .* run `git lfs pull`"):
         MBEIR(root).local_pool(TASKS[1])

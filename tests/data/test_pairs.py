@@ -34,16 +34,10 @@ def row(*names: str, **values: Any) -> list[dict[str, Any]]:
     ("names", "expected"),
     [
         (["image", "caption"], "anchor: caption (text); positive: image (image)"),
-        (["file_name", "text"], "anchor: text (text); positive: file_name (image)"),
         (["image_path", "title", "id"], "anchor: title (text); positive: image_path (image); ignored: id"),
-        (["anchor", "positive"], "anchor: anchor (text); positive: positive (text)"),
         (["question", "answer", "text"], "anchor: question (text); positive: answer (text); ignored: text"),
         (["query", "image", "caption"], "anchor: query (text); positive: image (image); ignored: caption"),
-        (["positive", "caption"], "anchor: caption (text); positive: positive (text)"),
-        (
-            ["sent0", "sent1", "hard_neg"],
-            "anchor: sent0 (text); positive: sent1 (text); negative 1: hard_neg (text)",
-        ),
+        (["sent0", "sent1", "hard_neg"], "anchor: sent0 (text); positive: sent1 (text); negative 1: hard_neg (text)"),
         (
             ["query", "query_image", "positive_image", "negative_2", "negative_10", "negative_1_image", "instruction"],
             "anchor: query (text), query_image (image); positive: positive_image (image); negative 1: "
@@ -70,18 +64,9 @@ def test_values_tell_images_from_texts() -> None:
     ("given", "expected"),
     [
         ({"anchor": "bild"}, "anchor: bild (image); positive: caption (text); ignored: titel"),
-        ({"anchor": "titel", "positive": "bild"}, "anchor: titel (text); positive: bild (image); ignored: caption"),
         (
-            {"anchor": {"text": "caption", "image": "bild"}, "positive": "titel"},
+            {"anchor": "text=caption, image=bild", "positive": {"text": "titel"}},
             "anchor: caption (text), bild (image); positive: titel (text)",
-        ),
-        (
-            {"anchor": "text=caption, image=bild", "positive": "titel"},
-            "anchor: caption (text), bild (image); positive: titel (text)",
-        ),
-        (
-            {"positive": {"image": "titel"}, "negatives": "bild"},
-            "anchor: caption (text); positive: titel (image); negative 1: bild (image)",
         ),
         (
             {"positive": "bild", "negatives": [{"text": "titel"}, "image=bild"]},
@@ -97,20 +82,13 @@ def test_what_is_given_wins(given: dict[str, Any], expected: str) -> None:
     ("columns", "given", "message"),
     [
         (["caption", "id"], {}, r"No column for the positive: the columns are caption, id\. Name another \(positive="),
-        (
-            ["positive"],
-            {},
-            r"No column for the anchor: the columns are positive\. .*--anchor\), or call it one of anch",
-        ),
         ([], {}, r"No column for the anchor: the columns are none"),
         (["a", "b"], {"anchor": "c", "positive": "b"}, r"anchor='c' must be a column, .* The columns are a, b\."),
         (["a", "b"], {"anchor": {"text": "a", "image": "c"}, "positive": "b"}, r"anchor=\{.* must be a column"),
         (["a", "b"], {"anchor": {"sound": "a"}}, r"anchor=\{'sound': 'a'\} must be a column, or columns of text"),
-        (["a", "b"], {"anchor": {}}, r"anchor=\{\} must be a column"),
         (["a", "b"], {"anchor": "a", "positive": "b", "negatives": ["c"]}, r"negatives='c' must be a column"),
         (["a", "b"], {"anchor": "a", "positive": "a"}, r"No column for the positive.* Name another"),
         (["sentence1", "sentence2", "label"], {}, r"There is a column 'label', .* some rows are no right pairs"),
-        (["query", "document", "relevance"], {}, r"There is a column 'relevance'"),
     ],
 )
 def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: str) -> None:
@@ -248,22 +226,12 @@ def test_a_list_of_captions_makes_as_many_pairs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"caption": " "}, "anchor missing", r"line 2: anchor is empty \(column caption\)\. Fill it"),
-        ({"caption": []}, "anchor missing", r"line 2: anchor is empty"),
+        ({"caption": [" "]}, "anchor missing", r"line 2: anchor is empty \(column caption\)\. Fill it"),
         ({"image": None}, "positive missing", r"line 2: positive is empty \(column image\)"),
-        ({"image": ""}, "positive missing", r"line 2: positive is empty"),
-        ({"negative_1": ""}, "negative missing", r"line 2: negative is empty"),
-        (
-            {"negative_1": ["a", "b"]},
-            "text of another type",
-            r"line 2: negative is \['a', 'b'\], must be",
-        ),
-        ({"caption": 3}, "text of another type", r"line 2: anchor is 3, must be a text or null"),
+        ({"negative_1": ["a", "b"]}, "text of another type", r"line 2: negative is \['a', 'b'\], must be"),
         ({"caption": ["a", 3]}, "text of another type", r"line 2: anchor is 3, must be a text"),
         ({"caption": "\ud83d"}, "text of another type", r"line 2: anchor is '\\ud83d', which holds half a character"),
         ({"instruction": 3}, "text of another type", r"line 2: instruction is 3, must be a text"),
-        ({"image": 3}, "image refused", r"line 2: image is 3, must be the path"),
-        ({"image": "../outside.png"}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
         ({"image": {"path": "../outside.png"}}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
         ({"image": "none.png"}, "image missing", r"line 2: image 'none\.png' is not a file"),
         ({"image": "broken.png"}, "image broken", r"line 2: '.*broken\.png' cannot be read"),

@@ -120,8 +120,8 @@ def test_rows_and_their_places(tmp_path: Path, name: str, content: str, places: 
 
 
 def test_a_text_file_has_one_text_a_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.txt", "\ufefffirst, with a comma\r\n\n   \n  zwölf \n")
-    assert read(path) == [(", line 1", {"text": "first, with a comma"}), (", line 4", {"text": "zwölf"})]
+    path = write(tmp_path, "a.txt", "\ufeff\nfirst, with a comma\r\n   \n  zwölf \n")
+    assert read(path) == [(", line 2", {"text": "first, with a comma"}), (", line 4", {"text": "zwölf"})]
 
 
 def test_a_damaged_row_of_parquet(tmp_path: Path) -> None:

@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses import gradcache
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from sentence_transformers.util import dot_score
 from torch import Tensor, nn
 
 from puma_hf import lora_config
 from puma_hf.losses import CachedMultimodalMACLoss, MultimodalMACLoss
 from puma_hf.losses.cached_mac_puma import MiniBatches, can_keep_image_features, find_puma_model
 from puma_hf.trainer.lora_puma import add_lora, puma_model
-from tests.tiny import HIDDEN_SIZE, tiny_tokenizer
+from tests.tiny import HIDDEN_SIZE
 
 MakeModel = Callable[[], SentenceTransformer]
 MakeStudent = Callable[..., SentenceTransformer]
@@ -123,18 +119,6 @@ def test_equals_the_plain_loss_at_every_budget(make_student: MakeStudent, rows: 
     columns = preprocess(model, rows)
     cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_num_tokens=budget)
     check_equal(run(cached, columns), run(MultimodalMACLoss(model, **CONSTANT), columns))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_equals_the_plain_loss_in_float32_on_both_padding_sides(
-    make_student: MakeStudent, rows: list[list[Any]], side: str
-) -> None:
-    model = make_student(torch.float32)
-    model[0].processor.tokenizer.padding_side = side
-    columns = preprocess(model, rows)
-    assert (columns[0]["attention_mask"][:, 0 if side == "left" else -1] == 0).any()
-    cached = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=2)
-    check_equal(run(cached, columns), run(MultimodalMACLoss(model, **CONSTANT), columns), 1e-5)
 
 
 def test_tokens_of_a_mini_batch_stay_within_the_budget(make_student: MakeStudent, rows: list[list[Any]]) -> None:
@@ -262,18 +246,6 @@ def test_both_passes_run_under_the_autocast_of_the_first(
     assert nn.functional.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99
 
 
-def test_options_are_those_of_the_plain_loss(make_student: MakeStudent, rows: list[list[Any]]) -> None:
-    model = make_student()
-    columns = preprocess(model, rows)
-    settings = {**CONSTANT, "objective": "split", "split_weight": 0.3, "grouping": "query", "similarity_fct": dot_score}
-    expected = run(MultimodalMACLoss(model, **settings, false_negative_margin=0.01), columns)
-    assert expected[0] != pytest.approx(run(MultimodalMACLoss(model, **CONSTANT), columns)[0], abs=1e-3)
-    cached = CachedMultimodalMACLoss(model, **settings, false_negative_margin=0.01, mini_batch_size=2)
-    check_equal(run(cached, columns), expected)
-    with pytest.raises(TypeError, match="margin"):
-        CachedMultimodalMACLoss(model, margin=0.1)
-
-
 def test_copies_of_the_positive_are_masked(make_student: MakeStudent, rows: list[list[Any]]) -> None:
     model = make_student()
     rows[1][4] = rows[1][0]
@@ -320,56 +292,6 @@ def test_a_compiled_model_computes_its_image_features_twice(make_student: MakeSt
     assert find_puma_model(nn.Identity()) is None
 
 
-def test_other_models_with_ids_in_features_or_labels(make_model: MakeModel, pairs: Dataset) -> None:
-    model = make_model()
-    names = ("anchor", "positive", "negative")
-    columns = [model.preprocess(pairs[:7][name]) for name in names]
-    expected = run(MultimodalMACLoss(model, **CONSTANT), columns)
-    loss = CachedMultimodalMACLoss(model, **CONSTANT, mini_batch_size=3)
-    check_equal(run(loss, columns), expected)
-    labels = torch.stack([features.pop("modality_ids") for features in columns], dim=1)
-    check_equal(run(loss, columns, labels), expected)
-    with pytest.raises(ValueError, match=r"have no 'modality_ids' feature and labels is None"):
-        loss(columns)
-
-
-@pytest.mark.parametrize("name", ["mini_batch_size", "mini_batch_num_tokens"])
-@pytest.mark.parametrize("value", [0, 2.0, "8", True])
-def test_size_errors(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is {value!r}, but .* an integer of at least 1\. Leave it out"):
-        CachedMultimodalMACLoss(nn.Identity(), **{name: value})
-
-
-def test_a_model_without_rows_is_refused() -> None:
-    static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(), embedding_dim=4)], device="cpu")
-    with pytest.raises(ValueError, match=r"StaticEmbedding, whose features cannot be cut.*Use MultimodalMACLoss"):
-        CachedMultimodalMACLoss(static)
-
-
-def test_budgets_on_several_devices_need_a_mixin_that_waits_once(
-    make_model: MakeModel, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model()
-    columns = [model.preprocess(pairs[:4][name]) for name in ("anchor", "positive")]
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.delattr(gradcache, "_ddp_replay_context", raising=False)
-    loss = CachedMultimodalMACLoss(model, mini_batch_num_tokens=64)
-    with pytest.raises(
-        ValueError, match=r"mini_batch_num_tokens is 64 on 2 devices.*Upgrade sentence-transformers, or"
-    ):
-        loss(columns)
-
-
-def test_model_card_facts() -> None:
-    loss = CachedMultimodalMACLoss(nn.Identity(), mini_batch_size=16, mini_batch_num_tokens=512)
-    ours = {"mini_batch_size": 16, "mini_batch_num_tokens": 512, "keep_image_features": True}
-    assert loss.get_config_dict() == {**MultimodalMACLoss(nn.Identity()).get_config_dict(), **ours}
-    assert "eprint={2507.08064}" in loss.citation
-    assert "eprint={2101.06983}" in loss.citation
-    assert loss.citation.count("{") == loss.citation.count("}")
-
-
 # --- how a column is cut
 
 
@@ -394,45 +316,3 @@ def test_taken_rows_are_as_if_made_alone(
     assert taken.keys() == alone.keys()
     for key, value in alone.items():
         assert torch.equal(taken[key], value) if isinstance(value, Tensor) else taken[key] == value
-
-
-def masked(*lengths: int) -> dict[str, Any]:
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
-    return {"input_ids": torch.arange(mask.numel()).view(mask.shape), "attention_mask": mask}
-
-
-def test_only_tokens_lose_padding() -> None:
-    others = {"teacher_state": torch.arange(6.0).view(2, 3), "scale": torch.tensor(2.0), "modality": "message"}
-    taken = MiniBatches({**masked(2, 3), **others}, 1, None, "cpu").take(0, 1)
-    assert (taken["input_ids"].tolist(), taken["teacher_state"].tolist()) == ([[0, 1]], [[0.0, 1.0, 2.0]])
-    assert (taken["scale"].item(), taken["modality"]) == (2.0, "message")
-
-
-@pytest.mark.parametrize(
-    ("lengths", "budget", "sizes"),
-    [
-        ((2, 9, 3, 2, 4), 8, [2, 2, 1]),  # 2 2 | 3 4 | 9
-        ((2, 9, 3, 2, 4), 1, [1, 1, 1, 1, 1]),
-        ((2, 9, 3, 2, 4), 18, [4, 1]),  # 2 2 3 4 | 9
-        ((1, 1, 1), 3, [3]),
-        ((1, 1, 1, 1), 3, [3, 1]),
-        ((5, 5, 5), 11, [2, 1]),
-    ],
-)
-def test_a_budget_counts_padding(lengths: tuple[int, ...], budget: int, sizes: list[int]) -> None:
-    batches = MiniBatches(masked(*lengths), 1, budget, "cpu")
-    ranges = gradcache._minibatch_ranges({"attention_mask": batches.costs}, 1, budget)
-    assert [end - begin for begin, end in ranges] == sizes
-    ordered = [lengths[row] for row in batches.order]
-    assert ordered == (sorted(lengths) if len(sizes) > 1 else list(lengths))
-
-
-def test_images_come_last_in_a_batch_that_is_cut() -> None:
-    features = {**masked(1, 3, 2, 4), "num_images_per_sample": torch.tensor([2, 0, 1, 0])}
-    features |= {"image_grid_thw": torch.ones(3, 3, dtype=torch.long), "pixel_values": torch.arange(3.0)}
-    batches = MiniBatches(features, 2, None, "cpu")
-    assert batches.order == [1, 3, 0, 2]
-    assert batches.take(2, 4)["pixel_values"].tolist() == [0.0, 1.0, 2.0]
-    assert batches.take(3, 4)["pixel_values"].tolist() == [2.0]
-    assert "pixel_values" not in batches.take(0, 2)
-    assert MiniBatches(features, 4, None, "cpu").order == [0, 1, 2, 3]

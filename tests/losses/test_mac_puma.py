@@ -160,12 +160,6 @@ def test_where_it_is_multiple_negatives_ranking(columns: int) -> None:
         assert loss.compute_loss_from_embeddings(embeddings, ids).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_equal_candidates_give_log_of_their_number() -> None:
-    ones, ids = [torch.ones(BATCH, DIM)] * 3, [torch.full((BATCH,), TEXT)] * 3
-    loss = make_loss().compute_loss_from_embeddings(ones, ids)
-    assert loss.item() == pytest.approx(math.log(2 * BATCH), abs=1e-5)
-
-
 @pytest.mark.parametrize("objective", ["mac", "split"])
 def test_progress_moves_the_loss(objective: Any) -> None:
     embeddings = make_embeddings()
@@ -298,18 +292,6 @@ def test_false_negatives_by_hand() -> None:
     assert find_false_negatives(torch.zeros(2, 2), torch.arange(2)) is None
 
 
-def test_negative_counts() -> None:
-    loss = make_loss()
-    assert loss.negative_counts is loss.statistics is loss.candidates_seen is None
-    for grouping, expected in (("target", [4, 4, 3, 3, 4, 0]), ("query", [4, 4, 5, 1, 4, 1])):
-        # Candidates: 3 image, 2 text, 1 video,text positives; 2 image, 2 text, 1 image,text, 1 video negatives. With
-        # the anchor's modality the positive of a cross-modal pair is not among the intra candidates.
-        loss = make_loss(grouping=grouping)
-        loss.compute_loss_from_embeddings(make_embeddings(), MODALITIES)
-        assert loss.negative_counts is not None
-        assert [counts.tolist() for counts in loss.negative_counts] == [expected, [11 - count for count in expected]]
-
-
 def test_statistics() -> None:
     # Queries 0 and 1 want texts, query 2 an image; all similarities can be read off the matrix.
     positives = torch.tensor([[0.8, 0.6, 0.0], [0.0, 1.0, 0.0], [0.0, 0.6, 0.8]])
@@ -396,27 +378,6 @@ def test_matryoshka_is_the_sum_over_cut_embeddings(make_model: MakeModel, pairs:
 # --- bad input
 
 
-def test_matrix_errors() -> None:
-    similarities, index = torch.zeros(2, 3), torch.tensor([0, 1])
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    for loss in (mac_loss, split_loss):
-        for arguments in (
-            (similarities[0], index, mask),
-            (similarities[:0], index[:0], mask[:0]),
-            (similarities, index[:1], mask),
-            (similarities, index, mask[:, :2]),
-            (similarities, index.float(), mask),
-            (similarities, index, mask.long()),
-        ):
-            with pytest.raises(ValueError, match=r"similarities are float32 .*must be floats.*Pass one row per query"):
-                loss(*arguments, 0.05, 0.04)
-        for masked in (mask.long(), mask[:1]):
-            with pytest.raises(ValueError, match=r"\(and false_negatives\) bool \(2, 3\) and .*must be floats"):
-                loss(similarities, index, mask, 0.05, 0.04, false_negatives=masked)
-    with pytest.raises(ValueError, match=r"split_weight is nan, but .* must be in \[0, 1\]\. Use 0\.5"):
-        split_loss(similarities, index, mask, 0.05, 0.04, math.nan)
-
-
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["temperature", "hard_temperature"])
 def test_temperature_errors(name: str, value: float) -> None:
@@ -428,68 +389,6 @@ def test_temperature_errors(name: str, value: float) -> None:
             call(*one, **temperatures)
     with pytest.raises(ValueError, match=message):
         MultimodalMACLoss(nn.Identity(), **temperatures)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"split_weight": 1.5}, r"split_weight is 1\.5, but .* \[0, 1\]\. Use 0\.5"),
-        (
-            {"false_negative_margin": -0.1},
-            r"false_negative_margin is -0\.1, but .*at least 0.*Use a value such as 0\.1",
-        ),
-        ({"false_negative_margin": math.nan}, r"false_negative_margin is nan, but .*finite"),
-        ({"objective": "half"}, r"objective is 'half', but it must be one of \('mac', 'split'\)"),
-        ({"grouping": "task"}, r"grouping is 'task', but it must be one of \('target', 'query'\)"),
-        ({"schedule": "step"}, r"schedule is 'step', .*'cosine', 'linear', 'constant'"),
-    ],
-)
-def test_option_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MultimodalMACLoss(nn.Identity(), **options)
-
-
-def test_column_errors() -> None:
-    loss, embeddings = make_loss(), make_embeddings()
-
-    def refused(embeddings: list[Tensor], ids: list[Tensor], contents: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            loss.compute_loss_from_embeddings(embeddings, ids, contents)
-
-    refused(embeddings[:1], MODALITIES[:1], None, r"got 1 columns of embeddings and 1 of modality.*a positive.*Pass")
-    refused(embeddings, MODALITIES[:2], None, "got 3 columns of embeddings and 2 of modality ids")
-    refused(embeddings, MODALITIES, DIFFERENT[:2], r"3 of modality ids and 2 of content ids, .*content ids may be None")
-    for broken in (embeddings[1][:-1], embeddings[1][:, :-1], embeddings[1][0]):
-        message = r"must be the same \(batch_size, embedding_dim\), not empty\. Give every row"
-        refused([embeddings[0], broken], MODALITIES[:2], None, message)
-    for wrong in (MODALITIES[1][:-1], MODALITIES[1].float(), MODALITIES[1].unsqueeze(1)):
-        message = r"columns of {} ids are .*must be integers \(6,\).*Pass one {}"
-        refused(embeddings[:2], [MODALITIES[0], wrong], None, message.format("modality", "modality"))
-        refused(embeddings[:2], MODALITIES[:2], [DIFFERENT[0], wrong], message.format("content", "content"))
-    for value in (-1, 5):
-        ids = [MODALITIES[0], torch.full((BATCH,), value)]
-        refused(embeddings[:2], ids, None, rf"{value}.*must be in 0\.\.4 \(0 = 'text', .*Map each.*MODALITY_IDS")
-    refused([torch.zeros(0, DIM)] * 2, [torch.zeros(0, dtype=torch.long)] * 2, None, r"not empty\. .* drop empty")
-
-
-def test_feature_errors(make_model: MakeModel, pairs: Dataset) -> None:
-    model = make_model()
-    loss = MultimodalMACLoss(model)
-    labels = torch.zeros(BATCH, 3, dtype=torch.long)
-    columns = columns_of(model, pairs, DIFFERENT)
-    del columns[1]["content_ids"]
-    with pytest.raises(ValueError, match=r"only the columns \[1\] of 3 lack the 'content_ids'.*same input module"):
-        loss(columns)
-    columns = columns_of(model, pairs)
-    del columns[1]["modality_ids"]
-    with pytest.raises(ValueError, match=r"only the columns \[1\] of 3 lack.*same input module"):
-        loss(columns, labels)
-    del columns[0]["modality_ids"], columns[2]["modality_ids"]
-    with pytest.raises(ValueError, match=r"columns \[0, 1, 2\] of 3 have no 'modality_ids'.*is None.*label column"):
-        loss(columns)
-    for wrong in (labels.float(), labels.bool(), labels[:, 0], labels[:, :2]):
-        with pytest.raises(ValueError, match=r"labels are .*must be integers \(batch_size, 3\)\. Pass"):
-            loss(columns, wrong)
 
 
 def test_model_card_facts() -> None:
@@ -511,3 +410,41 @@ def test_model_card_facts() -> None:
     assert loss.get_config_dict() == {**defaults, **changed, "split_weight": 0.2}
     assert "eprint={2507.08064}" in loss.citation
     assert loss.citation.count("{") == loss.citation.count("}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_weight": 1.5}, r"split_weight is 1\.5, but it must be at least 0 and at most 1"),
+        ({"false_negative_margin": -0.1}, r"false_negative_margin is -0\.1, but it must be at least 0"),
+        ({"false_negative_margin": math.nan}, r"false_negative_margin is nan, but"),
+        ({"objective": "half"}, r"objective is 'half', but it must be one of \('mac', 'split'\)"),
+        ({"grouping": "task"}, r"grouping is 'task', but it must be one of \('target', 'query'\)"),
+        ({"schedule": "step"}, r"schedule is 'step', .*'cosine', 'linear', 'constant'"),
+    ],
+)
+def test_option_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultimodalMACLoss(nn.Identity(), **options)
+
+
+def test_columns_that_do_not_fit(make_model: MakeModel, pairs: Dataset) -> None:
+    embeddings, loss = make_embeddings(), make_loss()
+    for columns, ids, contents in (
+        (embeddings[:1], MODALITIES[:1], None),
+        (embeddings, MODALITIES[:2], None),
+        (embeddings, MODALITIES, DIFFERENT[:2]),
+        ([embeddings[0], embeddings[1][:-1]], MODALITIES[:2], None),
+    ):
+        with pytest.raises(ValueError, match=r"needs an anchor, a positive and any negatives of equally many rows"):
+            loss.compute_loss_from_embeddings(columns, ids, contents)
+    model = make_model()
+    loss = MultimodalMACLoss(model)
+    columns = columns_of(model, pairs)
+    del columns[1]["modality_ids"]
+    with pytest.raises(ValueError, match=r"only 2 of 3 columns have the 'modality_ids' feature"):
+        loss(columns)
+    del columns[0]["modality_ids"], columns[2]["modality_ids"]
+    for labels in (None, torch.zeros(BATCH, 3), torch.zeros(BATCH, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"the 3 columns have no 'modality_ids' feature and labels are .*label"):
+            loss(columns, labels)

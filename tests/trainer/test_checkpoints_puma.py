@@ -181,17 +181,6 @@ def test_a_full_disk_loses_nothing(
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
-def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(
-    make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_trainer(max_steps=1).train()
-    again = make_trainer(max_steps=1)
-    monkeypatch.setattr(TrainerState, "save_to_json", json_is_full)
-    with pytest.raises(OSError, match=r"could not be written .* None is\."):
-        again.train()
-    assert last_whole_checkpoint(tmp_path / "run") is None
-
-
 def test_only_whole_checkpoints_are_resumed_from(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=r"run' holds no whole checkpoint to continue from\. Start without"):

@@ -122,15 +122,6 @@ def test_settings_reach_the_loss(sentence_transformer: SentenceTransformer) -> N
     assert settings["mini_batch_num_tokens"] == 64
 
 
-def test_infonce_takes_the_temperature(sentence_transformer: SentenceTransformer) -> None:
-    values = {"temperature": 0.1, "hard_temperature": 0.01, "schedule": "cosine", "false_negative_margin": 0.2}
-    loss: Any = training_loss(sentence_transformer, config(loss="infonce", **values))
-    assert loss.temperature == loss.current_hard_temperature == 0.1
-    settings = loss.get_config_dict()
-    assert (settings["hard_temperature"], settings["schedule"], settings["objective"]) == (0.1, "constant", "mac")
-    assert settings["false_negative_margin"] == 0.2
-
-
 @pytest.mark.parametrize("cache", [{}, {"mini_batch_size": 2}])
 def test_infonce_is_the_ranking_loss_where_nothing_is_copied(
     sentence_transformer: SentenceTransformer, cache: dict[str, Any]

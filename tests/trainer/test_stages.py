@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -28,7 +27,6 @@ from puma_hf.hub.card import find_results, make_card
 from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
 from puma_hf.losses import MultimodalMACLoss
-from puma_hf.pruning import set_limits
 from puma_hf.settings import load_config
 from puma_hf.trainer import stages
 from puma_hf.trainer.lora_puma import BASE_FILE, puma_model
@@ -36,7 +34,6 @@ from puma_hf.trainer.stages import distill, merge, train
 from puma_hf.trainer.trainer_puma import PumaTrainer
 from tests import released
 from tests.data.mbeir_builder import build_mbeir, change_record, qid, query_path
-from tests.tiny import build_qwen2_vl
 
 QUICK: dict[str, Any] = {"batch_size": 4, "max_steps": 3, "logging_steps": 1, "lora_r": 2}
 
@@ -175,23 +172,6 @@ def test_what_it_was_trained_with_travels_with_the_model(
     assert AutoTokenizer.from_pretrained(tmp_path / "stock").model_max_length == 200
 
 
-def test_limits_that_the_model_cannot_have(train_config: MakeConfig, tmp_path: Path, processor: Any) -> None:
-    shutil.copytree(train_config().model, tmp_path / "model")
-    set_limits(processor, min_pixels=2000, max_pixels=4000)
-    processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"max_pixels=1000 must be .* at least 2000"):
-        train(train_config(model=tmp_path / "model", max_pixels=1000))
-
-
-def test_infonce_has_one_temperature(train_config: MakeConfig, tmp_path: Path) -> None:
-    saved = train(train_config(loss="infonce", temperature=0.05, save_steps=3))
-    temperatures = [logged(saved / "checkpoint-3", name) for name in ("temperature", "hard_temperature")]
-    assert temperatures == [[0.05] * len(temperatures[0])] * 2
-    # MAC-Loss at equal temperatures is the same loss.
-    mac = train(train_config(output=tmp_path / "mac", temperature=0.05, hard_temperature=0.05, save_steps=3))
-    assert logged(mac / "checkpoint-3", "loss") == pytest.approx(logged(saved / "checkpoint-3", "loss"), abs=1e-4)
-
-
 def test_runs_repeat_with_their_seed(train_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.seed()  # what happened before does not count
@@ -310,12 +290,6 @@ def test_resume_where_nothing_was_saved(
         train(train_config(output=begun, resume=True))
 
 
-def test_a_run_that_had_only_begun_may_begin_again(train_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.yaml").write_text("seed: 0\n")
-    assert (train(train_config(max_steps=1)) / "adapter_model.safetensors").is_file()
-
-
 def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Path) -> None:
     stale = tmp_path / "out" / "checkpoint-500"
     stale.mkdir(parents=True)
@@ -346,27 +320,6 @@ def test_dataset_smaller_than_a_batch(train_config: MakeConfig, tmp_path: Path, 
     with pytest.raises(ValueError, match=r"The 32 rows fill no batch of 33, so nothing was trained.*--batch-size"):
         train(train_config(batch_size=33, max_steps=max_steps))
     assert not (tmp_path / "out").exists()
-
-
-def test_more_arguments_of_the_trainer(train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def stop(trainer: PumaTrainer, config: TrainConfig, checkpoint: str | None) -> Path:
-        seen.append(trainer.args)
-        return Path(config.output)
-
-    monkeypatch.setattr(stages, "_run", stop)
-    arguments = {"lr_scheduler_type": "linear", "weight_decay": 0.1}
-    train(train_config(training_arguments=arguments, report_to=[], gradient_checkpointing=True, warmup=0.2))
-    assert (seen[0].lr_scheduler_type, seen[0].weight_decay, seen[0].report_to) == ("linear", 0.1, [])
-    assert (seen[0].gradient_checkpointing, seen[0].warmup_steps) == (True, 0.2)
-    with pytest.raises(ValueError, match=r"has 'weight_decai', which is no argument .* mean 'weight_decay'\?"):
-        train(train_config(training_arguments={"weight_decai": 1}))
-
-
-def test_options_that_are_not_used_are_said(train_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    train(train_config(loss="infonce", schedule="linear", max_steps=1))
-    assert "schedule='linear': not used with loss='infonce'." in caplog.text
 
 
 def test_adapter_is_no_model_to_train(train_config: MakeConfig, tmp_path: Path) -> None:
@@ -429,19 +382,6 @@ def test_the_released_first_stage(
     assert "hard_temperature" not in card
 
 
-def test_a_teacher_that_is_not_the_students_source(
-    train_config: MakeConfig, nli: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = {**released.STAGE_1, "data": nli}
-    with pytest.raises(ValueError, match=r"pruned from 'tiny-qwen2-vl', which is not here\. Pass teacher="):
-        train(train_config(**recipe))
-    other = build_qwen2_vl(tmp_path / "other", seed=1)
-    train(train_config(**recipe, teacher=other, max_steps=1))
-    assert re.search(
-        r"other', is held whole beside the student .* its weights are not the student's in \d+", caplog.text
-    )
-
-
 @pytest.mark.parametrize(("stage", "what"), [("distill", "a teacher calls"), ("train", "gradient caching .* calls")])
 def test_fsdp_runs_plain_losses_only(
     distill_config: MakeConfig, train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str
@@ -501,24 +441,6 @@ def test_training_on_photos_with_captions(
             assert len(asked) == len(set(asked))
 
 
-def test_columns_of_pairs(train_config: MakeConfig, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(stages, "_run", lambda trainer, *_: seen.append(trainer.train_dataset) or Path("out"))
-    table = photos / "table.csv"
-    table.write_text(
-        "".join(f"{name},text of {name[:4]},b,c,d\n" for name in ("foto", *(f"{n}.png" for n in range(5))))
-    )
-    columns = {"anchor": "text of foto", "positive": "image=foto", "negatives": ("b", "text=c", "d")}
-    train(train_config(data=table, num_negatives=2, **columns))
-    assert seen[0].column_names == ["anchor", "positive", "negative_1", "negative_2"]
-    assert seen[0][0] == {
-        "anchor": {"text": "text of 0.pn", "image": None, "instruction": None},
-        "positive": {"text": None, "image": str(photos / "0.png")},
-        "negative_1": {"text": "b", "image": None},
-        "negative_2": {"text": "c", "image": None},
-    }
-
-
 def test_pairs_have_no_splits(train_config: MakeConfig, tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("query,positive\na,b\n", encoding="utf-8")
@@ -546,11 +468,6 @@ def test_special_tokens_are_refused_before_training(
 def test_mbeir_needs_no_columns(train_config: MakeConfig, values: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(values))}: for pairs of one's own, but .*mbeir is M-BEIR's"):
         train(train_config(**values))
-
-
-def test_data_that_is_not_there(train_config: MakeConfig) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'none\.csv' is neither a file nor a folder"):
-        train(train_config(data="none.csv"))
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
@@ -602,11 +519,6 @@ def test_a_full_disk_at_the_end_leaves_no_half_adapter(
         path.name for path in saved.iterdir()
     }
     assert not (saved / stages._UNFINISHED).exists()
-
-
-def test_a_save_takes_no_row_for_a_usage_example(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    distill(make_config(save_steps=1))
-    assert "Could not save predict example" not in caplog.text
 
 
 def test_weights_that_the_last_step_spoils_are_no_result(make_config: MakeConfig, tmp_path: Path) -> None:

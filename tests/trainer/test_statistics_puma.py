@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from PIL import Image
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -249,19 +249,6 @@ def test_mac_loss_is_logged_in_full(
     assert entry["temperature"] == 0.03
     assert "teacher_cosine" not in entry
     assert not model._forward_hooks
-
-
-def test_spread_is_logged_for_other_losses_too(
-    make_student: MakeStudent, make_arguments: MakeArguments, image: str
-) -> None:
-    model = make_student()
-    loss = MultipleNegativesRankingLoss(model)
-    rows = mixed_rows(image, "titi")
-    trainer = PumaTrainer(model=model, args=make_arguments(max_steps=1), train_dataset=rows, loss=loss)
-    trainer.train()
-    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert {"effective_rank", "uniformity", "items_per_second"} <= set(entry)
-    assert "intra_negatives" not in entry
 
 
 def test_distillation_logs_how_near_the_teacher_is(

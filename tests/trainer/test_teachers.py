@@ -20,16 +20,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf import (
-    JointDistillationLoss,
-    MultimodalMACLoss,
     PumaDistillationTrainer,
     PumaModel,
-    add_lora,
-    lora_config,
     prune,
 )
 from puma_hf.opening import plain_forward
-from puma_hf.trainer import FrozenTeacher, merge_adapter
+from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import (
     StoredModel,
@@ -426,27 +422,13 @@ def other_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_pruned_model_as_an_object_shares_its_weights(full_dir: Path, make_trainer: Any, wrapped: bool) -> None:
-    full: Any = PumaModel.from_pretrained(full_dir)
+def test_a_model_is_held_whole(make_trainer: Any, full_dir: Path, wrapped: bool) -> None:
+    given: Any = PumaModel.from_pretrained(full_dir, dtype=torch.bfloat16)
+    other = given
     if wrapped:
-        full = SentenceTransformer(str(full_dir), trust_remote_code=True, device="cpu")
-    trainer = make_trainer(teacher=full)
-    assert type(trainer.teacher) is FrozenTeacher
-    layers = (puma_model(full) if wrapped else full).language_model.layers
-    assert list(trainer.teacher.dropped_layers) == list(layers[2:])
-
-
-@pytest.mark.parametrize("difference", ["weights", "attention", "depth", "dtype"])
-def test_another_model_is_held_whole(make_trainer: Any, full_dir: Path, other_dir: Path, difference: str) -> None:
-    if difference == "weights":
-        other = PumaModel.from_pretrained(other_dir)
-    elif difference == "attention":
-        other = PumaModel.from_pretrained(full_dir, attn_implementation="eager")
-    elif difference == "dtype":
-        other = PumaModel.from_pretrained(full_dir, dtype=torch.bfloat16)
-    else:
-        other = PumaModel.from_pretrained(full_dir, num_kept_layers=3)
-    trainer = make_trainer(teacher=other)
+        given = SentenceTransformer(str(full_dir), trust_remote_code=True, device="cpu")
+        other = puma_model(given)
+    trainer = make_trainer(teacher=given)
     assert type(trainer.teacher) is WholeTeacher
     assert trainer.teacher.model is other
     trainer.train()
@@ -487,11 +469,6 @@ def test_another_checkpoint_is_held_whole_with_a_warning(
     assert torch.equal(original.teacher.states(probe), expected)
 
 
-def test_what_shares_its_weights_gives_no_warning(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    make_trainer()
-    assert not [r for r in caplog.records if r.name == "puma_hf.trainer.teachers"]
-
-
 def test_a_checkpoint_of_another_depth_is_held_whole(
     make_trainer: Any, qwen_dir: Path, puma_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -500,58 +477,6 @@ def test_a_checkpoint_of_another_depth_is_held_whole(
     assert "it has 3 layers, and the student was cut from 4" in caplog.text
     with pytest.raises(ValueError, match=r"has 2 layers and the student's weights: it is the student itself\. Pass"):
         make_trainer(teacher=puma_dir)
-
-
-@pytest.fixture
-def make_merged(make_trainer: Any, tmp_path: Path) -> Any:
-    """Builds the student after a first stage, its adapter merged, with an adapter for the second."""
-
-    def make() -> SentenceTransformer:
-        trainer = make_trainer(args={"save_strategy": "steps", "save_steps": 4})
-        trainer.train()
-        merge_adapter(tmp_path / "run" / "checkpoint-4", tmp_path / "merged")
-        model = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
-        add_lora(model, lora_config(r=4))
-        return model
-
-    return make
-
-
-def test_joint_training_of_a_merged_student_with_the_original_as_teacher(
-    make_trainer: Any,
-    make_merged: Any,
-    qwen_dir: Path,
-    full_dir: Path,
-    items: Dataset,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = make_merged()
-    pairs = items.rename_column("item", "anchor").add_column("positive", items["item"][::-1])
-    trainer = make_trainer(
-        model=model,
-        teacher=qwen_dir,
-        train_dataset=pairs,
-        loss=JointDistillationLoss(model, MultimodalMACLoss(model), distillation_weight=0.01),
-        args={"max_steps": 4, "per_device_train_batch_size": 8},
-    )
-    # The adapter of stage 1 was in every layer that is kept, and only there.
-    assert "tensors (first: language_model.layers.0." in caplog.text
-    assert type(trainer.teacher) is WholeTeacher
-    probe = model[0].preprocess(items["item"][:4])
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    with torch.no_grad():
-        full = PumaModel.from_pretrained(full_dir).eval()
-        expected = full(**{name: probe.get(name) for name in names}).pooler_output
-    assert torch.equal(trainer.teacher.states(probe), expected)
-    student = model(model[0].preprocess(items["item"][:4]))["pooler_output"]
-    features = [probe | {"teacher_state": expected}] * 2
-    distance = (student - expected).square().sum(dim=1).mean()
-    torch.testing.assert_close(trainer.loss(features)["distillation"], 0.01 * distance)
-    trainer.train()
-    assert torch.equal(trainer.teacher.states(probe), expected)
-    log = [entry for entry in trainer.state.log_history if "distillation" in entry]
-    assert [entry["distillation"] > 0 for entry in log] == [True] * 4
-    assert log[-1]["contrastive"] < log[0]["contrastive"]
 
 
 # --- what is refused
@@ -625,24 +550,6 @@ def test_no_drift_after_fifty_steps(make_trainer: Any, items: Dataset) -> None:
     assert trainer.state.global_step == 50
     assert (model(dict(probe))["pooler_output"] - untrained).abs().max() > 0.1
     assert (trainer.teacher.states(probe) - start).abs().max().item() == 0.0
-
-
-@pytest.mark.parametrize("train_ret_token", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_only_the_adapter_gets_gradients(
-    make_trainer: Any, make_student: MakeStudent, mode: str, train_ret_token: bool
-) -> None:
-    model = make_student(train_ret_token=train_ret_token, disturbed=True)
-    trainer = make_trainer(mode, model=model)
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.train()
-    trainer.compute_loss(model, batch).backward()
-    names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert any("lora_A" in name for name in names)
-    assert all(".lora_" in name or "trainable_tokens" in name for name in names)
-    assert any("trainable_tokens" in name for name in names) is train_ret_token
-    deep = getattr(trainer.teacher, "dropped_layers", torch.nn.ModuleList())
-    assert all(p.grad is None for p in deep.parameters())
 
 
 # --- what is refused

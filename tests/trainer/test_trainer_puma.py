@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
-from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses import TemperatureScheduleCallback
-from puma_hf.trainer.lora_puma import BASE_FILE, puma_model
+from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.trainer_puma import check_weights, whole_weights
 from tests.trainer.conftest import MakeArguments, MakeStudent
 
@@ -115,25 +113,6 @@ def test_rows_of_a_trained_batch_share_no_answer(
     assert any(map(clashes, batches(None)))
 
 
-def test_evaluation_rows_keep_their_own_sampler(
-    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset
-) -> None:
-    model = make_student()
-    trainer = PumaTrainer(
-        model=model,
-        args=make_arguments(per_device_eval_batch_size=8),
-        train_dataset=pairs,
-        eval_dataset=pairs.select(range(8)),
-        loss=MultimodalMACLoss(model),
-        positives=POSITIVES,
-    )
-    train_sampler: Any = trainer.get_train_dataloader().batch_sampler
-    eval_sampler: Any = trainer.get_eval_dataloader().batch_sampler
-    assert isinstance(train_sampler, DistinctPositivesBatchSampler)
-    assert not isinstance(eval_sampler, DistinctPositivesBatchSampler)
-    assert sorted(row for batch in eval_sampler for row in batch) == list(range(8))
-
-
 def test_positives_must_fit(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
     model = make_student()
     arguments = {"model": model, "args": make_arguments(), "loss": MultimodalMACLoss(model)}
@@ -146,43 +125,11 @@ def test_positives_must_fit(make_student: MakeStudent, make_arguments: MakeArgum
         PumaTrainer(**arguments, train_dataset=several, positives=POSITIVES)
 
 
-def test_arguments_are_saved_and_checkpoints_know_their_base(
-    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
-) -> None:
-    model = make_student()
-    trainer = PumaTrainer(
-        model,
-        make_arguments(max_steps=1, save_strategy="steps", save_steps=1),
-        train_dataset=pairs,
-        loss=MultimodalMACLoss(model),
-        positives=POSITIVES,
-    )
-    trainer.train()
-    assert pickle.loads(pickle.dumps(trainer.args)).learning_rate == 1e-2
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
-    assert saved.learning_rate == 1e-2
-    assert (checkpoint / BASE_FILE).is_file()
-
-
 def test_one_process_takes_one_gpu(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
     arguments = make_arguments()
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match=r"sees 2 GPUs, .*accelerate launch.*CUDA_VISIBLE_DEVICES"):
         PumaTrainer(model=make_student(), args=arguments, train_dataset=pairs)
-
-
-def test_other_models_are_saved_without_a_note_of_their_base(
-    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, tmp_path: Path
-) -> None:
-    """MAC-Loss takes modality ids as labels from any SentenceTransformer."""
-    model = make_student()
-    model[0].model.config.model_type = "another"
-    arguments = make_arguments(max_steps=1, save_strategy="steps", save_steps=1)
-    PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)).train()
-    checkpoint = Path(arguments.output_dir) / "checkpoint-1"
-    assert checkpoint.is_dir()
-    assert not (checkpoint / BASE_FILE).exists()
 
 
 # --- epochs
@@ -358,17 +305,6 @@ def test_what_is_not_finite_stops_before_the_step(
     assert goes_on.state.global_step == 4
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_weights_that_a_step_has_spoilt_are_not_saved(max_grad_norm: float, breaking: Any) -> None:
-    changes = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
-    trainer = breaking(99, learning_rate=1e30, max_grad_norm=max_grad_norm, **changes)
-    message = (
-        r"^Optimizer step 2 has left weights .* too large .* last whole checkpoint is '.*checkpoint-1'\. .*max_grad"
-    )
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_weights_are_looked_at(value: float, breaking: Any) -> None:
     trainer = breaking(99)
@@ -412,22 +348,6 @@ def test_rows_that_never_have_a_negative_are_refused(
     negatives = few.add_column("negative_1", ["pear"] * rows)
     PumaTrainer(model=model, args=arguments, train_dataset=negatives, loss=loss)
     PumaTrainer(model=model, args=arguments, train_dataset=few, loss=nn.Identity())
-
-
-def test_negatives_of_other_devices_count(
-    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_student()
-    arguments = make_arguments(per_device_train_batch_size=1)
-    monkeypatch.setattr(type(arguments), "world_size", 2)
-    PumaTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=pairs,
-        loss=MultimodalMACLoss(model, gather_across_devices=True),
-    )
-    with pytest.raises(ValueError, match="batches have 1"):
-        PumaTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultimodalMACLoss(model))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -476,9 +396,3 @@ def test_a_sharded_model_is_saved_whole(make_student: MakeStudent, mesh: DeviceM
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def test_a_whole_model_is_left_alone(make_student: MakeStudent) -> None:
-    model = make_student()
-    with whole_weights(model):
-        assert "state_dict" not in vars(puma_model(model))
