@@ -112,19 +112,6 @@ def test_images_of_either_side_are_not_ignored(values: dict[str, Any], name: str
     assert guess([values], anchor=given, positive="answer" if "answer" in values else name)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"image": {"bytes": b"", "path": None}, "caption": "red", "filename": "a.png", "img_id": "1"},
-        {"query": "red", "document": "a shoe", "path": "notes/a.txt"},
-        {"query": "red", "document": "a shoe", "url": "https://shop/a.png"},
-        {"query": "red", "positive": "a shoe", "negative_image": "b.png"},
-    ],
-)
-def test_other_names_of_files_do_not_matter(values: dict[str, Any]) -> None:
-    assert guess([values])
-
-
 # --- ids
 
 
@@ -283,18 +270,10 @@ def test_directions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"direction": "both", "instruction": "Find it."}, r"direction='both' with instruction='Find it\.' needs rev"),
         ({"direction": "both", "instruction": "task"}, r"with instruction='task' needs reverse_instruction"),
-        (
-            {"reverse_instruction": "Find it."},
-            r"reverse_instruction='Find it\.', which is for direction='both' only",
-        ),
-        ({"direction": "both", "negatives": "wrong"}, r"direction='both' turns pairs round, but their negatives"),
+        ({"reverse_instruction": "Find it."}, r"reverse_instruction='Find it\.', which is for direction='both' only"),
         ({"direction": "image-to-text", "negatives": "wrong"}, r"direction='image-to-text' turns pairs round"),
-        (
-            {"direction": "text-to-image", "positive": "wrong"},
-            r"direction='text-to-image' needs one side of texts and one of images, found anchor: caption \(text\); pos",
-        ),
+        ({"direction": "text-to-image", "positive": "wrong"}, r"needs one side of texts and one of images, found anch"),
     ],
 )
 def test_directions_that_do_not_fit(folder: Path, options: dict[str, Any], message: str) -> None:
