@@ -182,6 +182,9 @@ def test_a_caption_asks_for_its_image(folder: Path) -> None:
     ]
     assert (reading.num_rows, reading.num_rows_left_out, reading.name) == (2, 0, str(table))
     assert read(folder).pairs == reading.pairs
+    table.rename(folder / "other.csv")
+    with pytest.raises(ValueError, match=r"must hold one table of its images called metadata or captions, or Parquet"):
+        read(folder)
 
 
 def test_structs_as_load_pairs_makes_them(folder: Path) -> None:
@@ -339,12 +342,12 @@ def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
     cells: list[Any] = [{"bytes": stream.getvalue(), "path": None}]
     rows = Dataset.from_dict({"image": cells, "caption": ["black"]}, features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
-    for source in (rows, tmp_path / "rows.parquet"):
+    for source in (rows, tmp_path / "rows.parquet", tmp_path):
         with pytest.raises(ValueError, match=r"image inside of the dataset: 1:\n.*images_to=FOLDER"):
             load_pairs(source)
-        saved = load_pairs(source, images_to=tmp_path / "saved")["positive"][0]["image"]
+        saved = load_pairs(source, images_to=tmp_path.parent / "saved")["positive"][0]["image"]
         assert Path(saved).read_bytes() == stream.getvalue()
-    assert len(list((tmp_path / "saved").iterdir())) == 1
+    assert len(list((tmp_path.parent / "saved").iterdir())) == 1
 
 
 # --- settings
