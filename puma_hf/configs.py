@@ -135,10 +135,6 @@ class EmbedConfig(CheckedConfig):
         """Whether the precision needs the range of every dimension."""
         return self.precision in ("int8", "uint8")
 
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        return [] if self.is_scaled else self._unused(f"precision={self.precision!r}", "calibration_size")
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckedConfig):
@@ -292,10 +288,6 @@ class IndexConfig(EmbedConfig):
             one = f"precision={self.precision!r} must be 'float32' or 'float16' in an index"
             raise ValueError(f"{one}. Choose ann='int8' or 'binary' (--ann) for a search that reads less.")
 
-    def notes(self) -> list[str]:
-        """Options that an index ignores, one sentence each."""
-        return self._unused("an index", "calibration_size", "format")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(CheckedConfig):
@@ -330,10 +322,6 @@ class SearchConfig(CheckedConfig):
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
-
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        return [] if self.backend == "ann" else self._unused(f"backend={self.backend!r}", "rescore_multiplier")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -375,11 +363,6 @@ class AppConfig(CheckedConfig):
     model: str | None = None
     backend: Backend = "exact"
     trust_remote_code: bool = False
-
-    def notes(self) -> list[str]:
-        """Options that a Space ignores: it is written, and nothing is served."""
-        of_serving = ("host", "port", "top", "max_upload_mb", "open_browser", "backend")
-        return [] if self.space is None else self._unused("space, whose app.py sets them", *of_serving)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,8 +99,6 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     with locked_for_all(config.output):
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
