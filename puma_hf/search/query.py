@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,11 +94,7 @@ class Searcher:
         rescore_multiplier: int = RESCORE_MULTIPLIER,
         trust_remote_code: bool = False,
     ) -> None:
-        # All that is cheap to check comes before a model is loaded.
-        if rescore_multiplier < 1:
-            raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 50.")
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
+        # What is cheap to check comes before a model is loaded.
         if backend == "ann" and len(index) and index.ann == "none":
             raise ValueError(
                 f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with "
