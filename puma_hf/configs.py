@@ -97,7 +97,7 @@ class EmbedConfig(CheckedConfig):
         calibration_size: Inputs, drawn at random, that int8 and uint8 are scaled by.
         on_error: On an input that cannot be read: raise; skip, which leaves it out; or zero, which stores zeros.
         format: Files to write; safetensors has the ids in a Parquet file beside.
-        shard_size: Inputs a file; those of up to three are in memory at a time.
+        shard_size: Inputs a file; their embeddings, and those of 4,096 more, are in memory at a time.
         max_batch_tokens: Tokens of a batch; default: by device.
         num_workers: Processes that read and prepare inputs; default: by device.
         dtype: Data type of the weights; auto is what they are stored in.
@@ -117,7 +117,7 @@ class EmbedConfig(CheckedConfig):
     on_error: OnError = "raise"
     special_tokens: SpecialTokens = "raise"
     format: FileFormat = "parquet"
-    # Memory and restarts: a shard is what a killed run may lose.
+    # Memory: a killed run loses a minute at most, whatever the size.
     shard_size: int = option(10_000, at_least=1)
     max_batch_tokens: int | None = option(None, at_least=1)
     num_workers: int | None = option(None, at_least=0)
