@@ -44,6 +44,7 @@ ERRORS = "errors.jsonl"
 _SECONDS = 60.0
 _LOOKED_UP = 256  # records whose keys are looked up together; so many are in memory with the bytes of their images
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
+_Row = tuple[int, int, str, Tensor]  # number in the corpus, key, id, and embedding
 _STORED_AS = {"binary": torch.int8, "ubinary": torch.uint8}
 
 
@@ -162,7 +163,7 @@ class _Run:
         # Rows are written in the order of the corpus, a shard at a time, but arrive by length inside of a window. With
         # a window more than a shard in the buffer, its first rows are all there: only then are they written, unless a
         # minute has passed. So the order costs a window of rows in memory.
-        buffer: list[tuple[int, int, str, Tensor]] = []
+        buffer: list[_Row] = []
         written = time.monotonic()
         with sigterm_waits():
             try:
@@ -208,7 +209,7 @@ class _Run:
             del self.waiting[record.row]
             self.progress.update(1)
 
-    def _write(self, buffer: list[tuple[int, int, str, Tensor]], count: int) -> list[tuple[int, int, str, Tensor]]:
+    def _write(self, buffer: list[_Row], count: int) -> list[_Row]:
         # The first rows of the buffer; what is left of it is returned.
         buffer.sort(key=lambda entry: entry[0])
         self.num_new += sum(key >= 0 for _, key, _, _ in buffer[:count])

@@ -141,14 +141,7 @@ class EmbeddingStore:
             self._runs[-2:] = [(keys, order[places])]
 
     def has(self, keys: Tensor) -> Tensor:
-        """Whether the embedding of each key was there at the last `refresh`.
-
-        Args:
-            keys: `(num_keys,)` int64.
-
-        Returns:
-            `(num_keys,)` bool.
-        """
+        """Whether each key, `(num_keys,)` int64, was there at the last `refresh`: `(num_keys,)` bool."""
         return self._find(keys) >= 0
 
     def add(self, keys: Tensor, embeddings: Tensor, *, ids: Sequence[str] | None = None, order: int = 0) -> str:
@@ -214,7 +207,7 @@ class EmbeddingStore:
         return rows
 
     def blocks(self, keys: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
-        """The same rows, at most `block_size` in memory at a time, each block with the number of its first row."""
+        """The same rows, `block_size` in memory at a time, each block with the number of its first row."""
         for start in range(0, len(keys), block_size):
             yield start, self.rows(keys[start : start + block_size])
 
@@ -338,12 +331,7 @@ class EmbeddingStore:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of a store says.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is of another version.
-    """
+    """What a store's manifest says; a FileNotFoundError if there is none, a ValueError if it is of another version."""
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST}. Name a directory that puma-hf embed has written.")
