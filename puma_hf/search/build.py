@@ -81,8 +81,6 @@ def build_index(config: IndexConfig) -> IndexReport:
     ValueError if the corpus has wrong lines, or the directory is of another model, setting or version;
     DirectoryInUseError if another run writes into it.
     """
-    for note in config.notes():
-        logger.warning(note)
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
     with locked_for_all(folder):

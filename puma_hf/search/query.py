@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,6 @@ from puma_hf.modeling.inputs_puma import load_rgb_image
 from puma_hf.opening import open_sentence_transformer
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
-
-logger = logging.getLogger(__name__)
 
 MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far less
 _SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
@@ -182,8 +179,6 @@ def search(config: SearchConfig) -> Answers:
         ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
             or if the query cannot be embedded.
     """
-    for note in config.notes():
-        logger.warning(note)
     index = open_index(config.index)
     index.num_candidates(config.target)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)

@@ -82,8 +82,7 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "space").exists()
 
 
-def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_by_the_command(page_index: Path, tmp_path: Path) -> None:
     config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
     assert write_configured(config) == tmp_path / "space"
-    assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
