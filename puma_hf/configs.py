@@ -97,7 +97,7 @@ class EmbedConfig(CheckedConfig):
         calibration_size: Inputs, drawn at random, that int8 and uint8 are scaled by.
         on_error: On an input that cannot be read: raise; skip, which leaves it out; or zero, which stores zeros.
         format: Files to write; safetensors has the ids in a Parquet file beside.
-        shard_size: Inputs a file; those of up to three are in memory at a time.
+        shard_size: Inputs a file; their embeddings, and those of 4,096 more, are in memory at a time.
         max_batch_tokens: Tokens of a batch; default: by device.
         num_workers: Processes that read and prepare inputs; default: by device.
         dtype: Data type of the weights; auto is what they are stored in.
@@ -117,7 +117,7 @@ class EmbedConfig(CheckedConfig):
     on_error: OnError = "raise"
     special_tokens: SpecialTokens = "raise"
     format: FileFormat = "parquet"
-    # Memory and restarts: a shard is what a killed run may lose.
+    # Memory: a killed run loses a minute at most, whatever the size.
     shard_size: int = option(10_000, at_least=1)
     max_batch_tokens: int | None = option(None, at_least=1)
     num_workers: int | None = option(None, at_least=0)
@@ -134,10 +134,6 @@ class EmbedConfig(CheckedConfig):
     def is_scaled(self) -> bool:
         """Whether the precision needs the range of every dimension."""
         return self.precision in ("int8", "uint8")
-
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        return [] if self.is_scaled else self._unused(f"precision={self.precision!r}", "calibration_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +288,6 @@ class IndexConfig(EmbedConfig):
             one = f"precision={self.precision!r} must be 'float32' or 'float16' in an index"
             raise ValueError(f"{one}. Choose ann='int8' or 'binary' (--ann) for a search that reads less.")
 
-    def notes(self) -> list[str]:
-        """Options that an index ignores, one sentence each."""
-        return self._unused("an index", "calibration_size", "format")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(CheckedConfig):
@@ -330,10 +322,6 @@ class SearchConfig(CheckedConfig):
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
-
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        return [] if self.backend == "ann" else self._unused(f"backend={self.backend!r}", "rescore_multiplier")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -375,11 +363,6 @@ class AppConfig(CheckedConfig):
     model: str | None = None
     backend: Backend = "exact"
     trust_remote_code: bool = False
-
-    def notes(self) -> list[str]:
-        """Options that a Space ignores: it is written, and nothing is served."""
-        of_serving = ("host", "port", "top", "max_upload_mb", "open_browser", "backend")
-        return [] if self.space is None else self._unused("space, whose app.py sets them", *of_serving)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,7 @@ def model_fingerprint(model: Any) -> str | None:
 
     It covers the weights and their data types; the settings of every module, of the configuration, the chat template,
     the tokenizer and the image processor; the code that came with the checkpoint; and `max_seq_length`,
-    `truncate_dim` and the prompts. Every weight is brought to the CPU and
-    hashed.
+    `truncate_dim` and the prompts.
 
     Args:
         model: A `SentenceTransformer`, or any `torch.nn.Module`. Of anything else its attribute `fingerprint` is
@@ -47,6 +46,7 @@ def model_fingerprint(model: Any) -> str | None:
     if not isinstance(model, nn.Module):
         own = getattr(model, "fingerprint", None)
         return None if own is None else str(own)
+    # All weights go through the CPU, which takes seconds: embeddings of another model would cost hours, and be wrong.
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return tensors_sha256(tensors, model_settings(model))
 
@@ -70,20 +70,17 @@ def tensors_sha256(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
 def content_key(*content: Any) -> int:
     """A key of 63 bits for what a model sees of an input, from values that JSON can hold.
 
-    Of ten million inputs two have the same key by chance once in 200,000 times.
-
     Example:
         >>> content_key("a red apple", None) == content_key("a red apple", None) != content_key("a green one", None)
         True
     """
+    # Of ten million inputs two have the same key by chance once in 200,000 times; and an index of keys is an array.
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def image_content(image: str | bytes | None, root: str) -> list[Any] | None:
     """What an image is known by: its path below a folder, its size and its time of change; bytes by their hash.
-
-    Reading every file would cost as much as decoding it. A file that is missing has its path alone.
 
     Args:
         image: Path or content of a file.
@@ -93,6 +90,7 @@ def image_content(image: str | bytes | None, root: str) -> list[Any] | None:
         return None
     if isinstance(image, bytes):
         return [hashlib.blake2b(image, digest_size=16).hexdigest()]
+    # To read every file would take the disk a second time. If another content has all three, `touch` tells it.
     name = image.removeprefix(root + os.sep)
     try:
         status = os.stat(image)
@@ -155,7 +153,7 @@ def _settings_of(part: Any) -> Any:
 
 
 def _code(parts: Iterable[Any]) -> list[str]:
-    """SHA-256 of each file of a model's own code, with those that they import from beside them."""
+    # SHA-256 of each file of a model's own code, with those that they import from beside them.
     todo = {type(part).__module__ for part in parts}
     digests: dict[str, str] = {}
     while todo:
@@ -170,7 +168,7 @@ def _code(parts: Iterable[Any]) -> list[str]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """SHA-256 of how text becomes tokens."""
+    # SHA-256 of how text becomes tokens.
     backend = _get(tokenizer, "backend_tokenizer") or tokenizer
     if callable(to_str := _get(backend, "to_str")):
         content = json.loads(to_str())
@@ -182,7 +180,7 @@ def _vocabulary(tokenizer: Any) -> str:
 
 
 def _get(owner: Any, name: str) -> Any:
-    """An attribute, or None where there is none: some properties of wrapped models raise."""
+    # An attribute, or None where there is none: some properties of wrapped models raise.
     try:
         return getattr(owner, name, None)
     except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):

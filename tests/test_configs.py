@@ -208,16 +208,8 @@ def test_what_follows_from_the_values() -> None:
         (TrainConfig, {"teacher": "t", "distillation_weight_start": 0.5}, ""),
         (TrainConfig, {"negatives": "wrong"}, "negatives=('wrong',): not used with num_negatives=0."),
         (TrainConfig, {"mini_batch_size": 8, "mini_batch_num_tokens": 64}, "mini_batch_size=8: not used with mini_"),
-        (EmbedConfig, {"calibration_size": 8}, "calibration_size=8: not used with precision='float32'."),
-        (EmbedConfig, {"calibration_size": 8, "precision": "uint8"}, ""),
         (EvaluateConfig, {"nano_seed": 3}, "nano_seed=3: not used with benchmark='mbeir'."),
         (EvaluateConfig, {"nano_seed": 3, "benchmark": "nano"}, ""),
-        (IndexConfig, {"format": "safetensors"}, "format='safetensors': not used with an index."),
-        (SearchConfig, {"rescore_multiplier": 3}, "rescore_multiplier=3: not used with backend='exact'."),
-        (SearchConfig, {"rescore_multiplier": 3, "backend": "ann"}, ""),
-        (AppConfig, {"port": 1, "host": "0.0.0.0"}, ""),
-        (AppConfig, {"space": "s", "instruction": "Find it."}, ""),
-        (AppConfig, {"space": "s", "port": 1, "top": 5}, "port=1, top=5: not used with space, whose app.py sets them."),
     ],
 )
 def test_options_that_a_combination_ignores_are_named(kind: Any, values: dict[str, Any], note: str) -> None:

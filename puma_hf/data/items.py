@@ -77,10 +77,8 @@ def load_mbeir(
         >>> rows.column_names
         ['anchor', 'positive', 'negative_1']
     """
-    if num_negatives < 0:
-        raise ValueError(f"num_negatives is {num_negatives}, must be 0 or more; 0 trains on in-batch negatives alone")
-    if missing_negatives not in ("error", "drop"):
-        raise ValueError(f"missing_negatives is {missing_negatives!r}, must be 'error' or 'drop'")
+    if num_negatives < 0 or missing_negatives not in ("error", "drop"):
+        raise ValueError(f"{num_negatives=} must be 0 or more, and {missing_negatives=} 'error' or 'drop'.")
     data, names = root if isinstance(root, MBEIR) else MBEIR(root), _names(tasks)
 
     # The generator runs in one process of a machine, and only if the cache has no such rows yet.
@@ -257,11 +255,6 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
     if isinstance(source, datasets.Dataset):
         corpus = Corpus(Path("the dataset"), None, partial(dataset_lines, source), _table_record)
         return partial(_records, corpus), ["dataset", source._fingerprint]
-    if not isinstance(source, str | Path):
-        kind = type(source).__name__
-        raise ValueError(
-            f"A source is a {kind}, must be a path, a Dataset or an MBEIR. Of a DatasetDict choose a split."
-        )
     corpus = open_corpus(source)
     files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
     return partial(_records, corpus), ["files", *map(file_state, files)]

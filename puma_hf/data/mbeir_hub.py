@@ -109,10 +109,8 @@ def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask,
         names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
         found = dict.fromkeys([task for name in names if (task := _task_of(name))][:1], folder)
     if not found:
-        raise FileNotFoundError(
-            f"{folder} is not M-BEIR: it has no query/ and cand_pool/, and neither it nor a folder in it is a Parquet "
-            "copy named mbeir_<dataset>_task<n>. Name another; pairs of your own become one by puma-hf pairs --mbeir."
-        )
+        what = "has no query/ and cand_pool/, and neither it nor a folder in it is a copy named mbeir_<dataset>_task<n>"
+        raise FileNotFoundError(f"{folder} is not M-BEIR: it {what}. Pairs become one by puma-hf pairs --mbeir.")
     return {task: found[task] for task in select_tasks(sorted(found), tasks)}
 
 
@@ -125,21 +123,17 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
     if repository:
         known = {task: repository for task in [_task_of(repository)] if task}
     if not known or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(
-            f"{name!r} is no folder here, and no organisation or copy of a task on the Hub, which would be named "
-            "<organisation>/mbeir_<dataset>_task<n>. Check the path, or download the dataset and name its folder."
-        )
+        what = "no organisation or copy of a task on the Hub, such as <organisation>/mbeir_<dataset>_task<n>"
+        raise FileNotFoundError(f"{name!r} is no folder here, and {what}. Check the path.")
     folders = {}
     for task in select_tasks(sorted(known), tasks):
         full, wanted = f"{organisation}/{known[task]}", ["*.parquet", "README.md"]
         try:
             found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
         except Exception as error:  # the Hub's client raises errors of many types
-            raise FileNotFoundError(
-                f"{name!r} is no folder here, and the Hub's dataset {full} could not be downloaded "
-                f"({str(error).strip().partition(chr(10))[0]}). Check the name. If this machine is offline, run "
-                f"`hf download {full} --repo-type dataset` on one that is not, and bring the cache or the files here."
-            ) from error
+            what = f"the Hub's dataset {full} could not be downloaded ({str(error).strip().partition(chr(10))[0]})"
+            remedy = f"Check the name; if this machine is offline, run `hf download {full} --repo-type dataset`"
+            raise FileNotFoundError(f"{name!r} is no folder here, and {what}. {remedy}.") from error
         folders[task] = Path(found)
     return folders
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import datasets
 
 from puma_hf.configs import PairDirection
-from puma_hf.data.images import TABLE_STEMS, Images, table_files
+from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
 from puma_hf.data.records import (
     CAPTION_NAMES,
@@ -194,10 +194,9 @@ def find_columns(
     second = second or next((side for side in (image, caption) if side and side != first), {})
     if not first or not second or first == second:
         role, names = ("positive", POSITIVE_NAMES) if first else ("anchor", ANCHOR_NAMES)
-        here = (
-            f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}. Name another ({role}=..., "
-        )
-        raise ValueError(f"{here}--{role}), or call it one of {', '.join((*names, *CAPTION_NAMES, *IMAGE_NAMES))}.")
+        here = f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}. Name another"
+        known = ", ".join((*names, *CAPTION_NAMES, *IMAGE_NAMES))
+        raise ValueError(f"{here} ({role}=..., --{role}), or call it one of {known}.")
     if negatives is None:
         bases = {match[1]: int(match[2] or 0) for name in kinds if (match := _NEGATIVE.fullmatch(name))}
         bad = [_guess([base], kinds) for base in sorted(bases, key=lambda base: bases[base])]
@@ -301,9 +300,9 @@ def read_pairs(
     if not good:
         raise ValueError(f"{name} holds no rows ({head[0].error if head else 'it is empty'}). Name one with a pair.")
     is_text = instruction is not None and not any(instruction in row for row in good)
+    # A single word is more likely a misspelt column than an instruction.
     if is_text and str(instruction).isascii() and str(instruction).isidentifier():
         raise ValueError(f"instruction={shown(instruction)} must be a text of several words or a column of {name}.")
-    # A single word is more likely a misspelt column than an instruction.
     columns = find_columns(good, anchor, positive, negatives, None if is_text else instruction)
     asks = instruction if is_text else columns.instruction
     ways = _ways(columns, direction, asks, reverse_instruction)
@@ -326,22 +325,16 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     """How errors call it, the folder that its images must be in, and its rows."""
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
-    if not isinstance(source, str | Path):
-        kind = type(source).__name__
-        raise ValueError(f"The source is a {kind}, must be a path or a Dataset. Of a DatasetDict choose one split.")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
-    tables = [path]
-    if path.is_dir():
-        tables, others = table_files(path, named=True), table_files(path)
-        if not tables and {one.suffix.lower() for one in others} == {".parquet"}:
-            tables = others  # the shards of a dataset
-        elif len(tables) != 1:
-            found = cut(", ".join(one.name for one in tables or others)) or "none"
-            what = f"must hold one table called {' or '.join(TABLE_STEMS)}, or Parquet files alone"
-            raise ValueError(f"{path} {what}; the tables here: {found}. Name the file.")
-    return str(tables[0] if len(tables) == 1 else path), tables[0].parent, chain.from_iterable(map(read_lines, tables))
+    if table := path if path.is_file() else image_table(path):
+        return str(table), table.parent, read_lines(table)
+    shards = sorted(path.glob("*.parquet"))
+    if not shards:
+        what = f"must hold one table of its images called {' or '.join(TABLE_STEMS)}, or Parquet files"
+        raise ValueError(f"{path} {what}. Name the file.")
+    return str(path), path, chain.from_iterable(map(read_lines, shards))
 
 
 def _ways(columns: PairColumns, direction: str | None, asks: str | None, reverse: str | None) -> tuple[str, ...]:

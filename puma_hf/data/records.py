@@ -203,8 +203,6 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
     kind = path.suffix.lower()
     if kind not in _READERS:
         raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(_READERS)}; convert it.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file. Check the path.")
     return _parquet(path, only) if kind == ".parquet" else _READERS[kind](path)
 
 

@@ -1,4 +1,4 @@
-"""Embed many inputs at the speed of the arithmetic: planned batches, worker processes, shards on disk."""
+"""Embed many inputs: in memory, as a stream, or a whole corpus into a store on disk."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ from typing import TYPE_CHECKING
 
 from puma_hf.lazy import resolver
 
-# `embed` itself is in `puma_hf`: here the module of that name would hide it.
-_NAMES = {
-    "BrokenInput": "puma_hf.embedding.prepare",
-    "BrokenInputError": "puma_hf.embedding.embed",
-    "EmbedConfig": "puma_hf.configs",
-    "EmbedReport": "puma_hf.embedding.run",
-    "EmbedResult": "puma_hf.embedding.embed",
-    "embed_corpus": "puma_hf.embedding.run",
-    "iterate_embeddings": "puma_hf.embedding.embed",
-    "open_embeddings": "puma_hf.embedding.store",
-}
+__all__ = ["BrokenInput", "BrokenInputError", "EmbedConfig", "EmbedReport", "EmbedResult", "embed_corpus"]
+__all__ += ["iterate_embeddings", "open_embeddings"]
 
-__all__ = [
-    "BrokenInput",
-    "BrokenInputError",
-    "EmbedConfig",
-    "EmbedReport",
-    "EmbedResult",
-    "embed_corpus",
-    "iterate_embeddings",
-    "open_embeddings",
-]
+# `embed` itself is in `puma_hf`: here the module of that name would hide it.
+_NAMES = dict.fromkeys(("BrokenInputError", "EmbedResult", "iterate_embeddings"), "puma_hf.embedding.embed")
+_NAMES |= dict.fromkeys(("EmbedReport", "embed_corpus"), "puma_hf.embedding.run")
+_NAMES |= {"BrokenInput": "puma_hf.embedding.prepare", "EmbedConfig": "puma_hf.configs"}
+_NAMES |= {"open_embeddings": "puma_hf.embedding.store"}
 
 __getattr__ = resolver(__name__, _NAMES)
 

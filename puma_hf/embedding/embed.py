@@ -253,8 +253,9 @@ def iterate_embeddings(
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     keep = None if truncate_dim is None and model.truncate_dim is None else dim
+    model.eval()
     # Lazily: a chunk is started when `_late` asks for it.
-    started = ((chunk, *_start(model.eval(), chunk, keep)) for chunk in chunks)
+    started = ((chunk, *_start(model, chunk, keep)) for chunk in chunks)
     late = _late(started, _IN_FLIGHT if on_cuda else 0)
     # However it ends, so do the worker processes.
     return _rows(late, closing(chunks), progress, on_error, report, dim)

@@ -27,7 +27,8 @@ from puma_hf.modeling.inputs_puma import is_image_reference, open_image
 WINDOW = 4096  # inputs that are sorted together
 _HELD_BYTES = 256 * 2**20  # of images that a window of a stream keeps in memory
 _PREFETCHED = 2  # chunks that each worker prepares ahead
-_BYTES_PER_TOKEN = 4.0  # English prose
+# English prose. Another script, or another tokenizer, may be off by a factor of three: the packer then cuts a chunk.
+_BYTES_PER_TOKEN = 4.0
 _TOKENS_PER_INPUT = 8.0  # of the template, besides what all inputs share
 _UNKNOWN_PIXELS = 640 * 480  # of an image that has to be downloaded, or loaded by the user
 _TOKENIZERS = "TOKENIZERS_PARALLELISM"
@@ -152,6 +153,7 @@ def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, pa
     """
     for start, items in _windows(inputs):
         sizes = [guess.tokens(item) for item in items]
+        # The longest first: what does not fit into memory fails at the start, not after hours.
         order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else range(len(items))
         for run in cut([sizes[place] for place in order], max_tokens, padded):
             yield Chunk(tuple(start + place for place in order[run]), tuple(items[place] for place in order[run]))
@@ -278,7 +280,7 @@ class _Preparer(Dataset[Prepared]):
             if len(items) == 1:
                 broken.append(BrokenInput(items[0][0], _message(error, items[0][0])))
                 return None
-            # One by one, to find out which.
+            # One by one, to find out which: once more the work of this chunk, and of no other.
             good = [item for item in items if self._packed([item], broken) is not None]
             if len(good) == len(items):
                 raise  # each is good by itself: not the fault of an input

@@ -99,26 +99,19 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     with locked_for_all(config.output):
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
-        # Wrong lines are found here, before the model is loaded.
+        # The whole corpus is read once before: so wrong lines are known before the model is loaded.
         survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if connect()[0] == 0 else None
         num_items = broadcast(survey.num_items if survey is not None else 0)
         model = open_model(config)
         with shared_folder(config.output) as folder:
             settings = _settings(config, model)
             if config.is_scaled:
-                settings["ranges"] = broadcast(
-                    None if survey is None else _ranges(folder, model, survey.sample, config)
-                )
-            store = EmbeddingStore(
-                folder,
-                settings,
-                dtype=_STORED_AS.get(config.precision) or getattr(torch, config.precision),
-                file_format=config.format,
-            )
+                ranges = None if survey is None else _ranges(folder, model, survey.sample, config)
+                settings["ranges"] = broadcast(ranges)
+            dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
+            store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
             gather(None)  # all have looked before anyone writes
             return _Run(config, corpus, model, store).run(num_items)
 

@@ -54,7 +54,7 @@ class EmbeddingStore:
 
     A shard is one file, written whole or not at all, and named by a hash of its keys and settings, so that several
     processes may write at once. In memory are the keys alone, 16 bytes each. A shard that is cut off counts as absent;
-    what it held is embedded again. Where a key is in several shards, the one of the lowest name counts.
+    what it held is embedded again. Where a key is in several shards, the one that was seen first counts.
 
     Args:
         folder: The directory, which is made if need be.
@@ -101,12 +101,14 @@ class EmbeddingStore:
         self.dtype: torch.dtype = getattr(torch, self.settings["embedding_dtype"])
         self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True).encode()}
         self._shards: dict[str, Tensor] = {}  # the keys of each
+        self._runs: list[tuple[Tensor, Tensor]] = []  # sorted keys, and the number of each one's row
+        self._starts = torch.tensor([0])  # the number of each shard's first row
         self._refused: set[str] = set()
         self.refresh()
 
     def __len__(self) -> int:
-        """Number of keys, as of the last `refresh`."""
-        return len(self._keys)
+        """Number of rows, as of the last `refresh`."""
+        return sum(map(len, self._shards.values()))
 
     @property
     def num_shards(self) -> int:
@@ -115,20 +117,28 @@ class EmbeddingStore:
 
     def __iter__(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
         """Ids and rows `(num_rows, embedding_width)` of each shard; a DamagedShardError if one is spoiled."""
-        for name, keys in self._shards.items():
+        for name, keys in sorted(self._shards.items(), key=lambda shard: shard[0]):
             yield self._ids(name), self._read(name, torch.arange(len(keys))).numpy()
 
     def refresh(self) -> None:
         """Take in the shards that were written since, by this process or by others."""
         names = sorted(path.stem for path in self.folder.glob("shard-*.parquet") if _SHARD.fullmatch(path.name))
-        found = {name: self._shards[name] if name in self._shards else self._keys_of(name) for name in names}
-        self._shards = {name: keys for name, keys in found.items() if keys is not None}
-        # Rows are numbered over all shards, in the order of their names. The stable sort makes the first of equal keys
-        # the one that is found, whoever wrote it when.
-        self._names = [*self._shards]
+        if not self._shards.keys() <= set(names):  # `keep`, or a user, has removed some
+            self._shards, self._runs, self._starts = {}, [], torch.tensor([0])
+        first = len(self)
+        new = {name: keys for name in names if name not in self._shards and (keys := self._keys_of(name)) is not None}
+        self._shards |= new
         self._starts = torch.tensor([0, *map(len, self._shards.values())]).cumsum(0)
-        keys = torch.cat([torch.tensor([], dtype=torch.int64), *self._shards.values()])
-        self._keys, self._order = keys.sort(stable=True)
+        if not new:
+            return
+        # Rows are numbered over all shards as they came. Keys are in sorted runs, each at least twice as long as the
+        # next: to sort millions anew for every shard would take longer than to embed it.
+        keys, order = torch.cat([*new.values()]).sort(stable=True)
+        self._runs.append((keys, order + first))
+        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
+            keys, order = (torch.cat(parts) for parts in zip(*self._runs[-2:], strict=True))
+            keys, places = keys.sort(stable=True)  # of equal keys the one that came first stays first
+            self._runs[-2:] = [(keys, order[places])]
 
     def has(self, keys: Tensor) -> Tensor:
         """Whether the embedding of each key was there at the last `refresh`.
@@ -196,10 +206,11 @@ class EmbeddingStore:
             raise ValueError(f"{missing}; add them first, or call refresh() if another process did")
         rows = torch.empty(len(keys), self.embedding_dim or 0, dtype=self.dtype)
         # Each shard is opened once, however its rows are spread over the keys.
+        names = [*self._shards]
         shards = torch.searchsorted(self._starts, places, right=True) - 1
         for shard in shards.unique().tolist():
             where = (shards == shard).nonzero().flatten()
-            rows[where] = self._read(self._names[shard], places[where] - self._starts[shard])
+            rows[where] = self._read(names[shard], places[where] - self._starts[shard])
         return rows
 
     def blocks(self, keys: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
@@ -240,10 +251,11 @@ class EmbeddingStore:
 
     # The number of each key's row, counted over all shards; -1 where there is none.
     def _find(self, keys: Tensor) -> Tensor:
-        if not len(self._keys):
-            return torch.full_like(keys, -1, device="cpu")
-        at = torch.searchsorted(self._keys, keys.cpu()).clamp(max=len(self._keys) - 1)
-        return torch.where(self._keys[at] == keys.cpu(), self._order[at], -1)
+        found, keys = torch.full_like(keys, -1, device="cpu"), keys.cpu()
+        for there, order in self._runs:
+            at = torch.searchsorted(there, keys).clamp(max=len(there) - 1)
+            found = torch.where((found < 0) & (there[at] == keys), order[at], found)
+        return found
 
     # The keys of a shard; None if it is cut off, or not of these settings, which is said once.
     def _keys_of(self, name: str) -> Tensor | None:
@@ -286,6 +298,7 @@ class EmbeddingStore:
         buffer = io.BytesIO()
         # Parquet has no integers of one byte: only as indices into a dictionary of 256 they take no more.
         small = ["embedding.list.element"] if self.dtype.itemsize == 1 and "embedding" in columns else False
+        # Nothing is compressed: embeddings are noise, which takes the time and stays as large.
         table = pa.table(dict(columns)).replace_schema_metadata(self._metadata)
         parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
         return buffer.getvalue()

@@ -82,8 +82,9 @@ def embed_into(
             for shard in shards[rank::count]:
                 store.add(keys[-1][shard], _encode(model, [window[place] for place in shard], store, options))
                 progress.update(len(shard))
-            gather(None)
-            store.refresh()
+            if shards:  # otherwise a pool of millions that is there already would be listed again and again
+                gather(None)
+                store.refresh()
             progress.update(sum(map(len, keys)) - progress.n)
     return torch.cat(keys)
 

@@ -320,8 +320,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         counted: list[LayerCosts] = []
         for source, name in zip(sources, _names(sources), strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                costs = layer_costs(model)
-                full, rows = _rows(held, model, costs, config, full, bar=name if show_progress_bar else None)
+                costs, full, rows = _sweep_model(held, model, config, full, name if show_progress_bar else None)
             counted, num_layers = [*counted, costs], len(costs.parameters)
             swept.append(SweptModel(name, rows[:num_layers]))
             if config.keep_last:  # the full model ends that curve, too
@@ -353,16 +352,11 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
-def _rows(
-    held: HeldInputs,
-    model: SentenceTransformer,
-    costs: LayerCosts,
-    config: SweepConfig,
-    full: Tensor | None,
-    *,
-    bar: str | None,
-) -> tuple[Tensor, tuple[SweepRow, ...]]:
-    """The full model's embeddings, which are this model's if it is the first, and one row for each depth."""
+def _sweep_model(
+    held: HeldInputs, model: SentenceTransformer, config: SweepConfig, full: Tensor | None, bar: str | None
+) -> tuple[LayerCosts, Tensor, tuple[SweepRow, ...]]:
+    """Its costs, the full model's embeddings, which are its own if it is the first, and one row for each depth."""
+    costs = layer_costs(model)
     options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
     options["processing_kwargs"] = processing_of(config.special_tokens)
     embeddings = embed_all_depths(held, model, bar=bar, **options)
@@ -376,9 +370,6 @@ def _rows(
         results, depth = held.results(depth, config.split), depth.to(device)
         cka = linear_cka(depth, full)
         same = depth.shape == full.shape
-        scores: dict[str, dict[str, float]] = {pool: {} for pool in results.pools}
-        for row in results.rows:
-            scores[row.pool][row.task.name] = row.score
         rows.append(
             SweepRow(
                 k=k,
@@ -387,10 +378,13 @@ def _rows(
                 cka=None if math.isnan(cka) else cka,
                 cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
                 quality={pool: results.mean(pool) for pool in results.pools},
-                scores=scores,
+                scores={
+                    pool: {row.task.name: row.score for row in results.rows if row.pool == pool}
+                    for pool in results.pools
+                },
             )
         )
-    return full, tuple(rows)
+    return costs, full, tuple(rows)
 
 
 @contextmanager

@@ -225,6 +225,7 @@ def evaluate_mbeir(
         # Searches of one pool go together: its embeddings are read once for all tasks.
         for candidates in {id(search.pool): search.pool for search in searches}.values():
             group = [search for search in searches if search.pool is candidates]
+            # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
             keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
             queries = [pair for search in group for pair in prompted(opened, search, instruction_seed)]
             rows = store.rows(embed(pairs=queries, total=len(queries)))

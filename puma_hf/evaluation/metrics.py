@@ -50,6 +50,7 @@ def retrieval_metrics(
         # them equal), but takes every judgement for 1, and trec_eval's nDCG is graded.
         gains = [judged.get(candidate, 0) for candidate in ranking]
         ideal = sorted(judged.values(), reverse=True)
+        # Nothing relevant in the top k: an infinite rank, whose inverse is 0.
         first = next((rank for rank, gain in enumerate(gains[:mrr_k], start=1) if gain > 0), math.inf)
         num_relevant = sum(gain > 0 for gain in ideal)
         found = {k: sum(gain > 0 for gain in gains[:k]) for k in ks}
@@ -92,6 +93,7 @@ def wrong_modality_at_k(
     _check(rankings, relevance, (k,))
     total = 0.0
     for ranking, judged in zip(rankings, relevance, strict=True):
+        # A query may have relevant candidates of more than one kind; none of these is wrong.
         wanted = {modalities[candidate] for candidate, gain in judged.items() if gain > 0}
         wrong = [modalities[candidate] not in wanted for candidate in ranking[:k]]
         total += sum(wrong) / len(wrong)

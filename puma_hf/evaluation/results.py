@@ -175,6 +175,7 @@ class MBEIRResults:
                 cells += _tenths(published.get(row.task.name, empty) if pool == "local" else empty)
                 lines.append(_line([*cells, *_percent(row.metrics[name] for name in names)]))
             mean = self.mean(pool)
+            # Of fewer or other rows, the published mean would be of another benchmark.
             is_theirs = len(published) == len(PUBLISHED) == len(rows)
             cells = ["", "**mean**", pool, "", sum(row.num_queries for row in rows), ""]
             cells += _bold(_percent([mean["score"], mean.get("corrected_score")][: len(ours)]))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +67,12 @@ def knee(costs: Sequence[float], qualities: Sequence[float]) -> int | None:
     Returns:
         The index of the knee, the cheapest of several; None if no point lies above the chord.
 
-    Raises:
-        ValueError: If the costs do not rise.
-
     Example:
         >>> knee([1, 2, 3, 4], [0.1, 0.7, 0.8, 0.9])
         1
 
     Source: the idea of Kneedle, Satopää et al., ICDCS Workshops 2011, without its smoothing.
     """
-    if any(a >= b for a, b in pairwise(costs)):
-        raise ValueError(f"costs={list(costs)} must rise. Give them from the shallowest depth to the deepest.")
     span = max(qualities, default=0.0) - min(qualities, default=0.0)
     if len(costs) < 3 or span <= _EPSILON:
         return None
@@ -167,12 +161,7 @@ class SweepReport:
         Returns:
             The choice, and in plain words how it was decided. If nothing within the budget keeps enough, it is the best
             there, or the smallest of all, and the reason says so.
-
-        Raises:
-            ValueError: If an argument is out of range.
         """
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep} must be above 0 and at most 1. It is a share, such as 0.97.")
         budget = math.inf if max_params is None else parse_parameters(max_params)
         within = "" if max_params is None else f" within the budget of {budget:,} parameters"
         # The smallest first, and of equals the better: (parameters, k, minus quality, model).
@@ -305,107 +294,66 @@ def load_matplotlib() -> Any:
 
 
 def _drawn(report: SweepReport, file_format: str) -> bytes:
-    """The picture of a report as the bytes of a file."""
+    """The picture of a report as the bytes of a file: quality against operations, and closeness by k."""
     # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
     figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    for axes, draw in ((left, _draw_quality), (right, _draw_closeness)):
+    best, full, unit, size = report.recommendation, report.full, *_unit(report.full.flops_image)
+    highest = 0.01
+    for number, model in enumerate(report.models):
+        colour, knee_at, ks = _COLOURS[number % len(_COLOURS)], report.knee(number), [row.k for row in model.rows]
+        xs, ys = [row.flops_image / size for row in model.rows], [100 * report.quality(row) for row in model.rows]
+        label = f"{model.name} (knee at k = {knee_at})" if knee_at else model.name
+        left.plot(xs, ys, "o-", color=colour, markersize=4.5, linewidth=1.8, label=label)
+        highest = max(highest, *ys)
+        # The first line has its numbers below on the right, the others above on the left.
+        place = {"xytext": (6, -14), "ha": "left"} if number == 0 else {"xytext": (-6, 8), "ha": "right"}
+        for row, x, y in zip(model.rows, xs, ys, strict=True):
+            is_chosen = (model.name, row.k) == (best.model, best.k)
+            for holds, mark, width, edge in ((row.k == knee_at, "D", 11, colour), (is_chosen, "o", 17, _INK)):
+                if holds:
+                    left.plot(x, y, mark, markersize=width, markeredgecolor=edge, markerfacecolor="none")
+            if len(ks) <= _FEW or row.k % 4 == 0 or is_chosen:
+                left.annotate(row.k, (x, y), textcoords="offset points", color=colour, fontsize=_SMALL, **place)
+        for column, style in (("cka", "o-"), ("cosine", "s--")):
+            values = [getattr(row, column) for row in model.rows]
+            if None not in values:
+                right.plot(ks, values, style, color=colour, markersize=4, linewidth=1.6)
+    for share, style in ((1.0, "--"), (report.keep, ":")):
+        height = 100 * share * report.quality(full)
+        left.axhline(
+            height, color=_MUTED, linewidth=1, linestyle=style, label=f"{share:.3g} x full model, {height:.1f}"
+        )
+    left.plot([], [], "D", color="none", markeredgecolor=_MUTED, label="knee")
+    left.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=11, label=f"recommended: k = {best.k}")
+    right.plot([], [], "o-", color=_MUTED, label="linear CKA")
+    right.plot([], [], "s--", color=_MUTED, label="mean cosine")
+    left.set(
+        ylim=(0, 1.1 * highest),
+        xlabel=f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)",
+        ylabel=f"{report.metric}, {report.pool} pools, %",
+    )
+    right.set(xlabel="k, decoder layers kept", ylabel="closeness to the full model's embeddings")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_MUTED)
         axes.grid(color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=_MUTED, labelsize=_SMALL)
-        draw(axes, report)
-    best, full = report.recommendation, report.full
-    row = next(row for model in report.models if model.name == best.model for row in model.rows if row.k == best.k)
-    kept = "" if best.kept is None else f" keeps {best.kept:.0%} of the {report.metric},"
-    title = (
-        f"Layer sweep on {report.data} ({report.split} split, {report.num_queries:,} queries, "
-        f"{report.num_candidates:,} candidates)\nRecommended: k = {best.k} of {best.model}{kept} with "
-        f"{row.parameters / full.parameters:.0%} of the parameters, {row.flops_image / full.flops_image:.0%} (image) "
-        f"and {row.flops_text / full.flops_text:.0%} (text) of the FLOPs"
-    )
-    figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5, wrap=True)
+        axes.legend(frameon=False, fontsize=_SMALL)
+    figure.suptitle(_title(report), x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5, wrap=True)
     file = BytesIO()
     # The file names no version and no date: the same figures make the same picture.
     figure.savefig(file, format=file_format, dpi=150, metadata={"Software": None} if file_format == "png" else None)
     return file.getvalue()
 
 
-def _draw_quality(axes: Any, report: SweepReport) -> None:
-    unit, size = _unit(report.full.flops_image)
-    best, full, highest = report.recommendation, 100 * report.quality(report.full), 1.0
-    for number, model in enumerate(report.models):
-        colour, knee_at = _COLOURS[number % len(_COLOURS)], report.knee(number)
-        points = {row.k: (row.flops_image / size, 100 * report.quality(row)) for row in model.rows}
-        highest = max(highest, *(y for _, y in points.values()))
-        label = f"{model.name} (knee at k = {knee_at})" if knee_at else model.name
-        line = {"color": colour, "markersize": 4.5, "linewidth": 1.8, "label": label}
-        axes.plot(*zip(*points.values(), strict=True), "o-", zorder=3, **line)
-        rings = [(knee_at, "D", 11, colour)] if knee_at else []
-        rings += [(best.k, "o", 17, _INK)] if best.model == model.name else []
-        for k, marker, width, edge in rings:
-            ring = {"markersize": width, "markeredgecolor": edge, "markerfacecolor": "none", "markeredgewidth": 1.7}
-            axes.plot(*points[k], marker, **ring)
-        _number_points(axes, points, colour, {ring[0] for ring in rings}, first=number == 0)
-    axes.margins(x=0.07)
-    axes.set_ylim(0, 1.1 * highest)
-    muted = {"color": _MUTED, "fontsize": _SMALL, "textcoords": "offset points"}
-    for height, style, text, side in (
-        (full, "--", f"full model, {full:.1f}", "bottom"),
-        (report.keep * full, ":", f"{100 * report.keep:.3g} % of it", "top"),
-    ):
-        axes.axhline(height, color=_MUTED, linewidth=1, linestyle=style, zorder=1)
-        place = {"xytext": (0, 3 if side == "bottom" else -3), "xycoords": ("axes fraction", "data")}
-        axes.annotate(text, (0.008, height), va=side, **place, **muted)
-    _shade_budget(axes, report, size)
-    axes.set_xlabel(f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)", color=_INK)
-    axes.set_ylabel(f"{report.metric}, {report.pool} pools, %", color=_INK)
-    axes.plot([], [], "D", color="none", markeredgecolor=_MUTED, markersize=8, label="knee")
-    axes.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=11, label=f"recommended: k = {best.k}")
-    axes.legend(frameon=False, fontsize=_SMALL, loc="best")
-
-
-def _number_points(
-    axes: Any, points: dict[int, tuple[float, float]], colour: str, marked: set[int], *, first: bool
-) -> None:
-    """Write k beside the points: all of a few, some of many, always those that are marked."""
-    every, highest = -(-len(points) // _FEW), max(y for _, y in points.values())
-    for k, point in points.items():
-        if every > 1 and k not in marked and (k % every or {k - 1, k + 1} & marked):
-            continue
-        away = 13 if k in marked else 6
-        # The first line has its numbers on the right, and below where there is room; the others above on the left.
-        below = first and point[1] > 0.08 * highest
-        place = (away - 2 if first else 2 - away, -away - 5 if below else away - 3)
-        side = {"ha": "left" if first else "right", "color": colour, "fontsize": _SMALL}
-        text = f"k = {k}" if first and k == every == 1 else f"{k}"
-        axes.annotate(text, point, xytext=place, textcoords="offset points", **side)
-
-
-def _shade_budget(axes: Any, report: SweepReport, size: float) -> None:
-    """Grey what is over the budget: all beyond the middle between the last depth that fits and the next."""
-    rows, budget = report.models[0].rows, report.max_params or math.inf
-    fitting = sum(row.parameters <= budget for row in rows)
-    if 0 < fitting < len(rows):
-        edge, right = (rows[fitting - 1].flops_image + rows[fitting].flops_image) / 2 / size, axes.get_xlim()[1]
-        label = f"over the budget of {budget:,} parameters"
-        axes.axvspan(edge, right, color=_GRID, alpha=0.5, linewidth=0, zorder=0, label=label)
-        axes.set_xlim(right=right)
-
-
-def _draw_closeness(axes: Any, report: SweepReport) -> None:
-    for column, style, name in (("cka", "o-", "linear CKA"), ("cosine", "s--", "mean cosine")):
-        for number, model in enumerate(report.models):
-            points = [(row.k, value) for row in model.rows if (value := getattr(row, column)) is not None]
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(
-                [k for k, _ in points], [value for _, value in points], style, color=colour, markersize=4, linewidth=1.6
-            )
-        axes.plot([], [], style, color=_MUTED, markersize=4, label=name)
-    axes.set_xlim(left=0.5)
-    axes.set_ylim(top=1.03)
-    axes.set_xlabel("k, decoder layers kept", color=_INK)
-    axes.set_ylabel("closeness to the full model's embeddings", color=_INK)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=_SMALL, loc="lower right")
+def _title(report: SweepReport) -> str:
+    best, full = report.recommendation, report.full
+    row = next(row for model in report.models if model.name == best.model for row in model.rows if row.k == best.k)
+    kept = "" if best.kept is None else f" keeps {best.kept:.0%} of the {report.metric},"
+    return (
+        f"Layer sweep on {report.data} ({report.split} split, {report.num_queries:,} queries, "
+        f"{report.num_candidates:,} candidates)\nRecommended: k = {best.k} of {best.model}{kept} with "
+        f"{row.parameters / full.parameters:.0%} of the parameters, {row.flops_image / full.flops_image:.0%} (image) "
+        f"and {row.flops_text / full.flops_text:.0%} (text) of the FLOPs"
+    )

@@ -130,12 +130,14 @@ def make_card(
     # A Hub id is a path to nowhere here, so nothing is known of that base.
     base = Path(named_base(folder) or folder) if is_adapter else folder
     config, model = read_config(base), MeasuredModel(folder)
+    # Figures come from files that say which model they are of: nobody can write one into a card by hand.
     found = CardResults(model, travelling=code is not None).read(results)
     named = config.get("source_name_or_path")
     if is_adapter:  # a folder of this machine is nobody else's business
         named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
     named = options.base_model or named
     base_model = named if named and is_hub_id(named) else None
+    # The Hub reads the model index from the metadata; a card without results must not have one.
     eval_results = list(_eval_results(found)) or None
     card_data = ModelCardData(
         library_name="sentence-transformers",
@@ -209,6 +211,7 @@ class MeasuredModel:
 
         if self.model is None:
             return {}
+        # A forward pass of a text and one of an image: seconds, as the model is loaded for its fingerprint anyway.
         counted, config = layer_costs(self.model), self.model[0].model.config
         dropped: int = config.original_num_hidden_layers - config.num_kept_layers
 
@@ -354,6 +357,7 @@ def _table(found: CardResults, cited: str, results: MBEIRResults) -> str:
 
 def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
     """The stages, from their recipes; where those are missing, how many there were; None of an adapter without one."""
+    # A card is written from nothing, so that a merge without its recipe is known from the card of before alone.
     lines = [_stage(cited, recipe) for cited, recipe in reversed(found.recipes)]
     card = folder / "README.md"
     merges = len(_STAGES.findall(card.read_text(encoding="utf-8"))) if card.is_file() else 0

@@ -187,6 +187,7 @@ class Forms:
         self.reference = embed_features(model, self.features)
         padded = features_of(self.folder, self.inputs, padding_side="right")
         yield self._row("padded on the right", embed_features(model, padded), to="padded on the left")
+        # A batch must not change what an input is: padding, packing and positions are all by input.
         single = [embed_features(model, features_of(self.folder, [one])) for one in self.inputs]
         yield self._row("one input at a time", torch.cat(single), to="all in one batch")
 
@@ -197,6 +198,7 @@ class Forms:
             yield self._row("SentenceTransformer", fast)
             found = torch.from_numpy(embed(model, self.inputs, show_progress_bar=False).embeddings)
             yield self._row("puma_hf.embed", found, fast, to="SentenceTransformer")
+            # As Matryoshka training promises, what is left is scaled to unit length again.
             kept = max(1, self.reference.shape[1] // 2)
             cut = encode(model, self.inputs, truncate_dim=kept, normalize_embeddings=True)
             expected = normalize(self.reference[:, :kept], dim=-1)

@@ -121,6 +121,7 @@ def push_configured(config: PushConfig, *, token: str | None = None) -> PushRepo
     folder = Path(config.directory)
     is_adapter = is_adapter_directory(folder)
     base = _base_of(folder, config.base_model) if is_adapter else None
+    # A dry run asks nobody, so it works without a token and without a network.
     hub = None if config.dry_run else HfApi(token=token)
     there = None
     if hub is not None:  # before the slow part: a token is soon mended
@@ -217,6 +218,7 @@ def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
 
     Nothing is downloaded: the Hub knows the SHA-256 of its large files.
     """
+    # An adapter on other weights loads, and gives other embeddings in silence.
     siblings = hub.model_info(base, files_metadata=True).siblings or []
     weights = {one.rfilename: one.lfs for one in siblings if fnmatch(one.rfilename, "model*.safetensors")}
     digest = hashlib.sha256()
@@ -240,6 +242,7 @@ def _name_base(folder: Path, staged: Path, base: str) -> None:
 
 def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     """The commit that the push follows, if there is one; raise if nothing may, or should, be pushed there."""
+    # The Hub would refuse the commit, too, but only after minutes of loading and hashing.
     user = hub.whoami()
     namespace = config.repo_id.partition("/")[0]
     members = {user["name"], *(entry["name"] for entry in user.get("orgs", []))}
@@ -260,6 +263,7 @@ def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     with suppress(RevisionNotFoundError):  # then it is made from main, whose files it has
         info = hub.repo_info(config.repo_id, revision=config.revision)
     files = tuple(entry.rfilename for entry in info.siblings or [])
+    # Files of two models in one repository would load as neither; pictures and notes beside a model of ours may stay.
     is_ours = any(name.endswith("_puma.py") for name in files) and (ADAPTER_CONFIG in files) == is_adapter
     if not is_ours and (foreign := sorted(set(files) - _NEUTRAL)):
         raise ValueError(

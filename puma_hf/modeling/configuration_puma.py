@@ -22,13 +22,9 @@ POSITIONS = ("mrope", "sequential")
 def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int) -> list[int]:
     """Which of `num_hidden_layers` decoder layers to keep: the first `num_kept_layers`, or those of `keep_layers`.
 
-    Args:
-        num_kept_layers: Number of layers, counted from the input.
-        keep_layers: Rising numbers of layers, the first being 0, as a list or as text such as "0-10,27".
-        num_hidden_layers: Number of layers to choose from.
-
     Raises:
-        ValueError: If both are given, or neither, or what is given is no such number or list.
+        ValueError: If both are given, or neither, or `num_kept_layers` is no number of layers, or `keep_layers` no
+            rising numbers of layers, the first being 0, as a list or as text such as "0-10,27".
     """
     if (num_kept_layers is None) == (keep_layers is None):
         raise ValueError(
@@ -251,10 +247,7 @@ CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLCo
 
 
 def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:
-    """The one of these configuration classes that reads a checkpoint of this `model_type`, original or pruned.
-
-    Raises:
-        ValueError: If there is none.
+    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError.
 
     Example:
 

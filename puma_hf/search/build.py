@@ -81,8 +81,6 @@ def build_index(config: IndexConfig) -> IndexReport:
     ValueError if the corpus has wrong lines, or the directory is of another model, setting or version;
     DirectoryInUseError if another run writes into it.
     """
-    for note in config.notes():
-        logger.warning(note)
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
     with locked_for_all(folder):
@@ -173,7 +171,7 @@ class _Run:
                 self.progress.total -= 1
                 self.moved.append(self._row(record, key, seen))
                 if len(self.moved) >= self.config.shard_size:
-                    self._copy()
+                    self._write()
             else:
                 self.sent[row] = (key, seen)
                 yield record
@@ -192,15 +190,7 @@ class _Run:
         return {name: value and value.encode("utf-8", "backslashreplace").decode() for name, value in row.items()}
 
     def _write(self) -> None:
-        """Append what is new, and copies of what was moved."""
-        self._copy()
-        if self.new:
-            rows, vectors = zip(*self.new, strict=True)
-            self.num_new += len(rows)
-            self._add(list(rows), np.stack(vectors))
-            self.new.clear()
-
-    def _copy(self) -> None:
+        """Append what is new, and what was moved with the vectors that it has in other rows."""
         # Lines of a table without ids are numbered: one that goes renames all behind it, which must not cost the model.
         if self.moved:
             row_ids = sorted({self.row_of[str(row["seen"])] for row in self.moved})
@@ -208,7 +198,11 @@ class _Run:
             place = {seen: number for number, seen in enumerate(found["seen"].to_pylist())}
             vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(place), -1)
             self._add(self.moved, vectors[[place[str(row["seen"])] for row in self.moved]])
-            self.moved = []
+        if self.new:
+            rows, new = zip(*self.new, strict=True)
+            self._add(list(rows), np.stack(new))
+        self.num_new += len(self.new)
+        self.new, self.moved = [], []
 
     def _add(self, rows: list[dict[str, str | None]], vectors: NDArray[Any]) -> None:
         schema = self.table.schema

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,6 @@ class Index:
 
     def num_candidates(self, target: Target = "any") -> int:
         """How many items a search may find: "text", "image" (with or without text), or "any"; ValueError if none."""
-        if target not in get_args(Target):
-            raise ValueError(f"target is {target!r}, must be one of {', '.join(map(repr, get_args(Target)))}.")
         total, texts = sum(self.counts.values()), self.counts.get("text", 0)
         if not (found := {"any": total, "text": texts, "image": total - texts}[target]):
             there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,6 @@ from puma_hf.modeling.inputs_puma import load_rgb_image
 from puma_hf.opening import open_sentence_transformer
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
-
-logger = logging.getLogger(__name__)
 
 MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far less
 _SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
@@ -94,11 +91,7 @@ class Searcher:
         rescore_multiplier: int = RESCORE_MULTIPLIER,
         trust_remote_code: bool = False,
     ) -> None:
-        # All that is cheap to check comes before a model is loaded.
-        if rescore_multiplier < 1:
-            raise ValueError(f"rescore_multiplier is {rescore_multiplier}, must be 1 or more, such as 50.")
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend is {backend!r}, must be one of {', '.join(map(repr, get_args(Backend)))}.")
+        # What is cheap to check comes before a model is loaded.
         if backend == "ann" and len(index) and index.ann == "none":
             raise ValueError(
                 f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with "
@@ -186,8 +179,6 @@ def search(config: SearchConfig) -> Answers:
         ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
             or if the query cannot be embedded.
     """
-    for note in config.notes():
-        logger.warning(note)
     index = open_index(config.index)
     index.num_candidates(config.target)
     query = Query(text=config.query, image=config.image, instruction=config.instruction)

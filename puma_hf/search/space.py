@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,6 @@ from puma_hf.files import model_files, new_directory
 from puma_hf.search.build import create_table, keep_picture, tag_complete
 from puma_hf.search.index import Index, open_index
 from puma_hf.search.page import TITLE, count_line, require_gradio
-
-logger = logging.getLogger(__name__)
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
 
@@ -60,8 +57,6 @@ Run it here with `pip install -r requirements.txt` and `GRADIO_SERVER_NAME=127.0
 
 def write_configured(config: AppConfig) -> Path:
     """`write_space` with the settings of `puma-hf app --space`."""
-    for note in config.notes():
-        logger.warning(note)
     loading: Any = {"model": config.model, "trust_remote_code": config.trust_remote_code}
     return write_space(open_index(config.index), str(config.space), instruction=config.instruction, **loading)
 

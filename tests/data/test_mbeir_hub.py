@@ -97,16 +97,6 @@ def test_copies_in_a_folder(root: Path, copies: Path, cache: Path) -> None:
     assert list(moved.global_pool()) == list(together)
 
 
-def test_it_is_imported_once(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_mbeir(copies, cache_dir=cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(mbeir_hub, "import_copy", lambda *_, **__: pytest.fail("imported again"))
-        assert open_mbeir(copies, cache_dir=cache).root == first.root
-    file = next(copies.glob("mbeir_toys_task1/query/*"))
-    os.utime(file, ns=(1, 1))  # another file
-    assert open_mbeir(copies, cache_dir=cache).root != first.root
-
-
 def test_a_killed_import_goes_on(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the second of two tasks, after an image: nothing of that is read, and the first is not done again."""
     whole = open_mbeir(copies, cache_dir=cache.with_name("whole"))
@@ -143,17 +133,6 @@ def test_a_broken_copy_is_not_imported(copies: Path, cache: Path) -> None:
     assert len(open_mbeir(copies, cache_dir=cache).tasks()) == 2
 
 
-@pytest.mark.parametrize("layout", ["mrbench", "mteb"])
-def test_a_dataset_of_the_hub(
-    root: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
-) -> None:
-    hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=write_copy(root, tmp_path, 7, layout)))
-    data = open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache, revision="abc")
-    assert [task.name for task in data.tasks()] == ["cirr_task7"]
-    options = {"repo_type": "dataset", "revision": "abc", "allow_patterns": ["*.parquet", "README.md"]}
-    assert hub.calls == [("mteb/mbeir_cirr_task7", options)]
-
-
 def test_an_organisation_of_the_hub(official: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two tasks of the same directions, so that one copy serves as both.
     hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=official, mteb__mbeir_fashioniq_task7=official))
@@ -184,7 +163,7 @@ def test_a_download_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         FileNotFoundError,
         match=r"'mteb/mbeir_cirr_task7' is no folder here, .* mteb/mbeir_cirr_task7 could not be downloaded "
         r"\(404 Client Error for [^ ]*\)\. "
-        r"Check the name\. If this machine is offline, run `hf download mteb/mbeir_cirr_task7 --repo-type dataset`",
+        r"Check the name; .* offline, run `hf download mteb/mbeir_cirr_task7 --repo-type dataset`",
     ):
         open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache)
 
@@ -199,13 +178,6 @@ def test_a_download_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_no_such_source(source: str, message: str, cache: Path) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         open_mbeir(source, cache_dir=cache)
-
-
-def test_a_folder_has_no_revision(root: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"revision is 'main', but .*mbeir is a folder: leave it out \(--data-revision"
-    ):
-        open_mbeir(root, revision="main")
 
 
 def test_the_table_gives_a_dataset_its_number(root: Path, tmp_path: Path, cache: Path) -> None:

@@ -141,18 +141,6 @@ def test_relevant_ones_first_then_hard_negatives_in_turn_then_others(root: Path,
     assert pool(0) == pool(60) == [0, 1, 2, 3, 4, 5]
 
 
-def test_queries_nobody_judged_are_not_drawn(root: Path, tmp_path: Path) -> None:
-    nano = build_nano(MBEIR(root), tmp_path / "nano")
-    for task in nano.tasks():
-        assert [query.qid for query in nano.queries(task)] == [
-            builder.qid(task.task_id, number) for number in range(builder.UNJUDGED_QUERY)
-        ]
-    builder.write_lines(builder.qrels_path(root, 1, "test"), [])
-    with pytest.raises(MBEIRFormatError, match=r"no query of toys_task1 \(test\) has a relevant candidate"):
-        build_nano(MBEIR(root), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
 def test_another_datasets_judgements_count_where_its_candidates_are(root: Path, tmp_path: Path) -> None:
     line = f"{builder.qid(1, 0)} 0 12:7 1 1"
     builder.append_line(builder.qrels_path(root, 1, "test"), line)

@@ -145,13 +145,6 @@ def test_cells_are_texts_and_may_be_long(tmp_path: Path) -> None:
     assert csv.field_size_limit() >= 2**24
 
 
-def test_values_in_errors_are_cut(tmp_path: Path) -> None:
-    header = ",".join(f"column {number}" for number in range(10_000))
-    with pytest.raises(ValueError, match="1 cells, but the header has 10000 ") as caught:
-        read(write(tmp_path, "a.csv", f"{header}\na\n"))
-    assert len(str(caught.value)) < 500 + len(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

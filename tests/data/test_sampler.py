@@ -68,12 +68,6 @@ def test_rows_that_wait_come_too(looked_at: int, monkeypatch: pytest.MonkeyPatch
         assert not any(clashes(batch, positives) for batch in batches)
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_all_rows_share_one_answer(drop_last: bool) -> None:
-    sampler = make([["same"]] * 10, drop_last=drop_last)
-    assert [len(batch) for batch in sampler] == ([] if drop_last else [1] * len(sampler))
-
-
 def test_an_answer_of_very_many_rows() -> None:
     """Most rows wait, more than are looked at for one batch; the others must all come."""
     rows = 40 * LOOKED_AT_PER_ROW

@@ -115,6 +115,25 @@ def test_a_key_in_two_shards_is_that_of_the_first_file(tmp_path: Path) -> None:
         assert reader.rows(torch.tensor([1, 2, 3])).flatten().tolist() == [2, 1, 1]
 
 
+def test_what_is_found_does_not_depend_on_when_shards_were_seen(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    store, expected = EmbeddingStore(tmp_path, SETTINGS), {}
+    for order in range(40):
+        keys = torch.randperm(600, generator=generator)[: int(torch.randint(1, 30, (), generator=generator))]
+        store.add(keys, torch.full((len(keys), 1), float(order)), order=order)
+        store.refresh()
+        expected = {**dict.fromkeys(keys.tolist(), order), **expected}
+        assert len(store._runs) <= 7
+        found = torch.tensor(list(expected))
+        assert store.rows(found).flatten().tolist() == list(expected.values())
+        assert int(store.has(torch.arange(-5, 605)).sum()) == len(expected)
+    for path in shards_of(tmp_path)[:20]:
+        path.unlink()
+    store.refresh()
+    again = EmbeddingStore(tmp_path, SETTINGS)
+    assert torch.equal(store.has(torch.arange(600)), again.has(torch.arange(600)))
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_keep_removes_all_other_rows(tmp_path: Path, file_format: Format) -> None:
     store = filled(tmp_path, *torch.arange(12).split(3), torch.tensor([4, 20]), file_format=file_format)

@@ -11,10 +11,8 @@ from datasets import Dataset
 from PIL import Image
 from sentence_transformers import (
     SentenceTransformer,
-    SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.evaluation import SequentialEvaluator
 
 from puma_hf import MultimodalMACLoss, PumaTrainer, evaluate_mbeir
 from puma_hf.data.records import MBEIRFormatError
@@ -91,14 +89,6 @@ def test_a_line_of_other_columns_does_not_get_under_the_old_ones(root: Path, tmp
     assert "local_toys_task0_score" in read_csv(tmp_path / CSV.replace(".csv", ".old.csv"))[0]
 
 
-def test_several_evaluators(root: Path, tmp_path: Path) -> None:
-    names = ("one", "two")
-    both = SequentialEvaluator([MBEIREvaluator(root, split="test", name=name) for name in names])
-    metrics = both(FakeEncoder(), str(tmp_path))
-    assert metrics["sequential_score"] == metrics["one_local_score"] == metrics["two_local_score"]
-    assert len(list(tmp_path.glob("*.csv"))) == 2
-
-
 def test_it_waits_for_no_other_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer calls it on the main process alone: what would wait for the others would wait for ever."""
     expected = MBEIREvaluator(root, split="test")
@@ -163,10 +153,7 @@ def small(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("trainer_class", [SentenceTransformerTrainer, PumaTrainer])
-def test_the_best_checkpoint_is_loaded(
-    trainer_class: type[SentenceTransformerTrainer], small: Path, puma_dir: Path, tmp_path: Path
-) -> None:
+def test_the_best_checkpoint_is_loaded(small: Path, puma_dir: Path, tmp_path: Path) -> None:
     model = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
     evaluator = MBEIREvaluator(small, split="test", tasks=["toys_task1", "toys_task7"], name="toys", ks=(1, 2))
     rows = {"anchor": [f"text of q1_{n % 4}" for n in range(8)], "positive": [f"text of c1_{n % 4}" for n in range(8)]}
@@ -187,7 +174,7 @@ def test_the_best_checkpoint_is_loaded(
         dataloader_pin_memory=False,
         seed=0,
     )
-    trainer = trainer_class(
+    trainer = PumaTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(rows),

@@ -219,6 +219,9 @@ def test_equals_evaluating_each_pruned_model(
         ("distilled", [1, 2, 3]),
         (f"distilled{last}", [1, 2, 3]),
     ]
+    assert (report.data, report.split, report.pool, report.metric) == ("toys", "test", "local", "score")
+    # One query a task has no answer.
+    assert (report.num_queries, report.task_queries, report.num_candidates) == (8 * 3, (3,) * 8, 8 * 6)
     full, kept, compared, _ = (model.rows for model in report.models)
     for row, model in zip(full, models, strict=True):
         assert_equals_evaluation(row, model, data)
@@ -240,14 +243,6 @@ def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceT
         assert row.cka == pytest.approx(linear_cka(depth, embeddings[-1]), abs=1e-5)
         assert row.cosine == pytest.approx(float((depth * embeddings[-1]).sum(dim=1).mean()), abs=1e-5)
     assert (report.full.cka, report.full.cosine) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-6))
-
-
-def test_what_was_measured(report: SweepReport, data: Path) -> None:
-    assert (report.data, report.split, report.pool, report.metric) == ("toys", "test", "local", "score")
-    assert report.tasks == tuple(task.name for task in MBEIR(data).tasks("test"))
-    # One query a task has no answer.
-    assert (report.num_queries, report.task_queries, report.num_candidates) == (8 * 3, (3,) * 8, 8 * 6)
-    assert (report.text_tokens, report.image_tokens, report.data_hash) == (64, 256, None)
 
 
 def test_files_of_a_subset_and_repetition(qwen_dir: Path, data: Path, tmp_path: Path) -> None:

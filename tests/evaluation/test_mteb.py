@@ -225,10 +225,10 @@ def test_opening_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened[1] == (("org/puma",), {"revision": None, "truncate_dim": None, "trust_remote_code": True})
 
 
-@pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "/missing/folder"])
-def test_a_name_that_is_nothing(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id of the form 'organisation/name'"):
-        puma_model_meta(name)
+def test_a_name_that_is_nothing() -> None:
+    for name in ("./missing", "missing", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id of the form 'organisation/name'"):
+            puma_model_meta(name)
 
 
 def test_without_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,15 +274,9 @@ def test_parts_that_are_missing_are_left_out() -> None:
     assert embeddings.tolist() == [[0, 24, 1], [3, 0, 1], [14, 0, 1]]
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ({"text": [""], "image": [None]}, "an input of Task has neither text nor image"),
-        ({"audio": ["x"], "id": ["1"]}, "an input of Task has neither text nor image"),
-    ],
-)
-def test_inputs_of_nothing(batch: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("batch", [{"text": [""], "image": [None]}, {"audio": ["x"], "id": ["1"]}])
+def test_inputs_of_nothing(batch: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="an input of Task has neither text nor image"):
         encode([batch])
 
 

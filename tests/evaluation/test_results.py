@@ -12,7 +12,6 @@ import pytest
 import pytrec_eval
 import pytrec_eval_ext
 
-from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.mbeir import evaluate_mbeir
 from puma_hf.evaluation.results import (
@@ -237,23 +236,9 @@ def test_trec_eval_reads_four_fields_and_uniir_needs_five(tmp_path: Path) -> Non
     assert (read_by_trec_eval("qrels", four), read_by_trec_eval("qrels", five)) == (2, -1)
 
 
-@pytest.mark.parametrize("task", TASKS[:2], ids=lambda task: task.name)
-def test_official_qrels_round_trip_through_the_reader(root: Path, task: MBEIRTask) -> None:
-    """What the reader made of the official file, written and put in its place, is read as the same."""
-    data = MBEIR(root)
-    queries, pool = data.queries(task), data.local_pool(task)
-    path = builder.qrels_path(root, task.task_id, "test")
-    lines = path.read_text().splitlines()
-    relevance = data.qrels(task, "test", queries, pool)
-    write_qrels(path, relevance, task.task_id)
-    assert sorted(path.read_text().splitlines()) == sorted(lines)
-    assert data.qrels(task, "test", queries, pool) == relevance
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_trec_eval_agrees_from_the_files(root: Path, tmp_path: Path, seed: int) -> None:
+def test_trec_eval_agrees_from_the_files(root: Path, tmp_path: Path) -> None:
     """Ties and graded relevance in all eight tasks, local and global; ids in an order that trec_eval would not take."""
-    generator = random.Random(seed)
+    generator = random.Random(0)
     for task in TASKS:  # grades 1 to 3 for half of the pool
         dids = [builder.did(task.task_id, number) for number in range(builder.NUM_CANDIDATES)]
         lines = [

@@ -47,8 +47,6 @@ def test_the_smallest_that_keeps_enough() -> None:
     assert [report.recommend(keep=keep).k for keep in (0.8, 0.975, 1)] == [2, 3, 5]
     asked = replace(report, keep=0.9, max_params=1_250_000_000)
     assert asked.recommendation == report.recommend("1250M", 0.9) == report.recommend(1.25e9, 0.9)
-    with pytest.raises(ValueError, match=r"keep=0 must be above 0 and at most 1\."):
-        report.recommend(keep=0)
 
 
 def test_budgets() -> None:
@@ -151,7 +149,7 @@ def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
         "(text) of the FLOPs",
     ]
     said = texts(left)
-    for part in ("recommended: k = 3", "full model, 80.0", "97 % of it", "full (knee at k = 2)"):
+    for part in ("recommended: k = 3", "1 x full model, 80.0", "0.97 x full model, 77.6", "full (knee at k = 2)"):
         assert part in said
     assert "GFLOPs of one image (256 visual tokens)" in said
     (ring,) = [line for line in left.lines if line.get_markersize() == 17]
@@ -163,15 +161,6 @@ def test_what_the_picture_says(figures: list[Any], tmp_path: Path) -> None:
     assert "linear CKA" in texts(right)
 
 
-def test_the_budget_is_shaded(figures: list[Any], tmp_path: Path) -> None:
-    make_report(FULL, max_params=1_250_000_000).plot(tmp_path / "sweep.png")
-    axes = figures[0].axes[0]
-    assert "over the budget of 1,250,000,000 parameters" in texts(axes)
-    assert axes.patches[0].get_x() == pytest.approx(20)  # between k = 2 at 18 and k = 3 at 22
-    make_report(FULL, max_params=2_000_000_000).plot(tmp_path / "sweep.png")
-    assert not figures[1].axes[0].patches  # nothing is over it
-
-
 @pytest.mark.parametrize("qualities", [[0.5], [0.0, 0.0, 0.0], [0.01 * k for k in range(1, 29)]])
 def test_any_curve_is_drawn(qualities: list[float], figures: list[Any], tmp_path: Path) -> None:
     swept = make_model("full", qualities, cka=None)
@@ -179,5 +168,4 @@ def test_any_curve_is_drawn(qualities: list[float], figures: list[Any], tmp_path
     make_report(swept, replace(swept, name="last", rows=swept.rows[3:] or swept.rows)).plot(tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size == (1800, 780)
-    numbers = [text.get_text() for text in figures[0].axes[0].texts if text.get_text().removeprefix("k = ").isdigit()]
-    assert len(numbers) <= 2 * 14  # they do not cover each other
+    assert len(figures[0].axes[0].texts) <= 2 * 12  # the numbers do not cover each other

@@ -1,4 +1,4 @@
-"""The ways to quantise and compile that README.md names, on the tiny model."""
+"""The ways to quantise and compile that docs/speed.md names, on the tiny model."""
 
 from __future__ import annotations
 

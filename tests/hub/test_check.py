@@ -24,8 +24,6 @@ from puma_hf.hub.check import (
     check_inputs,
     compare,
     compare_weights,
-    features_of,
-    stock_features,
 )
 from puma_hf.trainer import merge_adapter
 from tests.tiny import build_checkpoint
@@ -194,19 +192,6 @@ def test_what_cannot_be_checked(puma_dir: Path, qwen_dir: Path, adapter: Path, t
 
 
 # --- inputs and comparisons
-
-
-def test_stock_features_are_the_processors(puma_dir: Path, exported: Path) -> None:
-    expected, found = features_of(puma_dir, check_inputs()), stock_features(exported, check_inputs())
-    assert set(found) == set(expected)
-    for name in ("pixel_values", "image_grid_thw"):
-        assert torch.equal(found[name], expected[name]), name
-
-    def tokens(features: dict[str, Tensor]) -> list[list[int]]:  # padding may stand on either side
-        pairs = zip(features["input_ids"], features["attention_mask"], strict=True)
-        return [ids[mask.bool()].tolist() for ids, mask in pairs]
-
-    assert tokens(found) == tokens(expected)
 
 
 def test_embeddings_are_compared_by_the_worst_number_or_by_cosine() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,12 +52,6 @@ def test_an_input_has_one_id_in_every_batch(processor: PumaProcessor, images: li
     assert ids_of(processor, inputs) == alone
     assert ids_of(processor, inputs[::-1]) == alone[::-1]
     assert ids_of(processor, inputs[2:5] + inputs[:1]) == alone[2:5] + alone[:1]
-
-
-def test_copies_have_the_same_id(processor: PumaProcessor, images: list[Image.Image], tmp_path: Path) -> None:
-    images[0].save(tmp_path / "same.png")
-    same = [images[0], images[0].copy(), str(tmp_path / "same.png"), {"image": images[0], "text": None}]
-    assert len(set(ids_of(processor, [*same, images[1]]))) == 2
 
 
 def test_the_input_module_stamps_them(sentence_transformer: SentenceTransformer, images: list[Image.Image]) -> None:

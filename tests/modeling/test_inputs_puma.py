@@ -21,10 +21,9 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoImageProcessor
 from transformers.utils.import_utils import is_av_available, is_torchvision_available
 
-from puma_hf import PumaModel, PumaProcessor
+from puma_hf import PumaProcessor
 from puma_hf.modeling import MODALITY_IDS, MODALITY_NAMES, inputs_puma
 from puma_hf.modeling.inputs_puma import (
     IMAGE_FORMATS,
@@ -395,11 +394,6 @@ def test_odd_exif_is_no_reason_to_refuse_an_image(kind: str, entry: bytes | None
 # --- what is refused
 
 
-@pytest.mark.parametrize("size", [(1, 1), (200, 1), (1, 200), (3, 7)])
-def test_small_images_keep_their_shape(size: tuple[int, int]) -> None:
-    assert load_rgb_image(Image.new("L", size)).size == size
-
-
 NO_IMAGE = r"is not an image. Pass a PIL image, a path, a URL, bytes or a uint8"
 NOT_RGB = r"an object of type (ndarray|Tensor) of .* is not an image\. Pass .* a uint8 array \(height, width, 3\)"
 REFUSED: list[tuple[Any, str]] = [
@@ -558,16 +552,3 @@ def test_videos_are_embedded(
         assert np.abs(other - vectors[0]).max() > 1e-4
     processor.video_processor.do_sample_frames, processor.video_processor.num_frames = True, 2
     assert processor.process_inputs([{"video": path}])["video_grid_thw"][:, 0].tolist() == [1]
-
-
-@needs_torchvision
-def test_pictures_read_by_torchvision_give_nearly_the_vectors_of_pillow(
-    puma_dir: Path, model: PumaModel, processor: PumaProcessor, images: list[Image.Image]
-) -> None:
-    inputs = ["a red apple", *images, {"image": images[0], "text": "on a table"}]
-    pillow = PumaProcessor.from_pretrained(puma_dir)
-    pillow.image_processor = AutoImageProcessor.from_pretrained(puma_dir, backend="pil")
-    with torch.inference_mode():
-        one, other = (model(**part.process_inputs(inputs)).embeddings for part in (processor, pillow))
-    assert type(processor.image_processor) is not type(pillow.image_processor)
-    assert (1 - torch.cosine_similarity(one, other)).max() < 1e-3

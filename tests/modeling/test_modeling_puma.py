@@ -66,14 +66,6 @@ def test_embeddings_are_unit_vectors_in_float32(
     torch.testing.assert_close(output.embeddings.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_return_dict_false_gives_a_tuple(model: PumaModel, make_batch: Callable[..., dict[str, Any]]) -> None:
-    output = embed(model, make_batch())
-    as_tuple: Any = embed(model, make_batch(), return_dict=False)
-    assert type(as_tuple) is tuple
-    assert len(as_tuple) == 3
-    assert all(torch.equal(left, right) for left, right in zip(as_tuple, output.to_tuple(), strict=True))
-
-
 def test_modality_types_are_computed_when_absent(model: PumaModel, make_batch: Callable[..., dict[str, Any]]) -> None:
     arguments = forward_arguments(make_batch())
     types = arguments.pop("mm_token_type_ids")
@@ -210,16 +202,6 @@ def test_saving_is_stable_and_reloads(
     assert first == second
     assert set(load_file(tmp_path / "first" / "model.safetensors")) == set(model.state_dict())
     assert {"config.json", "modeling_puma.py", "configuration_puma.py"} <= set(first)
-
-
-def test_a_puma_directory_can_be_cut_further_on_loading(puma_dir: Path, qwen_dir: Path) -> None:
-    shallow = PumaModel.from_pretrained(puma_dir, num_kept_layers=1)
-    config = shallow.config
-    assert (config.num_kept_layers, config.original_num_hidden_layers) == (1, 4)
-    original = read_weights(qwen_dir)
-    state = shallow.state_dict()
-    assert {layer_of(name) for name in state} == {-1, 0}
-    assert all(torch.equal(state[name], original[name]) for name in state if "embed_tokens" not in name)
 
 
 # --- what cannot be loaded

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, Qwen2VLForConditionalGenerati
 
 from puma_hf import PumaProcessor, prune
 from puma_hf.modeling.fast_path_puma import FastPath
-from puma_hf.modeling.processing_puma import READINGS, reading_of, released_sentence
+from puma_hf.modeling.processing_puma import released_sentence
 from tests.tiny import build_checkpoint
 
 # Of the published Qwen2-VL checkpoints, without its counting of pictures and its videos.
@@ -198,9 +198,3 @@ def test_a_directory_of_an_unknown_reading_is_refused(released: Path, tmp_path: 
         (folder / name).write_text(json.dumps({**settings, key: "newer"}))
         with pytest.raises(ValueError, match=f"{key}='newer'"):
             loader.from_pretrained(folder)
-
-
-def test_every_entry_of_the_table_is_whole() -> None:
-    for name in READINGS:
-        assert reading_of(name).positions in ("mrope", "sequential")
-    assert released_sentence(' "') == ""

@@ -111,12 +111,6 @@ def test_the_task_instructions_are_named_prompts(sentence_transformer: SentenceT
     assert np.abs(encoded - reference(puma_dir, ["a red apple"])).max() > 1e-3
 
 
-def test_without_an_instruction_no_prompt_is_added(sentence_transformer: SentenceTransformer, puma_dir: Path) -> None:
-    plain = reference(puma_dir, ["a red apple"])
-    assert_close(sentence_transformer.encode_query(["a red apple"]), plain)
-    assert_close(sentence_transformer.encode_document(["a red apple"]), plain)
-
-
 # --- options
 
 
@@ -377,10 +371,6 @@ def test_a_saved_model_is_complete_and_reloads(
         model = loaded(folder)
         assert_close(model.encode(inputs), expected)
         assert_close(reference(folder, inputs), expected)
-
-
-def test_a_pruned_directory_is_complete(puma_dir: Path) -> None:
-    assert {path.name for path in puma_dir.iterdir()} == COMPLETE | {"README.md"}
 
 
 def test_the_dtype_and_the_attention_can_be_chosen(puma_dir: Path, images: list[Image.Image]) -> None:

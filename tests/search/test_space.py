@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -59,15 +58,6 @@ def test_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
     assert "trust_remote_code" not in (written / "app.py").read_text()
 
 
-def test_an_instruction_is_quoted(page_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "Find a \"red\" one.\nAnd {not} a 'green' one."
-    written = write_space(open_index(page_index), tmp_path / "space", model="org/name", instruction=words)
-    launched = []
-    monkeypatch.setattr("puma_hf.search.page.launch", lambda config, started: launched.append(config.instruction))
-    runpy.run_path(str(written / "app.py"), run_name="__main__")
-    assert launched == [words]
-
-
 def test_it_answers_elsewhere(space: Path, page_index: Path, tmp_path: Path, page_searcher: Searcher) -> None:
     moved = shutil.copytree(space, tmp_path / "moved")
     copied = open_searcher(moved / "index")
@@ -92,8 +82,7 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "space").exists()
 
 
-def test_by_the_command(page_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_by_the_command(page_index: Path, tmp_path: Path) -> None:
     config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
     assert write_configured(config) == tmp_path / "space"
-    assert "port=1: not used with space" in caplog.text
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
