@@ -176,8 +176,8 @@ def test_the_released_batches_fit_the_gpus_they_were_run_on(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ({"model": "puma-7b"}, {}, "does not tell a Qwen2-VL 2B or 7B and its layers"),
-        ({"loss": "mac"}, {"num_gpus": 0, "rows": 0}, "num_gpus=0, rows=0 must be at least 1"),
+        ({"model": "puma-7b"}, {}, "does not name a Qwen2-VL 2B or 7B and its layers"),
+        ({"loss": "mac"}, {"num_gpus": 0, "rows": 0}, "num_gpus=0 must be at least 1"),
         ({"compute_environment": "LOCAL"}, {}, r"recipe.yaml, line 9: 'compute_environment' is no key of TrainConfig"),
     ],
 )

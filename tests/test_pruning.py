@@ -237,7 +237,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
         ValueError,
-        r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again",
+        r"damaged' lacks its tokenizer, with '<\|image_pad\|>'\. Download it again",
     ),
 }
 
@@ -310,7 +310,7 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged to 1024 \(shortest_edge"),
+        (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged to \(shortest_edge"),
         ("all", r"max_pixels='all' must be a whole number, or 'source' to keep the source's limit\."),
     ],
 )

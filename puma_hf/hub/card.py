@@ -29,9 +29,8 @@ from puma_hf.files import (
     write_whole,
 )
 from puma_hf.fingerprint import model_fingerprint, short_name
-from puma_hf.model_card import TAGS, fill_template
 from puma_hf.modeling.configuration_puma import config_class_of
-from puma_hf.pruning import told_limits
+from puma_hf.pruning import TAGS, fill_template, told_limits
 
 logger = logging.getLogger(__name__)
 

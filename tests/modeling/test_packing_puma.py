@@ -14,9 +14,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from puma_hf.checkpoint import plain_forward
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.modeling.packing_puma import Group, PackedBatch, PackedPart, group_by_prefix, mrope_positions, pack
-from puma_hf.opening import plain_forward
 from tests.tiny import tiny_config, tiny_tokenizer
 
 MERGE = 2

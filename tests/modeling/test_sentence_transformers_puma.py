@@ -19,12 +19,12 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import AutoModel, AutoProcessor
 
 from puma_hf import PumaModel
+from puma_hf.checkpoint import plain_forward
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
 from puma_hf.modeling.packing_puma import PackedPart
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
-from puma_hf.opening import plain_forward
 
 KINDS = ("text", "image", "image and text", "two images and text", "chat")
 # What lies in a directory that both loaders open where puma_hf is not installed.
