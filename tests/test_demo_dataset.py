@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ SPLITS = ("train", "val", "test")
 HELD_OUT = ("val", "test")
 EDIT_TASKS = (6, 7, 8)
 NEAR = 4.9  # root mean square difference at 16x16; the script leaves out what is nearer than 5
-SMALL_WORDS = {"a", "an", "at", "in", "of", "or", "the"}
 
 pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="demo/emoji is only in the repository")
 
@@ -66,26 +63,12 @@ def pixels(path: str) -> np.ndarray:
 
 
 @cache
-def content(did: str) -> tuple[str | None, bytes | None]:
-    """What a candidate shows: its text and its pixels."""
-    candidate = candidates()[did]
-    return candidate.text, pixels(candidate.image).tobytes() if candidate.image else None
-
-
-@cache
 def emoji_of(did: str) -> str:
     """The code points of what a candidate stands for (the file name of its drawing)."""
     if (image := candidates()[did].image) is not None:
         return Path(image).stem
     pools = (raw(f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl") for split in ("train", "test"))
     return str(json.loads(next(pool[did] for pool in pools if did in pool)["src_content"])["emoji"])
-
-
-@cache
-def names() -> dict[str, str]:
-    with (ROOT / "concepts.tsv").open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return {row["emoji"]: row["name"] for row in rows}
 
 
 def asked(split: str, tasks: Any = tuple(TASKS)) -> list[tuple[int, Query]]:
@@ -105,10 +88,6 @@ def edits(*splits: str) -> set[frozenset[str]]:
     """The pairs (source, target) of emoji, without direction."""
     found = [query for split in splits for _, query in asked(split, EDIT_TASKS)]
     return {frozenset((Path(query.image or "").stem, emoji_of(did))) for query in found for did in query.positives}
-
-
-def words(text: str | None) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", (text or "").lower().replace("’", "")))
 
 
 # --- layout
@@ -147,34 +126,6 @@ def test_images_size_and_licences() -> None:
 
 
 # --- fairness
-
-
-def test_every_right_answer_is_listed_and_no_two_candidates_are_the_same() -> None:
-    for pool in (*map(local_pool, TASKS), global_pool("train"), global_pool("test")):
-        assert len({content(did) for did in pool}) == len(pool)
-    shown: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for did, candidate in global_pool("test").items():
-        shown[candidate.modality, emoji_of(did)].add(did)
-    for task, query in [*asked("val"), *asked("test")]:
-        (wanted,) = {emoji_of(did) for did in query.positives}
-        assert shown[TASKS[task][1], wanted] == set(query.positives)
-
-
-def test_texts_do_not_give_the_answer_away() -> None:
-    keywords = [query for split in SPLITS for _, query in asked(split, (1,))]
-    for query in keywords:
-        for did in query.positives:
-            name = (candidates()[did].text or "").lower()
-            assert name not in [part.strip().lower() for part in (query.text or "").split(",")]
-            assert not words(name) <= words(query.text)
-    texts = Counter(frozenset((query.text or "").split(", ")) for query in keywords)
-    assert set(texts.values()) == {1}, "the same keywords with two answers"
-    for task in (2, 8):
-        sharers = Counter(candidate.text for candidate in local_pool(task).values())
-        for _, query in [*asked("val", [task]), *asked("test", [task])]:
-            for did in query.positives:
-                assert sharers[candidates()[did].text] >= 5
-                assert not (words(candidates()[did].text) & words(names()[emoji_of(did)])) - SMALL_WORDS
 
 
 # --- nothing of val or test is in training

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from puma_hf import PumaConfig, PumaModel, cli, lora_config, prune
-from puma_hf.estimate import GPUS, count_flops, count_parameters, estimate
+from puma_hf import PumaConfig, PumaModel, cli, lora_config
+from puma_hf.estimate import GPUS, count_flops, estimate
 from tests.tiny import HIDDEN_SIZE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -133,7 +133,7 @@ def test_gradient_caching_holds_one_mini_batch(shape: Path, recipe: Any) -> None
     assert cached.flops_step > whole.flops_step  # every row is embedded twice
 
 
-@pytest.mark.parametrize(("kept", "billions"), [(8, 3.09), (12, 4.02), (14, 4.48), (28, 7.75)])
+@pytest.mark.parametrize(("kept", "billions"), [(8, 3.09), (28, 7.75)])
 def test_parameters_of_7b_are_those_counted_on_the_meta_device(recipe: Any, kept: int, billions: float) -> None:
     found = estimate(recipe(), model="Qwen/Qwen2-VL-7B-Instruct", num_kept_layers=kept)
     assert found.parameters == pytest.approx(billions * 1e9, abs=5e6)
@@ -176,12 +176,9 @@ def test_the_released_batches_fit_the_gpus_they_were_run_on(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ({}, {}, r"model='puma' is no directory here, .* Give --model"),
         ({"model": "puma-7b"}, {}, "does not tell a Qwen2-VL 2B or 7B and its layers"),
-        ({"model": "puma-7b-k29"}, {}, "num_kept_layers=29 must be an integer"),
         ({"loss": "mac"}, {"num_gpus": 0, "rows": 0}, "num_gpus=0, rows=0 must be at least 1"),
         ({"compute_environment": "LOCAL"}, {}, r"recipe.yaml, line 9: 'compute_environment' is no key of TrainConfig"),
-        ({}, {"images": -1}, "images=-1 must be 0 or more images a row"),
     ],
 )
 def test_wrong_input(recipe: Any, values: dict[str, Any], options: dict[str, Any], message: str) -> None:
@@ -229,12 +226,6 @@ def vision_tower(patches: int) -> int:
     return matrix(patches, PATCH_VALUES, EMBED) + VISION_DEPTH * block + merger
 
 
-def test_text_by_hand(sentence_transformer: SentenceTransformer) -> None:
-    tokens = sentence_transformer[0].preprocess(["a red apple"])["input_ids"].shape[1]
-    expected = 2 * decoder_layer(tokens)
-    assert count_flops(sentence_transformer, "a red apple") == expected
-
-
 def test_the_fast_path_spends_the_last_layer_on_ret_alone(sentence_transformer: SentenceTransformer) -> None:
     tokens = sentence_transformer[0].preprocess(["a red apple"])["input_ids"].shape[1]
     keys_and_values = 2 * matrix(tokens, HIDDEN_SIZE, KEY_VALUE_HEADS * HEAD_DIM)
@@ -250,17 +241,3 @@ def test_image_by_hand(sentence_transformer: SentenceTransformer, images: list[I
     assert patches == features["image_grid_thw"].prod() > 4
     expected = 2 * decoder_layer(tokens) + vision_tower(patches)
     assert count_flops(sentence_transformer, {"image": images[0]}) == expected
-
-
-def test_a_dropped_layer_saves_what_it_costs(
-    qwen_dir: Path, sentence_transformer: SentenceTransformer, images: list[Image.Image], tmp_path: Path
-) -> None:
-    prune(qwen_dir, tmp_path / "full", num_kept_layers=4)
-    full = SentenceTransformer(str(tmp_path / "full"), trust_remote_code=True, device="cpu")
-    for item in ("a red apple", {"image": images[0], "text": "red"}):
-        tokens = full[0].preprocess([item])["input_ids"].shape[1]
-        difference = count_flops(full, item) - count_flops(sentence_transformer, item)
-        assert difference == 2 * decoder_layer(tokens)
-    layers = full[0].model.language_model.layers
-    dropped = sum(count_parameters(layer) for layer in layers[2:])
-    assert count_parameters(full) - count_parameters(sentence_transformer) == dropped

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from puma_hf import PumaModel, PumaProcessor, prune
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
-from puma_hf.pruning import PruneReport, read_limits
+from puma_hf.pruning import read_limits
 from puma_hf.trainer import merge_adapter
 from tests.test_files import listing
 from tests.tiny import build_checkpoint, build_qwen2_vl, copy_checkpoint, layer_of, read_weights, tiny_tokenizer
@@ -75,20 +74,11 @@ def test_an_untied_head_counts_before_and_is_gone_after(tmp_path: Path) -> None:
     assert report.bytes_after == 4 * report.parameters_after
 
 
-def test_the_report_reads_well(caplog: pytest.LogCaptureFixture, qwen_dir: Path, tmp_path: Path) -> None:
-    with caplog.at_level(logging.INFO, logger="puma_hf.pruning"):
-        report = prune(qwen_dir, tmp_path / "out", num_kept_layers=2)
-    assert f"Pruned {qwen_dir} to 2 of 4 layers: {tmp_path / 'out'}" in caplog.text
-    text = str(report)
+def test_the_report_reads_well(qwen_dir: Path, tmp_path: Path) -> None:
+    text = str(report := prune(qwen_dir, tmp_path / "out", num_kept_layers=2))
     assert "decoder layers 0 to 1 of 4" in text
     assert "decoder layers 2 to 3 and the language-model head" in text
-    assert f"{report.parameters_before:,} parameters" in text
     assert f"({report.parameters_after / report.parameters_before:.0%})" in text
-    whole = PruneReport("a", "b", 4, 4, 100, 90, 400, 360, 9, 1, 9)
-    assert "dropped  language-model head\n" in str(whole)
-    assert "dropped  decoder layer 3 and the language-model head\n" in str(
-        PruneReport("a", "b", 3, 4, 100, 80, 4, 4, 9, 1, 9)
-    )
 
 
 # --- the weights
@@ -194,8 +184,6 @@ def test_prompts_can_be_chosen(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -
     model = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
     named = model.encode(["a"], prompt_name="find")
     np.testing.assert_array_equal(named, model.encode([{"text": "a", "instruction": prompts["find"]}]))
-    prune(qwen_dir, tmp_path / "none", num_kept_layers=1, prompts={})
-    assert json.loads((tmp_path / "none" / name).read_text())["prompts"] == {}
 
 
 def test_a_pruned_directory_can_be_pruned_further(qwen_dir: Path, tmp_path: Path) -> None:
@@ -210,8 +198,6 @@ def test_a_pruned_directory_can_be_pruned_further(qwen_dir: Path, tmp_path: Path
     assert report.original_num_hidden_layers == 4
     config = PumaModel.from_pretrained(tmp_path / "two").config
     assert config.source_name_or_path == qwen_dir.name
-    for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
 # --- errors; none of them leaves anything behind
@@ -228,21 +214,6 @@ def change_config(**values: Any) -> Callable[[Path], None]:
     return change
 
 
-def change_weights(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        path.write_bytes(change(path.read_bytes()))
-
-    return rewrite
-
-
-def replace_text(name: str, text: str) -> Callable[[Path], None]:
-    def replace(folder: Path) -> None:
-        (folder / name).write_text(text)
-
-    return replace
-
-
 def remove(*names: str) -> Callable[[Path], None]:
     def unlink(folder: Path) -> None:
         for name in names:
@@ -252,13 +223,7 @@ def remove(*names: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "broken config": (
-        replace_text("config.json", "{"),
-        OSError,
-        "config.json' is not a valid JSON file",
-    ),
     "another model": (change_config(model_type="llama"), ValueError, "model_type='llama', but PUMA prunes"),
-    "cut off": (change_weights(lambda content: content[:-2000]), ValueError, "is not a whole safetensors"),
     "too few layers": (
         change_config(num_hidden_layers=5, layer_types=["full_attention"] * 5),
         ValueError,
@@ -274,7 +239,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         ValueError,
         r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again",
     ),
-    "no image processor": (remove("preprocessor_config.json"), OSError, "image processor for"),
 }
 
 
@@ -299,28 +263,6 @@ def test_a_bad_list_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"keep_layers='0,4' must be rising numbers from 0 to 3, each once"):
         prune(qwen_dir, tmp_path / "out", keep_layers="0,4")
     assert listing(tmp_path) == {}
-
-
-def test_an_error_after_the_weights_keeps_the_old_directory(
-    qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prune(qwen_dir, tmp_path / "out", num_kept_layers=3)
-    before = listing(tmp_path)
-
-    def fail(*args: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("puma_hf.pruning.write_model_card", fail)
-    with pytest.raises(OSError, match="disk full"):
-        prune(qwen_dir, tmp_path / "out", num_kept_layers=1, overwrite=True)
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("dtype", ["foo", "Tensor", ""])
-def test_an_unknown_dtype_is_refused(qwen_dir: Path, tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known to torch. Choose 'auto'"):
-        prune(qwen_dir, tmp_path / "out", num_kept_layers=2, dtype=dtype)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- limits: how large an image, how long a text is read
@@ -369,7 +311,6 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
     ("given", "message"),
     [
         (1023, r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged to 1024 \(shortest_edge"),
-        (2e5, r"max_pixels=200000\.0 must be a whole number"),
         ("all", r"max_pixels='all' must be a whole number, or 'source' to keep the source's limit\."),
     ],
 )

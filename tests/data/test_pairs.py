@@ -34,8 +34,6 @@ def row(*names: str, **values: Any) -> list[dict[str, Any]]:
     ("names", "expected"),
     [
         (["image", "caption"], "anchor: caption (text); positive: image (image)"),
-        (["image_path", "title", "id"], "anchor: title (text); positive: image_path (image); ignored: id"),
-        (["question", "answer", "text"], "anchor: question (text); positive: answer (text); ignored: text"),
         (["query", "image", "caption"], "anchor: query (text); positive: image (image); ignored: caption"),
         (["sent0", "sent1", "hard_neg"], "anchor: sent0 (text); positive: sent1 (text); negative 1: hard_neg (text)"),
         (
@@ -68,10 +66,6 @@ def test_values_tell_images_from_texts() -> None:
             {"anchor": "text=caption, image=bild", "positive": {"text": "titel"}},
             "anchor: caption (text), bild (image); positive: titel (text)",
         ),
-        (
-            {"positive": "bild", "negatives": [{"text": "titel"}, "image=bild"]},
-            "anchor: caption (text); positive: bild (image); negative 1: titel (text); negative 2: bild (image)",
-        ),
     ],
 )
 def test_what_is_given_wins(given: dict[str, Any], expected: str) -> None:
@@ -82,12 +76,7 @@ def test_what_is_given_wins(given: dict[str, Any], expected: str) -> None:
     ("columns", "given", "message"),
     [
         (["caption", "id"], {}, r"No column for the positive: the columns are caption, id\. Name another \(positive="),
-        ([], {}, r"No column for the anchor: the columns are none"),
         (["a", "b"], {"anchor": "c", "positive": "b"}, r"anchor='c' must be a column, .* The columns are a, b\."),
-        (["a", "b"], {"anchor": {"text": "a", "image": "c"}, "positive": "b"}, r"anchor=\{.* must be a column"),
-        (["a", "b"], {"anchor": {"sound": "a"}}, r"anchor=\{'sound': 'a'\} must be a column, or columns of text"),
-        (["a", "b"], {"anchor": "a", "positive": "b", "negatives": ["c"]}, r"negatives='c' must be a column"),
-        (["a", "b"], {"anchor": "a", "positive": "a"}, r"No column for the positive.* Name another"),
         (["sentence1", "sentence2", "label"], {}, r"There is a column 'label', .* some rows are no right pairs"),
     ],
 )
@@ -100,9 +89,7 @@ def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: s
     ("values", "name"),
     [
         ({"image": "a.png", "question": "what?", "answer": "a shoe"}, "image"),
-        ({"image": {"bytes": b"", "path": None}, "question": "what?", "answer": "a shoe"}, "image"),
         ({"image": "a.png", "caption": "in red", "target_image": "b.png"}, "target_image"),
-        ({"image": "a.png", "caption": "in red", "image_2": "b.png"}, "image_2"),
     ],
 )
 def test_images_of_either_side_are_not_ignored(values: dict[str, Any], name: str) -> None:
@@ -147,13 +134,6 @@ def test_telling_positives_keep_the_same_rows_apart_as_all(seed: int) -> None:
         for other in pairs:
             together = set(ids.positives(one.anchor)) & set(ids.positives(other.anchor))
             assert bool(set(telling) & set(ids.telling_positives(other))) == bool(together)
-
-
-def test_an_anchor_of_many_pairs_does_not_name_all_its_positives_in_each() -> None:
-    pairs = [Pair("", Record(text="a shoe"), Record(text=f"shoe {number}")) for number in range(100)]
-    ids = PairIds([*pairs, Pair("", Record(text="a boot"), Record(text="shoe 7"))])
-    assert {len(ids.telling_positives(pair)) for pair in pairs} == {1, 2}
-    assert all(ids.of(Record(text="shoe 7")) in ids.telling_positives(pair) for pair in pairs)
 
 
 # --- rows
@@ -206,24 +186,17 @@ def test_structs_as_load_pairs_makes_them(folder: Path) -> None:
 
 
 def test_a_list_of_captions_makes_as_many_pairs(folder: Path) -> None:
-    table = write_jsonl(folder, {"image": "a.png", "captions": ["red", " ", "dark red", None]})
-    reading = read(table)
+    reading = read(write_jsonl(folder, {"image": "a.png", "captions": ["red", " ", "dark red", None]}))
     assert [pair.anchor.text for pair in reading.pairs] == ["red", "dark red"]
-    assert len({pair.positive for pair in reading.pairs}) == 1
-    assert reading.num_rows == 1
+    assert len({pair.positive for pair in reading.pairs}) == reading.num_rows == 1
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
         ({"caption": [" "]}, "anchor missing", r"line 2: anchor is empty \(column caption\)\. Fill it"),
-        ({"image": None}, "positive missing", r"line 2: positive is empty \(column image\)"),
-        ({"negative_1": ["a", "b"]}, "text of another type", r"line 2: negative is \['a', 'b'\], must be"),
         ({"caption": ["a", 3]}, "text of another type", r"line 2: anchor is 3, must be a text"),
-        ({"caption": "\ud83d"}, "text of another type", r"line 2: anchor is '\\ud83d', which holds half a character"),
-        ({"instruction": 3}, "text of another type", r"line 2: instruction is 3, must be a text"),
         ({"image": {"path": "../outside.png"}}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
-        ({"image": "none.png"}, "image missing", r"line 2: image 'none\.png' is not a file"),
         ({"image": "broken.png"}, "image broken", r"line 2: '.*broken\.png' cannot be read"),
     ],
 )
@@ -238,18 +211,17 @@ def test_offenders(folder: Path, row: dict[str, Any], kind: str, message: str) -
 
 
 def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:
-    table = write_csv(
-        folder / "c.csv", ["image", "caption", "task"], [("a.png", "red", " Find it. "), ("a.png", "x", "")]
-    )
-    assert [pair.anchor.instruction for pair in read(table, instruction="task").pairs] == ["Find it.", None]
-    assert [pair.anchor.instruction for pair in read(table, instruction=" Find the photo.").pairs] == [
-        "Find the photo."
-    ] * 2
-    assert [pair.anchor.instruction for pair in read(table).pairs] == [None, None]
+    rows = [("a.png", "red", " Find it. "), ("a.png", "x", "")]
+    table = write_csv(folder / "c.csv", ["image", "caption", "task"], rows)
+    for given, expected in (
+        ("task", ["Find it.", None]),
+        (" Find the photo.", ["Find the photo."] * 2),
+        ("找到图片。", ["找到图片。"] * 2),  # a sentence need not have blanks
+        (None, [None, None]),
+    ):
+        assert [pair.anchor.instruction for pair in read(table, instruction=given).pairs] == expected
     with pytest.raises(ValueError, match=r"instruction='taks' must be a text of several words or a column of"):
         read(table, instruction="taks")
-    # A sentence need not have blanks.
-    assert read(table, instruction="找到图片。").pairs[0].anchor.instruction == "找到图片。"
 
 
 def test_directions(folder: Path) -> None:
@@ -274,8 +246,6 @@ def test_directions(folder: Path) -> None:
     ("options", "message"),
     [
         ({"direction": "both", "instruction": "task"}, r"with instruction='task' needs reverse_instruction"),
-        ({"reverse_instruction": "Find it."}, r"reverse_instruction='Find it\.', which is for direction='both' only"),
-        ({"direction": "image-to-text", "negatives": "wrong"}, r"direction='image-to-text' turns pairs round"),
         ({"direction": "text-to-image", "positive": "wrong"}, r"needs one side of texts and one of images, found anch"),
     ],
 )
@@ -318,21 +288,14 @@ def test_one_image_with_five_captions(folder: Path) -> None:
     assert turned["qid"] == rows["did"]
 
 
-def offending(folder: Path) -> Path:
-    captions = [("a.png", "red"), ("none.png", "x"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", "")]
-    return write_captions(folder, [*captions, ("none.png", "y"), ("deep/b.png", "green")])
-
-
 def test_offenders_are_counted_in_one_error(folder: Path) -> None:
+    captions = [("a.png", "red"), ("none.png", "x"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", "")]
+    table = write_captions(folder, [*captions, ("none.png", "y"), ("deep/b.png", "green")])
     with pytest.raises(ValueError, match=r"captions\.csv: 5 of 7 rows cannot be used: ") as caught:
-        load_pairs(offending(folder))
-    message = str(caught.value)
+        load_pairs(table)
     counts = "image missing: 2, image broken: 1, image refused: 1, anchor missing: 1:\n- "
-    assert counts in message
-    shown = [message.index(f"captions.csv, line {line}: ") for line in (3, 4, 5, 6, 7)]
-    assert shown == sorted(shown)
-    assert "Mend them (puma-hf pairs lists more), or leave them out" in message
-    assert message.endswith("(on_error='drop', --bad-pairs drop).")
+    assert counts in str(caught.value)
+    assert str(caught.value).endswith("(on_error='drop', --bad-pairs drop).")
 
 
 def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -303,30 +301,3 @@ def test_what_embed_has_not_finished_is_not_opened(tmp_path: Path) -> None:
     shards_of(tmp_path)[0].unlink()
     with pytest.raises(ValueError, match=r"is not whole: .* or files are missing"):
         open_embeddings(tmp_path)
-
-
-WRITER = """
-import sys, torch
-from puma_hf.embedding.store import EmbeddingStore
-store = EmbeddingStore(sys.argv[1], {"model": "f00d"}, file_format="safetensors")
-while True:
-    for keys in torch.arange(40_000).split(400):
-        store.add(keys, (keys[:, None] % 97).float().expand(-1, 64))
-        print(flush=True)
-"""
-
-
-def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    for _ in range(5):
-        assert writer.stdout.readline()
-    writer.kill()
-    writer.wait()
-    writer.stdout.close()
-    keys = torch.arange(40_000)
-    store = EmbeddingStore(tmp_path, {"model": "f00d"}, file_format="safetensors")
-    there = keys[store.has(keys)]
-    assert len(there) >= 2000
-    assert len(there) % 400 == 0
-    assert torch.equal(store.rows(there)[:, 5], (there % 97).float())
