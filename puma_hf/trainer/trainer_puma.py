@@ -148,6 +148,12 @@ class PumaTrainer(SentenceTransformerTrainer):
         """One batch forward and backward, counted."""
         self._statistics.count(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # With a loss scaler `SafeSteps` looks at no gradients, but no scale mends a loss.
+        if self.args.fp16 and not bool(loss.isfinite()):
+            raise ValueError(
+                f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}, so it was not done"
+                f"{_last(self.args)}. Lower learning_rate, raise the temperatures, use bfloat16."
+            )
         self._statistics.read()
         return loss
 
