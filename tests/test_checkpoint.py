@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from puma_hf import PumaModel, checkpoint, prune
-from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, is_kept, kept_weights, open_checkpoint
+from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, is_kept, open_checkpoint
 from tests.tiny import LAYOUTS, copy_checkpoint
 
 REPOSITORY = "org/tiny-qwen2-vl"
