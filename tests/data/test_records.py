@@ -43,12 +43,11 @@ def test_text_that_a_model_might_open_is_marked_as_text() -> None:
 
 
 def test_missing_images_alone_are_missing_files_and_the_first_problems_are_quoted() -> None:
-    with (
-        pytest.raises(FileNotFoundError, match=r"20 problems \(image missing: 20\)") as caught,
-        Problems("a") as problems,
-    ):
-        for line in range(20):
-            problems.add(FileNotFoundError(f"a, line {line}: no image"))
+    problems = Problems("a")
+    for line in range(20):
+        problems.add(FileNotFoundError(f"a, line {line}: no image"))
+    with pytest.raises(FileNotFoundError, match=r"20 problems \(image missing: 20\)") as caught, problems:
+        pass
     assert len(str(caught.value).splitlines()) == 6
 
 
