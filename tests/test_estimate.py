@@ -170,6 +170,7 @@ def test_the_released_batches_fit_the_gpus_they_were_run_on(name: str) -> None:
     assert found.fits("RTX 4090") == ("stage1" in name)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
@@ -183,6 +184,8 @@ def test_wrong_input(recipe: Any, values: dict[str, Any], options: dict[str, Any
         estimate(recipe(**values), **options)
 
 
+=======
+>>>>>>> main
 def test_the_command(recipe: Any) -> None:
     words = ["estimate", "--config", str(recipe(loss="mac", model="puma-2b-k12"))]
     result = CliRunner().invoke(cli.app, [*words, "--gpu", "L4"])
