@@ -13,15 +13,8 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-<<<<<<< HEAD
 from puma_hf.checkpoint import plain_forward
-from puma_hf.modeling.modeling_puma import MODEL_CLASSES
-from puma_hf.modeling.packing_puma import Group, PackedBatch, PackedPart, group_by_prefix, mrope_positions, pack
-from tests.tiny import tiny_config, tiny_tokenizer
-=======
 from puma_hf.modeling.packing_puma import Group, PackedBatch, group_by_prefix, mrope_positions, pack
-from puma_hf.checkpoint import plain_forward
->>>>>>> main
 
 START, IMAGE, RET = 100, 101, 99
 TEXTS = ["a red apple", "a red apple on a table"]
