@@ -291,6 +291,14 @@ def test_mistakes_in_the_library_keep_their_traceback(monkeypatch: pytest.Monkey
         cli.main()
 
 
+def test_ctrl_c_has_the_exit_status_that_shells_know(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "merge", stopped)
+    assert invoke("merge", "lora", "merged").exit_code == 130
+
+
 def test_fresh_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "puma_hf.cli", "merge", str(tmp_path), str(tmp_path / "out")]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)

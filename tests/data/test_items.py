@@ -403,7 +403,7 @@ def test_repeated_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert not caplog.messages
     open_corpus(table(tmp_path / "t.jsonl", *({"id": f"d{row % 5}", "text": "a"} for row in range(9)))).survey()
     (message,) = caplog.messages
-    assert "4 ids are of several items. Answers are told apart, but a database" in message
+    assert "4 rows repeat the id of another. Answers are told apart, but a database" in message
 
 
 def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
