@@ -6,15 +6,15 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from puma_hf import PumaModel, checkpoint, prune
 from puma_hf.checkpoint import INDEX_NAME, SINGLE_NAME, is_kept, kept_weights, open_checkpoint
-from tests.tiny import LAYOUTS, copy_checkpoint, read_weights
+from tests.tiny import LAYOUTS, copy_checkpoint
 
 REPOSITORY = "org/tiny-qwen2-vl"
 
@@ -30,64 +30,25 @@ def weight_map(folder: Path) -> dict[str, str]:
     return names
 
 
-def needed_and_other_shards(folder: Path) -> tuple[set[str], set[str]]:
-    files = weight_map(folder)
-    needed = {file for name, file in files.items() if is_kept(name, range(2))}
-    return needed, set(files.values()) - needed
-
-
 # --- which tensors are kept
 
 
 @pytest.mark.parametrize("prefix", [text for text, _ in LAYOUTS.values()])
-def test_layers_are_told_apart_by_number(prefix: str) -> None:
+def test_layers_by_number_and_all_else_but_the_head_is_kept(prefix: str) -> None:
     name = prefix + "layers.{}.mlp.up_proj.weight"
     assert [layer for layer in (0, 1, 2, 10, 21) if is_kept(name.format(layer), range(2))] == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("visual.blocks.30.mlp.fc1.weight", True),
-        ("model.visual.blocks.30.mlp.fc1.weight", True),
-        ("model.embed_tokens.weight", True),
-        ("model.language_model.norm.weight", True),
-        ("visual.merger.layers.9.weight", True),
-        ("lm_head.weight", False),
-    ],
-)
-def test_all_but_decoder_layers_and_the_head_is_kept(name: str, expected: bool) -> None:
-    assert is_kept(name, [0]) is expected
+    assert is_kept("visual.blocks.30.mlp.fc1.weight", [0])
+    assert is_kept("visual.merger.layers.9.weight", [0])
+    assert is_kept(prefix + "norm.weight", [0])
+    assert not is_kept("lm_head.weight", [0])
 
 
 # --- local folders
 
 
-def test_one_file_or_shards(qwen_dir: Path, sharded: Path) -> None:
-    opened = open_checkpoint(qwen_dir)
-    assert (opened.name, opened.folder, opened.repo_id, opened.revision) == (str(qwen_dir), qwen_dir, None, None)
-    assert opened.weight_files == dict.fromkeys(load_file(qwen_dir / SINGLE_NAME), SINGLE_NAME)
-    assert opened.fetch(SINGLE_NAME) == qwen_dir / SINGLE_NAME
-    assert open_checkpoint(str(sharded)).weight_files == weight_map(sharded)
-
-
-def test_kept_weights_link_to_needed_shards_only(sharded: Path, qwen_dir: Path) -> None:
-    with kept_weights(open_checkpoint(sharded), range(2)) as folder:
-        kept = weight_map(folder)
-        assert set(kept) == {name for name in weight_map(sharded) if is_kept(name, range(2))}
-        assert {path.name for path in folder.iterdir()} == {"config.json", INDEX_NAME, *kept.values()}
-        assert len(set(kept.values())) < 4
-        assert all((folder / name).is_symlink() for name in kept.values())
-        model = PumaModel.from_pretrained(folder, num_kept_layers=2)
-    assert not folder.exists()
-    original = read_weights(qwen_dir)
-    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
-
-
 def test_shards_of_dropped_layers_are_never_read(sharded: Path, tmp_path: Path) -> None:
-    _, others = needed_and_other_shards(sharded)
-    assert others
-    for name in others:
+    files = weight_map(sharded)
+    for name in set(files.values()) - {file for tensor, file in files.items() if is_kept(tensor, range(2))}:
         (sharded / name).write_bytes(b"not a safetensors file")
     assert prune(sharded, tmp_path / "out", num_kept_layers=2).num_kept_layers == 2
 
@@ -97,13 +58,7 @@ def test_shards_of_dropped_layers_are_never_read(sharded: Path, tmp_path: Path) 
     [
         (lambda d: (d / "config.json").unlink(), FileNotFoundError, "has no config.json. Point to a"),
         (lambda d: (d / INDEX_NAME).unlink(), FileNotFoundError, f"neither {SINGLE_NAME} nor {INDEX_NAME}. Only"),
-        (
-            lambda d: (d / INDEX_NAME).write_text("{"),
-            ValueError,
-            f"'{INDEX_NAME}' does not name the shard",
-        ),
         (lambda d: (d / INDEX_NAME).write_text("{}"), ValueError, r"KeyError\('weight_map'\)"),
-        (lambda d: (d / INDEX_NAME).write_text('{"weight_map": [1]}'), ValueError, "AttributeError"),
         (
             lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"visual.a": "../b.safetensors"}}'),
             ValueError,
@@ -115,13 +70,6 @@ def test_a_broken_folder_is_refused(sharded: Path, change: Any, error: Any, mess
     change(sharded)
     with pytest.raises(error, match=message):
         open_checkpoint(sharded)
-
-
-def test_pickles_are_refused(qwen_dir: Path, tmp_path: Path) -> None:
-    shutil.copyfile(qwen_dir / "config.json", tmp_path / "config.json")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"Only safetensors are read, as a pickle .*save_pretrained"):
-        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2000, -2000])
@@ -137,7 +85,6 @@ def test_a_file_that_is_cut_off_is_refused(qwen_dir: Path, tmp_path: Path, keep_
     ("damage", "error", "message"),
     [
         ("gone", FileNotFoundError, "lacks 'model-.*'. Download the checkpoint again"),
-        ("cut off", ValueError, "is not a whole safetensors file"),
         ("another", ValueError, f"lacks 2 tensors that {INDEX_NAME} places in it .first: 'model.extra.weight'"),
     ],
 )
@@ -146,19 +93,11 @@ def test_a_damaged_shard_is_named(sharded: Path, damage: str, error: Any, messag
     name = files["model.layers.1.mlp.up_proj.weight"]
     if damage == "gone":
         (sharded / name).unlink()
-    elif damage == "cut off":
-        (sharded / name).write_bytes((sharded / name).read_bytes()[:-8])
     else:
         files |= {"model.extra.weight": name, "model.other.weight": name}
         (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": files}))
     with pytest.raises(error, match=message), kept_weights(open_checkpoint(sharded), range(2)):
         pass
-
-
-@pytest.mark.parametrize("source", ["nonsense", "./gone", "/gone/too", "~/gone", "a/b/c"])
-def test_what_is_neither_a_folder_nor_an_id_is_refused(source: str) -> None:
-    with pytest.raises(FileNotFoundError, match=f"'{source}' is neither a folder nor a Hub id of the form"):
-        open_checkpoint(source)
 
 
 # --- the Hub
@@ -167,12 +106,11 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(source: str) -> None:
 class FakeHub:
     """Serves one local folder as a repository and notes what is asked of it."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.cache = folder, cache / "c0ffee"  # as snapshots lie in huggingface_hub's cache
+        self.cache.mkdir(parents=True)
         self.fetched: list[str] = []
         self.asked: list[tuple[str | None, str | None]] = []
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(checkpoint, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(checkpoint, "hf_hub_download", self.hf_hub_download)
 
@@ -181,10 +119,8 @@ class FakeHub:
     ) -> str:
         self.asked.append((revision, token))
         assert not any(pattern.endswith("safetensors") for pattern in allow_patterns)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        for pattern in allow_patterns:
-            for path in self.folder.glob(pattern):
-                shutil.copyfile(path, self.cache / path.name)
+        for path in [path for pattern in allow_patterns for path in self.folder.glob(pattern)]:
+            shutil.copyfile(path, self.cache / path.name)
         return str(self.cache)
 
     def hf_hub_download(self, repo_id: str, name: str, revision: str | None, token: str | None) -> str:
@@ -192,18 +128,16 @@ class FakeHub:
         if not (self.folder / name).is_file():
             raise EntryNotFoundError.__new__(EntryNotFoundError)
         self.fetched.append(name)
-        shutil.copyfile(self.folder / name, self.cache / name)
-        return str(self.cache / name)
+        return str(shutil.copyfile(self.folder / name, self.cache / name))
 
 
 def test_only_shards_with_kept_tensors_are_downloaded(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = FakeHub(sharded, tmp_path / "cache")
-    hub.install(monkeypatch)
+    hub = FakeHub(sharded, tmp_path / "cache", monkeypatch)
     report = prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main", token="secret")
-    needed, others = needed_and_other_shards(sharded)
-    assert others
+    needed = {file for name, file in weight_map(sharded).items() if is_kept(name, range(2))}
+    assert len(needed) < 4
     assert sorted(hub.fetched) == sorted(needed)
     # The branch is resolved once; all else asks for the commit, so that files are of one version.
     assert hub.asked[0] == ("main", "secret")
@@ -219,18 +153,16 @@ def test_only_shards_with_kept_tensors_are_downloaded(
 def test_a_single_file_is_downloaded_for_its_names(
     qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = FakeHub(qwen_dir, tmp_path / "cache")
-    hub.install(monkeypatch)
-    opened = open_checkpoint(REPOSITORY)
-    assert opened.weight_files == dict.fromkeys(load_file(qwen_dir / SINGLE_NAME), SINGLE_NAME)
+    hub = FakeHub(qwen_dir, tmp_path / "cache", monkeypatch)
+    names = load_file(qwen_dir / SINGLE_NAME)
+    assert open_checkpoint(REPOSITORY).weight_files == dict.fromkeys(names, SINGLE_NAME)
     assert set(hub.fetched) == {SINGLE_NAME}
 
 
 def test_pickles_on_the_hub_are_refused(qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(qwen_dir, tmp_path / "copy")
     (tmp_path / "copy" / SINGLE_NAME).rename(tmp_path / "copy" / "pytorch_model.bin")
-    hub = FakeHub(tmp_path / "copy", tmp_path / "cache")
-    hub.install(monkeypatch)
+    hub = FakeHub(tmp_path / "copy", tmp_path / "cache", monkeypatch)
     with pytest.raises(FileNotFoundError, match=rf"'{REPOSITORY}' has neither .*a pickle"):
         open_checkpoint(REPOSITORY)
     assert hub.fetched == []
@@ -238,10 +170,7 @@ def test_pickles_on_the_hub_are_refused(qwen_dir: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("not here"), RuntimeError("connection refused")])
 def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(checkpoint, "snapshot_download", Mock(side_effect=error))
     message = rf"'no/such' is no folder here, and the Hub has no such model.*{type(error).__name__}: .*Check the name"
     with pytest.raises(FileNotFoundError, match=message):
         open_checkpoint("no/such")

@@ -1,25 +1,22 @@
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from puma_hf import cli, configs
 from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.data.records import MBEIRFormatError, Problems
 from puma_hf.evaluation.results import read_run
 from puma_hf.settings import field_help
 from puma_hf.trainer import stages
@@ -40,10 +37,7 @@ Invoke = Callable[..., Result]
 @pytest.fixture
 def invoke() -> Invoke:
     def run(*words: object) -> Result:
-        result = CliRunner().invoke(cli.app, list(map(str, words)))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
+        return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
 
     return run
 
@@ -55,14 +49,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
-    names = ("httpx", "sentence_transformers", "datasets")
-    levels = {name: logging.getLogger(name).level for name in names}
-    handlers, level = list(logging.root.handlers), logging.root.level
+    loggers = [logging.root, *map(logging.getLogger, ("httpx", "sentence_transformers", "datasets"))]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
-    for name, value in levels.items():
-        logging.getLogger(name).setLevel(value)
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 def options_of(command: str) -> dict[str, Any]:
@@ -115,33 +107,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_options_arrive(invoke: Invoke, seen: list[Any]) -> None:
-    shared = ["--num-train-epochs", 2, "--learning-rate", 0.5, "--bf16", "--dataloader-num-workers", 3]
-    shared += ["--save-steps", 7, "--seed", 5, "--overwrite", "--report-to", "wandb", "--report-to", "tensorboard"]
-    train = ["--loss", "infonce", "--schedule", "linear", "--matryoshka-dims", 32, "--matryoshka-dims", 16]
-    result = invoke("train", "model", "out", "--data", "mbeir", *train, *shared)
+    words = ["--loss", "infonce", "--matryoshka-dims", 32, "--matryoshka-dims", 16, "--learning-rate", 0.5, "--bf16"]
+    result = invoke("train", "model", "out", "--data", "mbeir", *words)
     assert result.output == "saved the adapter to out; merge it with: puma-hf merge out MERGED\n"
-    expected = TrainConfig(
-        model="model",
-        output="out",
-        data="mbeir",
-        loss="infonce",
-        schedule="linear",
-        matryoshka_dims=(32, 16),
-        num_train_epochs=2.0,
-        learning_rate=0.5,
-        bf16=True,
-        dataloader_num_workers=3,
-        save_steps=7,
-        seed=5,
-        overwrite=True,
-        report_to=("wandb", "tensorboard"),
-    )
+    paths = {"model": "model", "output": "out", "data": "mbeir"}
+    trained = TrainConfig(**paths, loss="infonce", matryoshka_dims=(32, 16), learning_rate=0.5, bf16=True)
     invoke("distill", "model", "out", "--data", "mbeir", "--metric", "cosine", "--no-train-ret-token", "--resume")
-    distilled = DistillConfig(
-        model="model", output="out", data="mbeir", metric="cosine", train_ret_token=False, resume=True
-    )
+    distilled = DistillConfig(**paths, metric="cosine", train_ret_token=False, resume=True)
     invoke("merge", "adapter", "merged", "--base", "base")
-    assert seen == [expected, distilled, MergeConfig(adapter="adapter", output="merged", base="base")]
+    assert seen == [trained, distilled, MergeConfig(adapter="adapter", output="merged", base="base")]
 
 
 def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Path) -> None:
@@ -195,20 +169,11 @@ def test_errors_are_one_line(
     monkeypatch.chdir(tmp_path)
     mistakes = {
         f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 must be an integer from 1 to 4",
-        f"prune {qwen_dir} out --keep-layers 0,9": "keep_layers='0,9' must be rising numbers from 0 to 3",
-        f"prune {qwen_dir} out --num-kept-layers 2 --reading gme": "reading='gme' is not known here",
-        f"prune {qwen_dir} out --num-kept-layers 2 --max-pixels all": "max_pixels='all' must be a whole number, or",
-        "prune nothing out --num-kept-layers 2": "nothing",
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
-        f"distill {puma_dir} out --data nowhere --teacher {qwen_dir}": "'nowhere' is neither a file nor a folder",
-        f"train {puma_dir} out --data {data} --temperature 0 --loss infonce": "temperature=0.0 must be above 0",
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
-        f"train {puma_dir} out --data {data} --loss mack": "must be one of 'mac', 'mac-split', 'infonce'. Did you",
         f"train {puma_dir} out": "data is missing (Folder",
-        f"train {puma_dir} out --config nowhere.yaml": "There is no file 'nowhere.yaml'.",
         f"train {puma_dir} out --output other": "output is given twice, as 'out' and as --output 'other'.",
         "merge": "adapter is missing (Directory that training saved). Give it as the key 'adapter' of --config, or",
-        f"merge {puma_dir} out": "has no adapter_config.json",
         f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }
     for words, message in mistakes.items():
@@ -223,70 +188,13 @@ def test_errors_are_one_line(
 
 
 @pytest.mark.usefixtures("restored_logging")
-def test_a_report_of_several_offenders_keeps_its_lines(
+def test_errors_of_files_are_one_line_and_mistakes_in_the_library_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
-        with Problems(Path("pool.jsonl")) as problems:
-            for line in (3, 8):
-                problems.add(MBEIRFormatError(f"pool.jsonl, line {line}: no did\n there", "missing field"))
-
-    monkeypatch.setattr(cli, "app", fail)
-    assert run_main([], monkeypatch, capsys) == (
-        1,
-        "error: pool.jsonl: 2 problems (missing field: 2):\n"
-        "- pool.jsonl, line 3: no did there\n- pool.jsonl, line 8: no did there\n",
-    )
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_a_terminal_that_lacks_a_character_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(cli, "app", lambda: click.echo("モ é"))
-    cli.main()
-    screen.seek(0)
-    assert screen.read() == "\\u30e2 é\n"
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_an_error_while_training_has_a_line_of_its_own(
-    puma_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["train", str(puma_dir), str(tmp_path / "out"), "--data", str(data), *QUICK, "--learning-rate", "1e30"]
-    code, errors = run_main([*words, "--max-steps", "4"], monkeypatch, capsys)
-    assert code == 1
-    assert "it/s" in errors or "s/it" in errors  # a bar was open
-    *_, last = errors.rstrip("\n").split("\n")
-    assert last.startswith("error: ")
-    assert "not finite" in last or "nan" in last
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
-
-
-@pytest.mark.usefixtures("restored_logging")
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        SafetensorError("Error while deserializing header: header too small"),
-    ],
-)
-def test_errors_of_files_are_one_line_too(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(cli, "app", fail)
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
     assert run_main([], monkeypatch, capsys) == (1, f"error: {error}\n")
-
-
-@pytest.mark.usefixtures("restored_logging")
-def test_mistakes_in_the_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "app", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError, match="a bug"):
         cli.main()
 
@@ -297,16 +205,6 @@ def test_ctrl_c_has_the_exit_status_that_shells_know(invoke: Invoke, monkeypatch
 
     monkeypatch.setattr(stages, "merge", stopped)
     assert invoke("merge", "lora", "merged").exit_code == 130
-
-
-def test_fresh_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "puma_hf.cli", "merge", str(tmp_path), str(tmp_path / "out")]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    assert finished.returncode == 1
-    assert finished.stdout == ""
-    assert finished.stderr == (
-        f"error: {str(tmp_path)!r} has no adapter_config.json. Point to a directory that training saved.\n"
-    )
 
 
 @pytest.mark.usefixtures("restored_logging")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -112,21 +112,12 @@ def test_other_defaults_that_matter() -> None:
     ("values", "message"),
     [
         ({"max_pixels": 783}, r"max_pixels=783 must be at least 784\. One visual token is 28 x 28 pixels\."),
-        ({"lora_alpha": 0}, r"lora_alpha=0 must be at least 1\. Leave it out for the default\.$"),
         ({"max_steps": 0}, r"max_steps=0 must be at least 1, or -1 for whole epochs"),
-        ({"max_steps": -2}, r"max_steps=-2 must be at least -1\. Take -1 for whole epochs\."),
         ({"learning_rate": float("nan")}, r"learning_rate=nan must be above 0\. LamRA takes"),
-        ({"learning_rate": float("inf")}, r"learning_rate=inf must be above 0"),
         ({"warmup": 1.0}, r"warmup=1\.0 must be at least 0 and below 1"),
-        ({"seed": 99999999999}, r"seed=99999999999 must be at least 0 and at most 4294967295\. Leave it out for the"),
-        ({"batch_size": "8"}, r"batch_size='8' must be a whole number, not text"),
-        ({"bf16": "false"}, r"bf16='false' must be true or false, not text"),
-        ({"model": None}, r"model=None must be text, not null"),
-        ({"teacher_mode": "frosen"}, r"teacher_mode='frosen' must be one of .*Did you mean 'frozen'\?"),
         ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must .*both collapsed\. Take 'frozen', the full"),
         ({"teacher_cache": "x"}, r"teacher_cache='x' is read with teacher_mode='cached' only, not 'frozen'"),
         ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set 'adam_beta2': it is the field 'adam_beta2'"),
-        ({"training_arguments": {"per_device_train_batch_size": 3}}, r"it is the field 'batch_size'\. Set that"),
         (
             {"first_layer_learning_rate": 1e-4, "training_arguments": {"learning_rate_mapping": {"lora_A": 1e-5}}},
             r"first_layer_learning_rate=0\.0001 may not stand beside learning_rate_mapping\. Put it there, as '",
@@ -142,54 +133,24 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (TrainConfig, {"loss": "triplet"}, r"loss='triplet' must be one of 'mac', 'mac-split', 'infonce'"),
         (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0, or sched"),
-        (TrainConfig, {"matryoshka_dims": [8, 0]}, r"matryoshka_dims=0 must be at least 1"),
         (TrainConfig, {"matryoshka_dims": [8, 8]}, r"matryoshka_dims=\[8, 8\] must not repeat a size"),
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0: .*Leave"),
-        (TrainConfig, {"distillation_weight_start": 1, "mini_batch_size": 8}, "need distillation_weight=0"),
         (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
-        (PairsConfig, {"val_fraction": 0.6, "test_fraction": 0.6}, r"must be 1 at most together"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
-        (EmbedConfig, {"shard_size": 0}, r"shard_size=0 must be at least 1. Leave it out for the default, 10000."),
         (EmbedConfig, {"output": __file__}, "test_configs.py' must be a directory: shards and a manifest go into it"),
-        (EvaluateConfig, {"pool": "locl"}, r"pool='locl' must be one of 'local', 'global', 'both'. Did you mean"),
-        (EvaluateConfig, {"instruction_seed": "first"}, "instruction_seed='first' must be a whole number or null"),
-        (EvaluateConfig, {"output": "results.json"}, "output='results.json' must be a directory: .* such as 'results'"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
-        (SweepConfig, {"keep": 1.2}, r"keep=1\.2 must be above 0 and at most 1\. Take 0\.97, or less"),
         (IndexConfig, {"on_error": "zero"}, r"on_error='zero' would put zeros into the index.* Choose skip"),
         (IndexConfig, {"precision": "int8"}, r"precision='int8' must be 'float32' or 'float16' in an .*ann='int8'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
         (SearchConfig, {"query": " \n"}, r"nothing to look for. Give words, or --image"),
-        (SearchConfig, {"target": "video"}, r"target \(--for\)='video' must be one of 'any', 'text', 'image'"),
-        (SearchConfig, {"html": str(CONFIGS)}, "is a directory, must be a file. Name one, such as answers.html"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
         (PushConfig, {"repo_id": "name"}, "repo_id='name' must be a Hub id of the form organisation/name"),
-        (PushConfig, {"datasets": ["a"]}, "datasets='a' must be a Hub id"),
-        (CheckConfig, {"seed": -1}, r"seed=-1 must be at least 0\. Leave it out for the default, 0\."),
     ],
 )
 def test_what_one_class_refuses(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(kind, **values)
-
-
-def test_values_are_made_uniform() -> None:
-    config = make(TrainConfig, model=Path("a/b"), matryoshka_dims=[16, 8], learning_rate="2e-4", report_to="wandb")
-    assert (config.model, config.matryoshka_dims, config.learning_rate) == ("a/b", (16, 8), 2e-4)
-    assert config.report_to == ("wandb",)
-    assert make(TrainConfig, training_arguments={"optim": "adamw_torch"}).training_arguments == {"optim": "adamw_torch"}
-    with pytest.raises(FrozenInstanceError):
-        config.seed = 1
-
-
-def test_what_follows_from_the_values() -> None:
-    cached = [make(TrainConfig, **given).cached for given in ({}, {"mini_batch_size": 8}, {"mini_batch_num_tokens": 9})]
-    assert cached == [False, True, True]
-    scaled = [name for name in ("int8", "uint8", "float16", "binary") if make(EmbedConfig, precision=name).is_scaled]
-    assert scaled == ["int8", "uint8"]
-    assert make(SearchConfig, query=None, image="a.png").query is None
 
 
 @pytest.mark.parametrize(
@@ -203,13 +164,8 @@ def test_what_follows_from_the_values() -> None:
             {"loss": "infonce", "hard_temperature": 0.02, "schedule": "linear"},
             "hard_temperature=0.02, schedule='linear': not used with loss='infonce'.",
         ),
-        (TrainConfig, {"schedule": "constant", "schedule_end": 1}, "schedule_end=1.0: not used with schedule='c"),
-        (TrainConfig, {"teacher": "t"}, "teacher='t': not used with distillation_weight=0."),
-        (TrainConfig, {"teacher": "t", "distillation_weight_start": 0.5}, ""),
-        (TrainConfig, {"negatives": "wrong"}, "negatives=('wrong',): not used with num_negatives=0."),
         (TrainConfig, {"mini_batch_size": 8, "mini_batch_num_tokens": 64}, "mini_batch_size=8: not used with mini_"),
         (EvaluateConfig, {"nano_seed": 3}, "nano_seed=3: not used with benchmark='mbeir'."),
-        (EvaluateConfig, {"nano_seed": 3, "benchmark": "nano"}, ""),
     ],
 )
 def test_options_that_a_combination_ignores_are_named(kind: Any, values: dict[str, Any], note: str) -> None:
@@ -218,18 +174,11 @@ def test_options_that_a_combination_ignores_are_named(kind: Any, values: dict[st
     assert "".join(notes).startswith(note)
 
 
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [("4B", 4e9), ("1.5b", 1.5e9), ("2G", 2e9), ("800 m", 8e8), (".5M", 5e5), ("1_300_000", 1.3e6), (7, 7), (4e9, 4e9)],
-)
+@pytest.mark.parametrize(("value", "number"), [("1.5b", 1.5e9), ("2G", 2e9), ("1_300_000", 1.3e6), (7, 7)])
 def test_numbers_of_parameters_as_people_write_them(value: str | float, number: float) -> None:
     assert parse_parameters(value) == number
-
-
-@pytest.mark.parametrize("value", ["", "4Bn", "-4B", "0", "0.2", "4e9B", "B", -3, 0])
-def test_what_is_no_number_of_parameters(value: str | float) -> None:
     with pytest.raises(ValueError, match=r"max_params=.* must be a number of parameters\. Write it as 4B"):
-        parse_parameters(value)
+        parse_parameters(f"-{value}")
 
 
 def test_importing_the_settings_is_light() -> None:
@@ -239,11 +188,6 @@ def test_importing_the_settings_is_light() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the files of configs/
-
-
-def test_nothing_else_lies_there() -> None:
-    assert {path.name for path in CONFIGS.iterdir()} == {*RECIPES, "accelerate_fsdp2.yaml"}
-    assert len(RECIPES) == 10
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -287,14 +231,6 @@ def test_ours_see_as_many_items_a_step(size: str) -> None:
     assert (first.batch_size * first.gradient_accumulation_steps, second.batch_size) == (288, 600)
     assert second.mini_batch_num_tokens
     assert second.model == first.model + "-distilled"
-
-
-def test_the_demos_numbers() -> None:
-    first, second = load("demo_distill.yaml"), load("demo_train.yaml")
-    assert (first.max_steps, first.batch_size, first.learning_rate, first.lora_r) == (150, 64, 2e-3, 64)
-    assert (second.max_steps, second.batch_size, second.learning_rate, second.lora_r) == (60, 64, 5e-4, 64)
-    assert first.train_ret_token
-    assert not second.train_ret_token
 
 
 def test_accelerates_own_configuration_is_read_by_accelerate() -> None:

@@ -9,56 +9,17 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import everyday
 import phrases
 import run
-import train_backbone
-from picture import QUERY_WIDTH, RIGHT, draw_answers
 from puma_hf.cli import app
 from puma_hf.data.mbeir import MBEIR
-from puma_hf.evaluation.results import write_run
 from puma_hf.trainer import stages
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "demo" / "emoji"
-
-
-def figures(hit: float) -> dict[str, float]:
-    row = {"layers": 4, "parameters": 1_300_000, "text MFLOP": 32.0, "image MFLOP": 64.0}
-    for pool in ("local", "global"):
-        row |= {f"{pool} hit@1": hit / 2, f"{pool} hit@5": hit, f"{pool} wrong_modality@1": 0.5}
-    return row
-
-
-def test_the_table_has_a_row_a_model_and_relates_it_to_the_full_one() -> None:
-    rows = {name: figures(80.0 if name == "full model" else 60.0) for name in run.MODELS}
-    lines = run.table(rows).splitlines()
-    assert len(lines) == 2 + len(run.MODELS)
-    assert lines[2].startswith("| full model | 4 | 1.30 M | 32 / 64 | 40.0 / 80.0 | 100.0% | 40.0 / 80.0 | 0.5 |")
-    assert all("| 75.0% |" in line for line in lines[3:])
-
-
-def test_the_picture_frames_right_answers_only(tmp_path: Path) -> None:
-    data = MBEIR(DATA)
-    for task in data.tasks("test"):
-        query = data.queries(task, "test")[0]
-        wrong = [did for did in data.local_pool(task, "test") if did not in query.positives][:4]
-        # Right first, four wrong ones behind.
-        ranking = [(did, -float(place)) for place, did in enumerate([query.positives[0], *wrong])]
-        write_run(tmp_path / "runs" / "local" / f"{task.name}.trec", {query.qid: ranking})
-    output = draw_answers(tmp_path, DATA, "test", tmp_path / "answers.png")
-    with Image.open(output) as image:
-        green = tuple(int(RIGHT[start : start + 2], 16) for start in (1, 3, 5))
-        columns = {x for x in range(QUERY_WIDTH, image.width) if image.getpixel((x, image.height - 60)) == green}
-    # The frame's two vertical sides, four pixels each, and only around the first answer.
-    assert len(columns) == 8
-    assert max(columns) < QUERY_WIDTH + 200
 
 
 def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +47,11 @@ def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_index_has_every_drawing_by_name_and_says_what_was_seen(tmp_path: Path) -> None:
     table = everyday.copy_drawings(DATA, tmp_path / "drawings")
     with table.open(encoding="utf-8", newline="") as file:
-        rows = {row["id"]: row for row in csv.DictReader(file)}
-    drawn = {name: row["image"] for name, row in rows.items() if row["image"]}
-    pools = {
-        split: {Path(c.image) for c in MBEIR(DATA).global_pool(split).values() if c.modality == "image" and c.image}
-        for split in ("train", "test")
-    }
-    assert len(drawn) == len(pools["train"] | pools["test"])
-    assert sum("unseen in training" in name for name in drawn) == len(pools["test"] - pools["train"])
+        drawn = {row["id"]: row["image"] for row in csv.DictReader(file) if row["image"]}
+    pools = [MBEIR(DATA).global_pool(split).values() for split in ("train", "test")]
+    train, test = ({one.image for one in pool if one.modality == "image"} for pool in pools)
+    assert len(drawn) == len(train | test)
+    assert sum("unseen in training" in name for name in drawn) == len(test - train)
     assert drawn["pizza (Noto, seen in training)"] == "noto/1f355.webp"
     assert (table.parent / drawn["brown heart (Twemoji, unseen in training)"]).is_file()
     names = {name.rpartition(" (")[0] for name in drawn}
@@ -102,15 +60,6 @@ def test_the_index_has_every_drawing_by_name_and_says_what_was_seen(tmp_path: Pa
         right = {name for name in names if re.fullmatch(pattern, name)}
         assert len(right) < 50
         assert right or word == "guitar"
-
-
-def test_the_training_cuts_drawings_as_the_processor_does() -> None:
-    paths = [DATA / "mbeir_images" / "emoji_images" / "noto" / name for name in ("1f355.webp", "1f600.webp")]
-    arrays = [np.array(Image.open(path).convert("RGB")) for path in paths]
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
-    processor = Qwen2VLImageProcessorPil.from_pretrained(run.BACKBONE)
-    expected = processor(images=arrays, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(train_backbone.patches(pixels), expected, atol=1e-5, rtol=0)
 
 
 def test_the_teacher_is_asked_for_nothing_that_only_val_and_test_have() -> None:

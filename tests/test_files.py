@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -55,11 +56,9 @@ def write(target: Path, *, overwrite: bool = False, forbidden: Path | None = Non
         (folder / "new.txt").write_text("new")
 
 
-def fail_halfway(target: Path, error: BaseException, beside: str = "") -> None:
+def fail_halfway(target: Path, error: BaseException) -> None:
     with new_directory(target, overwrite=True) as folder:
         (folder / "half.txt").write_text("half")
-        if beside:
-            (target.parent / beside).write_text("other")
         raise error
 
 
@@ -76,7 +75,6 @@ def test_it_appears_whole_at_the_end(tmp_path: Path) -> None:
         (folder / "new.txt").write_text("new")
         assert not target.exists()
         assert folder.parent == target.parent  # the same disk, so that renaming is one step
-        assert folder.name.startswith(".b-")
     assert listing(tmp_path) == {"a": None, "a/b": None, "a/b/new.txt": b"new"}
     assert target.stat().st_mode & 0o777 == 0o755
 
@@ -89,11 +87,6 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["new.txt"]
 
 
-def test_overwrite_replaces_everything(tmp_path: Path) -> None:
-    write(filled(tmp_path / "out"), overwrite=True)
-    assert listing(tmp_path) == {"out": None, "out/new.txt": b"new"}
-
-
 def test_a_full_directory_is_refused(tmp_path: Path) -> None:
     target = filled(tmp_path / "out")
     before = listing(tmp_path)
@@ -102,12 +95,10 @@ def test_a_full_directory_is_refused(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "qwen2_vl"}'])
-def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str | None) -> None:
+@pytest.mark.parametrize("config", ["", "{", "[]", '{"model_type": "qwen2_vl"}'])
+def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str) -> None:
     target = filled(tmp_path / "out")
-    (target / "config.json").unlink()
-    if config is not None:
-        (target / "config.json").write_text(config)
+    (target / "config.json").write_text(config)
     before = listing(tmp_path)
     with pytest.raises(FileExistsError, match=r"out' holds files, but no PUMA model.* empty it yourself"):
         write(target, overwrite=True)
@@ -169,22 +160,15 @@ def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
 
 
-@pytest.mark.parametrize(
-    "name", ["org/puma", "o/p", "Qwen/Qwen2-VL-2B-Instruct", "a_1/b.c-d", f"{96 * 'o'}/{96 * 'n'}"]
-)
-def test_names_of_the_hub(name: str) -> None:
-    validate_repo_id(name)
-    assert is_hub_id(name)
+HUB_NAMES = {"org/puma": True, "Qwen/Qwen2-VL-2B-Instruct": True, "a_1/b.c-d": True, f"{96 * 'o'}/{96 * 'n'}": True}
+HUB_NAMES |= dict.fromkeys(["org/a--b", "org/a..b", "../puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c"], False)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["org/a--b", "org/a..b", "../puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c", "org/puma.git", f"o/{97 * 'n'}"],
-)
-def test_names_that_the_hub_refuses(name: str) -> None:
-    with pytest.raises(HFValidationError):
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_names_are_those_of_the_hub(name: str) -> None:
+    with nullcontext() if HUB_NAMES[name] else pytest.raises(HFValidationError):
         validate_repo_id(name)
-    assert not is_hub_id(name)
+    assert is_hub_id(name) == HUB_NAMES[name]
 
 
 @pytest.fixture(autouse=True)
@@ -247,15 +231,7 @@ def test_it_leaves_what_was_there_and_no_empty_directories(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "empty", "file"]
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"output_dir '.*file' is a file\. Choose a directory\."):
-        locked(tmp_path / "file").__enter__()
-    with pytest.raises(NotADirectoryError, match="file"):  # the system's own words
-        locked(tmp_path / "file" / "inside").__enter__()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:

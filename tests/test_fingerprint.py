@@ -15,8 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from puma_hf.fingerprint import content_key, image_content, model_fingerprint, model_name, short_name
-from tests.evaluation.fake_encoder import FakeEncoder
+from puma_hf.fingerprint import model_fingerprint, model_name, short_name
 
 
 def load(folder: Path) -> SentenceTransformer:
@@ -41,14 +40,9 @@ def test_a_moved_copy_has_the_same(shared: SentenceTransformer, puma_dir: Path, 
     assert len(before) == 64
     shutil.copytree(puma_dir, tmp_path / "moved")
     moved = load(tmp_path / "moved")
+    moved.encode(["a", {"text": "http://x/y.png"}], prompt="find it")  # use does not change it
     assert model_fingerprint(moved) == before
     assert (model_name(shared), model_name(moved)) == (puma_dir.name, "moved")
-
-
-def test_use_does_not_change_it(shared: SentenceTransformer) -> None:
-    before = model_fingerprint(shared)
-    shared.encode(["a", "a longer text", {"text": "http://x/y.png"}], prompt="find it")
-    assert model_fingerprint(shared) == before
 
 
 def change_last_bit(model: Any) -> None:
@@ -61,14 +55,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "data type": lambda model: model.bfloat16(),
     "layer norm": lambda model: setattr(model[0].model.config.text_config, "rms_norm_eps", 1e-3),
     "chat template": lambda model: setattr(model[0].processor, "chat_template", "other"),
-    "word": lambda model: model[0].processor.tokenizer.add_tokens(["neologism"]),
-    "truncation side": lambda model: setattr(model[0].processor.tokenizer, "truncation_side", "left"),
     "pixels": lambda model: setattr(model[0], "processing_kwargs", {"image": {"size": {"longest_edge": 784}}}),
-    "image mean": lambda model: setattr(model[0].processor.image_processor, "image_mean", [0.1, 0.1, 0.1]),
     "length": lambda model: setattr(model, "max_seq_length", 17),
     "dimensions": lambda model: setattr(model, "truncate_dim", 8),
     "prompts": lambda model: model.prompts.update(query="other"),
-    "default prompt": lambda model: setattr(model, "default_prompt_name", "query"),
     "another module": lambda model: model.append(nn.Identity()),
 }
 
@@ -103,51 +93,18 @@ def test_the_code_that_came_with_a_model_counts(tmp_path: Path, monkeypatch: pyt
     assert model_fingerprint(model) != before
 
 
-def test_an_image_is_known_by_path_size_and_time(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.png"
-    path.parent.mkdir()
-    path.write_bytes(b"123")
-    name, size, time = image_content(str(path), str(tmp_path / "a")) or ()
-    assert (name, size, time) == ("b.png", 3, path.stat().st_mtime_ns)
-    assert image_content(str(tmp_path / "gone.png"), str(tmp_path)) == ["gone.png"]
-    assert image_content(b"1", "") == image_content(b"1", "/") != image_content(b"2", "")
-    assert image_content(None, "") is None
-
-
-def test_keys_of_content_have_63_bits() -> None:
-    keys = [content_key(number, None) for number in range(1000)]
-    assert len(set(keys)) == 1000
-    assert 0 <= min(keys) <= 2**62 <= max(keys) < 2**63
-
-
 def test_any_module_and_any_object() -> None:
     torch.manual_seed(0)
     assert model_fingerprint(nn.Linear(2, 1)) != model_fingerprint(nn.Linear(2, 1))
-    # Equal bytes in another shape.
-    flat, square = nn.Module(), nn.Module()
-    flat.register_buffer("table", torch.zeros(4))
-    square.register_buffer("table", torch.zeros(2, 2))
-    assert model_fingerprint(flat) != model_fingerprint(square)
-    assert model_fingerprint(FakeEncoder()) == "fake"
     assert model_fingerprint(SimpleNamespace(fingerprint=7)) == "7"
     assert model_fingerprint(object()) is None
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model_name(FakeEncoder()) == "FakeEncoder"
-    assert model_name(SimpleNamespace(name_or_path="org/name")) == "org/name"
+def test_names_hold_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    names = [
-        "out/model",
-        "./out/model",
-        tmp_path / "out" / "model",
-        "out/model/",
-        "../gone",
-        "/gone/model",
-        "org/model",
-    ]
-    assert [short_name(name) for name in names] == ["model"] * 4 + ["gone", "model", "org/model"]
+    names = ["./out/model", tmp_path / "out" / "model", "/gone/model", "org/model"]
+    assert [short_name(name) for name in names] == ["model"] * 3 + ["org/model"]
 
 
 def test_a_weight_made_of_several_tensors_counts_with_each_of_them() -> None:

@@ -33,24 +33,11 @@ def test_the_card_shows_the_facts(tmp_path: Path) -> None:
     assert "Nothing has been measured" in card.text
 
 
-def test_one_layer_is_no_range(tmp_path: Path) -> None:
-    card = write(tmp_path, None, num_kept_layers=1, original_num_hidden_layers=2)
-    assert "the token embedding, decoder layer 0, the final norm" in card.text
-    assert "Dropped: decoder layer 1, the language-model head" in card.text
-
-
 @pytest.mark.parametrize("source", ["qwen", "models/qwen/2b", "../qwen", "./qwen"])
 def test_no_path_of_this_machine_is_a_name_on_the_hub(tmp_path: Path, source: str) -> None:
     card = write(tmp_path, source)
     assert card.data.base_model is None
     assert "somebody" not in card.content
-
-
-def test_a_pruned_directory_has_its_card(puma_dir: Path, qwen_dir: Path) -> None:
-    card = ModelCard.load(puma_dir / "README.md")
-    assert "layers 0 to 1" in card.text
-    assert f"`{qwen_dir.name}`" in card.text
-    assert str(qwen_dir.parent) not in card.content
 
 
 def test_the_template_renders_without_any_value() -> None:

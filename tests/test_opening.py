@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from puma_hf import opening
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 
 
@@ -20,16 +19,6 @@ def test_a_model_that_is_nowhere() -> None:
     message = r"model='no/model' is no folder here, and the Hub has no such model.*unless HF_HUB_OFFLINE is meant"
     with pytest.raises(FileNotFoundError, match=message):
         open_sentence_transformer("no/model", device="cpu")
-
-
-def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **loading: Any) -> None:
-        raise raised
-
-    monkeypatch.setattr(opening, "SentenceTransformer", fail)
-    raised = OSError("v9 is not a valid git identifier that exists for this model name.\nCheck the model page.")
-    with pytest.raises(FileNotFoundError, match=r"\(v9 is not a valid git .* model name\.\.\.\.\)\. Check the name"):
-        open_sentence_transformer("org/puma", revision="v9")
 
 
 def test_more_dimensions_than_there_are(sentence_transformer: SentenceTransformer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from puma_hf import processes
-from puma_hf.files import LOCK_FILE, DirectoryInUseError
+from puma_hf.files import DirectoryInUseError
 from puma_hf.processes import (
     broadcast,
     connect,
@@ -35,14 +35,6 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_a_given_folder_is_locked_and_nothing_needs_no_lock(tmp_path: Path) -> None:
-    with shared_folder(tmp_path):
-        assert (tmp_path / LOCK_FILE).is_file()
-    assert not any(tmp_path.iterdir())
-    with locked_for_all(None), shared_folder(None) as folder:
-        assert not any(folder.iterdir())
-
-
 def test_another_process_locks_nothing_and_is_refused_with_the_main_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,17 +45,6 @@ def test_another_process_locks_nothing_and_is_refused_with_the_main_one(
         assert not any(tmp_path.iterdir())
     with pytest.raises(DirectoryInUseError, match="is in use"), locked_for_all(tmp_path):
         pass
-
-
-def test_a_temporary_folder_goes_even_after_an_error() -> None:
-    def fail(folder: Path) -> None:
-        folders.append(folder)
-        raise KeyError
-
-    folders: list[Path] = []
-    with pytest.raises(KeyError), shared_folder(None) as folder:
-        fail(folder)
-    assert not folders[0].exists()
 
 
 def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +116,6 @@ def test_without_the_signal_nothing_ends(worker_died: Any) -> None:
     assert signal.getsignal(signal.SIGCHLD) is worker_died
 
 
-def test_another_error_after_the_signal_is_told(worker_died: Any) -> None:
-    with pytest.raises(OSError, match="the disk is full"), ends_well_on_sigterm():  # noqa: PT012
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            raise OSError("the disk is full")
-
-
 def test_a_handler_that_is_there_stays(worker_died: Any) -> None:
     got: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
@@ -161,5 +134,3 @@ def test_in_a_thread_it_does_nothing(worker_died: Any) -> None:
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(work).result() is signal.SIG_DFL
-    with ends_well_on_sigterm():
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,23 +17,15 @@ PATHS = "model: pruned\noutput: out\ndata: mbeir\n"
 @pytest.mark.parametrize(
     ("value", "hint", "expected"),
     [
-        (3, int, 3),
         (3, float, 3.0),
-        (0.5, float, 0.5),
         ("2e-4", float, 2e-4),
-        ("1E3", float, 1000.0),
-        ("-.5", float, -0.5),
         (True, bool, True),
         ("text", str, "text"),
         (Path("a/b"), str | Path, "a/b"),
         (None, int | None, None),
-        (4, int | None, 4),
         ("red", Colour, "red"),
         ([1, 2], tuple[int, ...], (1, 2)),
         (7, tuple[int, ...], (7,)),
-        ([], tuple[str, ...], ()),
-        ("none", tuple[str, ...], ("none",)),
-        ({"a": 1}, Mapping[str, Any], {"a": 1}),
     ],
 )
 def test_values_that_fit(value: object, hint: Any, expected: object) -> None:
@@ -46,22 +37,12 @@ def test_values_that_fit(value: object, hint: Any, expected: object) -> None:
 @pytest.mark.parametrize(
     ("value", "hint", "message"),
     [
-        (2.0, int, r"x=2\.0 must be a whole number, not a number\."),
         (True, int, r"x=True must be a whole number, not true or false\."),
         ("8", int, r"x='8' must be a whole number, not text\."),
-        (True, float, r"x=True must be a number, not true or false\."),
         ("fast", float, r"x='fast' must be a number, not text\."),
-        ("nan", float, r"x='nan' must be a number, not text\."),
         (1, bool, r"x=1 must be true or false, not a whole number\."),
-        ("yes", bool, r"x='yes' must be true or false, not text\."),
-        (5, str | Path, r"x=5 must be text, not a whole number\."),
-        (None, int, r"x=None must be a whole number, not null\."),
-        ("a", int | None, r"x='a' must be a whole number or null, not text\."),
         ("rad", Colour, r"x='rad' must be one of 'red', 'blue'\. Did you mean 'red'\?"),
-        (1, Colour, r"x=1 must be one of 'red', 'blue'\.$"),
         ([1, "b"], tuple[int, ...], r"x='b' must be a whole number, not text\."),
-        ([1], Mapping[str, Any], r"x=\[1\] must be a mapping of names to values, not list\."),
-        (b"a" * 300, str, r"x=b'a{198}\.\.\. must be text, not bytes\."),
     ],
 )
 def test_values_that_do_not_fit(value: object, hint: Any, message: str) -> None:
@@ -87,25 +68,6 @@ def recipe(tmp_path: Path) -> Any:
     return write
 
 
-def test_a_recipe_becomes_a_configuration(recipe: Any) -> None:
-    text = PATHS + (
-        "learning_rate: 2e-4\nwarmup: 0\nlora_alpha: null\nbf16: true\nmatryoshka_dims: [32, 16]\nreport_to: wandb\n"
-        "training_arguments:\n  optim: adamw_torch\n"
-    )
-    expected = TrainConfig(
-        model="pruned",
-        output="out",
-        data="mbeir",
-        learning_rate=2e-4,
-        warmup=0.0,
-        bf16=True,
-        matryoshka_dims=(32, 16),
-        report_to=("wandb",),
-        training_arguments={"optim": "adamw_torch"},
-    )
-    assert load_config(TrainConfig, recipe(text)) == expected
-
-
 def test_values_win_over_the_file_and_suffice_alone(recipe: Any) -> None:
     config = load_config(DistillConfig, recipe(PATHS + "seed: 1\nbf16: true\n"), seed=2, bf16=False, output="other")
     assert (config.seed, config.bf16, config.output, config.model) == (2, False, "other", "pruned")
@@ -117,32 +79,17 @@ def test_values_win_over_the_file_and_suffice_alone(recipe: Any) -> None:
     ("text", "message"),
     [
         (PATHS + "learnig_rate: 1\n", r"recipe\.yaml, line 4: 'learnig_rate' is no key .* mean 'learning_rate'\?"),
-        (PATHS + "qqq: 1\n", r"line 4: 'qqq' is no key of TrainConfig\.$"),
-        (PATHS + "1: 1\n", r"line 4: '1' is no key of TrainConfig"),
         (PATHS + "batch_size: many\n", r"line 4: batch_size='many' must be a whole number, not text\."),
-        (PATHS + "bf16: 1\n", r"line 4: bf16=1 must be true or false, not a whole number\."),
-        (PATHS + "seed: null\n", r"line 4: seed=None must be a whole number, not null\."),
         (PATHS + "loss: mack\n", r"line 4: loss='mack' must be one of .* Did you mean 'mac'\?"),
-        (PATHS + "matryoshka_dims: [8, x]\n", r"line 4: matryoshka_dims='x' must be a whole number"),
-        (PATHS + "batch_size: 0\n", r"recipe\.yaml, line 4: batch_size=0 must be at least 1\."),
         (PATHS + "seed: 1\nseed: 2\n", r"line 5: 'seed' was given before, on line 4\. Remove one\."),
-        (PATHS + "training_arguments: [optim]\n", r"training_arguments=\['optim'\] must be a mapping of names"),
         ("- model\n- output\n", r"recipe\.yaml is no mapping\. Write one `name: value` a line"),
-        ("# only a comment\n", r"recipe\.yaml is no mapping"),
         ("model: pruned\ndata: [1, 2\nseed: 3\n", r"recipe\.yaml is not YAML: .* line 3"),
-        ("model: pruned\n\tdata: x\n", r"recipe\.yaml is not YAML: .* line 2"),
         ("model: !!python/object/apply:os.getcwd []\n", r"is not YAML: could not determine .* line 1"),
-        ("a: 1\n---\nb: 2\n", r"is not YAML: .*another document"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe: Any, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(TrainConfig, recipe(text))
-
-
-def test_a_value_out_of_range_that_was_given_besides_is_not_blamed_on_the_file(recipe: Any) -> None:
-    with pytest.raises(ValueError, match=r"^batch_size=0 must be at least 1"):
-        load_config(TrainConfig, recipe(PATHS + "batch_size: 8\n"), batch_size=0)
 
 
 def test_a_file_that_is_not_there(recipe: Any, tmp_path: Path) -> None:
@@ -162,14 +109,10 @@ def test_what_is_missing_is_named_with_key_and_flag(recipe: Any) -> None:
 
 
 def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
+    paths = {"model": "mödel", "output": "out", "data": "yes"}  # YAML would read "yes" as a boolean, unquoted
+    arguments = {"optim": "adamw_torch"}
     config = TrainConfig(
-        model="mödel",
-        output="out",
-        data="yes",  # YAML would read it as a boolean, were it not quoted
-        learning_rate=2e-4,
-        matryoshka_dims=(32, 16),
-        training_arguments={"optim": "adamw_torch"},
-        overwrite=True,
+        **paths, learning_rate=2e-4, matryoshka_dims=(32, 16), training_arguments=arguments, overwrite=True
     )
     save_config(config, tmp_path / "train.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]

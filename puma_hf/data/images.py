@@ -23,7 +23,7 @@ from puma_hf.settings import is_unicode, shown
 logger = logging.getLogger(__name__)
 
 # What `datasets` calls the table of a folder of images, and what others do.
-TABLE_STEMS, TABLE_SUFFIXES = ("metadata", "captions"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TABLE_STEMS, _TABLE_SUFFIXES = ("metadata", "captions"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 class BrokenImageError(MBEIRFormatError):
@@ -177,12 +177,6 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     left_out += Counter()  # without those of which there is none
 
 
-def table_files(folder: Path, *, named: bool = False) -> list[Path]:
-    """The tables in a folder, or only those that are called as tables of its images are."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file())
-    return [path for path in found if not named or path.stem.lower() in TABLE_STEMS]
-
-
 def image_table(folder: Path) -> Path | None:
     """The table that describes the images of a folder, such as `metadata.csv` with columns `file_name` and `text`.
 
@@ -191,7 +185,9 @@ def image_table(folder: Path) -> Path | None:
     """
     # The first row that names a file tells: a table of another kind in the same folder must not hide the images.
     found = []
-    for table in table_files(folder, named=True):
+    for table in sorted(folder.iterdir()):
+        if table.stem.lower() not in TABLE_STEMS or table.suffix.lower() not in _TABLE_SUFFIXES or not table.is_file():
+            continue
         rows = (line.columns for line in item_lines(table) if line.error is None)
         if "image" in next((row for row in rows if row.get("file_name", True)), {}):
             found.append(table)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import datasets
 
 from puma_hf.configs import PairDirection
-from puma_hf.data.images import TABLE_STEMS, Images, table_files
+from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
 from puma_hf.data.records import (
     CAPTION_NAMES,
@@ -328,16 +328,13 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
-    tables = [path]
-    if path.is_dir():
-        tables, others = table_files(path, named=True), table_files(path)
-        if not tables and {one.suffix.lower() for one in others} == {".parquet"}:
-            tables = others  # the shards of a dataset
-        elif len(tables) != 1:
-            found = cut(", ".join(one.name for one in tables or others)) or "none"
-            what = f"must hold one table called {' or '.join(TABLE_STEMS)}, or Parquet files alone"
-            raise ValueError(f"{path} {what}; the tables here: {found}. Name the file.")
-    return str(tables[0] if len(tables) == 1 else path), tables[0].parent, chain.from_iterable(map(read_lines, tables))
+    if table := path if path.is_file() else image_table(path):
+        return str(table), table.parent, read_lines(table)
+    shards = sorted(path.glob("*.parquet"))
+    if not shards:
+        what = f"must hold one table of its images called {' or '.join(TABLE_STEMS)}, or Parquet files"
+        raise ValueError(f"{path} {what}. Name the file.")
+    return str(path), path, chain.from_iterable(map(read_lines, shards))
 
 
 def _ways(columns: PairColumns, direction: str | None, asks: str | None, reverse: str | None) -> tuple[str, ...]:

@@ -383,10 +383,7 @@ def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:
 def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> NDArray[Any]:
     """Float32 rows `(num_rows, embedding_dim)` in another precision, through sentence-transformers.
 
-    Args:
-        rows: `(num_rows, embedding_dim)`.
-        precision: Numbers of the result; binary ones are an eighth of the dimensions, rounded up, with a bit for each.
-        ranges: `(2, embedding_dim)`, lowest and highest value of each dimension, which int8 and uint8 need.
+    Binary rows have a bit for each dimension; int8 and uint8 need `ranges`, `(2, embedding_dim)`.
 
     Example:
 

@@ -37,15 +37,10 @@ _FIRST_INPUT = re.compile(r"^inputs\[0\]")
 
 @dataclass(frozen=True, order=True)
 class BrokenInput:
-    """An input that has no embedding.
+    """An input that has no embedding."""
 
-    Args:
-        index: Its position in the inputs.
-        message: What is wrong with it.
-    """
-
-    index: int
-    message: str
+    index: int  # its position in the inputs
+    message: str  # what is wrong with it
 
 
 # --- the plan
@@ -53,17 +48,11 @@ class BrokenInput:
 
 @dataclass(frozen=True)
 class Guess:
-    """Guesses the tokens of inputs, without decoding their images.
-
-    Args:
-        pixels_per_token: Pixels of an image that become one token.
-        limits: Fewest and most pixels of an image; others are scaled.
-        open_files: Whether the headers of files are read for their size. With a loader of the user's own a path may be
-            anything.
-    """
+    """Guesses the tokens of inputs, without decoding their images."""
 
     pixels_per_token: float
-    limits: tuple[float, float]
+    limits: tuple[float, float]  # fewest and most pixels of an image; others are scaled
+    # Whether the headers of files are read for their size. With a loader of the user's own a path may be anything.
     open_files: bool = True
 
     def tokens(self, item: Any) -> float:
@@ -214,17 +203,11 @@ def _held_bytes(item: Any) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of a chunk.
+    """What became of a chunk."""
 
-    Args:
-        indices: Its good inputs.
-        batch: What the packer made of them; None if there are none.
-        broken: Those that cannot be embedded, by index.
-    """
-
-    indices: tuple[int, ...]
-    batch: Any
-    broken: tuple[BrokenInput, ...]
+    indices: tuple[int, ...]  # its good inputs
+    batch: Any  # what the packer made of them; None if there are none
+    broken: tuple[BrokenInput, ...]  # those that cannot be embedded, by index
 
     def pin_memory(self) -> Prepared:
         """The same in pinned memory; `DataLoader` calls it."""
@@ -290,7 +273,7 @@ class _Preparer(Dataset[Prepared]):
 def prepared(
     chunks: Iterable[Chunk], packer: Any, load: Callable[[Any], Any] | None, *, num_workers: int, pin_memory: bool
 ) -> Generator[Prepared, None, None]:
-    """Prepare chunks ahead, in order; only those on their way are in memory.
+    """Prepare chunks ahead, in order; only those on their way are in memory. A RuntimeError if a worker dies.
 
     Args:
         chunks: The plan; read as far ahead as the workers get.
@@ -298,9 +281,6 @@ def prepared(
         load: The user's own loader.
         num_workers: Worker processes; 0 prepares each chunk when it is asked for.
         pin_memory: Whether batches come in pinned memory.
-
-    Raises:
-        RuntimeError: If a worker process dies.
     """
     loader: DataLoader[Prepared] = DataLoader(
         _Preparer(packer, load),

@@ -45,6 +45,7 @@ ERRORS = "errors.jsonl"
 _SECONDS = 60.0
 _LOOKED_UP = 256  # records whose keys are looked up together; so many are in memory with the bytes of their images
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
+_Row = tuple[int, int, str, Tensor]  # number in the corpus, key, id, and embedding
 _STORED_AS = {"binary": torch.int8, "ubinary": torch.uint8}
 
 
@@ -142,7 +143,8 @@ class _Run:
                 f"{self.corpus.path} changed while it was read. Run the same command again: what is done is kept."
             )
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
-        keys = torch.cat([torch.tensor(part) for part in gather(self.keys)])
+        # The type is said: that of a process which had no rows would be float32, and so would then all keys.
+        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(self.keys)])
         if self.rank == 0:
             self._finish(keys, num_items, errors)
         num_new, seconds = sum(gather(self.num_new)), max(gather(seconds))
@@ -163,7 +165,7 @@ class _Run:
         # Rows are written in the order of the corpus, a shard at a time, but arrive by length inside of a window. With
         # a window more than a shard in the buffer, its first rows are all there: only then are they written, unless a
         # minute has passed. So the order costs a window of rows in memory.
-        buffer: list[tuple[int, int, str, Tensor]] = []
+        buffer: list[_Row] = []
         written = time.monotonic()
         with sigterm_waits():
             try:
@@ -209,7 +211,7 @@ class _Run:
             del self.waiting[record.row]
             self.progress.update(1)
 
-    def _write(self, buffer: list[tuple[int, int, str, Tensor]], count: int) -> list[tuple[int, int, str, Tensor]]:
+    def _write(self, buffer: list[_Row], count: int) -> list[_Row]:
         # The first rows of the buffer; what is left of it is returned.
         buffer.sort(key=lambda entry: entry[0])
         self.num_new += sum(key >= 0 for _, key, _, _ in buffer[:count])

@@ -2,8 +2,8 @@
 
 `embed` writes a corpus into one, `evaluate` keeps in one what it has embedded. A directory holds
 
-    manifest.json                the settings that all rows depend on, and what a finished run says of them
-    shard-00000-5f0c1a….parquet  columns key (int64), id (if there are ids) and embedding (a list of fixed size)
+    manifest.json                   the settings that all rows depend on, and what a finished run says of them
+    shard-000000000-5f0….parquet    columns key (int64), id (if there are ids) and embedding (a list of fixed size)
 
 With `format: safetensors` the tensor `embeddings` is in `shard-….safetensors` beside it. Parquet is for users, who read
 it with whatever reads tables. safetensors is for programs: rows are mapped from the file, so that a few of them are
@@ -141,14 +141,7 @@ class EmbeddingStore:
             self._runs[-2:] = [(keys, order[places])]
 
     def has(self, keys: Tensor) -> Tensor:
-        """Whether the embedding of each key was there at the last `refresh`.
-
-        Args:
-            keys: `(num_keys,)` int64.
-
-        Returns:
-            `(num_keys,)` bool.
-        """
+        """Whether each key, `(num_keys,)` int64, was there at the last `refresh`: `(num_keys,)` bool."""
         return self._find(keys) >= 0
 
     def add(self, keys: Tensor, embeddings: Tensor, *, ids: Sequence[str] | None = None, order: int = 0) -> str:
@@ -176,7 +169,7 @@ class EmbeddingStore:
         keys = keys.cpu().contiguous()
         # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
         digest = hashlib.sha256(self._metadata[_KEY] + keys.numpy().tobytes()).hexdigest()[:24]
-        path = self.folder / f"shard-{order:05d}-{digest}.parquet"
+        path = self.folder / f"shard-{order:09d}-{digest}.parquet"  # names sort as the numbers do
         columns = {"key": pa.array(keys.numpy())}
         if ids is not None:
             # Names of files, and JSON, may hold half a character, which no table can.
@@ -214,7 +207,7 @@ class EmbeddingStore:
         return rows
 
     def blocks(self, keys: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
-        """The same rows, at most `block_size` in memory at a time, each block with the number of its first row."""
+        """The same rows, `block_size` in memory at a time, each block with the number of its first row."""
         for start in range(0, len(keys), block_size):
             yield start, self.rows(keys[start : start + block_size])
 
@@ -338,12 +331,7 @@ class EmbeddingStore:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of a store says.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is of another version.
-    """
+    """What a store's manifest says; a FileNotFoundError if there is none, a ValueError if it is of another version."""
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST}. Name a directory that puma-hf embed has written.")

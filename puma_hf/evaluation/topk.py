@@ -70,7 +70,9 @@ def exact_search(
         )
     device = device or query_embeddings.device
     queries = _unit_rows("query_embeddings", query_embeddings.to(device), 0, query_embeddings.shape[1])
+    width = block_size
     if isinstance(candidates, Tensor):
+        width = min(block_size, len(candidates))
         candidates = ((number * block_size, rows) for number, rows in enumerate(candidates.split(block_size)))
     keys = torch.full((len(queries), top_k), torch.iinfo(torch.int64).min, device=device)
     num_candidates = 0
@@ -79,7 +81,7 @@ def exact_search(
             rows = _unit_rows("candidates", block.to(device), start, queries.shape[1])
             # All products have one shape, of whole tiles: of another a copy's score may differ in its last digit, and
             # the tie with the copy would be lost.
-            missing = -(-block_size // _TILE) * _TILE - len(rows)
+            missing = -(-width // _TILE) * _TILE - len(rows)
             padded = pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
             for first in range(0, len(queries), block_size):
                 part = slice(first, first + block_size)

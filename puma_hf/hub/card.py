@@ -291,7 +291,7 @@ class CardResults:
 
 
 def find_results(directory: Path) -> list[Path]:
-    """Result files in a directory, in folders of it, and in folders beside it; and the recipes of its adapters."""
+    """Result files in a directory, in folders of it, and in folders beside it; and the recipes that it came by."""
     folder = directory.resolve()
     # `glob` passes by what may not be looked into; `Path.is_file` raises there.
     places = [(folder, RESULTS), (folder, f"*/{RESULTS}"), (folder.parent, RESULTS), (folder.parent, f"*/{RESULTS}")]

@@ -103,10 +103,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
                 f"mini_batch_size={mini_batch_size} and mini_batch_num_tokens={mini_batch_num_tokens} must be above 0."
             )
         if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
-            raise ValueError(
-                "a StaticEmbedding's features cannot be cut into mini-batches. Use MultimodalMACLoss: it needs little "
-                "memory with such a model."
-            )
+            raise ValueError("a StaticEmbedding's features cannot be cut into mini-batches. Use MultimodalMACLoss.")
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.keep_image_features = keep_image_features
@@ -117,6 +114,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
 
         Arguments and errors are those of [`MultimodalMACLoss`]; the features stay as they are.
         """
+        # Copies of the dicts, not of the tensors: what is cut and kept must not reach the caller's features.
         columns = [dict(features) for features in sentence_features]
         batch = _Batch(*read_ids(columns, labels), [])
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -177,6 +175,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
 
 def find_puma_model(model: nn.Module) -> Any:
     """The `PumaModel` inside a SentenceTransformer, however a trainer has wrapped it; None if there is none."""
+    # torch.compile and DistributedDataParallel each put a module around it.
     inner: Any = model
     while (wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None))) is not None:
         inner = wrapped
@@ -255,6 +254,7 @@ class MiniBatches:
         return features
 
     def _take(self, rows: list[int]) -> dict[str, Any]:
+        # Pixels of all samples are one long tensor, without a dimension for the batch: they are cut by the grids.
         index, taken = torch.tensor(rows), dict[str, Any]()
         for key, value in self._features.items():
             if key in self._media:

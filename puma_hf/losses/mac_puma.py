@@ -291,6 +291,7 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
                 "MAC-Loss needs an anchor, a positive and any negatives of equally many rows, and ids for each."
             )
         anchors, device = embeddings[0], embeddings[0].device
+        # Ids are compared on the device of the embeddings: nothing here waits for it.
         modalities, contents = ([ids.to(device) for ids in columns or ()] for columns in (modality_ids, content_ids))
         wanted = modalities[1 if self.grouping == "target" else 0]
         # Own anchors against everyone's candidates; gradients flow back to the devices that embedded them.

@@ -128,8 +128,7 @@ class TemperatureScheduleCallback(TrainerCallback):
         self.losses = find_scheduled_losses(loss)
         if not self.losses:
             raise ValueError(
-                f"loss is {loss!r:.200}, but a temperature schedule needs a ScheduledTemperatureLoss in it. Pass the "
-                "MultimodalMACLoss that the trainer uses, or leave the schedule out."
+                f"loss is {loss!r:.99}, but a temperature schedule needs a ScheduledTemperatureLoss in it."
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -205,5 +204,6 @@ def add_temperature_schedule(trainer: Any) -> TemperatureScheduleCallback:
             callback = known
             callbacks.remove(known)
             break
+    # After the flow control, which comes first, and before all that reports: these send the logs as they find them.
     callbacks.insert(1, callback)
     return callback

@@ -58,12 +58,12 @@ class TemperatureSchedule:
         check_choice("schedule", self.kind, Schedule)
         if not 0 < self.schedule_end <= 1:
             raise ValueError(
-                f"schedule_end is {self.schedule_end}, but it must be above 0 and at most 1, a share of the training. "
-                "Use 0.5 as released, 1.0 to let the temperature move to the end, or schedule='constant'."
+                f"schedule_end is {self.schedule_end}, but it must be above 0 and at most 1, a share of training."
             )
 
     def value(self, progress: float) -> float:
         """Temperature after the share `progress` of the training steps; outside of [0, 1] that of the nearer end."""
+        # The authors round to three decimals; here the temperature moves with every step.
         done = clamp_progress(progress) / self.schedule_end
         if self.kind == "constant" or done >= 1:
             return self.end

@@ -22,33 +22,22 @@ POSITIONS = ("mrope", "sequential")
 def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int) -> list[int]:
     """Which of `num_hidden_layers` decoder layers to keep: the first `num_kept_layers`, or those of `keep_layers`.
 
-    Args:
-        num_kept_layers: Number of layers, counted from the input.
-        keep_layers: Rising numbers of layers, the first being 0, as a list or as text such as "0-10,27".
-        num_hidden_layers: Number of layers to choose from.
-
     Raises:
-        ValueError: If both are given, or neither, or what is given is no such number or list.
+        ValueError: If both are given, or neither, or `num_kept_layers` is no number of layers, or `keep_layers` no
+            rising numbers of layers, the first being 0, as a list or as text such as "0-10,27".
     """
     if (num_kept_layers is None) == (keep_layers is None):
-        raise ValueError(
-            f"num_kept_layers={num_kept_layers!r} and keep_layers={keep_layers!r}: one of them must say which layers "
-            "to keep, such as --num-kept-layers 14 or --keep-layers 0-10,27."
-        )
+        given = f"num_kept_layers={num_kept_layers!r} and keep_layers={keep_layers!r}"
+        raise ValueError(f"{given}: one of them must say which layers to keep, such as --num-kept-layers 14.")
     if keep_layers is None:
         if type(num_kept_layers) is not int or not 1 <= num_kept_layers <= num_hidden_layers:
-            raise ValueError(
-                f"num_kept_layers={num_kept_layers!r} must be an integer from 1 to {num_hidden_layers}, the decoder's "
-                "layers. Half of them is a good start."
-            )
+            raise ValueError(f"num_kept_layers={num_kept_layers!r} must be an integer from 1 to {num_hidden_layers}.")
         return list(range(num_kept_layers))
     layers = _numbers_in(keep_layers)
-    known = bool(layers) and all(type(layer) is int and 0 <= layer < num_hidden_layers for layer in layers)
-    if not known or layers != sorted(set(layers)):
-        raise ValueError(
-            f"keep_layers={keep_layers!r} must be rising numbers from 0 to {num_hidden_layers - 1}, each once, like "
-            "'0-3,7' or [0, 1, 2, 3, 7]."
-        )
+    are_layers = bool(layers) and all(type(layer) is int and 0 <= layer < num_hidden_layers for layer in layers)
+    if not are_layers or layers != sorted(set(layers)):
+        known = f"rising numbers from 0 to {num_hidden_layers - 1}, each once, like '0-3,7' or [0, 1, 2, 3, 7]"
+        raise ValueError(f"keep_layers={keep_layers!r} must be {known}.")
     return layers
 
 
@@ -115,10 +104,8 @@ class PumaConfigMixin(_MixinBase):
         layers = chosen_layers(number if keep_layers is None else None, keep_layers, available)
         there = list(range(available)) if self.kept_layers is None else self.kept_layers
         if len(there) != available:
-            raise ValueError(
-                f"kept_layers={self.kept_layers} tells which layers are left of the original, but the configuration "
-                f"has {available}: to cut layers pass keep_layers."
-            )
+            told = f"kept_layers={self.kept_layers} tells which layers are left of the original"
+            raise ValueError(f"{told}, but the configuration has {available}: to cut layers pass keep_layers.")
         kept, first, deepest = [there[layer] for layer in layers], list(range(len(layers))), self.num_deepstack_layers
         # Features of the vision tower must be added after the same layers as in the original.
         if kept[:deepest] != first[:deepest]:
@@ -251,10 +238,7 @@ CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLCo
 
 
 def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:
-    """The one of these configuration classes that reads a checkpoint of this `model_type`, original or pruned.
-
-    Raises:
-        ValueError: If there is none.
+    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError.
 
     Example:
 
@@ -270,7 +254,5 @@ def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) 
             return config_class
     names = ", ".join(config_class.source_name for config_class in classes)
     readable = ", ".join(name for config_class in classes for name in config_class.readable_model_types())
-    raise ValueError(
-        f"The checkpoint has model_type={model_type!r}, but PUMA prunes {names} checkpoints ({readable}) here. Choose "
-        f"one of these, such as {classes[0].source_example!r}."
-    )
+    message = f"The checkpoint has model_type={model_type!r}, but PUMA prunes {names} checkpoints ({readable}) here."
+    raise ValueError(f"{message} Choose one of these, such as {classes[0].source_example!r}.")

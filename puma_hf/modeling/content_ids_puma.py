@@ -62,7 +62,7 @@ def content_ids(features: Mapping[str, Any]) -> Tensor:
             if last > first:
                 # With kind and shape before them, the same patches in another arrangement are another content.
                 one.update(f"{pixel_key} {grid[first:last].tolist()}".encode())
-                one.update(pixels[ends[first] : ends[last]])
+                one.update(pixels[ends[first] : ends[last]].data)
     digests = b"".join(one.digest()[:8] for one in hashes)
     return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
 

@@ -40,8 +40,6 @@ class FastPath:
     Example:
 
     ```python
-    >>> from puma_hf.modeling.fast_path_puma import FastPath
-
     >>> model[0].fast_path = FastPath(max_tokens=4096)  # doctest: +SKIP
     >>> model[0].fast_path = None  # the plain forward pass  # doctest: +SKIP
     ```

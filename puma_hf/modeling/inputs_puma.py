@@ -92,17 +92,7 @@ def holds_inputs(value: Any) -> bool:
 
 
 def modality_of(has_text: bool, has_image: bool, has_video: bool) -> str:
-    """Name in `MODALITY_NAMES` of an input with these parts; a video counts before an image.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.inputs_puma import modality_of
-
-    >>> modality_of(has_text=True, has_image=True, has_video=False)
-    'image,text'
-    ```
-    """
+    """Name in `MODALITY_NAMES` of an input with these parts, such as "image,text"; a video counts before an image."""
     medium = "video" if has_video else "image" if has_image else ""
     return ",".join(filter(None, (medium, "text" if has_text else "")))
 

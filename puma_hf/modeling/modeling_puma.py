@@ -313,19 +313,16 @@ def _check_loaded(model: Any, info: dict[str, Any], allow_mismatch: bool, source
     base, family = model.name_or_path, model.config_class.source_name  # what was asked for, or an adapter's base
     if of_base["mismatched_keys"] and not allow_mismatch:
         name, found, needed = sorted(of_base["mismatched_keys"])[0]
-        raise ValueError(
-            f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its config.json says "
-            f"(first: {name}, {tuple(found)} instead of {tuple(needed)}). Download the checkpoint again."
-        )
+        first = f"{name}, {tuple(found)} instead of {tuple(needed)}"
+        message = f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its config.json says"
+        raise ValueError(f"{message} (first: {first}). Download the checkpoint again.")
     if missing := set(of_base["missing_keys"]):
         with torch.device("meta"), _numbered_as_in_checkpoint():
             missing &= set(_source_class(model)(model.config).state_dict())
     if missing:
-        raise ValueError(
-            f"{base!r} lacks {len(missing)} of the tensors that a {family} with {model.config.num_kept_layers} layers "
-            f"needs (first: {', '.join(sorted(missing)[:3])}). Download the checkpoint again, or choose a {family} "
-            "checkpoint."
-        )
+        needed = f"the tensors that a {family} with {model.config.num_kept_layers} layers needs"
+        message = f"{base!r} lacks {len(missing)} of {needed} (first: {', '.join(sorted(missing)[:3])})"
+        raise ValueError(f"{message}. Download the checkpoint again, or choose a {family} checkpoint.")
     if info == of_base:
         return
     wrong = set(info["missing_keys"]) - set(of_base["missing_keys"])

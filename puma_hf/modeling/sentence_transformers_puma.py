@@ -35,9 +35,9 @@ CPU_TOKENS = 2_048
 class PumaTransformer(Transformer):
     """Runs a PUMA processor and model inside a `SentenceTransformer`.
 
-    `modules.json` of a PUMA directory names this class, so `SentenceTransformer(path,
-    trust_remote_code=True)` finds it where puma_hf is not installed. It stamps `modality_ids` and `content_ids`,
-    both `(batch_size,)`, on the features of every batch, which MAC-Loss reads, and adds to them:
+    `modules.json` of a PUMA directory names this class, so `SentenceTransformer(path, trust_remote_code=True)` finds it
+    where puma_hf is not installed. It stamps `modality_ids` and `content_ids`, both `(batch_size,)`, on the features of
+    every batch, which MAC-Loss reads, and adds to them:
 
     - `sentence_embedding` `(batch_size, embedding_dim)`: the L2-normalised `[RET]` state;
     - `pooler_output` `(batch_size, embedding_dim)`: the `[RET]` state after the final norm, before
@@ -74,10 +74,8 @@ class PumaTransformer(Transformer):
         Args:
             inputs: The inputs of one batch; see `PumaProcessor.process_inputs` for what they may be.
             prompt: Instruction, placed before the text of every input that brings none of its own.
-            processing_kwargs: `{"image": {"size": ...}, "text": {"max_length": ...,
-                "split_special_tokens": ...}}`.
-            kwargs: `max_length` overrides the longest sequence in tokens; the rest of what trainers pass is
-                unused.
+            processing_kwargs: `{"image": {"size": ...}, "text": {"max_length": ..., "split_special_tokens": ...}}`.
+            kwargs: `max_length` in tokens; the rest of what trainers pass is unused.
 
         Returns:
             The processor's batch as a dict, with `modality_ids` and `content_ids`, both `(batch_size,)`; equal
@@ -93,15 +91,9 @@ class PumaTransformer(Transformer):
     def packer(
         self, prompt: str | None = None, *, processing_kwargs: Any = None, max_length: int | None = None
     ) -> Packer:
-        """What prepares inputs for `embed_batch`, without the weights: it may run in other processes.
+        """A function from a list of inputs to what `embed_batch` takes, without the weights: for other processes.
 
-        Args:
-            prompt: Instruction, as in `preprocess`.
-            processing_kwargs: As in `preprocess`.
-            max_length: Longest sequence in tokens.
-
-        Returns:
-            A function from a list of inputs to what `embed_batch` takes.
+        Its options are those of `preprocess`.
         """
         options = self._merge_processing_kwargs(processing_kwargs)
         text_options = options.get("text", {})
@@ -149,10 +141,7 @@ class PumaTransformer(Transformer):
         return self.embed_batch(self.packer().pack(features))
 
     def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
-        """Embed what a `packer` made, in evaluation mode and without gradients.
-
-        Args:
-            batch: A packed batch, on any device, or features on the model's.
+        """Embed what a `packer` made, or features on the model's device, in evaluation mode and without gradients.
 
         Returns:
             `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, in the order of the inputs.

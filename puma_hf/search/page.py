@@ -30,11 +30,6 @@ TITLE = "Search by words and pictures"
 _UPLOADS_LIVE = 3600  # seconds
 _HEADERS = ["rank", "score", "id", "text"]
 _CHOICES = {"any": "Anything", "image": "Pictures", "text": "Texts"}
-_MODALITIES = {
-    "image": ("picture", "pictures"),
-    "image,text": ("picture with a text", "pictures with a text"),
-    "text": ("text", "texts"),
-}
 
 
 def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
@@ -192,9 +187,8 @@ def _choice(gr: Any, counts: dict[str, int]) -> Any:
 
 def count_line(index: Index, model: str) -> str:
     """One line of an index: how many of what it has, and the model that made it."""
-    parts = [f"{count:,} {_MODALITIES[modality][count != 1]}" for modality, count in index.counts.items()]
-    head = parts[0] if len(parts) == 1 else f"{len(index):,} items ({', '.join(parts)})"
-    return f"{head} · {Path(model).name if Path(model).is_absolute() else model}"
+    counts = ", ".join(f"{count:,} of {name}" for name, count in index.counts.items())
+    return f"{len(index):,} items ({counts}) · {Path(model).name if Path(model).is_absolute() else model}"
 
 
 def require_gradio() -> None:

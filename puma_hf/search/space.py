@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from huggingface_hub import SpaceCardData
 
 from puma_hf import __version__
 from puma_hf.configs import FIRST_PORT, AppConfig
@@ -36,7 +35,13 @@ if __name__ == "__main__":
 '''
 
 _README = """---
-{settings}
+title: {title}
+sdk: gradio
+sdk_version: {sdk}
+app_file: app.py
+{models}tags:
+- puma
+- multimodal-retrieval
 ---
 
 # {title}
@@ -94,27 +99,17 @@ def write_space(
         more = "" if instruction is None else f"\n        instruction={instruction!r},"
         more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
         is_copied = name.startswith(".")
-        values: dict[str, Any] = {
-            "title": TITLE,
-            "sdk": "gradio",
-            "sdk_version": version("gradio"),
-            "app_file": "app.py",
-        }
-        values |= {"models": None if is_copied else [name], "tags": ["puma", "multimodal-retrieval"]}
         readme = _README.format(
-            settings=SpaceCardData(**values).to_yaml(),
             title=TITLE,
+            sdk=version("gradio"),
+            models="" if is_copied else f"models:\n- {name}\n",
             line=count_line(index, index.model if is_copied else name),
             model=", and the model" if is_copied else "",
             version=__version__,
         )
-        texts = {
-            "app.py": _APP.format(port=FIRST_PORT, more=more),
-            "requirements.txt": f"puma-hf[app,search]=={__version__}\n",
-            "README.md": readme,
-        }
-        for file, text in texts.items():
-            (draft / file).write_text(text, encoding="utf-8")
+        (draft / "app.py").write_text(_APP.format(port=FIRST_PORT, more=more), encoding="utf-8")
+        (draft / "requirements.txt").write_text(f"puma-hf[app,search]=={__version__}\n", encoding="utf-8")
+        (draft / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
 
 
@@ -135,9 +130,8 @@ def _copy_index(index: Index, folder: Path, model: str | None) -> str:
     schema = table.schema
     # A thousand rows at a time: the vectors of a million items are gigabytes.
     for batch in index.table.search().select(schema.names).limit(len(index)).to_batches(1000):
-        images = [
-            path and keep_picture(folder, (index.folder / path).read_bytes()) for path in batch["image"].to_pylist()
-        ]
+        paths = batch["image"].to_pylist()
+        images = [path and keep_picture(folder, (index.folder / path).read_bytes()) for path in paths]
         columns = {**{name: batch[name] for name in schema.names}, "image": pa.array(images, pa.string())}
         table.add(pa.table(columns, schema=schema))
     tag_complete(table)

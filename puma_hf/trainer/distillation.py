@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf.configs import TeacherMode
-from puma_hf.fingerprint import model_settings
+from puma_hf.fingerprint import image_content, model_settings
 from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
+from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import Teacher, TeacherSource, find_teacher, is_of_adapter
@@ -34,9 +35,8 @@ ROWS_PER_FILE = 4096
 class PumaDistillationTrainer(PumaTrainer):
     """Trains a pruned model to reach after k layers the `[RET]` state that the full model reaches after all.
 
-    No labels are needed: every column of `train_dataset` holds inputs of any modality, and one column is
-    enough. Give the model a LoRA adapter first (`add_lora`). The teacher's states are in the features of each
-    column as `teacher_state` `(batch_size, hidden_size)`, where the losses look for them.
+    No labels are needed, and one column of inputs is enough. Give the model a LoRA adapter first (`add_lora`). The
+    features of each column hold `teacher_state` `(batch_size, hidden_size)`, where the losses look for it.
 
     Args:
         args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
@@ -56,13 +56,13 @@ class PumaDistillationTrainer(PumaTrainer):
         teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that was
             killed goes on, 4,096 rows back at most. States of another teacher, data or processing are never read; they
             stay there until the directory is deleted.
-        loss: By default `SelfDistillationLoss(model)`, the mean squared distance of the states.
+        loss: By default `SelfDistillationLoss(model)`.
         kwargs: See `args`.
 
     Raises:
         FileNotFoundError: If the teacher's checkpoint is not there.
-        ValueError: If there is no teacher, base weights that it shares are trainable, its hidden size is not the
-            student's, or a dataset whose states are to be stored is a stream or has labels.
+        ValueError: If there is no teacher that fits, base weights that it shares are trainable, or a dataset whose
+            states are to be stored is a stream or has labels.
 
     Example:
         >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
@@ -89,10 +89,7 @@ class PumaDistillationTrainer(PumaTrainer):
         if not isinstance(model, SentenceTransformer):
             raise ValueError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
         if convert("teacher_mode", teacher_mode, TeacherMode) != "cached" and teacher_cache is not None:
-            raise ValueError(
-                f"teacher_cache={str(teacher_cache)!r} is where teacher_mode='cached' stores states, but teacher_mode "
-                f"is {teacher_mode!r}. Choose teacher_mode='cached', or leave teacher_cache out."
-            )
+            raise ValueError(f"teacher_cache={str(teacher_cache)!r} needs teacher_mode='cached', not {teacher_mode!r}.")
         super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
         self.teacher: Teacher | None = None
         if teacher_mode == "cached":
@@ -106,9 +103,7 @@ class PumaDistillationTrainer(PumaTrainer):
         ]
         if self.teacher.shares_base_weights and names:
             raise ValueError(
-                f"{len(names)} base weights are trainable (first: {names[0]}), and the frozen teacher "
-                "shares them with the student. Freeze them and add an adapter: "
-                "puma_hf.add_lora(model, puma_hf.lora_config())."
+                f"The frozen teacher shares {len(names)} trainable base weights (first: {names[0]}): take add_lora."
             )
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Tensor | None]:
@@ -140,6 +135,7 @@ class PumaDistillationTrainer(PumaTrainer):
             if known and keys[0] not in known:
                 logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
         broadcast_object_list(keys)
+        # The others find the files that the main process has written, and load no teacher.
         with self.accelerator.main_process_first():
             stored = {
                 id(part): _with_states(part, folder, keys[0], self.args.train_batch_size, self._compute(teacher))
@@ -151,6 +147,7 @@ class PumaDistillationTrainer(PumaTrainer):
                 setattr(self, name, type(given)({key: stored[id(part)] for key, part in given.items()}))
             elif given is not None:
                 setattr(self, name, stored[id(given)])
+        # Labels go past the collator as they are, and past the samplers that compare the rows.
         self.data_collator.valid_label_columns.insert(0, STATES)
         # The layers go with the last reference to the teacher, except for what a cycle may hold.
         del teacher, stored
@@ -169,10 +166,7 @@ class PumaDistillationTrainer(PumaTrainer):
 
         def compute(batch: dict[str, list[Any]]) -> dict[str, Any]:
             if teacher is None:
-                raise RuntimeError(
-                    "The main process has stored the teacher's states where this one cannot read them. Choose a "
-                    "directory that all machines share: teacher_cache=..."
-                )
+                raise RuntimeError("teacher_cache must be a directory that all machines share.")
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             columns, _ = super(PumaDistillationTrainer, self).collect_features(self.data_collator(rows))
             states = []
@@ -182,8 +176,7 @@ class PumaDistillationTrainer(PumaTrainer):
                     states.append(teacher.states(features).float().cpu())
             if not torch.isfinite(found := torch.stack(states, dim=1)).all():
                 raise ValueError(
-                    "The teacher's states of some rows are NaN or infinite. Run it in bfloat16 or float32 instead of "
-                    f"float16, or look at these: {rows[:1]!r:.200}..."
+                    f"The teacher's states are NaN or infinite, as in float16, for some of {rows[:1]!r:.200}..."
                 )
             return {STATES: found.numpy()}
 
@@ -197,9 +190,7 @@ def _check_storable(dataset: Any, name: str, trainer: PumaTrainer) -> list[Datas
     for part in parts:
         if not isinstance(part, Dataset) or labels & {*part.column_names}:
             raise ValueError(
-                f"{name} has a {type(part).__name__} with the columns {part.column_names}, but teacher_mode='cached' "
-                f"goes over a datasets.Dataset before training and adds labels. Load it whole and without labels, or "
-                "choose teacher_mode='frozen'."
+                f"{name} is a {type(part).__name__} or has labels: take a Dataset, or teacher_mode='frozen'."
             )
     return parts
 
@@ -211,6 +202,7 @@ def _with_states(
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({STATES: List(List(Value("float32")))})
     name = f"{key}-{_content_sha256(dataset)[:16]}"
+    # A map over all rows would lose all of them in a kill; each of these is done once its file has its name.
     files = [
         dataset.select(range(begin, min(begin + ROWS_PER_FILE, len(dataset)))).map(
             compute,
@@ -234,7 +226,18 @@ def _with_states(
 
 def _content_sha256(dataset: Dataset) -> str:
     """Of what the rows hold, not of how or where they are stored, on which `datasets`' own fingerprint depends."""
-    digest = hashlib.sha256(" ".join(dataset.column_names).encode())
+    # A transform of sentence-transformers tells the name of one of several datasets, by which prompts may differ.
+    digest = hashlib.sha256(repr([dataset.column_names, dataset[:1].get("dataset_name")]).encode())
     for table in dataset.with_format("arrow").iter(1000):
-        digest.update(repr(table.to_pylist()).encode())
+        rows = table.to_pylist()
+        # A path stays the same when its picture changes: a look at each file, which costs seconds for a million.
+        digest.update(repr([rows, *_images_of(rows)]).encode())
     return digest.hexdigest()
+
+
+def _images_of(cell: Any) -> Iterator[Any]:
+    """Size and time of change of each image that is a path, however deep it lies in a cell."""
+    if isinstance(cell, str) and is_image_name(cell):
+        yield image_content(cell, "")
+    for part in cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ():
+        yield from _images_of(part)

@@ -72,8 +72,7 @@ def puma_model(model: SentenceTransformer) -> Any:
     """The `PumaModel` inside a SentenceTransformer, or a ValueError."""
     if (puma := find_puma_model(model)) is None:
         raise ValueError(
-            f"The model, of {[type(module).__name__ for module in model]}, holds none that was pruned from a Qwen2-VL, "
-            "and only such a one can be trained here. Make one with puma_hf.prune (puma-hf prune)."
+            f"A {type(model[0]).__name__} holds no model that puma_hf.prune (puma-hf prune) cut from a Qwen2-VL."
         )
     return puma
 
@@ -120,10 +119,7 @@ def quantization_config() -> BitsAndBytesConfig:
     Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Neither PUMA nor LamRA trains this way.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            "load_in_4bit needs bitsandbytes, which is not installed: pip install 'puma-hf[qlora]'. "
-            "Without it leave load_in_4bit out."
-        )
+        raise ImportError("load_in_4bit needs bitsandbytes, which is not installed: pip install 'puma-hf[qlora]'")
     if not torch.cuda.is_available():
         raise ValueError("load_in_4bit needs a CUDA GPU, and there is none. Train on one, or leave load_in_4bit out.")
     untyped: Any = BitsAndBytesConfig
@@ -181,8 +177,7 @@ def set_non_reentrant(args: TrainingArguments) -> bool:
     options: dict[str, Any] = dict(getattr(args, f"{PREFIX}_checkpointing_kwargs") or {})
     if options.setdefault("use_reentrant", False):
         raise ValueError(
-            f"{PREFIX}_checkpointing_kwargs has use_reentrant=True, which needs gradients of the inputs: the frozen "
-            "vision tower would be computed twice and propagated through. Leave it out, or pass False."
+            f"{PREFIX}_checkpointing_kwargs has use_reentrant=True, which spares no vision tower: leave it out."
         )
     setattr(args, f"{PREFIX}_checkpointing_kwargs", options)
     return True

@@ -45,27 +45,23 @@ def merge_adapter(
     base: str | Path | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Merge a trained adapter into its base and save a complete PUMA directory.
+    """Merge a trained adapter into its base and save a complete PUMA directory, with the recipes of its training.
 
-    The base is read from disk and never quantised, also if the adapter was trained on a quantised one. The recipe that
-    training left beside the adapter is copied; a push reads it for the card, and leaves it here.
+    Merging and its check are done in float32, on the base as it is on disk, never quantised; the result is saved in the
+    base's own data type.
 
     Args:
-        adapter_dir: Directory with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_dir: Directory that training saved.
         output_dir: New or empty directory.
-        base: PUMA directory, or Hub id of one, that the adapter was trained on; by default the one its
-            configuration names.
+        base: PUMA directory, or Hub id of one, that it was trained on; by default the one its configuration names.
         overwrite: Replace `output_dir` if it is not empty.
 
     Returns:
-        The largest distance of an embedding before merging to the one after it, on fixed batches of random
-        tokens and of random images.
+        The largest distance of an embedding before merging to the one after it, on random tokens and images.
 
     Raises:
         FileNotFoundError: If there is no adapter, or its base cannot be found.
-        ValueError: If `base` is not what the adapter was trained on, the adapter does not fit it, or merging
-            moved an embedding by more than 1e-4. Merging and this check are done in float32; the result is
-            saved in the base's own data type.
+        ValueError: If the adapter was not trained on `base`, does not fit it, or moved an embedding by above 1e-4.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
     Example:
@@ -85,9 +81,8 @@ def merge_adapter(
         largest = float((_probe_embeddings(merged, probe) - before).norm(dim=1).max())
         if not largest <= MERGE_TOLERANCE:  # NaN is no success
             raise ValueError(
-                f"Merging {str(adapter_dir)!r} moved embeddings by up to {largest:.2e}, more than "
-                f"{MERGE_TOLERANCE:g}: the merged model would retrieve differently. The adapter may be damaged: "
-                "merge an earlier checkpoint, or train it again."
+                f"Merging {str(adapter_dir)!r} moved embeddings by up to {largest:.2e}, more than {MERGE_TOLERANCE:g}, "
+                "as with a damaged adapter: merge an earlier checkpoint, or train it again."
             )
         merged.to(PumaConfig.from_pretrained(folder_of_base).dtype or torch.float32)
         _save_complete(merged, folder, folder_of_base, adapter)
@@ -109,10 +104,7 @@ def _find_base(adapter: Path, base: str | Path | None) -> Path:
             return Path(snapshot_download(name))
         except (OSError, HfHubHTTPError) as error:
             reason = f", and not on the Hub ({str(error).strip().splitlines()[0]})"
-    raise FileNotFoundError(
-        f"The adapter's base {name!r} is not a directory{reason}. Name the PUMA directory it was trained "
-        "on: base=... (--base)."
-    )
+    raise FileNotFoundError(f"The adapter's base {name!r} is not a directory{reason}. Name it: base=... (--base).")
 
 
 def _check_base(adapter: Path, base: Path) -> None:
@@ -124,8 +116,7 @@ def _check_base(adapter: Path, base: Path) -> None:
     if (found := weights_sha256(base)) != expected:
         raise ValueError(
             f"{str(adapter)!r} was not trained on the weights in {str(base)!r} (SHA-256 {found[:12]} instead "
-            f"of {expected[:12]}). Name the directory it was trained on: base=... (--base). If that one has "
-            "changed since, restore it or train the adapter again."
+            f"of {expected[:12]}). Name the directory it was trained on, unchanged: base=... (--base)."
         )
 
 
@@ -141,8 +132,7 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
         reason = str(error).strip().splitlines()[-1].strip()
     if reason:
         raise ValueError(
-            f"The adapter {str(adapter)!r} does not fit {str(base)!r} or is damaged ({reason}). Name the "
-            "directory it was trained on: base=... (--base)."
+            f"{str(adapter)!r} does not fit {str(base)!r} or is damaged ({reason}). Name its base (--base)."
         )
     return model
 
@@ -153,6 +143,7 @@ def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) ->
     processor = PumaProcessor.from_pretrained(base)  # a fresh one: the one that was used would save its padding
     set_limits(processor, **read_limits(adapter))
     processor.save_pretrained(folder)
+    # Prompts belong to the base: training neither reads nor changes them.
     settings = json.loads((base / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     write_sentence_transformers_files(folder, settings["prompts"])
     if (base / "README.md").is_file():

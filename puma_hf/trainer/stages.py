@@ -61,15 +61,12 @@ def distill(config: DistillConfig) -> Path:
     split, each on its own: which query belongs to which candidate is never looked at. Any other corpus of texts and
     images will do as well.
 
-    Args:
-        config: What to train, on what, and how; see `DistillConfig`.
-
     Returns:
         `config.output`, which holds the adapter and `distill.yaml`, the settings it was made with.
 
     Raises:
         FileExistsError: If the output is not empty and neither `resume` nor `overwrite` is set.
-        ValueError: If the teacher does not fit, the output is the model, or the dataset has no full batch.
+        ValueError: If the teacher does not fit, the output is the model, or the rows fill no batch.
 
     Example:
         >>> from puma_hf.configs import DistillConfig
@@ -94,15 +91,12 @@ def train(config: TrainConfig) -> Path:
 
     No two rows of a batch share a right answer. Of pairs of one's own (`load_pairs`) these are known by their content.
 
-    Args:
-        config: What to train, on what, and how; see `TrainConfig`.
-
     Returns:
         `config.output`, which holds the adapter and `train.yaml`, the settings it was made with.
 
     Raises:
         FileExistsError: If the output is not empty and neither `resume` nor `overwrite` is set.
-        ValueError: If the output is the model, or the dataset has no full batch.
+        ValueError: If the output is the model, or the rows fill no batch.
 
     Example:
         >>> from puma_hf.configs import TrainConfig
@@ -163,8 +157,7 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
     dim = int(model.get_embedding_dimension() or 0)
     if dim < max(config.matryoshka_dims):
         raise ValueError(
-            f"matryoshka_dims={list(config.matryoshka_dims)} must not exceed the embedding's {dim} dimensions. "
-            "Leave out the larger ones."
+            f"matryoshka_dims={list(config.matryoshka_dims)} must not exceed the embedding's {dim} dimensions."
         )
     return MatryoshkaLoss(model, loss, sorted(config.matryoshka_dims, reverse=True))
 
@@ -180,10 +173,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
     more = {name: _argument(name, value, hints) for name, value in config.training_arguments.items()}
     slow_bf16 = config.bf16 and not is_torch_bf16_gpu_available()
     if slow_bf16 and torch.accelerator.is_available() and not more.get("use_cpu"):
-        raise ValueError(
-            "bf16=True needs an accelerator that computes in bfloat16, and the one here does not. Set bf16=False "
-            "(--no-bf16), or use another; without any, the CPU does."
-        )
+        raise ValueError("bf16=True needs an accelerator that computes in it: set bf16=False (--no-bf16), or use_cpu.")
     arguments: dict[str, Any] = {
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.batch_size,
@@ -219,10 +209,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
 def _argument(name: str, value: Any, hints: dict[str, Any]) -> Any:
     """A value of `training_arguments` as the Trainer's own type: YAML reads 1e-4 as text, which fails much later."""
     if name not in hints:
-        raise ValueError(
-            f"training_arguments has {name!r}, which is no argument of SentenceTransformerTrainingArguments."
-            f"{nearest(name, hints)}"
-        )
+        raise ValueError(f"training_arguments has {name!r}, which the Trainer does not know.{nearest(name, hints)}")
     kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
     try:
         return convert(name, value, hints[name]) if {*kinds} <= {bool, int, float, type(None)} else value
@@ -261,10 +248,7 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
 
 def _pairs(config: TrainConfig) -> Dataset:
     if config.split != "train":
-        raise ValueError(
-            f"split={config.split!r} is a part of M-BEIR, and {config.data} holds pairs of one's own, which have no "
-            "splits. Leave it out, or write them in M-BEIR's layout first (puma-hf pairs --mbeir)."
-        )
+        raise ValueError(f"split={config.split!r} is a part of M-BEIR, which {config.data} is not. Leave it out.")
     arguments = config.pair_arguments()
     if not config.num_negatives:
         arguments["negatives"] = ()
@@ -304,10 +288,8 @@ def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments,
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
     if not is_puma_directory(folder):
-        raise ValueError(
-            f"{str(folder)!r} is no PUMA directory. Make one from a Qwen2-VL checkpoint first: puma-hf prune "
-            "SOURCE OUTPUT --num-kept-layers K."
-        )
+        raise ValueError(f"{str(folder)!r} is no PUMA directory. Make one with puma-hf prune.")
+    # Each of these would else be found out after minutes of loading, or after an output was cleared.
     if config.load_in_4bit:
         quantization_config()  # raises where it cannot work
     _check_sharding(config, arguments)
@@ -322,8 +304,7 @@ def _check_sharding(config: StageConfig, arguments: SentenceTransformerTrainingA
     if cached or isinstance(config, DistillConfig) or getattr(config, "joint", False):
         what = "gradient caching (mini_batch_size, mini_batch_num_tokens)" if cached else "a teacher"
         raise ValueError(
-            f"{what} calls parts of the model on their own, which FSDP holds in pieces. Launch without FSDP: plain "
-            "DDP, as accelerate launch and torchrun do by default."
+            f"{what} calls parts of the model, which FSDP holds in pieces. Launch without FSDP: plain DDP."
         )
 
 
@@ -341,15 +322,13 @@ def _checkpoint(config: StageConfig) -> str | None:
         # A run that was killed before its first checkpoint was whole: there is nothing to lose.
         if {name for name in found - _LEFTOVERS if not CHECKPOINT_NAME.fullmatch(name)}:
             raise FileNotFoundError(
-                f"output {str(folder)!r} holds no whole checkpoint to continue from: the run may have finished. Choose "
-                "another directory, or start again with overwrite=True (--overwrite)."
+                f"output {str(folder)!r} holds no whole checkpoint to continue from: take overwrite (--overwrite)."
             )
         logger.warning("No whole checkpoint in %s: starting from the beginning.", folder)
     # Other processes may come here after the first has begun to write.
     elif found - {*RECIPES.values()} and not config.overwrite and PartialState().is_main_process:
         raise FileExistsError(
-            f"output {str(folder)!r} is not empty. Continue it with resume=True (--resume), or pass overwrite=True "
-            "(--overwrite)."
+            f"output {str(folder)!r} is not empty. Take resume (--resume) or overwrite (--overwrite)."
         )
     return None
 

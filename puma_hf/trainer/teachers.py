@@ -83,8 +83,7 @@ class FrozenTeacher(Teacher):
         kept, depth = len(student.language_model.layers), student.config.original_num_hidden_layers
         if kept + len(dropped_layers) != depth:
             raise ValueError(
-                f"The student keeps {kept} of {depth} layers, but {len(dropped_layers)} dropped layers were given. "
-                "Load the teacher from the checkpoint that was pruned."
+                f"The student keeps {kept} of {depth} layers, but {len(dropped_layers)} dropped layers were given."
             )
         self.student = student
         modules: list[Any] = list(dropped_layers)
@@ -107,10 +106,7 @@ class FrozenTeacher(Teacher):
         full = StoredModel(source, student, revision=revision)
         if different := full.different_weights(student):
             raise ValueError(
-                f"{str(source)!r} and the student differ in {len(different)} tensors that both have (first: "
-                f"{different[0]}), so the two cannot share one copy of the weights. Distil from the "
-                "checkpoint that was pruned, before any other training; or give PumaDistillationTrainer this one as "
-                "teacher, which it holds whole, or asks once with teacher_mode='cached'."
+                f"{str(source)!r} cannot share the student's weights: {len(different)} differ (first: {different[0]})."
             )
         return cls(student, full.dropped_layers(student))
 
@@ -183,11 +179,7 @@ class WholeTeacher(Teacher):
         for name in ("ret_token_id", "image_token_id", "video_token_id", "positions"):
             ours, theirs = getattr(student.config, name), getattr(model.config, name)
             if ours != theirs:
-                raise ValueError(
-                    f"The teacher has {name}={theirs} and the student {ours}, but it is given the student's inputs. "
-                    "Choose a teacher with the same tokenizer and reading; an original Qwen2-VL gets its [RET] from "
-                    "puma_hf.prune with num_kept_layers=<all of its layers>."
-                )
+                raise ValueError(f"The teacher has {name}={theirs} and the student {ours}, whose inputs it is given.")
         self.student = student
         self.model = model.requires_grad_(False).eval()
 
@@ -249,15 +241,13 @@ def _source(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str
         return teacher, revision
     if teacher is not None:
         raise ValueError(
-            f"teacher is a {type(teacher).__name__}, but it must be a path, a Hub id, a PumaModel, a "
-            "SentenceTransformer or a teacher. Pass one of these, or nothing for the checkpoint that was pruned."
+            f"teacher is a {type(teacher).__name__}, but it must be a path, a Hub id, a model or a Teacher."
         )
     source = student.config.source_name_or_path
     # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
     if source is None or ("/" not in source and not Path(source).is_dir()):
         raise ValueError(
-            f"The model was pruned from {source or 'a checkpoint that it does not name'!r}, which is not here. Pass "
-            "teacher=<path of that folder> (--teacher)."
+            f"The model was pruned from {source!r}, which is not here. Pass teacher=<path of that folder> (--teacher)."
         )
     return source, revision or student.config.source_revision
 
@@ -270,10 +260,7 @@ def _why_not_shared(full: StoredModel, student: PumaModel) -> str | None:
         return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
     depth, original = full.num_layers, student.config.original_num_hidden_layers
     if depth == len(student.language_model.layers) != original:
-        raise ValueError(
-            f"The teacher has {depth} layers and the student's weights: it is the student itself. Pass the "
-            f"checkpoint that was pruned, of {original} layers, or another."
-        )
+        raise ValueError(f"The teacher has {depth} layers and the student's weights: it is the student itself.")
     return None if depth == original else f"it has {depth} layers, and the student was cut from {original}"
 
 
@@ -302,9 +289,7 @@ class StoredModel:
         except OSError as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
             raise kind(
-                f"The teacher {str(source)!r} cannot be opened: {error} A teacher is the folder or the Hub id of a "
-                "checkpoint of the student's hidden size. Pass one (teacher=..., --teacher), or nothing for the "
-                "checkpoint that was pruned."
+                f"The teacher {str(source)!r} cannot be opened: {error} Pass another (teacher=..., --teacher)."
             ) from error
         text_config: Any = self.config.text_config
         self.num_layers: int = text_config.num_hidden_layers
@@ -312,6 +297,7 @@ class StoredModel:
 
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
+        # Tensor by tensor, on the CPU: the whole checkpoint is read once, and never held.
         stored, ours, different = StoredWeights(self._checkpoint), base_tensors(student), []
         if self.num_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
             kept = student.config.layers_of_original
@@ -329,6 +315,7 @@ class StoredModel:
     def dropped_layers(self, student: PumaModel) -> nn.ModuleList:
         """The decoder layers that the student does not have, in order, on its device; nothing else is read."""
         numbers = [number for number in range(self.num_layers) if number not in student.config.layers_of_original]
+        # Without memory: only the layers that are wanted are given tensors.
         with torch.device("meta"):
             every = PumaModel(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
@@ -338,8 +325,7 @@ class StoredModel:
             tensor = stored.get(f"language_model.layers.{numbers[int(index)]}.{rest}")
             if tensor is None or tensor.shape != parameter.shape:
                 raise ValueError(
-                    f"The teacher {str(self._source)!r} lacks a tensor that its config.json promises, or has one of "
-                    f"another shape (layer {numbers[int(index)]}, {rest}). Download it again."
+                    f"The teacher {str(self._source)!r} lacks layer {numbers[int(index)]}, {rest}, of its shape."
                 )
             tensors[name] = tensor.to(student.device, self._loading["dtype"], copy=True)
         layers.load_state_dict(tensors, assign=True)
@@ -370,12 +356,11 @@ def is_of_adapter(name: str) -> bool:
 
 
 def _check_hidden_size(student: PumaModel, teacher: Any, name: str) -> None:
-    ours: Any = student.config.text_config
-    if ours.hidden_size != teacher.text_config.hidden_size:
+    text_config: Any = student.config.text_config
+    ours, theirs = text_config.hidden_size, teacher.text_config.hidden_size
+    if ours != theirs:
         raise ValueError(
-            f"The teacher {name} has hidden_size={teacher.text_config.hidden_size} and the student {ours.hidden_size}. "
-            "States of different sizes cannot be compared: choose the checkpoint that was pruned, or another of the "
-            "student's hidden size."
+            f"The teacher {name} has hidden_size={theirs} and the student {ours}: their states cannot be compared."
         )
 
 

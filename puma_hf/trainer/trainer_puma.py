@@ -11,12 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-    MultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -36,14 +30,6 @@ from puma_hf.trainer.lora_puma import (
 )
 from puma_hf.trainer.statistics_puma import TrainingStatistics
 
-# Losses whose negatives are the other rows of the batch, beside the scheduled ones of ours.
-_IN_BATCH_LOSSES = (
-    MultipleNegativesRankingLoss,
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-)
-
 
 class PumaTrainer(SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` that moves the temperature schedule of MAC-Loss, and survives what happens.
@@ -61,9 +47,6 @@ class PumaTrainer(SentenceTransformerTrainer):
       embeddings, or of the states. A collapse is warned of.
     - Batches that hold one modality each, which makes MAC-Loss plain InfoNCE, are warned of.
 
-    A plain `SentenceTransformerTrainer` works as well, after one call of `add_temperature_schedule(trainer)` (of the
-    losses), but does none of this.
-
     Args:
         args: Every argument of `SentenceTransformerTrainer`, and likewise in `kwargs`.
         positives: For each row of `train_dataset`, the ids of all its right answers, as
@@ -72,9 +55,8 @@ class PumaTrainer(SentenceTransformerTrainer):
         kwargs: See `args`.
 
     Raises:
-        ValueError: If a dataset is empty, or `train_dataset` is not one with as many rows as `positives`; if no
-            row could ever have a negative that the loss needs; if one process sees several GPUs; if checkpointing is
-            to be reentrant.
+        ValueError: If a dataset is empty or of other rows than `positives`, no row could ever have a negative that the
+            loss needs, one process sees several GPUs, or checkpointing is to be reentrant.
 
     Example:
         >>> from puma_hf import MultimodalMACLoss, load_mbeir  # doctest: +SKIP
@@ -89,20 +71,18 @@ class PumaTrainer(SentenceTransformerTrainer):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs, and nn.DataParallel would split images from their texts. "
-                "Run `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"One process sees {self.args.n_gpu} GPUs: run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
         self.positives = positives
         if positives is not None:
             rows = self.train_dataset
             if not isinstance(rows, Dataset) or len(positives) != len(rows):
                 raise ValueError(
-                    f"positives has {len(positives)} rows and train_dataset is a {type(rows).__name__} of "
-                    f"{len(rows) if isinstance(rows, Dataset) else 'others'}. Pass one list of ids per row of one "
-                    "dataset, or leave positives out."
+                    f"positives has {len(positives)} rows, but train_dataset must be one dataset of as many."
                 )
         _check_rows(self, self.train_dataset, "train_dataset", self.args.train_batch_size)
         _check_rows(self, self.eval_dataset, "eval_dataset", self.args.eval_batch_size)
+        # Other models, for which a loss of ours may do as well, are left to sentence-transformers' own checkpointing.
         self._recomputes = set_non_reentrant(self.args) and find_puma_model(self.model) is not None
         self._statistics = TrainingStatistics(self.loss)
         # After the flow control, which decides what a step is followed by, and before the reporters.
@@ -118,17 +98,13 @@ class PumaTrainer(SentenceTransformerTrainer):
             args: What the base class takes besides, and likewise in `kwargs`.
 
         Raises:
-            ValueError: If there is no whole checkpoint, the one that is named is not whole (the message names
-                the last whole one), or gradients or weights are not finite.
+            ValueError: If there is no such whole checkpoint, or gradients or weights are not finite.
             OSError: If a checkpoint cannot be written. The last whole one stays.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"output_dir {self.args.output_dir!r} holds no whole checkpoint to continue from. Start without "
-                    "resume_from_checkpoint."
-                )
+                raise ValueError(f"output_dir {self.args.output_dir!r} holds no whole checkpoint to continue from.")
         elif resume_from_checkpoint:
             resume_from_checkpoint = require_whole_checkpoint(resume_from_checkpoint)
         with enabled_by_backbone(self.model) if self._recomputes else nullcontext():
@@ -172,6 +148,12 @@ class PumaTrainer(SentenceTransformerTrainer):
         """One batch forward and backward, counted."""
         self._statistics.count(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # With a loss scaler `SafeSteps` looks at no gradients, but no scale mends a loss.
+        if self.args.fp16 and not bool(loss.isfinite()):
+            raise ValueError(
+                f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}, so it was not done"
+                f"{_last(self.args)}. Lower learning_rate, raise the temperatures, use bfloat16."
+            )
         self._statistics.read()
         return loss
 
@@ -267,9 +249,7 @@ class SafeSteps(TrainerCallback):
         if not _is_finite(grads):
             raise ValueError(
                 f"The gradients of optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}, are not "
-                "finite. The step was not done: the weights are those of the step before"
-                f"{_last(args)}. Look at its rows for empty or damaged inputs, lower learning_rate or raise the "
-                "temperatures, and train in bfloat16 or float32 rather than float16."
+                f"finite, so it was not done{_last(args)}. Lower learning_rate, raise the temperatures, use bfloat16."
             )
 
     def on_step_end(
@@ -285,11 +265,12 @@ def check_weights(model: torch.nn.Module, args: TrainingArguments, state: Traine
     if not _is_finite([tensor.detach() for tensor in model.parameters() if tensor.requires_grad]):
         raise ValueError(
             f"Optimizer step {state.global_step} has left weights that are not finite, or too large to compute with, "
-            f"so they are not saved{_last(args)}. Train with a lower learning_rate, and with max_grad_norm above 0."
+            f"so they are not saved{_last(args)}. Lower learning_rate, and set max_grad_norm above 0."
         )
 
 
 def _is_finite(tensors: list[Tensor]) -> bool:
+    # Of all tensors at once: a NaN or an infinity anywhere shows in the norm, for one number to wait for.
     norm = torch.nn.utils.get_total_norm(tensors)
     return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
@@ -336,15 +317,13 @@ def _check_rows(trainer: Any, datasets: Any, what: str, batch_size: int) -> None
             raise ValueError(f"{name} has no rows. Look at the folder, the split and the filters it comes from.")
         loss: Any = trainer.loss.get(key) if isinstance(trainer.loss, Mapping) else trainer.loss
         modules = [] if loss is None else loss.modules()
-        found = [module for module in modules if isinstance(module, _IN_BATCH_LOSSES) or is_scheduled(module)]
+        # Those of ours, whose negatives are the other rows; what other losses need, nobody here knows.
+        found = [module for module in modules if is_scheduled(module)]
         labels = {*trainer.data_collator.valid_label_columns, "dataset_name"}
         if not found or len(set(dataset.column_names) - labels) > 2:
             continue
         devices = trainer.args.world_size if getattr(found[0], "gather_across_devices", False) else 1
         if 1 in (batch_size * devices, rows):
             raise ValueError(
-                f"{name} has {'a stream of' if rows is None else rows} row(s), batches have {batch_size * devices} and "
-                f"there are no negative columns: {type(found[0]).__name__} compares a positive with those of other "
-                "rows, so it would always be 0. Give it two rows and a batch size of 2 at least, or columns of "
-                "negatives."
+                f"{name} has {rows} row(s) in batches of {batch_size * devices}, so nothing is a negative."
             )

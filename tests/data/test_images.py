@@ -39,28 +39,16 @@ def test_paths_become_absolute_and_sizes_are_kept(folder: Path) -> None:
     ("value", "kind", "message"),
     [
         (3, MBEIRFormatError, r"^line 2: image is 3, must be the path of a file, or null"),
-        ({"bytes": "text"}, MBEIRFormatError, r"line 2: image is \{'bytes': 'text'\}, must be the path"),
-        ("../outside.png", MBEIRFormatError, r"line 2: image path '\.\./outside\.png' leaves .*photos"),
         ("deep/../../outside.png", MBEIRFormatError, r"line 2: image path '.*' leaves .*photos"),
         ("/etc/passwd", MBEIRFormatError, r"line 2: image path '.*etc/passwd' leaves"),
         ("link.png", MBEIRFormatError, r"line 2: .* passes a symbolic link that leaves .* \(hf download .*image_root="),
-        ("linked/outside.png", MBEIRFormatError, r"line 2: image path .* passes a symbolic link that leaves"),
-        ("dangling.png", FileNotFoundError, r"line 2: image 'dangling\.png' is not a file below .*\. Check the path"),
-        (
-            "deep",
-            FileNotFoundError,
-            r"line 2: image 'deep' is not a file .*MBEIR\(image_root=\.\.\.\)",
-        ),
-        ("a\0.png", FileNotFoundError, r"line 2: image 'a\\x00\.png' is not a file: no path can be called so"),
-        ("half \ud800/cat.png", FileNotFoundError, r"line 2: image .* is not a file: no path"),
+        ("deep", FileNotFoundError, r"line 2: image 'deep' is not a file .*MBEIR\(image_root=\.\.\.\)"),
         ("broken.png", BrokenImageError, r"line 2: '.*broken\.png' cannot be read as an image"),
         ("long.png", BrokenImageError, r"line 2: '.*long\.png' has 402 x 2 pixels; .* 200 times as long as wide"),
     ],
 )
 def test_what_is_refused(folder: Path, value: Any, kind: type[Exception], message: str) -> None:
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    (folder / "linked").symlink_to(folder.parent)
-    (folder / "dangling.png").symlink_to("nothing.png")
     Image.new("1", (402, 2)).save(folder / "long.png")
     with pytest.raises(kind, match=message):
         Images(folder).read(value, "line 2")

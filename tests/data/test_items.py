@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,43 +38,22 @@ def table(path: Path, *rows: dict[str, Any]) -> Path:
 # --- M-BEIR's pairs
 
 
-def test_rows_have_only_what_a_trainer_embeds(root: Path) -> None:
-    rows = load_mbeir(root, num_negatives=2)
-    assert rows.column_names == ["anchor", "positive", "negative_1", "negative_2"]
-    assert len(rows) == NUM_ROWS
-    assert load_mbeir(root).column_names == ["anchor", "positive"]
-    row = load_mbeir(root, tasks=["toys_task7"])[0]
-    assert row["anchor"].pop("instruction") in {f"7 wording {n}." for n in range(1, 5)}
-    assert row == {
-        "anchor": {"text": "text of q7_0", "image": str((root / "images" / "q7_0.png").resolve())},
-        "positive": {"text": None, "image": str((root / "images" / "c7_0.png").resolve())},
-    }
-
-
 def test_choices_come_from_the_query_and_never_repeat_while_there_are_enough(root: Path) -> None:
     queries = {query.qid: query for query in MBEIR(root).union_queries()}
-    pool = MBEIR(root).global_pool("train")
-    did_of = {(candidate.text, candidate.image): did for did, candidate in pool.items()}
-    seen: set[str] = set()
-    for seed in range(5):
-        for row in load_mbeir(root, num_negatives=3, seed=seed, with_ids=True):
-            query = queries[row["qid"]]
-            assert row["did"] in query.positives
-            assert tuple(row["positives"]) == query.positives
-            assert did_of[row["positive"]["text"], row["positive"]["image"]] == row["did"]
-            negatives = [did_of[row[f"negative_{n}"]["text"], row[f"negative_{n}"]["image"]] for n in (1, 2, 3)]
-            assert set(negatives) <= set(query.negatives)
-            assert len(set(negatives)) == min(3, len(query.negatives))
-            seen.add(row["did"])
-    assert {builder.did(0, 1), builder.did(0, 2)} <= seen
-
-
-def test_same_seed_same_rows(root: Path) -> None:
-    first, again, other = (load_mbeir(root, num_negatives=2, seed=seed).to_list() for seed in (3, 3, 4))
-    assert first == again != other
-    some = load_mbeir(root, tasks=["toys_task4"], num_negatives=2, seed=3).to_list()
+    did_of = {(one.text, one.image): did for did, one in MBEIR(root).global_pool("train").items()}
+    drawn = [load_mbeir(root, num_negatives=3, seed=seed, with_ids=True) for seed in (3, 3, 4)]
+    assert len(drawn[0]) == NUM_ROWS
+    assert drawn[0].to_list() == drawn[1].to_list() != drawn[2].to_list()
+    for row in (row for rows in drawn for row in rows):
+        query = queries[row["qid"]]
+        assert row["did"] in query.positives == tuple(row["positives"])
+        assert did_of[row["positive"]["text"], row["positive"]["image"]] == row["did"]
+        negatives = [did_of[row[f"negative_{n}"]["text"], row[f"negative_{n}"]["image"]] for n in (1, 2, 3)]
+        assert set(negatives) <= set(query.negatives)
+        assert len(set(negatives)) == min(3, len(query.negatives))
+    some = load_mbeir(root, tasks=["toys_task4"], num_negatives=3, seed=3, with_ids=True).to_list()
     start = list(builder.MODALITIES).index(4) * builder.NUM_QUERIES
-    assert some == first[start : start + builder.NUM_QUERIES]  # a row does not depend on the rows before it
+    assert some == drawn[0].to_list()[start : start + builder.NUM_QUERIES]  # no row depends on the rows before it
 
 
 def name_files_as_m_beir_does(root: Path) -> None:
@@ -119,18 +98,6 @@ def test_query_without_negatives(root: Path, caplog: pytest.LogCaptureFixture) -
     assert "Dropped 1 queries of train without negatives" in caplog.text
 
 
-def test_every_broken_row_of_a_file_is_reported(root: Path) -> None:
-    path = builder.query_path(root, 1, "train")
-    builder.change_record(path, 1, pos_cand_list=[])
-    with pytest.raises(
-        MBEIRFormatError, match=r"task1_train\.jsonl, line 1: pos_cand_list of query '11:1100' is empty"
-    ):
-        load_mbeir(root)
-    builder.change_record(path, 3, neg_cand_list=["11:9999"])
-    with pytest.raises(MBEIRFormatError, match=r"\n- .*line 3: neg_cand_list has dids that are not .*\['11:9999'\]"):
-        load_mbeir(root)
-
-
 # --- items
 
 
@@ -146,32 +113,22 @@ def test_every_query_and_candidate_is_an_item(root: Path) -> None:
     pool = MBEIR(root).global_pool("train").values()
     assert [(row["text"], row["image"]) for row in candidates] == [(c.text, c.image) for c in pool]
     assert queries[0] == {"text": "text of q0_0", "image": None, "instruction": "0 wording 3."}
-    some = load_mbeir_items(MBEIR(root), tasks=["toys_task3"])["item"]
-    names = [Path(row["image"]).name for row in some if row["instruction"]]
-    assert names == [f"q3_{n}.png" for n in range(4)]  # tasks select queries, but not candidates
-    assert len(some) - len(names) == len(candidates)
 
 
 def test_pairs_are_never_looked_at(root: Path) -> None:
     before = load_mbeir_items(root)["item"]
-    generator = random.Random(0)
     for task in builder.MODALITIES:
         path = builder.query_path(root, task, "train")
-        records = builder.read_records(path)
-        lists = [(record["pos_cand_list"], record["neg_cand_list"]) for record in records]
-        generator.shuffle(lists)
-        for record, (positives, negatives) in zip(records, lists, strict=True):
-            record["pos_cand_list"], record["neg_cand_list"] = (negatives, positives) if task % 2 else ([], [])
-        builder.write_records(path, records)
+        builder.write_records(
+            path, [{**record, "pos_cand_list": [], "neg_cand_list": []} for record in builder.read_records(path)]
+        )
         builder.qrels_path(root, task, "train").unlink()
     assert load_mbeir_items(root)["item"] == before
 
 
 def test_a_folder_of_mbeir_is_known_by_its_files(root: Path, tmp_path: Path) -> None:
     expected = load_mbeir_items(root, seed=3)[:]
-    assert load_items(root, seed=3)[:] == load_items(str(root), seed=3)[:] == load_items(MBEIR(root), seed=3)[:]
-    assert load_items(root, seed=3)[:] == expected != load_items(root, seed=4)[:]
-    assert load_items(root, split="test")[:] == load_mbeir_items(root, "test")[:] != expected
+    assert load_items(root, seed=3)[:] == load_items(MBEIR(root), seed=3)[:] == expected != load_items(root)[:]
     # Half an M-BEIR folder is not taken for a folder of images, nor one of images for M-BEIR by the names of folders.
     shutil.rmtree(root / "query")
     with pytest.raises(FileNotFoundError, match=r"There is no mbeir_<dataset>_task<n>_train\.jsonl in"):
@@ -192,74 +149,33 @@ def test_several_sources_and_equal_items(root: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" one \ntwo\none\n")
     (tmp_path / "b,c.csv").write_text("sent0,sent1,hard_neg\ntwo,three,four\n")
     rows = load_items([tmp_path / "a.txt", root / "images", load_mbeir_items(root), str(tmp_path / "b,c.csv")])
-    assert [row["text"] for row in rows["item"]][:2] == ["one", "two"]
-    assert [row["text"] for row in rows["item"]][-2:] == ["three", "four"]
+    texts = [row["text"] for row in rows["item"]]
+    assert (texts[:2], texts[-2:]) == (["one", "two"], ["three", "four"])
     images = len(list((root / "images").iterdir()))
     assert sum(row["text"] is None and row["instruction"] is None for row in rows["item"]) == images
-    # The same source twice adds nothing, and is no empty one.
-    assert load_items([rows, rows])[:] == rows[:]
+    assert load_items([rows, rows])[:] == rows[:]  # the same source twice adds nothing
     assert items_of(f"{tmp_path / 'a.txt'}, {root / 'images'}")[0][0] == "one"
     assert items_of(str(tmp_path / "b,c.csv"))[0][0] == "two"  # a comma may be part of a name
+    with pytest.raises(ValueError, match=r"A source holds no items\. Name one with at least one text"):
+        load_items(Dataset.from_dict({"text": []}))
     with pytest.raises(FileNotFoundError, match=r"b' is neither a file nor a folder\. Check the path"):
         load_items(f"{tmp_path / 'a.txt'},{tmp_path / 'b'},c")
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ([], r"The source is \[\], must name at least one file or folder"),
-        ("a.txt,,b.txt", r"must name at least one file or folder, and no empty name"),
-        (Dataset.from_dict({"text": []}), r"A source holds no items\. Name one with at least one text"),
-    ],
-)
-def test_bad_sources(source: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_items(source)
-
-
-def test_texts_and_images_of_a_file(tmp_path: Path) -> None:
-    image = str(picture(tmp_path / "deep" / "a.JPG"))
-    path = table(
-        tmp_path / "corpus.jsonl",
-        {"text": " a shoe ", "image": None, "score": 7},
-        {"image": "deep/a.JPG", "instruction": " Find it."},
-        {"text": "both", "image": image, "instruction": None},
-        {"text": "", "image": image},
-    )
-    expected = [("a shoe", None, None), (None, image, "Find it."), ("both", image, None), (None, image, None)]
-    assert items_of(path) == expected
-    rows = Dataset.from_dict({"text": ["a", None], "image": [None, image], "label": [0, 1]})
-    assert items_of(rows) == [("a", None, None), (None, image, None)]
-
-
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    for number in range(3):
-        (tmp_path / f"broken{number}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"3 problems \(image broken: 3\):\n- .*broken0\.png"):
-        load_items(tmp_path)
-    rows = [
-        {"image": "a.png"},
-        {"text": " ", "image": ""},
-        {"text": 3},
-        {"image": "broken0.png"},
-        {"image": "../a.png"},
-    ]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [{"image": "a.png"}, {"text": " "}, {"text": 3}, {"image": "broken.png"}, {"image": "../a.png"}]
     with pytest.raises(ValueError, match=r"\.jsonl: 5 problems") as caught:
         load_items(table(tmp_path / "t.jsonl", *rows, {"image": "none.png"}))
     for message in (
         r"line 2: text and image are both empty",
         r"line 3: text is 3, must be a text or null",
-        r"line 4: '.*broken0.png' cannot be read",
+        r"line 4: '.*broken.png' cannot be read",
         r"line 5: image path '../a.png' leaves",
         r"line 6: image .*none.png' is not a file",
     ):
-        assert any(all(part in line for part in message.split(".*")) for line in str(caught.value).splitlines()), (
-            message
-        )
-    parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": "a.png"}]}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match=r"row 1: the image is inside the dataset\. Save it"):
-        load_items(tmp_path / "t.parquet")
+        assert re.search(message, str(caught.value))
 
 
 # --- corpora
@@ -279,12 +195,9 @@ def test_a_table(tmp_path: Path) -> None:
         {"id": "d", "image": "images/gone.png"},  # who embeds it will see
     )
     found = records(open_corpus(path))
-    assert found == [
-        Record("a", " red"),
-        Record("7", None, str(image)),
-        Record("c", "blue", str(image), instruction="Find it."),
-        Record("d", None, str(tmp_path / "images" / "gone.png")),
-    ]
+    assert found[:2] == [Record("a", " red"), Record("7", None, str(image))]
+    assert found[2:3] == [Record("c", "blue", str(image), instruction="Find it.")]
+    assert found[3:] == [Record("d", None, str(tmp_path / "images" / "gone.png"))]
     assert [record.row for record in found] == [0, 1, 2, 3]
 
 
@@ -330,10 +243,8 @@ def test_a_folder_of_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     ]
     assert len(load_items(tmp_path)) == 4
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "gone.png").symlink_to("nothing")
-    for read in (open_corpus, load_items):
-        with pytest.raises(ValueError, match=r"holds no image \(.*\), and is no M-BEIR folder.* 1 x link to nothing"):
-            read(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds no image \(.*\), and is no M-BEIR folder"):
+        open_corpus(tmp_path / "none")
 
 
 @pytest.mark.parametrize("pool", ["global", "toys_task0", "toys_task8"])
@@ -351,34 +262,13 @@ def test_a_pool(root: Path, pool: str) -> None:
     ("row", "message"),
     [
         ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or number\. Give every row one, or"),
-        ({"text": "a"}, r"line 2: id is None"),
-        ({"id": True, "text": "a"}, r"line 2: id is True, must be"),
-        ({"id": "b", "text": 3}, r"line 2: text is 3, must be a text or null"),
-        ({"id": "b", "text": ["0" * 1000] * 1000}, r"line 2: text is .*\.\.\., must be a text"),
-        ({"id": "b", "instruction": []}, r"line 2: instruction is \[\], must be a text or null"),
-        ({"id": "b", "image": 3}, r"line 2: image is 3, must be a file below"),
-        (
-            {"id": "b", "image": "https://a.org/a.png"},
-            r"line 2: image is 'https.*Download images first",
-        ),
+        ({"id": "b", "image": "https://a.org/a.png"}, r"line 2: image is 'https.*Download images first"),
         ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
-        ({"id": "b", "image": "pipe.png"}, r"line 2: image 'pipe\.png' is not a file below"),
     ],
 )
 def test_a_wrong_row_is_found_by_the_survey(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_corpus(table(tmp_path / "t.jsonl", {"id": "a", "text": "red"}, row)).survey()
-    assert len(str(caught.value)) < 600 + len(str(tmp_path))
-
-
-def test_a_table_without_content(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no column text or image\. The columns here are caption, id: rename those"):
-        open_corpus(table(tmp_path / "t.jsonl", {"caption": "red", "id": 1}))
-    with pytest.raises(ValueError, match="holds no inputs"):
-        open_corpus(table(tmp_path / "empty.jsonl")).survey()
-    with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
-        open_corpus(tmp_path / "gone.parquet")
 
 
 def test_wrong_lines_that_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -386,24 +276,14 @@ def test_wrong_lines_that_are_passed_over(tmp_path: Path, caplog: pytest.LogCapt
     path.write_text('{"text": \n{"id": "b", "text": "red"}\n{"id": "c", "text": 3}\n{"text": "blue"}\n')
     corpus = open_corpus(path, on_error="skip")
     assert corpus.survey().num_items == 4
-    (message,) = caplog.messages
-    assert "3 problems (broken line: 1, text of another type: 1, wrong id: 1)" in message
+    assert "3 problems (broken line: 1, text of another type: 1, wrong id: 1)" in caplog.messages[0]
     found = records(corpus)
     assert [record.problem is None for record in found] == [False, True, False, False]
-    assert found[1] == Record("b", "red")
     assert found[2].problem == f"{path}, line 3: text is 3, must be a text or null."
     with pytest.raises(ValueError, match=r"3 problems"):
         open_corpus(path).survey()
     with pytest.raises(ValueError, match="line 1: text is 3"):  # none is right
         open_corpus(table(path, {"text": 3}), on_error="skip").survey()
-
-
-def test_repeated_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_corpus(table(tmp_path / "t.jsonl", *({"id": str(row), "text": "a"} for row in range(9)))).survey()
-    assert not caplog.messages
-    open_corpus(table(tmp_path / "t.jsonl", *({"id": f"d{row % 5}", "text": "a"} for row in range(9)))).survey()
-    (message,) = caplog.messages
-    assert "4 rows repeat the id of another. Answers are told apart, but a database" in message
 
 
 def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
@@ -414,13 +294,6 @@ def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
     assert sample[0] == Record(str(rows[0]), str(rows[0]))
     assert corpus.survey(10, seed=3).sample == sample != corpus.survey(10, seed=4).sample
     assert [record.row for record in corpus.survey(500).sample] == list(range(100))
-    # Every row is drawn about as often: 200 samples of 10 out of 100 draw each about 20 times.
-    counts = [0] * 100
-    for seed in range(200):
-        for record in corpus.survey(10, seed=seed).sample:
-            counts[record.row] += 1
-    assert min(counts) > 5
-    assert max(counts) < 40
 
 
 def hash_of(corpus: Corpus) -> str:
@@ -442,7 +315,6 @@ def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     (tmp_path / "first").rename(tmp_path / "second")
     corpus = open_corpus(tmp_path / "second" / "t.jsonl")
     assert hash_of(corpus) == first
-    assert corpus.content_hash(Record("a", image=b"1")) != corpus.content_hash(Record("a", image=b"2"))
     # The content is what the model sees: neither the id nor the row.
     assert corpus.content_hash(Record("a", "red", row=1)) == corpus.content_hash(Record("b", "red"))
     assert corpus.content_hash(Record("a", "red")) != corpus.content_hash(Record("a", instruction="red"))

@@ -17,7 +17,6 @@ from puma_hf.data import (
     Query,
 )
 from puma_hf.data.mbeir import read_instructions, read_qrels
-from puma_hf.data.tasks import select_tasks
 from tests.data import mbeir_builder as builder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in builder.MODALITIES]
@@ -37,15 +36,6 @@ def test_tables_are_m_beirs() -> None:
         set(MBEIR_DATASET_IDS),
         set(TASK_MODALITIES),
     )
-
-
-def test_select_tasks() -> None:
-    assert select_tasks(TASKS, None) == TASKS
-    assert select_tasks(TASKS, ["toys_task3", "toys_task1"]) == [TASKS[1], TASKS[3]]
-    assert select_tasks(TASKS, "toys_task3") == [TASKS[3]]
-    for names in (["toys_task5"], []):
-        with pytest.raises(ValueError, match=r"tasks is \[.*\], must be some of .*'toys_task0'.*; choose"):
-            select_tasks(TASKS, names)
 
 
 # --- a folder
@@ -69,27 +59,16 @@ def test_reads_everything_that_was_written(root: Path) -> None:
         positives=("11:701", "11:702"),
         negatives=("11:700", "11:703", "11:704", "11:705"),
     )
-    assert (query.line, query.dataset_id) == (2, 11)
 
 
 def test_a_pool_is_a_mapping_that_is_read_when_it_is_asked(root: Path) -> None:
     pool = MBEIR(root).global_pool("test")
-    expected = {
-        builder.did(task, number): Candidate(
-            builder.did(task, number),
-            f"text of c{task}_{number}" if "text" in modality else None,
-            str((root / f"images/c{task}_{number}.png").resolve()) if "image" in modality else None,
-        )
-        for task, (_, modality) in builder.MODALITIES.items()
-        for number in range(builder.NUM_CANDIDATES)
-    }
-    assert list(pool) == list(expected)
-    assert list(pool.items()) == list(expected.items())
-    assert list(pool.values()) == list(pool.candidates()) == list(expected.values())
-    assert len(pool) == len(expected)
-    assert [pool[did] for did in expected] == list(expected.values())
-    assert [pool.row(did) for did in expected] == list(range(len(expected)))
-    assert "11:9999" not in pool
+    dids = [builder.did(task, number) for task in builder.MODALITIES for number in range(builder.NUM_CANDIDATES)]
+    assert list(pool) == dids
+    image = str((root / "images/c8_2.png").resolve())
+    assert pool["11:802"] == Candidate("11:802", "text of c8_2", image)
+    assert list(pool.values()) == list(pool.candidates()) == [pool[did] for did in dids]
+    assert [pool.row(did) for did in dids] == list(range(len(pool)))
     assert pool.get("11:9999") is None
     with pytest.raises(KeyError):
         pool["11:9999"]
@@ -109,36 +88,22 @@ def test_validation_shares_the_pool_of_the_test_split(root: Path) -> None:
         data.global_pool("train")
 
 
-def test_splits_and_tasks_that_are_not_there(root: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"the splits here are \['test', 'train', 'union_train'\]"):
-        MBEIR(root).tasks("val")
-    builder.query_path(root, 1, "test").rename(root / "query" / "test" / "mbeir_toys_task5_test.jsonl")
-    with pytest.raises(ValueError, match=r"task 5 is not one of M-BEIR's \[0, 1, 2, 3, 4, 6, 7, 8\]"):
-        MBEIR(root).tasks()
-
-
 # --- lines
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"qid": builder.qid(1, 0)}, r"line 2: qid '11:1100' is also on line 1"),
-        ({"qid": 12}, r"line 2: qid must look like '<dataset_id>:<number>', got 12"),
-        ({"query_txt": ...}, r"line 2: field 'query_txt' is missing, only \["),
-        ({"pos_cand_list": ...}, r"line 2: field 'pos_cand_list' is missing"),
-        ({"pos_cand_list": "9:1"}, r"line 2: .*list of candidates must be one of dids, got '9:1'"),
-        ({"neg_cand_list": [{"did": "9:1"}]}, r"line 2: .*list of candidates must be one of dids"),
-        (
-            {"query_img_path": "images/q3_0.png", "query_modality": "image,text"},
-            r"line 2: query_modality is 'image,text' but task 1 has 'text' queries",
-        ),
-    ],
-)
-def test_wrong_queries(root: Path, changes: dict[str, Any], message: str) -> None:
-    builder.change_record(builder.query_path(root, 1, "test"), 2, **changes)
-    with pytest.raises(MBEIRFormatError, match=rf"mbeir_toys_task1_test\.jsonl, {message}"):
+def test_wrong_queries(root: Path) -> None:
+    path = builder.query_path(root, 1, "test")
+    builder.change_record(path, 2, qid=builder.qid(1, 0))
+    builder.change_record(path, 3, pos_cand_list="9:1")
+    builder.change_record(path, 4, query_img_path="images/q3_0.png", query_modality="image,text")
+    with pytest.raises(MBEIRFormatError) as caught:
         MBEIR(root).queries(TASKS[1])
+    for message in (
+        r"line 2: qid '11:1100' is also on line 1",
+        r"line 3: .*list of candidates must be one of dids, got '9:1'",
+        r"line 4: query_modality is 'image,text' but task 1 has 'text' queries",
+    ):
+        assert re.search(rf"mbeir_toys_task1_test\.jsonl, {message}", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -146,16 +111,10 @@ def test_wrong_queries(root: Path, changes: dict[str, Any], message: str) -> Non
     [
         ({"did": "12"}, r"did must look like '<dataset_id>:<number>', got '12'"),
         ({"did": builder.did(8, 0)}, r"its did was already given"),
-        ({"modality": ...}, "field 'modality' is missing"),
-        ({"modality": "txt"}, "modality is 'txt' but the line holds image,text; mend either"),
-        ({"modality": "video"}, "modality is 'video' but"),
-        ({"modality": "image"}, "modality is 'image' but the line holds image,text"),
         (
             {"modality": "text", "img_path": None, "txt": " "},
             "modality is 'text' but the line holds neither text nor image",
         ),
-        ({"img_path": None}, "modality is 'image,text' but the line holds text"),
-        ({"txt": 3}, "txt is 3, must be a text or null"),
         ({"txt": "\ud83d"}, r"txt is '\\ud83d', which holds half a character"),
         ({"img_path": "../a.png"}, r"image path '\.\./a\.png' leaves"),
     ],
@@ -184,19 +143,6 @@ def test_everything_wrong_in_a_pool_is_reported_at_once(root: Path) -> None:
     assert [line.partition(": ")[0] for line in quoted] == [f"- {path}, line {number}" for number in (1, 3, 4, 7, 6)]
 
 
-def test_files_that_are_empty_or_a_note_of_git_lfs(root: Path) -> None:
-    path = builder.local_pool_path(root, 1)
-    path.write_text("\n")
-    with pytest.raises(MBEIRFormatError, match=r"line 1: the file is empty"):
-        MBEIR(root).local_pool(TASKS[1])
-    path.write_text("{}\n")
-    with pytest.raises(MBEIRFormatError, match=r"line 1: field 'did' is missing"):
-        MBEIR(root).local_pool(TASKS[1])
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    with pytest.raises(FileNotFoundError, match=r"is a pointer of Git LFS, .* run `git lfs pull`"):
-        MBEIR(root).local_pool(TASKS[1])
-
-
 # --- instructions
 
 
@@ -205,8 +151,6 @@ def test_seeded_instructions_are_the_same_on_every_machine(root: Path) -> None:
     queries = data.queries(TASKS[0])
     assert [data.instruction(query, "image", 0) for query in queries] == [f"0 wording {n}." for n in (3, 1, 4, 4)]
     assert data.instruction(queries[0], "image") == "0 wording 1."
-    with pytest.raises(MBEIRFormatError, match=r"no instruction .* = \(11, 'text', 'video'\); add the row"):
-        data.instruction(queries[0], "video")
 
 
 def test_task_of_a_union_row(root: Path) -> None:
@@ -222,22 +166,17 @@ def test_instructions(tmp_path: Path) -> None:
     path = tmp_path / "table.tsv"
     path.write_text('q\tc\tname\tid\tp1\tp2\ntext\timage\tToys\t3\t"First."\t\tSecond. \r\n\n', encoding="utf-8")
     assert read_instructions(path) == ({(3, "text", "image"): ("First.", "Second.")}, {3: "toys"})
+    row = "text\ttext\tToys\t3\tFind.\n"
+    for wrong, message in (("text\timage", "expected query modality, .*"), (row, "expected .* one row of each kind")):
+        path.write_text(f"header\n{row}{wrong}", encoding="utf-8")
+        with pytest.raises(MBEIRFormatError, match=rf"table\.tsv, line 3: {message}"):
+            read_instructions(path)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("text\timage\tToys\t3\t\t", "expected query modality, candidate modality, dataset name"),
-        ("text\timage\tToys\tthree\tFind it.", "expected query modality"),
-        ("text\timage", "expected query modality"),
-        ("text\ttext\tToys\t3\tAgain.", "expected .* one row of each kind"),
-    ],
-)
-def test_broken_instructions(tmp_path: Path, row: str, message: str) -> None:
-    path = tmp_path / "table.tsv"
-    path.write_text(f"header\ntext\ttext\tToys\t3\tFind.\n{row}\n", encoding="utf-8")
-    with pytest.raises(MBEIRFormatError, match=rf"table\.tsv, line 3: {message}"):
-        read_instructions(path)
+def test_a_note_of_git_lfs_is_no_pool(root: Path) -> None:
+    builder.local_pool_path(root, 1).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(FileNotFoundError, match=r"is a pointer of Git LFS, .* run `git lfs pull`"):
+        MBEIR(root).local_pool(TASKS[1])
 
 
 # --- judgements
@@ -261,9 +200,6 @@ def test_qrels_keep_grades_and_leave_out_other_datasets_candidates(
     ("line", "message"),
     [
         ("5:1 0 5:7 1", "expected 'qid 0 did relevance task_id'"),
-        ("5:1 0 5:7 -1 6", "expected 'qid 0 did relevance task_id'"),
-        ("5:1 0 seven 1 6", "expected 'qid 0 did relevance task_id'"),
-        ("5" * 5000, "expected 'qid 0 did"),
         ("5:2 0 5:7 1 6", "qid '5:2' is not in the query file of this task"),
         ("5:1 0 5:8 1 6", "did '5:8' is not in the candidate pool"),
         ("5:1 0 5:7 3 6", "'5:1' and '5:7' were judged 1 before, now 3"),
@@ -272,9 +208,8 @@ def test_qrels_keep_grades_and_leave_out_other_datasets_candidates(
 def test_broken_qrels(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "qrels.txt"
     path.write_text(f"5:1 0 5:7 1 6\n{line}\n", encoding="utf-8")
-    with pytest.raises(MBEIRFormatError, match=rf"qrels\.txt, line 2: {message}") as caught:
+    with pytest.raises(MBEIRFormatError, match=rf"qrels\.txt, line 2: {message}"):
         read_qrels(path, {"5:1"}, {"5:7"})
-    assert len(str(caught.value)) < 500 + len(str(tmp_path))
     path.write_bytes(b"5:1 0 5:7 1 6\n5:1 0 \xff")
     with pytest.raises(MBEIRFormatError, match=r"line 2: expected 'qid 0 did .*; the file ends in the middle of this"):
         read_qrels(path, {"5:1"}, {"5:7"})

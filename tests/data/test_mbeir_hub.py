@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from puma_hf.data import (
-    MBEIR,
-    MBEIRFormatError,
-    MBEIRTask,
-    build_nano,
-    mbeir_hub,
-    mbeir_write,
-    open_mbeir,
-)
+from puma_hf.data import MBEIR, MBEIRFormatError, MBEIRTask, build_nano, mbeir_hub, mbeir_write, open_mbeir
 from tests.data import mbeir_builder as builder
 from tests.data.parquet_builder import Layout, Row, write_copy
 
@@ -52,10 +44,10 @@ class FakeHub:
 
     def __init__(self, **repositories: Path) -> None:
         self.repositories = {name.replace("__", "/"): folder for name, folder in repositories.items()}
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[str] = []
 
-    def __call__(self, name: str, **options: Any) -> str:
-        self.calls.append((name, options))
+    def __call__(self, name: str, **_: Any) -> str:
+        self.calls.append(name)
         if name not in self.repositories:
             raise OSError(f"404 Client Error for {name}\nand more")
         return str(self.repositories[name])
@@ -97,16 +89,6 @@ def test_copies_in_a_folder(root: Path, copies: Path, cache: Path) -> None:
     assert list(moved.global_pool()) == list(together)
 
 
-def test_it_is_imported_once(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_mbeir(copies, cache_dir=cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(mbeir_hub, "import_copy", lambda *_, **__: pytest.fail("imported again"))
-        assert open_mbeir(copies, cache_dir=cache).root == first.root
-    file = next(copies.glob("mbeir_toys_task1/query/*"))
-    os.utime(file, ns=(1, 1))  # another file
-    assert open_mbeir(copies, cache_dir=cache).root != first.root
-
-
 def test_a_killed_import_goes_on(copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the second of two tasks, after an image: nothing of that is read, and the first is not done again."""
     whole = open_mbeir(copies, cache_dir=cache.with_name("whole"))
@@ -132,34 +114,12 @@ def test_a_killed_import_goes_on(copies: Path, cache: Path, monkeypatch: pytest.
     assert not list(cache.rglob("*.partial"))
 
 
-def test_a_broken_copy_is_not_imported(copies: Path, cache: Path) -> None:
-    path = next(copies.glob("mbeir_toys_task7/corpus/*"))
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    for _ in range(2):
-        with pytest.raises(MBEIRFormatError, match=rf"{path} is not a whole Parquet file"):
-            open_mbeir(copies, cache_dir=cache)
-    path.write_bytes(data)
-    assert len(open_mbeir(copies, cache_dir=cache).tasks()) == 2
-
-
-@pytest.mark.parametrize("layout", ["mrbench", "mteb"])
-def test_a_dataset_of_the_hub(
-    root: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
-) -> None:
-    hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=write_copy(root, tmp_path, 7, layout)))
-    data = open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache, revision="abc")
-    assert [task.name for task in data.tasks()] == ["cirr_task7"]
-    options = {"repo_type": "dataset", "revision": "abc", "allow_patterns": ["*.parquet", "README.md"]}
-    assert hub.calls == [("mteb/mbeir_cirr_task7", options)]
-
-
 def test_an_organisation_of_the_hub(official: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two tasks of the same directions, so that one copy serves as both.
     hub = use_hub(monkeypatch, FakeHub(mteb__mbeir_cirr_task7=official, mteb__mbeir_fashioniq_task7=official))
     data = open_mbeir("mteb", tasks=["fashioniq_task7", "cirr_task7"], cache_dir=cache)
     assert [task.name for task in data.tasks()] == ["cirr_task7", "fashioniq_task7"]
-    assert [name for name, _ in hub.calls] == ["mteb/mbeir_cirr_task7", "mteb/mbeir_fashioniq_task7"]
+    assert hub.calls == ["mteb/mbeir_cirr_task7", "mteb/mbeir_fashioniq_task7"]
     assert len(data.global_pool()) == builder.NUM_CANDIDATES  # the same candidates, once
     with pytest.raises(ValueError, match=r"tasks is \['toys_task1'\], must be some of"):
         open_mbeir("mybench", tasks=["toys_task1"], cache_dir=cache)
@@ -175,49 +135,20 @@ def test_the_one_copy_with_another_name(
     hub = use_hub(monkeypatch, FakeHub(**{f"{organisation}__{name}": folder}))
     assert open_mbeir(organisation, tasks=["infoseek_task8"], cache_dir=cache).tasks()[0].name == "infoseek_task8"
     assert open_mbeir(f"{organisation}/{name}", cache_dir=cache).tasks()[0].name == "infoseek_task8"
-    assert {name for name, _ in hub.calls} == {f"{organisation}/{name}"}
-
-
-def test_a_download_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, FakeHub())
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"'mteb/mbeir_cirr_task7' is no folder here, .* mteb/mbeir_cirr_task7 could not be downloaded "
-        r"\(404 Client Error for [^ ]*\)\. "
-        r"Check the name; .* offline, run `hf download mteb/mbeir_cirr_task7 --repo-type dataset`",
-    ):
-        open_mbeir("mteb/mbeir_cirr_task7", cache_dir=cache)
+    assert set(hub.calls) == {f"{organisation}/{name}"}
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no such/folder/here", r"is no folder here, and no organisation or copy of a task on the Hub, .* Check"),
-        ("TIGER-Lab/M-BEIR", r"is no folder here, and no organisation or copy of a task .*mbeir_<dataset>_task<n>"),
+        ("mteb/mbeir_cirr_task7", r"mteb/mbeir_cirr_task7 could not be downloaded \(404 Client Error for"),
+        ("TIGER-Lab/M-BEIR", "is no folder here, and no organisation or copy of a task on the Hub"),
     ],
 )
-def test_no_such_source(source: str, message: str, cache: Path) -> None:
+def test_no_such_source(source: str, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, FakeHub())
     with pytest.raises(FileNotFoundError, match=message):
         open_mbeir(source, cache_dir=cache)
-
-
-def test_a_folder_has_no_revision(root: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"revision is 'main', but .*mbeir is a folder: leave it out \(--data-revision"
-    ):
-        open_mbeir(root, revision="main")
-
-
-def test_the_table_gives_a_dataset_its_number(root: Path, tmp_path: Path, cache: Path) -> None:
-    def strip(*tables: list[dict[str, Any]]) -> None:
-        for rows in tables:
-            for row in rows:
-                row |= {name: row[name].partition(":")[2] for name in row if name == "id" or name.endswith("-id")}
-
-    folder = write_copy(root, tmp_path / "copies", 1, change=strip)
-    shutil.copy(builder.instructions_path(root), folder)
-    (task,) = (data := open_mbeir(folder, cache_dir=cache)).tasks()
-    assert data.queries(task)[0].qid == builder.qid(1, 0)
 
 
 # --- files and rows of a copy
@@ -237,19 +168,14 @@ def task(number: int) -> MBEIRTask:
 
 def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path) -> None:
     folder = write_copy(root, tmp_path, 1)
-    with pytest.raises(
-        FileNotFoundError, match=r"queries of the split 'val' there are no files, only \['test'\]\. Ask"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"of the split 'val' there are no files, only \['test'\]\. Ask"):
         mbeir_hub.copy_files(folder, "queries", "val")
     (folder / "corpus" / "corpus-00001-of-00002.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"of the corpus .* there are 1 of 2 files\. .* interrupted: run"):
         mbeir_hub.copy_files(folder, "corpus", "test")
-    shutil.rmtree(folder / "corpus")
-    with pytest.raises(FileNotFoundError, match=r"of the corpus .* no files, only \[\]\. .*interrupted"):
-        mbeir_hub.copy_files(folder, "corpus", "test")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_images_keep_their_bytes_and_are_named_after_them(root: Path, tmp_path: Path, kind: str) -> None:
     buffer = BytesIO()
     Image.new("RGB", (3, 2), "red").save(buffer, kind)
@@ -261,17 +187,21 @@ def test_images_keep_their_bytes_and_are_named_after_them(root: Path, tmp_path: 
     data = imported(root, tmp_path, 4, change=same_image)
     (path,) = {Path(candidate.image or "") for candidate in data.local_pool(task(4)).values()}
     assert path.read_bytes() == buffer.getvalue()
-    assert path.suffix == {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
+    assert path.suffix == {"JPEG": ".jpg", "TIFF": ".tif"}[kind]
     assert len([file for file in (tmp_path / "to" / "images").rglob("*") if file.is_file()]) == 1
 
 
-def test_other_spellings_of_ids(root: Path, tmp_path: Path) -> None:
-    def prefix(corpus: list[Row], queries: list[Row], qrels: list[Row]) -> None:
-        for rows, names in ((corpus, ["id"]), (queries, ["id"]), (qrels, ["query-id", "corpus-id"])):
-            for row in rows:
-                row |= {name: f"{'query-test' if name != 'corpus-id' else 'corpus'}-{row[name]}" for name in names}
+@pytest.mark.parametrize("spelling", ["{kind}-{id}", "{number}"])
+def test_other_spellings_of_ids(root: Path, tmp_path: Path, spelling: str) -> None:
+    """With a prefix, or without the dataset's number, which the table of instructions gives."""
 
-    data = imported(root, tmp_path, 1, change=prefix)
+    def respell(*tables: list[Row]) -> None:
+        for row in (row for rows in tables for row in rows):
+            for name in {"id", "query-id", "corpus-id"} & set(row):
+                kind = "corpus" if name == "corpus-id" else "query-test"
+                row[name] = spelling.format(kind=kind, id=row[name], number=row[name].partition(":")[2])
+
+    data = imported(root, tmp_path, 1, change=respell)
     assert [query.qid for query in data.queries(task(1))] == [builder.qid(1, n) for n in range(builder.NUM_QUERIES)]
     assert list(data.local_pool(task(1))) == [builder.did(1, n) for n in range(builder.NUM_CANDIDATES)]
 
@@ -284,17 +214,9 @@ def set_row(table: int, row: int, **values: Any) -> Change:
     ("number", "change", "message"),
     [
         (1, set_row(0, 1, id="11:100"), r"did '11:100' of toys_task\d was already given for something else"),
-        (1, set_row(1, 1, id="11:1100"), r"line 2: qid '11:1100' is also on line 1"),
-        (1, set_row(0, 1, id="a b"), r"line 2: did must look like '<dataset_id>:<number>', got"),
-        (1, set_row(0, 1, modality="image"), "line 2: modality is 'image' but the line holds text"),
-        (1, set_row(0, 1, text=" "), "line 2: modality is 'text' but the line holds neither text nor image"),
-        (4, set_row(0, 1, image=None), "line 2: modality is 'image' but the line holds neither"),
         (4, set_row(0, 1, image={"bytes": b"no image", "path": None}), "row 2: the image cannot be read"),
-        (4, set_row(0, 1, image={"bytes": b"", "path": None}), "row 2: the image holds no bytes"),
-        (4, set_row(1, 1, text="too", modality="image,text"), "line 2: query_modality is 'image,text' but task 4 has"),
         (1, set_row(2, 1, score=-1), "row 2: score is -1, must be a whole number of 0 or more"),
         (1, lambda *t: t[2].append({**t[2][0], "score": 3}), "'11:1100' and '11:100' were judged 1 before, now 3"),
-        (1, lambda *t: t[0].clear(), "the file is empty"),
     ],
 )
 def test_wrong_rows(root: Path, tmp_path: Path, number: int, change: Change, message: str) -> None:

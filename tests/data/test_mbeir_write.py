@@ -75,19 +75,12 @@ def test_the_demo_gets_smaller_and_keeps_all_that_is_relevant(emoji: MBEIR) -> N
     for task in whole.tasks():
         queries, pool = emoji.queries(task), emoji.local_pool(task)
         assert (len(queries), len(pool)) == (20, 50)
-        own = {query.qid: query for query in whole.queries(task)}
-        assert [query.qid for query in queries] == [qid for qid in own if qid in {query.qid for query in queries}]
-        relevant = whole.qrels(task, "test", own.values(), whole.local_pool(task))
-        found = emoji.qrels(task, "test", queries, pool)
-        assert found == {query.qid: relevant[query.qid] for query in queries}
+        own, original = {query.qid: query for query in whole.queries(task)}, whole.local_pool(task)
+        relevant = whole.qrels(task, "test", own.values(), original)
+        assert emoji.qrels(task, "test", queries, pool) == {query.qid: relevant[query.qid] for query in queries}
         assert all((own[query.qid].text, own[query.qid].image) == (query.text, query.image) for query in queries)
-        original = whole.local_pool(task)
-        assert pool == {did: candidate for did, candidate in original.items() if did in pool}
-        assert list(pool) == [did for did in original if did in pool]
+        assert list(pool.items()) == [(did, candidate) for did, candidate in original.items() if did in pool]
         together |= pool
-        assert emoji.instruction(queries[0], task.candidate_modality) == whole.instruction(
-            queries[0], task.candidate_modality
-        )
     assert emoji.global_pool() == together
     assert emoji.image_root == EMOJI.resolve()
 
@@ -120,65 +113,18 @@ def test_whatever_changes_a_figure_changes_the_hash(root: Path, tmp_path: Path, 
     assert build("after", seed=int(change == "seed")) != before
 
 
-def test_relevant_ones_first_then_hard_negatives_in_turn_then_others(root: Path, tmp_path: Path) -> None:
-    # Query 0 is relevant to 0, query 1 to 1 and 2; their hard negatives are 5 and 4, 3.
-    path = builder.query_path(root, 1, "test")
-    for line, numbers in ((1, [5]), (2, [5, 3, 4])):
-        builder.change_record(path, line, neg_cand_list=[builder.did(1, number) for number in numbers])
-    records = builder.read_records(path)[:2]
-    builder.write_records(path, records)
-    lines = builder.qrels_path(root, 1, "test").read_text().splitlines()[:3]
-    builder.write_lines(builder.qrels_path(root, 1, "test"), lines)
-
-    def pool(count: int) -> list[int]:
-        nano = build_nano(MBEIR(root), tmp_path / str(count), tasks=["toys_task1"], num_candidates=count)
-        assert set(nano.global_pool()) == set(nano.local_pool(TEXTS))
-        return [int(did[-1]) for did in nano.local_pool(TEXTS)]
-
-    assert pool(1) == pool(3) == [0, 1, 2]
-    assert pool(4) == [0, 1, 2, 5]
-    assert pool(5) == [0, 1, 2, 3, 5]
-    assert pool(0) == pool(60) == [0, 1, 2, 3, 4, 5]
-
-
-def test_queries_nobody_judged_are_not_drawn(root: Path, tmp_path: Path) -> None:
-    nano = build_nano(MBEIR(root), tmp_path / "nano")
-    for task in nano.tasks():
-        assert [query.qid for query in nano.queries(task)] == [
-            builder.qid(task.task_id, number) for number in range(builder.UNJUDGED_QUERY)
-        ]
-    builder.write_lines(builder.qrels_path(root, 1, "test"), [])
-    with pytest.raises(MBEIRFormatError, match=r"no query of toys_task1 \(test\) has a relevant candidate"):
-        build_nano(MBEIR(root), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
-def test_another_datasets_judgements_count_where_its_candidates_are(root: Path, tmp_path: Path) -> None:
-    line = f"{builder.qid(1, 0)} 0 12:7 1 1"
-    builder.append_line(builder.qrels_path(root, 1, "test"), line)
-    nano = build_nano(MBEIR(root), tmp_path / "nano")
-    queries, pool = nano.queries(TEXTS), nano.local_pool(TEXTS)
-    assert set(nano.qrels(TEXTS, "test", queries, pool)[builder.qid(1, 0)]) == {builder.did(1, 0)}
-    assert "12:7" in nano.qrels(TEXTS, "test", queries, {*pool, "12:7"})[builder.qid(1, 0)]
-
-
 def test_opening_again_is_no_building(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nano").mkdir()  # an empty folder is nobody's
     first = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     monkeypatch.setattr(mbeir_write, "_write_nano", lambda *_: pytest.fail("built again"))
-    again = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
-    assert again.content_hash == first.content_hash
-    for settings, message in (
-        ({"num_queries": 3}, "num_queries=2, not 3"),
-        ({"num_queries": 2, "seed": 1}, "seed=0, not 1"),
-        ({"num_queries": 2, "tasks": ["toys_task1"]}, r"tasks=\['toys_task0', .*, not \['toys_task1'\]"),
-        ({"num_queries": 2, "split": "train"}, "split='test', not 'train'"),
+    assert build_nano(MBEIR(root), tmp_path / "nano", num_queries=2).content_hash == first.content_hash
+    shutil.copytree(root, tmp_path / "other")
+    for source, settings, message in (
+        (root, {"num_queries": 3}, "num_queries=2, not 3"),
+        (root, {"num_queries": 2, "tasks": ["toys_task1"]}, r"tasks=\['toys_task0', .*, not \['toys_task1'\]"),
+        (tmp_path / "other", {"num_queries": 2}, "images='.*mbeir', not '.*other'"),
     ):
         with pytest.raises(ValueError, match=rf"nano was built with {message}\. Name another folder, or remove"):
-            build_nano(MBEIR(root), tmp_path / "nano", **settings)  # type: ignore[arg-type]
-    shutil.copytree(root, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"built with images='.*mbeir', not '.*other'"):
-        build_nano(MBEIR(tmp_path / "other"), tmp_path / "nano", num_queries=2)
+            build_nano(MBEIR(source), tmp_path / "nano", **settings)  # type: ignore[arg-type]
 
 
 def test_moved_images(root: Path, tmp_path: Path) -> None:
@@ -262,28 +208,20 @@ def test_images_in_both_directions(folder: Path, tmp_path: Path) -> None:
     write_captions(folder, [("a.png", "red"), ("copy of a.png", "crimson"), ("deep/b.png", "green")])
     rows = load_pairs(folder, direction="both", instruction="Find it.", reverse_instruction="Say\t it.")
     data = write_mbeir(rows, tmp_path / "out", dataset="photos", dataset_id=123, test_fraction=1, val_fraction=0)
-    assert [(task.name, task.arrow) for task in data.tasks("test")] == [
-        ("photos_task0", "t -> i"),
-        ("photos_task3", "i -> t"),
-    ]
     first, second = data.tasks("test")
+    assert (first.name, first.arrow, second.name, second.arrow) == ("photos_task0", "t -> i", "photos_task3", "i -> t")
     to_image, to_text = (data.queries(task, "test") for task in (first, second))
-    assert [len(query.positives) for query in to_image] == [1, 1, 1]
-    assert [len(query.positives) for query in to_text] == [2, 1]
-    assert data.instruction(to_image[0], "image") == "Find it."
-    assert data.instruction(to_text[0], "text") == "Say it."
-    assert [candidate.modality for candidate in data.local_pool(first).values()] == ["image", "image"]
-    assert len(data.global_pool()) == 5
+    assert [len(query.positives) for query in (*to_image, *to_text)] == [1, 1, 1, 2, 1]
+    assert (data.instruction(to_image[0], "image"), data.instruction(to_text[0], "text")) == ("Find it.", "Say it.")
+    assert all(query.qid.startswith("123:") for query in to_text)
     image = next(iter(data.local_pool(first).values())).image
     assert image is not None
     assert image.startswith(str(tmp_path / "out" / "mbeir_images" / "photos_images"))
     assert os.path.samefile(image, folder / "a.png")
-    assert all(query.qid.startswith("123:") for query in to_text)
 
 
 def test_negatives_go_along_unless_they_are_right(tmp_path: Path) -> None:
-    columns = {"negative": ["n", "x", "m"]}
-    rows = texts([("a", "x"), ("a", "y"), ("b", "z")], **columns)
+    rows = texts([("a", "x"), ("a", "y"), ("b", "z")], negative=["n", "x", "m"])
     data = write_mbeir(rows, tmp_path / "out", test_fraction=1, val_fraction=0)
     task = data.tasks("test")[0]
     pool = data.local_pool(task)
@@ -295,10 +233,8 @@ def test_negatives_go_along_unless_they_are_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "my photos"}, r"dataset='my photos' must be letters, digits and underscores"),
         ({"dataset_id": 9}, r"dataset_id=9 100 or more: smaller ones are M-BEIR's own"),
         ({"val_fraction": 0.6, "test_fraction": 0.6}, r"must be 0 to 1, and 1 at most together.*Lower one"),
-        ({"test_fraction": -0.1}, r"test_fraction=-0\.1 must be 0 to 1"),
         ({"test_fraction": 0.1}, r"test_fraction=0\.1 of 2 queries in 2 groups .* leaves the split empty\. Raise it"),
     ],
 )

@@ -34,8 +34,6 @@ def row(*names: str, **values: Any) -> list[dict[str, Any]]:
     ("names", "expected"),
     [
         (["image", "caption"], "anchor: caption (text); positive: image (image)"),
-        (["image_path", "title", "id"], "anchor: title (text); positive: image_path (image); ignored: id"),
-        (["question", "answer", "text"], "anchor: question (text); positive: answer (text); ignored: text"),
         (["query", "image", "caption"], "anchor: query (text); positive: image (image); ignored: caption"),
         (["sent0", "sent1", "hard_neg"], "anchor: sent0 (text); positive: sent1 (text); negative 1: hard_neg (text)"),
         (
@@ -60,34 +58,16 @@ def test_values_tell_images_from_texts() -> None:
     assert guess(row("anchor", positive={"text": "a", "image": None})).positive == {"both": "positive"}
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"anchor": "bild"}, "anchor: bild (image); positive: caption (text); ignored: titel"),
-        (
-            {"anchor": "text=caption, image=bild", "positive": {"text": "titel"}},
-            "anchor: caption (text), bild (image); positive: titel (text)",
-        ),
-        (
-            {"positive": "bild", "negatives": [{"text": "titel"}, "image=bild"]},
-            "anchor: caption (text); positive: bild (image); negative 1: titel (text); negative 2: bild (image)",
-        ),
-    ],
-)
-def test_what_is_given_wins(given: dict[str, Any], expected: str) -> None:
-    assert str(guess(row("caption", "titel", bild="1.png"), **given)) == expected
+def test_what_is_given_wins() -> None:
+    found = guess(row("caption", "titel", bild="1.png"), anchor="text=caption, image=bild", positive={"text": "titel"})
+    assert str(found) == "anchor: caption (text), bild (image); positive: titel (text)"
 
 
 @pytest.mark.parametrize(
     ("columns", "given", "message"),
     [
         (["caption", "id"], {}, r"No column for the positive: the columns are caption, id\. Name another \(positive="),
-        ([], {}, r"No column for the anchor: the columns are none"),
         (["a", "b"], {"anchor": "c", "positive": "b"}, r"anchor='c' must be a column, .* The columns are a, b\."),
-        (["a", "b"], {"anchor": {"text": "a", "image": "c"}, "positive": "b"}, r"anchor=\{.* must be a column"),
-        (["a", "b"], {"anchor": {"sound": "a"}}, r"anchor=\{'sound': 'a'\} must be a column, or columns of text"),
-        (["a", "b"], {"anchor": "a", "positive": "b", "negatives": ["c"]}, r"negatives='c' must be a column"),
-        (["a", "b"], {"anchor": "a", "positive": "a"}, r"No column for the positive.* Name another"),
         (["sentence1", "sentence2", "label"], {}, r"There is a column 'label', .* some rows are no right pairs"),
     ],
 )
@@ -96,33 +76,11 @@ def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: s
         guess(row(*columns), **given)
 
 
-@pytest.mark.parametrize(
-    ("values", "name"),
-    [
-        ({"image": "a.png", "question": "what?", "answer": "a shoe"}, "image"),
-        ({"image": {"bytes": b"", "path": None}, "question": "what?", "answer": "a shoe"}, "image"),
-        ({"image": "a.png", "caption": "in red", "target_image": "b.png"}, "target_image"),
-        ({"image": "a.png", "caption": "in red", "image_2": "b.png"}, "image_2"),
-    ],
-)
-def test_images_of_either_side_are_not_ignored(values: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=rf"The column '{name}' holds images, but its name does not tell whose"):
+def test_images_of_either_side_are_not_ignored() -> None:
+    values = {"image": "a.png", "caption": "in red", "target_image": "b.png"}
+    with pytest.raises(ValueError, match=r"The column 'target_image' holds images, but its name does not tell whose"):
         guess([values])
-    given = {"text": next(one for one in ("question", "caption") if one in values), "image": "image"}
-    assert guess([values], anchor=given, positive="answer" if "answer" in values else name)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"image": {"bytes": b"", "path": None}, "caption": "red", "filename": "a.png", "img_id": "1"},
-        {"query": "red", "document": "a shoe", "path": "notes/a.txt"},
-        {"query": "red", "document": "a shoe", "url": "https://shop/a.png"},
-        {"query": "red", "positive": "a shoe", "negative_image": "b.png"},
-    ],
-)
-def test_other_names_of_files_do_not_matter(values: dict[str, Any]) -> None:
-    assert guess([values])
+    assert guess([values], anchor={"text": "caption", "image": "image"}, positive="target_image")
 
 
 # --- ids
@@ -131,20 +89,13 @@ def test_other_names_of_files_do_not_matter(values: dict[str, Any]) -> None:
 def test_equal_content_has_equal_ids(tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "photos")
     a, copy, b = (str(folder / name) for name in ("a.png", "copy of a.png", "deep/b.png"))
-    cells = [
-        Record(image=a),
-        Record(image=copy),
-        Record(image=b),
-        Record(text="x", image=a),
-        Record(text="x"),
-        Record(text=" X "),
-    ]
+    images = [Record(image=a), Record(image=copy), Record(image=b), Record(text="x", image=a)]
+    cells = [*images, Record(text="x"), Record(text=" X ")]
     ids = PairIds([Pair("", cell, cell) for cell in cells])
     numbers = [ids.of(cell) for cell in cells]
     assert numbers[0] == numbers[1]
     assert numbers[4] == numbers[5]
     assert len(set(numbers)) == 4
-    assert ids.image(a) == ids.image(copy) != ids.image(b)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -160,13 +111,6 @@ def test_telling_positives_keep_the_same_rows_apart_as_all(seed: int) -> None:
         for other in pairs:
             together = set(ids.positives(one.anchor)) & set(ids.positives(other.anchor))
             assert bool(set(telling) & set(ids.telling_positives(other))) == bool(together)
-
-
-def test_an_anchor_of_many_pairs_does_not_name_all_its_positives_in_each() -> None:
-    pairs = [Pair("", Record(text="a shoe"), Record(text=f"shoe {number}")) for number in range(100)]
-    ids = PairIds([*pairs, Pair("", Record(text="a boot"), Record(text="shoe 7"))])
-    assert {len(ids.telling_positives(pair)) for pair in pairs} == {1, 2}
-    assert all(ids.of(Record(text="shoe 7")) in ids.telling_positives(pair) for pair in pairs)
 
 
 # --- rows
@@ -195,45 +139,34 @@ def test_a_caption_asks_for_its_image(folder: Path) -> None:
     ]
     assert (reading.num_rows, reading.num_rows_left_out, reading.name) == (2, 0, str(table))
     assert read(folder).pairs == reading.pairs
+    table.rename(folder / "other.csv")
+    with pytest.raises(ValueError, match=r"must hold one table of its images called metadata or captions, or Parquet"):
+        read(folder)
 
 
 def test_structs_as_load_pairs_makes_them(folder: Path) -> None:
     path = str(folder / "a.png")
-    rows = Dataset.from_dict(
-        {
-            "anchor": [{"text": "a", "image": path, "instruction": "Find it."}],
-            "positive": [{"text": None, "image": path}],
-            "negative_1": [{"text": "b", "image": None}],
-        }
-    )
-    expected = Pair(
-        "the dataset, row 1",
-        Record(text="a", image=path, instruction="Find it."),
-        Record(image=path),
-        (Record(text="b"),),
-    )
-    assert read(rows).pairs == [expected]
+    sides = {
+        "anchor": {"text": "a", "image": path, "instruction": "Find it."},
+        "positive": {"text": None, "image": path},
+    }
+    rows = Dataset.from_list([{**sides, "negative_1": {"text": "b", "image": None}}])
+    expected = (Record(text="a", image=path, instruction="Find it."), Record(image=path), (Record(text="b"),))
+    assert read(rows).pairs == [Pair("the dataset, row 1", *expected)]
 
 
 def test_a_list_of_captions_makes_as_many_pairs(folder: Path) -> None:
-    table = write_jsonl(folder, {"image": "a.png", "captions": ["red", " ", "dark red", None]})
-    reading = read(table)
+    reading = read(write_jsonl(folder, {"image": "a.png", "captions": ["red", " ", "dark red", None]}))
     assert [pair.anchor.text for pair in reading.pairs] == ["red", "dark red"]
-    assert len({pair.positive for pair in reading.pairs}) == 1
-    assert reading.num_rows == 1
+    assert len({pair.positive for pair in reading.pairs}) == reading.num_rows == 1
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
         ({"caption": [" "]}, "anchor missing", r"line 2: anchor is empty \(column caption\)\. Fill it"),
-        ({"image": None}, "positive missing", r"line 2: positive is empty \(column image\)"),
-        ({"negative_1": ["a", "b"]}, "text of another type", r"line 2: negative is \['a', 'b'\], must be"),
         ({"caption": ["a", 3]}, "text of another type", r"line 2: anchor is 3, must be a text"),
-        ({"caption": "\ud83d"}, "text of another type", r"line 2: anchor is '\\ud83d', which holds half a character"),
-        ({"instruction": 3}, "text of another type", r"line 2: instruction is 3, must be a text"),
         ({"image": {"path": "../outside.png"}}, "image refused", r"line 2: image path '\.\./outside\.png' leaves"),
-        ({"image": "none.png"}, "image missing", r"line 2: image 'none\.png' is not a file"),
         ({"image": "broken.png"}, "image broken", r"line 2: '.*broken\.png' cannot be read"),
     ],
 )
@@ -248,18 +181,17 @@ def test_offenders(folder: Path, row: dict[str, Any], kind: str, message: str) -
 
 
 def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:
-    table = write_csv(
-        folder / "c.csv", ["image", "caption", "task"], [("a.png", "red", " Find it. "), ("a.png", "x", "")]
-    )
-    assert [pair.anchor.instruction for pair in read(table, instruction="task").pairs] == ["Find it.", None]
-    assert [pair.anchor.instruction for pair in read(table, instruction=" Find the photo.").pairs] == [
-        "Find the photo."
-    ] * 2
-    assert [pair.anchor.instruction for pair in read(table).pairs] == [None, None]
+    rows = [("a.png", "red", " Find it. "), ("a.png", "x", "")]
+    table = write_csv(folder / "c.csv", ["image", "caption", "task"], rows)
+    for given, expected in (
+        ("task", ["Find it.", None]),
+        (" Find the photo.", ["Find the photo."] * 2),
+        ("找到图片。", ["找到图片。"] * 2),  # a sentence need not have blanks
+        (None, [None, None]),
+    ):
+        assert [pair.anchor.instruction for pair in read(table, instruction=given).pairs] == expected
     with pytest.raises(ValueError, match=r"instruction='taks' must be a text of several words or a column of"):
         read(table, instruction="taks")
-    # A sentence need not have blanks.
-    assert read(table, instruction="找到图片。").pairs[0].anchor.instruction == "找到图片。"
 
 
 def test_directions(folder: Path) -> None:
@@ -267,42 +199,13 @@ def test_directions(folder: Path) -> None:
     text, image = Record(text="red"), Record(image=str(folder / "a.png"))
 
     def sides(**options: Any) -> list[tuple[Record, Record, str | None]]:
-        return [
-            (replace(pair.anchor, instruction=None), pair.positive, pair.anchor.instruction)
-            for pair in read(table, **options).pairs
-        ]
+        pairs = read(table, **options).pairs
+        return [(replace(pair.anchor, instruction=None), pair.positive, pair.anchor.instruction) for pair in pairs]
 
-    assert sides(direction="text-to-image") == [(text, image, None)]
-    assert sides(direction="image-to-text", instruction="Find a caption.") == [(image, text, "Find a caption.")]
     assert sides(anchor="file_name", direction="text-to-image") == [(text, image, None)]
-    assert sides(direction="both") == [(text, image, None), (image, text, None)]
+    assert sides(direction="image-to-text", instruction="Find a caption.") == [(image, text, "Find a caption.")]
     both = sides(direction="both", instruction="Find an image.", reverse_instruction="Find a caption.")
     assert both == [(text, image, "Find an image."), (image, text, "Find a caption.")]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"direction": "both", "instruction": "Find it."}, r"direction='both' with instruction='Find it\.' needs rev"),
-        ({"direction": "both", "instruction": "task"}, r"with instruction='task' needs reverse_instruction"),
-        (
-            {"reverse_instruction": "Find it."},
-            r"reverse_instruction='Find it\.', which is for direction='both' only",
-        ),
-        ({"direction": "both", "negatives": "wrong"}, r"direction='both' turns pairs round, but their negatives"),
-        ({"direction": "image-to-text", "negatives": "wrong"}, r"direction='image-to-text' turns pairs round"),
-        (
-            {"direction": "text-to-image", "positive": "wrong"},
-            r"direction='text-to-image' needs one side of texts and one of images, found anchor: caption \(text\); pos",
-        ),
-    ],
-)
-def test_directions_that_do_not_fit(folder: Path, options: dict[str, Any], message: str) -> None:
-    table = write_csv(
-        folder / "c.csv", ["image", "caption", "task", "wrong"], [("none.png", "red", "Find it.", "blue")]
-    )
-    with pytest.raises(ValueError, match=message):
-        read(table, **options)
 
 
 # --- training rows
@@ -336,21 +239,14 @@ def test_one_image_with_five_captions(folder: Path) -> None:
     assert turned["qid"] == rows["did"]
 
 
-def offending(folder: Path) -> Path:
-    captions = [("a.png", "red"), ("none.png", "x"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", "")]
-    return write_captions(folder, [*captions, ("none.png", "y"), ("deep/b.png", "green")])
-
-
 def test_offenders_are_counted_in_one_error(folder: Path) -> None:
+    captions = [("a.png", "red"), ("none.png", "x"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", "")]
+    table = write_captions(folder, [*captions, ("none.png", "y"), ("deep/b.png", "green")])
     with pytest.raises(ValueError, match=r"captions\.csv: 5 of 7 rows cannot be used: ") as caught:
-        load_pairs(offending(folder))
-    message = str(caught.value)
+        load_pairs(table)
     counts = "image missing: 2, image broken: 1, image refused: 1, anchor missing: 1:\n- "
-    assert counts in message
-    shown = [message.index(f"captions.csv, line {line}: ") for line in (3, 4, 5, 6, 7)]
-    assert shown == sorted(shown)
-    assert "Mend them (puma-hf pairs lists more), or leave them out" in message
-    assert message.endswith("(on_error='drop', --bad-pairs drop).")
+    assert counts in str(caught.value)
+    assert str(caught.value).endswith("(on_error='drop', --bad-pairs drop).")
 
 
 def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
@@ -360,12 +256,12 @@ def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
     cells: list[Any] = [{"bytes": stream.getvalue(), "path": None}]
     rows = Dataset.from_dict({"image": cells, "caption": ["black"]}, features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
-    for source in (rows, tmp_path / "rows.parquet"):
+    for source in (rows, tmp_path / "rows.parquet", tmp_path):
         with pytest.raises(ValueError, match=r"image inside of the dataset: 1:\n.*images_to=FOLDER"):
             load_pairs(source)
-        saved = load_pairs(source, images_to=tmp_path / "saved")["positive"][0]["image"]
+        saved = load_pairs(source, images_to=tmp_path.parent / "saved")["positive"][0]["image"]
         assert Path(saved).read_bytes() == stream.getvalue()
-    assert len(list((tmp_path / "saved").iterdir())) == 1
+    assert len(list((tmp_path.parent / "saved").iterdir())) == 1
 
 
 # --- settings

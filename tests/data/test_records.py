@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as Pillow
 from pyarrow import parquet
 
-from puma_hf.data.records import MBEIRFormatError, Problems, Record, item_lines, read_lines
+from puma_hf.data.records import Record, item_lines, read_lines
 from puma_hf.modeling.inputs_puma import is_image_name
 
 ROWS = [{"text": "a red shoe", "image": "1.png"}, {"text": 'zwölf, "hats"', "image": "2.png"}]
@@ -42,48 +42,6 @@ def test_text_that_a_model_might_open_is_marked_as_text() -> None:
         assert Record(text=text).model_input == {"text": text}
 
 
-# --- problems
-
-
-def wrong(line: int, kind: str = "wrong id") -> MBEIRFormatError:
-    return MBEIRFormatError(f"pool.jsonl, line {line}: wrong", kind)
-
-
-def missing(line: int) -> FileNotFoundError:
-    return FileNotFoundError(f"pool.jsonl, line {line}: no image")
-
-
-def report(*errors: Exception) -> Exception:
-    problems = Problems("pool.jsonl")
-    for error in errors:
-        problems.add(error)
-    with pytest.raises((MBEIRFormatError, FileNotFoundError)) as caught, problems:
-        pass
-    return caught.value
-
-
-def test_one_wrong_row_keeps_its_own_error() -> None:
-    for error in (wrong(3), missing(3)):
-        assert report(error) is error
-
-
-def test_several_are_counted_by_kind_and_the_first_are_quoted() -> None:
-    error = report(wrong(1), missing(2), wrong(3), wrong(4, "missing field"))
-    assert isinstance(error, MBEIRFormatError)
-    assert str(error).splitlines() == [
-        "pool.jsonl: 4 problems (wrong id: 2, image missing: 1, missing field: 1):",
-        "- pool.jsonl, line 1: wrong",
-        "- pool.jsonl, line 2: no image",
-        "- pool.jsonl, line 3: wrong",
-        "- pool.jsonl, line 4: wrong",
-    ]
-    # Missing images alone are missing files; one other mistake is enough, wherever it comes.
-    assert isinstance(report(missing(1), missing(2)), FileNotFoundError)
-    many = report(*map(missing, range(20)), wrong(21))
-    assert isinstance(many, MBEIRFormatError)
-    assert len(str(many).splitlines()) == 6
-
-
 # --- tables
 
 
@@ -111,7 +69,6 @@ JSON_LINES = '{"text": "a red shoe", "image": "1.png"}\n\n{"text": "zwölf, \\"h
         ("a.csv", '\ufefftext,image\na red shoe,1.png\n\n"zwölf, ""hats""",2.png\n', [", line 2", ", line 4"]),
         ("a.TSV", 'text\timage\r\na red shoe\t1.png\r\nzwölf, "hats"\t2.png', [", line 2", ", line 3"]),
         ("a.jsonl", JSON_LINES, [", line 1", ", line 3"]),
-        ("a.json", JSON_LINES, [", line 1", ", line 3"]),
         ("a.json", f"\ufeff\n [{JSON_LINES.strip().replace(chr(10) * 2, ',')}]", [", object 1", ", object 2"]),
     ],
 )
@@ -145,24 +102,13 @@ def test_cells_are_texts_and_may_be_long(tmp_path: Path) -> None:
     assert csv.field_size_limit() >= 2**24
 
 
-def test_values_in_errors_are_cut(tmp_path: Path) -> None:
-    header = ",".join(f"column {number}" for number in range(10_000))
-    with pytest.raises(ValueError, match="1 cells, but the header has 10000 ") as caught:
-        read(write(tmp_path, "a.csv", f"{header}\na\n"))
-    assert len(str(caught.value)) < 500 + len(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", b"t\xe4xt\na\n", r"a\.csv, line 1: not UTF-8"),
-        ("a.csv", '"text"s,image\na,b\n', r"a\.csv, line 1: ',' expected after '\"'\. Mend the line"),
         ("a.csv", "text,text\na,b\n", r"a\.csv: the header has 'text' twice"),
-        ("a.json", f"[{DEEP}]", r"a\.json, object 1: .*maximum recursion depth exceeded"),
         ("a.json", '[{"text": "a"}, ', r"a\.json, object 1: .*broken JSON .*cut off"),
-        ("a.jsonl", '{"text": "a"}\n{"te', r"line 2: broken JSON .*the file ends in the middle of this line"),
         ("a.parquet", b"no parquet", r"a\.parquet is not a whole Parquet file \(.*magic bytes"),
-        ("a.docx", "", r"a\.docx ends in '\.docx', must be one of \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -174,14 +120,11 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str
     ("name", "content", "texts", "messages"),
     [
         ("a.csv", "text,n\na,1\nb\nc,1,2\nd,4\n", ["a", "d"], ["line 3: 1 cells", "line 4: 3 cells"]),
-        ("a.csv", "text\na\n" + "x" * (2**24 + 1) + "\nb\n", ["a", "b"], ["line 3: field larger"]),
         ("a.csv", 'text\na\n"b\n', ["a"], ["line 3: unexpected end of data"]),
-        ("a.csv", b"text\na\n\xff\nc\n", ["a", "c"], ["line 3: not UTF-8"]),
         ("a.tsv", b"text\na\n\xff\nc\n", ["a", "c"], ["line 3: not UTF-8"]),
         ("a.jsonl", DEEP + '\n{"text": "b"}\n', ["b"], ["line 1: broken JSON (maximum recursion"]),
         ("a.jsonl", '{"text": "a"}\n{"text"\n[]\n{"text": "d"}', ["a", "d"], ["line 2: broken", "line 3: expected"]),
         ("a.json", '[{"text": "a"}, 3, {"text": "c"}]', ["a", "c"], ["object 2: expected a JSON object, got 3"]),
-        ("a.txt", b"a\n\xff\nc\n", ["a", "c"], ["line 2: 'utf-8' codec can't decode"]),
     ],
 )
 def test_reading_goes_on_after_bad_lines(
@@ -198,10 +141,8 @@ def test_reading_goes_on_after_bad_lines(
     ("content", "expected"),
     [
         ("file_name,caption\na.png,red\nb.pdf,blue\n", [("red", "a.png"), ("blue", "b.pdf")]),
-        ("file_name,text\n,no image\na.png,red\n", [("no image", None), ("red", "a.png")]),
         ("file_name,text\nreport.pdf,a chunk\n", [("a chunk", None)]),
         ("_id,title,text\nd1,Apples,are red.\n", [("Apples are red.", None)]),
-        ("id,title,text\nd1,Apples,are red.\n", [("are red.", None)]),
         ("id,sent0,sent1,hard_neg\n1,a,b,c\n", [("a", None), ("b", None), ("c", None)]),
     ],
 )

@@ -38,8 +38,7 @@ def test_no_two_rows_share_an_answer(drop_last: bool) -> None:
     assert not any(clashes(batch, positives) for batch in batches)
     assert len(rows) == len(set(rows))
     assert len(rows) >= 150
-    if drop_last:
-        assert {len(batch) for batch in batches} == {8}
+    assert not drop_last or {len(batch) for batch in batches} == {8}
     plain = torch.randperm(200, generator=torch.Generator().manual_seed(0)).split(8)
     assert any(clashes(batch.tolist(), positives) for batch in plain)  # chance alone would not do
 
@@ -68,28 +67,11 @@ def test_rows_that_wait_come_too(looked_at: int, monkeypatch: pytest.MonkeyPatch
         assert not any(clashes(batch, positives) for batch in batches)
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_all_rows_share_one_answer(drop_last: bool) -> None:
-    sampler = make([["same"]] * 10, drop_last=drop_last)
-    assert [len(batch) for batch in sampler] == ([] if drop_last else [1] * len(sampler))
-
-
-def test_an_answer_of_very_many_rows() -> None:
-    """Most rows wait, more than are looked at for one batch; the others must all come."""
-    rows = 40 * LOOKED_AT_PER_ROW
-    positives = [["same"] if row % 2 else [f"d{row}"] for row in range(rows)]
-    batches = list(make(positives, 4))
-    assert not any(clashes(batch, positives) for batch in batches)
-    assert {row for batch in batches for row in batch if row % 2 == 0} == set(range(0, rows, 2))
-    assert sum(1 for batch in batches for row in batch if row % 2) == len(batches)
-
-
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     positives = random_positives(60, 40)
     sampler = make(positives)
     first = list(sampler)
     assert list(sampler) == first
-    assert list(make(positives, generator=torch.Generator().manual_seed(99))) == first
     sampler.set_epoch(1)
     second = list(sampler)
     assert second != first
@@ -117,20 +99,6 @@ def test_no_two_rows_of_a_step_share_an_answer(drop_last: bool, even_batches: bo
     alone = list(make(positives, 4, drop_last=drop_last))
     apart = [[row for batch in alone[n : n + 3] for row in batch] for n in range(0, len(alone), 3)]
     assert any(clashes(step, positives) for step in apart)  # batches of one device would not do
-
-
-def test_the_last_step_is_filled_or_dropped() -> None:
-    positives = [[f"d{row}"] for row in range(20)]
-    dropping, filling = (make(positives, 4, drop_last=drop_last, num_devices=2) for drop_last in (True, False))
-    assert len(dropping) == len(list(dropping)) == 4
-    batches = list(filling)
-    rows = [row for batch in batches for row in batch]
-    assert len(filling) == len(batches) == 6
-    assert set(rows) == set(range(20))
-    assert rows[20:] == rows[:4]
-    assert len(set(rows[16:])) == 8
-    filling.set_epoch(1)
-    assert list(filling) != batches
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

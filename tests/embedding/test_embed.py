@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
 from torch import nn
 
 from puma_hf.embedding import embed as module
@@ -118,16 +117,6 @@ def test_truncated_rows(
     expected = sentence_transformer.encode(["a", "b"], truncate_dim=given, normalize_embeddings=True)
     assert result.embeddings.shape == (2, dim)
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
-def test_precisions(sentence_transformer: Any, inputs: list[Any], precision: Any) -> None:
-    floats = embed(sentence_transformer, inputs, truncate_dim=16).embeddings
-    found = embed(sentence_transformer, inputs, truncate_dim=16, precision=precision).embeddings
-    if precision == "float16":
-        np.testing.assert_array_equal(found, floats.astype(np.float16))
-    else:
-        np.testing.assert_array_equal(found, quantize_embeddings(floats, precision=precision))
 
 
 def test_zeros_of_broken_inputs_do_not_widen_the_ranges(sentence_transformer: Any) -> None:
@@ -314,27 +303,6 @@ def test_progress(
         embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=asked)
     text = capsys.readouterr().err
     assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == shown
-
-
-# --- what costs what
-
-
-def test_batches_fill_the_budget(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On average at least three quarters of it, and never more."""
-    computed: list[int] = []
-    real = sentence_transformer[0].embed_batch
-
-    def embed_batch(batch: Any) -> Any:
-        computed.extend(len(part.input_ids) for part in batch.parts)
-        return real(batch)
-
-    monkeypatch.setattr(sentence_transformer[0], "embed_batch", embed_batch)
-    generator = np.random.default_rng(0)
-    letters = np.array([*"a red apple on a table"])
-    texts = ["".join(generator.choice(letters, length)) + "!" for length in generator.integers(5, 150, 300)]
-    embed(sentence_transformer, texts, prompt=PROMPT, max_batch_tokens=1000)
-    assert max(computed) <= 1000
-    assert np.mean(computed[:-1]) >= 750
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

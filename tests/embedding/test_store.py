@@ -3,8 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +82,15 @@ def test_eight_bits_take_a_byte_on_the_disk(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, SETTINGS, dtype=torch.int8)
     store.add(keys, torch.randint(-128, 128, (1000, 256), generator=torch.Generator().manual_seed(0)))
     assert shards_of(tmp_path)[0].stat().st_size < 1000 * (256 + 8) * 1.1
+
+
+def test_shards_of_a_large_corpus_come_in_its_order(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    orders = [0, 20_000, 90_000, 100_000, 3_000_000]
+    for order in reversed(orders):
+        store.add(torch.tensor([order]), torch.ones(1, 2), ids=[str(order)], order=order)
+    store.refresh()
+    assert [ids for ids, _ in store] == [[str(order)] for order in orders]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -294,30 +301,3 @@ def test_what_embed_has_not_finished_is_not_opened(tmp_path: Path) -> None:
     shards_of(tmp_path)[0].unlink()
     with pytest.raises(ValueError, match=r"is not whole: .* or files are missing"):
         open_embeddings(tmp_path)
-
-
-WRITER = """
-import sys, torch
-from puma_hf.embedding.store import EmbeddingStore
-store = EmbeddingStore(sys.argv[1], {"model": "f00d"}, file_format="safetensors")
-while True:
-    for keys in torch.arange(40_000).split(400):
-        store.add(keys, (keys[:, None] % 97).float().expand(-1, 64))
-        print(flush=True)
-"""
-
-
-def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    for _ in range(5):
-        assert writer.stdout.readline()
-    writer.kill()
-    writer.wait()
-    writer.stdout.close()
-    keys = torch.arange(40_000)
-    store = EmbeddingStore(tmp_path, {"model": "f00d"}, file_format="safetensors")
-    there = keys[store.has(keys)]
-    assert len(there) >= 2000
-    assert len(there) % 400 == 0
-    assert torch.equal(store.rows(there)[:, 5], (there % 97).float())

@@ -250,7 +250,7 @@ def test_what_cannot_be_distilled(make_model: MakeModel) -> None:
     for labels in (None, states, torch.zeros(2, 3, 3)):
         with pytest.raises(ValueError, match=r"no 'teacher_state' and labels are .* needs states \(batch_size, 2,"):
             SelfDistillationLoss(Taught())(columns, labels)
-    with pytest.raises(ValueError, match=r"features \['states'\].*needs 'pooler_output'.*Use a PUMA model"):
+    with pytest.raises(ValueError, match=r"returned \['states'\].*needs 'pooler_output': use a PUMA model"):
         SelfDistillationLoss(nn.Identity())(columns, torch.zeros(2, 2, 3))
     model = make_model()
     with pytest.raises(ValueError, match=r"contrastive_weight_start is -1\.0, but a weight must be 0 or more"):

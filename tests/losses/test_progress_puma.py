@@ -103,7 +103,7 @@ def test_the_released_values(decay: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.01, math.nan, math.inf])
 def test_a_schedule_ends_within_the_training(value: float) -> None:
-    message = rf"^schedule_end is {value}, but it must be above 0 and at most 1.*Use 0\.5 .*schedule='constant'"
+    message = rf"^schedule_end is {value}, but it must be above 0 and at most 1"
     with pytest.raises(ValueError, match=message):
         TemperatureSchedule(0.05, 0.04, "constant", value)
     with pytest.raises(ValueError, match=message):
@@ -239,7 +239,7 @@ def test_add_temperature_schedule_twice_adds_one(
 def test_losses_without_a_schedule_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     other = MultipleNegativesRankingLoss(make_model())
     for loss, shown in ((other, "MultipleNegatives"), ({"nli": other}, r"\{'nli': Multiple"), ({}, r"\{\}")):
-        with pytest.raises(ValueError, match=rf"(?s)loss is {shown}.*needs a ScheduledTemperatureLoss.*Pass the"):
+        with pytest.raises(ValueError, match=rf"(?s)loss is {shown}.*needs a ScheduledTemperatureLoss"):
             TemperatureScheduleCallback(loss)
     trainer: Any = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="loss is None, but a temperature schedule needs a ScheduledTemperatureLoss"):

@@ -38,7 +38,7 @@ def test_its_settings_are_the_hubs(space: Path) -> None:
         "app_file": "app.py",
         "tags": ["puma", "multimodal-retrieval"],
     }
-    assert "7 items (2 pictures, 1 picture with a text, 4 texts) · tiny-puma." in card.text
+    assert "7 items (2 of image, 1 of image,text, 4 of text) · tiny-puma." in card.text
     assert "and, in `index/`, the embeddings, texts\nand pictures that it searches, and the model." in card.text
 
 

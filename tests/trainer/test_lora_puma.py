@@ -103,7 +103,7 @@ def test_second_adapter_and_other_models_are_refused(make_student: MakeStudent) 
     with pytest.raises(ValueError, match=r"already has an adapter\. Merge it first"):
         add_lora(model, lora_config())
     other = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
-    with pytest.raises(ValueError, match=r"holds none that was pruned from a Qwen2-VL, .* \(puma-hf prune"):
+    with pytest.raises(ValueError, match=r"A Identity holds no model that puma_hf\.prune .* cut from a Qwen2-VL"):
         add_lora(other, lora_config())
 
 
@@ -259,7 +259,7 @@ def test_reentrant_checkpointing_is_refused(
 ) -> None:
     arguments = make_arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     model = make_student()
-    with pytest.raises(ValueError, match=r"checkpointing_kwargs has use_reentrant=True, .* pass False\."):
+    with pytest.raises(ValueError, match=r"checkpointing_kwargs has use_reentrant=True, .* leave it out"):
         PumaTrainer(model=model, args=arguments, train_dataset=pictures, loss=MultimodalMACLoss(model))
 
 

@@ -221,12 +221,12 @@ def test_base_on_the_hub(adapter: Path, base: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("puma_hf.trainer.merge.snapshot_download", download)
     assert merge_adapter(adapter, tmp_path / "merged", base="org/puma") < 1e-6
-    message = r"base 'org/other' is not a directory, and not on the Hub \(Cannot find it\.\)\. Name the PUMA"
+    message = r"base 'org/other' is not a directory, and not on the Hub \(Cannot find it\.\)\. Name it"
     with pytest.raises(FileNotFoundError, match=message):
         merge_adapter(adapter, tmp_path / "again", base="org/other")
     # A path is never looked for on the Hub.
     for path in ("nowhere/at/all", "../gone"):
-        with pytest.raises(FileNotFoundError, match=rf"{path}' is not a directory\. Name the PUMA"):
+        with pytest.raises(FileNotFoundError, match=rf"{path}' is not a directory\. Name it"):
             merge_adapter(adapter, tmp_path / "again", base=path)
     assert asked == ["org/puma", "org/other"]
 

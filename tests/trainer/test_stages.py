@@ -295,7 +295,7 @@ def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Pa
     stale.mkdir(parents=True)
     (stale / "trainer_state.json").write_text(json.dumps({"global_step": 500}))
     (tmp_path / "out" / "checkpoint-notes").mkdir()
-    with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Continue .*--resume.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Take resume .*--resume.*--overwrite"):
         train(train_config())
     output = train(train_config(save_steps=3, overwrite=True))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-notes"]
@@ -330,7 +330,7 @@ def test_adapter_is_no_model_to_train(train_config: MakeConfig, tmp_path: Path) 
 
 def test_only_puma_directories_are_trained(train_config: MakeConfig, qwen_dir: Path, tmp_path: Path) -> None:
     for name in (qwen_dir, tmp_path / "absent", "org/name"):
-        with pytest.raises(ValueError, match=r"is no PUMA directory\. Make one .* puma-hf prune"):
+        with pytest.raises(ValueError, match=r"is no PUMA directory\. Make one with puma-hf prune"):
             train(train_config(model=name))
 
 
@@ -388,7 +388,7 @@ def test_fsdp_runs_plain_losses_only(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delattr(stages, "SentenceTransformer")  # nothing is loaded for a run that cannot be
-    with pytest.raises(ValueError, match=what + r" parts of the model .* Launch without FSDP: plain DDP"):
+    with pytest.raises(ValueError, match=what + r" parts of the model, .* Launch without FSDP: plain DDP"):
         distill(distill_config()) if stage == "distill" else train(train_config(mini_batch_size=2))
 
 
@@ -444,7 +444,7 @@ def test_training_on_photos_with_captions(
 def test_pairs_have_no_splits(train_config: MakeConfig, tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("query,positive\na,b\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"split='val' is a part of M-BEIR, and .*pairs\.csv holds pairs .*--mbeir"):
+    with pytest.raises(ValueError, match=r"split='val' is a part of M-BEIR, which .*pairs\.csv is not"):
         train(train_config(data=table, split="val"))
 
 
@@ -522,8 +522,6 @@ def test_a_full_disk_at_the_end_leaves_no_half_adapter(
 
 
 def test_weights_that_the_last_step_spoils_are_no_result(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^Optimizer step 2 has left weights .* not finite.* Train with a lower learn"
-    ):
+    with pytest.raises(ValueError, match=r"^Optimizer step 2 has left weights .* not finite.* Lower learn"):
         distill(make_config(learning_rate=1e30))
     assert not (tmp_path / "out" / "adapter_config.json").exists()

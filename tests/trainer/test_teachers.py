@@ -135,7 +135,7 @@ def test_the_teacher_counts_positions_as_the_student_does(
     loaded = StoredModel(qwen_dir, puma_model(model)).load().eval()
     assert torch.equal(full_states(loaded, features), expected)
     assert (full_states(full_model, features) - expected).abs().max() > 1e-3  # which has M-RoPE
-    with pytest.raises(ValueError, match=r"The teacher has positions=mrope and the student sequential, .* Choose a"):
+    with pytest.raises(ValueError, match=r"The teacher has positions=mrope and the student sequential, whose"):
         WholeTeacher(full_model, puma_model(model))
     # States that were stored for the one are not the other's.
     usual = puma_model(make_student())
@@ -285,34 +285,12 @@ def test_images_are_not_shared_where_that_would_be_wrong(
     assert "pixel_values" in features
 
 
-def test_images_and_videos_are_shared_together(qwen_dir: Path, make_student: MakeStudent) -> None:
-    model = make_student(disturbed=True)
-    backbone = puma_model(model)
-    config = backbone.config
-    image, video, ret = [config.image_token_id] * 4, [config.video_token_id] * 8, [config.ret_token_id]
-    features: dict[str, Any] = {
-        "input_ids": torch.tensor([[40, *image, 41, 42, 43, 44, *ret], [*video, 41, *ret]]),
-        "pixel_values": torch.randn(16, 3 * 2 * 8 * 8),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "pixel_values_videos": torch.randn(32, 3 * 2 * 8 * 8),
-        "video_grid_thw": torch.tensor([[2, 4, 4]]),
-    }
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    expected = teacher.states(features)
-    shared = dict(features)
-    with count_calls(backbone.visual) as calls:
-        teacher.add_states(shared)
-        assert torch.equal(model(shared)["pooler_output"], model(dict(features))["pooler_output"])
-        assert len(calls) == 2 + 2  # an image and a video shared, and both once more without
-    assert torch.equal(shared["teacher_state"], expected)
-
-
 def test_a_dropped_layer_that_is_damaged(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path) -> None:
     source = Path(shutil.copytree(qwen_dir, tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
     name = next(key for key in tensors if canonical_name(key) == "language_model.layers.3.mlp.up_proj.weight")
     save_file(tensors | {name: tensors[name][1:].clone()}, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"source' lacks a tensor .*another shape \(layer 3, mlp\.up_proj\.weight\)"):
+    with pytest.raises(ValueError, match=r"source' lacks layer 3, mlp\.up_proj\.weight"):
         FrozenTeacher.from_pretrained(source, puma_model(make_student()))
 
 
@@ -321,7 +299,7 @@ def test_a_dropped_layer_that_is_damaged(qwen_dir: Path, make_student: MakeStude
 
 def test_teacher_with_other_weights(make_student: MakeStudent, tmp_path: Path) -> None:
     other = build_qwen2_vl(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"differ in \d\d tensors that both have \(first: visual\..*before any other"):
+    with pytest.raises(ValueError, match=r"cannot share the student's weights: \d\d differ \(first: visual\."):
         FrozenTeacher.from_pretrained(other, puma_model(make_student()))
 
 
@@ -335,7 +313,7 @@ def test_every_shared_tensor_counts(qwen_dir: Path, make_student: MakeStudent, t
     full_name = next(key for key in tensors if name in canonical_name(key))
     tensors[full_name][0] += 1e-3
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"differ in 1 tensors that both have \(first: .*{name}"):
+    with pytest.raises(ValueError, match=rf"cannot share the student's weights: 1 differ \(first: .*{name}"):
         FrozenTeacher.from_pretrained(other, puma_model(make_student()))
 
 
@@ -384,15 +362,11 @@ def test_errors(qwen_dir: Path, other_dir: Path, make_student: MakeStudent, tmp_
     student = puma_model(make_student())
     with pytest.raises(ValueError, match=r"The teacher is the student itself\. Pass the model that was pruned"):
         WholeTeacher(student, student)
-    with pytest.raises(
-        ValueError, match=r"has ret_token_id=None and the student \d+, but .* puma_hf\.prune with num_kept"
-    ):
+    with pytest.raises(ValueError, match=r"has ret_token_id=None and the student \d+, whose"):
         WholeTeacher(PumaModel.from_pretrained(qwen_dir), student)
     other = PumaModel.from_pretrained(other_dir)
     other.config.image_token_id += 1
-    with pytest.raises(
-        ValueError, match=r"has image_token_id=\d+ and the student \d+, .*Choose a teacher with the same"
-    ):
+    with pytest.raises(ValueError, match=r"has image_token_id=\d+ and the student \d+, whose"):
         WholeTeacher(other, student)
 
 
@@ -475,7 +449,7 @@ def test_a_checkpoint_of_another_depth_is_held_whole(
     prune(qwen_dir, tmp_path / "three", num_kept_layers=3)
     assert type(make_trainer(teacher=tmp_path / "three").teacher) is WholeTeacher
     assert "it has 3 layers, and the student was cut from 4" in caplog.text
-    with pytest.raises(ValueError, match=r"has 2 layers and the student's weights: it is the student itself\. Pass"):
+    with pytest.raises(ValueError, match=r"has 2 layers and the student's weights: it is the student itself"):
         make_trainer(teacher=puma_dir)
 
 
@@ -486,7 +460,7 @@ def test_a_checkpoint_of_another_depth_is_held_whole(
 def test_a_teacher_that_is_nowhere(make_trainer: Any, tmp_path: Path, mode: str) -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=r"The teacher 'nowhere' cannot be opened: .* the folder or the Hub id of a .*Pass one.*pruned\.",
+        match=r"The teacher 'nowhere' cannot be opened: .*Pass another \(teacher",
     ):
         make_trainer(mode, teacher="nowhere")
     (tmp_path / "empty").mkdir()
@@ -503,7 +477,7 @@ def test_hidden_size_differs(
     teacher: Any = build_qwen2_vl(tmp_path / "wide")
     if as_object:
         teacher = PumaModel.from_pretrained(teacher)
-    with pytest.raises(ValueError, match=r"has hidden_size=64 and the student 32\. .*another of the student's"):
+    with pytest.raises(ValueError, match=r"has hidden_size=64 and the student 32: their states"):
         make_trainer(mode, teacher=teacher)
 
 
@@ -560,16 +534,16 @@ def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent)
         make_trainer("ema")
     with pytest.raises(ValueError, match=r"'one_pass' is gone, as that teacher moved .* Take 'frozen', the full model"):
         make_trainer("one_pass")
-    with pytest.raises(ValueError, match=r"teacher_cache='here' is where .* but teacher_mode is 'frozen'\. Choose"):
+    with pytest.raises(ValueError, match=r"teacher_cache='here' needs teacher_mode='cached', not 'frozen'"):
         make_trainer(teacher_cache="here")
-    with pytest.raises(ValueError, match=r"teacher is a int, but it must be a path, a Hub id, a PumaModel.*or nothing"):
+    with pytest.raises(ValueError, match=r"teacher is a int, but it must be a path, a Hub id, a model or a Teacher"):
         make_trainer(teacher=3)
     model = make_student()
     with pytest.raises(ValueError, match="The teacher is the student itself"):
         make_trainer(model=model, teacher=model)
     puma_model(model).language_model.norm.weight.requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"1 base weights are trainable \(first: language_model\.norm\.weight\).*add_lora"
+        ValueError, match=r"shares 1 trainable base weights \(first: language_model\.norm\.weight\).*add_lora"
     ):
         make_trainer(model=model)
 
