@@ -80,10 +80,8 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
             # The others are left out of the means, as M-BEIR does; the table says how many.
             relevance = {qid: judged for qid, judged in qrels.items() if judged}
             if not relevance:
-                raise MBEIRFormatError(
-                    f"{data.root}: no query of {task.name} ({split}) has a relevant candidate in its "
-                    f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
-                )
+                problem = f"no query of {task.name} ({split}) has a relevant candidate in its {pool_name} pool"
+                raise MBEIRFormatError(f"{data.root}: {problem}; look at its qrels, or name the other tasks (--tasks)")
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
     return searches
 
@@ -111,9 +109,8 @@ def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[
     modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
     for k in sorted({1, *ks}):
         metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
-    num_skipped = len(search.queries) - len(judged)
-    size = len(search.pool)
-    return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, size, len(judged), num_skipped, score, metrics)
+    counts = (len(search.pool), len(judged), len(search.queries) - len(judged))
+    return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, *counts, score, metrics)
 
 
 def check_choices(pool: str, ks: Sequence[int]) -> None:
@@ -197,10 +194,8 @@ def evaluate_mbeir(
     check_choices(pool, ks)
     if embedding_dtype not in _DTYPES:
         raise ValueError(f"embedding_dtype is {embedding_dtype!r}, must be one of {list(_DTYPES)}")
-    if popularity_penalty is not None and not 0 <= popularity_penalty <= 1:
-        raise ValueError(
-            f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2; None for plain figures"
-        )
+    if not 0 <= (popularity_penalty or 0) <= 1:
+        raise ValueError(f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2, or None")
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
         opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
@@ -301,10 +296,9 @@ def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) 
     # The store refuses embeddings of another model or of other settings.
     fingerprint = made_from["model_fingerprint"]
     if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
-        raise ValueError(
-            f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model, which has no weights "
-            "to compare. Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
-        )
+        problem = f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model."
+        remedy = "Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
+        raise ValueError(f"{problem} {remedy}")
     options = made_from.get("encode_kwargs", {})
     settings = {
         "model": fingerprint,
@@ -354,16 +348,12 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
 
 
 def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
-    tasks = config.tasks or None
-    with main_process_first():  # it imports, the others read what it made
-        data = open_mbeir(config.data, split=config.split, tasks=tasks, revision=config.data_revision)
-    if config.benchmark != "nano":
-        return data
-    folder = config.nano_folder or (Path(config.output, "nano") if config.output is not None else None)
-    if folder is None:
-        folder = stack.enter_context(shared_folder(None)) / "nano"
-    with main_process_first():
-        return draw_nano(data, folder, config)
+    folder = config.nano_folder
+    if folder is None and config.benchmark == "nano":
+        folder = Path(config.output or stack.enter_context(shared_folder(None)), "nano")
+    with main_process_first():  # it imports and draws, the others read what it made
+        data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None, revision=config.data_revision)
+        return data if config.benchmark != "nano" or folder is None else draw_nano(data, folder, config)
 
 
 def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
@@ -376,16 +366,9 @@ def _open_model(config: EvaluateConfig) -> SentenceTransformer:
     kind = read_config(Path(config.model)).get("model_type")
     is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
     if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
-        raise ValueError(
-            f"{config.model!r} is an original {kind} checkpoint, must be an embedder. Make one of it first: puma-hf "
-            f"prune {config.model} OUTPUT --num-kept-layers K (all of its layers for the whole model)."
-        )
-    model = open_sentence_transformer(
-        config.model,
-        device=own_device(),
-        revision=config.revision,
-        truncate_dim=config.truncate_dim,
-        trust_remote_code=config.trust_remote_code,
-    )
+        remedy = f"Make one of it first: puma-hf prune {config.model} OUTPUT --num-kept-layers K (or all of them)."
+        raise ValueError(f"{config.model!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
+    loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
+    model = open_sentence_transformer(config.model, device=own_device(), **loading)
     check_truncate_dim(model, config.model, config.truncate_dim)
     return model

@@ -132,12 +132,8 @@ class MBEIRResults:
 
     def to_dict(self, *, include_rankings: bool = False) -> dict[str, Any]:
         """The keys split, made_from, mean, rows and, if asked for, rankings: plain values that JSON can hold."""
-        values: dict[str, Any] = {
-            "split": self.split,
-            "made_from": self.made_from,
-            "mean": {pool: self.mean(pool) for pool in self.pools},
-            "rows": [asdict(row) for row in self.rows],
-        }
+        values: dict[str, Any] = {"split": self.split, "made_from": self.made_from}
+        values |= {"mean": {pool: self.mean(pool) for pool in self.pools}, "rows": [asdict(row) for row in self.rows]}
         return {**values, "rankings": self.rankings} if include_rankings else values
 
     @classmethod
@@ -202,17 +198,10 @@ class MBEIRResults:
         if skipped := [row for row in self.rows if row.num_skipped]:
             where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
-        made_from = {"split": self.split, **self.made_from}
-        words = [
-            f"{_WORDS.get(name, name.replace('_', '-'))} {_shown(name, made_from[name])}"
-            for name in _MADE_FROM
-            if made_from.get(name) is not None
-        ]
+        known = {name: value for name, value in {"split": self.split, **self.made_from}.items() if value is not None}
+        known |= {name: known[name][:_SHOWN_DIGITS] for name in ("model_fingerprint", "content_hash") if name in known}
+        words = [f"{_WORDS.get(name, name.replace('_', '-'))} {known[name]}" for name in _MADE_FROM if name in known]
         return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
-
-
-def _shown(name: str, value: object) -> str:
-    return str(value)[:_SHOWN_DIGITS] if name in ("model_fingerprint", "content_hash") else str(value)
 
 
 def _line(cells: Iterable[object]) -> str:

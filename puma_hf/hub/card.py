@@ -136,20 +136,14 @@ def make_card(
     if is_adapter:  # a folder of this machine is nobody else's business
         named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
     named = options.base_model or named
-    base_model = named if named and is_hub_id(named) else None
+    metadata: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    if named and is_hub_id(named):
+        metadata |= {"base_model": named, "base_model_relation": "adapter" if is_adapter else "finetune"}
     # The Hub reads the model index from the metadata; a card without results must not have one.
-    eval_results = list(_eval_results(found)) or None
-    card_data = ModelCardData(
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        base_model=base_model,
-        base_model_relation=None if base_model is None else "adapter" if is_adapter else "finetune",
-        license=options.license,
-        datasets=list(options.datasets) or None,
-        tags=[*TAGS, *(["peft", "lora"] if is_adapter else [])],
-        model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
-        eval_results=eval_results,
-    )
+    if eval_results := list(_eval_results(found)):
+        metadata |= {"eval_results": eval_results, "model_name": options.repo_id or folder.resolve().name}
+    metadata |= {"license": options.license, "datasets": list(options.datasets) or None}
+    card_data = ModelCardData(**metadata, tags=[*TAGS, *(["peft", "lora"] if is_adapter else [])])
     training = _training(folder, found, is_adapter)
     embedding_dim = config.get("text_config", {}).get("hidden_size")
     text = fill_template(
@@ -217,9 +211,9 @@ class MeasuredModel:
 
         def before(by_depth: Sequence[int], more: int = 0) -> int | None:
             """With the dropped layers, as all are of one size; of one layer alone its share is not known."""
-            if dropped and len(by_depth) == 1:
-                return None
-            return by_depth[-1] + more + (dropped * (by_depth[-1] - by_depth[-2]) if dropped else 0)
+            if not dropped or len(by_depth) == 1:
+                return None if dropped else by_depth[-1] + more
+            return by_depth[-1] + more + dropped * (by_depth[-1] - by_depth[-2])
 
         # The head, which is not counted in operations, has the shape of the token embedding.
         text = config.text_config
@@ -265,17 +259,15 @@ class CardResults:
                 self._add(path)
             except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
                 if paths is not None:
-                    raise ValueError(
-                        f"results {str(path)!r} is no result of {str(self.model.directory)!r} ({error}). Measure this "
-                        "model again: puma-hf evaluate."
-                    ) from error
+                    problem = f"results {str(path)!r} is no result of {str(self.model.directory)!r} ({error})."
+                    raise ValueError(f"{problem} Measure this model again: puma-hf evaluate.") from error
                 logger.info("not in the card: %s (%s)", path, error)
         return self
 
     def _add(self, path: Path) -> None:
         values, name = _read(path), f"{path.resolve().parent.name}/{path.name}"
-        is_recipe, digest = path.name in _RECIPES, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        if is_recipe:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        if path.name in _RECIPES:
             self.recipes.append((f"`{name}`, SHA-256 {digest}", values))
             return
         results = MBEIRResults.from_dict(values)
@@ -328,17 +320,15 @@ def _read(path: Path) -> dict[str, Any]:
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
     """One entry of the model index a row of the tables, with the file's own value."""
     for cited, results in found.evaluations:
-        data = str(results.made_from.get("data") or "unknown")
-        dim = results.made_from.get("truncate_dim")
+        data, dim = str(results.made_from.get("data") or "unknown"), results.made_from.get("truncate_dim")
+        dims, suffix = ("", "") if dim is None else (f", first {dim} dimensions", f"-dim{dim}")
+        of_all: Any = {"task_type": "retrieval", "dataset_type": data, "dataset_split": results.split}
         for row in results.rows:
             yield EvalResult(
-                task_type="retrieval",
+                **of_all,
                 task_name=f"Multimodal retrieval, {row.task.arrow}",
-                dataset_type=data,
-                dataset_name=f"{data}: {row.task.name}, {row.pool} pool"
-                f"{'' if dim is None else f', first {dim} dimensions'}",
-                dataset_config=f"{row.task.name}-{row.pool}{'' if dim is None else f'-dim{dim}'}",
-                dataset_split=results.split,
+                dataset_name=f"{data}: {row.task.name}, {row.pool} pool{dims}",
+                dataset_config=f"{row.task.name}-{row.pool}{suffix}",
                 metric_type=f"hit_at_{row.task.reported_k}",
                 metric_name=f"hit@{row.task.reported_k}, {cited.split('`')[1]}",
                 metric_value=row.score,
