@@ -356,9 +356,9 @@ def _sweep_model(
         for row in results.rows:
             scores.setdefault(row.pool, {})[row.task.name] = row.score
         # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-        by_k = [getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")]
-        quality = {pool: results.mean(pool) for pool in results.pools}
-        rows.append(SweepRow(k, *by_k, None if math.isnan(cka) else cka, cosine, quality, scores))
+        told: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
+        told |= {"k": k, "cka": None if math.isnan(cka) else cka, "cosine": cosine, "scores": scores}
+        rows.append(SweepRow(quality={pool: results.mean(pool) for pool in results.pools}, **told))
     return costs, full, tuple(rows)
 
 

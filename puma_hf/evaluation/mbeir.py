@@ -200,13 +200,10 @@ def evaluate_mbeir(
     with main_process_first():  # it imports copies of the Hub, the others read what it made
         opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
     chosen = select_tasks(opened.tasks(split), names)
-    made_from = {
-        **_made_from(model, model_name, opened, data_name, encode_kwargs),
-        "instructions": "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}",
-        "pool": pool,
-        "embedding_dtype": embedding_dtype,
-        **({} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}),
-    }
+    drawn = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
+    made_from = _made_from(model, model_name, opened, data_name, encode_kwargs)
+    made_from |= {"instructions": drawn, "pool": pool, "embedding_dtype": embedding_dtype}
+    made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
     device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -232,14 +229,17 @@ def evaluate_mbeir(
                 moved = torch.cat([less_popular(own, popularity_penalty) for own in by_task])
                 corrected = _rankings(group, _search_shares(moved, store, keys, top_k, device))
             for number, search in enumerate(group):
-                row = task_result(search, _dids(plain[number]), ks)
+                results.rankings[search.pool_name][search.task.name] = dids = _dids(plain[number])
+                row = task_result(search, dids, ks)
                 if corrected is not None:
                     other = task_result(search, _dids(corrected[number]), ks)
                     row = replace(row, corrected={"score": other.score, **other.metrics})
-                results.rankings[row.pool][search.task.name] = _dids(plain[number])
                 results.rows.append(row)
                 if output is not None:
-                    _write_for_trec_eval(output, search, plain[number])
+                    path = f"{search.pool_name}/{search.task.name}"
+                    write_run(output / f"runs/{path}.trec", plain[number])
+                    write_qrels(output / f"qrels/{path}.txt", search.relevance)
+                    write_qrels(output / f"qrels_uniir/{path}.txt", search.relevance, search.task.task_id)
         if output is not None:
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
@@ -268,28 +268,18 @@ def _dids(ranking: Ranking) -> dict[str, list[str]]:
     return {qid: [did for did, _ in pairs] for qid, pairs in ranking.items()}
 
 
-def _write_for_trec_eval(output: Path, search: Search, ranking: Ranking) -> None:
-    write_run(output / "runs" / search.pool_name / f"{search.task.name}.trec", ranking)
-    for folder, task_id in (("qrels", None), ("qrels_uniir", search.task.task_id)):
-        write_qrels(output / folder / search.pool_name / f"{search.task.name}.txt", search.relevance, task_id)
-
-
 def _made_from(
     model: Encoder, model_name: str | None, data: MBEIR, data_name: str | None, encode_kwargs: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    encoding = settings_of_encode(encode_kwargs)
-    content_hash = getattr(data, "content_hash", None)
-    return {
-        "puma_hf": __version__,
-        # The releases of these may change the last digits of an embedding.
-        **{library: version(library) for library in ("torch", "transformers", "sentence-transformers")},
-        "model": model_name or name_of(model),
-        "model_fingerprint": model_fingerprint(model),
-        "truncate_dim": encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
-        **({"encode_kwargs": encoding} if encoding else {}),
-        "data": data_name or data.root.resolve().name,
-        **({"content_hash": content_hash} if content_hash else {}),
-    }
+    encoding, content_hash = settings_of_encode(encode_kwargs), getattr(data, "content_hash", None)
+    # The releases of these libraries may change the last digits of an embedding.
+    libraries = ("torch", "transformers", "sentence-transformers")
+    values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in libraries}}
+    values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
+    values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
+    values |= {"encode_kwargs": encoding} if encoding else {}
+    values["data"] = data_name or data.root.resolve().name
+    return values | ({"content_hash": content_hash} if content_hash else {})
 
 
 def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
@@ -299,13 +289,10 @@ def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) 
         problem = f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model."
         remedy = "Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
         raise ValueError(f"{problem} {remedy}")
+    # To read special tokens as text changes no embedding that could be made without.
     options = made_from.get("encode_kwargs", {})
-    settings = {
-        "model": fingerprint,
-        "truncate_dim": made_from["truncate_dim"],
-        # To read special tokens as text changes no embedding that could be made without.
-        "encode_kwargs": {} if options == {"processing_kwargs": processing_of("split")} else options,
-    }
+    options = {} if options == {"processing_kwargs": processing_of("split")} else options
+    settings = {"model": fingerprint, "truncate_dim": made_from["truncate_dim"], "encode_kwargs": options}
     with main_process_first():
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
@@ -332,19 +319,14 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     for note in config.notes():
         logger.warning(note)
     processing = processing_of(config.special_tokens)
+    names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
+    options["data_name"] = short_name(config.data) + (" (nano)" if config.benchmark == "nano" else "")
+    options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
     with locked_for_all(config.output), ExitStack() as stack:
         data = _open_data(config, stack)
-        names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
-        return evaluate_mbeir(
-            _open_model(config),
-            data,
-            **{name: getattr(config, name) for name in names},
-            tasks=config.tasks or None,
-            output_dir=config.output,
-            encode_kwargs={"processing_kwargs": processing} if processing else None,
-            model_name=short_name(config.model),
-            data_name=short_name(config.data) + (" (nano)" if config.benchmark == "nano" else ""),
-        )
+        return evaluate_mbeir(_open_model(config), data, **options)
 
 
 def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:

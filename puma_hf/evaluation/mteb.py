@@ -77,12 +77,8 @@ def puma_model_meta(
         return PumaEncoder(SentenceTransformer(source, **given, **options), prompts)
 
     told: dict[str, Any] = {"loader": loader, "name": name, "revision": revision, "modalities": ["text", "image"]}
-    told |= {
-        "framework": ["Sentence Transformers", "PyTorch"],
-        "similarity_fn_name": "cosine",
-        "use_instructions": True,
-    }
-    told["experiment_kwargs"] = {"prompts": dict(prompts)} if prompts else None
+    told |= {"framework": ["Sentence Transformers", "PyTorch"], "similarity_fn_name": "cosine"}
+    told |= {"use_instructions": True, "experiment_kwargs": {"prompts": dict(prompts)} if prompts else None}
     entry: ModelMeta = _meta_class().create_empty(overwrites=told)
     return entry
 

@@ -159,10 +159,8 @@ class MBEIRResults:
         models = PUBLISHED_MODELS if published else ()
         empty = [None] * len(models)
         ours = ["hit@k", "corrected"] if any(row.corrected for row in self.rows) else ["hit@k"]
-        lines = [
-            _line(["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]),
-            _line(["---"] * 3 + ["---:"] * (3 + len(ours) + len(models) + len(names))),
-        ]
+        head = ["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]
+        lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
             for row in rows:
@@ -183,8 +181,8 @@ class MBEIRResults:
         """Published figures by task, of the tasks that were evaluated as they were for the papers."""
         if self.split != "test" or "content_hash" in self.made_from:  # a subset is another benchmark
             return {}
-        names = [row.task.name for row in self.rows if row.pool == "local"]
-        return {name: PUBLISHED[name] for name in names if name in PUBLISHED}
+        there = {row.task.name for row in self.rows if row.pool == "local"}
+        return {name: figures for name, figures in PUBLISHED.items() if name in there}
 
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []

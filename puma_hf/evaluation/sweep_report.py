@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puma_hf.configs import parse_parameters
-from puma_hf.files import write_whole
+from puma_hf.files import write_json, write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one
 _UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
@@ -252,9 +252,8 @@ class SweepReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        content = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        for name, text in {"sweep.json": content, "sweep.md": self.to_markdown()}.items():
-            write_whole(Path(folder, name), text.encode())
+        write_json(Path(folder, "sweep.json"), self.to_dict())
+        write_whole(Path(folder, "sweep.md"), self.to_markdown().encode())
         self.plot(Path(folder, "sweep.png"))
 
 

@@ -107,13 +107,10 @@ def _load_both(directory: str) -> dict[str, Any]:
     with torch.inference_mode():
         embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
     # Two of other shapes end here, with torch's own words.
-    return {
-        "dim": embeddings.shape[1],
-        "difference": float((embeddings - encoded).abs().max()),
-        "1 - cosine": float((1 - torch.cosine_similarity(embeddings, encoded)).max()),
-        "unread": sorted(info["unexpected_keys"]),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-    }
+    cosine, difference = torch.cosine_similarity(embeddings, encoded), (embeddings - encoded).abs()
+    found: dict[str, Any] = {"difference": float(difference.max()), "1 - cosine": float((1 - cosine).max())}
+    found |= {"dim": embeddings.shape[1], "dtype": str(backbone.dtype).removeprefix("torch.")}
+    return {**found, "unread": sorted(info["unexpected_keys"])}
 
 
 def _main() -> None:

@@ -100,8 +100,8 @@ class Searcher:
                 raise FileNotFoundError(f"{problem} Pass model (--model), where it is now.")
             # The data type, too, must be that of the index: in another one the fingerprint is another.
             loading: Any = {
-                "model_kwargs": {"dtype": index.description["dtype"]},
                 "trust_remote_code": trust_remote_code,
+                "model_kwargs": {"dtype": index.description["dtype"]},
             }
             revision = index.description["revision"] if model == index.model else None
             model = open_sentence_transformer(model, revision=revision, **loading).eval()

@@ -23,14 +23,9 @@ from pathlib import Path
 from puma_hf.search import AppConfig
 from puma_hf.search.page import launch
 
-if __name__ == "__main__":
-    config = AppConfig(
-        index=Path(__file__).resolve().parent / "index",
-        # A Space is reached from other machines, and through this port.
-        host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
-        port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{more}
-    )
-    launch(config, started=print)
+# A Space is reached from other machines, and through this port.
+host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "{port}"))
+launch(AppConfig(index=Path(__file__).resolve().parent / "index", host=host, port=port{more}), started=print)
 '''
 
 _README = """---
@@ -47,15 +42,12 @@ app_file: app.py
 
 {line}.
 
-This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `index/`, the embeddings, texts
-and pictures that it searches{model}. Everything in a public Space can be downloaded: publish it only if you may publish
-all of that, and name its licence above.
+This folder was written by `puma-hf app --space`: the page (`app.py`) and, in `index/`, the embeddings, texts and
+pictures that it searches{model}. All of a public Space can be downloaded: name the licence of that above.
 
-Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. A
-Space installs `requirements.txt` from the Python package index; if puma-hf {version} is not there, put an address of
-its source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
-
-Run it here with `pip install -r requirements.txt` and `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
+Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. If
+the Python package index has no puma-hf {version}, name its source in `requirements.txt`, such as
+`puma-hf[app,search] @ git+https://ADDRESS`. Run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
 
 
@@ -94,8 +86,8 @@ def write_space(
     # Written beside its place and renamed: a Space that lacks half of its pictures would be published unnoticed.
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         name = _copy_index(index, draft / "index", model)
-        more = "" if instruction is None else f"\n        instruction={instruction!r},"
-        more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
+        more = "" if instruction is None else f", instruction={instruction!r}"
+        more += ", trust_remote_code=True" if trust_remote_code else ""
         is_copied = name.startswith(".")
         told = {"title": TITLE, "sdk": load_gradio().__version__, "version": __version__}
         told["line"] = count_line(index, index.model if is_copied else name)
