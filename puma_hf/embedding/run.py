@@ -142,7 +142,8 @@ class _Run:
                 f"{self.corpus.path} changed while it was read. Run the same command again: what is done is kept."
             )
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
-        keys = torch.cat([torch.tensor(part) for part in gather(self.keys)])
+        # The type is said: that of a process which had no rows would be float32, and so would then all keys.
+        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(self.keys)])
         if self.rank == 0:
             self._finish(keys, num_items, errors)
         num_new, seconds = sum(gather(self.num_new)), max(gather(seconds))

@@ -22,6 +22,7 @@ from puma_hf.configs import PushConfig
 from puma_hf.files import (
     ADAPTER_CONFIG,
     BASE_FILE,
+    LOADED,
     is_adapter_directory,
     is_hub_id,
     model_files,
@@ -35,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
-# What is removed of an older push unless this one has it: of two forms of the weights a loader might take the older.
-_REPLACED = ("*_puma.py", "model*.safetensors", "model.safetensors.index.json", "results*.json", "sweep*.json")
 # What the Hub itself puts into a repository, or a person by its forms.
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
+# What is removed of an older push unless this one has it: a loader might take old settings, or old weights, with new ones.
+_REPLACED = ("model*.safetensors", "results*.json", "sweep*.json", *(name for name in LOADED if name not in _NEUTRAL))
 # What the card shows of the code that travels, by the name that the lines give it.
 _SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "trainer_puma.PumaTrainer"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,11 @@ def test_a_corpus_that_changes_while_it_is_read(config: Any, monkeypatch: pytest
     monkeypatch.setattr(run, "broadcast", lambda value: 11 if value == 10 else value)
     with pytest.raises(ValueError, match=r"table\.jsonl changed while it was read\. Run the same command again"):
         embed_corpus(config())
+
+
+def test_a_process_without_a_row_of_its_own_takes_part(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "gather", lambda value: [value, array("q")] if isinstance(value, array) else [value])
+    assert embed_corpus(config()).num_rows == len(read(config().output)[0]) == 10
 
 
 def test_the_report() -> None:

@@ -347,6 +347,19 @@ def test_states_of_others_are_never_read(
     assert not asked
 
 
+def test_a_picture_that_changed_under_its_path_is_another_row(
+    make_cached: MakeTrainer, asked: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "apple.png"
+    rows = Dataset.from_dict({"item": [{"image": str(path), "text": None}, {"image": None, "text": "an apple"}]})
+    Image.new("RGB", (56, 56), "red").save(path)
+    make_cached(train_dataset=rows)
+    Image.new("RGB", (84, 56), "green").save(path)
+    for _ in range(2):
+        make_cached(train_dataset=rows)
+    assert sum(asked) == 4
+
+
 @pytest.mark.parametrize("kind", ["stream", "labels"])
 def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dataset, kind: str) -> None:
     rows: Any = items.to_iterable_dataset() if kind == "stream" else items.add_column("label", [0] * len(items))
