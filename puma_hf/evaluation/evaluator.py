@@ -163,14 +163,13 @@ class HeldInputs:
 
     def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
         """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
-        embeddings: Tensor | None = None
+        embeddings = torch.empty(len(self.records), 0)  # the first rows tell how long all are
         for (prompt, _), rows in self.groups.items():
             records = [self.records[row] for row in rows]
-            encoded = float_rows(encode(records, prompt), records, None if embeddings is None else embeddings.shape[1])
-            if embeddings is None:
-                embeddings = torch.empty(len(self.records), encoded.shape[1])
+            encoded = float_rows(encode(records, prompt), records, embeddings.shape[1] or None)
+            embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.records), encoded.shape[1])
             embeddings[rows] = encoded
-        return torch.empty(0, 0) if embeddings is None else embeddings
+        return embeddings
 
     def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
         """M-BEIR's table from what `embed` returned."""

@@ -55,11 +55,7 @@ _IMAGE_SIDE = 16  # tokens along each side of a square image
 
 
 def decoder_of(model: SentenceTransformer) -> Any:
-    """The decoder of a PUMA model, which has the `layers` and the final `norm`.
-
-    Raises:
-        ValueError: If it is another kind of model, or has modules after the PUMA model.
-    """
+    """The decoder of a PUMA model, which has the `layers` and the final `norm`; ValueError if it is no such model."""
     decoder = getattr(getattr(model[0], "model", None), "language_model", None)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or len(model) > 1:
         names = [type(module).__name__ for module in model]
@@ -68,11 +64,7 @@ def decoder_of(model: SentenceTransformer) -> Any:
 
 
 def keep_last_depths(model: SentenceTransformer) -> range:
-    """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay.
-
-    Raises:
-        ValueError: If the last layer's attention is of another type than that of layers before it.
-    """
+    """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay."""
     decoder, puma = decoder_of(model), cast(Any, model[0])
     # A state goes into the last layer with the mask of the layer that it was made for.
     if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
@@ -207,9 +199,6 @@ class LayerCosts:
 
 def layer_costs(model: SentenceTransformer) -> LayerCosts:
     """Count what each depth costs, on the real model; each count equals that of the model pruned to it.
-
-    Raises:
-        ValueError: If the model is no PUMA model.
 
     Example:
         >>> layer_costs(model).parameters[-1]  # doctest: +SKIP
@@ -364,12 +353,7 @@ def _sweep_model(
 
 @contextmanager
 def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
-    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers.
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is no Qwen2-VL, 2.5 or 3.
-    """
+    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers."""
     folder = open_checkpoint(source).folder
     if is_puma_directory(folder):
         yield open_sentence_transformer(source, trust_remote_code=trust_remote_code)

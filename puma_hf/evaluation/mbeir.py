@@ -64,12 +64,7 @@ class Search:
 
 
 def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[Search]:
-    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once.
-
-    Raises:
-        MBEIRFormatError: If a file is not what the format says, or a task has no query with a relevant candidate.
-        FileNotFoundError: If a file or an image is missing.
-    """
+    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once."""
     queries = {task: data.queries(task, split) for task in tasks}
     searches = []
     for pool_name in pool_names:
@@ -94,10 +89,7 @@ def prompted(data: MBEIR, search: Search, seed: int | None) -> list[tuple[Query,
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
     """The row of one search; its metrics are means over the queries in `search.relevance`.
 
-    Args:
-        search: The search.
-        rankings: For each qid, the dids of the best candidates, best first: at least so many as the largest k, or all.
-        ks: The k of hit@k, recall@k and wrong_modality@k; wrong_modality@1 is always there.
+    Rankings hold, for each qid, the dids of the best candidates, best first: at least the largest k, or all.
     """
     task, judged = search.task, list(search.relevance.values())
     ranked = [rankings[qid] for qid in search.relevance]

@@ -117,9 +117,6 @@ class MBEIRResults:
 
         Returns:
             The mean "score", of each metric, and, if all rows have one, of the corrected score as "corrected_score".
-
-        Raises:
-            ValueError: If the pool was not evaluated.
         """
         rows = [row for row in self.rows if row.pool == pool]
         if not rows:
@@ -260,11 +257,7 @@ def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first.
-
-    Raises:
-        ValueError: If a line has not six fields, or its score is no number.
-    """
+    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first."""
     found: dict[str, dict[str, float]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if line.strip():

@@ -239,19 +239,11 @@ class SweepReport:
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
+        """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file; needs matplotlib."""
         write_whole(Path(path), _drawn(self, Path(path).suffix.lstrip(".").lower()))
 
     def save(self, folder: str | Path) -> None:
-        """Write sweep.json, sweep.md and sweep.png; each is replaced as a whole or not at all.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
+        """Write sweep.json, sweep.md and sweep.png, for which matplotlib is needed; each whole or not at all."""
         write_json(Path(folder, "sweep.json"), self.to_dict())
         write_whole(Path(folder, "sweep.md"), self.to_markdown().encode())
         self.plot(Path(folder, "sweep.png"))

@@ -37,8 +37,8 @@ _STAGES = r"(?m)^- (A LoRA adapter .*was trained and merged into the weights|Tra
 # What is told of a recipe: of each stage, of MAC-Loss, and of all labelled training.
 _OF_ALL = ("max_steps", "batch_size", "learning_rate", "lora_r", "seed")
 _OF_MAC = ("hard_temperature", "schedule", "schedule_end", "grouping")
-_TOLD = ("contrastive_weight", "contrastive_weight_start", "distillation_weight_start", "temperature", *_OF_MAC)
-_TOLD += ("num_negatives", *_OF_ALL, "matryoshka_dims")
+_WEIGHTS = ("contrastive_weight", "contrastive_weight_start", "distillation_weight_start")
+_TOLD = (*_WEIGHTS, "temperature", *_OF_MAC, "num_negatives", *_OF_ALL, "matryoshka_dims")
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 

@@ -151,13 +151,11 @@ class _Run:
             # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
             if int(key[:8], 16) % self.count != self.rank:
                 continue
-            is_good = record.problem is None
-            if is_good and (key in self.there or key in self.wanted):
+            is_there = key in self.there or key in self.wanted
+            if record.problem is None and (is_there or seen in self.row_of):
                 # Not counted as done: so the rate, and the time left, are those of the work.
                 self.progress.total -= 1
-            elif is_good and seen in self.row_of:
-                self.progress.total -= 1
-                self.moved.append(self._row(record, key, seen))
+                self.moved += [] if is_there else [self._row(record, key, seen)]
                 if len(self.moved) >= self.config.shard_size:
                     self._write()
             else:

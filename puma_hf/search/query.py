@@ -113,12 +113,7 @@ class Searcher:
             raise ValueError(f"{problem} models cannot be compared. {remedy}")
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
-        """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1.
-
-        Raises:
-            FileNotFoundError: If the picture is no file.
-            ValueError: If the query cannot be embedded.
-        """
+        """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1."""
         dim = self.index.description["truncate_dim"]
         options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": dim, "normalize_embeddings": bool(dim)}
         # One query is one call of `encode`: what a search costs besides is the comparison.
