@@ -35,7 +35,8 @@ TOLERANCE = 1e-5
 COSINE_TOLERANCE = 1e-2
 _IMAGE_TOKEN = "<|image_pad|>"
 _FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-_WORDS = "a red apple|on the|table|of|two|who painted|7|windows?|é|苹果|1998,|(north)".split("|")
+_WORDS = ["a red apple", "on the", "table", "of", "two", "who painted", "7", "windows?"]
+_WORDS += ["é", "苹果", "1998,", "(north)"]
 _FIND, _ANSWER = "Find an image that matches the sentence.", "Retrieve a passage that answers the question."
 
 Measure = Literal["difference", "1 - cosine", "relative difference"]
