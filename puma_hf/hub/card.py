@@ -272,7 +272,7 @@ def _recipes(folder: Path) -> list[Path]:
     """Recipes of a directory and of those beside it that it came from, the last stage first; a merge copies them."""
     found: list[Path] = []
     with suppress(ValueError, OSError):  # whoever reads the recipes will say so
-        while here := [folder / name for name in _RECIPES if (folder / name).is_file() and folder / name not in found]:
+        while (here := [folder / name for name in _RECIPES if (folder / name).is_file()]) and here[0] not in found:
             found.append(here[0])
             # The path may be of another machine; "." says nothing of where that was.
             folder = folder.with_name(Path(str(_read(here[0]).get("model"))).name or folder.name)

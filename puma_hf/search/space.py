@@ -83,13 +83,14 @@ def write_space(
         ValueError: If the index is empty.
     """
     index.num_candidates()  # an empty one is refused
+    sdk = load_gradio().__version__
     # Written beside its place and renamed: a Space that lacks half of its pictures would be published unnoticed.
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         name = _copy_index(index, draft / "index", model)
         more = "" if instruction is None else f", instruction={instruction!r}"
         more += ", trust_remote_code=True" if trust_remote_code else ""
         is_copied = name.startswith(".")
-        told = {"title": TITLE, "sdk": load_gradio().__version__, "version": __version__}
+        told = {"title": TITLE, "sdk": sdk, "version": __version__}
         told["line"] = count_line(index, index.model if is_copied else name)
         told["models"] = "" if is_copied else f"models:\n- {name}\n"
         told["model"] = ", and the model" if is_copied else ""
