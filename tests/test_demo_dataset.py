@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -87,3 +90,46 @@ def test_val_and_test_share_no_query_and_no_answer() -> None:
         test = queries("test")[task]
         assert not {(query.text, query.image) for query in val} & {(query.text, query.image) for query in test}
         assert not {did for query in val for did in query.positives} & {did for one in test for did in one.positives}
+
+
+def emoji_of(did: str) -> str:
+    """The code points of what a candidate stands for: the name of its image, or what its line in the file says."""
+    image = candidates()[did].image
+    return Path(image).stem if image else str(json.loads(sources()[did])["emoji"])
+
+
+@cache
+def sources() -> dict[str, str]:
+    lines = [line for path in ROOT.glob("cand_pool/global/*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    return {record["did"]: record["src_content"] for record in map(json.loads, lines)}
+
+
+def edits(split: str) -> set[frozenset[str]]:
+    """The pairs of emoji of which one is the image of a query and the other its answer, without direction."""
+    asked = [query for task, found in queries(split).items() if task.task_id >= 6 for query in found]
+    return {frozenset((Path(str(query.image)).stem, emoji_of(did))) for query in asked for did in query.positives}
+
+
+def test_no_edit_of_val_or_test_is_in_training() -> None:
+    assert len(edits("train")) > 500
+    assert not edits("train") & (edits("val") | edits("test"))
+    assert not edits("val") & edits("test")
+
+
+def test_keywords_and_captions_do_not_give_the_answer_away() -> None:
+    with (ROOT / "concepts.tsv").open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        names = {row["emoji"]: row["name"] for row in rows}
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[a-z0-9]+", text.lower().replace("’", ""))) - {"a", "an", "at", "in", "of", "or", "the"}
+
+    for split in ("val", "test"):
+        for task, found in queries(split).items():
+            for query in found if task.task_id in (1, 2, 8) else ():
+                for did in query.positives:
+                    name = words(names[emoji_of(did)])
+                    if task.task_id == 1:  # keywords, of which no set names the whole answer
+                        assert not name <= words(str(query.text))
+                    else:  # the caption beside an image, which others share
+                        assert not name & words(str(candidates()[did].text))

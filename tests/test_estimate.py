@@ -170,19 +170,6 @@ def test_the_released_batches_fit_the_gpus_they_were_run_on(name: str) -> None:
     assert found.fits("RTX 4090") == ("stage1" in name)
 
 
-@pytest.mark.parametrize(
-    ("values", "options", "message"),
-    [
-        ({"model": "puma-7b"}, {}, "does not tell a Qwen2-VL 2B or 7B and its layers"),
-        ({"loss": "mac"}, {"num_gpus": 0, "rows": 0}, "num_gpus=0, rows=0 must be at least 1"),
-        ({"compute_environment": "LOCAL"}, {}, r"recipe.yaml, line 9: 'compute_environment' is no key of TrainConfig"),
-    ],
-)
-def test_wrong_input(recipe: Any, values: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        estimate(recipe(**values), **options)
-
-
 def test_the_command(recipe: Any) -> None:
     words = ["estimate", "--config", str(recipe(loss="mac", model="puma-2b-k12"))]
     result = CliRunner().invoke(cli.app, [*words, "--gpu", "L4"])

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,54 +172,35 @@ def test_a_pruned_directory_can_be_pruned_further(qwen_dir: Path, puma_dir: Path
 # --- errors; none of them leaves anything behind
 
 
-def change_config(**values: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        text = {key: value for key, value in values.items() if key not in config}
-        top = {key: value for key, value in values.items() if key in config}
-        path.write_text(json.dumps({**config, **top, "text_config": {**config["text_config"], **text}}))
-
-    return change
-
-
-def remove(*names: str) -> Callable[[Path], None]:
-    def unlink(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return unlink
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "another model": (change_config(model_type="llama"), ValueError, "model_type='llama', but PUMA prunes"),
+# By what is changed in config.json: the layers asked for, and what is said.
+DAMAGES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "another model": ({"model_type": "llama"}, 2, "model_type='llama', but PUMA prunes"),
     "too few layers": (
-        change_config(num_hidden_layers=5, layer_types=["full_attention"] * 5),
-        ValueError,
+        {"text_config": {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}},
+        5,
         "damaged' lacks 12 of the tensors that a Qwen2-VL with 5 layers needs",
     ),
     "another shape": (
-        change_config(intermediate_size=128),
-        ValueError,
+        {"text_config": {"intermediate_size": 128}},
+        4,
         r"damaged' has 12 tensors of another shape .*\(32, 64\) instead of \(32, 128\)",
     ),
-    "no tokenizer": (
-        remove("tokenizer.json", "tokenizer_config.json"),
-        ValueError,
-        r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again",
-    ),
+    "no tokenizer": ({}, 2, r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_source_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, damage: str) -> None:
-    change, error, message = DAMAGES[damage]
+    changes, kept, message = DAMAGES[damage]
     source = copy_checkpoint(qwen_dir, tmp_path / "damaged")
-    change(source)
+    config = json.loads((source / "config.json").read_text())
+    text = config["text_config"] | changes.get("text_config", {})
+    (source / "config.json").write_text(json.dumps(config | changes | {"text_config": text}))
+    for name in ("tokenizer.json", "tokenizer_config.json") if damage == "no tokenizer" else ():
+        (source / name).unlink()
     before = listing(tmp_path)
-    kept = 5 if damage == "too few layers" else 4 if damage == "another shape" else 2
     for target in (tmp_path / "out", tmp_path / "new" / "out"):
-        with pytest.raises(error, match=message):
+        with pytest.raises(ValueError, match=message):
             prune(source, target, num_kept_layers=kept)
         assert listing(tmp_path) == before
 

@@ -342,7 +342,8 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str)
             f"model is a {type(model).__name__}: embed needs a PUMA model as a SentenceTransformer, from a directory "
             "that this version of puma_hf has written. Use model.encode with any other."
         )
-    if isinstance(inputs, str | bytes | Mapping):
+    # A table of pandas or Arrow would yield its columns, or their names.
+    if isinstance(inputs, str | bytes | Mapping) or hasattr(inputs, "columns"):
         raise ValueError(_not_a_list(inputs))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
         raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")

@@ -38,7 +38,7 @@ CARD = "README.md"
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 # What the Hub itself puts into a repository, or a person by its forms.
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
-# What is removed of an older push unless this one has it: a loader might take old settings or weights with new ones.
+# What is removed of an older push unless this one has it: a loader might take its settings or weights with ours.
 _REPLACED = ("model*.safetensors", "results*.json", "sweep*.json", *(name for name in LOADED if name not in _NEUTRAL))
 # What the card shows of the code that travels, by the name that the lines give it.
 _SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "trainer_puma.PumaTrainer"}

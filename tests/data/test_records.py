@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as Pillow
 from pyarrow import parquet
 
-from puma_hf.data.records import Record, item_lines, read_lines
+from puma_hf.data.records import Problems, Record, item_lines, read_lines
 from puma_hf.modeling.inputs_puma import is_image_name
 
 ROWS = [{"text": "a red shoe", "image": "1.png"}, {"text": 'zwölf, "hats"', "image": "2.png"}]
@@ -40,6 +40,15 @@ def test_text_that_a_model_might_open_is_marked_as_text() -> None:
     assert len(names) > 20
     for text in (*names, "https://a.b/c", "data:image/png;base64,AA", "photos/dog.jpg", "my dog.webp"):
         assert Record(text=text).model_input == {"text": text}
+
+
+def test_missing_images_alone_are_missing_files_and_the_first_problems_are_quoted() -> None:
+    problems = Problems("a")
+    for line in range(20):
+        problems.add(FileNotFoundError(f"a, line {line}: no image"))
+    with pytest.raises(FileNotFoundError, match=r"20 problems \(image missing: 20\)") as caught, problems:
+        pass
+    assert len(str(caught.value).splitlines()) == 6
 
 
 # --- tables

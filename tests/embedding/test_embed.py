@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -320,6 +321,7 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"inputs": "a red apple"}, r"inputs must be a list of inputs, got str. Wrap a single input in \[ \]"),
         ({"inputs": {"text": "a"}}, "inputs must be a list of inputs, got dict"),
+        ({"inputs": pd.DataFrame({"text": ["a"]})}, "inputs must be a list of inputs, got DataFrame"),
         ({"inputs": iter(["a"])}, "got list_iterator.*pass a stream to iterate_embeddings"),
         ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0, must be 1 or more"),

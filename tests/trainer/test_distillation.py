@@ -269,6 +269,24 @@ def test_several_datasets(make_cached: MakeTrainer, make_student: MakeStudent) -
     assert trainer.train().global_step == 4
 
 
+def test_equal_rows_of_two_datasets_are_read_with_the_prompt_of_each(
+    make_cached: MakeTrainer, make_student: MakeStudent, make_arguments: MakeArguments, qwen_dir: Path
+) -> None:
+    model, prompts = make_student(), {"one": "Find a red apple.", "two": "On the table."}
+    loss, rows = SelfDistillationLoss(model), Dataset.from_dict({"anchor": ["red", "green", "blue", "an apple"]})
+    trainer = make_cached(
+        model=model,
+        args=make_arguments(prompts={name: {"anchor": prompt} for name, prompt in prompts.items()}),
+        train_dataset=DatasetDict({name: rows.select(range(4)) for name in prompts}),
+        loss=dict.fromkeys(prompts, loss),
+    )
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+    for name, prompt in prompts.items():
+        found = torch.tensor(trainer.train_dataset[name]["teacher_states"][:]).squeeze(1)
+        expected = teacher.states(model[0].preprocess(rows["anchor"][:], prompt=prompt))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_the_deep_layers_are_freed(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     references: list[weakref.ref[Any]] = []
     create = FrozenTeacher.__init__
