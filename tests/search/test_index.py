@@ -246,7 +246,7 @@ def test_runs_that_are_killed(puma_dir: Path, tmp_path: Path) -> None:
     run_worker("tests.search.index_worker", puma_dir, data, tmp_path)
     said = json.loads((tmp_path / "said.json").read_text())
     assert "is no index" in said[0]
-    assert all("has not finished. Wait for it, or run puma-hf index again" in text for text in said[1:3])
+    assert all("is not finished. Wait for the run that makes it" in text for text in said[1:3])
     assert said[3:] == [8, 8]  # the earlier version, whole, until the later one is
     build_index(IndexConfig(data=data, model=str(puma_dir), output=tmp_path / "whole"))
     ids = sorted(rows(tmp_path / "whole"))
