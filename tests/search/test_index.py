@@ -209,7 +209,7 @@ def test_another_corpus_and_ids_that_repeat_are_told(
     assert make(tmp_path / "two.jsonl").counts == {"text": 2}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any(f"out was of {tmp_path.resolve() / 'one.jsonl'}, becomes one of " in text for text in warnings)
-    assert any("1 ids are of several items. Answers" in text for text in warnings)
+    assert any("1 rows repeat the id of another. Answers" in text for text in warnings)
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
