@@ -34,6 +34,12 @@ class _InOrder(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # as of a program that Ctrl-C has ended; click's own 1 is that of an error
+
 
 @click.group(cls=_InOrder)
 @click.version_option(__version__, message="puma-hf %(version)s", help="Print the version and leave.")
@@ -154,6 +160,8 @@ def _told(config: Any, result: Any) -> str:
     if isinstance(config, configs.MergeConfig):
         return f"merged; embeddings differ by at most {result:.1e}\nsaved    {config.output}"
     if isinstance(config, configs.SearchConfig) and config.json:  # for programs, which read nothing else
+        if config.html is not None:
+            click.echo(f"saved    {config.html}", err=True)
         return json.dumps(result.to_dict(), ensure_ascii=False, indent=2)
     text = str(result.to_markdown() if hasattr(result, "to_markdown") else result)
     return f"{text}\nsaved    {config.html}" if getattr(config, "html", None) else text

@@ -24,8 +24,9 @@ _MODEL_SETTINGS = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_
 def model_fingerprint(model: Any) -> str | None:
     """SHA-256 of what a model's embeddings depend on, from the model itself: a moved directory keeps it.
 
-    It covers the weights and their data types; the settings of every module, the configuration, the chat template, the
-    tokenizer and the image processor; the checkpoint's own code; `max_seq_length`, `truncate_dim` and the prompts.
+    It covers the weights and their data types; the settings of every module, of the configuration, the chat template,
+    the tokenizer and the image processor; the code that came with the checkpoint; and `max_seq_length`,
+    `truncate_dim` and the prompts.
 
     Args:
         model: A `SentenceTransformer`, or any `torch.nn.Module`. Of anything else its attribute `fingerprint` is
@@ -102,10 +103,13 @@ def model_name(model: Any) -> str:
     """What a result calls a model: its Hub id, or the name of its directory without the path to it; else its class."""
     places: list[Any] = [_get(model, "config"), model]
     if isinstance(model, nn.Module):
-        places += [_get(owner, "config") for child in model.children() for owner in (_get(child, "model"), child)]
-    names = (_get(place, "_name_or_path") or _get(place, "name_or_path") for place in places)
-    found = next((name for name in names if isinstance(name, str) and name), None)
-    return type(model).__name__ if found is None else short_name(found)
+        places += [_get(_get(child, "model"), "config") for child in model.children()]
+        places += [_get(child, "config") for child in model.children()]
+    for place in places:
+        name = _get(place, "_name_or_path") or _get(place, "name_or_path")
+        if isinstance(name, str) and name:
+            return short_name(name)
+    return type(model).__name__
 
 
 def short_name(name: str | Path) -> str:
@@ -123,19 +127,31 @@ def short_name(name: str | Path) -> str:
 
 
 def _module_settings(module: nn.Module) -> dict[str, Any]:
-    processor, config = _get(module, "processor"), _get(_get(module, "model"), "config") or _get(module, "config")
+    processor = _get(module, "processor")
     tokenizer = _get(processor, "tokenizer") or _get(module, "tokenizer")
     # Without torchvision a PUMA processor's video part is its settings, a dict.
-    parts = [_get(processor, "image_processor"), _get(processor, "video_processor"), config]
-    return {
-        "settings": described() if callable(described := _get(module, "get_config_dict")) else None,
-        "parts": [part.to_dict() if callable(_get(part, "to_dict")) else part for part in parts],
-        "chat_template": _get(processor, "chat_template"),
-        "max_seq_length": _get(module, "max_seq_length"),
-        "tokenizer": {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS},
-        "vocabulary": None if tokenizer is None else _vocabulary(tokenizer),
-        "code": _code([*module.modules(), processor, tokenizer]),
+    parts = {
+        "settings": _get(module, "get_config_dict"),
+        "config": _get(_get(module, "model"), "config") or _get(module, "config"),
+        "image_processor": _get(processor, "image_processor"),
+        "video_processor": _get(processor, "video_processor"),
     }
+    # What is not there has no entry: fingerprints that stand in results and indexes must stay what they are.
+    settings: dict[str, Any] = {name: _settings_of(part) for name, part in parts.items() if part is not None}
+    settings["chat_template"] = _get(processor, "chat_template")
+    settings["max_seq_length"] = _get(module, "max_seq_length")
+    if tokenizer is not None:
+        settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
+        settings["vocabulary"] = _vocabulary(tokenizer)
+    settings["code"] = _code([*module.modules(), processor, tokenizer])
+    return settings
+
+
+def _settings_of(part: Any) -> Any:
+    if isinstance(part, dict):
+        return part
+    to_dict = _get(part, "to_dict") or part
+    return to_dict() if callable(to_dict) else str(part)
 
 
 def _code(parts: Iterable[Any]) -> list[str]:
@@ -154,10 +170,12 @@ def _code(parts: Iterable[Any]) -> list[str]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    # SHA-256 of how text becomes tokens; every call with padding or truncation leaves its settings in a backend.
+    # SHA-256 of how text becomes tokens.
     backend = _get(tokenizer, "backend_tokenizer") or tokenizer
     if callable(to_str := _get(backend, "to_str")):
-        content = json.loads(to_str()) | {"padding": None, "truncation": None}
+        content = json.loads(to_str())
+        # Every call with padding or truncation leaves its settings here.
+        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
     else:
         content = tokenizer.get_vocab() if callable(_get(tokenizer, "get_vocab")) else str(tokenizer)
     return hashlib.sha256(_as_json(content).encode()).hexdigest()

@@ -192,6 +192,14 @@ def test_errors_of_files_are_one_line_and_mistakes_in_the_library_keep_their_tra
         cli.main()
 
 
+def test_ctrl_c_has_the_exit_status_that_shells_know(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "merge", stopped)
+    assert invoke("merge", "lora", "merged").exit_code == 130
+
+
 @pytest.mark.usefixtures("restored_logging")
 @pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.ERROR)])
 def test_only_the_first_process_speaks(rank: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
