@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from transformers import (
 
 from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.configs import ExportFormat
-from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config
+from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config, write_json
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import last_token_state
@@ -193,8 +192,7 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
     if video := read_config(source, "processor_config.json").get("video_processor"):
         written["video_preprocessor_config.json"] = video  # of the first release only where torchvision could make one
     for name, settings in written.items():
-        stock = {key: value for key, value in settings.items() if key not in _NOT_STOCK}
-        (folder / name).write_text(json.dumps(stock, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / name, {key: value for key, value in settings.items() if key not in _NOT_STOCK})
 
 
 def _write_card(folder: Path, config: Any, format: ExportFormat, told: str) -> None:

@@ -135,6 +135,11 @@ def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
         raise
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that people can read, whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 @contextmanager
 def new_directory(
     output_dir: str | Path,
