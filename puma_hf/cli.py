@@ -198,7 +198,7 @@ _COMMANDS: tuple[tuple[str, Any, str, Callable[[Any, Any], str]], ...] = (
     ("embed", configs.EmbedConfig, "puma_hf.embedding.run:embed_corpus", _report),
     ("evaluate", configs.EvaluateConfig, "puma_hf.evaluation.mbeir:evaluate", _markdown),
     ("sweep", configs.SweepConfig, "puma_hf.evaluation.layer_sweep:sweep", _markdown),
-    ("pairs", configs.PairsConfig, "puma_hf.data.pairs_report:pairs", _report),
+    ("pairs", configs.PairsConfig, "puma_hf.data.mbeir_write:pairs", _report),
     ("index", configs.IndexConfig, "puma_hf.search.build:build_index", _report),
     ("search", configs.SearchConfig, "puma_hf.search.query:search", _answers),
     ("app", configs.AppConfig, "puma_hf.cli:show_page", _report),
