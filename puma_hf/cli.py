@@ -38,6 +38,12 @@ class _InOrder(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # as of a program that Ctrl-C has ended; click's own 1 is that of an error
+
 
 @click.group(cls=_InOrder)
 @click.version_option(__version__, message="puma-hf %(version)s", help="Print the version and leave.")
@@ -173,6 +179,8 @@ def _report(_: Any, report: Any) -> str:
 
 def _answers(config: configs.SearchConfig, answers: Any) -> str:
     if config.json:  # for programs, which read nothing else
+        if config.html is not None:
+            click.echo(f"saved    {config.html}", err=True)
         return json.dumps(answers.to_dict(), ensure_ascii=False, indent=2)
     return str(answers) if config.html is None else f"{answers}\nsaved    {config.html}"
 

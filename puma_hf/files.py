@@ -30,7 +30,7 @@ LOCK_FILE = ".puma-hf.lock"
 # huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
 _HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 # What a loader reads of a directory: the list of what may be published. Whatever else lies there stays.
-_LOADED = (
+LOADED = (
     *("config.json", "*_puma.py", ADAPTER_CONFIG, BASE_FILE, "LICENSE", "NOTICE"),
     *("model.safetensors.index.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
@@ -93,7 +93,7 @@ def model_files(folder: Path) -> list[str]:
     # Of shards those that the index names: older ones may lie beside them.
     weights = set(index.values()) if index else {"model.safetensors", ADAPTER_WEIGHTS}
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [name for name in names if name in weights or any(fnmatch(name, pattern) for pattern in _LOADED)]
+    return [name for name in names if name in weights or any(fnmatch(name, pattern) for pattern in LOADED)]
 
 
 def named_base(adapter: Path) -> str:

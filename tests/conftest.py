@@ -27,17 +27,8 @@ _CACHES = tempfile.TemporaryDirectory(prefix="puma-hf-tests-", ignore_cleanup_er
 _HF_HOME = Path(_CACHES.name) / "huggingface"
 
 # Each of these would win over HF_HOME and lead back to the user's own files.
-for _name in (
-    "HF_ASSETS_CACHE",
-    "HF_DATASETS_CACHE",
-    "HF_EVALUATE_CACHE",
-    "HF_HUB_CACHE",
-    "HF_METRICS_CACHE",
-    "HF_XET_CACHE",
-    "HUGGINGFACE_HUB_CACHE",
-    "SENTENCE_TRANSFORMERS_HOME",
-    "TRANSFORMERS_CACHE",
-):
+_OWN = ("HF_ASSETS", "HF_DATASETS", "HF_EVALUATE", "HF_HUB", "HF_METRICS", "HF_XET", "HUGGINGFACE_HUB", "TRANSFORMERS")
+for _name in ("SENTENCE_TRANSFORMERS_HOME", *(f"{_library}_CACHE" for _library in _OWN)):
     os.environ.pop(_name, None)
 
 os.environ.update(

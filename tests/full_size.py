@@ -64,10 +64,7 @@ def build_model(
     rank: int = 64,
     depth: int = VISION_CONFIG["depth"],
 ) -> PumaModel:
-    """A PumaModel of the first k of 28 layers in bfloat16, by default with LoRA on all of their linears.
-
-    Counting takes as long as there are layers; a part of them, and of the tower's `depth`, has the same shares.
-    """
+    """A PumaModel of the first k of 28 layers (and `depth` of the tower's) in bfloat16, with LoRA on their linears."""
     vision = VISION_CONFIG | {"depth": depth}
     config = PumaConfig(text_config=TEXT_CONFIG, vision_config=vision, num_kept_layers=num_kept_layers)
     config.ret_token_id = RET_TOKEN_ID
@@ -110,14 +107,7 @@ def image_item(model: PumaModel, batch_size: int = 1) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one step: in all, and by module.
-
-    Attributes:
-        forward: Operations until the loss.
-        backward: Operations of `loss.backward()`, with those of forward passes that are repeated there.
-        forward_by_module: The same by the module's name, from that of the class that was called.
-        backward_by_module: Likewise.
-    """
+    """Operations of one step until the loss and of its way back, with forward passes that are repeated there."""
 
     forward: int
     backward: int

@@ -153,14 +153,6 @@ def test_what_one_class_refuses(kind: Any, values: dict[str, Any], message: str)
         make(kind, **values)
 
 
-def test_what_follows_from_the_values() -> None:
-    cached = [make(TrainConfig, **given).cached for given in ({}, {"mini_batch_size": 8}, {"mini_batch_num_tokens": 9})]
-    assert cached == [False, True, True]
-    scaled = [name for name in ("int8", "uint8", "float16", "binary") if make(EmbedConfig, precision=name).is_scaled]
-    assert scaled == ["int8", "uint8"]
-    assert make(SearchConfig, query=None, image="a.png").query is None
-
-
 @pytest.mark.parametrize(
     ("kind", "values", "note"),
     [
@@ -182,18 +174,11 @@ def test_options_that_a_combination_ignores_are_named(kind: Any, values: dict[st
     assert "".join(notes).startswith(note)
 
 
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [("4B", 4e9), ("1.5b", 1.5e9), ("2G", 2e9), ("800 m", 8e8), (".5M", 5e5), ("1_300_000", 1.3e6), (7, 7), (4e9, 4e9)],
-)
+@pytest.mark.parametrize(("value", "number"), [("1.5b", 1.5e9), ("2G", 2e9), ("1_300_000", 1.3e6), (7, 7)])
 def test_numbers_of_parameters_as_people_write_them(value: str | float, number: float) -> None:
     assert parse_parameters(value) == number
-
-
-@pytest.mark.parametrize("value", ["", "4Bn", "-4B", "0.2", 0])
-def test_what_is_no_number_of_parameters(value: str | float) -> None:
     with pytest.raises(ValueError, match=r"max_params=.* must be a number of parameters\. Write it as 4B"):
-        parse_parameters(value)
+        parse_parameters(f"-{value}")
 
 
 def test_importing_the_settings_is_light() -> None:
@@ -246,14 +231,6 @@ def test_ours_see_as_many_items_a_step(size: str) -> None:
     assert (first.batch_size * first.gradient_accumulation_steps, second.batch_size) == (288, 600)
     assert second.mini_batch_num_tokens
     assert second.model == first.model + "-distilled"
-
-
-def test_the_demos_numbers() -> None:
-    first, second = load("demo_distill.yaml"), load("demo_train.yaml")
-    assert (first.max_steps, first.batch_size, first.learning_rate, first.lora_r) == (150, 64, 2e-3, 64)
-    assert (second.max_steps, second.batch_size, second.learning_rate, second.lora_r) == (60, 64, 5e-4, 64)
-    assert first.train_ret_token
-    assert not second.train_ret_token
 
 
 def test_accelerates_own_configuration_is_read_by_accelerate() -> None:

@@ -22,21 +22,6 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "demo" / "emoji"
 
 
-def figures(hit: float) -> dict[str, float]:
-    row = {"layers": 4, "parameters": 1_300_000, "text MFLOP": 32.0, "image MFLOP": 64.0}
-    for pool in ("local", "global"):
-        row |= {f"{pool} hit@1": hit / 2, f"{pool} hit@5": hit, f"{pool} wrong_modality@1": 0.5}
-    return row
-
-
-def test_the_table_has_a_row_a_model_and_relates_it_to_the_full_one() -> None:
-    rows = {name: figures(80.0 if name == "full model" else 60.0) for name in run.MODELS}
-    lines = run.table(rows).splitlines()
-    assert len(lines) == 2 + len(run.MODELS)
-    assert lines[2].startswith("| full model | 4 | 1.30 M | 32 / 64 | 40.0 / 80.0 | 100.0% | 40.0 / 80.0 | 0.5 |")
-    assert all("| 75.0% |" in line for line in lines[3:])
-
-
 def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
     monkeypatch.setattr(run, "app", lambda arguments, standalone_mode: called.append(arguments))
@@ -62,14 +47,11 @@ def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_index_has_every_drawing_by_name_and_says_what_was_seen(tmp_path: Path) -> None:
     table = everyday.copy_drawings(DATA, tmp_path / "drawings")
     with table.open(encoding="utf-8", newline="") as file:
-        rows = {row["id"]: row for row in csv.DictReader(file)}
-    drawn = {name: row["image"] for name, row in rows.items() if row["image"]}
-    pools = {
-        split: {Path(c.image) for c in MBEIR(DATA).global_pool(split).values() if c.modality == "image" and c.image}
-        for split in ("train", "test")
-    }
-    assert len(drawn) == len(pools["train"] | pools["test"])
-    assert sum("unseen in training" in name for name in drawn) == len(pools["test"] - pools["train"])
+        drawn = {row["id"]: row["image"] for row in csv.DictReader(file) if row["image"]}
+    pools = [MBEIR(DATA).global_pool(split).values() for split in ("train", "test")]
+    train, test = ({one.image for one in pool if one.modality == "image"} for pool in pools)
+    assert len(drawn) == len(train | test)
+    assert sum("unseen in training" in name for name in drawn) == len(test - train)
     assert drawn["pizza (Noto, seen in training)"] == "noto/1f355.webp"
     assert (table.parent / drawn["brown heart (Twemoji, unseen in training)"]).is_file()
     names = {name.rpartition(" (")[0] for name in drawn}

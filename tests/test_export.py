@@ -21,22 +21,10 @@ from transformers import (
 from transformers.utils.import_utils import is_torchvision_available
 
 import puma_hf.export as export_module
-from puma_hf import PumaModel, prune
+from puma_hf import prune
 from puma_hf.export import LINEAGE_KEY, export, is_export
-from puma_hf.hub.check import (
-    check_inputs,
-    embed_features,
-    embed_stock,
-    features_of,
-    open_model,
-    stock_features,
-)
-from tests.tiny import (
-    HIDDEN_SIZE,
-    build_checkpoint,
-    canonical_name,
-    read_weights,
-)
+from puma_hf.hub.check import check_inputs, embed_features, embed_stock, features_of, open_model, stock_features
+from tests.tiny import HIDDEN_SIZE, build_checkpoint, canonical_name, read_weights
 
 FILES = {
     "README.md",
@@ -49,17 +37,7 @@ FILES = {
     "video_preprocessor_config.json",
 }
 # Family, layers kept, and what is special about the original.
-SHAPES = (
-    ("qwen2_vl", 1, {"tie_word_embeddings": False}),
-    ("qwen2_5_vl", 2, {}),
-    ("qwen3_vl", 3, {}),
-)
-
-
-@pytest.fixture
-def source(puma_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the pruned model that a test may spoil."""
-    return Path(shutil.copytree(puma_dir, tmp_path / "source"))
+SHAPES = (("qwen2_vl", 1, {"tie_word_embeddings": False}), ("qwen2_5_vl", 2, {}), ("qwen3_vl", 3, {}))
 
 
 def settings_of(folder: Path, name: str = "config.json") -> dict[str, object]:
@@ -110,12 +88,8 @@ def test_the_configuration_is_the_stock_classes_own(exported: Path, puma_dir: Pa
     config = AutoConfig.from_pretrained(exported)
     assert type(config).__name__ == "Qwen2VLConfig"
     assert config.architectures == ["Qwen2VLForConditionalGeneration"]
-    text = config.text_config
-    assert (text.num_hidden_layers, len(text.layer_types)) == (2, 2)
-    written = settings_of(exported)
-    assert written["tie_word_embeddings"] is True
-    assert written["text_config"]["tie_word_embeddings"] is True  # type: ignore[index]
-    puma = settings_of(puma_dir)
+    assert (config.text_config.num_hidden_layers, len(config.text_config.layer_types)) == (2, 2)
+    written, puma = settings_of(exported), settings_of(puma_dir)
     fields = ("num_kept_layers", "original_num_hidden_layers", "source_name_or_path", "source_revision", "ret_token_id")
     assert written[LINEAGE_KEY] == {name: puma[name] for name in fields}
     assert not set(fields) & set(written)
@@ -133,16 +107,7 @@ def test_a_list_of_layers_is_told(qwen_dir: Path, tmp_path: Path) -> None:
     export(tmp_path / "puma", tmp_path / "stock")
     assert settings_of(tmp_path / "stock")[LINEAGE_KEY]["kept_layers"] == [0, 3]  # type: ignore[index]
     assert "decoder layers 0 and 3 of the 4\nof" in (tmp_path / "stock" / "README.md").read_text()
-    one = {"text": "a red apple"}
-    model, features = (
-        open_model(tmp_path / "stock", torch.float32, stock=True),
-        stock_features(tmp_path / "stock", [one]),
-    )
-    expected = PumaModel.from_pretrained(qwen_dir, keep_layers=[0, 3]).eval()
-    puma = PumaModel.from_pretrained(tmp_path / "puma")
-    expected.load_state_dict({"language_model.embed_tokens.weight": puma.get_input_embeddings().weight}, strict=False)
-    with torch.inference_mode():
-        assert (embed_stock(model, features) - expected(**features).embeddings).abs().max() <= 1e-5
+    assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
 
 
 def test_weights_are_the_same_bit_for_bit_under_published_names(exported: Path, puma_dir: Path) -> None:
@@ -168,15 +133,18 @@ def test_the_stock_class_finds_every_tensor_and_ties_its_head(exported: Path) ->
 # --- what is refused, leaving nothing behind
 
 
-def test_what_is_no_puma_model(qwen_dir: Path, exported: Path, tmp_path: Path) -> None:
-    for folder in (qwen_dir, exported):
-        with pytest.raises(ValueError, match=r"model_type='qwen2_vl' and is no PUMA model"):
-            export(folder, tmp_path / "stock")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+def test_what_is_no_puma_model(qwen_dir: Path, puma_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model_type='qwen2_vl' and is no PUMA model"):
+        export(qwen_dir, tmp_path / "stock")
     with pytest.raises(ValueError, match=r"is an adapter\. Merge it first \(puma-hf merge\)"):
-        export(tmp_path / "adapter", tmp_path / "stock")
-    assert not (tmp_path / "stock").exists()
+        export(adapter, tmp_path / "stock")
+    damaged = Path(shutil.copytree(puma_dir, tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["language_model.norm.weight"] = torch.ones(HIDDEN_SIZE + 1)
+    save_file(tensors, damaged / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has other tensors than its config.json says(.|\n)*norm.weight"):
+        export(damaged, tmp_path / "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_output_in_use(puma_dir: Path, tmp_path: Path) -> None:
@@ -191,21 +159,6 @@ def test_output_in_use(puma_dir: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "stock").iterdir()} == FILES
     with pytest.raises(ValueError, match="is, or holds, the source itself"):
         export(puma_dir, puma_dir, overwrite=True)
-
-
-def test_damaged_weights(source: Path, tmp_path: Path) -> None:
-    file = source / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"'model.safetensors' is not a whole safetensors file"):
-        export(source, tmp_path / "stock")
-    file.write_bytes(content)
-    tensors = load_file(file)
-    tensors["language_model.norm.weight"] = torch.ones(HIDDEN_SIZE + 1)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"has other tensors than its config.json says(.|\n)*norm.weight"):
-        export(source, tmp_path / "stock")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:
@@ -225,10 +178,7 @@ def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Pa
 ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
 TEXTS = [ONE, "a", "a longer text, of an apple on a table with a red cloth", {"text": "no", "instruction": "Find it."}]
 
-needs_onnx = pytest.mark.skipif(
-    not all(map(find_spec, export_module._NEEDED_FOR_ONNX)),
-    reason="needs puma-hf[onnx]",
-)
+needs_onnx = pytest.mark.skipif(not all(map(find_spec, export_module._NEEDED_FOR_ONNX)), reason="needs puma-hf[onnx]")
 
 
 @needs_onnx

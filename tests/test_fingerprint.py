@@ -15,8 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from puma_hf.fingerprint import image_content, model_fingerprint, model_name, short_name
-from tests.evaluation.fake_encoder import FakeEncoder
+from puma_hf.fingerprint import model_fingerprint, model_name, short_name
 
 
 def load(folder: Path) -> SentenceTransformer:
@@ -29,20 +28,21 @@ def shared(puma_dir: Path) -> SentenceTransformer:
     return load(puma_dir)
 
 
+def test_it_stays_what_it_is_in_results_and_indexes() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    nn.init.ones_(model[0].weight)
+    assert model_fingerprint(model) == "0758422feada648bfadce212cf0d278092ddebe08fbb29af59812a041ec17f3d"
+
+
 def test_a_moved_copy_has_the_same(shared: SentenceTransformer, puma_dir: Path, tmp_path: Path) -> None:
     before = model_fingerprint(shared)
     assert before is not None
     assert len(before) == 64
     shutil.copytree(puma_dir, tmp_path / "moved")
     moved = load(tmp_path / "moved")
+    moved.encode(["a", {"text": "http://x/y.png"}], prompt="find it")  # use does not change it
     assert model_fingerprint(moved) == before
     assert (model_name(shared), model_name(moved)) == (puma_dir.name, "moved")
-
-
-def test_use_does_not_change_it(shared: SentenceTransformer) -> None:
-    before = model_fingerprint(shared)
-    shared.encode(["a", "a longer text", {"text": "http://x/y.png"}], prompt="find it")
-    assert model_fingerprint(shared) == before
 
 
 def change_last_bit(model: Any) -> None:
@@ -93,27 +93,14 @@ def test_the_code_that_came_with_a_model_counts(tmp_path: Path, monkeypatch: pyt
     assert model_fingerprint(model) != before
 
 
-def test_an_image_is_known_by_path_size_and_time(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.png"
-    path.parent.mkdir()
-    path.write_bytes(b"123")
-    name, size, time = image_content(str(path), str(tmp_path / "a")) or ()
-    assert (name, size, time) == ("b.png", 3, path.stat().st_mtime_ns)
-    assert image_content(str(tmp_path / "gone.png"), str(tmp_path)) == ["gone.png"]
-    assert image_content(b"1", "") == image_content(b"1", "/") != image_content(b"2", "")
-    assert image_content(None, "") is None
-
-
 def test_any_module_and_any_object() -> None:
     torch.manual_seed(0)
     assert model_fingerprint(nn.Linear(2, 1)) != model_fingerprint(nn.Linear(2, 1))
-    assert model_fingerprint(FakeEncoder()) == "fake"
     assert model_fingerprint(SimpleNamespace(fingerprint=7)) == "7"
     assert model_fingerprint(object()) is None
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model_name(SimpleNamespace(name_or_path="org/name")) == "org/name"
+def test_names_hold_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = ["./out/model", tmp_path / "out" / "model", "/gone/model", "org/model"]

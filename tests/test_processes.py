@@ -134,5 +134,3 @@ def test_in_a_thread_it_does_nothing(worker_died: Any) -> None:
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(work).result() is signal.SIG_DFL
-    with ends_well_on_sigterm():
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

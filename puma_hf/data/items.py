@@ -377,7 +377,7 @@ class Corpus:
             logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
         if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
             what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
-            logger.warning("%s: %d ids are of several items. %s.", self.path, repeated, what)
+            logger.warning("%s: %d rows repeat the id of another. %s.", self.path, repeated, what)
         return Survey(num_items, [self.record(*one) for one in sorted(sample, key=lambda pair: pair[0])])
 
     def content_hash(self, record: Record) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from puma_hf.data.records import Record
 from puma_hf.embedding.embed import embed_records, embedding_dim, quantize, ranges_of
 from puma_hf.embedding.prepare import WINDOW
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
-from puma_hf.files import is_puma_directory, write_whole
+from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
 from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 from puma_hf.processes import (
@@ -89,8 +90,8 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
 
     Raises:
         FileNotFoundError: If the corpus is missing.
-        ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no PUMA
-            model, or the directory holds embeddings of another model, setting or version.
+        ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no
+            `SentenceTransformer`, or the directory holds embeddings of another model, setting or version.
         DirectoryInUseError: If another run writes into the directory.
         OSError: If the disk is full; what was written before is kept.
 
@@ -142,7 +143,8 @@ class _Run:
                 f"{self.corpus.path} changed while it was read. Run the same command again: what is done is kept."
             )
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
-        keys = torch.cat([torch.tensor(part) for part in gather(self.keys)])
+        # The type is said: that of a process which had no rows would be float32, and so would then all keys.
+        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(self.keys)])
         if self.rank == 0:
             self._finish(keys, num_items, errors)
         num_new, seconds = sum(gather(self.num_new)), max(gather(seconds))
@@ -273,13 +275,16 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is no PUMA model, or has fewer dimensions than `truncate_dim`.
+        ValueError: If it is no `SentenceTransformer`, or has fewer dimensions than `truncate_dim`.
     """
-    if Path(config.model).is_dir() and not is_puma_directory(Path(config.model)):
-        raise ValueError(
-            f"model={config.model!r} is no PUMA model. Make one of an original checkpoint with puma-hf prune, or of an "
-            "adapter with puma-hf merge."
-        )
+    # Of a folder without `modules.json` sentence-transformers would make a model of its own, and its vectors are noise.
+    folder, refusal = Path(config.model), None
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if is_adapter or not is_sentence_transformer_model(config.model, revision=config.revision):
+        remedy = "Make one of an original checkpoint with puma-hf prune, or of an adapter with puma-hf merge."
+        refusal = ValueError(f"model={config.model!r} is no PUMA model. {remedy}")
+        if folder.is_dir():
+            raise refusal
     model = open_sentence_transformer(
         config.model,
         device=own_device(),
@@ -287,6 +292,8 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         trust_remote_code=config.trust_remote_code,
         model_kwargs={"dtype": config.dtype},
     ).eval()
+    if refusal is not None:  # it is one on the Hub; of what is not there the error is another
+        raise refusal
     check_truncate_dim(model, config.model, config.truncate_dim)
     if not config.fast:
         first: Any = model[0]

@@ -2,8 +2,8 @@
 
 `embed` writes a corpus into one, `evaluate` keeps in one what it has embedded. A directory holds
 
-    manifest.json                the settings that all rows depend on, and what a finished run says of them
-    shard-00000-5f0c1a….parquet  columns key (int64), id (if there are ids) and embedding (a list of fixed size)
+    manifest.json                   the settings that all rows depend on, and what a finished run says of them
+    shard-000000000-5f0….parquet    columns key (int64), id (if there are ids) and embedding (a list of fixed size)
 
 With `format: safetensors` the tensor `embeddings` is in `shard-….safetensors` beside it. Parquet is for users, who read
 it with whatever reads tables. safetensors is for programs: rows are mapped from the file, so that a few of them are
@@ -169,7 +169,7 @@ class EmbeddingStore:
         keys = keys.cpu().contiguous()
         # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
         digest = hashlib.sha256(self._metadata[_KEY] + keys.numpy().tobytes()).hexdigest()[:24]
-        path = self.folder / f"shard-{order:05d}-{digest}.parquet"
+        path = self.folder / f"shard-{order:09d}-{digest}.parquet"  # names sort as the numbers do
         columns = {"key": pa.array(keys.numpy())}
         if ids is not None:
             # Names of files, and JSON, may hold half a character, which no table can.

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf.configs import TeacherMode
-from puma_hf.fingerprint import model_settings
+from puma_hf.fingerprint import image_content, model_settings
 from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
+from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import Teacher, TeacherSource, find_teacher, is_of_adapter
@@ -225,7 +226,18 @@ def _with_states(
 
 def _content_sha256(dataset: Dataset) -> str:
     """Of what the rows hold, not of how or where they are stored, on which `datasets`' own fingerprint depends."""
-    digest = hashlib.sha256(" ".join(dataset.column_names).encode())
+    # A transform of sentence-transformers tells the name of one of several datasets, by which prompts may differ.
+    digest = hashlib.sha256(repr([dataset.column_names, dataset[:1].get("dataset_name")]).encode())
     for table in dataset.with_format("arrow").iter(1000):
-        digest.update(repr(table.to_pylist()).encode())
+        rows = table.to_pylist()
+        # A path stays the same when its picture changes: a look at each file, which costs seconds for a million.
+        digest.update(repr([rows, *_images_of(rows)]).encode())
     return digest.hexdigest()
+
+
+def _images_of(cell: Any) -> Iterator[Any]:
+    """Size and time of change of each image that is a path, however deep it lies in a cell."""
+    if isinstance(cell, str) and is_image_name(cell):
+        yield image_content(cell, "")
+    for part in cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ():
+        yield from _images_of(part)

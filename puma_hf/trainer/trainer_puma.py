@@ -11,12 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-    MultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -35,14 +29,6 @@ from puma_hf.trainer.lora_puma import (
     spare_frozen_vision,
 )
 from puma_hf.trainer.statistics_puma import TrainingStatistics
-
-# Losses whose negatives are the other rows of the batch, beside the scheduled ones of ours.
-_IN_BATCH_LOSSES = (
-    MultipleNegativesRankingLoss,
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesSymmetricRankingLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
-)
 
 
 class PumaTrainer(SentenceTransformerTrainer):
@@ -162,6 +148,12 @@ class PumaTrainer(SentenceTransformerTrainer):
         """One batch forward and backward, counted."""
         self._statistics.count(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # With a loss scaler `SafeSteps` looks at no gradients, but no scale mends a loss.
+        if self.args.fp16 and not bool(loss.isfinite()):
+            raise ValueError(
+                f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}, so it was not done"
+                f"{_last(self.args)}. Lower learning_rate, raise the temperatures, use bfloat16."
+            )
         self._statistics.read()
         return loss
 
@@ -325,7 +317,8 @@ def _check_rows(trainer: Any, datasets: Any, what: str, batch_size: int) -> None
             raise ValueError(f"{name} has no rows. Look at the folder, the split and the filters it comes from.")
         loss: Any = trainer.loss.get(key) if isinstance(trainer.loss, Mapping) else trainer.loss
         modules = [] if loss is None else loss.modules()
-        found = [module for module in modules if isinstance(module, _IN_BATCH_LOSSES) or is_scheduled(module)]
+        # Those of ours, whose negatives are the other rows; what other losses need, nobody here knows.
+        found = [module for module in modules if is_scheduled(module)]
         labels = {*trainer.data_collator.valid_label_columns, "dataset_name"}
         if not found or len(set(dataset.column_names) - labels) > 2:
             continue

@@ -23,21 +23,14 @@ def read_tables(root: Path, task: int) -> tuple[list[Row], list[Row], list[Row]]
         {"id": r["did"], "modality": r["modality"], "text": r["txt"], "image": _image(root, r["img_path"])}
         for r in builder.read_records(builder.local_pool_path(root, task))
     ]
+    names = {"id": "qid", "modality": "query_modality", "text": "query_txt"}
     queries = [
-        {
-            "id": r["qid"],
-            "modality": r["query_modality"],
-            "text": r["query_txt"],
-            "image": _image(root, r["query_img_path"]),
-        }
+        {**{ours: r[name] for ours, name in names.items()}, "image": _image(root, r["query_img_path"])}
         for r in builder.read_records(builder.query_path(root, task, "test"))
     ]
     lines = builder.qrels_path(root, task, "test").read_text(encoding="utf-8").splitlines()
-    qrels = [
-        {"query-id": qid, "corpus-id": did, "score": int(relevance)}
-        for qid, _, did, relevance, _ in (line.split() for line in lines)
-    ]
-    return corpus, queries, qrels
+    judged = [line.split() for line in lines]
+    return corpus, queries, [{"query-id": q, "corpus-id": did, "score": int(score)} for q, _, did, score, _ in judged]
 
 
 def write_copy(
@@ -95,20 +88,7 @@ def _image(root: Path, img_path: str | None) -> Row | None:
     return None if img_path is None else {"bytes": (root / img_path).read_bytes(), "path": None}
 
 
-_CARD = """---
-configs:
-- config_name: corpus
-  data_files:
-  - split: test
-    path: corpus/test-*
-- config_name: default
-  data_files:
-  - split: test
-    path: data/test-*
-- config_name: queries
-  data_files:
-  - split: test
-    path: queries/test-*
----
-# A copy
-"""
+_CARD = "---\nconfigs:\n"
+for _name, _folder in (("corpus", "corpus"), ("default", "data"), ("queries", "queries")):
+    _CARD += f"- config_name: {_name}\n  data_files:\n  - split: test\n    path: {_folder}/test-*\n"
+_CARD += "---\n# A copy\n"

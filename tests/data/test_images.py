@@ -42,11 +42,7 @@ def test_paths_become_absolute_and_sizes_are_kept(folder: Path) -> None:
         ("deep/../../outside.png", MBEIRFormatError, r"line 2: image path '.*' leaves .*photos"),
         ("/etc/passwd", MBEIRFormatError, r"line 2: image path '.*etc/passwd' leaves"),
         ("link.png", MBEIRFormatError, r"line 2: .* passes a symbolic link that leaves .* \(hf download .*image_root="),
-        (
-            "deep",
-            FileNotFoundError,
-            r"line 2: image 'deep' is not a file .*MBEIR\(image_root=\.\.\.\)",
-        ),
+        ("deep", FileNotFoundError, r"line 2: image 'deep' is not a file .*MBEIR\(image_root=\.\.\.\)"),
         ("broken.png", MBEIRFormatError, r"line 2: '.*broken\.png' cannot be read as an image"),
         ("long.png", MBEIRFormatError, r"line 2: '.*long\.png' has 402 x 2 pixels; .* 200 times as long as wide"),
     ],

@@ -195,12 +195,9 @@ def test_a_table(tmp_path: Path) -> None:
         {"id": "d", "image": "images/gone.png"},  # who embeds it will see
     )
     found = records(open_corpus(path))
-    assert found == [
-        Record("a", " red"),
-        Record("7", None, str(image)),
-        Record("c", "blue", str(image), instruction="Find it."),
-        Record("d", None, str(tmp_path / "images" / "gone.png")),
-    ]
+    assert found[:2] == [Record("a", " red"), Record("7", None, str(image))]
+    assert found[2:3] == [Record("c", "blue", str(image), instruction="Find it.")]
+    assert found[3:] == [Record("d", None, str(tmp_path / "images" / "gone.png"))]
     assert [record.row for record in found] == [0, 1, 2, 3]
 
 
@@ -265,10 +262,7 @@ def test_a_pool(root: Path, pool: str) -> None:
     ("row", "message"),
     [
         ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or number\. Give every row one, or"),
-        (
-            {"id": "b", "image": "https://a.org/a.png"},
-            r"line 2: image is 'https.*Download images first",
-        ),
+        ({"id": "b", "image": "https://a.org/a.png"}, r"line 2: image is 'https.*Download images first"),
         ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
     ],
 )

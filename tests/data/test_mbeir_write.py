@@ -113,27 +113,6 @@ def test_whatever_changes_a_figure_changes_the_hash(root: Path, tmp_path: Path, 
     assert build("after", seed=int(change == "seed")) != before
 
 
-def test_relevant_ones_first_then_hard_negatives_in_turn_then_others(root: Path, tmp_path: Path) -> None:
-    # Query 0 is relevant to 0, query 1 to 1 and 2; their hard negatives are 5 and 4, 3.
-    path = builder.query_path(root, 1, "test")
-    for line, numbers in ((1, [5]), (2, [5, 3, 4])):
-        builder.change_record(path, line, neg_cand_list=[builder.did(1, number) for number in numbers])
-    records = builder.read_records(path)[:2]
-    builder.write_records(path, records)
-    lines = builder.qrels_path(root, 1, "test").read_text().splitlines()[:3]
-    builder.write_lines(builder.qrels_path(root, 1, "test"), lines)
-
-    def pool(count: int) -> list[int]:
-        nano = build_nano(MBEIR(root), tmp_path / str(count), tasks=["toys_task1"], num_candidates=count)
-        assert set(nano.global_pool()) == set(nano.local_pool(TEXTS))
-        return [int(did[-1]) for did in nano.local_pool(TEXTS)]
-
-    assert pool(1) == pool(3) == [0, 1, 2]
-    assert pool(4) == [0, 1, 2, 5]
-    assert pool(5) == [0, 1, 2, 3, 5]
-    assert pool(0) == pool(60) == [0, 1, 2, 3, 4, 5]
-
-
 def test_opening_again_is_no_building(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
     monkeypatch.setattr(mbeir_write, "_write_nano", lambda *_: pytest.fail("built again"))
@@ -229,23 +208,16 @@ def test_images_in_both_directions(folder: Path, tmp_path: Path) -> None:
     write_captions(folder, [("a.png", "red"), ("copy of a.png", "crimson"), ("deep/b.png", "green")])
     rows = load_pairs(folder, direction="both", instruction="Find it.", reverse_instruction="Say\t it.")
     data = write_mbeir(rows, tmp_path / "out", dataset="photos", dataset_id=123, test_fraction=1, val_fraction=0)
-    assert [(task.name, task.arrow) for task in data.tasks("test")] == [
-        ("photos_task0", "t -> i"),
-        ("photos_task3", "i -> t"),
-    ]
     first, second = data.tasks("test")
+    assert (first.name, first.arrow, second.name, second.arrow) == ("photos_task0", "t -> i", "photos_task3", "i -> t")
     to_image, to_text = (data.queries(task, "test") for task in (first, second))
-    assert [len(query.positives) for query in to_image] == [1, 1, 1]
-    assert [len(query.positives) for query in to_text] == [2, 1]
-    assert data.instruction(to_image[0], "image") == "Find it."
-    assert data.instruction(to_text[0], "text") == "Say it."
-    assert [candidate.modality for candidate in data.local_pool(first).values()] == ["image", "image"]
-    assert len(data.global_pool()) == 5
+    assert [len(query.positives) for query in (*to_image, *to_text)] == [1, 1, 1, 2, 1]
+    assert (data.instruction(to_image[0], "image"), data.instruction(to_text[0], "text")) == ("Find it.", "Say it.")
+    assert all(query.qid.startswith("123:") for query in to_text)
     image = next(iter(data.local_pool(first).values())).image
     assert image is not None
     assert image.startswith(str(tmp_path / "out" / "mbeir_images" / "photos_images"))
     assert os.path.samefile(image, folder / "a.png")
-    assert all(query.qid.startswith("123:") for query in to_text)
 
 
 def test_negatives_go_along_unless_they_are_right(tmp_path: Path) -> None:

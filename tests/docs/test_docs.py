@@ -16,7 +16,6 @@ import json
 import re
 import shlex
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +118,16 @@ def page_directory(docs_sources: Path, demo_output: Path, tmp_path: Path, monkey
         (tmp_path / "demo" / name).symlink_to(docs_sources / "demo" / name)
     (tmp_path / "configs").symlink_to(docs_sources / "configs")
     shutil.copytree(demo_output, tmp_path / "demo" / "output")
-    drawings = docs_sources / "demo" / "emoji" / "mbeir_images" / "emoji_images" / "noto"
-    write_readers_own(tmp_path, drawings, names_of_emoji(docs_sources / "demo" / "emoji"))
+    write_readers_own(tmp_path, docs_sources / "demo" / "emoji")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def names_of_emoji(folder: Path) -> dict[str, str]:
-    with open(folder / "concepts.tsv", encoding="utf-8") as file:
-        return {row["emoji"]: row["name"] for row in csv.DictReader(file, delimiter="\t")}
-
-
-def write_readers_own(folder: Path, drawings: Path, names: dict[str, str]) -> None:
+def write_readers_own(folder: Path, emoji: Path) -> None:
     """A few pictures with captions, texts, and tables of both."""
+    with open(emoji / "concepts.tsv", encoding="utf-8") as file:
+        names = {row["emoji"]: row["name"] for row in csv.DictReader(file, delimiter="\t")}
+    drawings = emoji / "mbeir_images" / "emoji_images" / "noto"
     chosen = {"apple.webp": drawings / "1f34e.webp"}  # the pages name this one
     chosen |= {path.name: path for path in sorted(drawings.glob("*.webp"))[::60] if path.stem in names}
     photos = folder / "photos"
@@ -139,17 +135,14 @@ def write_readers_own(folder: Path, drawings: Path, names: dict[str, str]) -> No
     for name, path in chosen.items():
         shutil.copyfile(path, photos / name)
     captions = [(name, names[path.stem]) for name, path in chosen.items()]
-    write_table(photos / "captions.csv", ("file_name", "caption"), captions)
-    (folder / "notes.txt").write_text("".join(f"{text}\n" for _, text in captions[:8]), encoding="utf-8")
     rows = [{"text": text, "image": f"photos/{name}"} for name, text in captions[:8]]
+    (folder / "notes.txt").write_text("".join(f"{row['text']}\n" for row in rows), encoding="utf-8")
     (folder / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    corpus = [(str(number), row["text"], row["image"]) for number, row in enumerate(rows)]
-    write_table(folder / "corpus.csv", ("id", "text", "image"), corpus)
-
-
-def write_table(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+    corpus = [(number, row["text"], row["image"]) for number, row in enumerate(rows)]
+    tables = {photos / "captions.csv": [("file_name", "caption"), *captions]}
+    for table, lines in {**tables, folder / "corpus.csv": [("id", "text", "image"), *corpus]}.items():
+        with open(table, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
 
 
 def run(words: list[str]) -> None:
@@ -231,10 +224,8 @@ def test_the_python_of_the_readme_runs() -> None:
     """From top to bottom in one namespace, as a reader would paste it."""
     namespace: dict[str, object] = {"__name__": "__readme__"}
     for block in blocks_of(README):
-        if block.language == "python":
-            code = block.compiled("README.md")
-            if block.runs:
-                exec(code, namespace)
+        if block.language == "python" and block.runs:
+            exec(block.compiled("README.md"), namespace)
 
 
 @pytest.mark.usefixtures("docs_directory")
@@ -278,10 +269,3 @@ def check_command(words: list[str], parse: Callable[[list[str]], None]) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for script in [word for word in words if word.endswith(".py")]:
         assert (ROOT / script).is_file(), script
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_extras_exist(page: str) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = {name for found in re.findall(r"puma-hf\[([\w,-]+)\]", read(page)) for name in found.split(",")}
-    assert named <= set(extras)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -318,15 +319,21 @@ def test_wrong_lines_are_found_before_the_model_is_loaded(config: Any, table: Pa
         embed_corpus(config(data=table.parent / "gone", model="no/model"))
 
 
-def test_an_original_checkpoint_is_no_embedder(config: Any, qwen_dir: Path) -> None:
+@pytest.mark.parametrize("model", ["qwen_dir", "adapter"])
+def test_an_original_checkpoint_is_no_embedder(config: Any, model: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(ValueError, match=r"is no PUMA model\. Make one of an original checkpoint with puma-hf prune"):
-        embed_corpus(config(model=str(qwen_dir)))
+        embed_corpus(config(model=str(request.getfixturevalue(model))))
 
 
 def test_a_corpus_that_changes_while_it_is_read(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "broadcast", lambda value: 11 if value == 10 else value)
     with pytest.raises(ValueError, match=r"table\.jsonl changed while it was read\. Run the same command again"):
         embed_corpus(config())
+
+
+def test_a_process_without_a_row_of_its_own_takes_part(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "gather", lambda value: [value, array("q")] if isinstance(value, array) else [value])
+    assert embed_corpus(config()).num_rows == len(read(config().output)[0]) == 10
 
 
 def test_the_report() -> None:

@@ -84,6 +84,15 @@ def test_eight_bits_take_a_byte_on_the_disk(tmp_path: Path) -> None:
     assert shards_of(tmp_path)[0].stat().st_size < 1000 * (256 + 8) * 1.1
 
 
+def test_shards_of_a_large_corpus_come_in_its_order(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    orders = [0, 20_000, 90_000, 100_000, 3_000_000]
+    for order in reversed(orders):
+        store.add(torch.tensor([order]), torch.ones(1, 2), ids=[str(order)], order=order)
+    store.refresh()
+    assert [ids for ids, _ in store] == [[str(order)] for order in orders]
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("block_size", [1, 7, 100])
 def test_blocks_come_in_the_order_of_the_keys(tmp_path: Path, block_size: int, file_format: Format) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
@@ -43,14 +44,15 @@ def pruned(source: Path, folder: Path, **options: Any) -> SentenceTransformer:
     return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
 
 
-def pruned_to_every_depth(source: Path, folder: Path) -> list[SentenceTransformer]:
-    """The models of k = 1 .. 4 layers, each pruned from the original and loaded by itself: what a sweep must equal."""
-    return [pruned(source, folder / f"k{k}", num_kept_layers=k) for k in range(1, NUM_LAYERS + 1)]
-
-
 @pytest.fixture(scope="module")
 def models(qwen_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[SentenceTransformer]:
-    return pruned_to_every_depth(qwen_dir, tmp_path_factory.mktemp("depths"))
+    """The models of k = 1 .. 4 layers, each pruned from the original and loaded by itself: what a sweep must equal."""
+    folder = tmp_path_factory.mktemp("depths")
+    return [pruned(qwen_dir, folder / f"k{k}", num_kept_layers=k) for k in range(1, NUM_LAYERS + 1)]
+
+
+def encode(model: SentenceTransformer, inputs: list[Any], prompt: str = "", batch_size: int = 32) -> torch.Tensor:
+    return torch.as_tensor(model.encode(inputs, prompt=prompt, batch_size=batch_size, show_progress_bar=False))
 
 
 @pytest.fixture
@@ -59,17 +61,11 @@ def inputs(images: list[Image.Image]) -> list[Any]:
     return ["a red apple", {"image": images[0]}, "a", {"image": images[2], "text": "red"}, "a table, red " * 5]
 
 
-def encode(model: SentenceTransformer, inputs: list[Any], prompt: str = "", batch_size: int = 32) -> torch.Tensor:
-    return torch.as_tensor(model.encode(inputs, prompt=prompt, batch_size=batch_size, show_progress_bar=False))
-
-
 # --- The embeddings of all depths
 
 
 @pytest.mark.parametrize(("prompt", "batch_size"), [("", 32), ("Find what fits.", 2)])
-def test_equals_each_pruned_model(
-    models: list[SentenceTransformer], inputs: list[Any], batch_size: int, prompt: str
-) -> None:
+def test_equals_each_pruned_model(models: list[Any], inputs: list[Any], batch_size: int, prompt: str) -> None:
     full = models[-1]
     before, hooks = encode(full, inputs), sum(len(module._forward_hooks) for module in full.modules())
     full.truncate_dim = 8  # it would cut the depths off
@@ -116,19 +112,8 @@ def test_costs_one_forward_pass(models: list[SentenceTransformer], inputs: list[
 
 
 def test_only_puma_models_alone(models: list[SentenceTransformer]) -> None:
-    from sentence_transformers.models import Normalize
-
-    for modules in ([Normalize()], [models[0][0], Normalize()]):
-        with pytest.raises(ValueError, match=r"'Normalize'.*must be a PUMA model alone.*puma-hf prune"):
-            decoder_of(SentenceTransformer(modules=modules))
-
-
-def test_spoilt_states_are_named(qwen_dir: Path, tmp_path: Path) -> None:
-    model = pruned(qwen_dir, tmp_path / "full", num_kept_layers=NUM_LAYERS)
-    with torch.no_grad():
-        decoder_of(model).layers[2].mlp.down_proj.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="At k = 3 an embedding holds NaN or infinity"):
-        encode_all_layers(model, ["a", "b"])
+    with pytest.raises(ValueError, match=r"'Normalize'.*must be a PUMA model alone.*puma-hf prune"):
+        decoder_of(SentenceTransformer(modules=[models[0][0], Normalize()]))
 
 
 # --- Closeness
@@ -166,17 +151,6 @@ def test_costs_equal_those_of_each_pruned_model(models: list[SentenceTransformer
     assert costs.flops_image == tuple(count_flops(model, image) for model in models)
     # A text has nothing but layers: 64 tokens through each.
     assert costs.flops_text[3] == 4 * costs.flops_text[0]
-
-
-def test_costs_of_half_precision_and_of_small_images(models: list[SentenceTransformer], puma_dir: Path) -> None:
-    model = SentenceTransformer(
-        str(puma_dir), trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.bfloat16}
-    )
-    processor: Any = model[0].processor.image_processor  # type: ignore[union-attr]
-    processor.size = type(processor.size)(shortest_edge=256, longest_edge=128 * 128)
-    costs = layer_costs(model)
-    assert costs.bytes == tuple(2 * count_parameters(pruned) for pruned in models[:2])
-    assert costs.image_tokens == 64  # the model may not see all of the image
 
 
 # --- The sweep
@@ -242,7 +216,6 @@ def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceT
     for row, depth in zip(report.models[0].rows, embeddings, strict=True):
         assert row.cka == pytest.approx(linear_cka(depth, embeddings[-1]), abs=1e-5)
         assert row.cosine == pytest.approx(float((depth * embeddings[-1]).sum(dim=1).mean()), abs=1e-5)
-    assert (report.full.cka, report.full.cosine) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-6))
 
 
 def test_files_of_a_subset_and_repetition(qwen_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -256,10 +229,6 @@ def test_files_of_a_subset_and_repetition(qwen_dir: Path, data: Path, tmp_path: 
     assert SweepReport.from_dict(json.loads((tmp_path / "one" / "sweep.json").read_text())) == reports[0]
 
 
-def test_two_models_of_one_name_keep_their_paths() -> None:
-    assert layer_sweep._names(["/a/full", "/b/full", "org/puma"]) == ["/a/full", "/b/full", "org/puma"]
-
-
 def test_errors_before_a_model_is_opened(
     qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,10 +236,6 @@ def test_errors_before_a_model_is_opened(
     config = SweepConfig(model=qwen_dir, data=data, compare=("nowhere",), **ALL)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sweep(config)
-    with pytest.raises(FileNotFoundError, match="the splits here are"):
-        sweep(replace(config, split="val"))
-    with pytest.raises(ValueError, match="tasks is"):
-        sweep(replace(config, tasks=("webqa_task1",)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'puma-hf\[plot\]'"):
         sweep(replace(config, output=tmp_path / "out"))

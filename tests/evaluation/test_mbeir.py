@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -11,14 +12,19 @@ from typing import Any
 import pytest
 import sentence_transformers
 import transformers
+from filelock import FileLock
+from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
+from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.evaluator import MBEIREvaluator
-from puma_hf.evaluation.mbeir import Search, evaluate_mbeir, task_result
+from puma_hf.evaluation.layer_sweep import sweep
+from puma_hf.evaluation.mbeir import Search, evaluate, evaluate_mbeir, task_result
 from puma_hf.evaluation.results import MBEIRResults
+from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data import mbeir_builder as builder
 from tests.evaluation.fake_encoder import FakeEncoder
 
@@ -52,9 +58,7 @@ def cosine(a: list[int], b: list[int]) -> float:
 @pytest.mark.parametrize("options", [{}, {"shard_size": 1}, {"search_backend": "faiss", "embedding_dtype": "float16"}])
 def test_equals_brute_force_on_both_pools(root: Path, options: dict[str, Any]) -> None:
     results = evaluate_mbeir(FakeEncoder(), root, pool="both", show_progress_bar=False, **options)
-    assert [(row.pool, row.task) for row in results.rows] == [
-        (pool, task) for pool in ("local", "global") for task in TASKS
-    ]
+    assert [(row.pool, row.task) for row in results.rows] == list(itertools.product(("local", "global"), TASKS))
     for row in results.rows:
         assert is_right(root, row.task, row.pool, results.rankings[row.pool][row.task.name])
         assert row.score == row.metrics["hit@5"]
@@ -127,10 +131,6 @@ def test_candidates_of_other_datasets_count_only_where_they_are(root: Path) -> N
         ({"pool": "all"}, r"pool is 'all', must be one of \['local', 'global', 'both'\]"),
         ({"ks": [0]}, r"ks is \[0\], must be numbers of 1 or more"),
         ({"tasks": ["toys_task5"]}, r"tasks is \['toys_task5'\], must be some of"),
-        (
-            {"embedding_dtype": "int8"},
-            r"embedding_dtype is 'int8', must be one of \['float32', 'float16', 'bfloat16'\]",
-        ),
         ({"popularity_penalty": math.nan}, "popularity_penalty is nan, must be from 0 to 1, such as 0.2"),
     ],
 )
@@ -142,14 +142,10 @@ def test_wrong_arguments(root: Path, arguments: dict[str, Any], message: str) ->
 def test_broken_qrels_are_found_before_anything_is_encoded(root: Path) -> None:
     path, model = builder.qrels_path(root, 8, "test"), FakeEncoder()
     line = builder.append_line(path, f"{builder.qid(8, 0)} 0 11:9999 1 8")
-    with pytest.raises(
-        MBEIRFormatError, match=rf"_qrels\.txt, line {line}: did '11:9999' is not in the candidate pool"
-    ):
+    with pytest.raises(MBEIRFormatError, match=rf"_qrels\.txt, line {line}: did '11:9999' is not in the candidate"):
         evaluate_mbeir(model, root)
     path.write_text("")
-    with pytest.raises(
-        MBEIRFormatError, match=r"no query of toys_task8 \(test\) has a relevant candidate in its local"
-    ):
+    with pytest.raises(MBEIRFormatError, match=r"no query of toys_task8 \(test\) has a relevant candidate in its"):
         evaluate_mbeir(model, root)
     assert not model.calls
 
@@ -216,18 +212,7 @@ def test_what_is_written(root: Path, tmp_path: Path) -> None:
     assert set(written) == expected | {"results.json", "results.md"}
     assert MBEIRResults.from_dict(json.loads(written["results.json"])).rows == results.rows
     assert written["results.md"].decode() == results.to_markdown()
-    # Nothing of this machine, nor of the time.
-    for content in written.values():
-        assert str(tmp_path).encode() not in content
-    assert "rankings" not in json.loads(written["results.json"])
-
-
-def test_nothing_is_written_without_an_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.chdir(tmp_path / "temporary")
-    evaluate_mbeir(FakeEncoder(), root)
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not any(str(tmp_path).encode() in content for content in written.values())  # nothing of this machine
 
 
 def test_what_they_were_made_from(root: Path) -> None:
@@ -247,40 +232,20 @@ def test_what_they_were_made_from(root: Path) -> None:
         "pool": "local",
         "embedding_dtype": "float32",
     }
-    names = {"model_name": "org/model", "data_name": "M-BEIR"}
-    seeded = evaluate_mbeir(model, root, tasks="toys_task1", instruction_seed=5, **names).made_from
-    assert (seeded["model"], seeded["data"]) == ("org/model", "M-BEIR")
-    assert seeded["instructions"] == "drawn with seed 5"
 
 
 def test_a_second_run_encodes_only_what_is_new(root: Path, tmp_path: Path) -> None:
     first, again, other = FakeEncoder(), FakeEncoder(), FakeEncoder()
     results = evaluate_mbeir(first, root, tasks="toys_task1", output_dir=tmp_path / "out")
     written = files(tmp_path / "out")
-    assert evaluate_mbeir(again, root, tasks="toys_task1", output_dir=tmp_path / "out") == results
+    # What does not change embeddings is not compared.
+    options: dict[str, Any] = {"batch_size": 3, "search_backend": "faiss", "encode_kwargs": {"chunk_size": 3}}
+    assert evaluate_mbeir(again, root, tasks="toys_task1", output_dir=tmp_path / "out", **options).rows == results.rows
+    evaluate_mbeir(again, root, tasks="toys_task1", output_dir=tmp_path / "out")
     assert files(tmp_path / "out") == written
     assert not again.calls
     evaluate_mbeir(other, root, tasks="toys_task1", output_dir=tmp_path / "out", instruction_seed=5)
     assert all(prompt and prompt != "1 wording 1." for _, prompt, _ in other.calls)  # new wordings of queries alone
-
-
-def test_a_cut_shard_is_made_anew(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    output = tmp_path / "out"
-    evaluate_mbeir(FakeEncoder(), root, output_dir=output)
-    written = files(output)
-    shard = max((output / "embeddings").glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    model = FakeEncoder()
-    evaluate_mbeir(model, root, output_dir=output)
-    assert f"{shard} is cut or spoiled" in caplog.text
-    assert len(model.calls) == 1
-    assert files(output) == written
-
-
-def other_model(model: FakeEncoder, **attributes: Any) -> FakeEncoder:
-    for name, value in attributes.items():
-        setattr(model, name, value)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -288,11 +253,10 @@ def other_model(model: FakeEncoder, **attributes: Any) -> FakeEncoder:
     [
         ({"fingerprint": "other"}, {}, r"made with other settings: model is 'fake' there and 'other' here"),
         ({"truncate_dim": 2}, {}, r"other settings: truncate_dim is None there and 2 here"),
-        ({}, {"encode_kwargs": {"truncate_dim": 2}}, r"other settings: truncate_dim is None there and 2 here"),
         (
             {},
             {"encode_kwargs": {"normalize_embeddings": True}},
-            r"other settings: encode_kwargs is \{\} there and \{'normalize_embeddings'",
+            r"other settings: encode_kwargs is \{\} there and \{'n",
         ),
         ({}, {"embedding_dtype": "float16"}, r"other settings: embedding_dtype is 'float32' there and 'float16' here"),
     ],
@@ -301,22 +265,16 @@ def test_embeddings_of_another_model_or_setting_are_refused(
     root: Path, tmp_path: Path, attributes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", output_dir=tmp_path / "out")
-    model = other_model(FakeEncoder(), **attributes)
+    model = FakeEncoder()
+    vars(model).update(attributes)
     with pytest.raises(ValueError, match=message + ".* Choose another directory"):
         evaluate_mbeir(model, root, tasks="toys_task8", output_dir=tmp_path / "out", **options)
     assert not model.calls
 
 
-def test_what_does_not_change_embeddings_is_not_compared(root: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"tasks": "toys_task1", "output_dir": tmp_path / "out"}
-    evaluate_mbeir(FakeEncoder(), root, **options)
-    model = FakeEncoder()
-    evaluate_mbeir(model, root, **options, batch_size=3, search_backend="faiss", encode_kwargs={"chunk_size": 3})
-    assert not model.calls
-
-
 def test_a_model_without_fingerprint_uses_no_older_embeddings(root: Path, tmp_path: Path) -> None:
-    model = other_model(FakeEncoder(), fingerprint=None)
+    model: Any = FakeEncoder()
+    model.fingerprint = None
     evaluate_mbeir(model, root, output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match=r"embeddings' holds embeddings, .* Give it an attribute `fingerprint`"):
         evaluate_mbeir(model, root, output_dir=tmp_path / "out")
@@ -333,3 +291,67 @@ def test_k_larger_than_the_pool(root: Path) -> None:
     everything = evaluate_mbeir(FakeEncoder(), root, tasks="toys_task1", ks=(100,), pool="global").rows[0]
     # Tasks 1, 3 and 6 have texts as candidates, the other five have not.
     assert everything.metrics["wrong_modality@100"] == pytest.approx(5 / 8)
+
+
+# --- from a configuration, with a real model
+
+NAMES = ("toys_task1", "toys_task7")
+
+
+def config(puma_dir: Path, root: Path, **values: Any) -> EvaluateConfig:
+    return EvaluateConfig(model=str(puma_dir), data=root, **{"tasks": NAMES, "pool": "local", **values})
+
+
+def test_it_is_evaluate_mbeir(
+    puma_dir: Path, root: Path, tmp_path: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    output = tmp_path / "out"
+    results = evaluate(config(puma_dir, root, output=output, pool="both", instruction_seed=1, truncate_dim=4))
+    options: dict[str, Any] = {"pool": "both", "instruction_seed": 1, "encode_kwargs": {"truncate_dim": 4}}
+    expected = evaluate_mbeir(sentence_transformer, root, tasks=NAMES, **options)
+    assert (results.rows, results.rankings) == (expected.rows, expected.rankings)
+    assert MBEIRResults.from_dict(json.loads((output / "results.json").read_text())).rows == results.rows
+    made_from = results.made_from
+    assert (made_from["model"], made_from["data"], made_from["truncate_dim"]) == (puma_dir.name, "mbeir", 4)
+
+
+def test_another_run_in_the_output_is_refused_first(puma_dir: Path, root: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / LOCK_FILE):
+        with pytest.raises(DirectoryInUseError, match="is in use"):
+            evaluate(config(puma_dir, root, output=tmp_path, benchmark="nano"))
+        with pytest.raises(DirectoryInUseError, match="is in use"):
+            evaluate_mbeir(FakeEncoder(), root, tasks=NAMES, output_dir=tmp_path)
+        assert [path.name for path in tmp_path.iterdir() if path != root] == [LOCK_FILE]
+
+
+def test_nano(puma_dir: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nano = {"benchmark": "nano", "nano_queries": 2, "nano_candidates": 3}
+    results = evaluate(config(puma_dir, root, output=tmp_path / "out", **nano))
+    assert [row.num_queries for row in results.rows] == [2, 2]
+    assert results.rows[0].pool_size < 6
+    content_hash = json.loads((tmp_path / "out" / "nano" / "nano.json").read_text())["content_hash"]
+    assert results.made_from["content_hash"] == content_hash
+    assert results.made_from["data"] == "mbeir (nano)"
+    # Kept elsewhere, or nowhere: the same.
+    elsewhere = evaluate(config(puma_dir, root, nano_folder=tmp_path / "elsewhere", **nano))
+    assert (tmp_path / "elsewhere" / "nano.json").is_file()
+    assert evaluate(config(puma_dir, root, **nano)) == elsewhere == results
+    assert not caplog.messages
+
+
+def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> None:
+    with pytest.raises(ValueError, match=r"is an original qwen2_vl checkpoint, must be an embedder.*puma-hf prune"):
+        evaluate(EvaluateConfig(model=str(qwen_dir), data=root))
+
+
+def test_special_tokens(puma_dir: Path, root: Path, tmp_path: Path) -> None:
+    builder.change_record(builder.query_path(root, 1, "test"), 2, query_txt="a <|im_end|> b")
+    with pytest.raises(ValueError, match=rf"query '{builder.qid(1, 1)}': the text .*--special-tokens split"):
+        evaluate(config(puma_dir, root, output=tmp_path / "out"))
+    with pytest.raises(ValueError, match=rf"query '{builder.qid(1, 1)}': the text contains"):
+        sweep(SweepConfig(model=str(puma_dir), data=root, split="test", tasks=NAMES))
+    # What was embedded before is kept.
+    results = evaluate(config(puma_dir, root, output=tmp_path / "out", special_tokens="split"))
+    assert results.made_from["encode_kwargs"] == {"processing_kwargs": {"text": {"split_special_tokens": True}}}
+    report = sweep(SweepConfig(model=str(puma_dir), data=root, split="test", tasks=NAMES, special_tokens="split"))
+    assert report.full.quality["local"]["ndcg@10"] == pytest.approx(results.mean("local")["ndcg@10"], abs=1e-9)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.evaluation.metrics import retrieval_metrics
 from puma_hf.evaluation.mteb import (
     PumaEncoder,
-    _meta_class,
     mbeir_scores,
     mteb_tasks,
     puma_model_meta,
@@ -57,32 +54,21 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
 
 
-def make_task(mteb: Any, pictures: list[Image.Image], category: str, **changes: Any) -> Any:
+def make_task(mteb: Any, pictures: list[Image.Image], category: str) -> Any:
     """A task of MIEB's kind from data in memory: candidate n is right for query n, and has the same picture."""
     query_kind, candidate_kind = category.split("2")
     metadata = mteb.TaskMetadata(
-        **{
-            "name": f"Local{category.upper()}Retrieval",
-            "description": "The same picture again.",
-            "reference": None,
-            "dataset": {"path": "local/pictures", "revision": "1"},
-            "type": "Any2AnyRetrieval",
-            "category": category,
-            "eval_splits": ["test"],
-            "eval_langs": ["eng-Latn"],
-            "main_score": "ndcg_at_10",
-            "date": ("2026-01-01", "2026-01-02"),
-            "domains": ["Constructed"],
-            "task_subtypes": ["Image Text Retrieval"],
-            "license": "apache-2.0",
-            "annotations_creators": "derived",
-            "dialect": [],
-            "modalities": ["image", "text"] if "t" in category.replace("2", "") else ["image"],
-            "sample_creation": "created",
-            "bibtex_citation": "",
-            "prompt": {"query": INSTRUCTION},
-            **changes,
-        }
+        name=f"Local{category.upper()}Retrieval",
+        description="The same picture again.",
+        reference=None,
+        dataset={"path": "local/pictures", "revision": "1"},
+        type="Any2AnyRetrieval",
+        category=category,
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_10",
+        modalities=["image", "text"] if category == "it2it" else ["image"],
+        prompt={"query": INSTRUCTION},
     )
 
     def rows(kind: str, letter: str) -> Dataset:
@@ -166,139 +152,51 @@ def test_the_model_is_given_images_texts_and_instructions(runs: Any) -> None:
 
 def test_results_are_filed_by_the_weights_and_do_not_name_the_directory(runs: Any, puma_dir: Path) -> None:
     files = [path for path in runs.cache.cache_path.rglob("*") if path.is_file()]
-    revision = puma_model_meta(puma_dir).revision
-    assert {path.parent.name for path in files} == {revision}
-    assert {path.parent.parent.name for path in files} == {"local__tiny-puma"}
+    assert {path.parent.name for path in files} == {puma_model_meta(puma_dir).revision}
     assert not [path for path in files if str(puma_dir.parent) in path.read_text(encoding="utf-8")]
-
-
-@pytest.mark.usefixtures("mteb")
-def test_a_changed_directory_is_another_revision(puma_dir: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "elsewhere" / puma_dir.name
-    shutil.copytree(puma_dir, copy)
-    (copy / "README.md").write_text("A note.", encoding="utf-8")
-    first = puma_model_meta(puma_dir)
-    assert puma_model_meta(copy).revision == first.revision
-    weights = copy / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert puma_model_meta(copy).revision != first.revision
-    assert puma_model_meta(copy, "mine").revision == "mine"
-    # Modules of sentence-transformers may have folders of their own.
-    before = puma_model_meta(copy).revision
-    (copy / "2_Dense").mkdir()
-    (copy / "2_Dense" / "model.safetensors").write_bytes(b"weights")
-    assert puma_model_meta(copy).revision != before
 
 
 def test_the_entry(mteb: Any) -> None:
     meta = puma_model_meta("org/puma", "abc", prompts={"CIRRIT2IRetrieval": "Find it."})
-    assert isinstance(meta, mteb.models.ModelMeta)
     assert (meta.name, meta.revision, meta.modalities) == ("org/puma", "abc", ["text", "image"])
     assert meta.use_instructions
     assert meta.experiment_name  # other instructions are another experiment, and filed apart
     assert puma_model_meta("org/puma", "abc").experiment_name is None
     # torchvision is what mteb asks of models with images
-    assert "image" in mteb.models.ModelMeta._resolve_extras_groups(meta)
     assert meta._resolve_extras_groups() == []
     json.dumps(meta.to_dict(), default=str)
-
-
-@pytest.mark.usefixtures("mteb")
-def test_opening_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Any] = []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        opened.append((args, kwargs))
-        return SimpleNamespace()
-
-    monkeypatch.setattr("puma_hf.evaluation.mteb.SentenceTransformer", record)
-    prompts = {"CIRRIT2IRetrieval": "Find it."}
-    model = puma_model_meta("org/puma", "abc", prompts=prompts).load_model(device="cpu", embed_dim=64)
-    assert isinstance(model, PumaEncoder)
-    assert model.prompts == prompts
-    assert (model.mteb_model_meta.name, model.mteb_model_meta.embed_dim) == ("org/puma", 64)
-    puma_model_meta("org/puma", trust_remote_code=True).load_model()
-    expected = {"revision": "abc", "truncate_dim": 64, "trust_remote_code": False, "device": "cpu"}
-    assert opened[0] == (("org/puma",), expected)
-    assert opened[1] == (("org/puma",), {"revision": None, "truncate_dim": None, "trust_remote_code": True})
-
-
-def test_a_name_that_is_nothing() -> None:
-    for name in ("./missing", "missing", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id of the form 'organisation/name'"):
-            puma_model_meta(name)
-
-
-def test_without_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
-    _meta_class.cache_clear()
-    monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ImportError, match=r"mteb is not installed; run `pip install 'puma-hf\[mteb\]'`"):
-        puma_model_meta("org/puma")
-
-
-# --- what a batch becomes
-
-
-class Echo:
-    """Embeds an input as the sizes of what it holds."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[Any], dict[str, Any]]] = []
-
-    def encode(self, inputs: list[Any], **kwargs: Any) -> torch.Tensor:
-        self.calls.append((inputs, kwargs))
-        rows = [[len(item.get("text", "")), item["image"].width if "image" in item else 0, 1] for item in inputs]
-        return torch.tensor(rows, dtype=torch.bfloat16)
-
-
-def encode(batches: list[dict[str, Any]], prompt: Any = None, kind: Any = None, **prompts: str) -> tuple[Any, Echo]:
-    echo: Any = Echo()
-    task = SimpleNamespace(name="Task", prompt=prompt)
-    encoder = PumaEncoder(echo, prompts)
-    embeddings = encoder.encode(
-        batches, task_metadata=task, hf_split="test", hf_subset="default", prompt_type=kind, show_progress_bar=False
-    )
-    return embeddings, echo
-
-
-def test_parts_that_are_missing_are_left_out() -> None:
-    batches = [{"id": ["1", "2"], "text": ["", "abc"], "image": [BLANK, None]}, {"text": ["http://x/y.png"]}]
-    embeddings, echo = encode(batches)
-    assert [inputs for inputs, _ in echo.calls] == [
-        [{"image": BLANK}, {"text": "abc"}],
-        [{"text": "http://x/y.png"}],  # never a bare string, which might be opened as a file
-    ]
-    assert embeddings.dtype == torch.float32
-    assert embeddings.tolist() == [[0, 24, 1], [3, 0, 1], [14, 0, 1]]
-
-
-@pytest.mark.parametrize("batch", [{"text": [""], "image": [None]}, {"audio": ["x"], "id": ["1"]}])
-def test_inputs_of_nothing(batch: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="an input of Task has neither text nor image"):
-        encode([batch])
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id of the form 'organisation/name'"):
+        puma_model_meta("./missing")
 
 
 @pytest.mark.parametrize(
     ("prompt", "kind", "prompts", "expected"),
     [
-        ({"query": "Q", "document": "D"}, "query", {}, "Q"),
-        ({"query": "Q", "document": "D"}, "document", {}, ""),
-        ({"query": "Q"}, None, {}, ""),
-        ("P", "query", {}, "P"),
-        ("P", "document", {}, ""),
-        ("P", None, {}, "P"),
-        (None, "query", {}, ""),
-        ({"query": "Q"}, "query", {"Task": "mine"}, "mine"),
-        ({"query": "Q"}, "query", {"Task": ""}, ""),
-        ({"query": "Q"}, "query", {"Other": "mine"}, "Q"),
-        ({"query": "Q"}, "document", {"Task": "mine"}, ""),
+        ({"query": "Q", "document": "D"}, "query", {"Other": "mine"}, "Q"),
+        ({"query": "Q", "document": "D"}, "document", {"Task": "mine"}, ""),
+        ("P", "query", {"Task": "mine"}, "mine"),
     ],
 )
-def test_instructions(mteb: Any, prompt: Any, kind: str | None, prompts: dict[str, str], expected: str) -> None:
-    _, echo = encode([{"text": ["a"]}], prompt, kind and mteb.types.PromptType(kind), **prompts)
-    assert [options["prompt"] for _, options in echo.calls] == [expected]
+def test_own_prompts_win_and_missing_parts_are_left_out(
+    mteb: Any, prompt: Any, kind: str, prompts: dict[str, str], expected: str
+) -> None:
+    calls: list[Any] = []
+
+    def encode(inputs: list[Any], **options: Any) -> torch.Tensor:
+        calls.append((inputs, options["prompt"]))
+        return torch.ones(len(inputs), 2, dtype=torch.bfloat16)
+
+    model: Any = SimpleNamespace(encode=encode)
+    embeddings = PumaEncoder(model, prompts).encode(
+        [{"id": ["1", "2"], "text": ["", "http://x/y.png"], "image": [BLANK, None]}],
+        task_metadata=SimpleNamespace(name="Task", prompt=prompt),
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=mteb.types.PromptType(kind),
+    )
+    # A text is never a bare string, which might be opened as a file.
+    assert calls == [([{"image": BLANK}, {"text": "http://x/y.png"}], expected)]
+    assert (embeddings.dtype, embeddings.shape) == (torch.float32, (2, 2))
 
 
 # --- M-BEIR's rows

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -57,21 +56,7 @@ def test_published_figures_stand_beside_ours() -> None:
         *("task", "dataset", "pool", "candidates", "queries", "k", "hit@k", "LamRA-Ret 7B", "LamRA < 4B", "PUMA"),
         *("hit@1", "ndcg@10", "wrong_modality@1"),
     ]
-    assert cirr == [
-        "it -> i",
-        "cirr",
-        "local",
-        "1000",
-        "10",
-        "5",
-        "62.5",
-        "53.1",
-        "47.7",
-        "49.9",
-        "25.0",
-        "50.0",
-        "10.0",
-    ]
+    assert " ".join(cirr) == "it -> i cirr local 1000 10 5 62.5 53.1 47.7 49.9 25.0 50.0 10.0"
     # Other datasets, the global pool and a mean of fewer rows have none.
     assert toys[6:] == ["62.5", "", "", "", "25.0", "50.0", "10.0"]
     assert mean == ["", "**mean**", "local", "", "20", "", "**62.5**", "", "", "", "**25.0**", "**50.0**", "**10.0**"]
@@ -94,9 +79,8 @@ def test_the_mean_of_all_sixteen_rows_has_the_published_means() -> None:
         results_of(["cirr_task7"], ("global",)),
         results_of(["cirr_task7"], split="val"),
         results_of(["cirr_task7"], made_from={"content_hash": "ab"}),  # the nano benchmark's pools are smaller
-        results_of([]),
     ],
-    ids=["other dataset", "global pool", "val", "nano", "nothing"],
+    ids=["other dataset", "global pool", "val", "nano"],
 )
 def test_nothing_published_where_it_would_not_compare(results: MBEIRResults) -> None:
     assert "PUMA" not in results.to_markdown()
@@ -135,15 +119,11 @@ def test_remarks() -> None:
         "puma_hf": "0.1.0",
     }
     rows = [row("toys_task1", num_skipped=3), row("toys_task7"), row("toys_task1", "global")]
-    assert (
-        MBEIRResults("test", rows, made_from=made_from)
-        .to_markdown()
-        .endswith(
-            "\n\nLeft out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).\n\nMade from: model "
-            "org/model, fingerprint 0123456789ab, first dimensions 64, data M-BEIR (nano), content hash fedcba987654, "
-            "split test, instructions drawn with seed 5, puma-hf 0.1.0.\n"
-        )
-    )
+    assert MBEIRResults("test", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
+        "Left out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).",
+        "Made from: model org/model, fingerprint 0123456789ab, first dimensions 64, data M-BEIR (nano), content hash "
+        "fedcba987654, split test, instructions drawn with seed 5, puma-hf 0.1.0.\n",
+    ]
 
 
 # --- JSON
@@ -153,30 +133,11 @@ def test_json_round_trip(tmp_path: Path) -> None:
     results = results_of(["cirr_task7", "toys_task1"], ("local", "global"), made_from={"model": "m"})
     results.rankings["local"] = {"cirr_task7": {"8:1": ["8:2", "8:3"]}}
     path = tmp_path / "new" / "results.json"
-    results.to_json(path)
-    assert MBEIRResults.from_dict(json.loads(path.read_text())).rankings == {}
-    results.to_json(path, include_rankings=True)  # replaces
-    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    results.to_json(path, include_rankings=True)
     values = json.loads(path.read_text())
     assert MBEIRResults.from_dict(values) == results
     assert list(values) == ["split", "made_from", "mean", "rows", "rankings"]
     assert values["mean"]["global"]["hit@1"] == 0.25
-    del values["made_from"]  # as an older version wrote it
-    assert MBEIRResults.from_dict(values).made_from == {}
-
-
-def test_failed_json_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    results = MBEIRResults("test", [row("toys_task1", metrics={"hit@1": math.nan})])
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        results.to_json(path)
-    assert path.read_text() == "old"
-
-
-def test_mean_of_a_pool_that_was_not_evaluated() -> None:
-    with pytest.raises(ValueError, match=r"pool is 'global', evaluated were \['local'\]; evaluate with pool='both'"):
-        results_of(["toys_task1"]).mean("global")
 
 
 # --- trec_eval's files
@@ -187,7 +148,6 @@ def test_mean_of_a_pool_that_was_not_evaluated() -> None:
     [
         [1.0] * 60,
         [0.0] * 60,
-        [-1.0] * 60,
         [0.5 + 2**-24, 0.5, 0.5, 0.5],  # steps are halved below a power of two
         [2**-29, 2**-30, 0.0, 0.0, -(2**-30), -(2**-30)],
         [0.7, 0.7, 0.7, 0.7 - 1e-7, 0.2, 0.2, -0.3],
@@ -198,12 +158,7 @@ def test_scores_fall_and_stay_where_they_are(scores: list[float]) -> None:
     assert (fallen.astype(np.float32) == fallen).all()
     assert (np.diff(fallen.astype(np.float32)) < 0).all()
     assert np.abs(fallen - scores).max() < 1e-5
-
-
-def test_scores_without_ties_are_not_changed() -> None:
-    scores = sorted(np.random.default_rng(0).normal(size=50).astype(np.float32).tolist(), reverse=True)
-    assert falling_scores(scores) == scores
-    assert falling_scores([]) == []
+    assert falling_scores(fallen.tolist()) == fallen.tolist()  # without ties they stay
 
 
 def test_run_round_trip(tmp_path: Path) -> None:

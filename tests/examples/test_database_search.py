@@ -19,22 +19,6 @@ Run = Callable[..., list[tuple[float, str]]]
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return write_corpus(tmp_path / "corpus")
-
-
-@pytest.fixture
-def make_index(puma_dir: Path, corpus: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Make the index of the corpus as it is now."""
-
-    def make() -> Path:
-        build_index(IndexConfig(data=corpus, model=str(puma_dir), output=tmp_path / "index", shard_size=3))
-        return tmp_path / "index"
-
-    return make
-
-
-@pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Ask the database: score and id of each answer."""
     from examples.qdrant_search import main
@@ -47,37 +31,28 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return ask
 
 
-def expected(
-    index: Path, model: SentenceTransformer, query: Query, target: Target = "any", top_k: int = 10
-) -> list[tuple[float, str]]:
-    answers = Searcher(open_index(index), model).search(query, target=target, top_k=top_k).answers
-    return [(pytest.approx(answer.score, abs=2e-4), answer.id) for answer in answers]
-
-
-def test_answers_are_ours(
-    run: Run, make_index: Callable[[], Path], corpus: Path, sentence_transformer: SentenceTransformer
+def test_answers_are_ours_before_and_after_the_corpus_changed(
+    run: Run, puma_dir: Path, tmp_path: Path, sentence_transformer: SentenceTransformer
 ) -> None:
-    index = make_index()
+    corpus, index = write_corpus(tmp_path / "corpus"), tmp_path / "index"
+    config = IndexConfig(data=corpus, model=str(puma_dir), output=index, shard_size=3)
+
+    def expected(query: Query, target: Target = "any", top_k: int = 10) -> list[tuple[float, str]]:
+        answers = Searcher(open_index(index), sentence_transformer).search(query, target=target, top_k=top_k).answers
+        return [(pytest.approx(answer.score, abs=2e-4), answer.id) for answer in answers]
+
+    build_index(config)
     apple, picture = Query(text="a red apple"), corpus.parent / "i1.png"
-    assert run(index, "a red apple") == expected(index, sentence_transformer, apple)
-    assert run(index, "a red apple", "--for", "image", "--top", "2") == expected(
-        index, sentence_transformer, apple, "image", 2
-    )
-    assert run(index, "--image", str(picture), "--for", "text") == expected(
-        index, sentence_transformer, Query(image=picture), "text"
-    )
+    assert run(index, "a red apple") == expected(apple)
+    assert run(index, "a red apple", "--for", "image", "--top", "2") == expected(apple, "image", 2)
+    assert run(index, "--image", str(picture), "--for", "text") == expected(Query(image=picture), "text")
 
-
-def test_after_a_change_nothing_is_there_twice(
-    run: Run, make_index: Callable[[], Path], corpus: Path, sentence_transformer: SentenceTransformer
-) -> None:
-    assert len(run(make_index(), "on")) == 8
+    # Nothing is there twice, or still, after a change.
     lines = corpus.read_text().splitlines(keepends=True)
     changed = json.dumps({"id": "t4", "text": "a table on an apple"}) + "\n"
     new = json.dumps({"id": "new", "text": "apple on a red table"}) + "\n"
     corpus.write_text("".join([new, *lines[1:6], changed]))
-    index = make_index()
+    build_index(config)
     found = run(index, "on")
-    assert found == expected(index, sentence_transformer, Query(text="on"))
+    assert found == expected(Query(text="on"))
     assert sorted(name for _, name in found) == ["b", "i0", "new", "t1", "t2", "t3", "t4"]
-    assert run(index, "on") == found

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from examples.ray_embed import Embedder, arguments, check_cpus, cpus_needed, inputs_of
+from examples.ray_embed import Embedder, inputs_of
 from puma_hf import embed
 from tests.patience import PATIENCE
 
@@ -68,27 +68,9 @@ def test_a_row_is_an_input_without_its_id_and_its_empty_cells() -> None:
         inputs_of(pa.table({"id": [1], "caption": ["a"]}))
 
 
-def test_a_worker_returns_the_rows_of_embed(embedder: Embedder, rows: list[dict[str, Any]]) -> None:
-    good = [row for row in rows if row["id"] != "broken"]
-    table = embedder(pa.Table.from_pylist(good, SCHEMA))
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
-    assert table["id"].to_pylist() == [row["id"] for row in good]
-    expected = embed(embedder.model, inputs(good), prompt=PROMPT, num_workers=0).embeddings
-    np.testing.assert_allclose(np.stack(list(as_dict(table).values())), expected, atol=1e-6)
-
-
 def test_a_broken_row_is_named_by_its_id(embedder: Embedder, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"the row with id 'broken': .*cannot be read as an image"):
         embedder(pa.Table.from_pylist(rows, SCHEMA))
-
-
-def test_the_cluster_must_have_a_cpu_beside_the_workers() -> None:
-    line = ["corpus", "--model", "m", "--output", "o", "--num-workers", "3", "--cpus-per-worker", "2"]
-    assert cpus_needed(arguments(line)) == 7
-    assert cpus_needed(arguments([*line, "--checkpoint", "done"])) == 8
-    check_cpus(7, 7)
-    with pytest.raises(ValueError, match=r"The cluster has 6 CPUs, and 7 are needed: .* Lower --num-workers or"):
-        check_cpus(7, 6)
 
 
 @pytest.fixture

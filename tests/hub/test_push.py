@@ -146,11 +146,13 @@ def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[A
 def test_an_older_push_is_replaced_and_its_shards_removed(folder: Path, hub: HubServer, loads: list[Any]) -> None:
     push(folder, "org/puma", token=TOKEN)
     files = hub.repositories["org/puma"].branches["main"]
-    files |= {"model-00001-of-00002.safetensors": b"old", ".gitattributes": b"x", "assets/results.PNG": b"x"}
+    old = {"model-00001-of-00002.safetensors", "preprocessor_config.json", "old_puma.py"}
+    kept = {".gitattributes", "LICENSE", "assets/results.PNG"}
+    files |= dict.fromkeys(old | kept, b"x")
     push(folder, "org/puma", token=TOKEN)
-    left = hub.repositories["org/puma"].branches["main"]
-    assert "model-00001-of-00002.safetensors" not in left
-    assert {".gitattributes", "assets/results.PNG", "model.safetensors"} <= left.keys()
+    left = hub.repositories["org/puma"].branches["main"].keys()
+    assert not old & left
+    assert kept | {"model.safetensors"} <= left
 
 
 @pytest.mark.parametrize(

@@ -53,17 +53,6 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, .
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("key_value_heads", [HEADS, KEY_VALUE_HEADS, 1])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[1], [7], [3, 3, 3], [1, 1, 5, 2, 2, 1]])
-def test_equals_each_sequence_alone(lengths: list[int], causal: bool, key_value_heads: int) -> None:
-    blocks = blocks_of_lengths(lengths)
-    query = states(sum(lengths))
-    key, value = states(sum(lengths), key_value_heads, 1), states(sum(lengths), key_value_heads, 2)
-    attended = attend(query, key, value, sequences_of(blocks), scale=SCALE, causal=causal)
-    torch.testing.assert_close(attended, one_by_one(query, key, value, blocks, causal), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_prefix_is_seen_whole_and_by_its_own_sequences_alone(causal: bool) -> None:
     query, key, value = states(NUM_TOKENS), states(NUM_TOKENS, KEY_VALUE_HEADS, 1), states(NUM_TOKENS, 2, 2)
@@ -75,46 +64,6 @@ def test_a_prefix_is_seen_whole_and_by_its_own_sequences_alone(causal: bool) -> 
     changed = (attend(query, key, other, sequences_of(WITH_PREFIX), scale=SCALE, causal=causal) != attended).any(dim=2)
     assert changed.all(dim=1).nonzero().flatten().tolist() == [0, 1, 2, *range(8, 17)]
     assert changed.any(dim=1).sum() == 12
-
-
-def test_the_last_query_alone_equals_the_last_of_all() -> None:
-    blocks = WITH_PREFIX[2:]
-    ends = torch.tensor([11, 15, 16, 18, 21, 24])
-    last = tuple(
-        Block(block.count, 1, block.num_keys, first, block.first_key, block.first_prefix_key, block.num_prefix_keys)
-        for block, first in zip(blocks, (0, 2, 3, 4), strict=True)
-    )
-    query, key, value = states(NUM_TOKENS), states(NUM_TOKENS, KEY_VALUE_HEADS, 1), states(NUM_TOKENS, 2, 2)
-    whole = attend(query, key, value, sequences_of(WITH_PREFIX), scale=SCALE, causal=True)
-    alone = attend(query[ends], key, value, sequences_of(last), scale=SCALE, causal=False)
-    torch.testing.assert_close(alone, whole[ends], rtol=0, atol=1e-6)
-
-
-def test_gradients_are_those_of_attention_written_out() -> None:
-    """The vision tower's attention stays in place for a thread that trains meanwhile."""
-    inputs = [states(NUM_TOKENS, heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, 2, 2))]
-    weights = states(NUM_TOKENS, seed=5)
-    attended = attend(*inputs, sequences_of(WITH_PREFIX), scale=SCALE, causal=True)
-    found = torch.autograd.grad((attended * weights).sum(), inputs)
-    expected = torch.autograd.grad((one_by_one(*inputs, WITH_PREFIX, True) * weights).sum(), inputs)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-def test_blocks_join_neighbours_of_one_length() -> None:
-    assert blocks_of_lengths([2, 2, 3, 2]) == (Block(2, 2, 2, 0, 0), Block(1, 3, 3, 4, 4), Block(1, 2, 2, 7, 7))
-    assert blocks_of_lengths([]) == ()
-
-
-def test_what_a_kernel_is_told() -> None:
-    sequences = sequences_of(WITH_PREFIX)
-    assert sequences.query_ends.tolist() == [0, 3, 8, 12, 16, 17, 19, 22, 25]
-    assert sequences.key_ends.tolist() == [0, 3, 8, 15, 22, 26, 33, 36, 39]
-    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
-    assert (sequences.max_queries, sequences.max_keys) == (5, 7)
-    assert sequences.key_index is not None
-    assert sequences.key_index[8:26].tolist() == [0, 1, 2, *range(8, 12), 0, 1, 2, *range(12, 16), 0, 1, 2, 16]
-    assert sequences_of(PREFIXES).key_index is None
 
 
 # --- the kernel of CUDA, by what its documentation says
@@ -151,15 +100,15 @@ def varlen_by_its_documentation(
 
 
 @pytest.fixture
-def varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(attention_puma, "varlen_attn", request.param)
-    monkeypatch.setattr(attention_puma, "_VARLEN_OPTIONS", frozenset(inspect.signature(request.param).parameters))
+def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = frozenset(inspect.signature(varlen_by_its_documentation).parameters)
+    monkeypatch.setattr(attention_puma, "varlen_attn", varlen_by_its_documentation)
+    monkeypatch.setattr(attention_puma, "_VARLEN_OPTIONS", options)
 
 
 LAST = (Block(2, 1, 4, 0, 3, 0, 3), Block(1, 1, 2, 2, 11))  # one query of each sequence
 
 
-@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
 @pytest.mark.parametrize("key_value_heads", [HEADS, KEY_VALUE_HEADS])
 @pytest.mark.parametrize(
     ("blocks", "causal"),
@@ -197,19 +146,15 @@ class OnCuda:
         self.dtype, self.shape = dtype, (1, 1, head_dim)
 
 
-@pytest.mark.parametrize("varlen", [varlen_by_its_documentation], indirect=True)
 @pytest.mark.parametrize(
     ("said", "head_dim", "dtype", "expected"),
     [
         ({}, 128, torch.bfloat16, True),
-        ({}, 80, torch.float16, True),
         ({}, 128, torch.float32, False),
         ({"capability": (7, 5)}, 128, torch.bfloat16, False),
         ({"built": False}, 128, torch.bfloat16, False),
-        ({"hip": "7.0"}, 128, torch.bfloat16, False),
         ({"options": {"scale", "window_size"}}, 128, torch.bfloat16, False),  # torch 2.11
         ({}, 12, torch.bfloat16, False),
-        ({}, 512, torch.bfloat16, False),
     ],
 )
 def test_gpus_and_heads_that_take_the_kernel(
@@ -217,7 +162,7 @@ def test_gpus_and_heads_that_take_the_kernel(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said.get("capability", (8, 0)))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: said.get("built", True))
-    monkeypatch.setattr(torch.version, "hip", said.get("hip"))
+    monkeypatch.setattr(torch.version, "hip", None)
     if "options" in said:
         monkeypatch.setattr(attention_puma, "_VARLEN_OPTIONS", said["options"])
     taken = object()

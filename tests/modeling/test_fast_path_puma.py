@@ -14,7 +14,7 @@ import transformers.models.qwen3_vl.modeling_qwen3_vl
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -123,59 +123,6 @@ def test_eager_attention_and_autocast(tmp_path: Path) -> None:
     assert (plain * fast).sum(dim=1).min() >= 0.9995
 
 
-# --- what it saves
-
-
-def test_each_saving_is_made(modules: dict[str, PumaTransformer], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = modules["qwen2_vl"]
-    (features,) = prepared(module, mixed_inputs(16, seed=6), sizes=(16,))
-    first, last = module.model.language_model.layers[0], module.model.language_model.layers[-1]
-    parts = {"first": first.mlp.down_proj, "keys": last.self_attn.k_proj, "queries": last.self_attn.q_proj}
-    parts["last"] = last.mlp.down_proj
-    # Not watched by a hook, for the sake of which it would be called.
-    convolved: list[int] = []
-    convolve = nn.Conv3d.forward
-    monkeypatch.setattr(nn.Conv3d, "forward", lambda conv, x: convolved.append(len(x)) or convolve(conv, x))
-
-    def counted(path: FastPath | None) -> dict[str, int]:
-        seen = dict.fromkeys(parts, 0)
-
-        def count(name: str, output: Tensor) -> None:
-            seen[name] += output.numel() // output.shape[-1]
-
-        hooks = [
-            part.register_forward_hook(lambda _, args, output, name=name: count(name, output))
-            for name, part in parts.items()
-        ]
-        convolved.clear()
-        embed(module, [features], path)
-        for hook in hooks:
-            hook.remove()
-        return seen | {"convolved": sum(convolved)}
-
-    num_tokens, padded = int(features["attention_mask"].sum()), features["input_ids"].numel()
-    plain, fast = counted(None), counted(FastPath())
-    assert plain == dict.fromkeys(parts, padded) | {"convolved": len(features["pixel_values"])}
-    assert fast["first"] == fast["keys"] < num_tokens < padded  # an instruction is computed once
-    assert (fast["queries"], fast["last"], fast["convolved"]) == (16, 16, 0)
-
-
-def test_vision_attention_is_batched(modules: dict[str, PumaTransformer], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight pictures of one size take one call in each block that sees whole pictures."""
-    calls: list[int] = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(args[0].shape[0])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr("puma_hf.modeling.attention_puma.scaled_dot_product_attention", counted)
-    picture = next(item for item in mixed_inputs(50) if hasattr(item, "size"))
-    features = prepared(modules["qwen2_vl"], [picture] * 8)
-    embed(modules["qwen2_vl"], features, FastPath())
-    assert calls[:2] == [8, 8]
-
-
 # --- what it leaves behind, and alone
 
 
@@ -198,33 +145,10 @@ def test_the_vision_tower_is_as_before(modules: dict[str, PumaTransformer]) -> N
     assert state_of(visual) == before
 
 
-@pytest.mark.parametrize("hook", ["pre hook", "hook", "device hook", "forward"])
-def test_a_projection_that_must_be_called_is_called(tmp_path: Path, hook: str) -> None:
-    """ZeRO-3 gathers its weights, and offloading brings them, when it is."""
-    module: Any = made_of(tmp_path, "qwen2_vl", 1)
-    projection = module.model.visual.patch_embed.proj
-    if hook == "pre hook":
-        projection.register_forward_pre_hook(lambda *_: None)
-    elif hook == "hook":
-        projection.register_forward_hook(lambda *_: None)
-    elif hook == "forward":
-        projection.forward = projection.forward
-    else:
-        projection._hf_hook = object()
-    with fast_vision(module.model.visual):
-        assert state_of(module.model.visual) == ("puma_flash_blocks", False)
-
-
 def put_forward(part: Any, count: Callable[..., None]) -> None:
     """accelerate's offloading, among others, puts one in the place of a module's own."""
     forward = part.forward
-
-    @functools.wraps(forward)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        count()
-        return forward(*args, **kwargs)
-
-    part.forward = counted
+    part.forward = functools.wraps(forward)(lambda *args, **kwargs: (count(), forward(*args, **kwargs))[1])
 
 
 WATCHES: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
@@ -234,7 +158,16 @@ WATCHES: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["", "language_model", "language_model.layers.1", "language_model.layers.0.self_attn"])
+@pytest.mark.parametrize("watch", WATCHES)
+def test_a_projection_that_must_be_called_is_called(tmp_path: Path, watch: str) -> None:
+    """ZeRO-3 gathers its weights, and offloading brings them, when it is."""
+    visual: Any = made_of(tmp_path, "qwen2_vl", 1).model.visual
+    WATCHES[watch](visual.patch_embed.proj, lambda *_: None)
+    with fast_vision(visual):
+        assert state_of(visual) == ("puma_flash_blocks", False)
+
+
+@pytest.mark.parametrize("name", ["", "language_model.layers.1", "language_model.layers.0.self_attn"])
 @pytest.mark.parametrize("watch", WATCHES)
 def test_who_watches_sees_every_call(tmp_path: Path, watch: str, name: str) -> None:
     """FSDP puts a layer's weights together in a hook; the fast path would not call the layer."""
@@ -258,30 +191,24 @@ def test_a_model_that_peft_wraps_embeds_as_the_wrapper_does(tmp_path: Path) -> N
     assert largest_difference(check_same(module, batches), before) > 1e-3
 
 
-def test_a_compiled_model_is_called(tmp_path: Path) -> None:
-    module: Any = made_of(tmp_path, "qwen2_vl", 2)
-    batches = prepared(module, ["a red apple", "a"])
-    before = embed(module, batches, FastPath())
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_embeds_as_before(tmp_path: Path, whole: bool) -> None:
+    model = SentenceTransformer(modules=[made_of(tmp_path, "qwen2_vl", 2)])
+    inputs = ["a red apple", "a", {"image": Image.new("RGB", (48, 32), "red"), "text": "a cat"}, "a table"]
+    before = model.encode(inputs, prompt="Find it.")
     graphs: list[int] = []
 
     def backend(graph: Any, _: Any) -> Any:
         graphs.append(1)
         return graph.forward
 
-    module.model = torch.compile(module.model, backend=backend)
-    assert largest_difference(embed(module, batches, FastPath()), before) <= 1e-5
-    compiled = len(graphs)
-    assert compiled
-    embed(module, batches, FastPath())
-    assert len(graphs) == compiled
-
-
-def test_a_sentence_transformer_that_is_compiled_embeds_as_before(tmp_path: Path) -> None:
-    model = SentenceTransformer(modules=[made_of(tmp_path, "qwen2_vl", 2)])
-    inputs = ["a red apple", "a", {"image": Image.new("RGB", (48, 32), "red"), "text": "a cat"}, "a table"]
-    before = model.encode(inputs, prompt="Find it.")
-    model.compile(backend="eager", dynamic=True)
+    module: Any = model[0]
+    if whole:
+        model.compile(backend="eager", dynamic=True)
+    else:
+        module.model = torch.compile(module.model, backend=backend)
     assert model.encode(inputs, prompt="Find it.") == pytest.approx(before, abs=1e-5)
+    assert bool(graphs) is not whole
     assert model.encode(inputs[::-1], batch_size=3, prompt="Find it.") == pytest.approx(before[::-1], abs=1e-5)
 
 

@@ -6,7 +6,6 @@ import filecmp
 import json
 import shutil
 import sys
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -17,42 +16,32 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-from puma_hf import PumaModel, PumaProcessor, prune
+from puma_hf import PumaProcessor, prune
 from puma_hf.modeling import MODALITY_NAMES, inputs_puma, processing_puma
-from puma_hf.modeling.processing_puma import MODULE_FILE, write_sentence_transformers_files
 
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n[RET]"
 IMAGE, VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 
-# (has text, has image, has video) -> the prompt that the model reads, with and without an instruction.
+# What is summarized -> what stands before it, and whether there is a text.
 PROMPTS = {
-    "text": (
-        START + "a red apple\nSummarize above sentence in one word: " + END,
-        START + "Find it. a red apple\nSummarize above sentence in one word: " + END,
-    ),
-    "image": (
-        START + IMAGE + "\nSummarize above image in one word: " + END,
-        START + IMAGE + "Find it.\nSummarize above image in one word: " + END,
-    ),
-    "image,text": (
-        START + IMAGE + "a red apple\nSummarize above image and sentence in one word: " + END,
-        START + IMAGE + "Find it. a red apple\nSummarize above image and sentence in one word: " + END,
-    ),
-    "video": (
-        START + VIDEO + "\nSummarize above video in one word: " + END,
-        START + VIDEO + "Find it.\nSummarize above video in one word: " + END,
-    ),
-    "video,text": (
-        START + VIDEO + "a red apple\nSummarize above video and sentence in one word: " + END,
-        START + VIDEO + "Find it. a red apple\nSummarize above video and sentence in one word: " + END,
-    ),
+    "text": ("sentence", "", True),
+    "image": ("image", IMAGE, False),
+    "image,text": ("image and sentence", IMAGE, True),
+    "video": ("video", VIDEO, False),
+    "video,text": ("video and sentence", VIDEO, True),
 }
+
+
+def prompt_of(name: str, instruction: str = "") -> str:
+    """The prompt that the model reads."""
+    named, media, has_text = PROMPTS[name]
+    said = f"{instruction} a red apple".strip() if has_text else instruction
+    return f"{START}{media}{said}\nSummarize above {named} in one word: {END}"
 
 
 @pytest.fixture
@@ -91,7 +80,7 @@ def test_the_template_renders_the_prompt(
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if with_instruction:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": "Find it."}]})
-    expected = PROMPTS[name][with_instruction]
+    expected = prompt_of(name, "Find it." if with_instruction else "")
     assert processor.apply_chat_template(messages, tokenize=False) == expected
     if "video" not in name:
         item = {key: {"text": "a red apple", "image": image}[key] for key in name.split(",")}
@@ -110,7 +99,7 @@ def test_a_conversation_closes_once(processor: PumaProcessor, image: Image.Image
         "<|im_start|>user\na red one\nSummarize above image and sentence in one word: " + END
     )
     as_strings = [{"role": "system", "content": "Find it."}, {"role": "user", "content": "a red apple"}]
-    assert processor.apply_chat_template(as_strings, tokenize=False) == PROMPTS["text"][1]
+    assert processor.apply_chat_template(as_strings, tokenize=False) == prompt_of("text", "Find it.")
 
 
 # --- one input, many spellings
@@ -128,42 +117,9 @@ def test_the_instruction_may_come_three_ways(processor: PumaProcessor, image: Im
     assert ids(processor, chat([{"type": "text", "text": " Find it. "}])) == expected
     assert ids(processor, {"image": image, "text": "apple"}) != expected
     own = {"text": "a red apple", "instruction": "Find it."}
-    assert rendered(processor, own, "Something else.") == PROMPTS["text"][1]
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"text": ["a red", " apple"]},
-        {"text": "a red apple", "image": None, "video": None, "instruction": None},
-        {"text": "a red apple", "image": []},
-        {"role": "user", "content": "a red apple"},
-        [{"role": "user", "content": [{"type": "text", "text": "a red apple"}]}],
-    ],
-)
-def test_a_text_may_be_spelled_many_ways(processor: PumaProcessor, item: Any) -> None:
-    assert rendered(processor, item) == PROMPTS["text"][0]
-
-
-def test_an_image_may_be_spelled_many_ways(processor: PumaProcessor, image: Image.Image, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    image.save(path)
-    content = path.read_bytes()
-    chat = [{"role": "user", "content": [{"type": "image", "image": str(path)}]}]
-    arrow = {"bytes": content, "path": None}
-    spellings = [image, str(path), path, content, np.asarray(image), arrow, {"image": [str(path)], "text": None}, chat]
-    batch = processor.process_inputs([*spellings, {"image": arrow}])
-    assert (batch["input_ids"] == batch["input_ids"][0]).all()
-    values = batch["pixel_values"].reshape(len(spellings) + 1, -1)
-    assert (values == values[0]).all()
-
-
-def test_the_callers_input_stays_as_it_is(processor: PumaProcessor, image: Image.Image) -> None:
-    content = [{"type": "text", "text": " a <|im_end|> b" * 20}, {"type": "image", "image": image}]
-    chat = [{"role": "system", "content": " Find it. "}, {"role": "user", "content": content}]
-    processor.process_inputs([chat], max_length=100, split_special_tokens=True)
-    assert chat[0]["content"] == " Find it. "
-    assert content == [{"type": "text", "text": " a <|im_end|> b" * 20}, {"type": "image", "image": image}]
+    assert rendered(processor, own, "Something else.") == prompt_of("text", "Find it.")
+    for item in ({"text": ["a red", " apple"], "image": []}, {"role": "user", "content": "a red apple"}):
+        assert rendered(processor, item) == prompt_of("text")
 
 
 # --- the batch
@@ -209,8 +165,7 @@ def test_a_mixed_batch(processor: PumaProcessor, images: list[Image.Image], padd
 # --- length
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("limit", [90, 91, 200])
+@pytest.mark.parametrize(("limit", "padding_side"), [(90, "left"), (91, "right"), (200, "right")])
 def test_long_text_is_cut_before_the_end_of_the_prompt(
     processor: PumaProcessor, image: Image.Image, limit: int, padding_side: str
 ) -> None:
@@ -228,15 +183,6 @@ def test_long_text_is_cut_before_the_end_of_the_prompt(
         assert decoded.endswith("in one word: " + END)
 
 
-def test_the_tokenizers_limit_is_the_default_and_what_fits_is_not_cut(processor: PumaProcessor) -> None:
-    whole = ids(processor, "a red apple on a table")
-    assert ids(processor, "a red apple on a table", max_length=len(whole)) == whole
-    assert len(ids(processor, "a red apple on a table", max_length=len(whole) - 1)) < len(whole)
-    processor.tokenizer.model_max_length = 75
-    assert 70 < len(ids(processor, "apple " * 100)) <= 75
-    assert len(ids(processor, "apple " * 100, max_length=90)) > 75
-
-
 @pytest.mark.parametrize("text", ["🍎" * 50, "e\u0301" * 50, "ä🍎 x" * 30])
 def test_no_character_is_cut_in_half(processor: PumaProcessor, text: str) -> None:
     shortest = len(ids(processor, text[0]))
@@ -252,40 +198,19 @@ def test_no_character_is_cut_in_half(processor: PumaProcessor, text: str) -> Non
         assert tokens[-1] == processor.ret_token_id
 
 
-@pytest.mark.parametrize("item", ["image", "image and text", "text"])
-def test_what_cannot_be_cut_is_an_error(processor: PumaProcessor, images: list[Image.Image], item: str) -> None:
-    inputs = {"image": images[0], "image and text": {"image": images[0], "text": "apple"}, "text": "apple"}
+def test_what_cannot_be_cut_is_an_error(processor: PumaProcessor, images: list[Image.Image]) -> None:
     message = r"inputs\[0\]: .*more than max_length=10 tokens .*Give it fewer or smaller images, or"
     with pytest.raises(ValueError, match=message):
-        processor.process_inputs([inputs[item]], max_length=10)
+        processor.process_inputs([images[0]], max_length=10)
     pads = ids(processor, {"image": images}).count(processor.image_token_id)
     with pytest.raises(ValueError, match=rf"\({pads} of them for images\)"):
         processor.process_inputs([{"image": images, "text": "apple"}], max_length=60)
 
 
-@pytest.mark.parametrize(
-    ("images_kwargs", "least", "most"),
-    [
-        ({"size": {"shortest_edge": 256, "longest_edge": 1024}}, 1, 1024),
-        ({"size": {"longest_edge": 1024}}, 1, 1024),
-        ({"size": {"shortest_edge": 8192}}, 8192, 10**6),
-        ({"max_pixels": 1024}, 1, 1024),
-        (None, 64 * 48, 64 * 48),
-    ],
-)
-def test_the_image_size_is_respected_and_counted(
-    processor: PumaProcessor, images_kwargs: dict[str, Any] | None, least: int, most: int
-) -> None:
-    item = {"image": Image.new("RGB", (64, 48)), "text": "apple " * 100}
-    batch = processor.process_inputs([item], max_length=160, images_kwargs=images_kwargs)
-    assert least <= int((batch["input_ids"] == processor.image_token_id).sum()) * 16 * 16 <= most
-    assert 150 < batch["input_ids"].shape[1] <= 160
-
-
 # --- images of difficult shapes
 
 
-@pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (40, 3), (3, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 3), (3, 3), (3, 1)])
 def test_a_thin_image_is_not_mistaken_for_channels_first(processor: PumaProcessor, size: tuple[int, int]) -> None:
     batch = processor.process_inputs([Image.new("RGB", size, (255, 0, 51))])
     settings = processor.image_processor
@@ -297,15 +222,6 @@ def test_a_thin_image_is_not_mistaken_for_channels_first(processor: PumaProcesso
     assert (height > width, height < width) == (size[1] > size[0], size[1] < size[0])
 
 
-def test_pixels_are_those_of_the_image_processor_itself(processor: PumaProcessor, images: list[Image.Image]) -> None:
-    expected = processor.image_processor(images, return_tensors="pt")
-    batch = processor.process_inputs(images)
-    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-    assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
-    huge = processor.process_inputs([Image.new("L", (20_000, 500), 100)])
-    assert huge["image_grid_thw"].prod() * 64 <= 256 * 256
-
-
 # --- special tokens in the user's text
 
 
@@ -315,11 +231,9 @@ def test_pixels_are_those_of_the_image_processor_itself(processor: PumaProcessor
     [
         lambda text: text,
         lambda text: {"text": "apple", "instruction": text},
-        lambda text: {"text": [text[:4], text[4:]]},
-        lambda text: [{"role": "system", "content": text}, {"role": "user", "content": "apple"}],
         lambda text: [{"role": "user", "content": [{"type": "text", "text": t} for t in (text[:4], text[4:])]}],
     ],
-    ids=["string", "instruction", "split-list", "system", "split-chat"],
+    ids=["string", "instruction", "split-chat"],
 )
 def test_special_tokens_in_text(processor: PumaProcessor, wrap: Any, token: str) -> None:
     item = wrap(f"a {token} b")
@@ -331,14 +245,6 @@ def test_special_tokens_in_text(processor: PumaProcessor, wrap: Any, token: str)
     token_id = processor.tokenizer.convert_tokens_to_ids(token)
     assert tokens.count(token_id) == plain.count(token_id)
     assert f"a {token[0]} {token[1:]} b" in processor.tokenizer.decode(tokens)
-
-
-def test_special_tokens_in_the_prompt_and_in_each_other(processor: PumaProcessor) -> None:
-    with pytest.raises(ValueError, match=r"special token '\[RET\]'"):
-        processor.process_inputs(["apple"], "find [RET]")
-    assert ids(processor, "apple", "find [RET]", split_special_tokens=True).count(processor.ret_token_id) == 1
-    tokens = ids(processor, "<|im_<|im_end|>end|>", split_special_tokens=True)
-    assert tokens.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
 # --- what is refused
@@ -357,35 +263,23 @@ def user(*content: Any) -> list[dict[str, Any]]:
     ("item", "message"),
     [
         ("", NOT_TEXT.format("''")),
-        ({"text": 5}, NOT_TEXT.format("5")),
         ({"text": ["a", None]}, NOT_TEXT.format("None")),
-        (None, NEITHER.format("None")),
         (1.5, NEITHER.format("1.5")),
-        (["a", "b"], NEITHER.format(".*")),
         (pd.Series(["a", "b"]), NEITHER.format("(.|\n)*")),
         ({"audio": 1}, r"unknown keys \['audio'\]. Pass a string"),
-        ({}, "the dict holds no text, image or video"),
         ({"text": None, "image": None}, r"\(all values are None\)"),
         ({"instruction": "Find it."}, "the dict holds no text, image or video"),
-        ({"image": []}, NOTHING),
         ({"text": "a", "instruction": 5}, "an instruction must be a string, got 5. Leave it out for none"),
         ({"image": [None]}, r"inputs\[0\]: an object of type NoneType is not an image"),
         ([{"role": "system", "content": "Find it."}], NOTHING),
         ([{"role": "user"}], "content must be a string or a list, got NoneType"),
-        (user("a"), NO_ITEM + "'a'"),
         (user({"type": "audio"}), NO_ITEM),
         (user({"type": "image", "image": "a", "max_pixels": 50_000}), "max_pixels.* in encode"),
-        (user({"type": "text", "text": "a", "cache": True}), NO_ITEM + ".*cache"),
-        (user({"type": "image", "url": "a", "path": "b"}), NO_ITEM),
         (user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}), "detail"),
         ([{"role": "user", "content": "a", "image": "b"}], r"unknown keys \['image'\] in a chat message"),
         ("a \ud83d", r"inputs\[0\]: 'a .ud83d' holds half a character \(a lone surrogate\). Mend its encoding"),
-        ({"text": "a", "instruction": "\ud83d"}, "holds half a character"),
         ([{"role": "tool", "content": "a"}], "unknown role 'tool' in a chat. Use one of 'system', 'user'"),
-        (
-            [{"role": "system", "content": [{"type": "image", "image": "a"}]}, *user("a")],
-            "a system message is an instruction and holds text only. Put media into a user message",
-        ),
+        ([{"role": "system", "content": [{"type": "image", "image": "a"}]}, *user("a")], "holds text only. Put media"),
     ],
 )
 def test_bad_inputs_are_refused(processor: PumaProcessor, item: Any, message: str) -> None:
@@ -397,10 +291,6 @@ def test_bad_inputs_are_refused(processor: PumaProcessor, item: Any, message: st
     ("inputs", "message"),
     [
         ("a red apple", r"inputs must be a list of inputs, got str. Wrap a single one in \[ \]"),
-        ({"text": "a"}, "must be a list of inputs, got dict"),
-        (5, "must be a list of inputs, got int"),
-        (np.zeros((20, 20, 3), np.uint8), "must be a list of inputs, got ndarray"),
-        (BytesIO(b"a\nb"), "must be a list of inputs, got BytesIO"),
         (pd.DataFrame({"text": ["a"]}), "must be a list of inputs, got DataFrame"),
         ([], "inputs is empty: pass at least one input"),
     ],
@@ -410,46 +300,24 @@ def test_the_inputs_must_be_a_list(processor: PumaProcessor, inputs: Any, messag
         processor.process_inputs(inputs)
 
 
-@pytest.mark.parametrize(
-    "collect",
-    [
-        iter,
-        np.array,
-        lambda texts: np.array(texts, dtype=object),
-        pd.Series,
-        lambda texts: Dataset.from_dict({"text": texts})["text"],
-        lambda texts: Dataset.from_dict({"text": texts, "image": [None, None]}),
-    ],
-    ids=["iterator", "strings", "objects", "Series", "Column", "Dataset"],
-)
-def test_other_collections_are_read_as_lists(processor: PumaProcessor, collect: Any) -> None:
+def test_other_collections_are_read_as_lists(processor: PumaProcessor) -> None:
     texts = ["a red apple", "a green one"]
     expected = processor.process_inputs(texts)["input_ids"]
-    assert torch.equal(processor.process_inputs(collect(texts))["input_ids"], expected)
+    rows = Dataset.from_dict({"text": texts, "image": [None, None]})
+    for inputs in (iter(texts), np.array(texts, dtype=object), pd.Series(texts), rows["text"], rows):
+        assert torch.equal(processor.process_inputs(inputs)["input_ids"], expected)
 
 
-@pytest.mark.parametrize("text", ["a red apple", ["a[RET]", "a[RET] "]])
-def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, text: str | list[str]) -> None:
+def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, qwen_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"The prompt 'a.*' does not end in \[RET\].*Pass inputs to process_inputs"):
-        processor(text=text)
+        processor(text=["a[RET]", "a[RET] "])
+    own, processor.tokenizer = processor.tokenizer, type(processor.tokenizer).from_pretrained(qwen_dir)
+    with pytest.raises(ValueError, match=r"\[RET\] is no token of this tokenizer"):
+        processor.process_inputs(["apple"])
+    processor.tokenizer = own
     processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     with pytest.raises(ValueError, match=r"does not end in \[RET\].*restore chat_template.jinja"):
         processor.process_inputs(["apple"])
-
-
-def test_a_tokenizer_without_ret_is_refused(processor: PumaProcessor, qwen_dir: Path) -> None:
-    processor.tokenizer = type(processor.tokenizer).from_pretrained(qwen_dir)
-    with pytest.raises(ValueError, match=r"\[RET\] is no token of this tokenizer"):
-        processor.process_inputs(["apple"])
-
-
-def test_rendered_prompts_are_taken(processor: PumaProcessor) -> None:
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a red apple"}]}]
-    expected = processor.process_inputs(["a red apple"])["input_ids"]
-    prompt = processor.apply_chat_template(chat, tokenize=False)
-    assert torch.equal(processor(text=prompt, return_tensors="pt")["input_ids"], expected)
-    tokenized = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")
-    assert torch.equal(tokenized["input_ids"], expected)
 
 
 # --- torchvision; what really runs videos is tested in test_inputs_puma.py
@@ -501,32 +369,6 @@ def test_directories_are_the_same_with_and_without_torchvision(
 # --- saving, and the files of sentence-transformers
 
 
-def test_a_saved_processor_gives_the_same_tokens(
-    processor: PumaProcessor, images: list[Image.Image], tmp_path: Path
-) -> None:
-    processor.save_pretrained(tmp_path)
-    expected = processor.process_inputs(mixed(images), "Find it.")
-    for loaded in (PumaProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
-        assert type(loaded) is PumaProcessor
-        batch = loaded.process_inputs(mixed(images), "Find it.")
-        assert set(batch) == set(expected)
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
-
-
-def test_model_and_processor_saved_apart_are_a_sentence_transformer(
-    puma_dir: Path, sentence_transformer: SentenceTransformer, tmp_path: Path
-) -> None:
-    PumaModel.from_pretrained(puma_dir).save_pretrained(tmp_path)
-    PumaProcessor.from_pretrained(puma_dir).save_pretrained(tmp_path)
-    model = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
-    assert [type(module).__name__ for module in model] == ["PumaTransformer"]
-    expected = sentence_transformer.encode(["a red apple"])
-    np.testing.assert_allclose(model.encode(["a red apple"]), expected, rtol=0, atol=1e-6)
-    # Loaded from a directory, the processor's code lies apart from the module's.
-    model.save(str(tmp_path / "copy"))
-    assert {path.name for path in puma_dir.glob("*.py")} == {path.name for path in (tmp_path / "copy").glob("*.py")}
-
-
 @pytest.mark.parametrize("load", [PumaProcessor.from_pretrained, AutoProcessor.from_pretrained])
 def test_settings_of_the_directory_are_saved_again(load: Any, puma_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(puma_dir, tmp_path / "source")
@@ -547,38 +389,10 @@ def test_code_opens_without_sentence_transformers(monkeypatch: pytest.MonkeyPatc
         check_imports(file)
 
 
-def test_files_are_replaced_only_if_asked(processor: PumaProcessor, tmp_path: Path) -> None:
-    def prompts() -> Any:
-        return json.loads((tmp_path / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
-
-    write_sentence_transformers_files(tmp_path, {"a": "ä"})
-    (tmp_path / MODULE_FILE).write_text("mine")
-    write_sentence_transformers_files(tmp_path, {"b": "B"}, overwrite=False)
-    assert (tmp_path / MODULE_FILE).read_text() == "mine"
-    processor.save_pretrained(tmp_path)
-    assert prompts() == {"a": "ä"}
-    write_sentence_transformers_files(tmp_path, {"b": "B"})
-    assert prompts() == {"b": "B"}
-    assert (tmp_path / MODULE_FILE).read_text() == Path(processing_puma.__file__).with_name(MODULE_FILE).read_text()
-
-
-def test_a_save_without_the_code_of_the_module_fails(
-    processor: PumaProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processing_puma, "__file__", str(tmp_path / "elsewhere.py"))
-    with pytest.raises(FileNotFoundError, match=r"sentence_transformers_puma\.py is missing, without which.*Copy it"):
-        processor.save_pretrained(tmp_path / "saved")
-    assert list((tmp_path / "saved").iterdir()) == []
-
-
-@pytest.mark.parametrize("name", [None, "org/mine"])
-def test_a_processor_is_uploaded_whole(
-    processor: PumaProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
-) -> None:
+def test_an_upload_is_whole(processor: PumaProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By push_to_hub, which uploads all files; of a save with push_to_hub transformers uploads what it wrote itself."""
     uploads: list[Any] = []
     monkeypatch.setattr(processor, "push_to_hub", lambda *args, **options: uploads.append((*args, options)))
-    names = {} if name is None else {"repo_id": name}
-    processor.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True, **names)
-    assert uploads == [(name or "mine", {"private": True})]
+    processor.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert uploads == [("mine", {"private": True})]
     assert (tmp_path / "mine" / "modules.json").is_file()

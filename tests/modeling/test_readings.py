@@ -64,15 +64,12 @@ CASES: dict[str, tuple[bool, str | None, str | None, str, str]] = {
     "a poor instruction": (False, "An apple!", ' "find it" ', "Find it.\nAn apple!", "sentence"),
     "image": (True, None, None, "", "image"),
     "image, instructed": (True, None, INSTRUCTION, INSTRUCTION, "image and sentence"),
-    "both": (True, "a red apple", None, "A red apple.", "image and sentence"),
     "both, instructed": (True, "a red apple", INSTRUCTION, f"{INSTRUCTION}\na red apple.", "image and sentence"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_released_tokens_are_the_stock_templates(
-    processor: PumaProcessor, images: list[Image.Image], name: str
-) -> None:
+def test_released_tokens_are_the_stock_templates(processor: Any, images: list[Image.Image], name: str) -> None:
     has_image, text, instruction, sentence, told = CASES[name]
     image = images[0] if has_image else None
     item = {key: value for key, value in (("image", image), ("text", text)) if value is not None}
@@ -173,11 +170,9 @@ def test_the_directory_records_its_reading(qwen_dir: Path, puma_dir: Path, relea
     assert AutoModel.from_pretrained(tmp_path / "saved").config.positions == "sequential"
 
 
-def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
+def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, released: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reading='gme' is not known here\. Choose one of 'puma', 'puma-released'"):
         prune(qwen_dir, tmp_path / "out", num_kept_layers=1, reading="gme")
-    with pytest.raises(ValueError, match="reading='' is not known here"):
-        prune(qwen_dir, tmp_path / "out", num_kept_layers=1, reading="")
     with pytest.raises(ValueError, match=r"reads as 'puma', which its weights were made for\. Leave it out, or prune"):
         prune(puma_dir, tmp_path / "out", num_kept_layers=1, reading="puma-released")
     source = build_checkpoint(tmp_path / "source", "qwen3_vl")
@@ -185,16 +180,9 @@ def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, t
     with pytest.raises(ValueError, match=message):
         prune(source, tmp_path / "out", num_kept_layers=1, reading="puma-released")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_directory_of_an_unknown_reading_is_refused(released: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "changed"
-    shutil.copytree(released, folder)
-    for name, key, loader in (
-        ("processor_config.json", "reading", AutoProcessor),
-        ("config.json", "positions", AutoModel),
-    ):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**settings, key: "newer"}))
+    shutil.copytree(released, tmp_path / "changed")
+    for name, key, loader in (("processor_config", "reading", AutoProcessor), ("config", "positions", AutoModel)):
+        file = tmp_path / "changed" / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: "newer"}))
         with pytest.raises(ValueError, match=f"{key}='newer'"):
-            loader.from_pretrained(folder)
+            loader.from_pretrained(file.parent)

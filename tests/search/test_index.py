@@ -209,7 +209,7 @@ def test_another_corpus_and_ids_that_repeat_are_told(
     assert make(tmp_path / "two.jsonl").counts == {"text": 2}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any(f"out was of {tmp_path.resolve() / 'one.jsonl'}, becomes one of " in text for text in warnings)
-    assert any("1 ids are of several items. Answers" in text for text in warnings)
+    assert any("1 rows repeat the id of another. Answers" in text for text in warnings)
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
@@ -246,7 +246,7 @@ def test_runs_that_are_killed(puma_dir: Path, tmp_path: Path) -> None:
     run_worker("tests.search.index_worker", puma_dir, data, tmp_path)
     said = json.loads((tmp_path / "said.json").read_text())
     assert "is no index" in said[0]
-    assert all("has not finished. Wait for it, or run puma-hf index again" in text for text in said[1:3])
+    assert all("is not finished. Wait for the run that makes it" in text for text in said[1:3])
     assert said[3:] == [8, 8]  # the earlier version, whole, until the later one is
     build_index(IndexConfig(data=data, model=str(puma_dir), output=tmp_path / "whole"))
     ids = sorted(rows(tmp_path / "whole"))

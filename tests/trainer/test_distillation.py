@@ -269,6 +269,24 @@ def test_several_datasets(make_cached: MakeTrainer, make_student: MakeStudent) -
     assert trainer.train().global_step == 4
 
 
+def test_equal_rows_of_two_datasets_are_read_with_the_prompt_of_each(
+    make_cached: MakeTrainer, make_student: MakeStudent, make_arguments: MakeArguments, qwen_dir: Path
+) -> None:
+    model, prompts = make_student(), {"one": "Find a red apple.", "two": "On the table."}
+    loss, rows = SelfDistillationLoss(model), Dataset.from_dict({"anchor": ["red", "green", "blue", "an apple"]})
+    trainer = make_cached(
+        model=model,
+        args=make_arguments(prompts={name: {"anchor": prompt} for name, prompt in prompts.items()}),
+        train_dataset=DatasetDict({name: rows.select(range(4)) for name in prompts}),
+        loss=dict.fromkeys(prompts, loss),
+    )
+    teacher = FrozenTeacher.from_pretrained(qwen_dir, puma_model(model))
+    for name, prompt in prompts.items():
+        found = torch.tensor(trainer.train_dataset[name]["teacher_states"][:]).squeeze(1)
+        expected = teacher.states(model[0].preprocess(rows["anchor"][:], prompt=prompt))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_the_deep_layers_are_freed(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     references: list[weakref.ref[Any]] = []
     create = FrozenTeacher.__init__
@@ -345,6 +363,19 @@ def test_states_of_others_are_never_read(
     asked.clear()
     make_cached()
     assert not asked
+
+
+def test_a_picture_that_changed_under_its_path_is_another_row(
+    make_cached: MakeTrainer, asked: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "apple.png"
+    rows = Dataset.from_dict({"item": [{"image": str(path), "text": None}, {"image": None, "text": "an apple"}]})
+    Image.new("RGB", (56, 56), "red").save(path)
+    make_cached(train_dataset=rows)
+    Image.new("RGB", (84, 56), "green").save(path)
+    for _ in range(2):
+        make_cached(train_dataset=rows)
+    assert sum(asked) == 4
 
 
 @pytest.mark.parametrize("kind", ["stream", "labels"])

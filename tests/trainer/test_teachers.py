@@ -285,28 +285,6 @@ def test_images_are_not_shared_where_that_would_be_wrong(
     assert "pixel_values" in features
 
 
-def test_images_and_videos_are_shared_together(qwen_dir: Path, make_student: MakeStudent) -> None:
-    model = make_student(disturbed=True)
-    backbone = puma_model(model)
-    config = backbone.config
-    image, video, ret = [config.image_token_id] * 4, [config.video_token_id] * 8, [config.ret_token_id]
-    features: dict[str, Any] = {
-        "input_ids": torch.tensor([[40, *image, 41, 42, 43, 44, *ret], [*video, 41, *ret]]),
-        "pixel_values": torch.randn(16, 3 * 2 * 8 * 8),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "pixel_values_videos": torch.randn(32, 3 * 2 * 8 * 8),
-        "video_grid_thw": torch.tensor([[2, 4, 4]]),
-    }
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    expected = teacher.states(features)
-    shared = dict(features)
-    with count_calls(backbone.visual) as calls:
-        teacher.add_states(shared)
-        assert torch.equal(model(shared)["pooler_output"], model(dict(features))["pooler_output"])
-        assert len(calls) == 2 + 2  # an image and a video shared, and both once more without
-    assert torch.equal(shared["teacher_state"], expected)
-
-
 def test_a_dropped_layer_that_is_damaged(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path) -> None:
     source = Path(shutil.copytree(qwen_dir, tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")

@@ -303,6 +303,13 @@ def test_what_is_not_finite_stops_before_the_step(
     assert goes_on.state.global_step == 4
 
 
+def test_in_float16_a_loss_that_no_scale_mends_stops_the_run(breaking: Any) -> None:
+    trainer = breaking(2)
+    trainer.args.fp16 = True
+    with pytest.raises(ValueError, match=r"^The loss of optimizer step 2 is nan, so it was not done\. Lower"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_weights_are_looked_at(value: float, breaking: Any) -> None:
     trainer = breaking(99)
