@@ -12,18 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from puma_hf.configs_training import FIRST_LAYER as FIRST_LAYER
-from puma_hf.configs_training import RECIPES as RECIPES
-from puma_hf.configs_training import BadPairs as BadPairs
-from puma_hf.configs_training import DistillConfig as DistillConfig
-from puma_hf.configs_training import Loss as Loss
-from puma_hf.configs_training import MergeConfig as MergeConfig
-from puma_hf.configs_training import PairDirection as PairDirection
-from puma_hf.configs_training import PairsConfig as PairsConfig
-from puma_hf.configs_training import PairSettings as PairSettings
-from puma_hf.configs_training import StageConfig as StageConfig
-from puma_hf.configs_training import TeacherMode as TeacherMode
-from puma_hf.configs_training import TrainConfig as TrainConfig
+from puma_hf.configs_training import *  # noqa: F403 - the settings of training, which are exported from here
 from puma_hf.files import is_hub_id
 from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
 
@@ -49,24 +38,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def _check_is_folder(output: str | Path | None, holds: str) -> None:
-    path = None if output is None else Path(output)
-    # A file that an older version of the command would have written: nobody means a folder of that name.
-    if path is not None and (path.is_file() or (path.suffix == ".json" and not path.exists())):
-        one = str(path.with_suffix(""))
-        raise ValueError(f"output={str(path)!r} must be a directory: {holds} go into it. Name one, such as {one!r}.")
+    # A name of a file, as older versions wrote: nobody means a folder of that name.
+    if output is not None and (Path(output).is_file() or Path(output).suffix == ".json"):
+        raise ValueError(f"output={str(output)!r} must be a directory: {holds} go into it. Name one.")
 
 
 def parse_parameters(value: str | int | float) -> int:
-    """A number of parameters, as people write it.
-
-    Args:
-        value: Such as "4B", "800M", "1.5b", "300000" or 4e9.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: If it is no such number, or below 1.
+    """A number of parameters, as people write it; a ValueError if it is none, or below 1.
 
     Example:
         >>> parse_parameters("1.5B"), parse_parameters("800M"), parse_parameters(4e9)
@@ -271,12 +249,8 @@ class IndexConfig(EmbedConfig):
     """
 
     model: str = ""
-    output: str | Path
     on_error: OnError = "skip"
-    precision: Precision = "float32"
     shard_size: int = option(4096, at_least=1, at_most=4096)
-    calibration_size: int = option(1024, at_least=2)
-    format: FileFormat = "parquet"
     # Exact search compares every vector; approximate search reads fewer, and may miss some.
     ann: AnnKind | None = None
 
@@ -426,11 +400,10 @@ class PushConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("repo_id", "base_model", "datasets"):
-            value = getattr(self, name)
-            for given in value if isinstance(value, tuple) else (value,):
-                if given is not None and not is_hub_id(given):
-                    raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
+        datasets = [("datasets", one) for one in self.datasets]
+        for name, given in [("repo_id", self.repo_id), ("base_model", self.base_model), *datasets]:
+            if given is not None and not is_hub_id(given):
+                raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ def test_errors_are_one_line(
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
         f"train {puma_dir} out": "data is missing (Folder",
-        f"train {puma_dir} out --output other": "output is given twice, as 'out' and as --output 'other'.",
+        f"train {puma_dir} out --output other": "output is given twice, 'out' and --output 'other'.",
         "merge": "adapter is missing (Directory that training saved). Give it as the key 'adapter' of --config, or",
         f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }

@@ -121,7 +121,8 @@ def load_pairs(
     if problems and (on_error != "drop" or not pairs):
         raise ValueError(reading.refusal())
     if problems:
-        logger.warning("%s: left out rows, of %d in all: %s", reading.name, reading.num_rows, problems)
+        counts = (problems.counts.total(), reading.num_rows)
+        logger.warning("%s: left out %d of %d rows: %s", reading.name, *counts, problems)
     ids = PairIds(pairs) if with_ids else None
 
     def rows() -> Iterator[dict[str, Any]]:

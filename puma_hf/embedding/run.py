@@ -18,6 +18,7 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
 from puma_hf.configs import EmbedConfig
 from puma_hf.data.items import Corpus, open_corpus
 from puma_hf.data.records import Record
@@ -26,17 +27,7 @@ from puma_hf.embedding.prepare import WINDOW
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
 from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
-from puma_hf.opening import check_truncate_dim, open_sentence_transformer
-from puma_hf.processes import (
-    broadcast,
-    connect,
-    gather,
-    locked_for_all,
-    own_device,
-    shared_folder,
-    sigterm_waits,
-    stop_if_sigterm,
-)
+from puma_hf.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -167,19 +158,17 @@ class _Run:
         # minute has passed. So the order costs a window of rows in memory.
         buffer: list[_Row] = []
         written = time.monotonic()
-        with sigterm_waits():
-            try:
-                for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
-                    for record, row in zip(records, rows, strict=True):
-                        buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
-                    self.progress.update(len(records))
-                    is_late = time.monotonic() - written > _SECONDS
-                    if is_late or len(buffer) >= self.config.shard_size + WINDOW:
-                        buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
-                        written = time.monotonic()
-                    stop_if_sigterm()
-            finally:  # whatever ends the run, what is done is kept
-                self._write(buffer, len(buffer))
+        try:
+            for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
+                for record, row in zip(records, rows, strict=True):
+                    buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
+                self.progress.update(len(records))
+                is_late = time.monotonic() - written > _SECONDS
+                if is_late or len(buffer) >= self.config.shard_size + WINDOW:
+                    buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
+                    written = time.monotonic()
+        finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
+            self._write(buffer, len(buffer))
 
     # The records that the store lacks, of this process: every so-many-th shard of the corpus.
     def _missing(self) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from puma_hf.lazy import resolver
+from puma_hf import resolver
 
 # Imported on first use, so that who needs one of them does not wait for the libraries of all.
 _MODULES = {

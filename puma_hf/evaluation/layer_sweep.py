@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from puma_hf.checkpoint import open_checkpoint
+from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.tasks import select_tasks
@@ -39,7 +39,6 @@ from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.opening import open_sentence_transformer, plain_forward
 from puma_hf.pruning import prune
 from puma_hf.settings import processing_of
 

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
+from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
 from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
@@ -34,7 +35,6 @@ from puma_hf.files import read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
-from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 from puma_hf.processes import connect, gather, locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 

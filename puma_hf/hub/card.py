@@ -23,9 +23,8 @@ from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
 from puma_hf.evaluation.sweep_report import si
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
-from puma_hf.model_card import TAGS, fill_template
 from puma_hf.modeling.configuration_puma import config_class_of
-from puma_hf.pruning import told_limits
+from puma_hf.pruning import TAGS, fill_template, told_limits
 
 logger = logging.getLogger(__name__)
 

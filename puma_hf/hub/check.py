@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from puma_hf.checkpoint import StoredWeights, open_checkpoint
+from puma_hf.checkpoint import StoredWeights, open_checkpoint, plain_forward
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, named_base, read_config
 from puma_hf.modeling import PumaModel
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.opening import plain_forward
 
 logger = logging.getLogger(__name__)
 

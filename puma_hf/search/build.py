@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 _COLUMNS = ("key", "seen", "id", "text", "image", "modality")
 # What vectors depend on besides the inputs: those of another value cannot be compared.
 _BOUND = ("fingerprint", "weights_dtype", "prompt", "truncate_dim", "precision")
+_LEAST_FREE = 32 * 2**20  # bytes; a write of 4,096 vectors takes about as many
 _MOST_FRAGMENTS = 100  # files of a table, one a write; of more LanceDB makes few, which writes all of them again
 
 
@@ -73,7 +76,7 @@ def build_index(config: IndexConfig) -> IndexReport:
     """
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
-    with locked_for_all(folder):
+    with locked_for_all(folder), _full_disk_told(folder):
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
@@ -93,6 +96,19 @@ def build_index(config: IndexConfig) -> IndexReport:
             create_table(folder, description, embedding_dim(model, config.truncate_dim))
         gather(None)
         return _Run(config, corpus, model, open_table(folder)).run(num_items, description)
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    # LanceDB raises the same error for all that goes wrong, so the disk is asked.
+    try:
+        yield
+    except RuntimeError as error:
+        if shutil.disk_usage(folder if folder.is_dir() else folder.resolve().parent).free > _LEAST_FREE:
+            raise
+        raise OSError(
+            f"{str(folder)!r} could not be written ({error}): the disk is full. Make room, and go on."
+        ) from error
 
 
 class _Run:

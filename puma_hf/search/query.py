@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.modeling.inputs_puma import load_rgb_image
-from puma_hf.opening import open_sentence_transformer
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
