@@ -188,7 +188,7 @@ _COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("embed", configs.EmbedConfig, "puma_hf.embedding.run:embed_corpus"),
     ("evaluate", configs.EvaluateConfig, "puma_hf.evaluation.mbeir:evaluate"),
     ("sweep", configs.SweepConfig, "puma_hf.evaluation.layer_sweep:sweep"),
-    ("pairs", configs.PairsConfig, "puma_hf.data.pairs_report:pairs"),
+    ("pairs", configs.PairsConfig, "puma_hf.data.mbeir_write:pairs"),
     ("index", configs.IndexConfig, "puma_hf.search.build:build_index"),
     ("search", configs.SearchConfig, "puma_hf.search.query:search"),
     ("app", configs.AppConfig, "puma_hf.cli:show_page"),
