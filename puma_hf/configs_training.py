@@ -21,7 +21,6 @@ from puma_hf.losses.schedule_puma import (
 )
 from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
 
-BadPairs = Literal["raise", "drop"]
 PairDirection = Literal["text-to-image", "image-to-text", "both"]
 TeacherMode = Literal["frozen", "cached"]
 Loss = Literal["mac", "mac-split", "infonce"]
@@ -59,7 +58,7 @@ class PairSettings(CheckedConfig):
     direction: PairDirection | None = None
     images_to: str | Path | None = None
     # A typo in one of a million rows should not be noticed after a day of training: raise is the default.
-    bad_pairs: BadPairs = "raise"
+    bad_pairs: Literal["raise", "drop"] = "raise"
     special_tokens: SpecialTokens = "raise"
 
     def pair_arguments(self) -> dict[str, Any]:

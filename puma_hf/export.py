@@ -105,8 +105,7 @@ def export(
 
     Raises:
         FileNotFoundError: If the source, or one of its files, is missing.
-        ValueError: If it is no PUMA model, its weights are damaged or are not those of its configuration, or its
-            reading has positions that stock classes do not give to images.
+        ValueError: If it is no PUMA model, is damaged, or has positions that stock classes do not give to images.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
         RuntimeError: If onnxruntime computes other embeddings than PyTorch.

@@ -46,11 +46,8 @@ class PruneReport:
         num_kept_layers: Decoder layers kept.
         original_num_hidden_layers: Decoder layers of the original.
         parameters_before: Parameters of the source, language-model head included where it has one.
-        parameters_after: Parameters of the pruned model.
-        bytes_before: Bytes of the source's parameters in its own dtype.
-        bytes_after: Bytes of the pruned model's parameters.
-        max_pixels: Pixels that images are scaled down to.
-        max_visual_tokens: Tokens of an image of so many pixels.
+        bytes_before: Their bytes in the source's own dtype.
+        max_pixels: Pixels that images are scaled down to, which make `max_visual_tokens`.
         source_max_pixels: The source's own limit.
         num_source_layers: Decoder layers of the source, if that is a PUMA directory; None for an original.
         kept_layers: Which layers of the source were kept, if not its first ones.
@@ -131,12 +128,11 @@ def prune(
         keep_layers: Instead of it, which of the source's layers to keep: rising numbers from 0, as a list or as text
             such as "0-10,27". A Qwen3-VL keeps those after which DeepStack adds features: the first three.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
-        max_pixels: Pixels that images are scaled down to, kept in the processor's configuration; "source" keeps the
-            source's own limit. By default 300 visual tokens (235,200 pixels for Qwen2-VL and Qwen2.5-VL, 307,200 for
-            Qwen3-VL), as in PUMA and LamRA, or the source's limit if that is lower; a PUMA directory keeps its own.
-        reading: How the model reads its inputs, which it keeps: "puma", this library's prompt with M-RoPE positions, or
-            "puma-released", the prompt and the sequential positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By
-            default "puma", or what a PUMA directory has.
+        max_pixels: Pixels that images are scaled down to; "source" keeps the source's own limit. By default 300 visual
+            tokens (235,200 pixels, of Qwen3-VL 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
+            a PUMA directory keeps its own.
+        reading: "puma", this library's prompt with M-RoPE positions, or "puma-released", the prompt and the sequential
+            positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -146,10 +142,9 @@ def prune(
         What was kept and dropped, with parameters and bytes before and after.
 
     Raises:
-        ValueError: If `num_kept_layers`, `keep_layers` or `max_pixels` is out of range, `dtype` is unknown, the source
-            cannot have that `reading`, or the checkpoint is of another family, is damaged, or is not in safetensors
-            format.
-        FileNotFoundError: If the source, or a shard of it, does not exist.
+        ValueError: If `num_kept_layers`, `keep_layers`, `max_pixels`, `dtype` or `reading` cannot be of this source, or
+            the checkpoint is of another family or damaged.
+        FileNotFoundError: If the source, or a shard of it, does not exist, or it is not in safetensors format.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
     Example:
