@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from puma_hf.configs import RESCORE_MULTIPLIER
 from puma_hf.search.build import create_table, tag_complete, update_ann
-from puma_hf.search.index import FORMAT_VERSION, open_index
+from puma_hf.search.index import FORMAT, open_index
 
 QUERIES = "queries.npy"  # drawn once, so that it takes no memory where that is measured
 KINDS = ("exact", "int8", "binary", "hnsw")
@@ -53,7 +53,7 @@ def draw(count: int, dim: int, num_clusters: int, seed: int) -> NDArray[np.float
 
 def write_index(folder: Path, args: argparse.Namespace) -> Any:
     """A table as `puma-hf index` writes it; every second item is a picture."""
-    about = {"format_version": FORMAT_VERSION, "precision": "float32", "fingerprint": "benchmark", "model": "none"}
+    about = {"format_version": FORMAT, "precision": "float32", "fingerprint": "benchmark", "model": "none"}
     table = create_table(folder, about, args.dim)
     for start in range(0, args.items, ROWS):
         ids = [str(row) for row in range(start, min(start + ROWS, args.items))]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from puma_hf.lazy import resolver
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,18 @@ _MODULES = {
 }
 _PUBLIC_NAMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted([*_PUBLIC_NAMES, "__version__"])
+
+
+def resolver(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """What a package assigns to its `__getattr__`: a name's module is imported when the name is first asked for."""
+
+    def resolve(name: str) -> Any:
+        if name in names:
+            return getattr(import_module(names[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return resolve
+
 
 __getattr__ = resolver(__name__, _PUBLIC_NAMES)
 

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, fields
 from importlib import import_module
@@ -26,10 +25,7 @@ from puma_hf.settings import field_help, load_config
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
-_CONFIG_HELP = (
-    "YAML file with values for the options below, under their names with underscores. Options given here win. "
-    "Paths in it are relative to the current directory."
-)
+_CONFIG_HELP = "YAML file with values for the options below, under their names with underscores. Options win over it."
 
 
 class _InOrder(click.Group):
@@ -37,6 +33,12 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # as of a program that Ctrl-C has ended; click's own 1 is that of an error
 
 
 @click.group(cls=_InOrder)
@@ -48,7 +50,7 @@ def app() -> None:
 # --------------------------------------------------------------------------------------- options from a settings class
 
 
-def _command(name: str, kind: Any, place: str, show: Callable[[Any, Any], str]) -> click.Command:
+def _command(name: str, kind: Any, place: str) -> click.Command:
     """A command that takes the fields of a settings class as options, a YAML file, or both.
 
     Names, defaults and help are written in the class alone. A field may have "positional" and "flag" in its metadata:
@@ -62,8 +64,7 @@ def _command(name: str, kind: Any, place: str, show: Callable[[Any, Any], str]) 
         for field in positional:
             value = given.pop(f"{field}_argument")
             if None not in (value, given[field]):
-                both = f"as {value!r} and as --{field} {given[field]!r}"
-                raise ValueError(f"{field} is given twice, {both}. Remove one of them.")
+                raise ValueError(f"{field} is given twice, {value!r} and --{field} {given[field]!r}. Remove one.")
             given[field] = given[field] if value is None else value
         # Options that were not given are None, repeated ones empty.
         values = {field: value for field, value in given.items() if value is not None and value != ()}
@@ -73,7 +74,7 @@ def _command(name: str, kind: Any, place: str, show: Callable[[Any, Any], str]) 
         with ends_well_on_sigterm() if name in _KEEP_WORK else nullcontext():
             result = work(**asdict(settings)) if name in _WITH_KEYWORDS else work(settings)
         if _is_first_process():
-            click.echo(show(settings, result))
+            click.echo(_told(settings, result))
         if not getattr(result, "ok", True):
             sys.exit(1)
 
@@ -107,10 +108,7 @@ def _option(entry: Field[Any], hint: Any, text: str) -> click.Option:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 _SOURCE_HELP = "SOURCE: folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
-_MAX_PIXELS_HELP = (
-    "Images are scaled down to so many pixels; source keeps the source's limit. Default: the source's, but "
-    "at most 300 visual tokens (235,200 pixels, of Qwen3-VL 307,200); a PUMA directory's own if one is cut further."
-)
+_MAX_PIXELS_HELP = "Images are scaled down to so many. Default: the source's limit, but at most 300 visual tokens."
 _READING_HELP = "How inputs are read: this library's prompt, or that of the authors' code with its plain positions."
 
 
@@ -155,26 +153,18 @@ def estimate(config: Path, gpu: str | None, **sizes: Any) -> None:
     click.echo(run(config, **sizes).to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
-def _saved(_: Any, adapter: Path) -> str:
-    return f"saved the adapter to {adapter}; merge it with: puma-hf merge {adapter} MERGED"
-
-
-def _merged(config: configs.MergeConfig, largest: float) -> str:
-    return f"merged; embeddings differ by at most {largest:.1e}\nsaved    {config.output}"
-
-
-def _markdown(_: Any, results: Any) -> str:
-    return str(results.to_markdown())
-
-
-def _report(_: Any, report: Any) -> str:
-    return str(report)
-
-
-def _answers(config: configs.SearchConfig, answers: Any) -> str:
-    if config.json:  # for programs, which read nothing else
-        return json.dumps(answers.to_dict(), ensure_ascii=False, indent=2)
-    return str(answers) if config.html is None else f"{answers}\nsaved    {config.html}"
+def _told(config: Any, result: Any) -> str:
+    """A result in the words of the command."""
+    if isinstance(config, configs.StageConfig):
+        return f"saved the adapter to {result}; merge it with: puma-hf merge {result} MERGED"
+    if isinstance(config, configs.MergeConfig):
+        return f"merged; embeddings differ by at most {result:.1e}\nsaved    {config.output}"
+    if isinstance(config, configs.SearchConfig) and config.json:  # for programs, which read nothing else
+        if config.html is not None:
+            click.echo(f"saved    {config.html}", err=True)
+        return json.dumps(result.to_dict(), ensure_ascii=False, indent=2)
+    text = str(result.to_markdown() if hasattr(result, "to_markdown") else result)
+    return f"{text}\nsaved    {config.html}" if getattr(config, "html", None) else text
 
 
 def show_page(config: configs.AppConfig) -> str:
@@ -190,21 +180,21 @@ def show_page(config: configs.AppConfig) -> str:
     return f"saved the Space to {place}; look at it first with: {run} {place}/app.py"
 
 
-# Command, settings, the function that does it, and how its result is shown. A command's help stands in its class.
-_COMMANDS: tuple[tuple[str, Any, str, Callable[[Any, Any], str]], ...] = (
-    ("distill", configs.DistillConfig, "puma_hf.trainer.stages:distill", _saved),
-    ("train", configs.TrainConfig, "puma_hf.trainer.stages:train", _saved),
-    ("merge", configs.MergeConfig, "puma_hf.trainer.stages:merge", _merged),
-    ("embed", configs.EmbedConfig, "puma_hf.embedding.run:embed_corpus", _report),
-    ("evaluate", configs.EvaluateConfig, "puma_hf.evaluation.mbeir:evaluate", _markdown),
-    ("sweep", configs.SweepConfig, "puma_hf.evaluation.layer_sweep:sweep", _markdown),
-    ("pairs", configs.PairsConfig, "puma_hf.data.pairs_report:pairs", _report),
-    ("index", configs.IndexConfig, "puma_hf.search.build:build_index", _report),
-    ("search", configs.SearchConfig, "puma_hf.search.query:search", _answers),
-    ("app", configs.AppConfig, "puma_hf.cli:show_page", _report),
-    ("export", configs.ExportConfig, "puma_hf.export:export", _report),
-    ("check", configs.CheckConfig, "puma_hf.hub.check:check", _report),
-    ("push", configs.PushConfig, "puma_hf.hub.push:push_configured", _report),
+# Command, settings, and the function that does it. A command's help stands in its class.
+_COMMANDS: tuple[tuple[str, Any, str], ...] = (
+    ("distill", configs.DistillConfig, "puma_hf.trainer.stages:distill"),
+    ("train", configs.TrainConfig, "puma_hf.trainer.stages:train"),
+    ("merge", configs.MergeConfig, "puma_hf.trainer.stages:merge"),
+    ("embed", configs.EmbedConfig, "puma_hf.embedding.run:embed_corpus"),
+    ("evaluate", configs.EvaluateConfig, "puma_hf.evaluation.mbeir:evaluate"),
+    ("sweep", configs.SweepConfig, "puma_hf.evaluation.layer_sweep:sweep"),
+    ("pairs", configs.PairsConfig, "puma_hf.data.mbeir_write:pairs"),
+    ("index", configs.IndexConfig, "puma_hf.search.build:build_index"),
+    ("search", configs.SearchConfig, "puma_hf.search.query:search"),
+    ("app", configs.AppConfig, "puma_hf.cli:show_page"),
+    ("export", configs.ExportConfig, "puma_hf.export:export"),
+    ("check", configs.CheckConfig, "puma_hf.hub.check:check"),
+    ("push", configs.PushConfig, "puma_hf.hub.push:push_configured"),
 )
 # These take their settings one by one.
 _WITH_KEYWORDS = ("export", "check")

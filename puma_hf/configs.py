@@ -12,30 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from puma_hf.configs_training import FIRST_LAYER as FIRST_LAYER
-from puma_hf.configs_training import RECIPES as RECIPES
-from puma_hf.configs_training import BadPairs as BadPairs
-from puma_hf.configs_training import DistillConfig as DistillConfig
-from puma_hf.configs_training import Loss as Loss
-from puma_hf.configs_training import MergeConfig as MergeConfig
-from puma_hf.configs_training import PairDirection as PairDirection
-from puma_hf.configs_training import PairsConfig as PairsConfig
-from puma_hf.configs_training import PairSettings as PairSettings
-from puma_hf.configs_training import StageConfig as StageConfig
-from puma_hf.configs_training import TeacherMode as TeacherMode
-from puma_hf.configs_training import TrainConfig as TrainConfig
+from puma_hf.configs_training import *  # noqa: F403 - the settings of training, which are exported from here
 from puma_hf.files import is_hub_id
 from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 OnError = Literal["raise", "skip", "zero"]
-FileFormat = Literal["parquet", "safetensors"]
-WeightsDtype = Literal["auto", "float32", "float16", "bfloat16"]
-Benchmark = Literal["mbeir", "nano"]
 Pool = Literal["local", "global", "both"]
-EmbeddingDtype = Literal["float32", "float16", "bfloat16"]
-SearchBackend = Literal["torch", "faiss"]
-QualityMetric = Literal["score", "hit@1", "hit@5", "hit@10", "ndcg@10", "mrr@10"]
 Target = Literal["any", "text", "image"]
 Backend = Literal["exact", "ann", "torch", "faiss"]
 AnnKind = Literal["none", "hnsw", "int8", "binary"]
@@ -48,25 +31,8 @@ _COUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([KMBG]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
-def _check_is_folder(output: str | Path | None, holds: str) -> None:
-    path = None if output is None else Path(output)
-    # A file that an older version of the command would have written: nobody means a folder of that name.
-    if path is not None and (path.is_file() or (path.suffix == ".json" and not path.exists())):
-        one = str(path.with_suffix(""))
-        raise ValueError(f"output={str(path)!r} must be a directory: {holds} go into it. Name one, such as {one!r}.")
-
-
 def parse_parameters(value: str | int | float) -> int:
-    """A number of parameters, as people write it.
-
-    Args:
-        value: Such as "4B", "800M", "1.5b", "300000" or 4e9.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: If it is no such number, or below 1.
+    """A number of parameters, as people write it; a ValueError if it is none, or below 1.
 
     Example:
         >>> parse_parameters("1.5B"), parse_parameters("800M"), parse_parameters(4e9)
@@ -116,19 +82,15 @@ class EmbedConfig(CheckedConfig):
     calibration_size: int = option(1024, at_least=2)
     on_error: OnError = "raise"
     special_tokens: SpecialTokens = "raise"
-    format: FileFormat = "parquet"
+    format: Literal["parquet", "safetensors"] = "parquet"
     # Memory: a killed run loses a minute at most, whatever the size.
     shard_size: int = option(10_000, at_least=1)
     max_batch_tokens: int | None = option(None, at_least=1)
     num_workers: int | None = option(None, at_least=0)
-    dtype: WeightsDtype = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     fast: bool = True
     revision: str | None = None
     trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_is_folder(self.output, "shards and a manifest")
 
     @property
     def is_scaled(self) -> bool:
@@ -137,7 +99,33 @@ class EmbedConfig(CheckedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CheckedConfig):
+class _BenchmarkSettings(CheckedConfig):
+    """What measures on M-BEIR has.
+
+    Args:
+        tasks: Tasks such as webqa_task1; repeat for more. Default: all of the split.
+        pool: Each task's own pool, that of all tasks, or both.
+        batch_size: Inputs per forward pass.
+        nano_queries: Queries a task of a small, seeded subset; 0 for all.
+        nano_candidates: Candidates a task, all relevant ones among them; 0 for all.
+        nano_seed: Seed of that choice.
+    """
+
+    model: str | Path = positional()
+    data: str | Path
+    tasks: tuple[str, ...] = ()
+    batch_size: int = option(32, at_least=1)
+    output: str | Path | None = None
+    # All relevant candidates stay among fewer others, so that figures are higher than those of the whole.
+    nano_queries: int = option(200, at_least=0)
+    nano_candidates: int = option(2000, at_least=0)
+    nano_seed: int = option(0, at_least=0)
+    special_tokens: SpecialTokens = "raise"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_BenchmarkSettings):
     """Measure hit@k, recall@k, nDCG@10, MRR and wrong modalities on M-BEIR, or on data in its layout.
 
     Example: puma-hf evaluate puma-k14-mac --data M-BEIR --output results
@@ -147,17 +135,10 @@ class EvaluateConfig(CheckedConfig):
         data: Folder in M-BEIR's layout, folder of parquet copies, or a Hub id (mteb/mbeir_cirr_task7, or mteb for all).
         benchmark: mbeir: all of the data; nano: a fixed, seeded subset, quick enough to train by.
         split: Split to evaluate.
-        tasks: Tasks such as webqa_task1; repeat for more. Default: all of the split.
-        pool: Each task's own pool, that of all tasks, or both.
-        batch_size: Inputs per forward pass.
         output: Directory for results, run files and embeddings; a run that was stopped goes on from there.
         instruction_seed: Draws one wording of the instruction a query; default: always the first wording.
-        popularity_penalty: Also report figures by similarity less this share, such as 0.2, of the candidate's mean
-            similarity to all test queries of the task, as PUMA's released code has it. Transductive: no query can be
-            answered alone.
-        nano_queries: Queries a task of the nano benchmark; 0 for all.
-        nano_candidates: Candidates a task of the nano benchmark; 0 for all.
-        nano_seed: Seed of what the nano benchmark holds.
+        popularity_penalty: Also report figures less this share, such as 0.2, of a candidate's mean similarity to all
+            queries of its task, as PUMA's released code has it. Transductive: no query can be answered alone.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
         embedding_dtype: Data type that embeddings are stored in; two bytes halve the disk space.
         search_backend: Kept for older recipes: torch and faiss are one search.
@@ -165,32 +146,18 @@ class EvaluateConfig(CheckedConfig):
     """
 
     model: str = positional()
-    data: str | Path
-    benchmark: Benchmark = "mbeir"
+    benchmark: Literal["mbeir", "nano"] = "mbeir"
     split: str = "test"
-    tasks: tuple[str, ...] = ()
     pool: Pool = "both"
-    batch_size: int = option(32, at_least=1)
-    output: str | Path | None = None
     # M-BEIR has several wordings of each instruction.
     instruction_seed: int | None = option(None, at_least=0)
     popularity_penalty: float | None = option(None, at_least=0, at_most=1)
-    # All relevant candidates stay among fewer others, so that figures are higher than those of the whole.
-    nano_queries: int = option(200, at_least=0)
-    nano_candidates: int = option(2000, at_least=0)
-    nano_seed: int = option(0, at_least=0)
     nano_folder: str | Path | None = None
-    embedding_dtype: EmbeddingDtype = "float32"
-    search_backend: SearchBackend = "torch"
+    embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    search_backend: Literal["torch", "faiss"] = "torch"
     truncate_dim: int | None = option(None, at_least=1)
-    special_tokens: SpecialTokens = "raise"
     revision: str | None = None
     data_revision: str | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_is_folder(self.output, "results.json, results.md and run files")
 
     def notes(self) -> list[str]:
         """Options that this combination ignores, one sentence each."""
@@ -199,7 +166,7 @@ class EvaluateConfig(CheckedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(CheckedConfig):
+class SweepConfig(_BenchmarkSettings):
     """Choose k: measure every depth of a model in one pass, with its parameters and operations.
 
     Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
@@ -208,7 +175,6 @@ class SweepConfig(CheckedConfig):
         model: The full model: folder or Hub id of an original Qwen2-VL, 2.5 or 3, or of a PUMA directory.
         data: Folder in M-BEIR's layout, or what else evaluate takes as --data.
         split: Split to measure on; choose k on val, and report test.
-        tasks: Such as webqa_task1; default: all of the split.
         pool: Each task's own pool, that of all tasks, or both; with both, local decides.
         metric: Quality that decides; score is hit@5, and hit@10 on fashion datasets.
         compare: Further models, such as a distilled PUMA directory, swept beside the full.
@@ -216,40 +182,21 @@ class SweepConfig(CheckedConfig):
         max_params: Budget of parameters for the recommendation, such as 4B or 800M.
         keep: Share of the full model's quality that k must keep.
         keep_last: Measure the first k - 1 layers with the last one, too, for every k.
-        batch_size: Inputs per forward pass.
-        nano_queries: Queries a task, drawn by nano_seed; 0 for all.
-        nano_candidates: Candidates a task, all relevant ones among them; 0 for all.
-        nano_seed: Seed of that choice.
-
-    Example:
-        >>> SweepConfig(model="demo/backbone", data="demo/emoji", max_params="800M").keep
-        0.97
     """
 
-    model: str | Path = positional()
-    data: str | Path
     split: str = "val"
-    tasks: tuple[str, ...] = ()
     pool: Pool = "local"
-    metric: QualityMetric = "score"
+    metric: Literal["score", "hit@1", "hit@5", "hit@10", "ndcg@10", "mrr@10"] = "score"
     compare: tuple[str, ...] = ()
-    output: str | Path | None = None
     # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1, remedy="Take 0.97, or less.")
     keep_last: bool = False
-    batch_size: int = option(32, at_least=1)
-    nano_queries: int = option(200, at_least=0)
-    nano_candidates: int = option(2000, at_least=0)
-    nano_seed: int = option(0, at_least=0)
-    special_tokens: SpecialTokens = "raise"
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_params is not None:
             parse_parameters(self.max_params)
-        _check_is_folder(self.output, "sweep.json, sweep.md and sweep.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,17 +213,13 @@ class IndexConfig(EmbedConfig):
         shard_size: Inputs embedded between two writes; a run that is killed loses at most these.
         calibration_size: Not used by an index.
         format: Not used by an index, which is a table of LanceDB.
-        ann: Add an index for approximate search in large corpora (--backend ann): hnsw is quickest; int8 misses least;
-            binary is smallest; none removes it. By default it stays what it is.
+        ann: Add an index for approximate search (--backend ann): hnsw is quickest, int8 misses least, binary is
+            smallest; none removes it. By default it stays what it is.
     """
 
     model: str = ""
-    output: str | Path
     on_error: OnError = "skip"
-    precision: Precision = "float32"
     shard_size: int = option(4096, at_least=1, at_most=4096)
-    calibration_size: int = option(1024, at_least=2)
-    format: FileFormat = "parquet"
     # Exact search compares every vector; approximate search reads fewer, and may miss some.
     ann: AnnKind | None = None
 
@@ -327,8 +270,6 @@ class SearchConfig(CheckedConfig):
         super().__post_init__()
         if not (self.query and self.query.strip()) and self.image is None:
             raise ValueError(f"query={self.query!r} and image=None: nothing to look for. Give words, or --image.")
-        if self.html is not None and Path(self.html).is_dir():
-            raise ValueError(f"html={str(self.html)!r} is a directory, must be a file. Name one, such as answers.html.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,11 +367,10 @@ class PushConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("repo_id", "base_model", "datasets"):
-            value = getattr(self, name)
-            for given in value if isinstance(value, tuple) else (value,):
-                if given is not None and not is_hub_id(given):
-                    raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
+        datasets = [("datasets", one) for one in self.datasets]
+        for name, given in [("repo_id", self.repo_id), ("base_model", self.base_model), *datasets]:
+            if given is not None and not is_hub_id(given):
+                raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from puma_hf.losses.schedule_puma import (
 )
 from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
 
-BadPairs = Literal["raise", "drop"]
 PairDirection = Literal["text-to-image", "image-to-text", "both"]
 TeacherMode = Literal["frozen", "cached"]
 Loss = Literal["mac", "mac-split", "infonce"]
@@ -29,16 +28,10 @@ Loss = Literal["mac", "mac-split", "infonce"]
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
 # Arguments of the Trainer that a field of ours sets under another name; those of the same name are found by it.
-_SET_BY_FIELDS = {
-    "output_dir": "output",
-    "per_device_train_batch_size": "batch_size",
-    "auto_find_batch_size": "batch_size",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "activation_checkpointing": "gradient_checkpointing",
-    "save_strategy": "save_steps",
-    "resume_from_checkpoint": "resume",
-}
+_SET_BY_FIELDS = {"output_dir": "output", "save_strategy": "save_steps", "resume_from_checkpoint": "resume"}
+_SET_BY_FIELDS |= dict.fromkeys(("per_device_train_batch_size", "auto_find_batch_size"), "batch_size")
+_SET_BY_FIELDS |= dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup")
+_SET_BY_FIELDS["activation_checkpointing"] = "gradient_checkpointing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +58,13 @@ class PairSettings(CheckedConfig):
     direction: PairDirection | None = None
     images_to: str | Path | None = None
     # A typo in one of a million rows should not be noticed after a day of training: raise is the default.
-    bad_pairs: BadPairs = "raise"
+    bad_pairs: Literal["raise", "drop"] = "raise"
     special_tokens: SpecialTokens = "raise"
 
     def pair_arguments(self) -> dict[str, Any]:
         """The arguments of `load_pairs` that were given, but for what is to be done about errors and special tokens."""
         names = {entry.name for entry in fields(PairSettings)} - {"bad_pairs", "special_tokens"}
-        values = {entry.name: getattr(self, entry.name) for entry in fields(PairSettings) if entry.name in names}
-        return {name: value for name, value in values.items() if value is not None and value != ()}
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +99,8 @@ class PairsConfig(PairSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.val_fraction + self.test_fraction > 1:
-            together = f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction}"
-            raise ValueError(f"{together} must be 1 at most together: the rest is for training. Lower one.")
+        if (both := self.val_fraction + self.test_fraction) > 1:
+            raise ValueError(f"val_fraction and test_fraction={self.test_fraction} are {both}, above 1. Lower one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +139,11 @@ class StageConfig(CheckedConfig):
         resume: Continue from the last whole checkpoint in the output.
         overwrite: Use an output that is not empty; checkpoints in it are removed.
         training_arguments: More SentenceTransformerTrainingArguments, by name (YAML and Python only).
+        teacher: Checkpoint that was pruned, or another model of its hidden size; default: the one the model names.
+        teacher_mode: frozen: the untouched full model, asked at every step; cached: its states, computed once and
+            stored.
+        teacher_cache: Where cached states are stored; default: teacher_cache in the output.
+        metric: Distance of student and teacher; mse: the paper's, a sum; mse-mean: released, averaged over dimensions.
     """
 
     model: str | Path = positional()
@@ -192,6 +188,11 @@ class StageConfig(CheckedConfig):
     overwrite: bool = False
     # The rest of the Trainer, which needs no words of ours.
     training_arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"flag": False})
+    # A cached teacher costs its states on the disk, and saves a forward pass of the full model in every step.
+    teacher: str | Path | None = None
+    teacher_mode: TeacherMode = "frozen"
+    teacher_cache: str | Path | None = None
+    metric: DistillationMetric = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,11 +205,9 @@ class StageConfig(CheckedConfig):
         if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
             given = f"first_layer_learning_rate={self.first_layer_learning_rate}"
             raise ValueError(f"{given} may not stand beside learning_rate_mapping. Put it there, as {FIRST_LAYER!r}.")
-
-    def _check_teacher(self) -> None:
-        cache, mode = getattr(self, "teacher_cache", None), getattr(self, "teacher_mode", None)
-        if cache is not None and mode != "cached":
-            raise ValueError(f"teacher_cache={cache!r} is read with teacher_mode='cached' only, not {mode!r}.")
+        if self.teacher_cache is not None and self.teacher_mode != "cached":
+            given = f"teacher_cache={self.teacher_cache!r}"
+            raise ValueError(f"{given} is read with teacher_mode='cached' only, not {self.teacher_mode!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,25 +222,10 @@ class DistillConfig(StageConfig):
     Args:
         data: Folder in M-BEIR's layout or of images, .txt, or table with text, image or NLI columns; commas join
             several.
-        teacher: Checkpoint that was pruned, or another model of its hidden size; default: the one the model names.
-        teacher_mode: frozen: the untouched full model, asked at every step; cached: its states, computed once and
-            stored.
-        teacher_cache: Where cached states are stored; default: teacher_cache in the output.
-        metric: Distance of student and teacher; mse: the paper's, a sum; mse-mean: released, averaged over dimensions.
     """
 
-    data: str | Path
     learning_rate: float = option(2e-4, above=0, remedy="LamRA takes 2e-4, and found 4e-4 unstable.")
     train_ret_token: bool = True
-    # A cached teacher costs its states on the disk, and saves a forward pass of the full model in every step.
-    teacher: str | Path | None = None
-    teacher_mode: TeacherMode = "frozen"
-    teacher_cache: str | Path | None = None
-    metric: DistillationMetric = "mse"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_teacher()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,17 +260,12 @@ class TrainConfig(PairSettings, StageConfig):
         distillation_weight_start: Where the weight begins, to move in a straight line over the training; default: it
             stays.
         contrastive_weight_start: Likewise for contrastive_weight.
-        teacher: Teacher, if distillation_weight is above 0; default: as in distill.
-        teacher_mode: As in distill.
-        teacher_cache: Where cached states are stored; default: teacher_cache in the output.
-        metric: As in distill.
 
     Example:
         >>> TrainConfig(model="puma-k4", output="puma-k4-mac-lora", data="demo/emoji").lora_r
         128
     """
 
-    data: str | Path
     lora_r: int = option(128, at_least=1)
     loss: Loss = "mac"
     # MAC-Loss: the temperature of candidates of the target's modality falls from the first to the second.
@@ -310,10 +289,6 @@ class TrainConfig(PairSettings, StageConfig):
     contrastive_weight: float = option(1.0, at_least=0)
     distillation_weight_start: float | None = option(None, at_least=0)
     contrastive_weight_start: float | None = option(None, at_least=0)
-    teacher: str | Path | None = None
-    teacher_mode: TeacherMode = "frozen"
-    teacher_cache: str | Path | None = None
-    metric: DistillationMetric = "mse"
 
     @property
     def cached(self) -> bool:
@@ -327,14 +302,11 @@ class TrainConfig(PairSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_teacher()
         if not self.contrastive_weight and not (self.contrastive_weight_start or self.joint):
             raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
             caching = f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens}"
-            raise ValueError(
-                f"{caching} need distillation_weight=0: gradient caching has no joint form. Leave one out."
-            )
+            raise ValueError(f"{caching} need distillation_weight=0, as caching has no joint form. Leave one out.")
         if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
             raise ValueError(f"matryoshka_dims={list(self.matryoshka_dims)} must not repeat a size. Name each once.")
 

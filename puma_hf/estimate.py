@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from puma_hf.checkpoint import plain_forward
 from puma_hf.configs import DistillConfig, StageConfig, TrainConfig
 from puma_hf.modeling import PumaConfig, PumaModel
-from puma_hf.opening import plain_forward
 from puma_hf.settings import load_config, read_recipe
 
 # Memory in GiB and dense bfloat16 TFLOP/s (sums in float32, no sparsity), from the makers' data sheets.
@@ -67,8 +67,7 @@ def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None
         model: A SentenceTransformer on any device.
         item: One input, such as a string or `{"image": path}`.
         prompt: Its instruction.
-        fast: Whether to count what `encode` spends, with the savings of a PUMA model's `fast_path`, instead of every
-            layer for every token.
+        fast: Whether to count what `encode` spends, with a PUMA model's `fast_path`, not every layer for every token.
 
     Example:
         >>> count_flops(model, "a red apple") < count_flops(model, {"image": "apple.png"})  # doctest: +SKIP
@@ -177,11 +176,10 @@ def estimate(
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
         True
     """
-    given = {"num_gpus": num_gpus, "tokens": tokens, "rows": rows}
-    if wrong := [f"{name}={value}" for name, value in given.items() if value is not None and value < 1]:
-        raise ValueError(f"{', '.join(wrong)} must be at least 1. Leave out what you do not know.")
-    if images is not None and not 0 <= images < math.inf:
-        raise ValueError(f"images={images} must be 0 or more images a row. Leave it out for 1, or of texts 0.")
+    given = {"num_gpus": (num_gpus, 1), "tokens": (tokens, 1), "rows": (rows, 1), "images": (images, 0)}
+    for name, (value, least) in given.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name}={value} must be at least {least}. Leave out what you do not know.")
     is_distil = read_recipe(recipe)[0].keys() <= DistillConfig.__dataclass_fields__.keys()
     config: Any = load_config(DistillConfig if is_distil else TrainConfig, recipe)
     shape, told = _shape(config, model, num_kept_layers)
@@ -319,10 +317,8 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     named = int(depth[1]) if depth else _NUM_LAYERS if model is not None else None
     kept = named if num_kept_layers is None else num_kept_layers
     if size is None or kept is None:
-        raise ValueError(
-            f"model={name!r} is no directory here, and its name does not tell a Qwen2-VL 2B or 7B and its layers. Give "
-            "--model (a directory, a config.json, or Qwen/Qwen2-VL-7B-Instruct) and --num-kept-layers."
-        )
+        problem = f"model={name!r} is no directory here, and does not name a Qwen2-VL 2B or 7B and its layers"
+        raise ValueError(f"{problem}. Give --model (such as Qwen/Qwen2-VL-7B-Instruct) and --num-kept-layers.")
     text = dict(zip(_NAMES, _SHAPES[f"{size[1]}b"], strict=True), num_hidden_layers=_NUM_LAYERS)
     shape = PumaConfig(text_config=text, vision_config={"hidden_size": text["hidden_size"]}, num_kept_layers=kept)
     return shape, f"Shapes are those of Qwen2-VL-{size[1]}B with {kept} of {_NUM_LAYERS} layers, as {name!r} says."

@@ -105,8 +105,7 @@ def export(
 
     Raises:
         FileNotFoundError: If the source, or one of its files, is missing.
-        ValueError: If it is no PUMA model, its weights are damaged or are not those of its configuration, or its
-            reading has positions that stock classes do not give to images.
+        ValueError: If it is no PUMA model, is damaged, or has positions that stock classes do not give to images.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
         RuntimeError: If onnxruntime computes other embeddings than PyTorch.
@@ -125,10 +124,8 @@ def export(
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
     puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     if puma_config.positions != "mrope" and format == "stock":
-        raise ValueError(
-            f"{str(source)!r} has {puma_config.positions} positions, and stock classes give images those of M-RoPE, so "
-            "other embeddings. Serve the PUMA directory itself, or export its texts (--format onnx)."
-        )
+        problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
+        raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
     config = _stock_config(puma_config)
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
         parameters = _write_weights(StoredWeights(checkpoint), config, folder, checkpoint.name)
@@ -137,7 +134,7 @@ def export(
         if format == "onnx":
             num_bytes = _write_onnx(folder)
         reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
-        write_export_card(folder, config, onnx=format == "onnx", told=reading.told)
+        _write_card(folder, config, format, reading.told)
     layers, count = config.text_config.num_hidden_layers, sum(parameter.numel() for parameter in parameters)
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
     return ExportReport(str(source), str(output), config.model_type, layers, count, num_bytes, format)
@@ -185,8 +182,7 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template, as a published checkpoint has them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if RET_TOKEN not in tokenizer.get_vocab():
-        problem = f"The tokenizer of {str(source)!r} does not know {RET_TOKEN}, where embeddings are read"
-        raise ValueError(f"{problem}: its files are missing, or another model's. Download or save it again.")
+        raise ValueError(f"{str(source)!r} lacks its tokenizer, with {RET_TOKEN}. Download or save it again.")
     tokenizer.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
     shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
@@ -198,19 +194,12 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
         write_json(folder / name, {key: value for key, value in settings.items() if key not in _NOT_STOCK})
 
 
-def write_export_card(folder: Path, config: Any, *, onnx: bool = False, told: str = "") -> None:
-    """Write the `README.md` of an export.
-
-    Args:
-        folder: The directory.
-        config: Its stock configuration, with its lineage.
-        onnx: Whether it is an ONNX graph.
-        told: What the reading makes of inputs, which is to be done before the template.
-    """
+def _write_card(folder: Path, config: Any, format: ExportFormat, told: str) -> None:
+    """Write the `README.md`; `told` is what the reading makes of inputs, to be done before the template."""
     lineage = getattr(config, LINEAGE_KEY)
     source, kept = lineage["source_name_or_path"], lineage["num_kept_layers"]
     text = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
-        onnx=onnx,
+        onnx=format == "onnx",
         title=f"{source or config.model_type}, {kept} layers",
         name="path/to/this/directory",
         model_type=config.model_type,
@@ -267,11 +256,10 @@ def _write_onnx(folder: Path) -> int:
     with torch.inference_mode():
         difference = float((torch.from_numpy(session.run(None, inputs)[0]) - embedder(*batch)).abs().max())
     if not difference <= _ONNX_BOUND:
-        differ = f"embeddings of the ONNX graph and of PyTorch differ by {difference:.1e}, more than {_ONNX_BOUND}"
-        raise RuntimeError(f"The {differ}. Try other releases of torch, onnxscript and onnxruntime.")
-    for name in ("*.safetensors*", "*preprocessor_config.json"):
-        for path in folder.glob(name):
-            path.unlink()
+        differ = f"ONNX and PyTorch differ by {difference:.1e}, more than {_ONNX_BOUND}"
+        raise RuntimeError(f"{differ}. Try other releases of torch, onnxscript and onnxruntime.")
+    for path in (*folder.glob("*.safetensors*"), *folder.glob("*preprocessor_config.json")):
+        path.unlink()
     return sum(path.stat().st_size for path in folder.glob(f"{ONNX_NAME}*"))
 
 

@@ -79,11 +79,9 @@ def is_adapter_directory(directory: str | Path) -> bool:
     Raises:
         FileNotFoundError: If it is neither.
     """
-    folder = Path(directory)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not is_adapter and not is_puma_directory(folder):
-        problem = f"{str(directory)!r} is neither a PUMA directory nor that of a LoRA adapter"
-        raise FileNotFoundError(f"{problem}. Name one that puma-hf wrote.")
+    is_adapter = Path(directory, ADAPTER_CONFIG).is_file()
+    if not is_adapter and not is_puma_directory(Path(directory)):
+        raise FileNotFoundError(f"{str(directory)!r} is neither a PUMA directory nor an adapter's. Name such a one.")
     return is_adapter
 
 
@@ -161,8 +159,7 @@ def new_directory(
     Raises:
         FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is not ours.
         ValueError: If it is, or holds, the folder that is being read.
-        NotADirectoryError: If it is a file.
-        OSError: If its parent cannot be written.
+        OSError: If it is a file, or its parent cannot be written.
     """
     target, name = Path(output_dir).resolve(), f"output_dir {str(output_dir)!r}"
     if forbidden is not None and forbidden.resolve().is_relative_to(target):
@@ -210,13 +207,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     Raises:
         DirectoryInUseError: At once, if another run has it, in this process or in another.
-        NotADirectoryError: If it is a file.
-        OSError: If it cannot be made.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, locked(folder):
-        ...     pass
+        OSError: If it is a file, or cannot be made.
     """
     from filelock import FileLock, Timeout  # 50 ms, which --help need not wait for
 
@@ -234,8 +225,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire()  # makes the directory again if a run that failed has removed it just now
     except Timeout as error:
-        message = f"{str(folder)!r} is in use: another run writes there. Wait until it has ended, and run this again."
-        raise DirectoryInUseError(message) from error
+        raise DirectoryInUseError(f"{str(folder)!r} is in use: another run writes there. Wait for its end.") from error
     except OSError as error:
         logger.warning("%s cannot be locked (%s). See to it yourself that no other run writes there.", folder, error)
     token = _held.set(_held.get() | {directory})

@@ -142,17 +142,19 @@ def _module_settings(module: nn.Module) -> dict[str, Any]:
         "image_processor": _get(processor, "image_processor"),
         "video_processor": _get(processor, "video_processor"),
     }
-    settings: dict[str, Any] = {name: _settings_of(part) for name, part in parts.items()}
+    # What is not there has no entry: fingerprints that stand in results and indexes must stay what they are.
+    settings: dict[str, Any] = {name: _settings_of(part) for name, part in parts.items() if part is not None}
     settings["chat_template"] = _get(processor, "chat_template")
     settings["max_seq_length"] = _get(module, "max_seq_length")
-    settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
-    settings["vocabulary"] = None if tokenizer is None else _vocabulary(tokenizer)
+    if tokenizer is not None:
+        settings["tokenizer"] = {name: _get(tokenizer, name) for name in _TOKENIZER_SETTINGS}
+        settings["vocabulary"] = _vocabulary(tokenizer)
     settings["code"] = _code([*module.modules(), processor, tokenizer])
     return settings
 
 
 def _settings_of(part: Any) -> Any:
-    if part is None or isinstance(part, dict):
+    if isinstance(part, dict):
         return part
     to_dict = _get(part, "to_dict") or part
     return to_dict() if callable(to_dict) else str(part)

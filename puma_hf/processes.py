@@ -20,12 +20,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STATUS = 128 + signal.SIGTERM  # what shells report of a process that the signal has killed: 143
-_CHILD = getattr(signal, "SIGCHLD", None)
 # One process may wait for another that imports or encodes; if that one dies, the launcher ends them all.
 _LONGEST_WAIT = timedelta(hours=12)
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
 
 
 def connect() -> tuple[int, int]:
@@ -87,10 +83,7 @@ def main_process_first() -> Iterator[None]:
 
 @contextmanager
 def locked_for_all(folder: str | Path | None) -> Iterator[None]:
-    """Lock a folder for the processes of this run, as `puma_hf.files.locked` does: the main process holds the lock.
-
-    Args:
-        folder: The folder; None for nothing to lock.
+    """Lock a folder, if one is given, for the processes of this run: the main process holds the lock.
 
     Raises:
         OSError: In every process, if another run has it (`DirectoryInUseError`), it is a file, or it cannot be made.
@@ -120,12 +113,9 @@ def shared_folder(folder: str | Path | None) -> Iterator[Path]:
         temporary = tempfile.mkdtemp(prefix="puma-hf-") if folder is None and connect()[0] == 0 else None
         shared = Path(broadcast(temporary) or str(folder))
         try:
-            blind = [number for number, sees in enumerate(gather(shared.is_dir())) if not sees]
-            if blind:
-                raise ValueError(
-                    f"Processes {blind} do not see the folder {str(shared)!r} that the main process uses. Choose "
-                    "an output on a file system that all machines share."
-                )
+            if blind := [number for number, sees in enumerate(gather(shared.is_dir())) if not sees]:
+                problem = f"Processes {blind} do not see the folder {str(shared)!r} of the main process"
+                raise ValueError(f"{problem}. Choose an output on a file system that all machines share.")
             yield shared
             gather(None)  # nobody may still be reading
         finally:
@@ -133,19 +123,9 @@ def shared_folder(folder: str | Path | None) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- SIGTERM
-
-
-class _Sigterm:
-    """SIGTERM of this process, which schedulers send before they kill."""
-
-    has_come = False
-    num_waiting = 0  # blocks that end by themselves
-
-
 @contextmanager
 def ends_well_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block by `SystemExit`: at once, or inside of `sigterm_waits` at the next `stop_if_sigterm`.
+    """Let SIGTERM, which schedulers send before they kill, end the block by `SystemExit`, so that `finally` is run.
 
     A handler that is already there stays, and so does one that ignores the signal. Outside of the main thread, which
     alone gets signals, this does nothing. A second SIGTERM changes nothing: `timeout` and launchers send two.
@@ -157,43 +137,26 @@ def ends_well_on_sigterm() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    has_come = False
+
+    def end(*_: object) -> None:
+        nonlocal has_come
+        is_first, has_come = not has_come, True
+        if callable(signal.getsignal(signal.SIGCHLD)):
+            # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work.
+            # This stays so, as the process ends, and its workers after the block.
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+        if is_first:
+            logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
+            raise SystemExit(STATUS)
+
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     except RuntimeError as error:
         # Workers of a `DataLoader` get the signal too if it was sent to the whole group, and torch raises their death.
-        if not _Sigterm.has_come:
+        if not has_come:
             raise
         raise SystemExit(STATUS) from error
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _Sigterm.has_come = False
-
-
-@contextmanager
-def sigterm_waits() -> Iterator[None]:
-    """Keep SIGTERM from breaking into the block: it ends where it calls `stop_if_sigterm`."""
-    _Sigterm.num_waiting += 1
-    try:
-        yield
-    finally:
-        _Sigterm.num_waiting -= 1
-
-
-def stop_if_sigterm() -> None:
-    """Raise `SystemExit` with status 143 if SIGTERM has come."""
-    if _Sigterm.has_come:
-        raise SystemExit(STATUS)
-
-
-def _on_sigterm(*_: object) -> None:
-    is_first = not _Sigterm.has_come
-    _Sigterm.has_come = True
-    if _CHILD is not None and callable(signal.getsignal(_CHILD)):
-        # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work. This
-        # stays so, as the process ends, and its workers after the block.
-        signal.signal(_CHILD, lambda *_: None)
-    if is_first:
-        logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
-        if not _Sigterm.num_waiting:
-            raise SystemExit(STATUS)

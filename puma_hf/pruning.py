@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 from transformers.image_utils import SizeDict
@@ -17,12 +18,11 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 
 from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
-from puma_hf.files import PUMA_MODEL_TYPES, new_directory, read_config
-from puma_hf.model_card import write_model_card
+from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES
-from puma_hf.modeling.processing_puma import PIPELINES, Reading, reading_of, write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, reading_of, write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_VISUAL_TOKENS = 300
 _MODELING = Path(__file__).parent / "modeling"
 _IMAGE_TOKEN = "<|image_pad|>"
+_CARD = Path(__file__).with_name("hub_card.md")  # where a wheel has it
+if not _CARD.is_file():
+    _CARD = Path(__file__).parents[1] / "hub_card.md"  # at the root of the repository, as in an editable install
+TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers", "transformers", "custom_code")
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,8 @@ class PruneReport:
         num_kept_layers: Decoder layers kept.
         original_num_hidden_layers: Decoder layers of the original.
         parameters_before: Parameters of the source, language-model head included where it has one.
-        parameters_after: Parameters of the pruned model.
-        bytes_before: Bytes of the source's parameters in its own dtype.
-        bytes_after: Bytes of the pruned model's parameters.
-        max_pixels: Pixels that images are scaled down to.
-        max_visual_tokens: Tokens of an image of so many pixels.
+        bytes_before: Their bytes in the source's own dtype.
+        max_pixels: Pixels that images are scaled down to, which make `max_visual_tokens`.
         source_max_pixels: The source's own limit.
         num_source_layers: Decoder layers of the source, if that is a PUMA directory; None for an original.
         kept_layers: Which layers of the source were kept, if not its first ones.
@@ -127,12 +128,11 @@ def prune(
         keep_layers: Instead of it, which of the source's layers to keep: rising numbers from 0, as a list or as text
             such as "0-10,27". A Qwen3-VL keeps those after which DeepStack adds features: the first three.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
-        max_pixels: Pixels that images are scaled down to, kept in the processor's configuration; "source" keeps the
-            source's own limit. By default 300 visual tokens (235,200 pixels for Qwen2-VL and Qwen2.5-VL, 307,200 for
-            Qwen3-VL), as in PUMA and LamRA, or the source's limit if that is lower; a PUMA directory keeps its own.
-        reading: How the model reads its inputs, which it keeps: "puma", this library's prompt with M-RoPE positions, or
-            "puma-released", the prompt and the sequential positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By
-            default "puma", or what a PUMA directory has.
+        max_pixels: Pixels that images are scaled down to; "source" keeps the source's own limit. By default 300 visual
+            tokens (235,200 pixels, of Qwen3-VL 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
+            a PUMA directory keeps its own.
+        reading: "puma", this library's prompt with M-RoPE positions, or "puma-released", the prompt and the sequential
+            positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -142,10 +142,9 @@ def prune(
         What was kept and dropped, with parameters and bytes before and after.
 
     Raises:
-        ValueError: If `num_kept_layers`, `keep_layers` or `max_pixels` is out of range, `dtype` is unknown, the source
-            cannot have that `reading`, or the checkpoint is of another family, is damaged, or is not in safetensors
-            format.
-        FileNotFoundError: If the source, or a shard of it, does not exist.
+        ValueError: If `num_kept_layers`, `keep_layers`, `max_pixels`, `dtype` or `reading` cannot be of this source, or
+            the checkpoint is of another family or damaged.
+        FileNotFoundError: If the source, or a shard of it, does not exist, or it is not in safetensors format.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
     Example:
@@ -172,6 +171,7 @@ def prune(
         processor = _build_processor(checkpoint, config, name)
         source_max_pixels = int(processor.image_processor.size["longest_edge"])
         _limit_images(processor, max_pixels, is_original)
+        longest = processor.image_processor.size["longest_edge"]
         model = _load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
         model.config.positions = reading_of(name).positions
@@ -184,7 +184,6 @@ def prune(
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
         before, bytes_before = _source_size(checkpoint, config, model, is_original)
-        longest = processor.image_processor.size["longest_edge"]
         report = PruneReport(
             source=checkpoint.name,
             output_dir=str(output_dir),
@@ -201,11 +200,10 @@ def prune(
             kept_layers=None if layers == list(range(len(layers))) else layers,
             reading=name,
         )
-        facts = {**report.to_dict(), "backbone": config.source_name, "limits": told_limits(folder)}
         # The card speaks of the original: its layers are known by the model, its size only where it was read itself.
-        facts |= {"kept_layers": model.config.kept_layers}
+        facts = asdict(report) | {"backbone": config.source_name, "kept_layers": model.config.kept_layers}
         facts |= {} if is_original else {"parameters_before": None, "bytes_before": None}
-        write_model_card(folder, model.config, facts)
+        write_model_card(folder, model.config, facts | {"limits": told_limits(folder)})
     total = report.num_source_layers or report.original_num_hidden_layers
     logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), total, output_dir)
     return report
@@ -217,45 +215,40 @@ def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any
     name = str((own or "puma") if asked is None else asked)
     backbones = reading_of(name).backbones or (config.source_model_type,)
     if config.source_model_type not in backbones:
-        made = f"reading={name!r} is made of the template of {' and '.join(backbones)}"
+        made = f"reading={name!r} is made for {' and '.join(backbones)}"
         raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
     if own not in (None, name):
-        made = f"{checkpoint.name!r} reads as {own!r}, which its weights were made for"
-        raise ValueError(f"reading={name!r}, but {made}. Leave it out, or prune the original checkpoint.")
+        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
     return name
 
 
-def template_of(reading: Reading) -> str:
-    """The chat template of a reading."""
-    text = (_MODELING / reading.template).read_text(encoding="utf-8")
-    return text if reading.system is None else f"{{%- set system = {json.dumps(reading.system)} -%}}\n{text}"
-
-
-def _build_processor(checkpoint: SourceCheckpoint, config: Any, reading: str) -> PumaProcessor:
+def _build_processor(checkpoint: SourceCheckpoint, config: Any, name: str) -> PumaProcessor:
     folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
+    reading = reading_of(name)
+    template = (_MODELING / reading.template).read_text(encoding="utf-8")
+    if reading.system is not None:
+        template = f"{{%- set system = {json.dumps(reading.system)} -%}}\n{template}"
     # Without tokenizer files transformers builds an empty tokenizer.
     if _IMAGE_TOKEN not in tokenizer.get_vocab():
-        problem = f"The tokenizer of {checkpoint.name!r} does not know {_IMAGE_TOKEN!r}"
-        raise ValueError(f"{problem}: its files are missing, or another model's. Download the checkpoint again.")
+        raise ValueError(f"{checkpoint.name!r} lacks its tokenizer, with {_IMAGE_TOKEN!r}. Download it again.")
     return (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(folder),
         tokenizer=tokenizer,
         video_processor=get_video_processor_config(folder) or None,  # settings: they need no torchvision
-        chat_template=template_of(reading_of(reading)),
-        reading=reading,
+        chat_template=template,
+        reading=name,
     )
 
 
 def _load_kept(checkpoint: SourceCheckpoint, config: Any, layers: list[int], dtype: str | torch.dtype) -> PumaModel:
     # Only what is kept is read: a 7B cut to 12 of 28 layers takes 8 GB of memory in bfloat16, not 15.5.
-    model_class = MODEL_CLASSES[type(config)]
     with kept_weights(checkpoint, layers) as weights:
         try:
-            model: PumaModel = model_class.from_pretrained(weights, keep_layers=layers, dtype=dtype)
+            model: PumaModel = MODEL_CLASSES[type(config)].from_pretrained(weights, keep_layers=layers, dtype=dtype)
+            return model
         except ValueError as error:
             # The temporary folder's name says nothing to the user.
             raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
-    return model
 
 
 def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
@@ -326,10 +319,8 @@ def set_limits(
     highest = images.size["longest_edge"] if max_pixels is None else max_pixels
     least = max(lowest, pixels_per_token(images))
     if not isinstance(highest, int) or highest < least:
-        raise ValueError(
-            f"max_pixels={highest!r} must be a whole number of at least {least}: a visual token has "
-            f"{pixels_per_token(images)} pixels, and images are enlarged to {lowest} (shortest_edge). Choose more."
-        )
+        why = "one visual token, and what images are enlarged to (shortest_edge)"
+        raise ValueError(f"max_pixels={highest!r} must be a whole number of at least {least}: {why}. Choose more.")
     # In the place where stock image processors look, so that they read alike.
     images.size = SizeDict(shortest_edge=lowest, longest_edge=highest)
     if max_length is not None:
@@ -365,3 +356,50 @@ def told_limits(folder: Path) -> str | None:
     length = limits.get("max_length", 0)
     told = f"{told}; texts are cut at {length:,} tokens" if 0 < length < 10**9 else told
     return told if reading == "puma" else f"{told}. Inputs are read as `{reading}`, {reading_of(reading).told}"
+
+
+# ------------------------------------------------------------------------------------------------------- the model card
+
+
+def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
+    """Write the first `README.md` of a PUMA directory; `facts` are the fields of its `PruneReport`."""
+    source = config.source_name_or_path
+    card_data = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        # A path of this machine is nobody else's business.
+        base_model=source if source and is_hub_id(source) else None,
+        tags=list(TAGS),
+    )
+    text_config: Any = config.text_config
+    values = {**facts, "source": source, "embedding_dim": text_config.hidden_size}
+    del values["output_dir"]
+    (folder / "README.md").write_text(fill_template(card_data, **values), encoding="utf-8")
+
+
+def fill_template(card_data: ModelCardData, **values: Any) -> str:
+    """The text of a card with its metadata; values that are left out, or None, leave no trace in it."""
+    kept, total = values.get("num_kept_layers"), values.get("original_num_hidden_layers")
+    if kept and total:
+        layers = values.get("kept_layers") or range(kept)
+        others = [layer for layer in range(total) if layer not in layers]
+        values |= {"kept": named_layers(layers), "dropped": named_layers(others) if others else None}
+    return str(ModelCard.from_template(card_data, template_path=str(_CARD), **values))
+
+
+def with_training_note(card: str, note: str) -> str:
+    """A card with one more line in its section "Training", which is made if need be.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.pruning import with_training_note
+
+    >>> card = with_training_note("# Model\\n\\n## Use\\n", "distilled")
+    >>> with_training_note(card, "trained on pairs").splitlines()
+    ['# Model', '', '## Training', '', '- distilled', '- trained on pairs', '', '## Use']
+    ```
+    """
+    head, use, rest = card.partition("\n\n## Use\n")
+    title = "" if "\n## Training\n" in head else "\n\n## Training\n"
+    return f"{head}{title}\n- {note}{use}{rest}"

@@ -36,10 +36,8 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _NOT_KEPT = ("resume", "overwrite")
 # What was a choice or a key once, and why it is none now.
 _GONE = {
-    "one_pass": " 'one_pass' is gone, as that teacher moved with the student and both collapsed. Take 'frozen', the "
-    "full model untouched, as PUMA's authors do.",
-    "batches": " 'batches' is gone, as twin batches made no loss better: leave it out. No two rows of a batch share a "
-    "right answer, as before.",
+    "one_pass": " 'one_pass' is gone, as teacher and student both collapsed. Take 'frozen', the full model untouched.",
+    "batches": " 'batches' is gone, as twin batches made no loss better: leave it out.",
 }
 
 
@@ -148,9 +146,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     kind = next(kind for kind in allowed if kind is not type(None) and kind is not Path)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        return tuple(
-            convert(name, item, arguments[0]) for item in (value if isinstance(value, list | tuple) else [value])
-        )
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert(name, item, arguments[0]) for item in items)
     if origin is Literal:
         if isinstance(value, str) and value in arguments:
             return value
@@ -206,9 +203,6 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
         path: YAML file, a mapping of the fields' names to values; none for values alone.
         values: Fields by name. Paths here and in the file are relative to the current directory.
 
-    Returns:
-        A `kind`.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no YAML mapping, a key is unknown or given twice, a value is of the wrong type or
@@ -221,15 +215,17 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
         (64, 10)
     """
     read, lines = read_recipe(path) if path is not None else ({}, {})
-    known = {entry.name: entry for entry in fields(kind)}
-    for name in (*read, *values):
+    known, given = {entry.name: entry for entry in fields(kind)}, {**read, **values}
+    # What comes from the file is told with its line.
+    places = {name: f"{path}, line {line}: " for name, line in lines.items() if name not in values}
+    for name in given:
         if name not in known:
-            where = f"{path}, line {lines[name]}: " if name in lines else ""
-            raise ValueError(f"{where}{name!r} is no key of {kind.__name__}.{nearest(name, known)}")
-    given = {**read, **values}
+            unknown = f"{name!r} is no key of {kind.__name__}.{nearest(name, known)}"
+            raise ValueError(places.get(name, "") + unknown)
+    place, texts = f"in {path}" if path is not None else "of --config", field_help(kind)
     missing = [
-        f"{name} is missing ({field_help(kind)[name].rstrip('.')}). Give it as the key {name!r} "
-        f"{f'in {path}' if path is not None else 'of --config'}, or as --{name.replace('_', '-')}."
+        f"{name} is missing ({texts[name].rstrip('.')}). Give it as the key {name!r} {place}, or as "
+        f"--{name.replace('_', '-')}."
         for name, entry in known.items()
         if entry.default is MISSING and entry.default_factory is MISSING and name not in given
     ]
@@ -238,9 +234,9 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
     try:
         return kind(**given)
     except SettingError as error:
-        if error.name in lines and error.name not in values:
-            raise ValueError(f"{path}, line {lines[error.name]}: {error}") from None
-        raise
+        if error.name not in places:
+            raise
+        raise ValueError(f"{places[error.name]}{error}") from None
 
 
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -267,9 +263,8 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
                 raise ValueError(f"{path}, line {line}: {name!r} was given before, on line {lines[name]}. Remove one.")
             values[name], lines[name] = loader.construct_object(node, deep=True), line
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{path} is not YAML: {' '.join(str(error).split())}. Write one `name: value` a line."
-        ) from error
+        problem = f"{path} is not YAML: {' '.join(str(error).split())}"
+        raise ValueError(f"{problem}. Write one `name: value` a line.") from error
     return values, lines
 
 

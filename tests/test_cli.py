@@ -165,7 +165,7 @@ def test_errors_are_one_line(
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
         f"train {puma_dir} out": "data is missing (Folder",
-        f"train {puma_dir} out --output other": "output is given twice, as 'out' and as --output 'other'.",
+        f"train {puma_dir} out --output other": "output is given twice, 'out' and --output 'other'.",
         "merge": "adapter is missing (Directory that training saved). Give it as the key 'adapter' of --config, or",
         f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }
@@ -190,6 +190,14 @@ def test_errors_of_files_are_one_line_and_mistakes_in_the_library_keep_their_tra
     monkeypatch.setattr(cli, "app", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError, match="a bug"):
         cli.main()
+
+
+def test_ctrl_c_has_the_exit_status_that_shells_know(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "merge", stopped)
+    assert invoke("merge", "lora", "merged").exit_code == 130
 
 
 @pytest.mark.usefixtures("restored_logging")

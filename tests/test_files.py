@@ -32,7 +32,7 @@ from puma_hf.files import (
 )
 
 ROOT = Path(__file__).parents[1]
-REFUSED = r"'.*' is in use: another run writes there\. Wait until it has ended"
+REFUSED = r"'.*' is in use: another run writes there\. Wait for its end"
 HOLD = """
 import sys
 from puma_hf.files import locked

@@ -35,4 +35,4 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     version, *modules = process.stdout.split()
     assert version == puma_hf.__version__
     assert {"torch", "transformers", "sentence_transformers", "datasets", "PIL"} & set(modules) == set()
-    assert {name for name in modules if name.startswith("puma_hf")} == {"puma_hf", "puma_hf.lazy"}
+    assert {name for name in modules if name.startswith("puma_hf")} == {"puma_hf"}

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from puma_hf import PumaConfig
-from puma_hf.model_card import fill_template, write_model_card
+from puma_hf.pruning import fill_template, write_model_card
 
 FACTS: dict[str, Any] = {"source": "/home/somebody/secret/qwen", "output_dir": "/home/somebody/out"}
 FACTS |= {"num_kept_layers": 8, "original_num_hidden_layers": 28, "bytes_before": 19_753_086, "bytes_after": 2_469_134}

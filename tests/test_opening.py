@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.opening import check_truncate_dim, open_sentence_transformer
+from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
 
 
 def test_a_local_models_code_is_run(puma_dir: Path) -> None:

@@ -22,8 +22,6 @@ from puma_hf.processes import (
     main_process_first,
     own_device,
     shared_folder,
-    sigterm_waits,
-    stop_if_sigterm,
 )
 
 
@@ -49,9 +47,7 @@ def test_another_process_locks_nothing_and_is_refused_with_the_main_one(
 
 def test_a_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gather", lambda value: [value, False] if value is True else [value])
-    message = (
-        r"Processes \[1\] do not see the folder '.*' that the main process uses\. Choose an output on a file system"
-    )
+    message = r"Processes \[1\] do not see the folder '.*' of the main process\. Choose an output on a file system"
     with pytest.raises(ValueError, match=message), shared_folder(tmp_path):
         pass
 
@@ -85,32 +81,18 @@ def test_it_ends_at_once_with_a_status_of_its_own(worker_died: Any, caplog: pyte
     ]
 
 
-def test_where_it_waits_it_ends_between_two_batches(worker_died: Any) -> None:
-    done: list[Any] = []
-    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
-        for number in range(3):
-            if number == 1:
-                signal.raise_signal(signal.SIGTERM)
-                signal.raise_signal(signal.SIGTERM)
-            done.append(number)
-            stop_if_sigterm()
-    assert (ended.value.code, done) == (143, [0, 1])
-
-
-def test_the_death_of_a_worker_that_came_first_is_no_error_then(worker_died: Any) -> None:
-    done = []
-    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm(), sigterm_waits():  # noqa: PT012
+def test_the_death_of_a_worker_is_no_error_then() -> None:
+    with pytest.raises(SystemExit) as ended, ends_well_on_sigterm():  # noqa: PT012
         try:
-            signal.raise_signal(signal.SIGCHLD)
-        finally:
             signal.raise_signal(signal.SIGTERM)
-            done.append("kept")
-    assert (ended.value.code, done) == (143, ["kept"])
+        finally:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    assert ended.value.code == 143
 
 
 def test_without_the_signal_nothing_ends(worker_died: Any) -> None:
-    with ends_well_on_sigterm(), sigterm_waits():
-        stop_if_sigterm()
+    with ends_well_on_sigterm():
+        pass
     with pytest.raises(RuntimeError, match="DataLoader worker"), ends_well_on_sigterm():
         signal.raise_signal(signal.SIGCHLD)
     assert signal.getsignal(signal.SIGCHLD) is worker_died

@@ -185,7 +185,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], int, str]] = {
         4,
         r"damaged' has 12 tensors of another shape .*\(32, 64\) instead of \(32, 128\)",
     ),
-    "no tokenizer": ({}, 2, r"tokenizer of '.*damaged' does not know '<\|image_pad\|>'.*Download the checkpoint again"),
+    "no tokenizer": ({}, 2, r"damaged' lacks its tokenizer, with '<\|image_pad\|>'\. Download it again"),
 }
 
 

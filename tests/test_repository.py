@@ -36,8 +36,8 @@ TRAINER_MAY_IMPORT = {*MODELING_MAY_IMPORT, "accelerate", "datasets", "peft", "s
 DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
 # The data flow of CONTRIBUTING.md: each part imports those before it, never one behind.
 ORDER = (
-    *("lazy", "files", "settings", "processes", "opening", "modeling", "losses", "configs_training", "configs"),
-    *("fingerprint", "model_card", "checkpoint", "data", "pruning", "estimate", "export", "trainer"),
+    *("files", "settings", "processes", "modeling", "losses", "configs_training", "configs"),
+    *("fingerprint", "checkpoint", "data", "pruning", "estimate", "export", "trainer"),
     *("embedding", "evaluation", "search", "hub", "cli"),
 )
 
@@ -146,7 +146,7 @@ def own_imports() -> dict[str, set[str]]:
     }
     found = {}
     for module, source in modules.items():
-        if source == "__init__.py" or (source.endswith("/__init__.py") and "lazy" in (PACKAGE / source).read_text()):
+        if source.endswith("__init__.py") and "resolver" in (PACKAGE / source).read_text():
             continue  # names by module, resolved on first use
         names = set(absolute_imports(tree_of(source)))
         package = module if source.endswith("/__init__.py") else module.rpartition(".")[0]

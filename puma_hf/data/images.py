@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from PIL import Image
 
 from puma_hf.data.records import MBEIRFormatError, item_lines, wrong
 from puma_hf.files import write_whole
-from puma_hf.modeling.inputs_puma import MAX_ASPECT_RATIO, is_image_name, load_rgb_image, open_image, reason_of
+from puma_hf.modeling.inputs_puma import MAX_ASPECT_RATIO, is_image_name, open_image, reason_of
 from puma_hf.settings import is_unicode, shown
 
 logger = logging.getLogger(__name__)
@@ -26,25 +25,12 @@ logger = logging.getLogger(__name__)
 TABLE_STEMS, _TABLE_SUFFIXES = ("metadata", "captions"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
-class BrokenImageError(MBEIRFormatError):
-    """A file is there, but no model can take it as an image."""
-
-    kind = "image broken"
-
-
-class InsideImageError(MBEIRFormatError):
-    """An image is inside of a dataset, and nothing says where to save it."""
-
-    kind = "image inside of the dataset"
-
-
 class Images:
     """Finds the images that rows name, which may not leave a folder: somebody else may have written the rows.
 
     Args:
         root: The folder; None if any path will do, as in a dataset that the caller has made.
-        decode: Whether `read` decodes each image; else only its header is read, and damage further in is found when
-            a batch needs it.
+        decode: Whether `read` decodes each image, and not its header alone.
         save_to: Folder for images that are inside of a dataset; without one they are refused.
         dry: Whether to save nothing there, but to look at the images all the same.
     """
@@ -75,20 +61,15 @@ class Images:
                 self._folders[folder] = self._inside(folder, img_path, where)
             full = os.path.join(self._folders[folder], name)
             full = self._inside(full, img_path, where) if os.path.islink(full) else full
-        try:
-            mode = os.stat(full).st_mode
-        except OSError:
-            mode = None
-        is_good = may_be_missing if mode is None else stat.S_ISREG(mode)  # to open a pipe may take for ever
-        if not is_good:
+        is_good = os.path.isfile(full) or (may_be_missing and not os.path.exists(full))
+        if not is_good:  # nor may it be a pipe: to open one may take for ever
             below = "" if self.root is None else f" below {self.root} (or elsewhere: MBEIR(image_root=...))"
             raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file{below}. Check the path.")
         return full
 
     def _inside(self, path: str, img_path: str, where: str) -> str:
         """A path without links, which must still be below the folder."""
-        real = os.path.realpath(path)
-        root = str(self.root)
+        real, root = os.path.realpath(path), str(self.root)
         if os.path.commonpath([root, real]) != root:
             by = "passes a symbolic link that leaves" if os.path.commonpath([root, path]) == root else "leaves"
             remedy = "keep it below (hf download --local-dir FOLDER writes no links), or use MBEIR(image_root=...)"
@@ -98,25 +79,20 @@ class Images:
     def read(self, value: Any, where: str) -> str:
         """The absolute path of an image file that can be read.
 
-        Args:
-            value: A path, or an Arrow image `{"bytes": ..., "path": ...}`.
-            where: How errors name the row.
-
-        Raises:
-            BrokenImageError: If the file cannot be read as an image that a model takes.
-            FileNotFoundError: If there is no such file.
-            InsideImageError: If it is bytes, and there is no folder to save them to.
-            MBEIRFormatError: If the value is no path, or one that leaves the folder.
+        Takes a path, bytes, or an Arrow image `{"bytes": ..., "path": ...}`; an MBEIRFormatError or FileNotFoundError
+        if no model could take it, it may not be read, or it is bytes and there is no folder to save them to.
         """
         content = value.get("bytes") if isinstance(value, dict) else value
         path = value.get("path") if isinstance(value, dict) else value
-        if isinstance(content, bytes) and self._save_to is None:
-            what = "the image is inside the dataset. Save it to a folder (load_pairs: images_to=FOLDER, --images-to)."
-            raise InsideImageError(f"{where}: {what}")
         if isinstance(content, bytes):
+            if self._save_to is None:
+                what = (
+                    "the image is inside the dataset. Save it to a folder (load_pairs: images_to=FOLDER, --images-to)."
+                )
+                raise wrong(where, what, "image inside of the dataset")
             kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", self._decode)
             name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind.lower()}"
-            full = os.path.abspath(os.path.join(str(self._save_to), name))
+            full = os.path.abspath(self._save_to / name)
             if not self._dry and not os.path.isfile(full):
                 write_whole(Path(full), content, sync=False)
         elif isinstance(path, str):
@@ -130,23 +106,22 @@ class Images:
 
 
 def image_header(source: str | bytes, name: str, decode: bool = False) -> str:
-    """The format of an image; a BrokenImageError if a model could not take it."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    """The format of an image; an MBEIRFormatError if a model could not take it."""
     try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
         with warnings.catch_warnings(action="ignore"), open_image(file) as image:
             size, kind = image.size, image.format or "png"
+            if decode:
+                image.load()
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files.
-        raise BrokenImageError(f"{name} cannot be read as an image ({reason_of(error)}). Replace it.") from error
+        what = f"{name} cannot be read as an image ({reason_of(error)}). Replace it."
+        raise MBEIRFormatError(what, "image broken") from error
     # What the processor would refuse later, in the middle of a run; the header tells it.
     most = Image.MAX_IMAGE_PIXELS or float("inf")
     if size[0] * size[1] > most or max(size) > MAX_ASPECT_RATIO * min(size):
         what = f"{name} has {size[0]} x {size[1]} pixels; at most {most} in all (PIL.Image.MAX_IMAGE_PIXELS)"
-        raise BrokenImageError(f"{what} and {MAX_ASPECT_RATIO} times as long as wide can be read. Scale or crop it.")
-    if decode:
-        try:
-            load_rgb_image(source, name)
-        except ValueError as error:
-            raise BrokenImageError(str(error)) from error
+        what += f" and {MAX_ASPECT_RATIO} times as long as wide can be read. Scale or crop it."
+        raise MBEIRFormatError(what, "image broken")
     return kind
 
 
@@ -159,38 +134,36 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     A link is an image if it leads to a file: a snapshot in the Hub's cache has nothing else. Linked folders are not
     entered: two may lead into each other. What else is left out is counted by kind.
     """
-    left_out = Counter() if left_out is None else left_out
     # Names of hidden files are of other programs: thumbnails, `._photo.jpg` of macOS, checkouts.
     for parent, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        left_out.update("linked folder" for name in names if os.path.islink(os.path.join(parent, name)))
+        left = ["linked folder" for name in names if os.path.islink(os.path.join(parent, name))]
         for name in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(parent, name)
             if not is_image_name(name):
-                left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
+                left.append(os.path.splitext(name)[1].lower() or "no ending")
             elif not is_unicode(path):
-                left_out["name that is not UTF-8"] += 1
+                left.append("name that is not UTF-8")
             elif not os.path.isfile(path):  # to open a pipe may take for ever
-                left_out["pipe or device" if os.path.exists(path) else "link to nothing"] += 1
+                left.append("pipe or device" if os.path.exists(path) else "link to nothing")
             else:
                 yield os.path.relpath(path, folder)
-    left_out += Counter()  # without those of which there is none
+        if left_out is not None:
+            left_out.update(left)
 
 
 def image_table(folder: Path) -> Path | None:
     """The table that describes the images of a folder, such as `metadata.csv` with columns `file_name` and `text`.
 
-    It is one whose first row with a file's name names an image: other programs write a `metadata.json`, too. A
-    ValueError if there are several.
+    A ValueError if there are several.
     """
-    # The first row that names a file tells: a table of another kind in the same folder must not hide the images.
     found = []
     for table in sorted(folder.iterdir()):
-        if table.stem.lower() not in TABLE_STEMS or table.suffix.lower() not in _TABLE_SUFFIXES or not table.is_file():
-            continue
-        rows = (line.columns for line in item_lines(table) if line.error is None)
-        if "image" in next((row for row in rows if row.get("file_name", True)), {}):
-            found.append(table)
+        if table.stem.lower() in TABLE_STEMS and table.suffix.lower() in _TABLE_SUFFIXES and table.is_file():
+            # The first row that names a file tells: other programs write a `metadata.json`, too, which must not hide
+            # the images.
+            rows = (line.columns for line in item_lines(table) if line.error is None)
+            found += [table] if "image" in next((row for row in rows if row.get("file_name", True)), {}) else []
     if len(found) > 1:
         names = ", ".join(table.name for table in found)
         raise ValueError(f"{folder} must hold one table of its images, and has {names}. Name the one that is meant.")

@@ -21,7 +21,18 @@ import numpy as np
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
 from puma_hf.data.mbeir import MBEIR, Pool, Query, check_is_file, is_mbeir, parse_candidate, seeded_random
-from puma_hf.data.records import COLUMNS, Line, Problems, Record, dataset_lines, file_state, item_lines, on_disk, wrong
+from puma_hf.data.records import (
+    COLUMNS,
+    Line,
+    Problems,
+    Record,
+    dataset_lines,
+    existing,
+    file_state,
+    item_lines,
+    on_disk,
+    wrong,
+)
 from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.fingerprint import image_content
 from puma_hf.settings import cut, is_unicode, shown
@@ -85,18 +96,20 @@ def load_mbeir(
     def rows() -> Iterator[dict[str, Any]]:
         pool, dropped = data.global_pool(split), 0
         for query, row, where, _ in _queries(data, split, names, pool, seed, judged=True):
-            negatives = _choose_negatives(query, num_negatives, row, seed)
-            if len(negatives) < num_negatives and missing_negatives == "drop":
+            # None is usable of a query without negatives, or one whose negatives are all right answers.
+            usable = [did for did in query.negatives if did not in query.positives] if num_negatives else []
+            if num_negatives and not usable:
+                if missing_negatives == "error":
+                    what = f"query {query.id!r} has no negatives; pass num_negatives=0 or missing_negatives='drop'"
+                    raise wrong(where, what)
                 dropped += 1
                 continue
-            if len(negatives) < num_negatives:
-                raise wrong(
-                    where, f"query {query.id!r} has no negatives; pass num_negatives=0 or missing_negatives='drop'"
-                )
+            seeded_random(seed, "negatives", query.id, row).shuffle(usable)
+            negatives = [pool[usable[number % len(usable)]] for number in range(num_negatives)]
             positive = pool[_choose_positive(query, row, seed)]
             # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
             instruction = data.instruction(query, positive.modality, seed, row=row)
-            values = training_row(replace(query, instruction=instruction), positive, [pool[did] for did in negatives])
+            values = training_row(replace(query, instruction=instruction), positive, negatives)
             ids = {"qid": query.id, "did": positive.id, "positives": list(query.positives)}
             yield {**values, **(ids if with_ids else {})}
         if dropped:
@@ -152,9 +165,13 @@ def _queries(
         with Problems(path) as problems:
             for row, query in enumerate(data.read_queries(path, problems, task)):
                 its, where = task, f"{path}, line {query.line}"
-                if (judged or its is None) and (what := _lacks(query, pool)):
-                    problems.add(wrong(where, what, "no candidate"))
-                    continue
+                if judged or its is None:
+                    unknown = [did for did in (*query.positives, *query.negatives) if did not in pool]
+                    if unknown or not query.positives:
+                        what = f"dids that are not in the global pool of the split: {shown(unknown[:3])}"
+                        what = what if unknown else "no positive: pos_cand_list is empty. Leave it out"
+                        problems.add(wrong(where, f"query {shown(query.id)} has {what}", "no candidate"))
+                        continue
                 if its is None:
                     its = data.task_of(query, pool[_choose_positive(query, row, seed)].modality)
                     found.add(its)
@@ -163,25 +180,8 @@ def _queries(
     select_tasks(sorted(found), names)  # a name that is none of these is an error
 
 
-def _lacks(query: Query, pool: Pool) -> str:
-    """What a query must have to be trained on, and has not."""
-    if not query.positives:
-        return f"pos_cand_list of query {shown(query.id)} is empty; a training row needs a positive"
-    for name, dids in (("pos_cand_list", query.positives), ("neg_cand_list", query.negatives)):
-        if unknown := [did for did in dids if did not in pool]:
-            return f"{name} has dids that are not in the global pool of the split: {shown(unknown[:3])}"
-    return ""
-
-
 def _choose_positive(query: Query, row: int, seed: int) -> str:
     return seeded_random(seed, "positive", query.id, row).choice(query.positives)
-
-
-def _choose_negatives(query: Query, count: int, row: int, seed: int) -> list[str]:
-    """`count` dids, or none if the query has none to choose from."""
-    usable = [did for did in query.negatives if did not in query.positives] if count else []
-    seeded_random(seed, "negatives", query.id, row).shuffle(usable)
-    return [usable[index % len(usable)] for index in range(count)] if usable else []
 
 
 # --- single items to learn from
@@ -226,9 +226,7 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
     # A comma may be part of a name.
     if isinstance(source, str) and "," in source and not Path(source).exists():
         source = [name.strip() for name in source.split(",")]
-    sources = list(source) if isinstance(source, list | tuple) else [source]
-    if not sources or "" in [one for one in sources if isinstance(one, str)]:
-        raise ValueError(f"The source is {shown(sources)}, must name at least one file or folder, and no empty name.")
+    sources = source if isinstance(source, list | tuple) else [source]
     return _items([_open(one, split, seed) for one in sources])
 
 
@@ -275,14 +273,13 @@ def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int)
 def _records(corpus: Corpus) -> Iterator[Record]:
     """The records of a corpus, whose images can be read; what is wrong is told in one error."""
     images = Images()  # where they may be has been looked at by then
+
+    def read(line: Line) -> Record:
+        record = corpus.parse(line)
+        return record if record.image is None else replace(record, image=images.read(record.image, line.where))
+
     with Problems(corpus.path) as problems:
-        for line in corpus.lines():
-            record = problems.attempt(corpus.parse, line)
-            if record is not None and record.image is not None:
-                image = problems.attempt(images.read, record.image, line.where)
-                record = replace(record, image=image) if image is not None else None
-            if record is not None:
-                yield record
+        yield from (record for line in corpus.lines() if (record := problems.attempt(read, line)) is not None)
 
 
 def _items(opened: Sequence[_Opened]) -> datasets.Dataset:
@@ -319,13 +316,8 @@ class Corpus:
     Memory does not grow with it, but for a .json that is one list, the names of the files of one folder, and eight
     bytes for every id. Texts are kept as they are, and a missing image is the trouble of who embeds it.
 
-    Args:
-        path: Its file or folder.
-        root: The folder that its images are below; None if they may be anywhere.
-        lines: Makes its lines, not checked yet.
-        parse: Makes a record of a line that could be read.
-        has_ids: Whether each row has an id of its own; otherwise its number, from 0, is its id.
-        on_error: What to do about wrong lines; but for "raise" they become records with a problem.
+    `lines` makes its lines, not checked yet, and `read` a record of one that could be read. Images are below `root`, or
+    anywhere. Rows that have no ids have their number, from 0, as one.
     """
 
     def __init__(
@@ -333,18 +325,18 @@ class Corpus:
         path: Path,
         root: Path | None,
         lines: Callable[[], Iterator[Line]],
-        parse: Callable[[Line, Images], Record],
+        read: Callable[[Line, Images], Record],
         has_ids: bool = True,
         on_error: OnError = "raise",
     ) -> None:
         self.path, self.lines, self.has_ids, self.on_error = path, lines, has_ids, on_error
-        self.images, self._parse = Images(root), parse
+        self.images, self._read = Images(root), read
 
     def parse(self, line: Line) -> Record:
         """A line without its row, whatever `on_error` says."""
         if line.error is not None:
             raise line.error
-        return self._parse(line, self.images)
+        return self._read(line, self.images)
 
     def record(self, row: int, line: Line) -> Record:
         """A line, checked; that its image is there is not. ValueError or FileNotFoundError if `on_error` is "raise"."""
@@ -364,14 +356,9 @@ class Corpus:
         return replace(record, id=record.id or str(row), row=row)
 
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
-        """Read the corpus once to count it, and to find all wrong lines before a model is loaded.
+        """Read the corpus once, to count it, draw records, and find all wrong lines before a model is loaded.
 
-        Args:
-            sample_size: Records to draw at random.
-            seed: Seed of that choice.
-
-        Raises:
-            ValueError: If lines are wrong, and `on_error` is "raise" or none is right; all of them are counted.
+        A ValueError with their count if lines are wrong, and `on_error` is "raise" or none is right.
         """
         generator, sample = random.Random(seed), list[tuple[int, Line]]()
         num_items, ids, problems = 0, array("q"), Problems(self.path)
@@ -390,7 +377,7 @@ class Corpus:
             logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
         if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
             what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
-            logger.warning("%s: %d ids are of several items. %s.", self.path, repeated, what)
+            logger.warning("%s: %d rows repeat the id of another. %s.", self.path, repeated, what)
         return Survey(num_items, [self.record(*one) for one in sorted(sample, key=lambda pair: pair[0])])
 
     def content_hash(self, record: Record) -> str:
@@ -425,9 +412,7 @@ def open_corpus(
     '10:7'
     ```
     """
-    path = Path(data)
-    if not path.exists():
-        raise FileNotFoundError(f"{str(data)!r} is neither a file nor a folder. Check the path.")
+    path = existing(data)
     if is_mbeir(path):
         mbeir = MBEIR(path)
         tasks = {} if pool == GLOBAL_POOL else {task.name: task for task in mbeir.tasks(split)}
@@ -446,17 +431,16 @@ def open_corpus(
         if is_empty:
             what = "holds no image (such as .jpg or .png), and is no M-BEIR folder with query/ and cand_pool/"
             raise ValueError(f"{path} {what}. Left out: {rest or 'none'}. Name a folder of images, or a file.")
-        if left_out:
+        if rest:
             logger.info("%s: left out what is no image here: %s", path, rest)
         return Corpus(path, path, partial(_folder_lines, path), _folder_record, on_error=on_error)
-    lines = partial(item_lines, table)
-    columns = next((list(map(str, line.columns)) for line in lines() if line.error is None), ["text"])
+    columns = next((list(map(str, line.columns)) for line in item_lines(table) if line.error is None), ["text"])
     if not {"text", "image"} & set(columns):
         here = f"The columns here are {cut(', '.join(columns)) or 'none'}: rename those that hold them"
         raise wrong(table, f"no column text or image. {here}.")
     if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
         logger.info("%s: ignored the columns %s", table, cut(", ".join(ignored)))
-    return Corpus(table, table.parent, lines, _table_record, "id" in columns, on_error)
+    return Corpus(table, table.parent, partial(item_lines, table), _table_record, "id" in columns, on_error)
 
 
 def _dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:

@@ -20,7 +20,7 @@ import logging
 import random
 import re
 from array import array
-from collections.abc import Container, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,9 +85,7 @@ class Query(Record):
 def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False) -> Candidate:
     """A line of a pool, checked, its image as an absolute path.
 
-    Raises:
-        MBEIRFormatError: If a field is missing or wrong.
-        FileNotFoundError: If the image is missing, unless it may be.
+    An MBEIRFormatError if a field is missing or wrong, a FileNotFoundError if the image is missing and may not be.
     """
     return Candidate(*_content(line, images, may_be_missing, "", "did"))
 
@@ -95,12 +93,13 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
     content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
-    # Both null and an empty list mean that there are none.
-    lists = [line.columns[name] or [] for name in ("pos_cand_list", "neg_cand_list")]
-    for value in lists:
+    lists = []
+    for name in ("pos_cand_list", "neg_cand_list"):
+        value = line.columns[name] or []  # both null and an empty list mean that there are none
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
             raise wrong(line.where, f"a list of candidates must be one of dids, got {shown(value)}")
-    positives, negatives = (tuple(dict.fromkeys(value)) for value in lists)
+        lists.append(tuple(dict.fromkeys(value)))
+    positives, negatives = lists
     return Query(*content, positives, negatives, _number(line))
 
 
@@ -133,7 +132,7 @@ class Pool(Mapping[str, Candidate]):
     """The candidates of a pool by did, in the file's order; made one at a time when they are asked for.
 
     They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did. One
-    that is looked up takes some 20 microseconds; `values` and `items` read a thousand rows at a time.
+    that is looked up takes some 20 microseconds; `values` reads a thousand rows at a time.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -171,26 +170,10 @@ class Pool(Mapping[str, Candidate]):
         # A thousand rows at a time: one scalar of Arrow after the other is far slower.
         return (did for batch in self._table.to_batches(1000) for did in batch.column(0).to_pylist())
 
-    def candidates(self) -> Iterator[Candidate]:
+    def values(self) -> Iterator[Candidate]:  # type: ignore[override]
         """All of them; much faster than one by one."""
         for batch in self._table.to_batches(1000):
             yield from map(Candidate, *(column.to_pylist() for column in batch.columns))
-
-    def values(self) -> ValuesView[Candidate]:
-        return _Values(self)
-
-    def items(self) -> ItemsView[str, Candidate]:
-        return _Items(self)
-
-
-class _Values(ValuesView[Candidate]):
-    def __iter__(self) -> Iterator[Candidate]:
-        return self._mapping.candidates()  # type: ignore[attr-defined, no-any-return]
-
-
-class _Items(ItemsView[str, Candidate]):
-    def __iter__(self) -> Iterator[tuple[str, Candidate]]:
-        return ((one.id, one) for one in self._mapping.candidates())  # type: ignore[attr-defined]
 
 
 # --- files
@@ -242,12 +225,12 @@ def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str,
     return prompts, names
 
 
-def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) -> dict[str, dict[str, int]]:
     """Relevance judgements, lines of `qid 0 did relevance task_id`: for each qid the dids with a positive relevance.
 
     OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
     dataset than its query's that is absent from the pool is left out, and the log says how many were.  Any other
-    unknown did is an error.
+    unknown did is an error. Without a pool all are kept.
     """
     check_is_file(path)
     qrels: dict[str, dict[str, int]] = {}
@@ -263,9 +246,10 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str]) -> dict[s
         qid, did, relevance = cells[0], cells[2], int(cells[3])
         if qid not in qids:
             raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
-        if did not in dids and did.partition(":")[0] == qid.partition(":")[0]:
+        is_here = dids is None or did in dids
+        if not is_here and did.partition(":")[0] == qid.partition(":")[0]:
             raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
-        if did not in dids:
+        if not is_here:
             foreign[did] = None
         elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
             raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}")
@@ -292,13 +276,10 @@ def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if path is None:
         return None
     try:
-        values = json.loads(path.read_bytes())
+        says = json.loads(path.read_bytes())
+        values = {name: says[name] for name in ("content_hash", "files", "settings")}
         # A relative image root counts from the folder, so that both can move together.
-        image_root = (folder.resolve() / values["image_root"]).resolve()
-        return path, {
-            **{name: values[name] for name in ("content_hash", "files", "settings")},
-            "image_root": image_root,
-        }
+        return path, {**values, "image_root": (folder.resolve() / says["image_root"]).resolve()}
     except (ValueError, TypeError, KeyError) as error:
         raise wrong(path, f"it does not say what the folder holds ({error!r}); remove it and build it anew") from error
 
@@ -403,15 +384,15 @@ class MBEIR(Layout):
 
     def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
         """The queries of one task, in the file's order; a qid may come once."""
-        path = self.query_path(split, task)
-        with Problems(path) as problems:
-            return list(self.read_queries(path, problems, task))
+        return self._whole(self.query_path(split, task), task)
 
     def union_queries(self, split: str = "union_train") -> list[Query]:
         """The queries of all tasks from one file, in which a qid may come many times."""
-        path = self.mixed_paths(split)[0]
+        return self._whole(self.mixed_paths(split)[0])
+
+    def _whole(self, path: Path, task: MBEIRTask | None = None) -> list[Query]:
         with Problems(path) as problems:
-            return list(self.read_queries(path, problems))
+            return list(self.read_queries(path, problems, task))
 
     def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
         """The good queries of a file as a stream.
@@ -473,7 +454,7 @@ class MBEIR(Layout):
                 problems.add(wrong(location(path, lines[row]), "its did was already given", "duplicated id"))
 
     def qrels(
-        self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str]
+        self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str] | None
     ) -> dict[str, dict[str, int]]:
         """Relevance of the candidates of a pool to the queries of a task, see `read_qrels`."""
         return read_qrels(self.qrels_path(split, task), {query.id for query in queries}, pool)

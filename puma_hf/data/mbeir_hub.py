@@ -13,6 +13,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def open_mbeir(
     # Found and chosen before anything is downloaded or written.
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
-    places = (place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}"))
-    return MBEIR(_import(copies, cache, split, next((place for place in places if place.is_file()), None)))
+    places = [place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}")]
+    return MBEIR(_import(copies, cache, split, next(filter(Path.is_file, places), None)))
 
 
 def _task_of(name: str) -> MBEIRTask | None:
@@ -131,19 +132,14 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
         try:
             found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
         except Exception as error:  # the Hub's client raises errors of many types
-            what = f"the Hub's dataset {full} could not be downloaded ({str(error).strip().partition(chr(10))[0]})"
-            remedy = f"Check the name; if this machine is offline, run `hf download {full} --repo-type dataset`"
-            raise FileNotFoundError(f"{name!r} is no folder here, and {what}. {remedy}.") from error
+            what = f"{full} could not be downloaded ({str(error).strip().partition(chr(10))[0]})"
+            raise FileNotFoundError(f"{name!r} is no folder here, and {what}. Check the name.") from error
         folders[task] = Path(found)
     return folders
 
 
 def copy_files(folder: Path, role: str, split: str) -> list[Path]:
-    """The Parquet files of a copy's "corpus", "queries" or "qrels", in order.
-
-    Raises:
-        FileNotFoundError: If the part, the split or a file of it is missing.
-    """
+    """The Parquet files of a copy's "corpus", "queries" or "qrels", in order; a FileNotFoundError if one is missing."""
     splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
     files = (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])
     for file in next(filter(None, files), []):
@@ -155,9 +151,7 @@ def copy_files(folder: Path, role: str, split: str) -> list[Path]:
     if not found or len(found) != found[0][1]:
         parts = f"{len(found)} of {found[0][1]} files" if found else f"no files, only {sorted(splits)}"
         what = f"of the {role} of the split {split!r} there are {parts}"
-        raise FileNotFoundError(
-            f"{folder}: {what}. Ask for another split; or the download was interrupted: run it again."
-        )
+        raise FileNotFoundError(f"{folder}: {what}. Ask for another split, or download it again.")
     return [file for file, _ in found]
 
 
@@ -166,12 +160,16 @@ def copy_files(folder: Path, role: str, split: str) -> list[Path]:
 
 def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Path | None) -> Path:
     """Import what is not in the cache yet; returns the folder of these tasks together."""
-    numbers = dict(MBEIR_DATASET_IDS)
+    numbers, rows = dict(MBEIR_DATASET_IDS), []
     if table is not None:
         numbers |= {name: number for number, name in read_instructions(table)[1].items()}
-    rows = [] if table is not None else [_instruction_row(task, folder) for task, folder in copies.items()]
     parts: dict[MBEIRTask, Path] = {}
     for task, folder in copies.items():
+        if table is None and f"mbeir_{task.name}" not in MBEIR_INSTRUCTIONS:
+            raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
+        if table is None:
+            wording = MBEIR_INSTRUCTIONS[f"mbeir_{task.name}"]
+            rows.append([*task.modalities, task.dataset, str(numbers[task.dataset]), wording])
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
@@ -189,19 +187,12 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
             shutil.copyfile(table, layout.instruction_path)
         to.write_records(layout.union_pool_path(split), _joined(parts))
         for part in parts.values():
-            for path in (path for path in part.rglob("*") if path.is_file()):
+            for path in filter(Path.is_file, part.rglob("*")):
                 to.link(path, draft / path.relative_to(part))
         to.write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [p.name for p in parts.values()]})
 
     to.make_folder(folder, write)
     return folder
-
-
-def _instruction_row(task: MBEIRTask, folder: Path) -> list[str]:
-    wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
-    if wording is None:
-        raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
-    return [*task.modalities, task.dataset, str(MBEIR_DATASET_IDS[task.dataset]), wording]
 
 
 def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[Mapping[str, Any]]:
@@ -223,9 +214,8 @@ def import_copy(
     """Write the queries, the pool and the judgements of a copy into a folder; rows are read a few at a time.
 
     The positives of a query are those that the judgements name; the copies have no hard negatives. What is wrong with
-    a record is told by `MBEIR`, which reads what is written here.
-    Images go below `images`, each under a hash of its bytes; one that is there already is not written again. The
-    dataset's `number` is put before ids that have none; None if it is not known.
+    a record is told by `MBEIR`, which reads what is written here. Images go below `images`, each under a hash of its
+    bytes. The dataset's `number` is put before ids that have none; None if it is not known.
     """
     layout, judged = Layout(folder), defaultdict[str, dict[str, int]](dict)
 
@@ -251,21 +241,17 @@ def import_copy(
         if (before := judged[qid].setdefault(did, int(score))) != score:
             raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {score}")
 
+    def query(qid: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        right = [did for did, score in judged.get(qid, {}).items() if score > 0]
+        named = {f"query_{name}": value for name, value in record.items()}
+        return {"qid": qid, **named, "pos_cand_list": right, "neg_cand_list": []}
+
     with Problems(files["corpus"][0].parents[1]) as problems:
         for where, row in _rows(files["qrels"], problems, "query-id", "corpus-id", "score"):
             problems.attempt(judge, row, where)
         scores = ((qid, did, score) for qid, dids in judged.items() for did, score in dids.items())
         to.write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
-        queries = (
-            {
-                "qid": qid,
-                **{f"query_{name}": value for name, value in record.items()},
-                "pos_cand_list": [did for did, score in judged.get(qid, {}).items() if score > 0],
-                "neg_cand_list": [],
-            }
-            for qid, record in records("queries")
-        )
-        to.write_records(layout.query_path(split, task), queries)
+        to.write_records(layout.query_path(split, task), starmap(query, records("queries")))
         to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 

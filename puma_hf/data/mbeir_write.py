@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import datasets
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
+from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, file_hash, read_origin, seeded_random
-from puma_hf.data.pairs import Pair, PairIds, read_pairs
+from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
-from puma_hf.files import new_directory
+from puma_hf.files import new_directory, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def write_origin(path: Path, image_root: str, settings: Mapping[str, Any], *, co
     files = [] if content_hash is None else [file for file in path.parent.rglob("*") if file.is_file()]
     hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in sorted(files)}
     values = {"image_root": image_root, "settings": dict(settings), "content_hash": content_hash, "files": hashes}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(path, values)
 
 
 def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -219,9 +220,10 @@ def _choose(
     """The queries, candidates and lines of the qrels that are taken of a task."""
     split, seed = settings["split"], settings["seed"]
     queries, pool = data.queries(task, split), data.local_pool(task, split)
-    relevant = data.qrels(task, split, queries, pool)
-    judged = [query for query in queries if relevant.get(query.id)]
-    if not judged:
+    # Judgements of other datasets' candidates are kept: they may be in the global pool.
+    judged = data.qrels(task, split, queries, None)
+    usable = [query for query in queries if any(did in pool for did in judged.get(query.id, ()))]
+    if not usable:
         what = f"no query of {task.name} ({split}) has a relevant candidate in its local pool; look at its qrels"
         raise wrong(data.root, f"{what}, or name the other tasks (tasks=[...], --tasks)")
 
@@ -230,28 +232,17 @@ def _choose(
         places = generator.sample(range(len(items)), min(max(number, 0), len(items)))
         return [items[place] for place in sorted(places)]  # in their own order
 
-    taken = sample(judged, settings["num_queries"] or len(judged), "nano queries")
+    taken = sample(usable, settings["num_queries"] or len(usable), "nano queries")
     # Relevant candidates, then hard negatives, those of all queries in turn.
-    wanted = dict.fromkeys(did for query in taken for did in relevant[query.id])
+    wanted = dict.fromkeys(did for query in taken for did in judged[query.id] if did in pool)
     limit = settings["num_candidates"] or len(pool)
     # In turn, and not query by query: else the first queries would fill the pool with theirs.
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
         if len(wanted) < limit and did in pool:
             wanted[did] = None
     wanted |= dict.fromkeys(sample([did for did in pool if did not in wanted], limit - len(wanted), "nano candidates"))
-    # Judgements of other datasets' candidates are kept: they may be in the global pool.
-    # The same file once more: what was judged is independent of the pool.
-    everywhere = data.qrels(task, split, queries, _Everything())
-    judgements = ((query.id, *judgement) for query in taken for judgement in everywhere[query.id].items())
-    lines = [f"{qid} 0 {did} {relevance} {task.task_id}" for qid, did, relevance in judgements]
+    lines = [f"{q.id} 0 {did} {grade} {task.task_id}" for q in taken for did, grade in judged[q.id].items()]
     return taken, [candidate for candidate in pool.values() if candidate.id in wanted], lines
-
-
-class _Everything:
-    """A pool that holds every did."""
-
-    def __contains__(self, did: object) -> bool:
-        return True
 
 
 # --- pairs of one's own
@@ -336,29 +327,27 @@ def write_mbeir(
         anchors, records, wordings = _collect(reading.pairs, ids, dataset)
         splits = _split(anchors, {"test": test_fraction, "val": val_fraction}, seed)
         dids = {content: f"{dataset_id}:{number}" for number, content in enumerate(records, start=1)}
-        pool = {key: Candidate(dids[key], one.text, place(one)) for key, one in records.items()}
-        lines = {key: record_line(one, folder) for key, one in pool.items()}
+        lines = {k: record_line(Candidate(dids[k], one.text, place(one)), folder) for k, one in records.items()}
         for task in wordings:
             wanted = {key for anchor in anchors if anchor.task == task for key in anchor.positives | anchor.negatives}
             write_records(layout.pool_path(task.name), (line for key, line in lines.items() if key in wanted))
         for split in ("train", "test"):  # val has that of test
             write_records(layout.union_pool_path(split), lines.values())
-        numbers, everything = count(len(pool) + 1), set(dids.values())
+        numbers, everything = count(len(lines) + 1), set(dids.values())
         for split, chosen in splits.items():
-            by_task: dict[MBEIRTask, list[Query]] = defaultdict(list)
+            queries = defaultdict[MBEIRTask, list[Query]](list)
             for anchor in chosen:
                 right, bad = (tuple(dids[key] for key in keys) for keys in (anchor.positives, anchor.negatives))
-                qid = f"{dataset_id}:{next(numbers)}"
-                by_task[anchor.task].append(Query(qid, anchor.record.text, place(anchor.record), right, bad))
-            for task, queries in by_task.items():
-                path = layout.query_path(split, task)
-                write_records(path, (record_line(query, folder, everything) for query in queries))
-                judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in queries for did in query.positives)
+                content = (f"{dataset_id}:{next(numbers)}", anchor.record.text, place(anchor.record))
+                queries[anchor.task].append(Query(*content, right, bad))
+            for task, found in queries.items():
+                write_records(layout.query_path(split, task), (record_line(one, folder, everything) for one in found))
+                judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in found for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
         table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in wordings.items()]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
-    logger.info("%s: %d candidates; queries: %s", output, len(pool), counts)
+    logger.info("%s: %d candidates; queries: %s", output, len(lines), counts)
     return MBEIR(output)
 
 
@@ -430,3 +419,23 @@ def _groups(anchors: list[_Anchor]) -> list[list[int]]:
     for number in range(len(anchors)):
         groups[find(number)].append(number)
     return list(groups.values())
+
+
+def pairs(config: PairsConfig) -> PairsReport:
+    """The dry run of `puma-hf pairs`.
+
+    The report is also written to `config.json` if that is given. With `config.mbeir` the pairs are written there in
+    M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
+    """
+    arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
+    # Read twice, for the report must not depend on what is dropped.
+    report = check_pairs(config.data, decode=config.decode, **arguments)
+    if config.json is not None:
+        write_json(Path(config.json), report.to_dict())
+    if config.mbeir is not None and (not report.num_pairs or (report.offenders and config.bad_pairs == "raise")):
+        logger.warning("%s was not written, for rows cannot be used; see the report.", config.mbeir)
+    elif config.mbeir is not None:
+        rows = load_pairs(config.data, on_error=config.bad_pairs, **arguments)
+        val, test = config.val_fraction, config.test_fraction
+        write_mbeir(rows, config.mbeir, val_fraction=val, test_fraction=test, seed=config.seed)
+    return report

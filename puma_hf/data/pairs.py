@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,11 +24,13 @@ from puma_hf.data.records import (
     Problems,
     Record,
     dataset_lines,
+    existing,
     on_disk,
     read_lines,
     text_value,
     wrong,
 )
+from puma_hf.data.tasks import MODALITIES
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, shown
 
@@ -113,23 +115,20 @@ def load_pairs(
     'a red apple'
     ```
     """
-    if on_error not in ("raise", "drop"):
-        raise ValueError(f"on_error={on_error!r} must be 'raise' or 'drop'.")
     reading = read_pairs(source, **options)
-    pairs = reading.pairs
+    pairs, problems = reading.pairs, reading.problems
     logger.info("%s: %d pairs; %s", reading.name, len(pairs), reading.columns)
-    if reading.problems and (on_error == "raise" or not pairs):
+    if problems and (on_error != "drop" or not pairs):
         raise ValueError(reading.refusal())
-    if reading.problems:
-        counts = (reading.num_rows_left_out, reading.num_rows)
-        logger.warning("%s: left out %d of %d rows: %s", reading.name, *counts, reading.problems)
+    if problems:
+        counts = (problems.counts.total(), reading.num_rows)
+        logger.warning("%s: left out %d of %d rows: %s", reading.name, *counts, problems)
     ids = PairIds(pairs) if with_ids else None
 
     def rows() -> Iterator[dict[str, Any]]:
         for pair in pairs:
             row = training_row(pair.anchor, pair.positive, pair.negatives)
             if ids is not None:
-                # All right answers of an anchor with a thousand of them would be a million ids.
                 telling = ids.telling_positives(pair)
                 row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
             yield row
@@ -154,15 +153,15 @@ class PairColumns(NamedTuple):
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        sides = {"anchor": self.anchor, "positive": self.positive}
-        sides |= {f"negative {number}": side for number, side in enumerate(self.negatives, start=1)}
-        parts = [f"{name}: {_columns_of(side)}" for name, side in sides.items()]
+        parts = [_sides_of(self.anchor, self.positive, *self.negatives)]
         parts += [f"instruction: {self.instruction}"] if self.instruction is not None else []
         return "; ".join([*parts, f"ignored: {', '.join(self.ignored)}"] if self.ignored else parts)
 
 
-def _columns_of(side: Side) -> str:
-    return ", ".join(f"{column} ({kind.replace('both', 'text and image')})" for kind, column in side.items())
+def _sides_of(*sides: Side) -> str:
+    names = ["anchor", "positive", *(f"negative {number}" for number in range(1, len(sides) - 1))]
+    columns = ([f"{name} ({'text and image' if kind == 'both' else kind})" for kind, name in s.items()] for s in sides)
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in zip(names, columns, strict=True))
 
 
 def find_columns(
@@ -172,44 +171,56 @@ def find_columns(
     negatives: Sequence[Given] | Given | None = None,
     instruction: str | None = None,
 ) -> PairColumns:
-    """What is given, and for the rest what the columns' names and first values tell.
+    """What is given, as in `load_pairs`, and for the rest what the columns' names and first values tell.
 
     If both sides are guessed, a column such as `label`, which may say that some rows are wrong pairs, and images that
-    may belong to either side are refused. The arguments are those of `load_pairs`, but `instruction` is a column.
+    may belong to either side are refused.
     """
     kinds = {name: _kind_of(name, rows) for name in dict.fromkeys(name for row in rows for name in row)}
     first = _guess(ANCHOR_NAMES, kinds) if anchor is None else _given(anchor, "anchor", kinds)
     second = _guess(POSITIVE_NAMES, kinds) if positive is None else _given(positive, "positive", kinds)
     is_guessed = anchor is None and positive is None
-    is_clear = any(name.startswith("pos") for name in second.values())
-    if is_guessed and first and second and not is_clear and (found := [name for name in SCORE_NAMES if name in kinds]):
-        what = f"There is a column {found[0]!r}, which may say that some rows are no right pairs"
+    is_clear = not first or not second or any(name.startswith("pos") for name in second.values())
+    if is_guessed and not is_clear and (scores := [name for name in SCORE_NAMES if name in kinds]):
+        what = f"There is a column {scores[0]!r}, which may say that some rows are no right pairs"
         raise ValueError(f"{what}. Leave these out and remove it, or name the columns (--anchor, --positive).")
     # Of an image with a caption the caption asks, unless it is the answer.
-    free = [name for name in kinds if name not in (*first.values(), *second.values())]
-    texts, images = ([name for name in free if kinds[name] == kind] for kind in ("text", "image"))
-    caption = next(({"text": name} for name in CAPTION_NAMES if name in texts), {})
-    image = next(({"image": name} for name in IMAGE_NAMES if name in images), {})
+    free = {name: kind for name, kind in kinds.items() if name not in (*first.values(), *second.values())}
+    caption = next(({"text": name} for name in CAPTION_NAMES if free.get(name) == "text"), {})
+    image = next(({"image": name} for name in IMAGE_NAMES if free.get(name) == "image"), {})
     first = first or caption or image
     second = second or next((side for side in (image, caption) if side and side != first), {})
     if not first or not second or first == second:
-        role, names = ("positive", POSITIVE_NAMES) if first else ("anchor", ANCHOR_NAMES)
-        here = f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}. Name another"
-        known = ", ".join((*names, *CAPTION_NAMES, *IMAGE_NAMES))
-        raise ValueError(f"{here} ({role}=..., --{role}), or call it one of {known}.")
+        role = "positive" if first else "anchor"
+        here = f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}"
+        raise ValueError(f"{here}. Name another ({role}=..., --{role}), or call one {role} or image.")
     if negatives is None:
         bases = {match[1]: int(match[2] or 0) for name in kinds if (match := _NEGATIVE.fullmatch(name))}
         bad = [_guess([base], kinds) for base in sorted(bases, key=lambda base: bases[base])]
     else:
-        several = [negatives] if isinstance(negatives, str | Mapping) else negatives
-        bad = [_given(one, "negatives", kinds) for one in several]
+        bad = [_given(one, "negatives", kinds) for one in _listed(negatives)]
     sides = [first, second, *filter(None, bad)]
     instruction = instruction or ("instruction" if "instruction" in kinds else None)
     used = {name for side in sides for name in side.values()} | {instruction}
     ignored = tuple(name for name in kinds if name not in used)
-    if is_guessed:
-        _check_other_images(rows, [name for name in ignored if kinds[name] == "image"], first, second)
+    has_image = any(set(side) != {"text"} for side in (first, second))
+    for name in ignored if is_guessed else ():
+        # They may be half of a composed query, as in image, caption, target_image. But of an image that is taken there
+        # may be the name in other columns as well.
+        is_other = not has_image or _ANOTHER_IMAGE.fullmatch(name.lower())
+        if kinds[name] == "image" and is_other and not _NEGATIVE.fullmatch(name) and _holds_files(name, rows):
+            what = f"The column {shown(name)} holds images, but its name does not tell whose"
+            raise ValueError(f"{what}: {_sides_of(first, second)}. Name the columns (--anchor, --positive).")
     return PairColumns(first, second, tuple(sides[2:]), instruction, ignored)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return [value] if isinstance(value, str | Mapping) else value
+
+
+def _holds_files(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+    values = (value for row in rows if (value := row.get(name)) is not None)
+    return any(not isinstance(value, str) or (is_image_name(value) and "://" not in value) for value in values)
 
 
 def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -235,25 +246,10 @@ def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
     """The columns of the first of these names: the name itself, or with `_text` and `_image` behind it."""
     for base in bases:
         names = (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path")
-        side = {kinds[name]: name for name in reversed(names) if name in kinds}
-        if side:
+        if side := {kinds[name]: name for name in reversed(names) if name in kinds}:
             # A struct has text and image itself.
             return {"both": side["both"]} if "both" in side else dict(sorted(side.items(), reverse=True))
     return {}
-
-
-def _check_other_images(rows: Iterable[Mapping[str, Any]], names: Iterable[str], *sides: Side) -> None:
-    """Refuse to guess the side of images: they may be half of a composed query, as image, caption, target_image."""
-    has_image = any(set(side) != {"text"} for side in sides)
-    for name in names:
-        # Of an image that is taken there may be the name in other columns as well.
-        if _NEGATIVE.fullmatch(name) or (has_image and not _ANOTHER_IMAGE.fullmatch(name.lower())):
-            continue
-        values = [value for row in rows if (value := row.get(name)) is not None]
-        if any(not isinstance(value, str) or (is_image_name(value) and "://" not in value) for value in values):
-            found = f"anchor {_columns_of(sides[0])}; positive {_columns_of(sides[1])}"
-            what = f"The column {shown(name)} holds images, but its name does not tell whose: {found}"
-            raise ValueError(f"{what}. Name the columns of each side (--anchor text=...,image=... --positive ...).")
 
 
 # --- rows
@@ -261,7 +257,7 @@ def _check_other_images(rows: Iterable[Mapping[str, Any]], names: Iterable[str],
 
 @dataclass
 class PairReading:
-    """All that was read of a source: the whole pairs, and what is wrong with the other rows."""
+    """All that was read of a source: the whole pairs, and what is wrong with the other rows, one thing a row."""
 
     name: str
     columns: PairColumns
@@ -269,11 +265,10 @@ class PairReading:
     problems: Problems
     images: Images
     num_rows: int = 0
-    num_rows_left_out: int = 0
 
     def refusal(self) -> str:
         """What an error says about the rows that cannot be used."""
-        share = f"{self.name}: {self.num_rows_left_out} of {self.num_rows} rows cannot be used"
+        share = f"{self.name}: {self.problems.counts.total()} of {self.num_rows} rows cannot be used"
         remedy = "Mend them (puma-hf pairs lists more), or leave them out (on_error='drop', --bad-pairs drop)."
         return f"{share}: {self.problems}{self.problems.quotes()}\n{remedy}"
 
@@ -299,21 +294,18 @@ def read_pairs(
     good = [line.columns for line in head if line.error is None]
     if not good:
         raise ValueError(f"{name} holds no rows ({head[0].error if head else 'it is empty'}). Name one with a pair.")
-    is_text = instruction is not None and not any(instruction in row for row in good)
+    text = instruction if not any(instruction in row for row in good) else None
     # A single word is more likely a misspelt column than an instruction.
-    if is_text and str(instruction).isascii() and str(instruction).isidentifier():
-        raise ValueError(f"instruction={shown(instruction)} must be a text of several words or a column of {name}.")
-    columns = find_columns(good, anchor, positive, negatives, None if is_text else instruction)
-    asks = instruction if is_text else columns.instruction
-    ways = _ways(columns, direction, asks, reverse_instruction)
+    if text is not None and text.isascii() and text.isidentifier():
+        raise ValueError(f"instruction={shown(text)} must be a text of several words or a column of {name}.")
+    columns = find_columns(good, anchor, positive, negatives, instruction if text is None else None)
+    ways = _ways(columns, direction, text or columns.instruction, reverse_instruction)
     images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to), dry=dry)
-    row = _Row(columns, images, instruction if is_text else None, special_tokens == "raise")
+    row = _Row(columns, images, text, special_tokens == "raise")
     reading = PairReading(name, columns, [], Problems(name), images)
     for line in chain(head, lines):
-        found = reading.problems.attempt(row.pairs, line)
         reading.num_rows += 1
-        reading.num_rows_left_out += found is None
-        for pair in found or ():
+        for pair in reading.problems.attempt(row.pairs, line) or ():
             other = pair.anchor.instruction if len(ways) == 1 else reverse_instruction
             turned = (replace(pair.positive, instruction=other), replace(pair.anchor, instruction=None))
             both = {"forward": pair, "reverse": Pair(pair.where, *turned)}
@@ -325,9 +317,7 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     """How errors call it, the folder that its images must be in, and its rows."""
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{str(source)!r} is neither a file nor a folder. Check the path.")
+    path = existing(source)
     if table := path if path.is_file() else image_table(path):
         return str(table), table.parent, read_lines(table)
     shards = sorted(path.glob("*.parquet"))
@@ -346,12 +336,9 @@ def _ways(columns: PairColumns, direction: str | None, asks: str | None, reverse
         if found not in (wanted, wanted[::-1]):
             what = f"needs one side of texts and one of images, found {cut(str(columns))}: leave it out"
     if "reverse" in ways and columns.negatives and not what:
-        what = "turns pairs round, but their negatives are wrong answers of one side alone: remove their columns "
-        what += "(in Python negatives=()), or leave it out"
-    if direction == "both" and asks and reverse is None:
-        what = f"with instruction={asks!r} needs reverse_instruction, for the positives when they ask"
-    if direction != "both" and reverse is not None:
-        what = f"cannot have reverse_instruction={reverse!r}, which is for direction='both' only: leave it out"
+        what = "turns pairs round, but not their negatives: remove them (in Python negatives=()), or leave it out"
+    if (direction == "both" and asks and reverse is None) or (direction != "both" and reverse is not None):
+        what = f"with instruction={asks!r} needs reverse_instruction, for the positives when they ask; no other has it"
     if what:
         raise ValueError(f"direction={direction!r} {what}.")
     return ways
@@ -382,10 +369,9 @@ class _Row(NamedTuple):
 
     def _side(self, line: Line, side: Side, role: str) -> list[Record]:
         values = {kind: line.columns.get(name) for kind, name in side.items()}
-        if "both" in values:
-            values = values["both"] or {}
-            if not isinstance(values, Mapping):
-                raise wrong(line.where, f"{role} is {shown(values)}, must have text and image as in other rows.")
+        values = values["both"] or {} if "both" in values else values
+        if not isinstance(values, Mapping):
+            raise wrong(line.where, f"{role} is {shown(values)}, must have text and image as in other rows.")
         text, image = values.get("text"), values.get("image")
         # As many pairs as captions; of wrong answers there is one a column.
         several = text if isinstance(text, list) and role != "negative" else [text]
@@ -416,13 +402,13 @@ class PairIds:
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        by_size: dict[int, dict[str, None]] = defaultdict(dict)
-        for pair in pairs:
-            for path in (one.image for one in (pair.anchor, pair.positive, *pair.negatives) if one.image is not None):
-                by_size[os.path.getsize(path) if os.path.isfile(path) else -1][path] = None
-        self._images = {path: path for paths in by_size.values() for path in paths}
+        sides = (one for pair in pairs for one in (pair.anchor, pair.positive, *pair.negatives))
+        self._images: dict[str, str] = {one.image: one.image for one in sides if one.image is not None}
+        by_size: dict[int, list[str]] = defaultdict(list)
+        for path in filter(os.path.isfile, self._images):
+            by_size[os.path.getsize(path)].append(path)
         # Only files whose size another file has, too, are read.
-        for path in (path for size, paths in by_size.items() if size >= 0 and len(paths) > 1 for path in paths):
+        for path in (path for paths in by_size.values() if len(paths) > 1 for path in paths):
             with open(path, "rb") as file:
                 self._images[path] = hashlib.file_digest(file, "blake2b").hexdigest()
         self._positives: dict[str, dict[str, None]] = defaultdict(dict)
@@ -455,3 +441,115 @@ class PairIds:
         right = self.positives(pair.anchor)
         shared = [one for one in right if self._counts[one] > 1] or right[:1]
         return list(dict.fromkeys([self.of(pair.positive), *shared]))
+
+
+# --- the dry run
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something that was found: what, how often, and the first five, each with its line."""
+
+    kind: str
+    count: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PairsReport:
+    """What a source of pairs holds; `str` makes a page of it.
+
+    Of `num_rows` rows some cannot be used; a row makes several pairs if it is read in both directions, or holds a list.
+    `offenders` is the first thing that is wrong with each row: `load_pairs` raises, or leaves the row out. `notes` can
+    be trained on, but are worth a look. Of the images those are counted that can be read.
+    """
+
+    source: str
+    columns: str
+    num_rows: int
+    num_rows_left_out: int
+    num_pairs: int
+    modalities: Mapping[str, Mapping[str, int]]
+    offenders: tuple[Found, ...]
+    notes: tuple[Found, ...]
+    num_images: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether `load_pairs` takes the source as it is."""
+        return not self.offenders and self.num_pairs > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dictionaries, lists and numbers."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in self.columns.split("; "))]
+        lines += [f"  rows       {self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used"]
+        lines += [f"  pairs      {self.num_pairs:,}"]
+        for side, counts in self.modalities.items():
+            found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            lines += [f"  {side:<10} {found}"] if found else []
+        lines += [f"  images     {self.num_images:,} different files"] if self.num_images else []
+        for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
+            lines += ["", f"{title}:"] if entries else []
+            for entry in entries:
+                lines += [f"  {entry.count:,} x {entry.kind}", *(f"    {message}" for message in entry.first)]
+        verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
+        return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
+
+
+def check_pairs(source: PairSource, **options: Any) -> PairsReport:
+    """Look at everything that `load_pairs` would read, without stopping at what is wrong.
+
+    Nothing is written. Equal texts are those that differ in case and blanks at most, equal images copies of a file.
+
+    The arguments are those of `load_pairs`; to `decode` takes as long as an epoch of reading the images. Raises a
+    FileNotFoundError if the source is missing, a ValueError if it has no rows or lacks a column.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from puma_hf.data import check_pairs
+
+    >>> images = ["demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp", "none.png"]
+    >>> report = check_pairs(Dataset.from_dict({"image": images, "caption": ["an apple", "a pear"]}))
+    >>> report.ok, [(found.count, found.kind) for found in report.offenders]
+    (False, [(1, 'image missing')])
+    ```
+    """
+    reading = read_pairs(source, dry=True, **options)
+    pairs, counts = reading.pairs, {side: Counter[str]() for side in ("anchors", "positives", "negatives")}
+    for pair in pairs:
+        counts["anchors"][pair.anchor.modality] += 1
+        counts["positives"][pair.positive.modality] += 1
+        counts["negatives"].update(record.modality for record in pair.negatives)
+    offenders, notes = (
+        tuple(Found(kind, count, tuple(found.first[kind])) for kind, count in found.counts.items())
+        for found in (reading.problems, _notes(pairs))
+    )
+    modalities = {side: {name: found[name] for name in MODALITIES if found[name]} for side, found in counts.items()}
+    num_left_out, num_images = reading.problems.counts.total(), len(reading.images.read_paths)
+    rows = (reading.num_rows, num_left_out, len(pairs))
+    return PairsReport(reading.name, str(reading.columns), *rows, modalities, offenders, notes, num_images)
+
+
+def _notes(pairs: Sequence[Pair]) -> Problems:
+    """What can be trained on, but is often a mistake in the table."""
+    ids, notes = PairIds(pairs), Problems()
+    seen: dict[tuple[str | None, ...], str] = {}
+    for pair in pairs:
+        anchor, positive, *negatives = map(ids.of, (pair.anchor, pair.positive, *pair.negatives))
+        first = seen.setdefault((anchor, positive, *negatives, pair.anchor.instruction), pair.where)
+        # Whoever trains on the pair twice weighs it twice.
+        if first is not pair.where:
+            notes.add(wrong(pair.where, f"the same as {first}", "pair given again"))
+        if anchor == positive:
+            notes.add(wrong(pair.where, shown(pair.anchor.model_input), "anchor that is its own positive"))
+        for negative, record in zip(negatives, pair.negatives, strict=True):
+            # The loss would push away what it pulls elsewhere.
+            if negative in ids.positives(pair.anchor):
+                kind = "negative that is a right answer of its anchor"
+                notes.add(wrong(pair.where, shown(record.model_input), kind))
+    return notes

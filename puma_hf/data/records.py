@@ -35,6 +35,8 @@ _ROWS_AT_ONCE = 64  # of a Parquet file; an image inside has up to some megabyte
 _BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images no more than all are held
 _MOST_CHARACTERS = 2**24  # of a cell; Python's own limit is 131,072
 
+_MISSING = "image missing"
+
 Result = TypeVar("Result")
 
 
@@ -42,13 +44,8 @@ Result = TypeVar("Result")
 class Record:
     """One input: a row of a table, an image of a folder, a side of a pair, a query or a candidate.
 
-    Args:
-        id: Its id, or "".
-        text: Its text, or None.
-        image: Absolute path of its image, the bytes of the image, or None.
-        instruction: Its own instruction, or None.
-        row: Its number in a corpus, from 0.
-        problem: What is wrong with its line, which then holds nothing; None of a good one.
+    The image is an absolute path, or bytes; `row` is its number in a corpus, from 0; `problem` is what is wrong with
+    its line, which then holds nothing.
     """
 
     id: str = ""
@@ -76,23 +73,23 @@ class Record:
 
 
 class MBEIRFormatError(ValueError):
-    """A row is not what the format says; the message names the file and the line.
-
-    Args:
-        message: What is wrong, where, and what to do.
-        kind: The kind of mistake in a few words, by which `Problems` counts.
-    """
-
-    kind = "wrong field"
+    """A row is not what the format says; the message names file and line, `kind` is what `Problems` counts by."""
 
     def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
-        self.kind = kind or self.kind
+        self.kind = kind or "wrong field"
 
 
 def wrong(where: object, what: str, kind: str = "") -> MBEIRFormatError:
     """The error of a row, `<where>: <what>`."""
     return MBEIRFormatError(f"{where}: {what}", kind)
+
+
+def existing(name: str | Path) -> Path:
+    """A path that must be there."""
+    if not Path(name).exists():
+        raise FileNotFoundError(f"{str(name)!r} is neither a file nor a folder. Check the path.")
+    return Path(name)
 
 
 def location(path: Path, line: int) -> str:
@@ -105,7 +102,6 @@ class Problems:
 
     At the end of a `with` block one error says how many there are, of which kinds, and quotes the first five. A
     single wrong row is raised as it is. If all that is wrong are missing images, the error is a `FileNotFoundError`.
-
     """
 
     def __init__(self, path: str | Path = "") -> None:
@@ -113,7 +109,6 @@ class Problems:
         self.counts: Counter[str] = Counter()
         self.first: defaultdict[str, list[str]] = defaultdict(list)  # messages of each kind
         self._quoted: list[Exception] = []
-        self._only_missing = True
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -121,17 +116,13 @@ class Problems:
     def __str__(self) -> str:
         return ", ".join(f"{kind}: {count}" for kind, count in self.counts.most_common())
 
-    def add(self, error: Exception, kind: str | None = None) -> None:
+    def add(self, error: Exception) -> None:
         """Count what would have been raised for a row."""
-        is_missing = isinstance(error, FileNotFoundError)
-        kind = kind or str("image missing" if is_missing else getattr(error, "kind", "wrong field"))
+        kind = error.kind if isinstance(error, MBEIRFormatError) else _MISSING
         self.counts[kind] += 1
-        self._only_missing &= is_missing
         # Of ten million wrong rows only the first few are kept: a pool with a wrong root has nothing else.
-        if len(self._quoted) < SHOWN:
-            self._quoted.append(error)
-        if len(self.first[kind]) < SHOWN:
-            self.first[kind].append(str(error))
+        self._quoted += [error] if len(self._quoted) < SHOWN else []
+        self.first[kind] += [str(error)] if len(self.first[kind]) < SHOWN else []
 
     def attempt(self, read: Callable[..., Result], *args: Any) -> Result | None:
         """What a function returns, or None if it found something wrong, which is counted."""
@@ -150,9 +141,10 @@ class Problems:
 
     def report(self) -> Exception:
         """The error that tells of all of them; there must be one."""
+        if self.counts.total() == 1:
+            return self._quoted[0]
         message = f"{self.path}: {self.counts.total()} problems ({self}){self.quotes()}"
-        several = FileNotFoundError(message) if self._only_missing else MBEIRFormatError(message, "several")
-        return self._quoted[0] if self.counts.total() == 1 else several
+        return FileNotFoundError(message) if set(self.counts) == {_MISSING} else MBEIRFormatError(message)
 
     def quotes(self) -> str:
         """The first of them, a line each."""
@@ -188,26 +180,27 @@ def text_value(value: Any, where: str, name: str) -> str | None:
 def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
     """The rows of a file one after the other, those that cannot be read with their error; blank lines are left out.
 
-    Rows are read by Python's own `csv` and `json` and not by Arrow's readers, which guess types ("007" becomes 7, "NA"
-    nothing) and stop at the first broken line: here a run may go on without it, and can name it.
-
-    Args:
-        path: A .txt (one text a line, the column "text"), .jsonl, .json (a list of objects, or JSON Lines), .csv,
-            .tsv (both with a header; as IANA has it, a quotation mark means nothing in a .tsv) or .parquet.
-        only: The columns that are wanted of a .parquet; the others are not read, unless there is none of these.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the kind of file is not known, or a .parquet is damaged.
+    A .txt has one text a line, the column "text"; a .json is a list of objects or JSON Lines; a .csv and a .tsv have a
+    header, and a quotation mark means nothing in a .tsv, as IANA has it. Of a .parquet the `only` columns are read, or
+    all if it has none of these. A ValueError if the kind of file is another, or a .parquet is damaged.
     """
-    kind = path.suffix.lower()
-    if kind not in _READERS:
-        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(_READERS)}; convert it.")
-    return _parquet(path, only) if kind == ".parquet" else _READERS[kind](path)
+    # Python's own `csv` and `json` and not Arrow's readers, which guess types ("007" becomes 7, "NA" nothing) and stop
+    # at the first broken line: here a run may go on without it, and can name it.
+    readers = {
+        ".txt": _each_line(path, lambda line: {"text": line.decode("utf-8-sig").strip()}),
+        ".jsonl": _each_line(path, _json_line),
+        ".json": _json(path),
+        ".csv": _separated(path, ","),
+        ".tsv": _separated(path, "\t"),
+        ".parquet": _parquet(path, only),
+    }
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(readers)}; convert it.")
+    return readers[path.suffix.lower()]
 
 
-def _bad(where: str, what: str, kind: str = "broken line") -> Line:
-    return Line(where, {}, wrong(where, what, kind))
+def _bad(where: str, what: str) -> Line:
+    return Line(where, {}, wrong(where, what, "broken line"))
 
 
 def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator[Line]:
@@ -216,24 +209,17 @@ def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator
         for number, line in enumerate(file, start=1):
             where = location(path, number)
             try:
-                columns = parse(line) if line.removeprefix(BOM_UTF8).strip() else None
+                if line.removeprefix(BOM_UTF8).strip():
+                    yield Line(where, parse(line))
             except (ValueError, RecursionError) as error:
                 # Nothing else tells a download that was interrupted: each line before its end is whole.
-                is_cut = not line.endswith(b"\n")
-                yield Line(where, {}, cut_off(where, str(error))) if is_cut else _bad(where, f"{error}.")
-            else:
-                if columns is not None:
-                    yield Line(where, columns)
-
-
-def _text_line(line: bytes) -> dict[str, Any]:
-    return {"text": line.decode("utf-8-sig").strip()}
+                is_whole = line.endswith(b"\n")
+                yield _bad(where, f"{error}.") if is_whole else Line(where, {}, cut_off(where, str(error)))
 
 
 def _json_line(line: bytes) -> dict[str, Any]:
     try:
-        # `json.loads` takes a BOM in bytes, and tells UTF-8 from UTF-16.
-        value = json.loads(line)
+        value = json.loads(line)  # which takes a BOM in bytes, and tells UTF-8 from UTF-16
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error}), each line must be one JSON object in UTF-8") from error
     if not isinstance(value, dict):
@@ -243,8 +229,7 @@ def _json_line(line: bytes) -> dict[str, Any]:
 
 def cut_off(where: str, what: str) -> MBEIRFormatError:
     """The error of a last line that does not end as lines do."""
-    cause = "the file ends in the middle of this line, was the download interrupted? Mend it, or download it again"
-    return wrong(where, f"{what}; {cause}", "cut last line")
+    return wrong(where, f"{what}; the file ends in the middle of this line: download it again", "cut last line")
 
 
 def _json(path: Path) -> Iterator[Line]:
@@ -287,7 +272,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Line]:
                 if not names:
                     return  # the next line must not be taken for the header
             elif names and cells:
-                yield Line(location(path, reader.line_num), dict(zip(names, cells, strict=True)))
+                yield Line(where, dict(zip(names, cells, strict=True)))
             else:
                 names = names or _different(cells, path)
 
@@ -299,7 +284,7 @@ def _different(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
+def _parquet(path: Path, only: Container[str] | None) -> Iterator[Line]:
     try:
         # Without these Arrow reads a whole row group ahead, with all images inside of it.
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
@@ -310,10 +295,8 @@ def _parquet(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
                 where = f"{path}, row {number}"
                 yield Line(where, row) if isinstance(row, dict) else _bad(where, f"a cell cannot be read ({row})")
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        message = f"{path} is not a whole Parquet file ({cut(str(error))}). Was the download cut off? Delete it, and "
-        raise MBEIRFormatError(f"{message}make or download it again.", "cut file") from error
+        what = f"{path} is not a whole Parquet file ({cut(str(error))}). Make or download it again."
+        raise MBEIRFormatError(what, "cut file") from error
 
 
 def _rows(batch: Any) -> list[Any]:
@@ -327,16 +310,6 @@ def _rows(batch: Any) -> list[Any]:
         return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
-    ".txt": lambda path: _each_line(path, _text_line),
-    ".jsonl": lambda path: _each_line(path, _json_line),
-    ".json": _json,
-    ".csv": lambda path: _separated(path, ","),
-    ".tsv": lambda path: _separated(path, "\t"),
-    ".parquet": _parquet,
-}
-
-
 def dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
     """The rows of a dataset, its images as `{"path": ..., "bytes": ...}`."""
     for name, feature in rows.features.items():
@@ -348,16 +321,18 @@ def dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
 def item_lines(path: Path) -> Iterator[Line]:
     """The lines of a table by our names, also those of the Hub's folders of images, of BEIR's corpora and of NLI.
 
-    `file_name` is an image, with a caption, if the first that is given names one: were this asked of each row, one
-    `.heic` among `.jpg` would become a text in silence. A title stands before its text where the id is an `_id`. Each
-    sentence of a row of NLI is a line of its own.
+    A title stands before its text where the id is an `_id`. Each sentence of a row of NLI is a line of its own.
     """
-    names: dict[str, str] | None = None
+    ours: dict[str, str] | None = None
     for line in read_lines(path, _READ):
-        # The table as a whole decides, and not each row: see above.
-        if names is None and line.error is None and line.columns.get("file_name", "-"):
-            names = _names(line.columns)
-        row = {(names or {}).get(name, name): value for name, value in line.columns.items()}
+        name = line.columns.get("file_name", "-")
+        # `file_name` is an image, with a caption, if the first that is given names one: were this asked of each row,
+        # one `.heic` among `.jpg` would become a text in silence.
+        if ours is None and line.error is None and name:
+            caption = next((name for name in ("text", *CAPTION_NAMES) if name in line.columns), "text")
+            is_image = is_image_name(str(name)) and "image" not in line.columns
+            ours = {"file_name": "image", caption: "text"} if is_image else {}
+        row = {(ours or {}).get(name, name): value for name, value in line.columns.items()}
         if "_id" in row and "text" in row and "id" not in row:
             row["id"], title = row.pop("_id"), row.pop("title", None)
             row["text"] = row["text"] if title is None else f"{title} {row['text'] or ''}".strip()
@@ -365,14 +340,6 @@ def item_lines(path: Path) -> Iterator[Line]:
             yield from (Line(line.where, {"text": row[name]}) for name in NLI_COLUMNS)
         else:
             yield line._replace(columns=row)
-
-
-def _names(row: Mapping[str, Any]) -> dict[str, str]:
-    """Our names of the columns of a folder of images."""
-    if "image" in row or not is_image_name(str(row.get("file_name"))):
-        return {}
-    caption = next((name for name in CAPTION_NAMES if name in row), "text")
-    return {"file_name": "image", **({} if "text" in row else {caption: "text"})}
 
 
 # --- what is kept on the disk
@@ -392,13 +359,7 @@ def on_disk(
     The first process of a machine makes it, the others wait for the lock of `datasets` and map the same file; the
     next run finds it there. To write a row takes some 50 microseconds, once.
 
-    Args:
-        rows: Makes them.
-        features: Their columns.
-        key: What they depend on; equal keys mean equal rows.
-
-    Raises:
-        Exception: What making them raises; nothing is kept then.
+    Equal keys mean equal rows. What making them raises is raised, and nothing is kept then.
     """
     try:
         # With a fingerprint of ours `datasets` need not pickle and hash the generator, and with it a pool or a model.

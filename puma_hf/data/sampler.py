@@ -79,18 +79,19 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
             step: list[list[int]] = [[] for _ in range(self.num_devices)]
             for batch in step:
                 looks_left -= self._fill(batch, used, new, waiting, looks_left)
-            short = any(len(batch) < self.batch_size for batch in step)
-            if short and self.drop_last:
+            is_short, several = any(len(batch) < self.batch_size for batch in step), self.num_devices > 1
+            if is_short and self.drop_last:
                 return
-            if short and self.num_devices > 1:
-                self._fill_again(step, used, seen)
-            if not step[0] or (self.num_devices > 1 and any(len(batch) < self.batch_size for batch in step)):
+            if is_short and several:  # every device needs as many rows, so the last step has some that came before
+                again = iter(seen)
+                for batch in step:
+                    self._fill(batch, used, again, deque(), 0)
+            if not step[0] or (several and any(len(batch) < self.batch_size for batch in step)):
                 return
             yield from step
-            if self.num_devices > 1:
-                if short:
-                    return
-                seen += (row for batch in step for row in batch)
+            if is_short and several:
+                return
+            seen += (row for batch in step for row in batch)
 
     def _fill(self, batch: list[int], used: set[int], new: Iterator[int], waiting: deque[int], looks_left: int) -> int:
         """Fill a batch with rows that have not come yet, and return how many looks at the last ones it took."""
@@ -106,13 +107,6 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         for _ in range(looks):
             self._place(waiting.popleft(), batch, used, waiting)
         return looks
-
-    def _fill_again(self, step: list[list[int]], used: set[int], seen: list[int]) -> None:
-        """Fill the last step with rows that came before: every device needs as many."""
-        rows = iter(seen)
-        for batch in step:
-            while len(batch) < self.batch_size and (row := next(rows, None)) is not None:
-                self._place(row, batch, used, deque())
 
     def _place(self, row: int, batch: list[int], used: set[int], waiting: deque[int]) -> None:
         """Take a row into a batch, or let it wait if the batch is full or knows one of its answers."""

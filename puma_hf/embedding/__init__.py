@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from puma_hf.lazy import resolver
+from puma_hf import resolver
 
 __all__ = ["BrokenInput", "BrokenInputError", "EmbedConfig", "EmbedReport", "EmbedResult", "embed_corpus"]
 __all__ += ["iterate_embeddings", "open_embeddings"]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -99,7 +100,8 @@ def embed(
     Worker processes load, decode and tokenise ahead of the device, and memory grows with the result alone.
 
     Args:
-        model: A PUMA model as a `SentenceTransformer`. It is switched to evaluation mode.
+        model: A PUMA model as a `SentenceTransformer`, switched to evaluation mode. Any other, or a PUMA that an older
+            version has written, embeds by its own `encode`: the same rows, no sooner.
         inputs: Strings, images, dicts or chats, as `PumaProcessor.process_inputs` takes them.
         prompt: Instruction for inputs that bring none of their own; by default the model's default prompt.
         max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 2,048 elsewhere.
@@ -120,7 +122,7 @@ def embed(
 
     Raises:
         BrokenInputError: If an input is broken and `on_error` is "raise"; its `done` has the rows made so far.
-        ValueError: If the model is no PUMA model, or an argument is out of range.
+        ValueError: If the model is no `SentenceTransformer`, or an argument is out of range.
         RuntimeError: If a worker process dies, or the device is out of memory.
 
     Example:
@@ -231,28 +233,40 @@ def iterate_embeddings(
     on_cuda = torch.device(model.device).type == "cuda"
     # The plan aims at the budget, and the packer, which knows the true number of tokens, keeps to it.
     total = len(inputs) if isinstance(inputs, Sized) else None
-    packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
     budget = max_batch_tokens or (CUDA_TOKENS if on_cuda else CPU_TOKENS)
-    if packer.layout is not None:
-        packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
-    image_processor = packer.processor.image_processor
-    size = {**dict(image_processor.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
-    guess = Guess(
-        pixels_per_token=(image_processor.patch_size * image_processor.merge_size) ** 2,
-        limits=(size["shortest_edge"], size["longest_edge"]),
-        open_files=load is None,
-    )
+    keep = None if truncate_dim is None and model.truncate_dim is None else dim
+    has_packer = is_puma(model)
+    if has_packer:
+        packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
+        if packer.layout is not None:
+            packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
+        image_processor = packer.processor.image_processor
+        size = {**dict(image_processor.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
+        guess = Guess(
+            pixels_per_token=(image_processor.patch_size * image_processor.merge_size) ** 2,
+            limits=(size["shortest_edge"], size["longest_edge"]),
+            open_files=load is None,
+        )
+        padded = packer.layout is None
+        num_workers = default_num_workers(on_cuda, total) if num_workers is None else num_workers
+    else:
+        # Any other model embeds by its own `encode`, in this process, where a PUMA would be prepared: a broken input is
+        # found and named in the same way, at the speed of `encode`.
+        given = {"prompt": prompt, "processing_kwargs": processing_kwargs, "max_length": max_length}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        options |= {"truncate_dim": keep, "normalize_embeddings": keep is not None}
+        packer = partial(model.encode, convert_to_tensor=True, show_progress_bar=False, **options)
+        guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), open_files=load is None), True, 0
     chunks = prepared(
-        plan(inputs, guess, budget, sort=sort, padded=packer.layout is None),
+        plan(inputs, guess, budget, sort=sort, padded=padded),
         packer,
         load,
-        num_workers=default_num_workers(on_cuda, total) if num_workers is None else num_workers,
-        pin_memory=on_cuda,
+        num_workers=num_workers,
+        pin_memory=on_cuda and has_packer,
     )
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
-    keep = None if truncate_dim is None and model.truncate_dim is None else dim
     model.eval()
     # Lazily: a chunk is started when `_late` asks for it.
     started = ((chunk, *_start(model, chunk, keep)) for chunk in chunks)
@@ -301,6 +315,8 @@ def _late(started: Iterator[T], count: int) -> Iterator[T]:
 def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tensor | None, Any]:
     if chunk.batch is None:
         return None, None
+    if isinstance(chunk.batch, Tensor):  # rows that `encode` has made
+        return chunk.batch.float().cpu(), None
     try:
         features = model[0].embed_batch(chunk.on(model.device))
         for module in list(model)[1:]:
@@ -337,11 +353,8 @@ def _not_a_list(inputs: Any) -> str:
 
 
 def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str) -> None:
-    if not is_puma(model):
-        raise ValueError(
-            f"model is a {type(model).__name__}: embed needs a PUMA model as a SentenceTransformer, from a directory "
-            "that this version of puma_hf has written. Use model.encode with any other."
-        )
+    if not isinstance(model, SentenceTransformer):
+        raise ValueError(f"model is a {type(model).__name__}, must be a SentenceTransformer. Open it as one.")
     # A table of pandas or Arrow would yield its columns, or their names.
     if isinstance(inputs, str | bytes | Mapping) or hasattr(inputs, "columns"):
         raise ValueError(_not_a_list(inputs))
@@ -409,7 +422,7 @@ def embed_records(
     """Embed a stream of records: what `embed`, `index` and their like do with the inputs of a user.
 
     Args:
-        model: A PUMA model as a `SentenceTransformer`.
+        model: As in `embed`.
         records: The records, read as they are needed.
         config: How to embed them, and what to do about broken ones.
         on_broken: Called with a record that cannot be embedded, and why; with "zero" its zeros come thereafter.

@@ -14,28 +14,20 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
 from puma_hf.configs import EmbedConfig
 from puma_hf.data.items import Corpus, open_corpus
 from puma_hf.data.records import Record
 from puma_hf.embedding.embed import embed_records, embedding_dim, quantize, ranges_of
 from puma_hf.embedding.prepare import WINDOW
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
-from puma_hf.files import is_puma_directory, write_whole
+from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
-from puma_hf.opening import check_truncate_dim, open_sentence_transformer
-from puma_hf.processes import (
-    broadcast,
-    connect,
-    gather,
-    locked_for_all,
-    own_device,
-    shared_folder,
-    sigterm_waits,
-    stop_if_sigterm,
-)
+from puma_hf.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +81,8 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
 
     Raises:
         FileNotFoundError: If the corpus is missing.
-        ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no PUMA
-            model, or the directory holds embeddings of another model, setting or version.
+        ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no
+            `SentenceTransformer`, or the directory holds embeddings of another model, setting or version.
         DirectoryInUseError: If another run writes into the directory.
         OSError: If the disk is full; what was written before is kept.
 
@@ -166,19 +158,17 @@ class _Run:
         # minute has passed. So the order costs a window of rows in memory.
         buffer: list[_Row] = []
         written = time.monotonic()
-        with sigterm_waits():
-            try:
-                for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
-                    for record, row in zip(records, rows, strict=True):
-                        buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
-                    self.progress.update(len(records))
-                    is_late = time.monotonic() - written > _SECONDS
-                    if is_late or len(buffer) >= self.config.shard_size + WINDOW:
-                        buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
-                        written = time.monotonic()
-                    stop_if_sigterm()
-            finally:  # whatever ends the run, what is done is kept
-                self._write(buffer, len(buffer))
+        try:
+            for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
+                for record, row in zip(records, rows, strict=True):
+                    buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
+                self.progress.update(len(records))
+                is_late = time.monotonic() - written > _SECONDS
+                if is_late or len(buffer) >= self.config.shard_size + WINDOW:
+                    buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
+                    written = time.monotonic()
+        finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
+            self._write(buffer, len(buffer))
 
     # The records that the store lacks, of this process: every so-many-th shard of the corpus.
     def _missing(self) -> Iterator[Record]:
@@ -274,13 +264,16 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is no PUMA model, or has fewer dimensions than `truncate_dim`.
+        ValueError: If it is no `SentenceTransformer`, or has fewer dimensions than `truncate_dim`.
     """
-    if Path(config.model).is_dir() and not is_puma_directory(Path(config.model)):
-        raise ValueError(
-            f"model={config.model!r} is no PUMA model. Make one of an original checkpoint with puma-hf prune, or of an "
-            "adapter with puma-hf merge."
-        )
+    # Of a folder without `modules.json` sentence-transformers would make a model of its own, and its vectors are noise.
+    folder, refusal = Path(config.model), None
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if is_adapter or not is_sentence_transformer_model(config.model, revision=config.revision):
+        remedy = "Make one of an original checkpoint with puma-hf prune, or of an adapter with puma-hf merge."
+        refusal = ValueError(f"model={config.model!r} is no PUMA model. {remedy}")
+        if folder.is_dir():
+            raise refusal
     model = open_sentence_transformer(
         config.model,
         device=own_device(),
@@ -288,6 +281,8 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         trust_remote_code=config.trust_remote_code,
         model_kwargs={"dtype": config.dtype},
     ).eval()
+    if refusal is not None:  # it is one on the Hub; of what is not there the error is another
+        raise refusal
     check_truncate_dim(model, config.model, config.truncate_dim)
     if not config.fast:
         first: Any = model[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from puma_hf.lazy import resolver
+from puma_hf import resolver
 
 # Imported on first use, so that who needs one of them does not wait for the libraries of all.
 _MODULES = {
@@ -19,27 +19,9 @@ _MODULES = {
     "puma_hf.evaluation.topk": ("SearchResult", "exact_search", "merge_results"),
 }
 
-__all__ = [
-    "EvaluateConfig",
-    "MBEIREvaluator",
-    "MBEIRResults",
-    "MBEIRTaskResult",
-    "SearchResult",
-    "SweepConfig",
-    "SweepReport",
-    "evaluate",
-    "evaluate_mbeir",
-    "exact_search",
-    "mbeir_prompts",
-    "mbeir_scores",
-    "merge_results",
-    "metric_path",
-    "puma_model_meta",
-    "retrieval_metrics",
-    "sweep",
-    "wrong_modality_at_1",
-]
-
+__all__ = ["EvaluateConfig", "MBEIREvaluator", "MBEIRResults", "MBEIRTaskResult", "SearchResult", "SweepConfig"]
+__all__ += ["SweepReport", "evaluate", "evaluate_mbeir", "exact_search", "mbeir_prompts", "mbeir_scores", "sweep"]
+__all__ += ["merge_results", "metric_path", "puma_model_meta", "retrieval_metrics", "wrong_modality_at_1"]
 
 __getattr__ = resolver(__name__, {name: module for module, names in _MODULES.items() for name in names})
 

@@ -104,21 +104,21 @@ def _missing(store: EmbeddingStore, window: Sequence[Pair], keys: Tensor, shard_
 def _encode(model: Encoder, pairs: Sequence[Pair], store: EmbeddingStore, options: Mapping[str, Any]) -> Tensor:
     records, prompt = [record for record, _ in pairs], pairs[0][1]
     encode = partial(_rows, model, prompt, options)
-    rows = torch.as_tensor(encode_named(encode, [record.model_input for record in records], records)).float().cpu()
-    if rows.ndim != 2 or len(rows) != len(records) or rows.shape[1] != (store.embedding_dim or rows.shape[1]):
-        raise ValueError(
-            f"encode returned {tuple(rows.shape)} for {len(records)} inputs of modality {records[0].modality!r}, "
-            f"expected ({len(records)}, {store.embedding_dim or 'embedding_dim'})"
-        )
-    bad = (~rows.to(store.dtype).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        remedy = "look at these inputs, or encode in float32 or bfloat16 instead of float16"
-        if rows.isfinite().all():
-            remedy = "they are too large for float16: choose embedding_dtype='bfloat16' or 'float32'"
-        raise ValueError(
-            f"the embeddings of {len(bad)} of {len(records)} inputs are not finite as {store.dtype}, first "
-            f"{[records[place].id for place in bad[:_SHOWN]]}; {remedy}"
-        )
+    encoded = encode_named(encode, [record.model_input for record in records], records)
+    rows = float_rows(encoded, records, store.embedding_dim)
+    if bad := (~rows.to(store.dtype).isfinite().all(dim=1)).nonzero().flatten().tolist():
+        remedy = "look at these inputs, or take float32 or bfloat16 for the model and as embedding_dtype"
+        problem = f"the embeddings of {len(bad)} of {len(records)} inputs are not finite as {store.dtype}, first"
+        raise ValueError(f"{problem} {[records[place].id for place in bad[:_SHOWN]]}; {remedy}")
+    return rows
+
+
+def float_rows(encoded: Any, records: Sequence[Record], dim: int | None) -> Tensor:
+    """What `encode` gave for records of one modality as float32 on the CPU; one row would be taken for all."""
+    rows, count = torch.as_tensor(encoded).float().cpu(), len(records)
+    if rows.ndim != 2 or len(rows) != count or rows.shape[1] != (dim or rows.shape[1]):
+        problem = f"encode returned {tuple(rows.shape)} for {count} inputs of modality {records[0].modality!r}"
+        raise ValueError(f"{problem}, expected ({count}, {dim or 'embedding_dim'})")
     return rows
 
 
@@ -151,19 +151,11 @@ def encode_named(encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], 
         raise
 
 
-def check_encode_kwargs(encode_kwargs: Mapping[str, Any] | None) -> None:
-    """Raise a ValueError for arguments of `encode` that an evaluation cannot pass on."""
-    if refused := sorted(_REFUSED.intersection(encode_kwargs or {})):
-        raise ValueError(
-            f"encode_kwargs has {refused}: each task's instruction is the prompt, and what is compared are float "
-            "embeddings of whole inputs (int8 would be scaled anew in every call). Leave them out; embedding_dtype "
-            "stores embeddings in fewer bytes."
-        )
-
-
 def settings_of_encode(encode_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those arguments of `encode` that change what comes out, as plain values."""
-    check_encode_kwargs(encode_kwargs)
+    """Those arguments of `encode` that change what comes out; ValueError if an evaluation cannot pass one on."""
+    if refused := sorted(_REFUSED.intersection(encode_kwargs or {})):
+        # int8, for one, would be scaled anew in every call.
+        problem = f"encode_kwargs has {refused}: each task's instruction is the prompt, and floats are compared."
+        raise ValueError(f"{problem} Leave them out; embedding_dtype stores embeddings in fewer bytes.")
     kept = {name: value for name, value in (encode_kwargs or {}).items() if name not in _HOW_IT_RUNS}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True, default=str))
-    return plain
+    return dict(json.loads(json.dumps(kept, sort_keys=True, default=str)))

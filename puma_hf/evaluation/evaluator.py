@@ -19,7 +19,7 @@ from torch import Tensor
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.tasks import MBEIRTask, select_tasks
-from puma_hf.evaluation.encoding import check_encode_kwargs
+from puma_hf.evaluation.encoding import float_rows, settings_of_encode
 from puma_hf.evaluation.mbeir import NDCG_K, POOLS, Search, check_choices, prompted, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.topk import exact_search
@@ -91,7 +91,7 @@ class MBEIREvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         check_choices(pool, ks)
-        check_encode_kwargs(encode_kwargs)
+        settings_of_encode(encode_kwargs)  # which refuses some
         self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
         self.instruction_seed, self.write_csv = instruction_seed, write_csv
         self.csv_file = f"M-BEIR_evaluation{f'_{name}' if name else ''}_results.csv"
@@ -163,18 +163,13 @@ class HeldInputs:
 
     def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
         """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
-        embeddings: Tensor | None = None
-        for (prompt, modality), rows in self.groups.items():
-            encoded = torch.as_tensor(encode([self.records[row] for row in rows], prompt)).float().cpu()
-            if embeddings is None:
-                embeddings = torch.empty(len(self.records), encoded.shape[-1])
-            if encoded.shape != (len(rows), embeddings.shape[1]):  # one row would be taken for all
-                raise ValueError(
-                    f"encode returned {tuple(encoded.shape)} for {len(rows)} inputs of modality {modality!r}, "
-                    f"expected ({len(rows)}, {embeddings.shape[1]})"
-                )
+        embeddings = torch.empty(len(self.records), 0)  # the first rows tell how long all are
+        for (prompt, _), rows in self.groups.items():
+            records = [self.records[row] for row in rows]
+            encoded = float_rows(encode(records, prompt), records, embeddings.shape[1] or None)
+            embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.records), encoded.shape[1])
             embeddings[rows] = encoded
-        return torch.empty(0, 0) if embeddings is None else embeddings
+        return embeddings
 
     def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
         """M-BEIR's table from what `embed` returned."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from puma_hf.checkpoint import open_checkpoint
+from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.tasks import select_tasks
@@ -39,7 +39,6 @@ from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.opening import open_sentence_transformer, plain_forward
 from puma_hf.pruning import prune
 from puma_hf.settings import processing_of
 
@@ -55,11 +54,7 @@ _IMAGE_SIDE = 16  # tokens along each side of a square image
 
 
 def decoder_of(model: SentenceTransformer) -> Any:
-    """The decoder of a PUMA model, which has the `layers` and the final `norm`.
-
-    Raises:
-        ValueError: If it is another kind of model, or has modules after the PUMA model.
-    """
+    """The decoder of a PUMA model, which has the `layers` and the final `norm`; ValueError if it is no such model."""
     decoder = getattr(getattr(model[0], "model", None), "language_model", None)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or len(model) > 1:
         names = [type(module).__name__ for module in model]
@@ -68,17 +63,12 @@ def decoder_of(model: SentenceTransformer) -> Any:
 
 
 def keep_last_depths(model: SentenceTransformer) -> range:
-    """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay.
-
-    Raises:
-        ValueError: If the last layer's attention is of another type than that of layers before it.
-    """
+    """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay."""
     decoder, puma = decoder_of(model), cast(Any, model[0])
     # A state goes into the last layer with the mask of the layer that it was made for.
     if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
-        raise ValueError(
-            f"keep_last needs one kind of attention, the layers have {sorted(types)}. Evaluate such models one by one."
-        )
+        problem = f"keep_last needs one kind of attention, the layers have {sorted(types)}."
+        raise ValueError(f"{problem} Evaluate such models one by one.")
     return range(puma.model.config.num_deepstack_layers + 1, len(decoder.layers))
 
 
@@ -147,10 +137,8 @@ def encode_all_layers(
     num_layers, joined = len(decoder_of(model).layers), keep_last_depths(model) if keep_last else range(0)
     with _all_depths(model, joined):
         # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        encoded = model.encode(
-            list(inputs), prompt=prompt or "", batch_size=batch_size, show_progress_bar=False,
-            processing_kwargs=processing_kwargs,
-        )  # fmt: skip
+        options: Any = {"batch_size": batch_size, "processing_kwargs": processing_kwargs, "show_progress_bar": False}
+        encoded = model.encode(list(inputs), prompt=prompt or "", **options)
     embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
     finite = torch.isfinite(embeddings).flatten(start_dim=1).all(dim=1).tolist()
     if not all(finite):
@@ -211,9 +199,6 @@ class LayerCosts:
 def layer_costs(model: SentenceTransformer) -> LayerCosts:
     """Count what each depth costs, on the real model; each count equals that of the model pruned to it.
 
-    Raises:
-        ValueError: If the model is no PUMA model.
-
     Example:
         >>> layer_costs(model).parameters[-1]  # doctest: +SKIP
         1543714304
@@ -231,24 +216,18 @@ def layer_costs(model: SentenceTransformer) -> LayerCosts:
         by_layer = [sum(map(measure, layer.parameters())) for layer in layers]
         return _cut(sum(map(measure, model.parameters())), by_layer)
 
-    return LayerCosts(
-        parameters=sizes(lambda parameter: parameter.numel()),
-        bytes=sizes(lambda parameter: parameter.nbytes),
-        flops_text=flops_by_depth(model, text),
-        flops_image=flops_by_depth(model, image),
-        text_tokens=int(text["attention_mask"].sum()),
-        image_tokens=int((image["input_ids"] == puma.model.config.image_token_id).sum()),
-    )
+    counts = sizes(lambda parameter: parameter.numel()), sizes(lambda parameter: parameter.nbytes)
+    image_tokens = int((image["input_ids"] == puma.model.config.image_token_id).sum())
+    tokens = int(text["attention_mask"].sum()), image_tokens
+    return LayerCosts(*counts, flops_by_depth(model, text), flops_by_depth(model, image), *tokens)
 
 
 def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
     """Operations of one batch of `preprocess` at every depth, as `count_flops` counts them, from one forward pass."""
     counter = counted_pass(model, features)
     spent = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    by_layer = [
-        next(count for name, count in spent.items() if name.endswith(f".language_model.layers.{number}"))
-        for number in range(len(decoder_of(model).layers))
-    ]
+    layers = [f".language_model.layers.{number}" for number in range(len(decoder_of(model).layers))]
+    by_layer = [next(count for name, count in spent.items() if name.endswith(layer)) for layer in layers]
     return _cut(int(counter.get_total_flops()), by_layer)
 
 
@@ -327,22 +306,12 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
                 kept = (*rows[num_layers:], rows[num_layers - 1])
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
         judged = tuple(len(search.relevance) for search in held.searches if search.pool_name == pools[0])
-        report = SweepReport(
-            models=tuple(swept),
-            data=short_name(config.data),
-            data_hash=data.content_hash,
-            split=config.split,
-            tasks=tuple(task.name for task in tasks),
-            num_queries=sum(judged),
-            task_queries=judged,
-            num_candidates=len(held.row_of),
-            pool=pools[0],
-            metric=config.metric,
-            text_tokens=counted[0].text_tokens,
-            image_tokens=counted[0].image_tokens,
-            keep=config.keep,
-            max_params=None if config.max_params is None else parse_parameters(config.max_params),
-        )
+        told: dict[str, Any] = {name: getattr(config, name) for name in ("split", "metric", "keep")}
+        told |= {name: getattr(counted[0], name) for name in ("text_tokens", "image_tokens")}
+        told |= {"data": short_name(config.data), "data_hash": data.content_hash, "pool": pools[0]}
+        told |= {"num_queries": sum(judged), "task_queries": judged, "num_candidates": len(held.row_of)}
+        told["max_params"] = None if config.max_params is None else parse_parameters(config.max_params)
+        report = SweepReport(tuple(swept), tasks=tuple(task.name for task in tasks), **told)
     if config.output is not None:
         try:
             report.save(config.output)
@@ -370,31 +339,20 @@ def _sweep_model(
         results, depth = held.results(depth, config.split), depth.to(device)
         cka = linear_cka(depth, full)
         same = depth.shape == full.shape
-        rows.append(
-            SweepRow(
-                k=k,
-                # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-                **{name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")},
-                cka=None if math.isnan(cka) else cka,
-                cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
-                quality={pool: results.mean(pool) for pool in results.pools},
-                scores={
-                    pool: {row.task.name: row.score for row in results.rows if row.pool == pool}
-                    for pool in results.pools
-                },
-            )
-        )
+        cosine = float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None
+        scores: dict[str, dict[str, float]] = {}
+        for row in results.rows:
+            scores.setdefault(row.pool, {})[row.task.name] = row.score
+        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+        told: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
+        told |= {"k": k, "cka": None if math.isnan(cka) else cka, "cosine": cosine, "scores": scores}
+        rows.append(SweepRow(quality={pool: results.mean(pool) for pool in results.pools}, **told))
     return costs, full, tuple(rows)
 
 
 @contextmanager
 def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
-    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers.
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is no Qwen2-VL, 2.5 or 3.
-    """
+    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers."""
     folder = open_checkpoint(source).folder
     if is_puma_directory(folder):
         yield open_sentence_transformer(source, trust_remote_code=trust_remote_code)

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import __version__
+from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
 from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
@@ -34,7 +35,6 @@ from puma_hf.files import read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
-from puma_hf.opening import check_truncate_dim, open_sentence_transformer
 from puma_hf.processes import connect, gather, locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 
@@ -64,12 +64,7 @@ class Search:
 
 
 def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[Search]:
-    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once.
-
-    Raises:
-        MBEIRFormatError: If a file is not what the format says, or a task has no query with a relevant candidate.
-        FileNotFoundError: If a file or an image is missing.
-    """
+    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once."""
     queries = {task: data.queries(task, split) for task in tasks}
     searches = []
     for pool_name in pool_names:
@@ -80,10 +75,8 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
             # The others are left out of the means, as M-BEIR does; the table says how many.
             relevance = {qid: judged for qid, judged in qrels.items() if judged}
             if not relevance:
-                raise MBEIRFormatError(
-                    f"{data.root}: no query of {task.name} ({split}) has a relevant candidate in its "
-                    f"{pool_name} pool; look at its qrels, or name the other tasks (tasks=[...], --tasks)"
-                )
+                problem = f"no query of {task.name} ({split}) has a relevant candidate in its {pool_name} pool"
+                raise MBEIRFormatError(f"{data.root}: {problem}; look at its qrels, or name the other tasks (--tasks)")
             searches.append(Search(task, pool_name, pool, queries[task], relevance))
     return searches
 
@@ -96,10 +89,7 @@ def prompted(data: MBEIR, search: Search, seed: int | None) -> list[tuple[Query,
 def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
     """The row of one search; its metrics are means over the queries in `search.relevance`.
 
-    Args:
-        search: The search.
-        rankings: For each qid, the dids of the best candidates, best first: at least so many as the largest k, or all.
-        ks: The k of hit@k, recall@k and wrong_modality@k; wrong_modality@1 is always there.
+    Rankings hold, for each qid, the dids of the best candidates, best first: at least the largest k, or all.
     """
     task, judged = search.task, list(search.relevance.values())
     ranked = [rankings[qid] for qid in search.relevance]
@@ -111,9 +101,8 @@ def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[
     modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
     for k in sorted({1, *ks}):
         metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
-    num_skipped = len(search.queries) - len(judged)
-    size = len(search.pool)
-    return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, size, len(judged), num_skipped, score, metrics)
+    counts = (len(search.pool), len(judged), len(search.queries) - len(judged))
+    return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, *counts, score, metrics)
 
 
 def check_choices(pool: str, ks: Sequence[int]) -> None:
@@ -197,21 +186,16 @@ def evaluate_mbeir(
     check_choices(pool, ks)
     if embedding_dtype not in _DTYPES:
         raise ValueError(f"embedding_dtype is {embedding_dtype!r}, must be one of {list(_DTYPES)}")
-    if popularity_penalty is not None and not 0 <= popularity_penalty <= 1:
-        raise ValueError(
-            f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2; None for plain figures"
-        )
+    if not 0 <= (popularity_penalty or 0) <= 1:
+        raise ValueError(f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2, or None")
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
         opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
     chosen = select_tasks(opened.tasks(split), names)
-    made_from = {
-        **_made_from(model, model_name, opened, data_name, encode_kwargs),
-        "instructions": "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}",
-        "pool": pool,
-        "embedding_dtype": embedding_dtype,
-        **({} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}),
-    }
+    drawn = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
+    made_from = _made_from(model, model_name, opened, data_name, encode_kwargs)
+    made_from |= {"instructions": drawn, "pool": pool, "embedding_dtype": embedding_dtype}
+    made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
     device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,14 +221,17 @@ def evaluate_mbeir(
                 moved = torch.cat([less_popular(own, popularity_penalty) for own in by_task])
                 corrected = _rankings(group, _search_shares(moved, store, keys, top_k, device))
             for number, search in enumerate(group):
-                row = task_result(search, _dids(plain[number]), ks)
+                results.rankings[search.pool_name][search.task.name] = dids = _dids(plain[number])
+                row = task_result(search, dids, ks)
                 if corrected is not None:
                     other = task_result(search, _dids(corrected[number]), ks)
                     row = replace(row, corrected={"score": other.score, **other.metrics})
-                results.rankings[row.pool][search.task.name] = _dids(plain[number])
                 results.rows.append(row)
                 if output is not None:
-                    _write_for_trec_eval(output, search, plain[number])
+                    path = f"{search.pool_name}/{search.task.name}"
+                    write_run(output / f"runs/{path}.trec", plain[number])
+                    write_qrels(output / f"qrels/{path}.txt", search.relevance)
+                    write_qrels(output / f"qrels_uniir/{path}.txt", search.relevance, search.task.task_id)
         if output is not None:
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
@@ -273,45 +260,31 @@ def _dids(ranking: Ranking) -> dict[str, list[str]]:
     return {qid: [did for did, _ in pairs] for qid, pairs in ranking.items()}
 
 
-def _write_for_trec_eval(output: Path, search: Search, ranking: Ranking) -> None:
-    write_run(output / "runs" / search.pool_name / f"{search.task.name}.trec", ranking)
-    for folder, task_id in (("qrels", None), ("qrels_uniir", search.task.task_id)):
-        write_qrels(output / folder / search.pool_name / f"{search.task.name}.txt", search.relevance, task_id)
-
-
 def _made_from(
     model: Encoder, model_name: str | None, data: MBEIR, data_name: str | None, encode_kwargs: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    encoding = settings_of_encode(encode_kwargs)
-    content_hash = getattr(data, "content_hash", None)
-    return {
-        "puma_hf": __version__,
-        # The releases of these may change the last digits of an embedding.
-        **{library: version(library) for library in ("torch", "transformers", "sentence-transformers")},
-        "model": model_name or name_of(model),
-        "model_fingerprint": model_fingerprint(model),
-        "truncate_dim": encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None),
-        **({"encode_kwargs": encoding} if encoding else {}),
-        "data": data_name or data.root.resolve().name,
-        **({"content_hash": content_hash} if content_hash else {}),
-    }
+    encoding, content_hash = settings_of_encode(encode_kwargs), getattr(data, "content_hash", None)
+    # The releases of these libraries may change the last digits of an embedding.
+    libraries = ("torch", "transformers", "sentence-transformers")
+    values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in libraries}}
+    values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
+    values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
+    values |= {"encode_kwargs": encoding} if encoding else {}
+    values["data"] = data_name or data.root.resolve().name
+    return values | ({"content_hash": content_hash} if content_hash else {})
 
 
 def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
     # The store refuses embeddings of another model or of other settings.
     fingerprint = made_from["model_fingerprint"]
     if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
-        raise ValueError(
-            f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model, which has no weights "
-            "to compare. Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
-        )
+        problem = f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model."
+        remedy = "Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
+        raise ValueError(f"{problem} {remedy}")
+    # To read special tokens as text changes no embedding that could be made without.
     options = made_from.get("encode_kwargs", {})
-    settings = {
-        "model": fingerprint,
-        "truncate_dim": made_from["truncate_dim"],
-        # To read special tokens as text changes no embedding that could be made without.
-        "encode_kwargs": {} if options == {"processing_kwargs": processing_of("split")} else options,
-    }
+    options = {} if options == {"processing_kwargs": processing_of("split")} else options
+    settings = {"model": fingerprint, "truncate_dim": made_from["truncate_dim"], "encode_kwargs": options}
     with main_process_first():
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
@@ -338,32 +311,23 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     for note in config.notes():
         logger.warning(note)
     processing = processing_of(config.special_tokens)
+    names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
+    options["data_name"] = short_name(config.data) + (" (nano)" if config.benchmark == "nano" else "")
+    options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
     with locked_for_all(config.output), ExitStack() as stack:
         data = _open_data(config, stack)
-        names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
-        return evaluate_mbeir(
-            _open_model(config),
-            data,
-            **{name: getattr(config, name) for name in names},
-            tasks=config.tasks or None,
-            output_dir=config.output,
-            encode_kwargs={"processing_kwargs": processing} if processing else None,
-            model_name=short_name(config.model),
-            data_name=short_name(config.data) + (" (nano)" if config.benchmark == "nano" else ""),
-        )
+        return evaluate_mbeir(_open_model(config), data, **options)
 
 
 def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
-    tasks = config.tasks or None
-    with main_process_first():  # it imports, the others read what it made
-        data = open_mbeir(config.data, split=config.split, tasks=tasks, revision=config.data_revision)
-    if config.benchmark != "nano":
-        return data
-    folder = config.nano_folder or (Path(config.output, "nano") if config.output is not None else None)
-    if folder is None:
-        folder = stack.enter_context(shared_folder(None)) / "nano"
-    with main_process_first():
-        return draw_nano(data, folder, config)
+    folder = config.nano_folder
+    if folder is None and config.benchmark == "nano":
+        folder = Path(config.output or stack.enter_context(shared_folder(None)), "nano")
+    with main_process_first():  # it imports and draws, the others read what it made
+        data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None, revision=config.data_revision)
+        return data if config.benchmark != "nano" or folder is None else draw_nano(data, folder, config)
 
 
 def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
@@ -376,16 +340,9 @@ def _open_model(config: EvaluateConfig) -> SentenceTransformer:
     kind = read_config(Path(config.model)).get("model_type")
     is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
     if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
-        raise ValueError(
-            f"{config.model!r} is an original {kind} checkpoint, must be an embedder. Make one of it first: puma-hf "
-            f"prune {config.model} OUTPUT --num-kept-layers K (all of its layers for the whole model)."
-        )
-    model = open_sentence_transformer(
-        config.model,
-        device=own_device(),
-        revision=config.revision,
-        truncate_dim=config.truncate_dim,
-        trust_remote_code=config.trust_remote_code,
-    )
+        remedy = f"Make one of it first: puma-hf prune {config.model} OUTPUT --num-kept-layers K (or all of them)."
+        raise ValueError(f"{config.model!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
+    loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
+    model = open_sentence_transformer(config.model, device=own_device(), **loading)
     check_truncate_dim(model, config.model, config.truncate_dim)
     return model

@@ -127,12 +127,7 @@ def metric_path() -> str:
 
 def _check(rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], ks: Sequence[int]) -> None:
     if len(rankings) != len(relevance) or not rankings or min(ks) < 1:
-        raise ValueError(
-            f"{len(rankings)} rankings, {len(relevance)} relevance judgements, and k is {sorted(set(ks))}; give one of "
-            "each for at least one query, and every k of 1 or more"
-        )
-    for row, judged in enumerate(relevance):
-        if not any(gain > 0 for gain in judged.values()):
-            raise ValueError(
-                f"query {row} has no relevant candidate; leave such queries out and say how many there are"
-            )
+        problem = f"{len(rankings)} rankings, {len(relevance)} relevance judgements, and k is {sorted(set(ks))}"
+        raise ValueError(f"{problem}; give one of each for at least one query, and every k of 1 or more")
+    if missing := [row for row, judged in enumerate(relevance) if not any(gain > 0 for gain in judged.values())]:
+        raise ValueError(f"query {missing[0]} has no relevant candidate; leave such queries out, and say how many")

@@ -76,18 +76,10 @@ def puma_model_meta(
         prompts = options.pop("prompts", None)
         return PumaEncoder(SentenceTransformer(source, **given, **options), prompts)
 
-    entry: ModelMeta = _meta_class().create_empty(
-        overwrites={
-            "loader": loader,
-            "name": name,
-            "revision": revision,
-            "modalities": ["text", "image"],
-            "framework": ["Sentence Transformers", "PyTorch"],
-            "similarity_fn_name": "cosine",
-            "use_instructions": True,
-            "experiment_kwargs": {"prompts": dict(prompts)} if prompts else None,
-        }
-    )
+    told: dict[str, Any] = {"loader": loader, "name": name, "revision": revision, "modalities": ["text", "image"]}
+    told |= {"framework": ["Sentence Transformers", "PyTorch"], "similarity_fn_name": "cosine"}
+    told |= {"use_instructions": True, "experiment_kwargs": {"prompts": dict(prompts)} if prompts else None}
+    entry: ModelMeta = _meta_class().create_empty(overwrites=told)
     return entry
 
 
@@ -161,10 +153,8 @@ class PumaEncoder:
         # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
         options = {**kwargs, "prompt": prompt or "", "show_progress_bar": False}
         progress = tqdm(inputs, desc=task_metadata.name, disable=not show_progress_bar)
-        embeddings = [
-            self.model.encode(list(_model_inputs(batch, task_metadata.name)), **options) for batch in progress
-        ]
-        return torch.cat([torch.as_tensor(rows).float().cpu() for rows in embeddings])
+        batches = (self.model.encode(list(_model_inputs(batch, task_metadata.name)), **options) for batch in progress)
+        return torch.cat([torch.as_tensor(rows).float().cpu() for rows in batches])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosine of every embedding with every other, `(num_embeddings1, num_embeddings2)`."""

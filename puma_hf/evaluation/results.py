@@ -117,9 +117,6 @@ class MBEIRResults:
 
         Returns:
             The mean "score", of each metric, and, if all rows have one, of the corrected score as "corrected_score".
-
-        Raises:
-            ValueError: If the pool was not evaluated.
         """
         rows = [row for row in self.rows if row.pool == pool]
         if not rows:
@@ -132,12 +129,8 @@ class MBEIRResults:
 
     def to_dict(self, *, include_rankings: bool = False) -> dict[str, Any]:
         """The keys split, made_from, mean, rows and, if asked for, rankings: plain values that JSON can hold."""
-        values: dict[str, Any] = {
-            "split": self.split,
-            "made_from": self.made_from,
-            "mean": {pool: self.mean(pool) for pool in self.pools},
-            "rows": [asdict(row) for row in self.rows],
-        }
+        values: dict[str, Any] = {"split": self.split, "made_from": self.made_from}
+        values |= {"mean": {pool: self.mean(pool) for pool in self.pools}, "rows": [asdict(row) for row in self.rows]}
         return {**values, "rankings": self.rankings} if include_rankings else values
 
     @classmethod
@@ -163,10 +156,8 @@ class MBEIRResults:
         models = PUBLISHED_MODELS if published else ()
         empty = [None] * len(models)
         ours = ["hit@k", "corrected"] if any(row.corrected for row in self.rows) else ["hit@k"]
-        lines = [
-            _line(["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]),
-            _line(["---"] * 3 + ["---:"] * (3 + len(ours) + len(models) + len(names))),
-        ]
+        head = ["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]
+        lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
             for row in rows:
@@ -187,8 +178,8 @@ class MBEIRResults:
         """Published figures by task, of the tasks that were evaluated as they were for the papers."""
         if self.split != "test" or "content_hash" in self.made_from:  # a subset is another benchmark
             return {}
-        names = [row.task.name for row in self.rows if row.pool == "local"]
-        return {name: PUBLISHED[name] for name in names if name in PUBLISHED}
+        there = {row.task.name for row in self.rows if row.pool == "local"}
+        return {name: figures for name, figures in PUBLISHED.items() if name in there}
 
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []
@@ -202,17 +193,10 @@ class MBEIRResults:
         if skipped := [row for row in self.rows if row.num_skipped]:
             where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
-        made_from = {"split": self.split, **self.made_from}
-        words = [
-            f"{_WORDS.get(name, name.replace('_', '-'))} {_shown(name, made_from[name])}"
-            for name in _MADE_FROM
-            if made_from.get(name) is not None
-        ]
+        known = {name: value for name, value in {"split": self.split, **self.made_from}.items() if value is not None}
+        known |= {name: known[name][:_SHOWN_DIGITS] for name in ("model_fingerprint", "content_hash") if name in known}
+        words = [f"{_WORDS.get(name, name.replace('_', '-'))} {known[name]}" for name in _MADE_FROM if name in known]
         return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
-
-
-def _shown(name: str, value: object) -> str:
-    return str(value)[:_SHOWN_DIGITS] if name in ("model_fingerprint", "content_hash") else str(value)
 
 
 def _line(cells: Iterable[object]) -> str:
@@ -273,11 +257,7 @@ def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first.
-
-    Raises:
-        ValueError: If a line has not six fields, or its score is no number.
-    """
+    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first."""
     found: dict[str, dict[str, float]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if line.strip():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puma_hf.configs import parse_parameters
-from puma_hf.files import write_whole
+from puma_hf.files import write_json, write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one
 _UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
@@ -165,9 +165,8 @@ class SweepReport:
         budget = math.inf if max_params is None else parse_parameters(max_params)
         within = "" if max_params is None else f" within the budget of {budget:,} parameters"
         # The smallest first, and of equals the better: (parameters, k, minus quality, model).
-        rows = sorted(
-            (row.parameters, row.k, -self.quality(row), model.name) for model in self.models for row in model.rows
-        )
+        every = [(row, model.name) for model in self.models for row in model.rows]
+        rows = sorted((row.parameters, row.k, -self.quality(row), name) for row, name in every)
         full, fitting = self.quality(self.full), [row for row in rows if row[0] <= budget]
         enough = [row for row in rows if -row[2] >= keep * full - _EPSILON]
         best = min(fitting or rows[:1], key=lambda row: (row[2], row[0]))
@@ -240,22 +239,13 @@ class SweepReport:
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
+        """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file; needs matplotlib."""
         write_whole(Path(path), _drawn(self, Path(path).suffix.lstrip(".").lower()))
 
     def save(self, folder: str | Path) -> None:
-        """Write sweep.json, sweep.md and sweep.png; each is replaced as a whole or not at all.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        content = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        for name, text in {"sweep.json": content, "sweep.md": self.to_markdown()}.items():
-            write_whole(Path(folder, name), text.encode())
+        """Write sweep.json, sweep.md and sweep.png, for which matplotlib is needed; each whole or not at all."""
+        write_json(Path(folder, "sweep.json"), self.to_dict())
+        write_whole(Path(folder, "sweep.md"), self.to_markdown().encode())
         self.plot(Path(folder, "sweep.png"))
 
 
@@ -287,9 +277,8 @@ def load_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "The picture of a sweep needs matplotlib. Run `pip install 'puma-hf[plot]'`, or leave out the output."
-        ) from error
+        remedy = "Run `pip install 'puma-hf[plot]'`, or leave out the output."
+        raise ImportError(f"The picture of a sweep needs matplotlib. {remedy}") from error
     return Figure
 
 
@@ -321,18 +310,14 @@ def _drawn(report: SweepReport, file_format: str) -> bytes:
                 right.plot(ks, values, style, color=colour, markersize=4, linewidth=1.6)
     for share, style in ((1.0, "--"), (report.keep, ":")):
         height = 100 * share * report.quality(full)
-        left.axhline(
-            height, color=_MUTED, linewidth=1, linestyle=style, label=f"{share:.3g} x full model, {height:.1f}"
-        )
+        label = f"{share:.3g} x full model, {height:.1f}"
+        left.axhline(height, color=_MUTED, linewidth=1, linestyle=style, label=label)
     left.plot([], [], "D", color="none", markeredgecolor=_MUTED, label="knee")
     left.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=11, label=f"recommended: k = {best.k}")
     right.plot([], [], "o-", color=_MUTED, label="linear CKA")
     right.plot([], [], "s--", color=_MUTED, label="mean cosine")
-    left.set(
-        ylim=(0, 1.1 * highest),
-        xlabel=f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)",
-        ylabel=f"{report.metric}, {report.pool} pools, %",
-    )
+    xlabel = f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)"
+    left.set(ylim=(0, 1.1 * highest), xlabel=xlabel, ylabel=f"{report.metric}, {report.pool} pools, %")
     right.set(xlabel="k, decoder layers kept", ylabel="closeness to the full model's embeddings")
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):

@@ -64,10 +64,10 @@ def exact_search(
         tensor([[1, 2]])
     """
     if query_embeddings.ndim != 2 or not len(query_embeddings) or min(top_k, block_size) < 1:
-        raise ValueError(
-            f"query_embeddings is {tuple(query_embeddings.shape)}, top_k is {top_k} and block_size is {block_size}; a "
-            "search needs (num_queries, embedding_dim), and one of each or more"
+        problem = (
+            f"query_embeddings is {tuple(query_embeddings.shape)}, top_k is {top_k} and block_size is {block_size}"
         )
+        raise ValueError(f"{problem}; a search needs (num_queries, embedding_dim), and one of each or more")
     device = device or query_embeddings.device
     queries = _unit_rows("query_embeddings", query_embeddings.to(device), 0, query_embeddings.shape[1])
     width = block_size
@@ -174,10 +174,8 @@ def _unit_rows(name: str, embeddings: Tensor, start: int, dim: int) -> Tensor:
     # A sum is NaN where anything is, and needs no copy; infinity becomes NaN when it is normalised.
     if not bool(units.sum().isfinite()):
         bad = (~units.isfinite().all(dim=1)).nonzero().flatten() + start
-        raise ValueError(
-            f"{name} has {len(bad)} rows with NaN or infinity, first rows {bad[:5].tolist()}; look at their inputs, or "
-            "encode in float32 or bfloat16 instead of float16"
-        )
+        problem = f"{name} has {len(bad)} rows with NaN or infinity, first rows {bad[:5].tolist()}"
+        raise ValueError(f"{problem}; look at their inputs, or encode in float32 or bfloat16 instead of float16")
     return units
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,39 +18,26 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
 
 from puma_hf import __version__
+from puma_hf.configs_training import RECIPES
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
 from puma_hf.evaluation.sweep_report import si
-from puma_hf.files import (
-    DISTILL_RECIPE,
-    TRAIN_RECIPE,
-    is_adapter_directory,
-    is_hub_id,
-    named_base,
-    read_config,
-    write_whole,
-)
+from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
-from puma_hf.model_card import TAGS, fill_template
 from puma_hf.modeling.configuration_puma import config_class_of
-from puma_hf.pruning import told_limits
+from puma_hf.pruning import TAGS, fill_template, told_limits
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-_RECIPES = (DISTILL_RECIPE, TRAIN_RECIPE)
+_RECIPES = tuple(RECIPES.values())
 _UNTRAINED = "No training after the cut is on record."
 # What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
-_STAGES = re.compile(
-    r"^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without labels)",
-    re.MULTILINE,
-)
+_STAGES = r"(?m)^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without)"
 # What is told of a recipe: of each stage, of MAC-Loss, and of all labelled training.
 _OF_ALL = ("max_steps", "batch_size", "learning_rate", "lora_r", "seed")
 _OF_MAC = ("hard_temperature", "schedule", "schedule_end", "grouping")
-_TOLD = (
-    *("contrastive_weight", "contrastive_weight_start", "distillation_weight_start", "temperature", *_OF_MAC),
-    *("num_negatives", *_OF_ALL, "matryoshka_dims"),
-)
+_WEIGHTS = ("contrastive_weight", "contrastive_weight_start", "distillation_weight_start")
+_TOLD = (*_WEIGHTS, "temperature", *_OF_MAC, "num_negatives", *_OF_ALL, "matryoshka_dims")
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 
@@ -136,43 +124,26 @@ def make_card(
     if is_adapter:  # a folder of this machine is nobody else's business
         named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
     named = options.base_model or named
-    base_model = named if named and is_hub_id(named) else None
+    metadata: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    if named and is_hub_id(named):
+        metadata |= {"base_model": named, "base_model_relation": "adapter" if is_adapter else "finetune"}
     # The Hub reads the model index from the metadata; a card without results must not have one.
-    eval_results = list(_eval_results(found)) or None
-    card_data = ModelCardData(
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        base_model=base_model,
-        base_model_relation=None if base_model is None else "adapter" if is_adapter else "finetune",
-        license=options.license,
-        datasets=list(options.datasets) or None,
-        tags=[*TAGS, *(["peft", "lora"] if is_adapter else [])],
-        model_name=None if eval_results is None else options.repo_id or folder.resolve().name,
-        eval_results=eval_results,
-    )
+    if eval_results := list(_eval_results(found)):
+        metadata |= {"eval_results": eval_results, "model_name": options.repo_id or folder.resolve().name}
+    metadata |= {"license": options.license, "datasets": list(options.datasets) or None}
+    card_data = ModelCardData(**metadata, tags=[*TAGS, *(["peft", "lora"] if is_adapter else [])])
     training = _training(folder, found, is_adapter)
-    embedding_dim = config.get("text_config", {}).get("hidden_size")
-    text = fill_template(
-        card_data,
-        model_id=options.repo_id,
-        title=None if options.repo_id else folder.resolve().name,
-        puma_hf_version=__version__,
-        is_adapter=is_adapter,
-        code=dict(code or {}),
-        **_usage(folder, found, embedding_dim),
-        **({} if is_adapter else model.facts),
-        training=training,
-        results="\n\n".join(_table(found, *evaluation) for evaluation in found.evaluations) or None,
-        not_measured=_not_measured(found, is_adapter, is_trained=training != _UNTRAINED),
-        options=options,
-        source=named,
-        source_revision=config.get("source_revision"),
-        backbone=config_class_of(config["model_type"]).source_name if config else None,
-        embedding_dim=embedding_dim,
-        limits=told_limits(folder),
-        **{name: config.get(name) for name in ("num_kept_layers", "original_num_hidden_layers", "kept_layers")},
-    )
-    return Card(text, found.files)
+    dim = config.get("text_config", {}).get("hidden_size")
+    names = ("source_revision", "num_kept_layers", "original_num_hidden_layers", "kept_layers")
+    values = {name: config.get(name) for name in names} | _usage(folder, found, dim)
+    values |= {} if is_adapter else model.facts
+    values |= {"model_id": options.repo_id, "title": None if options.repo_id else folder.resolve().name}
+    values |= {"options": options, "is_adapter": is_adapter, "code": dict(code or {}), "puma_hf_version": __version__}
+    values |= {"source": named, "embedding_dim": dim, "limits": told_limits(folder), "training": training}
+    values["backbone"] = config_class_of(config["model_type"]).source_name if config else None
+    values["results"] = "\n\n".join(_table(found, *evaluation) for evaluation in found.evaluations) or None
+    values["not_measured"] = _not_measured(found, is_adapter, is_trained=training != _UNTRAINED)
+    return Card(fill_template(card_data, **values), found.files)
 
 
 # --- the model itself
@@ -217,22 +188,21 @@ class MeasuredModel:
 
         def before(by_depth: Sequence[int], more: int = 0) -> int | None:
             """With the dropped layers, as all are of one size; of one layer alone its share is not known."""
-            if dropped and len(by_depth) == 1:
-                return None
-            return by_depth[-1] + more + (dropped * (by_depth[-1] - by_depth[-2]) if dropped else 0)
+            if not dropped or len(by_depth) == 1:
+                return None if dropped else by_depth[-1] + more
+            return by_depth[-1] + more + dropped * (by_depth[-1] - by_depth[-2])
 
         # The head, which is not counted in operations, has the shape of the token embedding.
         text = config.text_config
         head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
-        kinds = {
-            f"operations, text of {counted.text_tokens} tokens": counted.flops_text,
-            f"operations, image of {counted.image_tokens} visual tokens": counted.flops_image,
-        }
+        kinds = {f"operations, text of {counted.text_tokens} tokens": counted.flops_text}
+        kinds[f"operations, image of {counted.image_tokens} visual tokens"] = counted.flops_image
         return {
-            "parameters_before": before(counted.parameters, head),
-            "parameters_after": counted.parameters[-1],
-            "bytes_before": before(counted.bytes, head * self.model.dtype.itemsize),
-            "bytes_after": counted.bytes[-1],
+            **{"parameters_before": before(counted.parameters, head), "parameters_after": counted.parameters[-1]},
+            **{
+                "bytes_before": before(counted.bytes, head * self.model.dtype.itemsize),
+                "bytes_after": counted.bytes[-1],
+            },
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "costs": [(kind, *(n and f"{si(n)}FLOP" for n in (by[-1], before(by)))) for kind, by in kinds.items()],
         }
@@ -265,17 +235,15 @@ class CardResults:
                 self._add(path)
             except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
                 if paths is not None:
-                    raise ValueError(
-                        f"results {str(path)!r} is no result of {str(self.model.directory)!r} ({error}). Measure this "
-                        "model again: puma-hf evaluate."
-                    ) from error
+                    problem = f"results {str(path)!r} is no result of {str(self.model.directory)!r} ({error})."
+                    raise ValueError(f"{problem} Measure this model again: puma-hf evaluate.") from error
                 logger.info("not in the card: %s (%s)", path, error)
         return self
 
     def _add(self, path: Path) -> None:
         values, name = _read(path), f"{path.resolve().parent.name}/{path.name}"
-        is_recipe, digest = path.name in _RECIPES, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        if is_recipe:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        if path.name in _RECIPES:
             self.recipes.append((f"`{name}`, SHA-256 {digest}", values))
             return
         results = MBEIRResults.from_dict(values)
@@ -302,14 +270,11 @@ def find_results(directory: Path) -> list[Path]:
 def _recipes(folder: Path) -> list[Path]:
     """Recipes of a directory and of those beside it that it came from, the last stage first; a merge copies them."""
     found: list[Path] = []
-    while here := [folder / name for name in _RECIPES if (folder / name).is_file()]:
-        if here[0] in found:
-            break
-        found.append(here[0])
-        try:  # the path may be of another machine; "." says nothing of where that was
+    with suppress(ValueError, OSError):  # whoever reads the recipes will say so
+        while (here := [folder / name for name in _RECIPES if (folder / name).is_file()]) and here[0] not in found:
+            found.append(here[0])
+            # The path may be of another machine; "." says nothing of where that was.
             folder = folder.with_name(Path(str(_read(here[0]).get("model"))).name or folder.name)
-        except (ValueError, OSError):  # whoever reads the recipes will say so
-            break
     return found
 
 
@@ -328,17 +293,15 @@ def _read(path: Path) -> dict[str, Any]:
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
     """One entry of the model index a row of the tables, with the file's own value."""
     for cited, results in found.evaluations:
-        data = str(results.made_from.get("data") or "unknown")
-        dim = results.made_from.get("truncate_dim")
+        data, dim = str(results.made_from.get("data") or "unknown"), results.made_from.get("truncate_dim")
+        dims, suffix = ("", "") if dim is None else (f", first {dim} dimensions", f"-dim{dim}")
+        of_all: Any = {"task_type": "retrieval", "dataset_type": data, "dataset_split": results.split}
         for row in results.rows:
             yield EvalResult(
-                task_type="retrieval",
+                **of_all,
                 task_name=f"Multimodal retrieval, {row.task.arrow}",
-                dataset_type=data,
-                dataset_name=f"{data}: {row.task.name}, {row.pool} pool"
-                f"{'' if dim is None else f', first {dim} dimensions'}",
-                dataset_config=f"{row.task.name}-{row.pool}{'' if dim is None else f'-dim{dim}'}",
-                dataset_split=results.split,
+                dataset_name=f"{data}: {row.task.name}, {row.pool} pool{dims}",
+                dataset_config=f"{row.task.name}-{row.pool}{suffix}",
                 metric_type=f"hit_at_{row.task.reported_k}",
                 metric_name=f"hit@{row.task.reported_k}, {cited.split('`')[1]}",
                 metric_value=row.score,
@@ -360,10 +323,9 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
     # A card is written from nothing, so that a merge without its recipe is known from the card of before alone.
     lines = [_stage(cited, recipe) for cited, recipe in reversed(found.recipes)]
     card = folder / "README.md"
-    merges = len(_STAGES.findall(card.read_text(encoding="utf-8"))) if card.is_file() else 0
-    for _ in range(merges - len(lines)):
-        lines.insert(0, "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand.")
-    return "\n".join(lines) or (None if is_adapter else _UNTRAINED)
+    merges = len(re.findall(_STAGES, card.read_text(encoding="utf-8"))) if card.is_file() else 0
+    unknown = "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand."
+    return "\n".join([unknown] * (merges - len(lines)) + lines) or (None if is_adapter else _UNTRAINED)
 
 
 def _stage(cited: str, recipe: Mapping[str, Any]) -> str:
@@ -394,12 +356,11 @@ def _usage(folder: Path, found: CardResults, embedding_dim: int | None) -> dict[
     trained = [dims for _, recipe in found.recipes if (dims := recipe.get("matryoshka_dims"))]
     example = prompts.get(_EXAMPLE_PROMPT, next(iter(prompts.values()), None))
     return {
-        "prompts": prompts,
         # Quoted for JSON it is quoted for Python, too.
         "example_instruction": None if example is None else json.dumps(example, ensure_ascii=False),
         "versions": " and ".join(f"{named[name]} {versions[name]}" for name in named if name in versions),
-        "matryoshka": bool(trained),
         "truncate_dim": min(trained[0]) if trained else (embedding_dim or 0) // 2,
+        **{"matryoshka": bool(trained), "prompts": prompts},
     }
 
 

@@ -31,10 +31,8 @@ class LoadCheck:
     difference: float
 
     def __str__(self) -> str:
-        return (
-            f"loads without puma_hf by AutoModel and SentenceTransformer: {self.embedding_dim} dimensions in "
-            f"{self.dtype}, largest difference {self.difference:.1e}"
-        )
+        found = f"{self.embedding_dim} dimensions in {self.dtype}, largest difference {self.difference:.1e}"
+        return f"loads without puma_hf by AutoModel and SentenceTransformer: {found}"
 
 
 def check_loads(
@@ -73,10 +71,8 @@ def check_loads(
         if process.returncode == 0:
             found = json.loads((work / "found.json").read_text(encoding="utf-8"))
     if problem := found.get("error") or _problem(found):
-        raise ValueError(
-            f"{shown!r} does not load where puma_hf is not installed ({problem.replace(name, shown)}). Write the "
-            "directory again with puma-hf prune or merge."
-        )
+        problem = f"{shown!r} does not load where puma_hf is not installed ({problem.replace(name, shown)})."
+        raise ValueError(f"{problem} Write the directory again with puma-hf prune or merge.")
     return LoadCheck(found["dim"], found["dtype"], found["difference"])
 
 
@@ -111,13 +107,10 @@ def _load_both(directory: str) -> dict[str, Any]:
     with torch.inference_mode():
         embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
     # Two of other shapes end here, with torch's own words.
-    return {
-        "dim": embeddings.shape[1],
-        "difference": float((embeddings - encoded).abs().max()),
-        "1 - cosine": float((1 - torch.cosine_similarity(embeddings, encoded)).max()),
-        "unread": sorted(info["unexpected_keys"]),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-    }
+    cosine, difference = torch.cosine_similarity(embeddings, encoded), (embeddings - encoded).abs()
+    found: dict[str, Any] = {"difference": float(difference.max()), "1 - cosine": float((1 - cosine).max())}
+    found |= {"dim": embeddings.shape[1], "dtype": str(backbone.dtype).removeprefix("torch.")}
+    return {**found, "unread": sorted(info["unexpected_keys"])}
 
 
 def _main() -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,10 +42,7 @@ _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"}
 _REPLACED = ("model*.safetensors", "results*.json", "sweep*.json", *(name for name in LOADED if name not in _NEUTRAL))
 _OTHERS_CODE = re.compile(r'"auto_map"\s*:\s*\{[^}]*--')
 # What the card shows of the code that travels, by the name that the lines give it.
-_SHOWN = {
-    "MultimodalMACLoss": "mac_puma.MultimodalMACLoss",
-    "PumaTrainer": "trainer_puma.PumaTrainer",
-}
+_SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "trainer_puma.PumaTrainer"}
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,8 @@ class PushReport:
         width = max(len(name) for name, _ in self.files)
         lines = [f"{name:<{width}}  {size:>14,} bytes" for name, size in (*self.files, ("in all", self.num_bytes))]
         lines += [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
-        lines.append(f"checked   {self.loaded}")
-        if self.url is None:
-            dry = f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:"
-            return "\n".join([*lines, f"{dry}\n\n{self.card}"])
-        return "\n".join([*lines, f"uploaded  {self.url}"])
+        dry = f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:\n\n{self.card}"
+        return "\n".join([*lines, f"checked   {self.loaded}", f"uploaded  {self.url}" if self.url else dry])
 
 
 def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
@@ -124,8 +118,7 @@ def push_configured(config: PushConfig, *, token: str | None = None) -> PushRepo
     is_adapter = is_adapter_directory(folder)
     base = _base_of(folder, config.base_model) if is_adapter else None
     # A dry run asks nobody, so it works without a token and without a network.
-    hub = None if config.dry_run else HfApi(token=token)
-    there = None
+    hub, there, url = None if config.dry_run else HfApi(token=token), None, None
     if hub is not None:  # before the slow part: a token is soon mended
         with _hub_errors(config.repo_id):
             there = _look_up(hub, config, is_adapter)
@@ -140,7 +133,6 @@ def push_configured(config: PushConfig, *, token: str | None = None) -> PushRepo
         card = _write_card(config, folder, staged, base)
         names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
         sizes = tuple((name, (staged / name).stat().st_size) for name in names)
-        url = None
         if hub is not None:
             if _state(weights) != weights:
                 raise ValueError(f"The weights in {str(folder)!r} changed while they were checked. Push again.")
@@ -173,6 +165,7 @@ def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int
 
     Weights are links, as they are large, and their state is returned; all else is a copy that nobody changes.
     """
+<<<<<<< HEAD
     for name in model_files(folder):
         # "org/repo--file.Class": whoever loads it would run code that is not in what is pushed, and may change.
         if name.endswith("config.json") and _OTHERS_CODE.search((folder / name).read_text(encoding="utf-8")):
@@ -180,8 +173,12 @@ def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int
                 f"auto_map in {str(folder / name)!r} names code of another repository. Save it with its own."
             )
     weights = [folder / name for name in model_files(folder) if name.endswith(".safetensors")]
+=======
+    weights = []
+>>>>>>> main
     for name in model_files(folder):
-        if folder / name in weights:
+        if name.endswith(".safetensors"):
+            weights.append(folder / name)
             (staged / name).symlink_to((folder / name).resolve())
         else:
             shutil.copyfile(folder / name, staged / name)
@@ -200,8 +197,8 @@ def _state(weights: Any) -> dict[Path, tuple[int, int]]:
 
 def _write_card(config: PushConfig, folder: Path, staged: Path, base: str | None) -> str:
     """Write the card, and the result files that it cites, to what is sent."""
-    options = CardOptions(**{entry.name: getattr(config, entry.name) for entry in fields(CardOptions)})
-    options = replace(options, base_model=base or config.base_model)
+    said = {entry.name: getattr(config, entry.name) for entry in fields(CardOptions)}
+    options = CardOptions(**{**said, "base_model": base or config.base_model})
     code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
     card = make_card(folder, results=config.results or None, options=options, code=code)
     for name, path in card.files.items():
@@ -214,10 +211,8 @@ def _base_of(adapter: Path, base_model: str | None) -> str:
     """The Hub id of an adapter's base, which whoever downloads the adapter will need."""
     base = base_model or named_base(adapter)
     if not is_hub_id(base) or (base_model is None and Path(base).is_dir()):
-        raise ValueError(
-            f"The adapter {str(adapter)!r} belongs to {base!r}, which nobody else has. Push that first, and name it: "
-            "base_model='org/base' (--base-model)."
-        )
+        problem = f"The adapter {str(adapter)!r} belongs to {base!r}, which nobody else has."
+        raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
     return base
 
 
@@ -236,7 +231,7 @@ def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
         logger.warning("Whether %s holds the weights that the adapter was trained on is not known.", base)
     elif digest.hexdigest() != expected:
         raise ValueError(
-            f"The adapter was not trained on the weights in {base!r} on the Hub. Push those, and name them."
+            f"The adapter was not trained on the weights in {base!r} on the Hub. Push its own, and name it."
         )
 
 
@@ -251,33 +246,28 @@ def _name_base(folder: Path, staged: Path, base: str) -> None:
 def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     """The commit that the push follows, if there is one; raise if nothing may, or should, be pushed there."""
     # The Hub would refuse the commit, too, but only after minutes of loading and hashing.
-    user = hub.whoami()
-    namespace = config.repo_id.partition("/")[0]
+    user, namespace = hub.whoami(), config.repo_id.partition("/")[0]
     members = {user["name"], *(entry["name"] for entry in user.get("orgs", []))}
     if namespace not in members and not config.create_pr:
-        raise PermissionError(
-            f"{user['name']!r} is no member of {namespace!r}, so it may not write to {config.repo_id!r}. Choose one of "
-            f"{', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
-        )
+        problem = f"{user['name']!r} is no member of {namespace!r}, so it may not write to {config.repo_id!r}."
+        remedy = f"Choose one of {', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
+        raise PermissionError(f"{problem} {remedy}")
     try:
         info: Any = hub.repo_info(config.repo_id)
     except RepositoryNotFoundError:
         return None
     if config.private is not None and bool(info.private) != config.private:
         there, wanted = ("private", "public") if info.private else ("public", "private")
-        raise ValueError(
-            f"{config.repo_id!r} exists and is {there}, asked for was {wanted}. Change it in its settings."
-        )
+        problem = f"{config.repo_id!r} exists and is {there}, asked for was {wanted}."
+        raise ValueError(f"{problem} Change it in its settings.")
     with suppress(RevisionNotFoundError):  # then it is made from main, whose files it has
         info = hub.repo_info(config.repo_id, revision=config.revision)
     files = tuple(entry.rfilename for entry in info.siblings or [])
     # Files of two models in one repository would load as neither; pictures and notes beside a model of ours may stay.
     is_ours = any(name.endswith("_puma.py") for name in files) and (ADAPTER_CONFIG in files) == is_adapter
     if not is_ours and (foreign := sorted(set(files) - _NEUTRAL)):
-        raise ValueError(
-            f"{config.repo_id!r} exists with other content: {', '.join(foreign[:5])}. A push would mix two models: "
-            "choose another repository, or remove those files there first."
-        )
+        problem = f"{config.repo_id!r} exists with other content: {', '.join(foreign[:5])}."
+        raise ValueError(f"{problem} Choose another repository, or remove those files there first.")
     return str(info.sha)
 
 
@@ -287,15 +277,10 @@ def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) ->
         # The Hub makes the references of pull requests itself, and has no branch of such a name.
         if config.revision is not None and not config.revision.startswith("refs/"):
             hub.create_branch(config.repo_id, branch=config.revision, exist_ok=True)
-    info: Any = hub.upload_folder(
-        repo_id=config.repo_id,
-        folder_path=staged,
-        commit_message=config.message or "Upload a PUMA embedding model",
-        revision=config.revision,
-        create_pr=config.create_pr,
-        parent_commit=parent,  # what was looked at is what is changed
-        delete_patterns=list(_REPLACED),
-    )
+    options: Any = {"revision": config.revision, "create_pr": config.create_pr, "delete_patterns": list(_REPLACED)}
+    options["commit_message"] = config.message or "Upload a PUMA embedding model"
+    # With its parent, what was looked at is what is changed.
+    info: Any = hub.upload_folder(repo_id=config.repo_id, folder_path=staged, parent_commit=parent, **options)
     return str(info.pr_url or info.commit_url)
 
 
@@ -310,7 +295,5 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         is_wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
         if isinstance(error, OSError) or not (is_wrapped or type(error).__module__.startswith(_CLIENTS)):
             raise
-        reason = error.__cause__ if is_wrapped else error
-        raise ConnectionError(
-            f"The push to {repo_id!r} failed ({reason}). Run it again: a commit is whole or not there."
-        ) from error
+        problem = f"The push to {repo_id!r} failed ({error.__cause__ if is_wrapped else error})."
+        raise ConnectionError(f"{problem} Run it again: a commit is whole or not there.") from error

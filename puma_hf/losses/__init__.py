@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from puma_hf.lazy import resolver
+from puma_hf import resolver
 
 # Resolved on first use: the command reads the defaults in `schedule_puma`, and its --help is to be quick.
 _MODULES = {

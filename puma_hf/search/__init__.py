@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from puma_hf.lazy import resolver
+from puma_hf import resolver
 
 __all__ = ["Answer", "Answers", "AppConfig", "Index", "IndexConfig", "IndexReport", "Query", "SearchConfig", "Searcher"]
 __all__ += ["build_index", "open_index", "open_searcher", "serving", "write_space"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -31,23 +33,14 @@ from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint
 from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.processes import broadcast, connect, gather, locked_for_all
-from puma_hf.search.index import (
-    ABOUT,
-    ANN_TYPES,
-    COMPLETE,
-    ERRORS,
-    FORMAT_VERSION,
-    TABLE,
-    about,
-    open_index,
-    open_table,
-)
+from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, ERRORS, FORMAT, TABLE, about, open_index, open_table
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("key", "seen", "id", "text", "image", "modality")
 # What vectors depend on besides the inputs: those of another value cannot be compared.
 _BOUND = ("fingerprint", "weights_dtype", "prompt", "truncate_dim", "precision")
+_LEAST_FREE = 32 * 2**20  # bytes; a write of 4,096 vectors takes about as many
 _MOST_FRAGMENTS = 100  # files of a table, one a write; of more LanceDB makes few, which writes all of them again
 
 
@@ -83,17 +76,15 @@ def build_index(config: IndexConfig) -> IndexReport:
     """
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
-    with locked_for_all(folder):
+    with locked_for_all(folder), _full_disk_told(folder):
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
             revision = before["revision"] if config.revision is None else config.revision
             config = replace(config, model=before["model"], revision=revision)
         if not config.model:
-            raise ValueError(
-                f"model is missing: {str(config.output)!r} is no index yet, so the model that makes it must be named, "
-                "as in --model DIRECTORY. Later runs need not."
-            )
+            problem = f"model is missing: {str(config.output)!r} is no index yet."
+            raise ValueError(f"{problem} Name the model that makes it, as in --model DIRECTORY; later runs need not.")
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
         num_items = broadcast(corpus.survey().num_items if connect()[0] == 0 else 0)
@@ -105,6 +96,19 @@ def build_index(config: IndexConfig) -> IndexReport:
             create_table(folder, description, embedding_dim(model, config.truncate_dim))
         gather(None)
         return _Run(config, corpus, model, open_table(folder)).run(num_items, description)
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    # LanceDB raises the same error for all that goes wrong, so the disk is asked.
+    try:
+        yield
+    except RuntimeError as error:
+        if shutil.disk_usage(folder if folder.is_dir() else folder.resolve().parent).free > _LEAST_FREE:
+            raise
+        raise OSError(
+            f"{str(folder)!r} could not be written ({error}): the disk is full. Make room, and go on."
+        ) from error
 
 
 class _Run:
@@ -163,13 +167,11 @@ class _Run:
             # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
             if int(key[:8], 16) % self.count != self.rank:
                 continue
-            is_good = record.problem is None
-            if is_good and (key in self.there or key in self.wanted):
+            is_there = key in self.there or key in self.wanted
+            if record.problem is None and (is_there or seen in self.row_of):
                 # Not counted as done: so the rate, and the time left, are those of the work.
                 self.progress.total -= 1
-            elif is_good and seen in self.row_of:
-                self.progress.total -= 1
-                self.moved.append(self._row(record, key, seen))
+                self.moved += [] if is_there else [self._row(record, key, seen)]
                 if len(self.moved) >= self.config.shard_size:
                     self._write()
             else:
@@ -182,10 +184,9 @@ class _Run:
         self.progress.update(1)
 
     def _row(self, record: Record, key: str, seen: str) -> dict[str, str | None]:
-        text, image = record.text, record.image
-        image = keep_picture(self.folder, image) if isinstance(image, bytes) else image
-        modality = ",".join(name for name, value in (("image", image), ("text", text)) if value is not None)
-        row = {"key": key, "seen": seen, "id": record.id, "text": text, "image": image, "modality": modality}
+        image = keep_picture(self.folder, record.image) if isinstance(record.image, bytes) else record.image
+        row = {"key": key, "seen": seen, "id": record.id, "text": record.text, "image": image}
+        row["modality"] = ",".join(name for name in ("image", "text") if row[name] is not None)
         # JSON, and names of files, may hold half a character, which no table can.
         return {name: value and value.encode("utf-8", "backslashreplace").decode() for name, value in row.items()}
 
@@ -275,8 +276,7 @@ def update_ann(table: Any, kind: AnnKind | None) -> None:
 
 def _describe(config: IndexConfig, model: SentenceTransformer) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": model_fingerprint(model),
+        **{"format_version": FORMAT, "fingerprint": model_fingerprint(model)},
         "weights_dtype": str(model.dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision", "revision", "dtype")},
         "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
@@ -288,9 +288,7 @@ def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Refuse vectors that cannot be compared, and say that a corpus takes another's place."""
     other = [f"{name} is {before[name]!r} there, {now[name]!r} here" for name in _BOUND if before[name] != now[name]]
     if other:
-        raise ValueError(
-            f"The embeddings in {str(folder)!r} are of another model or setting: {'; '.join(other)}. Choose another "
-            "directory, or delete this one."
-        )
+        problem = f"The embeddings in {str(folder)!r} are of another model or setting: {'; '.join(other)}."
+        raise ValueError(f"{problem} Choose another directory, or delete this one.")
     if before["data"] != now["data"]:
         logger.warning("%s was of %s, becomes one of %s: what is not there goes.", folder, before["data"], now["data"])

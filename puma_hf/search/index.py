@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puma_hf.configs import Target
+from puma_hf.settings import cut
 
 TABLE = "items"
 ABOUT = "puma_hf"  # metadata of the column of vectors: what the index says of itself
 COMPLETE = "complete"  # tag of the version that the last whole run has made
 ERRORS = "errors.jsonl"
-FORMAT_VERSION = 2  # 1 was a directory of shards with an index.json
+FORMAT = 2  # 1 was a directory of shards with an index.json
 ANN_TYPES = {"hnsw": "IvfHnswSq", "int8": "IvfSq", "binary": "IvfRq"}
 
 _SHOWN = ("id", "text", "image", "modality")
@@ -35,12 +36,12 @@ class Index:
     """
 
     def __init__(self, folder: Path, table: Any) -> None:
-        self.folder, self.table = folder, table
+        self.folder, self.table, self.named = folder, table, f"The index {str(folder)!r}"
         self.description = about(folder, table)
         self.fingerprint = str(self.description["fingerprint"])  # of the model
         self.model = str(self.description["model"])  # an absolute path, or a Hub id
-        found = {name: table.count_rows(f"modality = '{name}'") for name in ("image", "image,text", "text")}
-        self.counts: dict[str, int] = {name: count for name, count in found.items() if count}
+        kinds = ("image", "image,text", "text")
+        self.counts = {kind: count for kind in kinds if (count := int(table.count_rows(f"modality = '{kind}'")))}
 
     def __len__(self) -> int:
         """Number of items."""
@@ -54,16 +55,14 @@ class Index:
 
     def num_candidates(self, target: Target = "any") -> int:
         """How many items a search may find: "text", "image" (with or without text), or "any"; ValueError if none."""
-        total, texts = sum(self.counts.values()), self.counts.get("text", 0)
-        if not (found := {"any": total, "text": texts, "image": total - texts}[target]):
-            there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
-            raise ValueError(
-                f"The index {str(self.folder)!r} has no {target} to find, only {there}. Look for 'any' (--for any)."
-                if there
-                else f"The index {str(self.folder)!r} is empty: nothing of its corpus could be embedded. Look into its "
-                f"{ERRORS}, mend what is there, and run puma-hf index again."
-            )
-        return found
+        texts = self.counts.get("text", 0)
+        if found := {"any": len(self), "text": texts, "image": len(self) - texts}[target]:
+            return found
+        there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
+        problem = f"has no {target} to find, only {there}. Look for 'any' (--for any)."
+        if not there:
+            problem = f"is empty: nothing of its corpus could be embedded. Mend what {ERRORS} in it names; index again."
+        raise ValueError(f"{self.named} {problem}")
 
     def nearest(
         self, query: NDArray[np.float32], target: Target = "any", top_k: int = 10, *, rescored: int | None = None
@@ -79,10 +78,8 @@ class Index:
         try:
             rows = (asked.where(_FILTERS[target], prefilter=True) if target in _FILTERS else asked).to_list()
         except (RuntimeError, OSError, ValueError) as error:
-            raise ValueError(
-                f"The index {str(self.folder)!r} cannot be read ({str(error).partition(chr(10))[0][:200]}). Open it "
-                "again, as it may have been made anew meanwhile; or delete it and run puma-hf index again."
-            ) from error
+            problem = f"cannot be read ({cut(str(error))}). Open it again; or delete it and run puma-hf index again."
+            raise ValueError(f"{self.named} {problem}") from error
         for row in rows:
             # LanceDB divides by both lengths, so cut vectors and float16 need no scaling.
             row["score"] = 1 - row.pop("_distance")
@@ -101,7 +98,7 @@ def open_index(folder: str | Path) -> Index:
         raise FileNotFoundError(f"{str(folder)!r} is no index. Name a directory that puma-hf index has written.")
     if COMPLETE not in table.tags.list():
         raise ValueError(
-            f"The run that makes the index {str(folder)!r} has not finished. Wait for it, or run puma-hf index again."
+            f"The index {str(folder)!r} is not finished. Wait for the run that makes it, or start it again."
         )
     table.checkout(COMPLETE)
     return Index(Path(folder), table)
@@ -119,11 +116,9 @@ def open_table(folder: Path) -> Any:
     for name in ("index.json", "manifest.json"):
         if (folder / name).is_file():
             said = json.loads((folder / name).read_text(encoding="utf-8"))
+            problem = f"{str(folder)!r} was made by puma-hf embed, or by an older puma-hf index: it has {name}."
             command = f"puma-hf index {said.get('data', 'DATA')} --model {said.get('model', 'MODEL')} --output NEW"
-            raise ValueError(
-                f"{str(folder)!r} was made by puma-hf embed, or by an older puma-hf index: it has {name}. Make it "
-                f"anew: {command}"
-            )
+            raise ValueError(f"{problem} Make it anew: {command}")
     return None
 
 
@@ -131,11 +126,9 @@ def about(folder: Path, table: Any) -> dict[str, Any]:
     """What an index says of itself; ValueError if another version of puma-hf has made it."""
     metadata = next((field.metadata for field in table.schema if field.name == "vector"), None) or {}
     found: dict[str, Any] = json.loads(metadata.get(ABOUT.encode(), "{}"))
-    if (version := found.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(
-            f"{str(folder)!r} has a table {TABLE!r} of format {version}, must be {FORMAT_VERSION} of puma-hf index. "
-            "Choose another folder, or install the puma-hf that has made it."
-        )
+    if (version := found.get("format_version")) != FORMAT:
+        problem = f"{str(folder)!r} has a table {TABLE!r} of format {version}, must be {FORMAT} of puma-hf index."
+        raise ValueError(f"{problem} Choose another folder, or install the puma-hf that has made it.")
     if str(found["model"]).startswith("."):  # a Space has it inside, and says where from its own folder
         found["model"] = str((folder / found["model"]).resolve())
     return found

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ TITLE = "Search by words and pictures"
 
 _UPLOADS_LIVE = 3600  # seconds
 _HEADERS = ["rank", "score", "id", "text"]
-_CHOICES = {"any": "Anything", "image": "Pictures", "text": "Texts"}
 
 
 def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
@@ -47,7 +45,7 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         ValueError: If the index is empty, unfinished, damaged or of another model.
         OSError: If the port is in use.
     """
-    require_gradio()
+    load_gradio()  # what is missing is told before the model is loaded
     loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
     searcher = open_searcher(config.index, backend=config.backend, **loading)
     with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
@@ -77,25 +75,15 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
         ...     print(url)
         http://127.0.0.1:7860
     """
-    require_gradio()
-    import gradio as gr
-
     page = make_page(searcher, config)
+    gr = load_gradio()
     # Of the visitor's own system: Gradio's fonts would be fetched from elsewhere, which tells who looks at the page.
     fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    options: Any = {"theme": gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts), "footer_links": []}
+    options |= {"server_name": config.host, "server_port": config.port or None, "inbrowser": config.open_browser}
+    options |= {"max_file_size": int(config.max_upload_mb * 2**20), "share": False, "ssr_mode": False}
     try:
-        _, url, _ = page.launch(
-            server_name=config.host,
-            server_port=config.port or None,
-            max_file_size=int(config.max_upload_mb * 2**20),
-            inbrowser=config.open_browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            footer_links=[],
-            theme=gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts),
-        )
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
         yield url.rstrip("/")
     finally:
         page.close(verbose=False)
@@ -103,7 +91,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
 
 def make_page(searcher: Searcher, config: AppConfig) -> Any:
     """Build the page, `gr.Blocks`, that asks a searcher."""
-    import gradio as gr
+    gr = load_gradio()
 
     searcher.index.num_candidates()  # an index that is empty has no page
     # Uploads are removed after an hour: a page that is open to all would fill the disk.
@@ -112,7 +100,10 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
         with gr.Row():
             with gr.Column(scale=3):
                 text = gr.Textbox(label="Words", placeholder="What do you look for?", max_lines=4)
-                target = _choice(gr, searcher.index.counts)
+                # Texts lie nearer to a text than any picture does, so that words find no picture among "Anything".
+                both = "text" in searcher.index.counts and len(searcher.index.counts) > 1
+                choices = [("Anything", "any"), *([("Pictures", "image"), ("Texts", "text")] if both else [])]
+                target = gr.Radio(choices, value="image" if both else "any", label="Look for", visible=both)
                 with gr.Accordion("Instruction", open=config.instruction is not None):
                     hint = "What is asked for, in the words that the model was trained with"
                     instruction = gr.Textbox(config.instruction, label="Instruction", placeholder=hint)
@@ -175,26 +166,19 @@ def _cards_and_rows(found: Answers) -> tuple[list[Any], list[Any]]:
     return cards, rows
 
 
-def _choice(gr: Any, counts: dict[str, int]) -> Any:
-    """What to look for, of what the index has.
-
-    Embeddings of texts lie nearer to a text than any picture does, so that words find no picture among "Anything".
-    """
-    both = "text" in counts and len(counts) > 1
-    choices = [(label, name) for name, label in _CHOICES.items() if both or name == "any"]
-    return gr.Radio(choices, value="image" if both else "any", label="Look for", visible=both)
-
-
 def count_line(index: Index, model: str) -> str:
     """One line of an index: how many of what it has, and the model that made it."""
     counts = ", ".join(f"{count:,} of {name}" for name, count in index.counts.items())
     return f"{len(index):,} items ({counts}) · {Path(model).name if Path(model).is_absolute() else model}"
 
 
-def require_gradio() -> None:
-    """Raise ImportError if what the page is made with is missing."""
-    if find_spec("gradio") is None:
-        raise ImportError("The page needs Gradio. Run: pip install 'puma-hf[app]'")
+def load_gradio() -> Any:
+    """The package that the page is made with, or an ImportError that says how to get it."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f"The page needs Gradio ({error}). Run: pip install 'puma-hf[app]'") from error
+    return gradio
 
 
 def _small(path: str | None, size: int) -> Image.Image | None:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.modeling.inputs_puma import load_rgb_image
-from puma_hf.opening import open_sentence_transformer
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
@@ -49,10 +49,8 @@ class Query:
             raise ValueError(f"text={self.text!r} and image=None: nothing to look for. Give words, a picture, or both.")
         for name, text in (("text", self.text), ("instruction", self.instruction)):
             if text is not None and len(text) > MAX_QUERY_LENGTH:
-                raise ValueError(
-                    f"{name} of a query has {len(text):,} characters, must be at most {MAX_QUERY_LENGTH:,}. Look for a "
-                    "part of it."
-                )
+                problem = f"{name} of a query has {len(text):,} characters, must be at most {MAX_QUERY_LENGTH:,}."
+                raise ValueError(f"{problem} Look for a part of it.")
 
     def model_input(self) -> dict[str, Any]:
         """The query as one input of a model, its picture read; FileNotFoundError or ValueError if it cannot be."""
@@ -93,45 +91,35 @@ class Searcher:
     ) -> None:
         # What is cheap to check comes before a model is loaded.
         if backend == "ann" and len(index) and index.ann == "none":
-            raise ValueError(
-                f"The index {str(index.folder)!r} has nothing for approximate search. Run puma-hf index again with "
-                "--ann hnsw, int8 or binary: the embeddings are kept. Or search exactly (--backend exact)."
-            )
+            remedy = "Run puma-hf index again with --ann hnsw, int8 or binary; or search exactly (--backend exact)."
+            raise ValueError(f"{index.named} has nothing for approximate search. {remedy}")
         self.index, self._rescored = index, rescore_multiplier if backend == "ann" else None
         if isinstance(model, str):
             if Path(model).is_absolute() and not Path(model).is_dir():
-                raise FileNotFoundError(
-                    f"The model {model!r} of the index {str(index.folder)!r} is gone. Pass model (--model), where it "
-                    "is now."
-                )
+                problem = f"The model {model!r} of the index {str(index.folder)!r} is gone."
+                raise FileNotFoundError(f"{problem} Pass model (--model), where it is now.")
             # The data type, too, must be that of the index: in another one the fingerprint is another.
-            loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
-            loading["revision"] = index.description["revision"] if model == index.model else None
-            model = open_sentence_transformer(model, trust_remote_code=trust_remote_code, **loading).eval()
+            loading: Any = {
+                "trust_remote_code": trust_remote_code,
+                "model_kwargs": {"dtype": index.description["dtype"]},
+            }
+            revision = index.description["revision"] if model == index.model else None
+            model = open_sentence_transformer(model, revision=revision, **loading).eval()
         self.model = model
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
         if model_fingerprint(self.model) != index.fingerprint:
-            raise ValueError(
-                f"The index {str(index.folder)!r} was made by another model than {model_name(self.model)!r}, and "
-                f"vectors of two models cannot be compared. Search with {index.model!r} as it was then, its weights in "
-                f"{index.description['weights_dtype']}, or make an index with this one."
-            )
+            problem = f"{index.named} was made by another model than {model_name(self.model)!r}, and vectors of two"
+            remedy = f"Search with {index.model!r} as it was then, its weights in {index.description['weights_dtype']}."
+            raise ValueError(f"{problem} models cannot be compared. {remedy}")
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
-        """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1.
-
-        Raises:
-            FileNotFoundError: If the picture is no file.
-            ValueError: If the query cannot be embedded.
-        """
-        query = Query(text=query) if isinstance(query, str) else query
-        truncate_dim = self.index.description["truncate_dim"]
-        options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": truncate_dim}
-        options |= {"normalize_embeddings": truncate_dim is not None, "show_progress_bar": False}
+        """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1."""
+        dim = self.index.description["truncate_dim"]
+        options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": dim, "normalize_embeddings": bool(dim)}
         # One query is one call of `encode`: what a search costs besides is the comparison.
-        model_input = query.model_input()
+        model_input = (Query(text=query) if isinstance(query, str) else query).model_input()
         try:
-            return np.asarray(self.model.encode([model_input], **options), np.float32)
+            return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
         except ValueError as error:
             raise ValueError(f"The query cannot be embedded: {str(error).removeprefix('inputs[0]: ')}") from error
 
@@ -157,15 +145,10 @@ class Searcher:
         # A graph may not lead to enough of them, which is rare and cheap to find out.
         if len(found) < min(top_k, num_candidates):
             found = self.index.nearest(row, target, top_k)
-        is_path = isinstance(query.image, str | Path)
-        return Answers(
-            query=query.text,
-            image=None if query.image is None else str(query.image) if is_path else type(query.image).__name__,
-            instruction=query.instruction,
-            target=target,
-            num_candidates=num_candidates,
-            answers=tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1)),
-        )
+        image = str(query.image) if isinstance(query.image, str | Path) else type(query.image).__name__
+        answers = tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1))
+        image_name = None if query.image is None else image
+        return Answers(query.text, image_name, query.instruction, target, num_candidates, answers)
 
 
 def search(config: SearchConfig) -> Answers:

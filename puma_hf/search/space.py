@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from puma_hf.configs import FIRST_PORT, AppConfig
 from puma_hf.files import model_files, new_directory
 from puma_hf.search.build import create_table, keep_picture, tag_complete
 from puma_hf.search.index import Index, open_index
-from puma_hf.search.page import TITLE, count_line, require_gradio
+from puma_hf.search.page import TITLE, count_line, load_gradio
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
 
@@ -24,14 +23,9 @@ from pathlib import Path
 from puma_hf.search import AppConfig
 from puma_hf.search.page import launch
 
-if __name__ == "__main__":
-    config = AppConfig(
-        index=Path(__file__).resolve().parent / "index",
-        # A Space is reached from other machines, and through this port.
-        host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
-        port=int(os.environ.get("GRADIO_SERVER_PORT", "{port}")),{more}
-    )
-    launch(config, started=print)
+# A Space is reached from other machines, and through this port.
+host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "{port}"))
+launch(AppConfig(index=Path(__file__).resolve().parent / "index", host=host, port=port{more}), started=print)
 '''
 
 _README = """---
@@ -48,22 +42,19 @@ app_file: app.py
 
 {line}.
 
-This folder was written by `puma-hf app --space`. It holds the page (`app.py`) and, in `index/`, the embeddings, texts
-and pictures that it searches{model}. Everything in a public Space can be downloaded: publish it only if you may publish
-all of that, and name its licence above.
+This folder was written by `puma-hf app --space`: the page (`app.py`) and, in `index/`, the embeddings, texts and
+pictures that it searches{model}. All of a public Space can be downloaded: name the licence of that above.
 
-Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. A
-Space installs `requirements.txt` from the Python package index; if puma-hf {version} is not there, put an address of
-its source in its place, such as `puma-hf[app,search] @ git+https://ADDRESS`.
-
-Run it here with `pip install -r requirements.txt` and `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
+Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. If
+the Python package index has no puma-hf {version}, name its source in `requirements.txt`, such as
+`puma-hf[app,search] @ git+https://ADDRESS`. Run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
 
 
 def write_configured(config: AppConfig) -> Path:
     """`write_space` with the settings of `puma-hf app --space`."""
-    loading: Any = {"model": config.model, "trust_remote_code": config.trust_remote_code}
-    return write_space(open_index(config.index), str(config.space), instruction=config.instruction, **loading)
+    loading: Any = {name: getattr(config, name) for name in ("model", "instruction", "trust_remote_code")}
+    return write_space(open_index(config.index), str(config.space), **loading)
 
 
 def write_space(
@@ -91,25 +82,21 @@ def write_space(
         FileNotFoundError: If a picture of the index, or its model, is gone.
         ValueError: If the index is empty.
     """
-    require_gradio()
-    index.num_candidates()
+    index.num_candidates()  # an empty one is refused
+    sdk = load_gradio().__version__
     # Written beside its place and renamed: a Space that lacks half of its pictures would be published unnoticed.
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
         name = _copy_index(index, draft / "index", model)
-        more = "" if instruction is None else f"\n        instruction={instruction!r},"
-        more += "\n        trust_remote_code=True,  # of the model's repository" if trust_remote_code else ""
+        more = "" if instruction is None else f", instruction={instruction!r}"
+        more += ", trust_remote_code=True" if trust_remote_code else ""
         is_copied = name.startswith(".")
-        readme = _README.format(
-            title=TITLE,
-            sdk=version("gradio"),
-            models="" if is_copied else f"models:\n- {name}\n",
-            line=count_line(index, index.model if is_copied else name),
-            model=", and the model" if is_copied else "",
-            version=__version__,
-        )
+        told = {"title": TITLE, "sdk": sdk, "version": __version__}
+        told["line"] = count_line(index, index.model if is_copied else name)
+        told["models"] = "" if is_copied else f"models:\n- {name}\n"
+        told["model"] = ", and the model" if is_copied else ""
         (draft / "app.py").write_text(_APP.format(port=FIRST_PORT, more=more), encoding="utf-8")
         (draft / "requirements.txt").write_text(f"puma-hf[app,search]=={__version__}\n", encoding="utf-8")
-        (draft / "README.md").write_text(readme, encoding="utf-8")
+        (draft / "README.md").write_text(_README.format(**told), encoding="utf-8")
     return Path(folder)
 
 

@@ -26,10 +26,9 @@ from puma_hf.files import (
     named_base,
     new_directory,
 )
-from puma_hf.model_card import with_training_note
 from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
 from puma_hf.modeling.processing_puma import write_sentence_transformers_files
-from puma_hf.pruning import read_limits, set_limits, told_limits
+from puma_hf.pruning import read_limits, set_limits, told_limits, with_training_note
 from puma_hf.trainer.lora_puma import weights_sha256
 
 logger = logging.getLogger(__name__)

@@ -171,7 +171,7 @@ def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"of the split 'val' there are no files, only \['test'\]\. Ask"):
         mbeir_hub.copy_files(folder, "queries", "val")
     (folder / "corpus" / "corpus-00001-of-00002.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"of the corpus .* there are 1 of 2 files\. .* interrupted: run"):
+    with pytest.raises(FileNotFoundError, match=r"of the corpus .* there are 1 of 2 files\. .* download it again"):
         mbeir_hub.copy_files(folder, "corpus", "test")
 
 

@@ -137,7 +137,7 @@ def test_a_caption_asks_for_its_image(folder: Path) -> None:
         Pair(f"{table}, line 2", Record(text="a red one"), Record(image=str(folder / "a.png"))),
         Pair(f"{table}, line 3", Record(text="green, wide"), Record(image=str(folder / "deep/b.png"))),
     ]
-    assert (reading.num_rows, reading.num_rows_left_out, reading.name) == (2, 0, str(table))
+    assert (reading.num_rows, reading.problems.counts.total(), reading.name) == (2, 0, str(table))
     assert read(folder).pairs == reading.pairs
     table.rename(folder / "other.csv")
     with pytest.raises(ValueError, match=r"must hold one table of its images called metadata or captions, or Parquet"):
@@ -177,7 +177,7 @@ def test_offenders(folder: Path, row: dict[str, Any], kind: str, message: str) -
     with pytest.raises(ValueError, match=message):
         raise ValueError(reading.problems.first[kind][0])
     assert [pair.where[-6:] for pair in reading.pairs] == ["line 1", "line 3"]
-    assert (reading.num_rows, reading.num_rows_left_out) == (3, 1)
+    assert reading.num_rows == 3
 
 
 def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from puma_hf.configs import PairsConfig
 from puma_hf.data import MBEIR
-from puma_hf.data.pairs import load_pairs
-from puma_hf.data.pairs_report import PairsReport, check_pairs, pairs
+from puma_hf.data.mbeir_write import pairs
+from puma_hf.data.pairs import PairsReport, check_pairs, load_pairs
 from tests.data.photos import make_photos, write_captions, write_csv
 
 

@@ -341,10 +341,30 @@ def test_errors(sentence_transformer: Any, options: dict[str, Any], message: str
         embed(sentence_transformer, **{"inputs": ["a", "b"], **options})
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Sequential(nn.Linear(2, 2))])
-def test_another_model_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"model is a .* embed needs a PUMA model.* Use model.encode with any other"):
-        embed(model, ["a"])
+def test_what_is_no_sentence_transformer_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is a Linear, must be a SentenceTransformer"):
+        embed(nn.Linear(2, 2), ["a"])
+
+
+@pytest.mark.parametrize("truncate_dim", [None, 8])
+def test_a_model_without_our_packer_embeds_by_its_own_encode(
+    puma_dir: Path, inputs: list[Any], truncate_dim: int | None
+) -> None:
+    model: Any = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu")
+    expected = model.encode(
+        inputs, prompt=PROMPT, truncate_dim=truncate_dim, normalize_embeddings=truncate_dim is not None
+    )
+    own = model[0].packer
+
+    def packer(*args: Any, **kwargs: Any) -> Any:  # as earlier versions had it, whose code lies in their directories
+        made = own(*args, **kwargs)
+        return type("Packer", (), {"process": made.process, "pack": made.pack})()
+
+    model[0].packer = packer
+    broken = [*inputs, b"no image"]
+    result = embed(model, broken, prompt=PROMPT, truncate_dim=truncate_dim, on_error="skip", num_workers=2)
+    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
+    assert [error.index for error in result.errors] == [len(inputs)]
 
 
 @pytest.mark.gpu

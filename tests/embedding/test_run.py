@@ -319,9 +319,10 @@ def test_wrong_lines_are_found_before_the_model_is_loaded(config: Any, table: Pa
         embed_corpus(config(data=table.parent / "gone", model="no/model"))
 
 
-def test_an_original_checkpoint_is_no_embedder(config: Any, qwen_dir: Path) -> None:
+@pytest.mark.parametrize("model", ["qwen_dir", "adapter"])
+def test_an_original_checkpoint_is_no_embedder(config: Any, model: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(ValueError, match=r"is no PUMA model\. Make one of an original checkpoint with puma-hf prune"):
-        embed_corpus(config(model=str(qwen_dir)))
+        embed_corpus(config(model=str(request.getfixturevalue(model))))
 
 
 def test_a_corpus_that_changes_while_it_is_read(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from sentence_transformers.models import Normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
+from puma_hf.checkpoint import plain_forward
 from puma_hf.configs import SweepConfig
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.estimate import count_flops, count_parameters
@@ -32,7 +33,6 @@ from puma_hf.evaluation.layer_sweep import (
 )
 from puma_hf.evaluation.mbeir import evaluate_mbeir, read_searches
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
-from puma_hf.opening import plain_forward
 from tests.data import mbeir_builder as builder
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, build_checkpoint, build_qwen2_vl
 

@@ -18,7 +18,7 @@ from PIL import Image
 from puma_hf import prune
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, MBEIRTaskResult
 from puma_hf.hub.card import CardOptions, CardResults, MeasuredModel, find_results, make_card, write_card
-from puma_hf.model_card import fill_template, with_training_note
+from puma_hf.pruning import fill_template, with_training_note
 from tests.tiny import build_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"

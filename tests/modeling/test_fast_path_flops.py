@@ -15,6 +15,8 @@ from tests.full_size import (
     RET_TOKEN_ID,
     TEXT_CONFIG,
     TEXT_TOKENS,
+    VISION_CONFIG,
+    VISUAL_TOKENS,
     build_model,
     count_step,
 )
@@ -38,6 +40,13 @@ def decoder(num_layers: int, num_tokens: int) -> int:
     return (num_layers - 1) * inner + num_tokens * KEYS_AND_VALUES + REST + pairs(num_tokens)
 
 
+def vision(num_patches: int, depth: int) -> int:
+    width, merged = VISION_CONFIG["embed_dim"], num_patches // 4
+    block = num_patches * 2 * width * (3 * width + width + 2 * 4 * width) + 2 * 2 * num_patches**2 * width
+    merger = merged * 2 * (4 * width) * (4 * width + HIDDEN_SIZE)
+    return num_patches * 2 * (3 * 2 * 14 * 14) * width + depth * block + merger
+
+
 def text(num_tokens: int, start: int = 1000) -> list[int]:
     return [*range(start, start + num_tokens - 1), RET_TOKEN_ID]
 
@@ -49,12 +58,16 @@ def image_and_text(grid: tuple[int, int], num_text_tokens: int, start: int = 100
     return [*row, *range(start + 500, start + 500 + num_text_tokens - before - 1), RET_TOKEN_ID]
 
 
+# 256 visual tokens and 34 of text.
+PICTURE = (image_and_text((32, 32), TEXT_TOKENS), (32, 32))
+
+
 @cache
-def model_of(num_kept_layers: int) -> Any:
-    return build_model(num_kept_layers, adapter=False, depth=2).eval()  # two layers of the vision tower
+def model_of(num_kept_layers: int, depth: int) -> Any:
+    return build_model(num_kept_layers, adapter=False, depth=depth).eval()
 
 
-def flops(num_kept_layers: int, inputs: list[tuple[list[int], tuple[int, int] | None]]) -> int:
+def flops(num_kept_layers: int, inputs: list[tuple[list[int], tuple[int, int] | None]], depth: int = 2) -> int:
     """Of one batch of token ids and, for those with an image, its height and width in patches."""
     longest = max(len(row) for row, _ in inputs)
     grids = [[1, *grid] for _, grid in inputs if grid]
@@ -70,15 +83,24 @@ def flops(num_kept_layers: int, inputs: list[tuple[list[int], tuple[int, int] | 
 
     def step() -> None:
         with torch.inference_mode():
-            assert packed_states(model_of(num_kept_layers), part).shape == (len(inputs), HIDDEN_SIZE)
+            assert packed_states(model_of(num_kept_layers, depth), part).shape == (len(inputs), HIDDEN_SIZE)
 
     return count_step(step).total
+
+
+@pytest.mark.parametrize(("kept", "depth", "of_text", "of_picture"), [(12, 32, 0.333, 3.00), (8, 2, 0.212, 2.46)])
+def test_an_input_costs_what_must_be_computed(kept: int, depth: int, of_text: float, of_picture: float) -> None:
+    """The figures of docs/speed.md."""
+    assert flops(kept, [(text(64), None)]) == decoder(kept, 64) <= of_text * 10**12
+    of_decoder = decoder(kept, VISUAL_TOKENS + TEXT_TOKENS)
+    assert flops(kept, [PICTURE], depth) == of_decoder + vision(4 * VISUAL_TOKENS, depth)
+    assert of_decoder + vision(4 * VISUAL_TOKENS, VISION_CONFIG["depth"]) <= of_picture * 10**12
 
 
 MIXED: list[tuple[list[int], tuple[int, int] | None]] = [
     (text(5), None),
     (text(300, 9000), None),
-    (image_and_text((32, 32), TEXT_TOKENS), (32, 32)),
+    PICTURE,
     (text(64, 20_000), None),
     (image_and_text((4, 10), 40, 3000), (4, 10)),
     (text(64, 30_000), None),

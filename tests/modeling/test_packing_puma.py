@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from puma_hf.checkpoint import plain_forward
 from puma_hf.modeling.packing_puma import Group, PackedBatch, group_by_prefix, mrope_positions, pack
-from puma_hf.opening import plain_forward
 
 START, IMAGE, RET = 100, 101, 99
 TEXTS = ["a red apple", "a red apple on a table"]

@@ -207,24 +207,6 @@ def test_what_cannot_be_cut_is_an_error(processor: PumaProcessor, images: list[I
         processor.process_inputs([{"image": images, "text": "apple"}], max_length=60)
 
 
-@pytest.mark.parametrize(
-    ("images_kwargs", "least", "most"),
-    [
-        ({"size": {"longest_edge": 1024}}, 1, 1024),
-        ({"size": {"shortest_edge": 8192}}, 8192, 10**6),
-        ({"max_pixels": 1024}, 1, 1024),
-        (None, 64 * 48, 64 * 48),
-    ],
-)
-def test_the_image_size_is_respected_and_counted(
-    processor: PumaProcessor, images_kwargs: dict[str, Any] | None, least: int, most: int
-) -> None:
-    item = {"image": Image.new("RGB", (64, 48)), "text": "apple " * 100}
-    batch = processor.process_inputs([item], max_length=160, images_kwargs=images_kwargs)
-    assert least <= int((batch["input_ids"] == processor.image_token_id).sum()) * 16 * 16 <= most
-    assert 150 < batch["input_ids"].shape[1] <= 160
-
-
 # --- images of difficult shapes
 
 

@@ -209,7 +209,7 @@ def test_another_corpus_and_ids_that_repeat_are_told(
     assert make(tmp_path / "two.jsonl").counts == {"text": 2}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any(f"out was of {tmp_path.resolve() / 'one.jsonl'}, becomes one of " in text for text in warnings)
-    assert any("1 ids are of several items. Answers" in text for text in warnings)
+    assert any("1 rows repeat the id of another. Answers" in text for text in warnings)
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
@@ -246,7 +246,7 @@ def test_runs_that_are_killed(puma_dir: Path, tmp_path: Path) -> None:
     run_worker("tests.search.index_worker", puma_dir, data, tmp_path)
     said = json.loads((tmp_path / "said.json").read_text())
     assert "is no index" in said[0]
-    assert all("has not finished. Wait for it, or run puma-hf index again" in text for text in said[1:3])
+    assert all("is not finished. Wait for the run that makes it" in text for text in said[1:3])
     assert said[3:] == [8, 8]  # the earlier version, whole, until the later one is
     build_index(IndexConfig(data=data, model=str(puma_dir), output=tmp_path / "whole"))
     ids = sorted(rows(tmp_path / "whole"))
@@ -347,3 +347,17 @@ def test_without_lancedb(make: Make, corpus: Path, index_dir: Path, monkeypatch:
 if __name__ == "__main__":  # by `run_worker`
     model, data, output = sys.argv[1:]
     in_two_processes(lambda rank: build_index(IndexConfig(data=data, model=model, output=output, shard_size=3)))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("lance error: LanceError(IO)")
+
+    (tmp_path / "t.csv").write_text("text\na\n")
+    config = IndexConfig(data=tmp_path / "t.csv", model="none", output=tmp_path / "index")
+    monkeypatch.setattr("puma_hf.search.build.open_table", fail)
+    with pytest.raises(RuntimeError, match="lance"):
+        build_index(config)
+    monkeypatch.setattr("puma_hf.search.build._LEAST_FREE", float("inf"))
+    with pytest.raises(OSError, match=r"index' could not be written .*: the disk is full"):
+        build_index(config)

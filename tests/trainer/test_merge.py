@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
-from puma_hf.opening import open_sentence_transformer
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.trainer import merge_adapter
 from puma_hf.trainer.lora_puma import (
     BASE_FILE,

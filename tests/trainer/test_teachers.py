@@ -24,7 +24,7 @@ from puma_hf import (
     PumaModel,
     prune,
 )
-from puma_hf.opening import plain_forward
+from puma_hf.checkpoint import plain_forward
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import (

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import cleandoc
 from typing import Any
 
 import datasets
@@ -13,29 +14,28 @@ import evaluate
 
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 
-_DESCRIPTION = (
-    "hit@k, recall@k, nDCG@k, MRR@k and wrong modality of rankings: means over queries, as in M-BEIR's table."
-)
-_INPUTS = """
-Args:
-    predictions: For each query, the ids of candidates, best first, without repetition.
-    references: For each query, the ids of its relevant candidates, or graded: {"id": ..., "relevance": ...} for each
-        judged candidate, where 0 is not relevant.
-    ks: The k of hit@k and recall@k, (1, 5, 10) by default.
-    ndcg_k: The k of nDCG, 10 by default.
-    mrr_k: The k of MRR, 10 by default.
-    modalities: The modality of every candidate by id; adds wrong_modality@k, the share of the first k that have a
-        modality which none of the query's relevant candidates has.
-
-Returns:
-    The value of each metric, between 0 and 1, by name.
-"""
 _CITATION = "Wei et al.: UniIR, Training and Benchmarking Universal Multimodal Information Retrievers. ECCV 2024."
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class RetrievalMetric(evaluate.Metric):
+    """hit@k, recall@k, nDCG@k, MRR@k and wrong modality of rankings: means over queries, as in M-BEIR's table.
+
+    Args:
+        predictions: For each query, the ids of candidates, best first, without repetition.
+        references: For each query, the ids of its relevant candidates, or graded: {"id": ..., "relevance": ...} for
+            each judged candidate, where 0 is not relevant.
+        ks: The k of hit@k and recall@k, (1, 5, 10) by default.
+        ndcg_k: The k of nDCG, 10 by default.
+        mrr_k: The k of MRR, 10 by default.
+        modalities: The modality of every candidate by id; adds wrong_modality@k, the share of the first k that have a
+            modality which none of the query's relevant candidates has.
+
+    Returns:
+        The value of each metric, between 0 and 1, by name.
+    """
+
     def _info(self) -> evaluate.MetricInfo:
+        description, _, inputs = cleandoc(RetrievalMetric.__doc__ or "").partition("\n\n")
         string = datasets.Value("string")
         rankings = datasets.Sequence(string)
         judgement = {"id": string, "relevance": datasets.Value("int64")}
@@ -43,9 +43,9 @@ class RetrievalMetric(evaluate.Metric):
         graded = datasets.Features({"predictions": rankings, "references": [judgement]})
         plain = datasets.Features({"predictions": rankings, "references": datasets.Sequence(string)})
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=description,
             citation=_CITATION,
-            inputs_description=_INPUTS,
+            inputs_description=inputs,
             features=[graded, plain],
             reference_urls=["https://arxiv.org/abs/2311.17136"],
         )
