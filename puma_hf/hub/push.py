@@ -165,18 +165,11 @@ def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int
 
     Weights are links, as they are large, and their state is returned; all else is a copy that nobody changes.
     """
-<<<<<<< HEAD
+    weights = []
     for name in model_files(folder):
         # "org/repo--file.Class": whoever loads it would run code that is not in what is pushed, and may change.
         if name.endswith("config.json") and _OTHERS_CODE.search((folder / name).read_text(encoding="utf-8")):
-            raise ValueError(
-                f"auto_map in {str(folder / name)!r} names code of another repository. Save it with its own."
-            )
-    weights = [folder / name for name in model_files(folder) if name.endswith(".safetensors")]
-=======
-    weights = []
->>>>>>> main
-    for name in model_files(folder):
+            raise ValueError(f"auto_map in {str(folder / name)!r} names code of another repository: save its own.")
         if name.endswith(".safetensors"):
             weights.append(folder / name)
             (staged / name).symlink_to((folder / name).resolve())
