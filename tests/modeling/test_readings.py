@@ -176,7 +176,7 @@ def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, r
     with pytest.raises(ValueError, match=r"was made for 'puma'\. Leave it out"):
         prune(puma_dir, tmp_path / "out", num_kept_layers=1, reading="puma-released")
     source = build_checkpoint(tmp_path / "source", "qwen3_vl")
-    message = r"made of the template of qwen2_vl and qwen2_5_vl, but .* is a Qwen3-VL\. Choose reading='puma'"
+    message = r"made for qwen2_vl and qwen2_5_vl, but .* is a Qwen3-VL\. Choose reading='puma'"
     with pytest.raises(ValueError, match=message):
         prune(source, tmp_path / "out", num_kept_layers=1, reading="puma-released")
     assert not (tmp_path / "out").exists()
