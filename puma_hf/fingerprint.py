@@ -48,7 +48,13 @@ def model_fingerprint(model: Any) -> str | None:
         return None if own is None else str(own)
     # All weights go through the CPU, which takes seconds: embeddings of another model would cost hours, and be wrong.
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return tensors_sha256(tensors, model_settings(model))
+    # How much of a LoRA adapter is added, if at all, is in none of its tensors.
+    lora = {
+        name: [module.scaling, module.active_adapters, module.disable_adapters]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    return tensors_sha256(tensors, {**model_settings(model), **({"lora": lora} if lora else {})})
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:

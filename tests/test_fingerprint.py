@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from puma_hf.fingerprint import model_fingerprint, model_name, short_name
+from puma_hf.trainer.lora_puma import add_lora, lora_config
 
 
 def load(folder: Path) -> SentenceTransformer:
@@ -69,6 +70,17 @@ def test_what_changes_embeddings_changes_it(shared: SentenceTransformer, name: s
     assert model_fingerprint(changed) == model_fingerprint(shared)
     CHANGES[name](changed)
     assert model_fingerprint(changed) != model_fingerprint(shared)
+
+
+def test_how_much_of_an_adapter_is_added_counts(shared: SentenceTransformer) -> None:
+    model: Any = copy.deepcopy(shared)
+    add_lora(model, lora_config(r=2, alpha=4))
+    prints = [model_fingerprint(model)]
+    next(layer for layer in model.modules() if hasattr(layer, "lora_A")).scaling["default"] = 1.0
+    prints.append(model_fingerprint(model))
+    model[0].model.disable_adapters()
+    prints.append(model_fingerprint(model))
+    assert len({*prints}) == 3
 
 
 @pytest.mark.parametrize("changed", ["modeling.py", "helper.py"])

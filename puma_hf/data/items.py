@@ -251,7 +251,7 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
     if isinstance(source, MBEIR):
         return _open_mbeir(source, split, None, seed)
     if isinstance(source, datasets.Dataset):
-        corpus = Corpus(Path("the dataset"), None, partial(dataset_lines, source), _table_record)
+        corpus = Corpus(Path("the dataset"), None, partial(_dataset_lines, source), _table_record)
         return partial(_records, corpus), ["dataset", source._fingerprint]
     corpus = open_corpus(source)
     files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
@@ -441,6 +441,13 @@ def open_corpus(
     if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
         logger.info("%s: ignored the columns %s", table, cut(", ".join(ignored)))
     return Corpus(table, table.parent, partial(item_lines, table), _table_record, "id" in columns, on_error)
+
+
+def _dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
+    # A struct "item" is as `load_items` makes it; any other is a column of somebody's own.
+    for line in dataset_lines(rows):
+        item = line.columns.get("item")
+        yield line._replace(columns=item) if isinstance(item, dict) else line
 
 
 def _folder_lines(folder: Path) -> Iterator[Line]:

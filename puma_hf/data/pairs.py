@@ -356,9 +356,10 @@ class _Row(NamedTuple):
         """The pairs of a row, several if a cell is a list of texts."""
         if line.error is not None:
             raise line.error
-        struct = line.columns.get(self.columns.anchor.get("both", ""))
-        value = line.columns.get(self.columns.instruction or "")
-        if self.columns.instruction is None and isinstance(struct, Mapping):
+        struct, name = line.columns.get(self.columns.anchor.get("both", "")), self.columns.instruction
+        # Not `get(name or "")`: a spreadsheet's column of row numbers is called "".
+        value = None if name is None else line.columns.get(name)
+        if name is None and isinstance(struct, Mapping):
             value = struct.get("instruction")
         asks = self._text(value if self.instruction is None else self.instruction, line.where, "instruction")
         anchors = [replace(one, instruction=asks) for one in self._side(line, self.columns.anchor, "anchor")]

@@ -315,8 +315,7 @@ def dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    columns = (row.get("item") or row for row in rows)  # as `load_items` makes them
-    return (Line(f"the dataset, row {number}", row) for number, row in enumerate(columns, start=1))
+    return (Line(f"the dataset, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def item_lines(path: Path) -> Iterator[Line]:

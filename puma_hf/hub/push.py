@@ -40,6 +40,7 @@ _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
 # What is removed of an older push unless this one has it: a loader might take its settings or weights with ours.
 _REPLACED = ("model*.safetensors", "results*.json", "sweep*.json", *(name for name in LOADED if name not in _NEUTRAL))
+_OTHERS_CODE = re.compile(r'"auto_map"\s*:\s*\{[^}]*--')
 # What the card shows of the code that travels, by the name that the lines give it.
 _SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "trainer_puma.PumaTrainer"}
 
@@ -166,6 +167,9 @@ def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int
     """
     weights = []
     for name in model_files(folder):
+        # "org/repo--file.Class": whoever loads it would run code that is not in what is pushed, and may change.
+        if name.endswith("config.json") and _OTHERS_CODE.search((folder / name).read_text(encoding="utf-8")):
+            raise ValueError(f"auto_map in {str(folder / name)!r} names code of another repository: save its own.")
         if name.endswith(".safetensors"):
             weights.append(folder / name)
             (staged / name).symlink_to((folder / name).resolve())
@@ -263,7 +267,8 @@ def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
 def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) -> str:
     if not config.create_pr:
         hub.create_repo(config.repo_id, private=config.private, exist_ok=True)
-        if config.revision is not None:
+        # The Hub makes the references of pull requests itself, and has no branch of such a name.
+        if config.revision is not None and not config.revision.startswith("refs/"):
             hub.create_branch(config.repo_id, branch=config.revision, exist_ok=True)
     options: Any = {"revision": config.revision, "create_pr": config.create_pr, "delete_patterns": list(_REPLACED)}
     options["commit_message"] = config.message or "Upload a PUMA embedding model"

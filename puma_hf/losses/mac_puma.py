@@ -69,7 +69,7 @@ def mac_loss(
         The loss, a scalar in float32 (float64 for float64 similarities).
 
     Raises:
-        ValueError: If a temperature is not positive and finite; torch refuses shapes that do not fit.
+        ValueError: If a temperature is not positive and finite, or a mask has another shape than `similarities`.
 
     Example:
         >>> similarities = torch.zeros(1, 2)  # equal similarities, two candidates: log 2
@@ -78,6 +78,7 @@ def mac_loss(
         0.6931
     """
     check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
+    _check_masks(similarities, same_modality, false_negatives)
     similarities = at_least_float32(similarities)
     # A matrix of its own, beside the similarities and the logits: two numbers a candidate would save it, and cost
     # a second pass over the masks.
@@ -110,6 +111,7 @@ def split_loss(
     """
     check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
     check_share(split_weight=split_weight)
+    _check_masks(similarities, same_modality, false_negatives)
     similarities = at_least_float32(similarities)
     # The positive belongs to the group even where the grouping is by the query's modality and it has another.
     outside = (~same_modality).scatter_(1, positive_index.unsqueeze(1), False)
@@ -118,6 +120,12 @@ def split_loss(
     everything = _cross_entropy(similarities / temperature, positive_index, false_negatives)
     group = _cross_entropy(similarities / hard_temperature, positive_index, outside)
     return (1 - split_weight) * everything + split_weight * group
+
+
+def _check_masks(similarities: Tensor, *masks: Tensor | None) -> None:
+    # Torch would spread a mask of one row, or of one column, over all of them.
+    if wrong := [tuple(mask.shape) for mask in masks if mask is not None and mask.shape != similarities.shape]:
+        raise ValueError(f"a mask is {wrong[0]}, but must have the shape of similarities, {tuple(similarities.shape)}.")
 
 
 def _cross_entropy(logits: Tensor, positive_index: Tensor, left_out: Tensor | None) -> Tensor:

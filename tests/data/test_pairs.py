@@ -194,6 +194,16 @@ def test_an_instruction_is_a_column_or_a_text(folder: Path) -> None:
         read(table, instruction="taks")
 
 
+def test_columns_of_other_programs_are_not_read(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text(",query,positive\n0,a,b\n1,c,d\n")  # row numbers, as pandas writes them
+    rows = load_pairs(table)
+    assert rows["anchor"][:] == [{"text": text, "image": None, "instruction": None} for text in "ac"]
+    for item in ("x", {"text": "x"}):
+        rows = load_pairs(Dataset.from_list([{"item": item, "query": "a", "positive": "b"}]))
+        assert rows["anchor"][0]["text"] == "a"
+
+
 def test_directions(folder: Path) -> None:
     table = write_captions(folder, {"a.png": "red"})
     text, image = Record(text="red"), Record(image=str(folder / "a.png"))

@@ -93,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.batch(json.loads(self.body))
-        parts = path.removeprefix("api/models/").split("/")
+        # Of the address as it came: "refs%2Fpr%2F1" is one part.
+        parts = [unquote(part) for part in url.path.strip("/").removeprefix("api/models/").split("/")]
         repository = self.hub.repositories.get("/".join(parts[:2]))
         if repository is None:
             return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})

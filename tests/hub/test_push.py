@@ -140,7 +140,19 @@ def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[A
     report = push(folder, "org/puma", token=TOKEN, create_pr=True)
     assert repository.branches["refs/pr/1"]["LICENSE"] == b"Apache-2.0"
     assert report.url == f"{hub.url}/org/puma/discussions/1"
+    (folder / "LICENSE").write_text("Apache")
+    push(folder, "org/puma", token=TOKEN, revision="refs/pr/1")  # it goes on, and is no branch to be made
+    assert repository.branches["refs/pr/1"]["LICENSE"] == b"Apache"
+    assert set(repository.branches) == {"main", "v2", "refs/pr/1"}
     assert repository.branches["main"] == first
+
+
+def test_code_of_another_repository_is_refused(folder: Path, loads: list[Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "org/other--" + config["auto_map"]["AutoModel"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    with pytest.raises(ValueError, match=r"config\.json' names code of another repository"):
+        push(folder, "org/puma", dry_run=True)
 
 
 def test_an_older_push_is_replaced_and_its_shards_removed(folder: Path, hub: HubServer, loads: list[Any]) -> None:

@@ -428,6 +428,16 @@ def test_option_errors(options: dict[str, Any], message: str) -> None:
         MultimodalMACLoss(nn.Identity(), **options)
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (4,)])
+def test_masks_are_not_spread(shape: tuple[int, ...]) -> None:
+    similarities, index, whole = torch.zeros(2, 4), torch.arange(2), torch.zeros(2, 4, dtype=torch.bool)
+    part = torch.zeros(shape, dtype=torch.bool)
+    for loss in (mac_loss, split_loss):
+        for masks in ({"same_modality": part}, {"same_modality": whole, "false_negatives": part}):
+            with pytest.raises(ValueError, match=r"a mask is .* must have the shape of similarities, \(2, 4\)"):
+                loss(similarities, index, temperature=0.1, hard_temperature=0.1, **masks)
+
+
 def test_columns_that_do_not_fit(make_model: MakeModel, pairs: Dataset) -> None:
     embeddings, loss = make_embeddings(), make_loss()
     for columns, ids, contents in (
