@@ -441,8 +441,9 @@ def _recipe(config: StageConfig) -> Path:
 def _changed(config: StageConfig) -> list[str]:
     """What differs from the recipe in the output, if there is one."""
     file = _recipe(config)
-    before = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = unified_diff(before.splitlines(), config_text(config).splitlines(), n=0, lineterm="")
+    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    # Sorted, as an older version wrote the same settings in another order.
+    lines = unified_diff(sorted(before), sorted(config_text(config).splitlines()), n=0, lineterm="")
     return [line for line in lines if line[:2] not in ("--", "++", "@@")]
 
 

@@ -264,6 +264,8 @@ def test_resume_of_a_finished_run_adds_no_step(train_config: MakeConfig, steps: 
     saved = train(train_config(save_steps=2, **steps))
     expected = adapter_tensors(saved)
     (saved / "adapter_model.safetensors").unlink()  # killed in the last save
+    recipe = saved / "train.yaml"
+    recipe.write_text("\n".join(reversed(recipe.read_text().splitlines())) + "\n")  # the order is no setting
     train(train_config(save_steps=2, resume=True, **steps))
     found = adapter_tensors(saved)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
