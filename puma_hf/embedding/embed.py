@@ -197,7 +197,7 @@ def iterate_embeddings(
     keep = None if truncate_dim is None and model.truncate_dim is None else dim
     options: dict[str, Any] = {"processing_kwargs": processing_kwargs, "max_length": max_length}
     packer: Any
-    if is_puma(model):
+    if has_packer := is_puma(model):
         packer = model[0].packer(prompt, **options)
         padded = packer.layout is None
         if not padded:
@@ -219,7 +219,7 @@ def iterate_embeddings(
         packer,
         load,
         num_workers=num_workers,
-        pin_memory=on_cuda and is_puma(model),
+        pin_memory=on_cuda and has_packer,
     )
     if show_progress_bar is None:
         show_progress_bar = logger.isEnabledFor(logging.INFO)

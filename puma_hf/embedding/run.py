@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 import time
 from array import array
@@ -25,7 +26,7 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import EmbedConfig
 from puma_hf.data.items import Corpus, open_corpus
 from puma_hf.data.records import Record
@@ -34,7 +35,7 @@ from puma_hf.embedding.prepare import WINDOW, BrokenInput, Unreadable
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, read_manifest
 from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
-from puma_hf.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
+from puma_hf.processes import broadcast, connect, gather, own_device, shared_folder
 from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,8 @@ class EmbeddingRun:
         """Embed what the sink lacks; all processes give the same items, and wait for all."""
         rank, num_processes = connect()
         start = written = time.monotonic()
-        shown = {"desc": "Embedding", "unit": "item", "smoothing": 0.1, "disable": rank > 0 or not show_progress_bar}
-        with tqdm(total=total // num_processes, **shown) as self.progress:
+        bar = {"desc": "Embedding", "unit": "item", "smoothing": 0.1, "disable": rank > 0 or not show_progress_bar}
+        with tqdm(total=total // num_processes, **bar) as self.progress:
             try:
                 for numbers, rows in self.embedder(self._missing(items, total), self._broken):
                     done = [self.sent.pop(number) for number in numbers.tolist()]
@@ -131,7 +132,11 @@ class EmbeddingRun:
                         self._write(len(self.rows) if is_late else self.shard_size)
                         written = time.monotonic()
             except BrokenInputError as error:
-                raise _explained(self.sent[error.index].record, error, may_skip=self.path is not None) from error
+                record, reason = self.sent[error.index].record, error.broken.message.rstrip(".")
+                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {_without_place(reason)}"
+                remedy = "Mend it and run the same command again, which goes on where this one ended"
+                skip = "; or pass on_error='skip' (--on-error skip) to leave out what is broken" if self.path else ""
+                raise ValueError(f"{what}. {remedy}{skip}.") from error
             finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
                 self._write(len(self.rows))
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
@@ -164,7 +169,7 @@ class EmbeddingRun:
     def _broken(self, error: BrokenInput) -> None:
         item = self.sent[error.index] if self.zeros else self.sent.pop(error.index)
         self.pending.discard(item.key)
-        message = error.message.removeprefix(f"inputs[{error.index}]: ")  # the number says nothing to who knows ids
+        message = _without_place(error.message)
         self.errors.append({"row": item.record.row, "id": item.record.id, "message": message})
         if self.zeros:
             self.sent[error.index] = item._replace(key=~item.key)
@@ -204,11 +209,8 @@ def _check_finite(records: list[Record], rows: Tensor) -> None:
         raise ValueError(f"{problem} {shown(bad[:_SHOWN])}. {remedy}")
 
 
-def _explained(record: Record, error: BrokenInputError, *, may_skip: bool) -> ValueError:
-    reason = error.broken.message.removeprefix(f"inputs[{error.index}]: ").rstrip(".")
-    remedy = "Mend it and run the same command again, which goes on where this one ended"
-    remedy += "; or pass on_error='skip' (--on-error skip) to leave out what is broken." if may_skip else "."
-    return ValueError(f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}. {remedy}")
+def _without_place(message: str) -> str:
+    return re.sub(r"^inputs\[\d+\]: ", "", message)  # which says nothing to who knows ids
 
 
 @contextmanager
@@ -253,7 +255,7 @@ class StoreSink:
 # --- the command
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EmbedReport:
     """What a run of `embed_corpus` has done; `str()` tells it in a few lines."""
 
@@ -262,16 +264,13 @@ class EmbedReport:
     num_rows: int  # embeddings in the directory
     num_errors: int  # inputs that could not be embedded
     num_new_items: int  # inputs that this run has embedded
-    embedding_dim: int
-    precision: str
     seconds: float  # from the first input to the last
 
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
         before = self.num_items - self.num_errors - self.num_new_items
         lines = [f"embedded {self.num_new_items:,} inputs{rate}; {before:,} already were"]
-        kind = f"{self.embedding_dim} dimensions as {self.precision}"
-        lines += [f"saved    {self.num_rows:,} embeddings of {kind} in {self.output}"]
+        lines += [f"saved    {self.num_rows:,} embeddings in {self.output}"]
         lines += [f"broken   {self.num_errors:,} inputs, see {Path(self.output, ERRORS)}"] if self.num_errors else []
         return "\n".join(lines)
 
@@ -303,43 +302,30 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
     """
-    with locked_for_all(config.output), disk_full_explained(config.output):
-        rank, _ = connect()
+    with disk_full_explained(config.output), shared_folder(config.output) as folder:
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # The whole corpus is read once before: so wrong lines are known before the model is loaded.
-        survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if rank == 0 else None
-        num_items = broadcast(survey.num_items if survey is not None else 0)
+        num_items, sample = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED)
         model = open_model(config)
-        with shared_folder(config.output) as folder:
-            settings = settings_of(config, model)
-            if config.is_scaled:
-                ranges = None if survey is None else _ranges(folder, model, survey.sample, config)
-                settings |= {"calibration_size": config.calibration_size, "ranges": broadcast(ranges)}
-            dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
-            store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
-            gather(None)  # all have looked before anyone writes
-            sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config))
-            zeros = config.on_error == "zero"
-            run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS, zeros=zeros, in_order=True)
-            done = run.run(items_of(corpus, lambda record, seen: content_key(record.id, seen)), num_items)
-            # The type is said: that of a process which had no rows would be float32, and so would then all keys.
-            keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(sink.keys)])
-            if rank == 0:
-                store.keep(keys)
-                about = {"model": short_name(config.model), "data": short_name(config.data), "num_rows": len(store)}
-                store.say(complete=True, num_items=num_items, num_errors=done.num_errors, **about)
-            gather(None)
-            store.refresh()
-            return EmbedReport(
-                output=str(config.output),
-                num_items=num_items,
-                num_rows=len(store),
-                num_errors=done.num_errors,
-                num_new_items=done.num_new,
-                embedding_dim=embedding_dim(model, config.truncate_dim),
-                precision=config.precision,
-                seconds=done.seconds,
-            )
+        settings, is_main = settings_of(config, model), connect()[0] == 0
+        if config.is_scaled:
+            ranges = broadcast(_ranges(folder, model, sample, config) if is_main else None)
+            settings |= {"calibration_size": config.calibration_size, "ranges": ranges}
+        dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
+        store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
+        gather(None)  # all have looked before anyone writes
+        sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config))
+        zeros = config.on_error == "zero"
+        run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS, zeros=zeros, in_order=True)
+        done = run.run(items_of(corpus, lambda record, seen: content_key(record.id, seen)), num_items)
+        # The type is said: that of a process which had no rows would be float32, and so would then all keys.
+        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(sink.keys)])
+        if is_main:
+            store.keep(keys)
+            about = {"model": short_name(config.model), "data": short_name(config.data), "num_rows": len(store)}
+            store.say(complete=True, num_items=num_items, num_errors=done.num_errors, **about)
+        num_rows = broadcast(len(store))
+        return EmbedReport(str(config.output), num_items, num_rows, done.num_errors, done.num_new, done.seconds)
 
 
 def items_of(corpus: Corpus, key_of: Callable[[Record, str], int]) -> Iterator[Item]:
@@ -393,7 +379,7 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         trust_remote_code=config.trust_remote_code,
         model_kwargs={"dtype": config.dtype},
     ).eval()
-    check_truncate_dim(model, config.model, config.truncate_dim)
+    embedding_dim(model, config.truncate_dim)  # so many there must be, before anything is written
     if not config.fast:
         first: Any = model[0]
         first.fast_path = None

@@ -38,7 +38,7 @@ from puma_hf.embedding.run import (
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import content_key
 from puma_hf.modeling.inputs_puma import open_image
-from puma_hf.processes import broadcast, connect, gather, locked_for_all
+from puma_hf.processes import connect, gather, locked_for_all
 from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, FORMAT, TABLE, about, open_index, open_table
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,6 @@ def build_index(config: IndexConfig) -> IndexReport:
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
     with locked_for_all(folder), disk_full_explained(folder):
-        rank, _ = connect()
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
@@ -91,9 +90,9 @@ def build_index(config: IndexConfig) -> IndexReport:
             raise ValueError(f"{problem} Name the model that makes it, as in --model DIRECTORY; later runs need not.")
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
-        num_items = broadcast(corpus.survey().num_items if rank == 0 else 0)
+        num_items = corpus.survey().num_items
         model = open_model(config)
-        settings = settings_of(config, model)
+        settings, is_main = settings_of(config, model), connect()[0] == 0
         description = {
             **settings,
             "format_version": FORMAT,
@@ -104,7 +103,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         }
         if before is not None:
             _compare(folder, before, description, settings)
-        elif rank == 0:
+        elif is_main:
             create_table(folder, description, embedding_dim(model, config.truncate_dim))
         gather(None)
         sink = _TableSink(folder, open_table(folder), config.shard_size)
@@ -114,7 +113,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         done = run.run(items_of(corpus, _key_of), num_items)
         sink.add_moved()
         wanted = set().union(*gather(sink.wanted))
-        if rank == 0:
+        if is_main:
             _finish(folder, sink.table, wanted, sink.there - wanted, description, config.ann)
         gather(None)
         counts = open_index(folder).counts
