@@ -94,19 +94,26 @@ def check_inputs(seed: int = 0) -> list[dict[str, Any]]:
     [['text'], ['text']]
     ```
     """
-    rng, inputs = random.Random(seed), []
-    # How many pictures and words, and which instruction.
-    kinds = [(0, 1, ""), (0, 40, ""), (0, 12, _FIND), (1, 0, ""), (1, 0, _FIND), (1, 6, ""), (1, 15, _ANSWER)]
-    for num_pictures, num_words, instruction in (*kinds, (2, 7, "")):
-        pictures = []
-        for _ in range(num_pictures):
-            # Noise, which no two ways to resize and to normalise treat alike unless they are the same.
-            width, height = rng.randint(56, 168), rng.randint(56, 168)
-            pictures.append(Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height)))
-        text = " ".join(rng.choices(_WORDS, k=num_words))
-        values = {"image": pictures, "text": text, "instruction": instruction}
-        inputs.append({name: value for name, value in values.items() if value})
-    return inputs
+    rng = random.Random(seed)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choices(_WORDS, k=count))
+
+    def picture() -> Image.Image:
+        """Noise, which no two ways to resize and to normalise treat alike unless they are the same."""
+        width, height = rng.randint(56, 168), rng.randint(56, 168)
+        return Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+
+    return [
+        {"text": words(1)},
+        {"text": words(40)},
+        {"text": words(12), "instruction": _FIND},
+        {"image": [picture()]},
+        {"image": [picture()], "instruction": _FIND},
+        {"image": [picture()], "text": words(6)},
+        {"image": [picture()], "text": words(15), "instruction": _ANSWER},
+        {"image": [picture(), picture()], "text": words(7)},
+    ]
 
 
 def features_of(folder: str | Path, inputs: Sequence[Any], *, padding_side: str = "left") -> dict[str, Tensor]:

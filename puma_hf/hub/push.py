@@ -98,12 +98,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     >>> print(push_to_hub("puma-k14-mac", "org/puma-k14", dry_run=True))  # doctest: +SKIP
     ```
     """
-    return push_configured(PushConfig(directory=directory, repo_id=repo_id, **settings), token=token)
-
-
-def push_configured(config: PushConfig, *, token: str | None = None) -> PushReport:
-    """What `push_to_hub` does, with its settings as one object; see there."""
-    folder, hub, base, parent, url = Path(config.directory), HfApi(token=token), config.base_model, None, None
+    config = PushConfig(directory=directory, repo_id=repo_id, **settings)
+    folder, hub, base, parent, url = Path(directory), HfApi(token=token), config.base_model, None, None
     is_adapter = is_adapter_directory(folder)
     local_base = named_base(folder) if is_adapter else ""
     if is_adapter and base is None:  # whoever downloads the adapter will need it

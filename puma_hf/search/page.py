@@ -66,7 +66,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
     gr, page = load_gradio(), make_page(searcher, config)
     # Of the visitor's own system: Gradio's fonts would be fetched from elsewhere, which tells who looks at the page.
     fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    options: Any = {"theme": gr.themes.Base(**fonts), "footer_links": []}
+    options: Any = {"theme": gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts), "footer_links": []}
     options |= {"server_name": config.host, "server_port": config.port or None, "inbrowser": config.open_browser}
     options |= {"max_file_size": int(config.max_upload_mb * 2**20), "share": False, "ssr_mode": False}
     try:

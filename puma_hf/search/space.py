@@ -40,10 +40,8 @@ app_file: app.py
 
 # {title}
 
-{line}.
-
-This folder was written by `puma-hf app --space`: the page (`app.py`) and, in `index/`, the embeddings, texts and
-pictures that it searches{model}. All of a public Space can be downloaded: name the licence of that above.
+{line}. `puma-hf app --space` has written the page (`app.py`) and, in `index/`, the embeddings, texts and pictures that
+it searches{model}. All of a public Space can be downloaded: name the licence of that above.
 
 Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`, or
 run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
