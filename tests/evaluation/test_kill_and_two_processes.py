@@ -40,7 +40,7 @@ def files(output: Path) -> dict[str, bytes]:
 def test_killed_and_uninterrupted_runs_write_the_same_bytes(folder: Path, report: dict[str, Any]) -> None:
     whole = files(folder / "whole")
     assert {"results.json", "results.md", "runs/local/toys_task0.trec", "qrels/global/toys_task8.txt"} <= set(whole)
-    assert len(whole) == 2 + 3 * 2 * 8  # a run, and qrels of four and of five fields, for each task and pool
+    assert len(whole) == 2 + 2 * 2 * 8  # a run and qrels for each task and pool
     assert files(folder / "killed") == whole
     # Killed in a call and in a write; what was finished was kept.
     assert len(report["points"]) == NUM_KILLS
