@@ -18,7 +18,7 @@ from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.tasks import select_tasks
 from puma_hf.evaluation.encoding import Pair, float_rows, settings_of_encode
-from puma_hf.evaluation.mbeir import POOLS, Search, measure, ranks, read_searches
+from puma_hf.evaluation.mbeir import POOLS, Search, measure, read_searches
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.topk import SearchResult, exact_search
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class MBEIREvaluator(BaseEvaluator):
     """M-BEIR's table as `evaluator=` of a `PumaTrainer` or a `SentenceTransformerTrainer`.
 
-    The figures are those of `evaluate_mbeir`. Embeddings stay in memory, so give it little data: a nano benchmark (see
-    `build_nano`), or a few tasks. Files are read and checked when it is made, before the training.
+    The figures are those of `evaluate_mbeir`, whose arguments it has. Embeddings stay in memory, so give it little
+    data: a nano benchmark (see `build_nano`), or a few tasks. Files are read and checked when it is made.
 
     A call returns, by name, for each pool that is measured:
 
@@ -40,17 +40,8 @@ class MBEIREvaluator(BaseEvaluator):
     With a name `val` they are `val_local_score` and so on; a trainer puts `eval_` before them. `primary_metric` is the
     first: for `load_best_model_at_end`, pass `metric_for_best_model=f"eval_{evaluator.primary_metric}"`.
 
-    With several processes, the trainer calls it on one of them and shares the embedding out over all; under FSDP and
-    DeepSpeed it calls it on each, and each embeds everything.
-
     Args:
         data: Folder in M-BEIR's layout, a nano folder, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
-        split: Split to evaluate.
-        tasks: Names such as "webqa_task1"; None for all of the split.
-        pool: "local", "global", or "both".
-        ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Batch size of `encode`.
-        instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         name: Put before the names of the metrics.
         show_progress_bar: Whether `encode` shows its progress.
         encode_kwargs: Further arguments of `encode`, such as `{"truncate_dim": 256}`.
@@ -100,11 +91,8 @@ class MBEIREvaluator(BaseEvaluator):
     ) -> dict[str, float]:
         """Measure a model, a `SentenceTransformer` or anything with its `encode`: values between 0 and 1 by name.
 
-        Args:
-            model: The model.
-            output_path: Not used: the trainer logs the figures, and its `trainer_state.json` has them.
-            epoch: Where the training is, for the model's card; -1 if there is none.
-            steps: Likewise.
+        `epoch` and `steps` are for the model's card. The trainer logs the values and keeps them in
+        `trainer_state.json`, so nothing is written to `output_path`.
 
         Raises:
             ValueError: If an embedding is not finite or of a wrong shape.
@@ -156,9 +144,9 @@ class HeldInputs:
     def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
         """M-BEIR's table from what `embed` returned."""
 
-        def find(group: Sequence[Search]) -> Iterator[SearchResult]:
+        def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             pool = [self.row_of[one, ""] for one in group[0].pool.values()]
             queries = [self.row_of[pair] for search in group for pair in search.queries]
-            yield exact_search(embeddings[queries], embeddings[pool], ranks(self.searches, ks))
+            yield exact_search(embeddings[queries], embeddings[pool], top_k)
 
         return MBEIRResults(split, [row for _, row, _ in measure(self.searches, find, ks)])

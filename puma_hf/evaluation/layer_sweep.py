@@ -52,10 +52,8 @@ _IMAGE_SIDE = 16  # tokens along each side of a square image
 
 def decoder_of(model: SentenceTransformer) -> Any:
     """The decoder of a PUMA model, which has the `layers` and the final `norm`."""
-    if len(model) > 1:  # such as one that would normalise the embeddings of all depths as one
-        raise ValueError(
-            f"The model has {len(model)} modules, must be a PUMA model alone, as `puma-hf prune` makes it."
-        )
+    if len(model) > 1:  # a further one, such as Normalize, would take the embeddings of all depths for one
+        raise ValueError(f"The model has {len(model)} modules, must be a PUMA model alone, as `puma-hf prune` has it.")
     return cast(Any, model[0]).model.language_model
 
 
@@ -64,8 +62,7 @@ def keep_last_depths(model: SentenceTransformer) -> range:
     decoder, puma = decoder_of(model), cast(Any, model[0])
     # A state goes into the last layer with the mask of the layer that it was made for.
     if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
-        problem = f"keep_last needs one kind of attention, the layers have {sorted(types)}."
-        raise ValueError(f"{problem} Evaluate such models one by one.")
+        raise ValueError(f"keep_last needs one kind of attention, the layers have {sorted(types)}. Leave it out.")
     return range(puma.model.config.num_deepstack_layers + 1, len(decoder.layers))
 
 
@@ -86,8 +83,7 @@ def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[N
         keep(depth, layer, args, layers[-1].forward(*args, **options))
 
     def finish(_module: nn.Module, _args: Any, features: dict[str, Any]) -> dict[str, Any]:
-        device = next(decoder.norm.parameters()).device
-        normed = decoder.norm(torch.stack([found[depth].to(device) for depth in sorted(found)], dim=1))
+        normed = decoder.norm(torch.stack([found[depth] for depth in sorted(found)], dim=1))
         embeddings = nn.functional.normalize(normed.float(), dim=-1)
         return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
 
@@ -123,26 +119,25 @@ def encode_all_layers(
         `keep_last` a row for each of `keep_last_depths` comes after these.
 
     Raises:
-        ValueError: If the model is no PUMA model, or an embedding is not finite.
+        ValueError: If the model has further modules, or `keep_last` does not go with its layers.
 
     Example:
         >>> encode_all_layers(model, ["a red apple", {"image": "apple.png"}]).shape  # doctest: +SKIP
         torch.Size([28, 2, 1536])
     """
     num_layers, joined = len(decoder_of(model).layers), keep_last_depths(model) if keep_last else range(0)
+    depths, hidden_size = num_layers + len(joined), decoder_of(model).config.hidden_size
     with _all_depths(model, joined):
-        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        options: Any = {"batch_size": batch_size, "processing_kwargs": processing_kwargs}
-        # The model's own truncate_dim would cut off depths, which lie side by side.
-        width = (num_layers + len(joined)) * decoder_of(model).config.hidden_size
-        options |= {"show_progress_bar": show_progress_bar, "truncate_dim": width}
-        encoded = model.encode(list(inputs), prompt=prompt or "", **options)
-    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
-    finite = torch.isfinite(embeddings).flatten(start_dim=1).all(dim=1).tolist()
-    if not all(finite):
-        k = [*range(1, num_layers + 1), *joined][finite.index(False)]
-        raise ValueError(f"At k = {k} an embedding holds NaN or infinity. Use float32 or bfloat16 instead of float16.")
-    return embeddings
+        encoded: Any = model.encode(
+            list(inputs),
+            prompt=prompt or "",  # unlike None, it keeps a SentenceTransformer's default prompt away
+            batch_size=batch_size,
+            processing_kwargs=processing_kwargs,
+            show_progress_bar=show_progress_bar,
+            truncate_dim=depths * hidden_size,  # the model's own would cut off depths, which lie side by side
+        )
+    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (depths, hidden_size))
+    return embeddings.transpose(0, 1)
 
 
 # --- How alike two depths are ---------------------------------------------------------------------------------------
@@ -178,12 +173,8 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 class LayerCosts:
     """What the models pruned to k = 1 .. L layers cost; entry k - 1 of each is that of k layers.
 
-    Args:
-        parameters: Parameters, each shared one once.
-        bytes: Their bytes in the model's own data type.
-        flops_text: Operations of a text whose whole prompt has `text_tokens` tokens: 64.
-        flops_image: Operations of an image of `image_tokens` visual tokens, vision tower included: 256, or as many as
-            the model's own limits leave of them.
+    Operations are those of a text whose whole prompt has `text_tokens` tokens (64), and of an image of `image_tokens`
+    visual tokens (256, or as many as the model's own limits leave of them), vision tower included.
     """
 
     parameters: tuple[int, ...]
@@ -195,12 +186,7 @@ class LayerCosts:
 
 
 def layer_costs(model: SentenceTransformer) -> LayerCosts:
-    """Count what each depth costs, on the real model; each count equals that of the model pruned to it.
-
-    Example:
-        >>> layer_costs(model).parameters[-1]  # doctest: +SKIP
-        1543714304
-    """
+    """Count what each depth costs, on the real model; each count equals that of the model pruned to it."""
     layers, puma = decoder_of(model).layers, cast(Any, model[0])
     images = puma.processor.image_processor
     side = _IMAGE_SIDE * images.patch_size * images.merge_size
@@ -208,7 +194,6 @@ def layer_costs(model: SentenceTransformer) -> LayerCosts:
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (side, side), "white")}
     image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
-
     parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in layers])
     sizes = tuple(count * puma.model.dtype.itemsize for count in parameters)
     image_tokens = int((image["input_ids"] == puma.model.config.image_token_id).sum())
@@ -226,7 +211,7 @@ def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> t
 
 
 def _cut(total: int, by_layer: Sequence[int]) -> tuple[int, ...]:
-    """`total` without the layers from k on, for k = 1 .. L."""
+    # `total` without the layers from k on, for k = 1 .. L.
     return tuple(total - sum(by_layer[kept:]) for kept in range(1, len(by_layer) + 1))
 
 
@@ -249,14 +234,11 @@ def embed_all_depths(held: HeldInputs, model: SentenceTransformer, **options: An
 
 
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
-    """Measure every depth of a model, and of those it is compared with, in one forward pass of each.
+    """Quality, closeness to the full model, and costs of every k, and a recommendation, in one pass of each model.
 
     Args:
         config: The model, the data, and what to decide by.
         show_progress_bar: Whether to show the progress.
-
-    Returns:
-        Quality, closeness to the full model, and costs of every k; it recommends one.
 
     Raises:
         ValueError: If a model is no Qwen2-VL, 2.5 or 3.
@@ -294,9 +276,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
                 joined = keep_last_depths(model) if config.keep_last else range(0)
             counted, num_layers = [*counted, costs], len(costs.parameters)
             full = embeddings[num_layers - 1].clone() if full is None else full  # not a view of all depths
-            ks = [*range(1, num_layers + 1), *joined]
-            told = zip(ks, embeddings, strict=True)
-            rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in told]
+            depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
+            rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in depths]
             swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])

@@ -85,21 +85,19 @@ def read_searches(
 
 
 def measure(
-    searches: Sequence[Search], find: Callable[[Sequence[Search]], Iterable[SearchResult]], ks: Sequence[int]
+    searches: Sequence[Search], find: Callable[[Sequence[Search], int], Iterable[SearchResult]], ks: Sequence[int]
 ) -> Iterator[tuple[Search, MBEIRTaskResult, Ranking]]:
     """The row of each search, and for each qid the dids and scores of the best candidates.
 
-    Args:
-        searches: What is searched.
-        find: The best candidates of all queries of some searches of one pool, at least `ranks(searches, ks)` of each.
-            A second result, if there is one, has the popularity-corrected figures.
-        ks: The k of hit@k, recall@k and wrong_modality@k.
+    `find(searches, top_k)` returns the best candidates of all queries of some searches of one pool. A second result, if
+    there is one, has the popularity-corrected figures.
     """
+    top_k = max(*ks, NDCG_K, *(search.task.reported_k for search in searches))
     # Searches of one pool go together: its embeddings are read once for all tasks.
     for pool in {id(search.pool): search.pool for search in searches}.values():
         group = [search for search in searches if search.pool is pool]
         tables = []
-        for found in find(group):
+        for found in find(group, top_k):
             # Of the dids of a pool, which are read one after the other, those that were found are kept.
             wanted = set(found.indices.flatten().tolist())
             dids = {row: did for row, did in enumerate(pool) if row in wanted}
@@ -111,11 +109,6 @@ def measure(
             for other in (task_result(search, one, ks) for one in corrected):
                 row = replace(row, corrected={"score": other.score, **other.metrics})
             yield search, row, ranking
-
-
-def ranks(searches: Sequence[Search], ks: Sequence[int]) -> int:
-    """How many candidates of each query the metrics look at."""
-    return max(*ks, NDCG_K, *(search.task.reported_k for search in searches))
 
 
 def task_result(search: Search, rankings: Ranking, ks: Sequence[int]) -> MBEIRTaskResult:
@@ -150,7 +143,6 @@ def evaluate_mbeir(
     popularity_penalty: float | None = None,
     output_dir: str | Path | None = None,
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    search_device: str | torch.device | None = None,
     show_progress_bar: bool = True,
     encode_kwargs: Mapping[str, Any] | None = None,
     shard_size: int = SHARD_SIZE,
@@ -159,13 +151,11 @@ def evaluate_mbeir(
 ) -> MBEIRResults:
     """Measure a model on M-BEIR or any dataset in its layout.
 
-    Each distinct candidate is encoded once, without instruction, however many pools it is in. Queries are encoded with
-    their task's instruction as `prompt`. Inputs of one modality go together: text, `{"image": path}`, or
-    `{"image": path, "text": ...}`.
+    Each distinct candidate is encoded once, without instruction, queries with their task's instruction as `prompt`.
+    Inputs of one modality go together: text, `{"image": path}`, or `{"image": path, "text": ...}`.
 
-    Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
-    it was. Started by `accelerate launch` or `torchrun`, every process embeds a share and searches a share of each
-    pool; all return the same results. Neither the candidates nor their embeddings are held in memory.
+    Embeddings go to the disk shard by shard: with an `output_dir`, a run that was stopped goes on where it was. Started
+    by `accelerate launch` or `torchrun`, every process embeds and searches a share; all return the same results.
 
     Args:
         model: A `SentenceTransformer` or anything with its `encode`.
@@ -181,7 +171,6 @@ def evaluate_mbeir(
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
             `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere. Earlier results are replaced.
         embedding_dtype: Data type that embeddings are stored in.
-        search_device: Device of the search; None for the GPU, if there is one.
         show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
         encode_kwargs: Further arguments of `encode`, but for the prompt and the precision.
         shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
@@ -202,7 +191,7 @@ def evaluate_mbeir(
     """
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
-        opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
+        opened = open_mbeir(data, split=split, tasks=names)
     encoding, options = settings_of_encode(encode_kwargs), {"batch_size": batch_size, **(encode_kwargs or {})}
     made_from: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     made_from |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
@@ -215,7 +204,7 @@ def evaluate_mbeir(
     made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     rank, num_processes = connect()
-    device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with shared_folder(output_dir) as folder:
         store = _open_store(folder / "embeddings", made_from)
         chosen = select_tasks(opened.tasks(split), names)
@@ -224,7 +213,7 @@ def evaluate_mbeir(
         options |= {"root": opened.image_root, "shard_size": shard_size, "show_progress_bar": show_progress_bar}
         embed = partial(embed_into, store, model, **options)
 
-        def find(group: Sequence[Search]) -> Iterator[SearchResult]:
+        def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
             candidates = group[0].pool
             keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
@@ -239,8 +228,8 @@ def evaluate_mbeir(
             start, stop = (len(keys) * edge // num_processes for edge in (rank, rank + 1))
             for one in rows:
                 blocks = ((first + start, block) for first, block in store.blocks(keys[start:stop], _BLOCK))
-                found = exact_search(one, blocks, ranks(searches, ks), block_size=_BLOCK, device=device)
-                yield merge_results(gather(found), ranks(searches, ks))
+                found = exact_search(one, blocks, top_k, block_size=_BLOCK, device=device)
+                yield merge_results(gather(found), top_k)
 
         output = folder if output_dir is not None and rank == 0 else None
         for search, row, ranking in measure(searches, find, ks):

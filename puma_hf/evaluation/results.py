@@ -71,10 +71,8 @@ class MBEIRTaskResult:
     Args:
         dataset: Name of the dataset.
         task_id: M-BEIR's task number.
-        pool: "local" or "global".
-        pool_size: Number of candidates.
-        num_queries: Number of queries the metrics are means of.
-        num_skipped: Number of queries left out because nothing in the pool is relevant to them.
+        pool: "local" or "global"; it has `pool_size` candidates.
+        num_queries: Queries that the metrics are means of; `num_skipped` have nothing relevant in the pool.
         score: The number papers report for this row: hit@10 on the two fashion datasets, else hit@5.
         metrics: Values between 0 and 1 by name.
         corrected: The "score" and the metrics of the popularity-corrected ranking; empty if it was not asked for.
@@ -137,21 +135,20 @@ class MBEIRResults:
         names = [name for name in rows[0].values if all(name in row.values for row in rows)]
         return {name: sum(row.values[name] for row in rows) / len(rows) for name in names}
 
-    def to_dict(self, *, include_rankings: bool = False) -> dict[str, Any]:
-        """The keys split, made_from, mean, rows and, if asked for, rankings: plain values that JSON can hold."""
-        values: dict[str, Any] = {"split": self.split, "made_from": self.made_from}
-        values |= {"mean": {pool: self.mean(pool) for pool in self.pools}, "rows": [asdict(row) for row in self.rows]}
-        return {**values, "rankings": self.rankings} if include_rankings else values
+    def to_dict(self) -> dict[str, Any]:
+        """The keys split, made_from, mean and rows: plain values that JSON can hold. Run files have the rankings."""
+        means, rows = {pool: self.mean(pool) for pool in self.pools}, [asdict(row) for row in self.rows]
+        return {"split": self.split, "made_from": self.made_from, "mean": means, "rows": rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MBEIRResults:
-        """The results that `to_dict` wrote, or an older version without `made_from`; the mean is computed anew."""
+        """The results that `to_dict` wrote; the mean is computed anew."""
         rows = [MBEIRTaskResult(**row) for row in values["rows"]]
-        return cls(values["split"], rows, values.get("rankings", {}), values.get("made_from", {}))
+        return cls(values["split"], rows, made_from=values.get("made_from", {}))
 
-    def to_json(self, path: str | Path, *, include_rankings: bool = False) -> None:
+    def to_json(self, path: str | Path) -> None:
         """Write the results, whole or not at all; the folder is made if need be."""
-        write_json(Path(path), self.to_dict(include_rankings=include_rankings))
+        write_json(Path(path), self.to_dict())
 
     def to_markdown(self) -> str:
         """The table in percent, one row a task and pool, and a mean for each pool; JSON has the rest.

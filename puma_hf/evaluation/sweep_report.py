@@ -58,21 +58,10 @@ class Recommendation:
 class SweepReport:
     """What every depth of one or more models is worth, and what it costs.
 
-    Args:
-        models: The full model first, then those it is compared with; with `keep_last` each comes twice, the second
-            time with its last layer kept.
-        data: Name of the dataset.
-        data_hash: Hash of its content where it was drawn from a larger one; else None.
-        split: Its split.
-        tasks: Names of the tasks.
-        num_queries: Queries of all tasks to which something in the pool is relevant.
-        num_candidates: Distinct candidates.
-        pool: The pool whose quality decides.
-        metric: The metric that decides.
-        text_tokens: Tokens of the text whose operations were counted.
-        image_tokens: Visual tokens of the image whose operations were counted.
-        keep: Share of the full model's quality to keep.
-        max_params: Budget of parameters; None for none.
+    The full model comes first, then those it is compared with; with `keep_last` each comes twice, the second time with
+    its last layer kept. The `metric` in the `pool` decides, within the budget of `max_params` parameters. `num_queries`
+    are those to which something in the pool is relevant. `data_hash` is there if the data were drawn from larger ones.
+    Operations were counted for a text of `text_tokens` and for an image of `image_tokens`.
     """
 
     models: tuple[SweptModel, ...]

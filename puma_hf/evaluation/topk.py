@@ -94,12 +94,7 @@ def exact_search(
 def merge_results(results: Sequence[SearchResult], top_k: int) -> SearchResult:
     """One result from those of disjoint parts of a pool, as if the pool had been searched at once.
 
-    Args:
-        results: Of the same queries, each searched with this `top_k`; `indices` are rows of the whole pool.
-        top_k: Number of candidates to return for each query, at most all of them.
-
-    Returns:
-        Scores and indices, `(num_queries, min(top_k, num_candidates))`.
+    All are of the same queries and `top_k`, and their `indices` are rows of the whole pool.
 
     Example:
         >>> query, pool = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])

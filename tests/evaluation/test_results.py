@@ -130,12 +130,11 @@ def test_remarks() -> None:
 
 def test_json_round_trip(tmp_path: Path) -> None:
     results = results_of(["cirr_task7", "toys_task1"], ("local", "global"), made_from={"model": "m"})
-    results.rankings["local"] = {"cirr_task7": {"8:1": ["8:2", "8:3"]}}
     path = tmp_path / "new" / "results.json"
-    results.to_json(path, include_rankings=True)
+    results.to_json(path)
     values = json.loads(path.read_text())
     assert MBEIRResults.from_dict(values) == results
-    assert list(values) == ["split", "made_from", "mean", "rows", "rankings"]
+    assert list(values) == ["split", "made_from", "mean", "rows"]
     assert values["mean"]["global"]["hit@1"] == 0.25
 
 
