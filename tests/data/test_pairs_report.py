@@ -51,7 +51,7 @@ def test_what_is_worth_a_look(tmp_path: Path) -> None:
         "anchor that is its own positive": [f"{table}, line 6: 'blue'"],
         "negative that is a right answer of its anchor": [f"{table}, line 7: 'cherry'"],
     }
-    assert "\n  1 x pair given again\n" in str(report)
+    assert f"\nWorth a look: {report.notes}\n- {table}, line 3: the same as" in str(report)
     assert str(report).endswith("All rows can be trained on.")
 
 
