@@ -46,6 +46,63 @@ def parse_parameters(value: str | int | float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig(CheckedConfig):
+    """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
+
+    Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
+
+    Args:
+        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further.
+        output_dir: New directory for the model.
+        num_kept_layers: Decoder layers to keep, from the input.
+        keep_layers: Instead, which layers to keep, such as 0-10,27.
+        dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
+            300 visual tokens.
+        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        revision: Branch, tag or commit on the Hub.
+        overwrite: Replace the output if it is not empty.
+    """
+
+    source: str = positional()
+    output_dir: str | Path = positional(flag="output")
+    num_kept_layers: int | None = None
+    keep_layers: str | None = None
+    dtype: str = "auto"
+    max_pixels: str | None = None  # a number, or a word
+    reading: Literal["puma", "puma-released"] | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(CheckedConfig):
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+
+    Args:
+        recipe: Recipe of distill or train.
+        model: Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.
+        num_kept_layers: Decoder layers that are kept of it.
+        gpu: Such as 'RTX 4090'; default: a table of all that are known.
+        num_gpus: Devices that the run is started on.
+        tokens: Length that rows are padded to; default: max_length.
+        images: Images of a row, over all columns.
+        rows: Rows of the data, where they are not known.
+    """
+
+    recipe: str | Path = field(metadata={"flag": "config"})
+    model: str | Path | None = None
+    num_kept_layers: int | None = None
+    gpu: str | None = None
+    num_gpus: int = 1
+    tokens: int | None = None
+    images: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedConfig(CheckedConfig):
     """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
 
@@ -158,11 +215,6 @@ class EvaluateConfig(_BenchmarkSettings):
     truncate_dim: int | None = option(None, at_least=1)
     revision: str | None = None
     data_revision: str | None = None
-
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        names = ("nano_queries", "nano_candidates", "nano_seed", "nano_folder")
-        return self._unused("benchmark='mbeir'", *names) if self.benchmark == "mbeir" else []
 
 
 @dataclass(frozen=True, kw_only=True)

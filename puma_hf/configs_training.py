@@ -310,20 +310,6 @@ class TrainConfig(PairSettings, StageConfig):
         if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
             raise ValueError(f"matryoshka_dims={list(self.matryoshka_dims)} must not repeat a size. Name each once.")
 
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        of_mac = ("hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
-        of_teachers = ("contrastive_weight", "contrastive_weight_start", "teacher", "teacher_mode", "teacher_cache")
-        ignored: list[tuple[bool, str, tuple[str, ...]]] = [
-            (self.loss == "infonce", "loss='infonce'", of_mac),
-            (self.loss == "mac", "loss='mac'", ("split_weight",)),
-            (self.loss != "infonce" and self.schedule == "constant", "schedule='constant'", ("schedule_end",)),
-            (self.mini_batch_num_tokens is not None, "mini_batch_num_tokens", ("mini_batch_size",)),
-            (not self.joint, "distillation_weight=0", (*of_teachers, "metric")),
-            (not self.num_negatives, "num_negatives=0", ("negatives",)),
-        ]
-        return [note for is_so, why, names in ignored if is_so for note in self._unused(why, *names)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(CheckedConfig):

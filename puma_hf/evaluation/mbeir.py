@@ -5,7 +5,6 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,8 +36,6 @@ from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.processes import connect, gather, locked_for_all, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
-
-logger = logging.getLogger(__name__)
 
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
@@ -308,8 +305,6 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     processing = processing_of(config.special_tokens)
     names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}

@@ -532,7 +532,7 @@ def test_no_drift_after_fifty_steps(make_trainer: Any, items: Dataset) -> None:
 def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent) -> None:
     with pytest.raises(ValueError, match=r"teacher_mode='ema' must be one of 'frozen', 'cached'"):
         make_trainer("ema")
-    with pytest.raises(ValueError, match=r"'one_pass' is gone, as .* Take 'frozen', the full model"):
+    with pytest.raises(ValueError, match=r"teacher_mode='one_pass' must be one of 'frozen', 'cached'"):
         make_trainer("one_pass")
     with pytest.raises(ValueError, match=r"teacher_cache='here' needs teacher_mode='cached', not 'frozen'"):
         make_trainer(teacher_cache="here")
