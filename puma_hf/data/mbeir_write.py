@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, count, zip_longest
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from puma_hf.configs import PairsConfig
-from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, file_hash, read_origin, seeded_random
+from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
@@ -79,34 +78,10 @@ def link(source: str | Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_origin(path: Path, image_root: str, settings: Mapping[str, Any], *, content_hash: str | None = None) -> None:
-    """Write what a folder says of itself, see `read_origin`; its other files must be there."""
-    # Only a content hash needs them, and an imported pool has gigabytes.
-    files = [] if content_hash is None else [file for file in path.parent.rglob("*") if file.is_file()]
-    hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in sorted(files)}
-    values = {"image_root": image_root, "settings": dict(settings), "content_hash": content_hash, "files": hashes}
-    write_json(path, values)
-
-
-def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written whole or not at all, unless it is there, once for all processes that ask for it.
-
-    It is written beside its place and renamed. What a killed process left behind is removed by the next one.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock file stays: to remove it would let a third process lock another file of the same name.
-    with WeakFileLock(folder.parent / f".{folder.name}.lock"):
-        if folder.exists():
-            return
-        draft = folder.parent / f".{folder.name}.partial"
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir()
-            write(draft)
-            os.replace(draft, folder)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_hash(parts: Iterable[object]) -> str:
@@ -169,18 +144,16 @@ def build_nano(
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    make_folder(folder, lambda draft: _write_nano(data, draft, settings, chosen))
-    origin = read_origin(folder) if folder.is_dir() else None
-    if origin is None or origin[0].name != NANO_FILE:
-        raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
+    if not (folder / NANO_FILE).is_file():
+        with new_directory(folder, overwrite=False) as draft:
+            _write_nano(data, draft, settings, chosen)
+    nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
-    there = {**origin[1]["settings"], "images": str(origin[1]["image_root"])}
+    there = {**nano.nano_settings, "images": str(nano.image_root)}
     for name in (name for name in wanted if there.get(name) != wanted[name]):
         what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
         raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
-    return MBEIR(folder)
+    return nano
 
 
 def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequence[MBEIRTask]) -> None:
@@ -211,7 +184,8 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     write_records(layout.union_pool_path(split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
-    write_origin(folder / NANO_FILE, str(root), settings, content_hash=text_hash(contents))
+    says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents)}
+    write_json(folder / NANO_FILE, says)
 
 
 def _choose(
