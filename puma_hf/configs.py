@@ -270,18 +270,11 @@ class IndexConfig(EmbedConfig):
     """
 
     model: str = ""
-    on_error: OnError = "skip"
+    on_error: Literal["raise", "skip"] = "skip"  # zeros in an index would be an answer to no query
+    precision: Literal["float32", "float16"] = "float32"
     shard_size: int = option(4096, at_least=1, at_most=4096)
     # Exact search compares every vector; approximate search reads fewer, and may miss some.
     ann: AnnKind | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.on_error == "zero":
-            raise ValueError("on_error='zero' would put zeros into the index, which no query finds. Choose skip.")
-        if self.precision not in ("float32", "float16"):
-            one = f"precision={self.precision!r} must be 'float32' or 'float16' in an index"
-            raise ValueError(f"{one}. Choose ann='int8' or 'binary' (--ann) for a search that reads less.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,11 +310,6 @@ class SearchConfig(CheckedConfig):
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.query and self.query.strip()) and self.image is None:
-            raise ValueError(f"query={self.query!r} and image=None: nothing to look for. Give words, or --image.")
 
 
 @dataclass(frozen=True, kw_only=True)

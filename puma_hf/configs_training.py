@@ -97,11 +97,6 @@ class PairsConfig(PairSettings):
     test_fraction: float = option(0.1, at_least=0, at_most=1)
     seed: int = option(0, at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (both := self.val_fraction + self.test_fraction) > 1:
-            raise ValueError(f"val_fraction and test_fraction={self.test_fraction} are {both}, above 1. Lower one.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(CheckedConfig):
@@ -205,9 +200,6 @@ class StageConfig(CheckedConfig):
         if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
             given = f"first_layer_learning_rate={self.first_layer_learning_rate}"
             raise ValueError(f"{given} may not stand beside learning_rate_mapping. Put it there, as {FIRST_LAYER!r}.")
-        if self.teacher_cache is not None and self.teacher_mode != "cached":
-            given = f"teacher_cache={self.teacher_cache!r}"
-            raise ValueError(f"{given} is read with teacher_mode='cached' only, not {self.teacher_mode!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,13 +294,9 @@ class TrainConfig(PairSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.contrastive_weight and not (self.contrastive_weight_start or self.joint):
-            raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
             caching = f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens}"
             raise ValueError(f"{caching} need distillation_weight=0, as caching has no joint form. Leave one out.")
-        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
-            raise ValueError(f"matryoshka_dims={list(self.matryoshka_dims)} must not repeat a size. Name each once.")
 
 
 @dataclass(frozen=True, kw_only=True)

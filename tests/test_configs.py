@@ -50,7 +50,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": "d"},
     SweepConfig: {"model": "m", "data": "d"},
     IndexConfig: {"data": "d", "output": "o"},
-    SearchConfig: {"index": "i", "query": "q"},
+    SearchConfig: {"index": "i"},
     AppConfig: {"index": "i"},
     ExportConfig: {"source": "s", "output": "o"},
     PushConfig: {"directory": "p", "repo_id": "org/name"},
@@ -78,7 +78,7 @@ def test_every_field_has_help_a_type_and_a_way_through_yaml(kind: Any, tmp_path:
         assert get_type_hints(kind)[entry.name] is not Any
     save_config(config, tmp_path / "recipe.yaml")
     assert load_config(kind, tmp_path / "recipe.yaml") == config
-    missing = " .*".join(f"{name} is missing" for name in NEEDED[kind] if name != "query")
+    missing = " .*".join(f"{name} is missing" for name in NEEDED[kind])
     with pytest.raises(ValueError, match=missing):
         load_config(kind)
 
@@ -119,7 +119,6 @@ def test_other_defaults_that_matter() -> None:
         ({"learning_rate": float("nan")}, r"learning_rate=nan must be above 0\. LamRA takes"),
         ({"warmup": 1.0}, r"warmup=1\.0 must be at least 0 and below 1"),
         ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must be one of 'frozen', 'cached'\."),
-        ({"teacher_cache": "x"}, r"teacher_cache='x' is read with teacher_mode='cached' only, not 'frozen'"),
         ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set 'adam_beta2': it is the field 'adam_beta2'"),
         (
             {"first_layer_learning_rate": 1e-4, "training_arguments": {"learning_rate_mapping": {"lora_A": 1e-5}}},
@@ -137,15 +136,12 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
     ("kind", "values", "message"),
     [
         (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0, or sched"),
-        (TrainConfig, {"matryoshka_dims": [8, 8]}, r"matryoshka_dims=\[8, 8\] must not repeat a size"),
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, .*Leave"),
-        (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
-        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' would put zeros into the index.* Choose skip"),
-        (IndexConfig, {"precision": "int8"}, r"precision='int8' must be 'float32' or 'float16' in an .*ann='int8'"),
+        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' must be one of 'raise', 'skip'"),
+        (IndexConfig, {"precision": "int8"}, r"precision='int8' must be one of 'float32', 'float16'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
-        (SearchConfig, {"query": " \n"}, r"nothing to look for. Give words, or --image"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
         (PushConfig, {"repo_id": "name"}, "repo_id='name' must be a Hub id of the form organisation/name"),
     ],

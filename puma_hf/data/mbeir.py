@@ -76,20 +76,18 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 
     An MBEIRFormatError if a field is missing or wrong, a FileNotFoundError if the image is missing and may not be.
     """
-    return Candidate(*_content(line, images, may_be_missing, "", "did"))
+    return Candidate(*_content(line, images, "did", "", may_be_missing=may_be_missing))
 
 
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
-    content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
     lists = []
     for name in ("pos_cand_list", "neg_cand_list"):
-        value = line.columns[name] or []  # both null and an empty list mean that there are none
+        value = line.columns.get(name) or []  # null and an empty list both mean that there are none
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
-            raise wrong(line.where, f"a list of candidates must be one of dids, got {shown(value)}")
+            raise wrong(line.where, f"{name} must be a list of dids, got {shown(value)}")
         lists.append(tuple(dict.fromkeys(value)))
-    positives, negatives = lists
-    return Query(*content, positives, negatives, _number(line))
+    return Query(*_content(line, images, "qid", "query_"), *lists, _number(line))
 
 
 def _number(line: Line) -> int:
@@ -97,11 +95,11 @@ def _number(line: Line) -> int:
 
 
 def _content(
-    line: Line, images: Images, may_be_missing: bool, prefix: str, key: str, *others: str
+    line: Line, images: Images, key: str, prefix: str, *, may_be_missing: bool = False
 ) -> tuple[str, str | None, str | None]:
-    """Id, text and absolute image path of a query (prefix "query_") or a candidate (no prefix)."""
+    """Id, text and absolute image path of a query or a candidate."""
     text_name, path_name, label_name = (f"{prefix}{name}" for name in ("txt", "img_path", "modality"))
-    for name in (key, text_name, path_name, label_name, *others):
+    for name in (key, text_name, path_name, label_name):
         if name not in line.columns:
             raise wrong(line.where, f"field {name!r} is missing, only {shown(sorted(line.columns))}", "missing field")
     record_id, label = line.columns[key], line.columns[label_name]
@@ -216,7 +214,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
     """
     check_is_file(path)
     qrels: dict[str, dict[str, int]] = {}
-    foreign: dict[str, None] = {}
+    foreign: set[str] = set()
 
     def judge(line: bytes, where: str) -> None:
         # As trec_eval does, fields are whatever stands between blanks.
@@ -232,7 +230,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
         if not is_here and did.partition(":")[0] == qid.partition(":")[0]:
             raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
         if not is_here:
-            foreign[did] = None
+            foreign.add(did)
         elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
             raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}")
 
@@ -241,36 +239,12 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
             if line.strip():
                 problems.attempt(judge, line, location(path, number))
     if foreign:
-        what = "left out %d judged candidates of other datasets that this pool does not hold, such as %s"
-        logger.info(f"%s: {what}", path.name, len(foreign), ", ".join(list(foreign)[:3]))
+        what = "%s: left out %d judged candidates of other datasets that this pool does not hold"
+        logger.info(what, path.name, len(foreign))
     return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
 
 
-class Layout:
-    """Where the files of a folder in M-BEIR's layout are."""
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.instruction_path = self.root / "instructions" / "query_instructions.tsv"
-
-    def query_path(self, split: str, task: MBEIRTask) -> Path:
-        """File of the queries of a task."""
-        return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
-
-    def qrels_path(self, split: str, task: MBEIRTask) -> Path:
-        """File of the judgements of a task."""
-        return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
-
-    def pool_path(self, name: str) -> Path:
-        """File of the candidates of a task, by its name."""
-        return self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl"
-
-    def union_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks."""
-        return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
-
-
-class MBEIR(Layout):
+class MBEIR:
     """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
     Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
@@ -292,7 +266,8 @@ class MBEIR(Layout):
     """
 
     def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
-        super().__init__(root)
+        self.root = Path(root)
+        self.instruction_path = self.root / "instructions" / "query_instructions.tsv"
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
         nano = self.root / NANO_FILE
@@ -305,6 +280,22 @@ class MBEIR(Layout):
             by = f", which {nano} names," if says else ""
             raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
         self._images = Images(self.image_root)
+
+    def query_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of the queries of a task."""
+        return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
+
+    def qrels_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of the judgements of a task."""
+        return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
+
+    def pool_path(self, name: str) -> Path:
+        """File of the candidates of a task, by its name."""
+        return self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl"
+
+    def union_pool_path(self, split: str) -> Path:
+        """File of the candidates of all tasks."""
+        return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
         """The tasks that have queries in a split, by task number and then by dataset; there must be one."""
@@ -328,9 +319,9 @@ class MBEIR(Layout):
         files = sorted(folder.glob(f"mbeir_*_{split}.jsonl"))
         names = {file: file.stem.removeprefix("mbeir_").removesuffix(f"_{split}") for file in files}
         found = {file: task for file, name in names.items() if (task := task_named(name))}
-        of_tasks: dict[Path, MBEIRTask | None] = dict(sorted(found.items(), key=lambda pair: pair[1]))
+        of_tasks = dict(sorted(found.items(), key=lambda pair: pair[1]))
         known = {task.dataset for task in found.values()}
-        return of_tasks | {file: None for file in files if file not in found and names[file] not in known}
+        return {**of_tasks, **{file: None for file in files if file not in found and names[file] not in known}}
 
     def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
         """The queries of one task, in the file's order; a qid may come once."""

@@ -19,7 +19,7 @@ from huggingface_hub import constants, snapshot_download
 
 from puma_hf.data import mbeir_write as to
 from puma_hf.data.images import image_header
-from puma_hf.data.mbeir import MBEIR, Layout, is_mbeir
+from puma_hf.data.mbeir import MBEIR, is_mbeir
 from puma_hf.data.records import Problems, read_lines, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
 from puma_hf.files import new_directory, write_whole
@@ -176,7 +176,7 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
     together = cache / "datasets" / f"{name}-{split}-{key[:16]}"
     if not together.is_dir():
         with new_directory(together, overwrite=False) as draft:
-            layout = Layout(draft)
+            layout = MBEIR(draft)
             to.write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
@@ -191,7 +191,7 @@ def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[str]:
     """The pools of several tasks as one: a candidate of two tasks is in both local pools, and once in the global."""
     seen: set[int] = set()  # hashes: pools of millions need not be held
     for task, part in parts.items():
-        with Layout(part).pool_path(task.name).open(encoding="utf-8") as lines:
+        with MBEIR(part).pool_path(task.name).open(encoding="utf-8") as lines:
             for line in lines:
                 if hash(line) not in seen:
                     seen.add(hash(line))
@@ -205,7 +205,7 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
     a record is told by `MBEIR`, which reads what is written here. Images go below `images`, each under a hash of its
     bytes.
     """
-    layout, positives = Layout(folder), defaultdict[str, list[str]](list)
+    layout, positives = MBEIR(folder), defaultdict[str, list[str]](list)
 
     def judgements() -> Iterator[str]:
         for _, row in _rows(files["qrels"], problems, "query-id", "corpus-id", "score"):

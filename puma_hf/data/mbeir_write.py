@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import datasets
 
 from puma_hf.configs import PairsConfig
-from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, seeded_random
+from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Query, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
@@ -139,8 +139,6 @@ def build_nano(
     (167, 167)
     ```
     """
-    if min(num_queries, num_candidates) < 0:
-        raise ValueError(f"num_queries={num_queries} and num_candidates={num_candidates} must be 0 (all) or more.")
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
@@ -157,7 +155,7 @@ def build_nano(
 
 
 def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequence[MBEIRTask]) -> None:
-    split, root, layout = settings["split"], data.image_root, Layout(folder)
+    split, root, layout = settings["split"], data.image_root, MBEIR(folder)
     parts = [(task, *_choose(data, task, settings)) for task in tasks]
     everything: dict[str, Candidate] = {}
     for task, _, pool, _ in parts:
@@ -203,7 +201,7 @@ def _choose(
 
     def sample(items: Sequence[Item], number: int, name: str) -> list[Item]:
         generator = seeded_random(seed, name, task.name)
-        places = generator.sample(range(len(items)), min(max(number, 0), len(items)))
+        places = generator.sample(range(len(items)), min(number, len(items)))
         return [items[place] for place in sorted(places)]  # in their own order
 
     taken = sample(usable, settings["num_queries"] or len(usable), "nano queries")
@@ -214,7 +212,8 @@ def _choose(
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
         if len(wanted) < limit and did in pool:
             wanted[did] = None
-    wanted |= dict.fromkeys(sample([did for did in pool if did not in wanted], limit - len(wanted), "nano candidates"))
+    rest = [did for did in pool if did not in wanted]
+    wanted |= dict.fromkeys(sample(rest, max(limit - len(wanted), 0), "nano candidates"))
     lines = [f"{q.id} 0 {did} {grade} {task.task_id}" for q in taken for did, grade in judged[q.id].items()]
     return taken, [candidate for candidate in pool.values() if candidate.id in wanted], lines
 
@@ -284,7 +283,7 @@ def write_mbeir(
         reading = read_pairs(rows, special_tokens="split")
         if reading.problems:
             raise ValueError(reading.refusal())
-        ids, layout = PairIds(reading.pairs), Layout(folder)
+        ids, layout = PairIds(reading.pairs), MBEIR(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
 
         def place(record: Record) -> str | None:
