@@ -20,10 +20,9 @@ from huggingface_hub import constants, snapshot_download
 from puma_hf.data import mbeir_write as to
 from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
-from puma_hf.data.records import Problems, read_lines, wrong
+from puma_hf.data.records import Line, Problems, read_lines, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
 from puma_hf.files import new_directory, write_whole
-from puma_hf.settings import shown
 
 # The folders of each part of a copy; the first that is there is taken.
 _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "data"]}
@@ -207,23 +206,26 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
     """
     layout, positives = MBEIR(folder), defaultdict[str, list[str]](list)
 
+    def rows(role: str) -> Iterator[Line]:
+        return (line for file in files[role] for line in read_lines(file, _COLUMNS))
+
     def judgements() -> Iterator[str]:
-        for _, row in _rows(files["qrels"], problems, "query-id", "corpus-id", "score"):
-            qid, did = _full_id(row["query-id"]), _full_id(row["corpus-id"])
-            if row["score"] > 0:
+        for line in rows("qrels"):
+            qid, did, score = _plain_id(line, "query-id"), _plain_id(line, "corpus-id"), line.columns["score"]
+            if score > 0:
                 positives[qid].append(did)
-            yield f"{qid} 0 {did} {row['score']:g} {task.task_id}"
+            yield f"{qid} 0 {did} {score:g} {task.task_id}"
 
     def records(role: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for where, row in _rows(files[role], problems, "id"):
-            cell, text = row.get("image"), row.get("text") or None
+        for line in rows(role):
+            row, cell, text = line.columns, line.columns.get("image"), line.columns.get("text") or None
             if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
                 cell = None  # some writers have a struct of nothing for a row without an image
-            image = None if cell is None else problems.attempt(_store_image, cell, images, where)
+            image = None if cell is None else problems.attempt(_store_image, cell, images, line.where)
             # Without a label, that of what is there; some copies have "text,image".
             label = row.get("modality") or ",".join(["image"] * (cell is not None) + ["text"] * (text is not None))
             label = ",".join(sorted(part.strip() for part in str(label).split(",")))
-            yield _full_id(row["id"]), {"txt": text, "img_path": image, "modality": label}
+            yield _plain_id(line, "_id" if "_id" in row else "id"), {"txt": text, "img_path": image, "modality": label}
 
     def query(qid: str, record: Mapping[str, Any]) -> dict[str, Any]:
         named = {f"query_{name}": value for name, value in record.items()}
@@ -235,21 +237,8 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
         to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 
-def _full_id(value: Any) -> str:
-    return _ID_PREFIX.sub("", str(value).strip())
-
-
-def _rows(files: Sequence[Path], problems: Problems, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of Parquet files, with "_id" as "id"."""
-    for path in files:
-        for line in read_lines(path, _COLUMNS):
-            if line.error is not None:
-                problems.add(line.error)
-                continue
-            row = {"id" if name == "_id" else name: value for name, value in line.columns.items()}
-            if missing := [name for name in needed if name not in row]:
-                raise wrong(path, f"no column {missing[0]}, only {shown(list(line.columns))}", "missing field")
-            yield line.where, row
+def _plain_id(line: Line, name: str) -> str:
+    return _ID_PREFIX.sub("", str(line.columns[name]).strip())
 
 
 def _store_image(cell: Any, root: Path, where: str) -> str:
