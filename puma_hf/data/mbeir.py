@@ -81,13 +81,14 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
-    lists = []
+    lists: list[tuple[str, ...]] = []
     for name in ("pos_cand_list", "neg_cand_list"):
         value = line.columns.get(name) or []  # null and an empty list both mean that there are none
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
             raise wrong(line.where, f"{name} must be a list of dids, got {shown(value)}")
         lists.append(tuple(dict.fromkeys(value)))
-    return Query(*_content(line, images, "qid", "query_"), *lists, _number(line))
+    positives, negatives = lists
+    return Query(*_content(line, images, "qid", "query_"), positives, negatives, _number(line))
 
 
 def _number(line: Line) -> int:
