@@ -76,7 +76,7 @@ def _command(name: str, kind: Any, place: str) -> click.Command:
             sys.exit(1)
 
     parameters: list[click.Parameter] = [
-        click.Argument([f"{field}_argument"], required=False, metavar=f"[{flags[field].upper()}]")
+        click.Argument([f"{field}_argument"], required=False, metavar=f"[{flags[field].upper().replace('-', '_')}]")
         for field in positional
     ]
     if "config" not in flags.values():

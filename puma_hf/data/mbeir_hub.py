@@ -17,9 +17,9 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from puma_hf.data import mbeir_write as to
 from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
+from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
 from puma_hf.data.records import Line, Problems, read_lines, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
 from puma_hf.files import new_directory, write_whole
@@ -166,23 +166,23 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
         known_by = [[file.name, file.parent.name, state.st_size, state.st_mtime_ns] for file, state in states]
-        parts[task] = cache / "tasks" / f"{task.name}-{split}-{to.text_hash(['2', task.name, *known_by])[:16]}"
+        parts[task] = cache / "tasks" / f"{task.name}-{split}-{text_hash(['2', task.name, *known_by])[:16]}"
         if not parts[task].is_dir():
             with new_directory(parts[task], overwrite=False) as draft:
                 import_copy(files, task, split, cache, draft)
-    key = to.text_hash([split, [part.name for part in parts.values()], table.read_text("utf-8") if table else rows])
+    key = text_hash([split, [part.name for part in parts.values()], table.read_text("utf-8") if table else rows])
     name = next(iter(copies)).name if len(copies) == 1 else f"{len(copies)}_tasks"
     together = cache / "datasets" / f"{name}-{split}-{key[:16]}"
     if not together.is_dir():
         with new_directory(together, overwrite=False) as draft:
             layout = MBEIR(draft)
-            to.write_instructions(layout.instruction_path, rows)
+            write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
-            to.write_lines(layout.union_pool_path(split), _joined(parts))
+            write_lines(layout.union_pool_path(split), _joined(parts))
             for part in parts.values():
                 for path in filter(Path.is_file, part.rglob("*")):
-                    to.link(path, draft / path.relative_to(part))
+                    link(path, draft / path.relative_to(part))
     return together
 
 
@@ -232,9 +232,9 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
         return {"qid": qid, **named, "pos_cand_list": positives.get(qid, []), "neg_cand_list": []}
 
     with Problems(files["corpus"][0].parents[1]) as problems:
-        to.write_lines(layout.qrels_path(split, task), judgements())
-        to.write_records(layout.query_path(split, task), starmap(query, records("queries")))
-        to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
+        write_lines(layout.qrels_path(split, task), judgements())
+        write_records(layout.query_path(split, task), starmap(query, records("queries")))
+        write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 
 def _plain_id(line: Line, name: str) -> str:

@@ -78,12 +78,6 @@ def link(source: str | Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def text_hash(parts: Iterable[object]) -> str:
     """SHA-256 of a sequence of values, as hexadecimal digits; values with another split are another hash."""
     lines = (json.dumps(part, ensure_ascii=False, separators=(",", ":")) + "\n" for part in parts)
@@ -111,8 +105,8 @@ def build_nano(
     pools. The same data, settings and seed give the same folder on every machine.
 
     Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
-    of all that a figure depends on, wherever the data lies: report it with the figure. A folder that was built with the
-    same settings from the same place is opened as it is, even if the data has changed.
+    of all that a figure depends on, wherever the data lies: report it with the figure, and edit nothing in the folder.
+    One that was built with the same settings from the same place is opened as it is, even if the data has changed.
 
     Args:
         data: The dataset, which may itself be such a part.
@@ -124,7 +118,7 @@ def build_nano(
         seed: Seed of what is drawn.
 
     Raises:
-        ValueError: If an argument is out of range, `output` has other settings, or a task has no judged query.
+        ValueError: If a number is negative, `output` has other settings, or a task has no judged query.
         FileExistsError: If `output` holds anything else.
 
     Example:
@@ -165,7 +159,10 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
 
     @cache  # each image is read once
     def hash_of(image: str | None) -> str | None:
-        return None if image is None else file_hash(Path(image))
+        if image is None:
+            return None
+        with open(image, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     # What a figure depends on, wherever the data lies.
     contents: list[object] = [settings]
