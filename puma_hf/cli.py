@@ -148,7 +148,7 @@ _COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("app", configs.AppConfig, "puma_hf.cli:show_page"),
     ("export", configs.ExportConfig, "puma_hf.export:export"),
     ("check", configs.CheckConfig, "puma_hf.hub.check:check"),
-    ("push", configs.PushConfig, "puma_hf.hub.push:push_configured"),
+    ("push", configs.PushConfig, "puma_hf.hub.push:push_to_hub"),
 )
 for _entry in _COMMANDS:
     app.add_command(_command(*_entry))

@@ -9,7 +9,5 @@ from puma_hf.search.query import Query, Searcher, open_searcher
 from puma_hf.search.space import write_space
 
 # `search` and `launch`, the functions of a SearchConfig and of an AppConfig, are in `query` and `page`.
-__all__ = [
-    "Answer", "Answers", "AppConfig", "Index", "IndexConfig", "IndexReport", "Query", "SearchConfig", "Searcher",
-    "build_index", "open_index", "open_searcher", "serving", "write_space",
-]  # fmt: skip
+__all__ = ["Answer", "Answers", "AppConfig", "Index", "IndexConfig", "IndexReport", "Query", "SearchConfig", "Searcher"]
+__all__ += ["build_index", "open_index", "open_searcher", "serving", "write_space"]

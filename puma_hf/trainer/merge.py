@@ -152,9 +152,10 @@ def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) ->
         if told := told_limits(base):
             text = text.replace(told, told_limits(folder) or told)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    for name in (DISTILL_RECIPE, TRAIN_RECIPE):  # what the card tells of the training, wherever the adapter is by then
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
+    # What the card tells of all stages, wherever the adapters are by then.
+    for recipe in (source / name for source in (base, adapter) for name in (DISTILL_RECIPE, TRAIN_RECIPE)):
+        if recipe.is_file():
+            shutil.copyfile(recipe, folder / recipe.name)
 
 
 def _probe_batches(config: PumaConfig, processor: PumaProcessor) -> list[dict[str, Tensor]]:
