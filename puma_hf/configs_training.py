@@ -28,10 +28,8 @@ Loss = Literal["mac", "mac-split", "infonce"]
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
 # Arguments of the Trainer that a field of ours sets under another name; those of the same name are found by it.
-_SET_BY_FIELDS = {"output_dir": "output", "save_strategy": "save_steps", "resume_from_checkpoint": "resume"}
-_SET_BY_FIELDS |= dict.fromkeys(("per_device_train_batch_size", "auto_find_batch_size"), "batch_size")
-_SET_BY_FIELDS |= dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup")
-_SET_BY_FIELDS["activation_checkpointing"] = "gradient_checkpointing"
+_SET_BY_FIELDS = ("output_dir", "save_strategy", "resume_from_checkpoint", "per_device_train_batch_size")
+_SET_BY_FIELDS += ("auto_find_batch_size", "warmup_steps", "warmup_ratio", "activation_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +191,9 @@ class StageConfig(CheckedConfig):
         super().__post_init__()
         if self.max_steps == 0:
             raise ValueError("max_steps=0 must be at least 1, or -1 for whole epochs.")
-        own = _SET_BY_FIELDS | {entry.name: entry.name for entry in fields(StageConfig)}
-        for name in self.training_arguments:
-            if name in own:
-                raise ValueError(f"training_arguments may not set {name!r}: it is the field {own[name]!r}. Set that.")
+        own = {*_SET_BY_FIELDS, *(entry.name for entry in fields(StageConfig))}
+        if taken := own & self.training_arguments.keys():
+            raise ValueError(f"training_arguments may not set {sorted(taken)}: fields of the recipe do. Set those.")
         if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
             given = f"first_layer_learning_rate={self.first_layer_learning_rate}"
             raise ValueError(f"{given} may not stand beside learning_rate_mapping. Put it there, as {FIRST_LAYER!r}.")

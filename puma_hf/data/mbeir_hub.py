@@ -126,9 +126,9 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
         full, wanted = f"{organisation}/{known[task]}", ["*.parquet", "README.md"]
         try:
             found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
-        except Exception as error:  # the Hub's client raises errors of many types
-            what = f"{full} could not be downloaded ({str(error).strip().partition(chr(10))[0]})"
-            raise FileNotFoundError(f"{name!r} is no folder here, and {what}. Check the name.") from error
+        except OSError as error:  # which does not name what a mistyped path was taken for
+            what = f"{name!r} is no folder here, and {full} could not be downloaded. Check the name. {error}"
+            raise FileNotFoundError(what) from error
         folders[task] = Path(found)
     return folders
 
