@@ -28,8 +28,10 @@ Loss = Literal["mac", "mac-split", "infonce"]
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
 # Arguments of the Trainer that a field of ours sets under another name; those of the same name are found by it.
-_SET_BY_FIELDS = ("output_dir", "save_strategy", "resume_from_checkpoint", "per_device_train_batch_size")
-_SET_BY_FIELDS += ("auto_find_batch_size", "warmup_steps", "warmup_ratio", "activation_checkpointing")
+_SET_BY_FIELDS = (
+    *("output_dir", "save_strategy", "resume_from_checkpoint", "per_device_train_batch_size"),
+    *("auto_find_batch_size", "warmup_steps", "warmup_ratio", "activation_checkpointing"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
