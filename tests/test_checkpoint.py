@@ -59,11 +59,7 @@ def test_shards_of_dropped_layers_are_never_read(sharded: Path, tmp_path: Path) 
         (lambda d: (d / "config.json").unlink(), FileNotFoundError, "has no config.json. Point to a"),
         (lambda d: (d / INDEX_NAME).unlink(), FileNotFoundError, f"neither {SINGLE_NAME} nor {INDEX_NAME}. Only"),
         (lambda d: (d / INDEX_NAME).write_text("{}"), ValueError, r"KeyError\('weight_map'\)"),
-        (
-            lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"visual.a": "../b.safetensors"}}'),
-            ValueError,
-            "names shards outside its own folder. Choose a checkpoint that you trust",
-        ),
+        (lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"a": "../b"}}'), ValueError, "outside of the folder"),
     ],
 )
 def test_a_broken_folder_is_refused(sharded: Path, change: Any, error: Any, message: str) -> None:
@@ -128,14 +124,13 @@ def test_only_shards_with_kept_tensors_are_downloaded(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub(sharded, tmp_path / "cache", monkeypatch)
-    report = prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main", token="secret")
+    prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main", token="secret")
     needed = {file for name, file in weight_map(sharded).items() if is_kept(name, range(2))}
     assert len(needed) < 4
     assert sorted(hub.fetched) == sorted(needed)
     # The branch is resolved once; all else asks for the commit, so that files are of one version.
     assert hub.asked[0] == ("main", "secret")
     assert set(hub.asked[1:]) == {("c0ffee", "secret")}
-    assert report.source == REPOSITORY
     prune(sharded, tmp_path / "local", num_kept_layers=2)
     weights = [(tmp_path / name / SINGLE_NAME).read_bytes() for name in ("local", "hub")]
     assert weights[0] == weights[1]

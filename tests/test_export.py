@@ -149,16 +149,14 @@ def test_what_is_no_puma_model(qwen_dir: Path, puma_dir: Path, adapter: Path, tm
 
 def test_output_in_use(puma_dir: Path, tmp_path: Path) -> None:
     export(puma_dir, tmp_path / "stock")
-    assert is_export(tmp_path / "stock")
-    assert not is_export(puma_dir)
-    assert not is_export(tmp_path)
     (tmp_path / "stock" / "stray.txt").write_text("old")
     with pytest.raises(FileExistsError, match=r"is not empty\. .*--overwrite"):
         export(puma_dir, tmp_path / "stock")
     export(puma_dir, tmp_path / "stock", overwrite=True)
     assert {path.name for path in (tmp_path / "stock").iterdir()} == FILES
-    with pytest.raises(ValueError, match="is, or holds, the source itself"):
-        export(puma_dir, puma_dir, overwrite=True)
+    prune(puma_dir, tmp_path / "puma", num_kept_layers=1)
+    with pytest.raises(FileExistsError, match="holds files"):
+        export(puma_dir, tmp_path / "puma", overwrite=True)
 
 
 def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from puma_hf.checkpoint import StoredWeights, open_checkpoint, plain_forward
+from puma_hf.checkpoint import open_checkpoint, plain_forward
 from puma_hf.embedding.embed import embed
 from puma_hf.export import export
 from puma_hf.files import ADAPTER_CONFIG, is_puma_directory, named_base, read_config
@@ -213,7 +213,7 @@ class Forms:
         model = open_model(folder, torch.float32, self.device, stock=True)
         yield self._row("exported, stock classes", embed_stock(model, self.features))
         yield self._row("exported, stock inputs too", embed_stock(model, stock_features(folder, self.inputs)))
-        found, expected = (StoredWeights(open_checkpoint(one)) for one in (folder, self.folder))
+        found, expected = (open_checkpoint(one) for one in (folder, self.folder))
         yield compare_weights("exported, weights", "the model", found, expected, bound=0)
 
     def not_merged(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
@@ -227,7 +227,7 @@ class Forms:
         yield self._row("adapter on its base", embed_features(model, self.features), to="merged", measure=measure)
         # Inputs reach a few rows of the embedding only, and a small error may not show in them.
         merged: Any = model.merge_and_unload()
-        stored, bound = StoredWeights(open_checkpoint(self.folder)), TOLERANCE if is_exact else COSINE_TOLERANCE
+        stored, bound = open_checkpoint(self.folder), TOLERANCE if is_exact else COSINE_TOLERANCE
         yield compare_weights("merged, weights", "adapter and base", stored, merged.state_dict(), bound=bound)
 
 

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from puma_hf.checkpoint import SourceCheckpoint, StoredWeights, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
@@ -284,7 +284,7 @@ class StoredModel:
         }
         self._source, self._positions = source, student.config.positions
         try:
-            self._checkpoint: SourceCheckpoint = open_checkpoint(source, revision=revision)
+            self._checkpoint: Checkpoint = open_checkpoint(source, revision=revision)
             self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
         except OSError as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
@@ -298,7 +298,7 @@ class StoredModel:
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
         # Tensor by tensor, on the CPU: the whole checkpoint is read once, and never held.
-        stored, ours, different = StoredWeights(self._checkpoint), base_tensors(student), []
+        stored, ours, different = self._checkpoint, base_tensors(student), []
         if self.num_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
             kept = student.config.layers_of_original
             ours = {_LAYER.sub(lambda old: str(kept[int(old[0])]), name): tensor for name, tensor in ours.items()}
@@ -319,7 +319,7 @@ class StoredModel:
         with torch.device("meta"):
             every = PumaModel(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
-        stored, tensors = StoredWeights(self._checkpoint), {}
+        stored, tensors = self._checkpoint, {}
         for name, parameter in layers.named_parameters():
             index, _, rest = name.partition(".")
             tensor = stored.get(f"language_model.layers.{numbers[int(index)]}.{rest}")
