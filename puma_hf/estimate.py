@@ -1,8 +1,7 @@
-"""What a model and a training recipe take: parameters, memory, operations, hours.
+"""What a model and a training recipe take: parameters, memory, operations, hours; before anything is downloaded.
 
-A recipe is estimated before anything is downloaded. Shapes come from a `config.json` or from the known sizes of
-Qwen2-VL; parameters are counted on the meta device, where a tensor has a shape and no memory. What is known only to
-whoever has the data (tokens, images and rows) is assumed, and said with the result.
+Shapes come from a `config.json` or from the known sizes of Qwen2-VL; parameters are counted on the meta device, where a
+tensor has a shape and no memory. What the data alone tell (tokens, images, rows) is assumed, and said with the result.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,30 +56,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None, *, fast: bool = False) -> int:
-    """Floating-point operations of embedding one input: every matrix product, convolution and attention.
+def count_flops(model: SentenceTransformer, item: Any) -> int:
+    """Floating-point operations of embedding one input by every layer, such as a string or `{"image": path}`.
 
     A multiplication and an addition count as two. Elementwise operations are not counted; they are a small part.
-
-    Args:
-        model: A SentenceTransformer on any device.
-        item: One input, such as a string or `{"image": path}`.
-        prompt: Its instruction.
-        fast: Whether to count what `encode` spends, with a PUMA model's `fast_path`, not every layer for every token.
-
-    Example:
-        >>> count_flops(model, "a red apple") < count_flops(model, {"image": "apple.png"})  # doctest: +SKIP
-        True
     """
-    return int(counted_pass(model, model.preprocess([item], prompt=prompt), fast=fast).get_total_flops())
+    return int(counted_pass(model, model.preprocess([item])).get_total_flops())
 
 
-def counted_pass(model: SentenceTransformer, features: Mapping[str, Any], *, fast: bool = False) -> FlopCounterMode:
+def counted_pass(model: SentenceTransformer, features: Mapping[str, Any]) -> FlopCounterMode:
     """Run a batch of `preprocess` through a model, and return the counter of its operations, part by part."""
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    way, counter = nullcontext() if fast else plain_forward(model), FlopCounterMode(display=False)
-    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    counter = FlopCounterMode(display=False)
+    with plain_forward(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(dict(features))
     return counter
 
@@ -165,12 +153,8 @@ def estimate(
         num_gpus: Devices that the run is started on.
         device: Kind of device; a dropout mask takes one byte a number on "cuda", four on "cpu".
 
-    Returns:
-        The estimate; `to_markdown()` shows it.
-
     Raises:
         ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
-        OSError: If a `config.json` is damaged.
 
     Example:
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP

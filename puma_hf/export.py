@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from jinja2 import Template
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.configs import ExportFormat
@@ -108,7 +102,7 @@ def export(
     if convert("format", format, ExportFormat) == "onnx" and missing:
         raise ImportError(f"format='onnx' needs {', '.join(missing)}, not installed here: pip install 'puma-hf[onnx]'.")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
-    model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    model_type = read_config(checkpoint.folder).get("model_type", "")
     if model_type not in PUMA_MODEL_TYPES:
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
     puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
@@ -222,12 +216,12 @@ def _write_onnx(folder: Path) -> int:
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     embedder = _TextEmbedder(model.model.language_model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, names = AutoTokenizer.from_pretrained(folder), ["input_ids", "attention_mask"]
     with torch.no_grad():
         program: Any = torch.onnx.export(
             embedder,
-            _onnx_batch(tokenizer, ["a red apple", "a"]),
-            input_names=["input_ids", "attention_mask"],
+            tuple(tokenizer(["a red apple", "a"], padding=True, return_tensors="pt")[name] for name in names),
+            input_names=names,
             output_names=["sentence_embedding"],
             dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}),
             dynamo=True,
@@ -235,21 +229,14 @@ def _write_onnx(folder: Path) -> int:
         )
     program.save(folder / ONNX_NAME, external_data=True)
     # Other texts, of other lengths: what the export took for a constant shows.
-    input_ids, attention_mask = _onnx_batch(tokenizer, ["two green pears on a table", "a", "an apple"])
+    batch = tokenizer(["two green pears on a table", "a", "an apple"], padding=True, return_tensors="pt")
     session = InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})
+    (found,) = session.run(None, {name: batch[name].numpy() for name in names})
     with torch.inference_mode():
-        expected = embedder(input_ids, attention_mask)
+        expected = embedder(*(batch[name] for name in names))
     if not torch.allclose(torch.from_numpy(found), expected, rtol=0, atol=_ONNX_BOUND):  # of NaN, too
         differ = f"ONNX and PyTorch differ by more than {_ONNX_BOUND}"
         raise RuntimeError(f"{differ}. Try other releases of torch, onnxscript and onnxruntime.")
     for path in (*folder.glob("*.safetensors*"), *folder.glob("*preprocessor_config.json")):
         path.unlink()
     return sum(path.stat().st_size for path in folder.glob(f"{ONNX_NAME}*"))
-
-
-def _onnx_batch(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    encoded = tokenizer(prompts, padding=True, return_tensors="pt")
-    return encoded["input_ids"], encoded["attention_mask"]

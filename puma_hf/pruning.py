@@ -12,14 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
@@ -62,7 +55,6 @@ class PruneReport:
     bytes_after: int
     max_pixels: int
     max_visual_tokens: int
-    source_max_pixels: int
     reading: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,8 +70,7 @@ class PruneReport:
             f"before   {self.parameters_before:>14,} parameters  {self.bytes_before:>15,} bytes\n"
             f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
             f"  ({self.parameters_after / self.parameters_before:.0%})\n"
-            f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels"
-            f" (source: {self.source_max_pixels:,})\n"
+            f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels\n"
             f"reading  {self.reading}, positions: {reading_of(self.reading).positions}\n"
             f"saved    {self.output_dir}"
         )
@@ -148,7 +139,7 @@ def prune(
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; its released code for a list of layers.
     """
     checkpoint = open_checkpoint(source, revision=revision, token=token)
-    model_type = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    model_type = read_config(checkpoint.folder).get("model_type", "")
     is_original = model_type not in PUMA_MODEL_TYPES
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     layers = chosen_layers(num_kept_layers, keep_layers, config.num_kept_layers or 0)
@@ -156,10 +147,9 @@ def prune(
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
         processor = _build_processor(checkpoint, config, reading)
         images = processor.image_processor
-        source_max_pixels = int(images.size["longest_edge"])
         if max_pixels is None and is_original:
-            usual = DEFAULT_VISUAL_TOKENS * pixels_per_token(images)
-            max_pixels = min(source_max_pixels, max(images.size["shortest_edge"], usual))
+            usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * pixels_per_token(images))
+            max_pixels = min(images.size["longest_edge"], usual)
         set_limits(processor, max_pixels=None if max_pixels == "source" else max_pixels)
         model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
@@ -189,7 +179,6 @@ def prune(
             bytes_after=model.num_parameters() * model.dtype.itemsize,
             max_pixels=images.size["longest_edge"],
             max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
-            source_max_pixels=source_max_pixels,
             reading=reading,
         )
         write_model_card(folder, model.config, report, is_original=is_original)
