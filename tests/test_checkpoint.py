@@ -138,15 +138,6 @@ def test_only_shards_with_kept_tensors_are_downloaded(
     assert (config.source_name_or_path, config.source_revision) == (REPOSITORY, "c0ffee")
 
 
-def test_a_single_file_is_downloaded_for_its_names(
-    qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = FakeHub(qwen_dir, tmp_path / "cache", monkeypatch)
-    names = load_file(qwen_dir / SINGLE_NAME)
-    assert open_checkpoint(REPOSITORY).weight_files == dict.fromkeys(names, SINGLE_NAME)
-    assert set(hub.fetched) == {SINGLE_NAME}
-
-
 def test_pickles_on_the_hub_are_refused(qwen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(qwen_dir, tmp_path / "copy")
     (tmp_path / "copy" / SINGLE_NAME).rename(tmp_path / "copy" / "pytorch_model.bin")

@@ -104,14 +104,13 @@ def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str) -> N
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("target", [".", "source", "source/../source", "link"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_source_is_never_replaced(tmp_path: Path, target: str, overwrite: bool) -> None:
+@pytest.mark.parametrize("target", [".", "source", "link"])
+def test_the_source_is_never_replaced(tmp_path: Path, target: str) -> None:
     source = filled(tmp_path / "source")
     (tmp_path / "link").symlink_to("source")
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"is, or holds, the source itself\. Choose another directory"):
-        write(tmp_path / target, overwrite=overwrite, forbidden=source)
+        write(tmp_path / target, overwrite=True, forbidden=source)
     assert listing(tmp_path) == before
 
 
