@@ -49,8 +49,8 @@ class Checkpoint(Mapping[str, Tensor]):
         torch.Size([1536])
     """
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None, token: str | None = None) -> None:
-        self.name, self.folder, self.revision, self._token = name, folder, revision, token
+    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+        self.name, self.folder, self.revision = name, folder, revision
         self.weight_files = self._find_weights()
         stored = [name for name in self.weight_files if not name.startswith("lm_head.")]
         self._stored_names = {own_name(name): name for name in stored}
@@ -77,7 +77,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def fetch(self, file_name: str) -> Path:
         """Local path of one weight file, downloaded first if the checkpoint is on the Hub."""
         if self.revision is not None:
-            return Path(hf_hub_download(self.name, file_name, revision=self.revision, token=self._token))
+            return Path(hf_hub_download(self.name, file_name, revision=self.revision))
         path = self.folder / file_name
         if not path.is_file():
             raise FileNotFoundError(f"{self.name!r} lacks {file_name!r}. Download the checkpoint again.")
@@ -102,13 +102,12 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._stored_names)
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Locate a checkpoint without reading its weights; those of the Hub are fetched later, shard by shard.
 
     Args:
-        source: Local folder, or Hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+        source: Local folder, or Hub id such as "Qwen/Qwen2-VL-2B-Instruct"; the token is that of huggingface_hub.
         revision: Branch, tag or commit on the Hub.
-        token: Hub token for gated or private repositories.
 
     Raises:
         FileNotFoundError: If the folder, the Hub repository, its configuration or its safetensors do not exist.
@@ -119,14 +118,14 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, token: s
         if not is_hub_id(name):
             raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id of the form 'organisation/name'.")
         try:
-            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_METADATA_PATTERNS))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=_METADATA_PATTERNS))
         except Exception as error:  # the HTTP client's own errors differ between versions of huggingface_hub
             raise FileNotFoundError(_NOWHERE.format(name=name, reason=f"{type(error).__name__}: {error}")) from error
         # The folder of a snapshot is named by its commit. All else asks for that, so that files are of one version.
         commit = folder.name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name!r} has no config.json. Point to a transformers checkpoint.")
-    return Checkpoint(name, folder, commit, token)
+    return Checkpoint(name, folder, commit)
 
 
 def _tensor_names(path: Path) -> set[str]:
@@ -139,14 +138,7 @@ def _tensor_names(path: Path) -> set[str]:
 
 
 def is_kept(tensor_name: str, layers: Container[int]) -> bool:
-    """Whether a tensor of a checkpoint belongs to the model pruned to these of its decoder layers.
-
-    Example:
-        >>> [is_kept(f"model.layers.{layer}.mlp.up_proj.weight", range(8)) for layer in (7, 8)]
-        [True, False]
-        >>> is_kept("visual.blocks.30.mlp.fc1.weight", range(8)), is_kept("lm_head.weight", range(8))
-        (True, False)
-    """
+    """Whether a tensor of a checkpoint belongs to the model pruned to these of its decoder layers."""
     layer = _DECODER_LAYER.match(tensor_name)
     return not tensor_name.startswith("lm_head.") and (layer is None or int(layer[1]) in layers)
 

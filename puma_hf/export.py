@@ -63,7 +63,6 @@ def export(
     *,
     format: ExportFormat = "stock",
     revision: str | None = None,
-    token: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
@@ -80,7 +79,6 @@ def export(
         output: New or empty directory; written whole or not at all.
         format: "stock" or "onnx".
         revision: Branch, tag or commit on the Hub.
-        token: Hub token for gated or private repositories.
         overwrite: Replace `output` if it holds an export.
 
     Returns:
@@ -101,7 +99,7 @@ def export(
     missing = [name for name in _NEEDED_FOR_ONNX if find_spec(name) is None]
     if convert("format", format, ExportFormat) == "onnx" and missing:
         raise ImportError(f"format='onnx' needs {', '.join(missing)}, not installed here: pip install 'puma-hf[onnx]'.")
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    checkpoint = open_checkpoint(source, revision=revision)
     model_type = read_config(checkpoint.folder).get("model_type", "")
     if model_type not in PUMA_MODEL_TYPES:
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")

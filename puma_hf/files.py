@@ -44,12 +44,7 @@ class DirectoryInUseError(OSError):
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it.
-
-    Example:
-        >>> is_hub_id("org/puma-k14"), is_hub_id("../puma-k14"), is_hub_id("/home/me/puma-k14")
-        (True, False, False)
-    """
+    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it."""
     from huggingface_hub.errors import HFValidationError  # here, as `puma-hf --help` need not wait for it
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

@@ -131,12 +131,7 @@ def model_name(model: Any) -> str:
 
 
 def short_name(name: str | Path) -> str:
-    """The last part of a path; a Hub id stays as it is.
-
-    Example:
-        >>> short_name("/home/me/puma-k14/"), short_name("org/puma-k14")
-        ('puma-k14', 'org/puma-k14')
-    """
+    """The last part of a path, which says nothing of this machine; a Hub id stays as it is."""
     is_known_id = is_hub_id(str(name)) and not Path(name).exists()
     return str(name) if is_known_id else Path(name).resolve().name
 

@@ -140,7 +140,7 @@ def ends_well_on_sigterm() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Workers of a `DataLoader` get the signal too if it was sent to the whole group, and torch raises their death.
-        if signal.getsignal(signal.SIGTERM) is end:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # it has not come
             raise
         raise SystemExit(STATUS) from error
     finally:

@@ -87,7 +87,6 @@ def prune(
     reading: str | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
-    token: str | None = None,
     overwrite: bool = False,
 ) -> PruneReport:
     """Keep the first decoder layers, or a list of them, of a Qwen2-VL, 2.5 or 3 and save a complete directory.
@@ -114,7 +113,6 @@ def prune(
             positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
-        token: Hub token.
         overwrite: Replace `output_dir` if it is not empty.
 
     Returns:
@@ -138,7 +136,7 @@ def prune(
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; its released code for a list of layers.
     """
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    checkpoint = open_checkpoint(source, revision=revision)
     model_type = read_config(checkpoint.folder).get("model_type", "")
     is_original = model_type not in PUMA_MODEL_TYPES
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)

@@ -99,21 +99,19 @@ class FakeHub:
         self.folder, self.cache = folder, cache / "c0ffee"  # as snapshots lie in huggingface_hub's cache
         self.cache.mkdir(parents=True)
         self.fetched: list[str] = []
-        self.asked: list[tuple[str | None, str | None]] = []
+        self.asked: list[str | None] = []
         monkeypatch.setattr(checkpoint, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(checkpoint, "hf_hub_download", self.hf_hub_download)
 
-    def snapshot_download(
-        self, repo_id: str, revision: str | None, token: str | None, allow_patterns: list[str]
-    ) -> str:
-        self.asked.append((revision, token))
+    def snapshot_download(self, repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append(revision)
         assert not any(pattern.endswith("safetensors") for pattern in allow_patterns)
         for path in [path for pattern in allow_patterns for path in self.folder.glob(pattern)]:
             shutil.copyfile(path, self.cache / path.name)
         return str(self.cache)
 
-    def hf_hub_download(self, repo_id: str, name: str, revision: str | None, token: str | None) -> str:
-        self.asked.append((revision, token))
+    def hf_hub_download(self, repo_id: str, name: str, revision: str | None) -> str:
+        self.asked.append(revision)
         if not (self.folder / name).is_file():
             raise EntryNotFoundError.__new__(EntryNotFoundError)
         self.fetched.append(name)
@@ -124,13 +122,13 @@ def test_only_shards_with_kept_tensors_are_downloaded(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub(sharded, tmp_path / "cache", monkeypatch)
-    prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main", token="secret")
+    prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main")
     needed = {file for name, file in weight_map(sharded).items() if is_kept(name, range(2))}
     assert len(needed) < 4
     assert sorted(hub.fetched) == sorted(needed)
     # The branch is resolved once; all else asks for the commit, so that files are of one version.
-    assert hub.asked[0] == ("main", "secret")
-    assert set(hub.asked[1:]) == {("c0ffee", "secret")}
+    assert hub.asked[0] == "main"
+    assert set(hub.asked[1:]) == {"c0ffee"}
     prune(sharded, tmp_path / "local", num_kept_layers=2)
     weights = [(tmp_path / name / SINGLE_NAME).read_bytes() for name in ("local", "hub")]
     assert weights[0] == weights[1]
