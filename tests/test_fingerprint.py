@@ -109,7 +109,7 @@ def test_any_module_and_any_object() -> None:
 def test_names_hold_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    names = ["./out/model", tmp_path / "out" / "model", "/gone/model", "org/model"]
+    names = ["out/model", tmp_path / "out" / "model", "/gone/model/", "org/model"]
     assert [short_name(name) for name in names] == ["model"] * 3 + ["org/model"]
 
 
