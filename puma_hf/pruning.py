@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -83,7 +83,7 @@ def prune(
     num_kept_layers: int | None = None,
     keep_layers: Sequence[int] | str | None = None,
     dtype: str | torch.dtype = "auto",
-    max_pixels: int | Literal["source"] | None = None,
+    max_pixels: int | str | None = None,
     reading: str | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
@@ -148,6 +148,8 @@ def prune(
         if max_pixels is None and is_original:
             usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * pixels_per_token(images))
             max_pixels = min(images.size["longest_edge"], usual)
+        if isinstance(max_pixels, str) and max_pixels.isdecimal():  # as the command line gives it
+            max_pixels = int(max_pixels)
         set_limits(processor, max_pixels=None if max_pixels == "source" else max_pixels)
         model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
