@@ -145,12 +145,13 @@ def prune(
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
         processor = _build_processor(checkpoint, config, reading)
         images = processor.image_processor
+        limit: Any = None if max_pixels == "source" else max_pixels
         if max_pixels is None and is_original:
             usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * pixels_per_token(images))
-            max_pixels = min(images.size["longest_edge"], usual)
-        if isinstance(max_pixels, str) and max_pixels.isdecimal():  # as the command line gives it
-            max_pixels = int(max_pixels)
-        set_limits(processor, max_pixels=None if max_pixels == "source" else max_pixels)
+            limit = min(images.size["longest_edge"], usual)
+        elif isinstance(limit, str) and limit.isdecimal():  # as the command line gives it
+            limit = int(limit)
+        set_limits(processor, max_pixels=limit)
         model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
         model.config.positions = reading_of(reading).positions
