@@ -27,7 +27,6 @@ from transformers import AutoConfig
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.tasks import select_tasks
 from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
@@ -254,7 +253,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     if config.output is not None:  # better now than after an hour
         load_matplotlib()
         Path(config.output).mkdir(parents=True, exist_ok=True)
-    sources, pools = [str(config.model), *config.compare], POOLS[config.pool]
+    sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
     names = names if len(set(names)) == len(names) else sources
     swept: list[SweptModel] = []
@@ -264,8 +263,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
         if config.nano_queries or config.nano_candidates:
             data = draw_nano(data, Path(folder, "nano"), config)
-        tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        held = HeldInputs(read_searches(data, tasks, config.split, pools))
+        held = HeldInputs(read_searches(data, config.split, config.tasks or None, config.pool))
         for source in sources:  # what is wrong with the last model shows before the first is embedded
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
@@ -282,15 +280,16 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
+        measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
             data_hash=data.content_hash,
             split=config.split,
-            tasks=tuple(task.name for task in tasks),
-            num_queries=sum(len(search.relevance) for search in held.searches if search.pool_name == pools[0]),
+            tasks=tuple(search.task.name for search in measured),
+            num_queries=sum(len(search.relevance) for search in measured),
             num_candidates=held.num_candidates,
-            pool=pools[0],
+            pool=decides,
             metric=config.metric,
             text_tokens=counted[0].text_tokens,
             image_tokens=counted[0].image_tokens,
@@ -312,13 +311,11 @@ def _row(k: int, depth: Tensor, full: Tensor, costs: LayerCosts, results: MBEIRR
     depth, full = depth.to(device), full.to(device)
     cka = linear_cka(depth, full)
     same = depth.shape == full.shape
+    # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+    spent: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
     return SweepRow(
         k=k,
-        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-        parameters=costs.parameters[k - 1],
-        bytes=costs.bytes[k - 1],
-        flops_text=costs.flops_text[k - 1],
-        flops_image=costs.flops_image[k - 1],
+        **spent,
         cka=None if math.isnan(cka) else cka,
         cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
         quality={pool: results.mean(pool) for pool in results.pools},

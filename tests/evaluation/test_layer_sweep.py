@@ -210,7 +210,7 @@ def test_equals_evaluating_each_pruned_model(
 
 
 def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
-    held = HeldInputs(read_searches(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"]))
+    held = HeldInputs(read_searches(MBEIR(data), "test", None, "local"))
     embeddings = embed_all_depths(held, models[-1], batch_size=1)
     assert embeddings.shape == (NUM_LAYERS, 8 * (6 + 4), HIDDEN_SIZE)
     for row, depth in zip(report.models[0].rows, embeddings, strict=True):
