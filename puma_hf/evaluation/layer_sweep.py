@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -32,7 +33,7 @@ from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
 from puma_hf.evaluation.results import MBEIRResults
-from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
+from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -243,7 +244,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         ValueError: If a model is no Qwen2-VL, 2.5 or 3.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
-        ImportError: If `output` is given and matplotlib is not installed.
+        ImportError: If `output` is given and matplotlib is not installed, as by `pip install 'puma-hf[plot]'`.
 
     Example:
         >>> from puma_hf.configs import SweepConfig
@@ -251,7 +252,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
     if config.output is not None:  # better now than after an hour
-        load_matplotlib()
+        import_module("matplotlib.figure")
         Path(config.output).mkdir(parents=True, exist_ok=True)
     sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
@@ -276,6 +277,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             full = embeddings[num_layers - 1].clone() if full is None else full  # not a view of all depths
             depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
             rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in depths]
+            del depths, embeddings  # two models' would not fit into memory
             swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
