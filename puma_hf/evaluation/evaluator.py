@@ -104,8 +104,8 @@ class MBEIREvaluator(BaseEvaluator):
         results = held.results(embeddings, self.split, self.ks)
         figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
         figures |= {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
-        logger.info("M-BEIR %s after %s steps: %s", self.name, steps, figures)
         metrics: dict[str, float] = self.prefix_name_to_metrics(figures, self.name)
+        logger.info("M-BEIR at step %s: %s", steps, metrics)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, metrics, epoch, steps)  # type: ignore[arg-type]
         return metrics

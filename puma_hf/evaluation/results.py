@@ -194,7 +194,7 @@ class MBEIRResults:
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {', '.join(skipped)}.")
         known = {"split": self.split, **self.made_from}
         shown = {name: str(known[name])[: _DIGITS.get(name)] for name in _MADE_FROM if known.get(name) is not None}
-        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+        words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
         return [*remarks, f"Made from: {words}."] if self.made_from else remarks
 
 

@@ -119,8 +119,8 @@ def test_remarks() -> None:
     rows = [row("toys_task1", num_skipped=3), row("toys_task7"), row("toys_task1", "global")]
     assert MBEIRResults("test", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
         "Left out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).",
-        "Made from: model org/model, model fingerprint 0123456789ab, truncate dim 64, data M-BEIR (nano), content hash "
-        "fedcba987654, split test, instructions drawn with seed 5, puma hf 0.1.0.\n",
+        "Made from: model org/model, model-fingerprint 0123456789ab, truncate-dim 64, data M-BEIR (nano), content-hash "
+        "fedcba987654, split test, instructions drawn with seed 5, puma-hf 0.1.0.\n",
     ]
 
 
