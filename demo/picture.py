@@ -44,7 +44,7 @@ def draw_answers(results: Path, data_dir: Path, split: str, output: Path, pool: 
         candidates = data.local_pool(task, split) if pool == "local" else data.global_pool(split)
         draw.line((0, top, canvas.width, top), LINE)
         _draw_query(canvas, query, f"{task.arrow}", data.instruction(query, task.candidate_modality), top)
-        for column, did in enumerate(runs[task.name][query.qid][:5]):
+        for column, did in enumerate(runs[task.name][query.id][:5]):
             left = QUERY_WIDTH + MARGIN + column * CELL
             _draw_candidate(canvas, candidates[did], did in query.positives, left, top)
     canvas.save(output)

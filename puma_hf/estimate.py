@@ -97,6 +97,7 @@ class Estimate:
         flops_step: Operations of a step on each device.
         flops_run: Likewise of the run; None if the number of rows is not known.
         notes: What was assumed, one sentence each.
+        gpus: Names in `GPUS` of those that are asked about.
     """
 
     parameters: int
@@ -106,6 +107,7 @@ class Estimate:
     flops_run: int | None
     num_gpus: int
     notes: tuple[str, ...]
+    gpus: tuple[str, ...] = tuple(GPUS)
 
     @property
     def peak(self) -> int:
@@ -120,16 +122,14 @@ class Estimate:
         """Hours of the run on `num_gpus` of these, at `UTILISATION` of what the data sheet promises."""
         return None if self.flops_run is None else self.flops_run / (GPUS[gpu][1] * 1e12 * UTILISATION * 3600)
 
-    def to_markdown(self, gpus: tuple[str, ...] = tuple(GPUS)) -> str:
-        """The memory by part, and a row for each GPU; a ValueError if one is not in `GPUS`."""
-        if unknown := [name for name in gpus if name not in GPUS]:
-            raise ValueError(f"gpu={unknown[0]!r} is not known, must be one of {', '.join(GPUS)}.")
+    def to_markdown(self) -> str:
+        """The memory by part, and a row for each GPU."""
         parts = "\n".join(f"| {name} | {size / 1e9:.1f} |" for name, size in self.memory.items() if size)
         run = "unknown (--rows)" if self.flops_run is None else f"{self.flops_run / 1e18:.3g} EFLOP a GPU"
         rows = "\n".join(
             f"| {name} | {GPUS[name][0] * 2**30 / 1e9:.0f} | {'yes' if self.fits(name) else 'no'} | "
             f"{'?' if (hours := self.hours(name)) is None else f'{hours:.3g}'} |"
-            for name in gpus
+            for name in self.gpus
         )
         return (
             f"{self.parameters / 1e9:.2f} B parameters, and {self.trainable / 1e6:.0f} M of LoRA that are trained\n\n"
@@ -149,6 +149,7 @@ def estimate(
     tokens: int | None = None,
     images: float | None = None,
     rows: int | None = None,
+    gpu: str | None = None,
     num_gpus: int = 1,
     device: str = "cuda",
 ) -> Estimate:
@@ -162,6 +163,7 @@ def estimate(
         tokens: Length that the rows of a batch are padded to; None for the recipe's `max_length`, of NLI pairs 64.
         images: Images of a row, over all columns; None for 1, of texts 0.
         rows: Rows of the data, if the recipe does not name data that are known.
+        gpu: The one name in `GPUS` that is asked about; None for all.
         num_gpus: Devices that the run is started on.
         device: Kind of device; a dropout mask takes one byte a number on "cuda", four on "cpu".
 
@@ -180,6 +182,8 @@ def estimate(
     for name, (value, least) in given.items():
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"{name}={value} must be at least {least}. Leave out what you do not know.")
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu={gpu!r} is not known, must be one of {', '.join(GPUS)}.")
     is_distil = read_recipe(recipe)[0].keys() <= DistillConfig.__dataclass_fields__.keys()
     config: Any = load_config(DistillConfig if is_distil else TrainConfig, recipe)
     shape, told = _shape(config, model, num_kept_layers)
@@ -205,7 +209,8 @@ def estimate(
         "the memory is left to CUDA. What a cached teacher takes once, before the run, is not in it.",
     )
     step, run = work.flops(), None if steps is None else work.flops() * steps
-    return Estimate(work.parameters, work.trainable, work.memory(), step, run, num_gpus, notes)
+    asked = tuple(GPUS) if gpu is None else (gpu,)
+    return Estimate(work.parameters, work.trainable, work.memory(), step, run, num_gpus, notes, asked)
 
 
 class _Work:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -103,7 +103,7 @@ def prune(
     num_kept_layers: int | None = None,
     keep_layers: Sequence[int] | str | None = None,
     dtype: str | torch.dtype = "auto",
-    max_pixels: int | Literal["source"] | None = None,
+    max_pixels: int | str | None = None,
     reading: str | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
@@ -294,10 +294,10 @@ def _limit_images(processor: PumaProcessor, max_pixels: Any, is_original: bool) 
     shortest, longest = images.size["shortest_edge"], images.size["longest_edge"]
     if max_pixels is None and is_original:
         max_pixels = min(longest, max(shortest, DEFAULT_VISUAL_TOKENS * pixels_per_token(images)))
-    if isinstance(max_pixels, str) and max_pixels != "source":
+    if isinstance(max_pixels, str) and max_pixels != "source" and not max_pixels.isdecimal():
         raise ValueError(f"max_pixels={max_pixels!r} must be a whole number, or 'source' to keep the source's limit.")
     if max_pixels not in (None, "source"):
-        set_limits(processor, max_pixels=max_pixels)
+        set_limits(processor, max_pixels=int(max_pixels))
 
 
 def set_limits(

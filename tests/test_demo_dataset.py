@@ -59,7 +59,7 @@ def test_every_file_is_read_and_says_what_the_queries_say(split: str) -> None:
         judged = data.qrels(task, split, found, candidates() if split == "train" else data.local_pool(task))
         for query in found:
             assert (query.modality, {candidates()[did].modality for did in query.positives}) == (modality, {wanted})
-            assert judged[query.qid] == dict.fromkeys(query.positives, 1)
+            assert judged[query.id] == dict.fromkeys(query.positives, 1)
             assert data.instruction(query, wanted)
 
 

@@ -142,8 +142,7 @@ def _names(tasks: Iterable[str] | None) -> list[str] | None:
 
 def _state(data: MBEIR, split: str) -> list[Any]:
     """What rows of a split depend on."""
-    files = [data.query_path(split, task) for task in data.task_files(split)] + data.mixed_paths(split)
-    files += [data.global_pool_path(split), data.instruction_path]
+    files = [*data.query_files(split), data.global_pool_path(split), data.instruction_path]
     return [split, str(data.image_root), *map(file_state, files)]
 
 
@@ -155,12 +154,10 @@ def _queries(
     Where the name of a file does not tell the task, the positive does. If they are `judged`, there must be one, and
     all candidates must be in the pool.
     """
-    mixed = data.mixed_paths(split)
-    # Of "train" M-BEIR has files of whole datasets, of "union_train" one file; demo and pairs have one a task.
-    known = data.task_files(split) if mixed else data.tasks(split)
-    found = set(known)
-    files: list[tuple[Path, MBEIRTask | None]] = [(data.query_path(split, task), task) for task in known]
-    for path, task in [*files, *((path, None) for path in mixed)]:
+    if not (files := data.query_files(split)):
+        data.tasks(split)  # the error that tells which splits there are
+    found = {task for task in files.values() if task is not None}
+    for path, task in files.items():
         if task is not None and names is not None and task.name not in names:
             continue
         with Problems(path) as problems:

@@ -5,7 +5,6 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,8 +34,6 @@ from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.processes import broadcast, connect, gather, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
-
-logger = logging.getLogger(__name__)
 
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
@@ -276,8 +273,6 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     kind = read_config(Path(config.model)).get("model_type")
     is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
     if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens

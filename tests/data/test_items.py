@@ -39,7 +39,8 @@ def table(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_choices_come_from_the_query_and_never_repeat_while_there_are_enough(root: Path) -> None:
-    queries = {query.qid: query for query in MBEIR(root).union_queries()}
+    data = MBEIR(root)
+    queries = {query.id: query for task in data.tasks("train") for query in data.queries(task, "train")}
     did_of = {(one.text, one.image): did for did, one in MBEIR(root).global_pool("train").items()}
     drawn = [load_mbeir(root, num_negatives=3, seed=seed, with_ids=True) for seed in (3, 3, 4)]
     assert len(drawn[0]) == NUM_ROWS

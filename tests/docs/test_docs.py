@@ -194,12 +194,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
         load(*arguments, **values)
         raise Understood
 
-    def understood(*_: Any, **__: Any) -> Any:
-        raise Understood
-
     monkeypatch.setattr(cli, "load_config", stop)
-    for function in ("puma_hf.pruning.prune", "puma_hf.estimate.estimate"):
-        monkeypatch.setattr(function, understood)
 
     def parse(words: list[str]) -> None:
         with pytest.raises(Understood):
