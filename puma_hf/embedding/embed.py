@@ -203,7 +203,7 @@ def iterate_embeddings(
         images = packer.processor.image_processor
         size = {**dict(images.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
         limits = size["shortest_edge"], size["longest_edge"]
-        guess = Guess((images.patch_size * images.merge_size) ** 2, limits, open_files=load is None)
+        guess = Guess((images.patch_size * images.merge_size) ** 2, limits, has_loader=load is not None)
         num_workers = default_num_workers(on_cuda, total) if num_workers is None else num_workers
     else:
         # Any other model embeds by its own `encode`, in this process, where a PUMA would be prepared: a broken input is
@@ -211,7 +211,7 @@ def iterate_embeddings(
         given = {name: value for name, value in options.items() if value is not None}
         given |= {"truncate_dim": keep, "normalize_embeddings": keep is not None, "show_progress_bar": False}
         packer = partial(model.encode, prompt=prompt, convert_to_tensor=True, **given)
-        guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), open_files=load is None), True, 0
+        guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), load is not None), True, 0
     chunks = prepared(
         plan(inputs, guess, budget, sort=sort, padded=padded),
         packer,

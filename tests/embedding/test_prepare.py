@@ -57,11 +57,12 @@ def test_a_guess_needs_no_decoding_and_is_never_an_error(item: Any, tokens: floa
     assert GUESS.tokens(item) - GUESS.tokens("") == pytest.approx(tokens)
 
 
-def test_a_guess_looks_at_files_unless_they_may_be_anything(tmp_path: Path) -> None:
+def test_a_guess_looks_at_files_unless_inputs_are_loaded_by_the_user(tmp_path: Path) -> None:
     picture(56, 56).save(tmp_path / "a.png")
     item = {"image": str(tmp_path / "a.png")}
     assert GUESS.tokens(item) - GUESS.tokens("") == 4
-    assert Guess(28 * 28, (28 * 28, 280 * 280), open_files=False).tokens(item) - GUESS.tokens("") == 100
+    loaded = Guess(28 * 28, (28 * 28, 280 * 280), has_loader=True)
+    assert [loaded.tokens(one) - GUESS.tokens("") for one in (item, "s3://a.png")] == [100, 100]
 
 
 def test_the_longest_of_a_window_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
