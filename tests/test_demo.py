@@ -1,4 +1,4 @@
-"""The demo's table and picture, on figures and rankings written by hand; `make demo` itself takes minutes."""
+"""What the demo runs, and what the scripts import; `make demo` itself takes minutes."""
 
 from __future__ import annotations
 
