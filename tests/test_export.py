@@ -178,7 +178,7 @@ def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None
     puma, output = tmp_path / "puma", tmp_path / "onnx"
     prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), puma, num_kept_layers=1)
     report = export(puma, output, format="onnx")
-    assert f"1 decoder layers as ONNX, {report.num_bytes:,} bytes" in str(report)
+    assert f"1 decoder layers as ONNX, for texts, {report.num_bytes:,} bytes" in str(report)
     assert is_export(output)
     graph = {"model.onnx", "model.onnx.data"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
