@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
+from sentence_transformers.util import batch_to_device, quantize_embeddings
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
@@ -267,7 +267,11 @@ def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tenso
     if isinstance(chunk.batch, Tensor):  # rows that `encode` has made
         return chunk.batch.float().cpu(), None
     try:
-        features = model[0].embed_batch(chunk.on(model.device))
+        if isinstance(chunk.batch, dict):
+            batch: Any = batch_to_device(chunk.batch, model.device)
+        else:  # from pinned memory, which is copied while the device computes
+            batch = chunk.batch.to(model.device, non_blocking=True)
+        features = model[0].embed_batch(batch)
         for module in list(model)[1:]:
             features = module(features)
     except torch.OutOfMemoryError as error:
