@@ -70,9 +70,8 @@ def write_space(
         index: The index.
         folder: Where to, a new or empty directory. It is written whole or not at all.
         model: Name of the index's model on the Hub. By default a model in a local directory is copied.
-        instruction: What queries ask for, in the words that the model was trained with; can be changed on the page.
-        trust_remote_code: Whether the Space may run the code of a model's repository, which a PUMA model needs unless
-            it is copied.
+        instruction: What queries ask for; can be changed on the page.
+        trust_remote_code: Let the Space run the code of a model's repository, as a PUMA model needs unless copied.
 
     Raises:
         FileExistsError: If the folder is not empty.
