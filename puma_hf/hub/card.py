@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
 from puma_hf.configs_training import RECIPES
+from puma_hf.estimate import count_parameters
 from puma_hf.evaluation.layer_sweep import decoder_of
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
@@ -146,9 +147,7 @@ def load_model(folder: Path) -> Any:
 def count_facts(model: Any) -> dict[str, Any]:
     """Parameters and bytes after the cut and before it, by the names of `hub_card.md`."""
     config, text = model[0].model.config, model[0].model.config.text_config
-    after, layer = (
-        sum(parameter.numel() for parameter in part.parameters()) for part in (model, decoder_of(model).layers[-1])
-    )
+    after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
     # Dropped layers are as large as kept ones, and the head has the shape of the token embedding.
     head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
     before = after + head + layer * (config.original_num_hidden_layers - config.num_kept_layers)

@@ -351,14 +351,11 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     card = ModelCard(report.card)
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
-    assert all(one["difference"] < 1e-4 for one in found.values())
-    assert found["org/puma-lora"]["dim"] == found["org/puma"]["dim"]
+    assert all(told.startswith("32 dimensions in torch.float32") for told in found.values())
 
 
-def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:
+def _load(name: str, warm: WarmProcess, folder: Path) -> str:
     output = folder / "found.json"
     process = warm.run([sys.executable, "-P", str(load_check.__file__), name, str(output)], cwd=folder)
     assert process.returncode == 0, process.stderr
-    found: dict[str, Any] = json.loads(output.read_text())
-    assert "error" not in found, found
-    return found
+    return str(json.loads(output.read_text())["told"])
