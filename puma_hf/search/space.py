@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from puma_hf import __version__
-from puma_hf.configs import FIRST_PORT, AppConfig
+from puma_hf.configs import FIRST_PORT
 from puma_hf.files import model_files, new_directory
 from puma_hf.search.build import create_table, keep_picture, tag_complete
-from puma_hf.search.index import Index, open_index
+from puma_hf.search.index import Index
 from puma_hf.search.page import TITLE, count_line, load_gradio
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
@@ -46,12 +45,6 @@ it searches{model}. All of a public Space can be downloaded: name the licence of
 Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`, or
 run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
-
-
-def write_configured(config: AppConfig) -> Path:
-    """`write_space` with the settings of `puma-hf app --space`."""
-    loading: Any = {name: getattr(config, name) for name in ("model", "instruction", "trust_remote_code")}
-    return write_space(open_index(config.index), str(config.space), **loading)
 
 
 def write_space(

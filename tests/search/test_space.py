@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import SpaceCard
 
 import puma_hf
+from puma_hf.cli import show_page
 from puma_hf.search import AppConfig, Searcher, open_index, open_searcher, write_space
-from puma_hf.search.space import write_configured
 
 pytest.importorskip("gradio")
 
@@ -71,5 +71,5 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
 
 def test_by_the_command(page_index: Path, tmp_path: Path) -> None:
     config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
-    assert write_configured(config) == tmp_path / "space"
+    assert show_page(config).startswith(f"saved the Space to {tmp_path / 'space'};")
     assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import PumaDistillationTrainer, SelfDistillationLoss
-from puma_hf.checkpoint import SourceCheckpoint, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.trainer import FrozenTeacher, distillation
 from puma_hf.trainer.lora_puma import puma_model
 from tests.forks import exit_signal, in_a_fork
@@ -164,7 +164,7 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
     puma_model(model).config.source_revision = "0123abc"
     asked = {}
 
-    def find(source: str, **options: Any) -> SourceCheckpoint:
+    def find(source: str, **options: Any) -> Checkpoint:
         asked.update(source=source, **options)
         return open_checkpoint(qwen_dir)
 
@@ -376,19 +376,3 @@ def test_a_picture_that_changed_under_its_path_is_another_row(
     for _ in range(2):
         make_cached(train_dataset=rows)
     assert sum(asked) == 4
-
-
-@pytest.mark.parametrize("kind", ["stream", "labels"])
-def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dataset, kind: str) -> None:
-    rows: Any = items.to_iterable_dataset() if kind == "stream" else items.add_column("label", [0] * len(items))
-    with pytest.raises(
-        ValueError, match=r"train_dataset is a .* or has labels: take a Dataset, or teacher_mode='frozen'"
-    ):
-        make_cached(train_dataset=rows)
-
-
-def test_states_that_are_not_finite(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = FrozenTeacher.states
-    monkeypatch.setattr(FrozenTeacher, "states", lambda self, features: states(self, features) * float("nan"))
-    with pytest.raises(ValueError, match=r"states are NaN or infinite, as in float16, for some of"):
-        make_cached()
