@@ -57,8 +57,8 @@ class Query(Record):
 
     Args:
         positives: Ids of the relevant candidates, in the file's order.
-        negatives: Ids of its hard negatives, in the file's order.
-        line: Line of the file it was read from, for error messages.
+        negatives: Those of its hard negatives, likewise.
+        line: Line of the file it was read from.
     """
 
     positives: tuple[str, ...] = ()
@@ -72,10 +72,7 @@ class Query(Record):
 
 
 def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False) -> Candidate:
-    """A line of a pool, checked, its image as an absolute path.
-
-    An MBEIRFormatError if a field is missing or wrong, a FileNotFoundError if the image is missing and may not be.
-    """
+    """A line of a pool, checked, its image as an absolute path; an MBEIRFormatError says what is wrong with it."""
     return Candidate(*_content(line, images, "did", "", may_be_missing=may_be_missing))
 
 
@@ -136,13 +133,18 @@ class Pool(Mapping[str, Candidate]):
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         return hashes[order], order
 
-    def __getitem__(self, did: str) -> Candidate:
+    def _row(self, did: object) -> int | None:
         hashes, rows = self._index
         first, last = (int(np.searchsorted(hashes, hash(did), side)) for side in ("left", "right"))
-        for row in rows[first:last].tolist():
-            if self._columns[0][row].as_py() == did:
-                return Candidate(*(column[row].as_py() for column in self._columns))
-        raise KeyError(did)
+        return next((row for row in rows[first:last].tolist() if self._columns[0][row].as_py() == did), None)
+
+    def __contains__(self, did: object) -> bool:
+        return self._row(did) is not None
+
+    def __getitem__(self, did: str) -> Candidate:
+        if (row := self._row(did)) is None:
+            raise KeyError(did)
+        return Candidate(*(column[row].as_py() for column in self._columns))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -206,9 +208,8 @@ def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str,
 def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) -> dict[str, dict[str, int]]:
     """Relevance judgements, lines of `qid 0 did relevance task_id`: for each qid the dids with a positive relevance.
 
-    OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
-    dataset than its query's that is absent from the pool is left out, and the log says how many were.  Any other
-    unknown did is an error. Without a pool all are kept.
+    OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: these are left out, and the log
+    says how many. Any other unknown did is an error. Without a pool all are kept.
     """
     check_is_file(path)
     qrels: dict[str, dict[str, int]] = {}
@@ -245,9 +246,9 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
 class MBEIR:
     """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
-    Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
-    MBEIRFormatError, or as a FileNotFoundError if only files are missing. Pools and training rows that were read are
-    kept in the cache of `datasets`, until their file changes.
+    Nothing is read before it is asked for. All that is wrong with a file is reported at once, as an MBEIRFormatError,
+    or as a FileNotFoundError if only files are missing. Pools that were read are kept in the cache of `datasets`, until
+    their file changes.
 
     Args:
         root: The folder.
@@ -280,19 +281,16 @@ class MBEIR:
         self._images = Images(self.image_root)
 
     def query_path(self, split: str, task: MBEIRTask) -> Path:
-        """File of the queries of a task."""
+        """File of the queries of a task; the next three are those of judgements, local pools and global pools."""
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
 
     def qrels_path(self, split: str, task: MBEIRTask) -> Path:
-        """File of the judgements of a task."""
         return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
 
     def pool_path(self, name: str) -> Path:
-        """File of the candidates of a task, by its name."""
         return self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl"
 
     def union_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks."""
         return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
@@ -306,8 +304,8 @@ class MBEIR:
     def query_files(self, split: str) -> dict[Path, MBEIRTask | None]:
         """The query files of a split with their tasks, in the order of the tasks; last those of several tasks.
 
-        M-BEIR's own "train" has a file a dataset, and "union_train" one for all. A dataset that also has files of its
-        tasks is left out of the former, for these hold the same.
+        M-BEIR's own "train" has a file a dataset (left out where a dataset has files of its tasks, which hold the
+        same), and "union_train" one for all.
         """
         folder = self.root / "query" / split
         if split.startswith(_UNION):
@@ -328,10 +326,7 @@ class MBEIR:
             return list(self.read_queries(path, problems, task))
 
     def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
-        """The good queries of a file as a stream.
-
-        In that of one task a qid may come once; in a union many times, as M-BEIR repeats its smaller datasets.
-        """
+        """The good queries of a file as a stream; in that of a task a qid may come once, in a union many times."""
         lines: dict[str, int] = {}
         for line in read_jsonl(path, problems):
             query = problems.attempt(parse_query, line, self._images)
@@ -350,7 +345,7 @@ class MBEIR:
         return self._read_pool(self.local_pool_path(task, split))
 
     def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
-        """File of the candidates of a task, see `local_pool`."""
+        """Its file."""
         own = self.pool_path(f"{task.name}_{split}")
         return own if own.is_file() else self.pool_path(task.name)
 
@@ -362,12 +357,11 @@ class MBEIR:
         return self._read_pool(self.global_pool_path(split))
 
     def global_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks, see `global_pool`."""
+        """Its file."""
         path = self.union_pool_path(split.removeprefix(_UNION))
         return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
 
     def _read_pool(self, path: Path) -> Pool:
-        check_is_file(path)
         return Pool(on_disk(partial(self._pool_rows, path), _POOL, ["pool 1", file_state(path), str(self.image_root)]))
 
     def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -415,10 +409,7 @@ class MBEIR:
         return self._instructions[0][key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
-        """The task of a query from a file whose name does not say it, by the modality of its positive.
-
-        A dataset that is not one of M-BEIR's ten has its name from the table of instructions.
-        """
+        """The task of a query from a file whose name does not say it, by the modality of its positive."""
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
             raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")

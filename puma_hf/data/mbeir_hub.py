@@ -53,10 +53,9 @@ def open_mbeir(
     - a dataset of the Hub that is such a copy, as "mteb/mbeir_cirr_task7";
     - an organisation of the Hub that has copies of all 16 tasks: "mteb" or "MRBench".
 
-    Copies are imported once, into the cache: images as files with the bytes they have, queries, pools and
-    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task. They have the first
-    wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and the global pool of
-    the tasks that are asked for alone.
+    Copies are imported once, into the cache, in M-BEIR's layout; an import that was interrupted goes on, task by task.
+    They have the first wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and
+    the global pool of the tasks that are asked for alone.
 
     Args:
         source: The source.
@@ -70,13 +69,8 @@ def open_mbeir(
         ValueError: If a task is not among those of the source, or `revision` is given for a folder.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data import open_mbeir
-
-    >>> len(open_mbeir("demo/emoji").tasks())
-    8
-    ```
+        >>> len(open_mbeir("demo/emoji").tasks())
+        8
     """
     if isinstance(source, MBEIR):
         return source

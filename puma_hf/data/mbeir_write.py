@@ -100,9 +100,9 @@ def build_nano(
     """A folder in M-BEIR's layout with some of the queries and candidates of each task.
 
     Of each task's queries with a relevant candidate in its local pool, `num_queries` are drawn. Its local pool then
-    holds every candidate that is relevant to one of them, their hard negatives (the first of each query, then the
-    second of each ...), and others drawn with the seed, in the source's order. The global pool is that of all local
-    pools. The same data, settings and seed give the same folder on every machine.
+    holds all that is relevant to one of them, their hard negatives (the first of each query, then the second of each
+    ...), and others drawn with the seed, in the source's order. The global pool is that of all local pools. The same
+    data, settings and seed give the same folder on every machine.
 
     Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
     of all that a figure depends on, wherever the data lies: report it with the figure, and edit nothing in the folder.
@@ -122,16 +122,9 @@ def build_nano(
         FileExistsError: If `output` holds anything else.
 
     Example:
-
-    ```python
-    >>> import tempfile
-    >>> from puma_hf.data import MBEIR, build_nano
-
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     nano = build_nano(MBEIR("demo/emoji"), f"{parent}/nano", tasks=["emoji_task1"], num_candidates=50)
-    ...     len(nano.queries(nano.tasks()[0])), len(nano.global_pool())
-    (167, 167)
-    ```
+        >>> nano = build_nano(MBEIR("demo/emoji"), "nano", tasks=["emoji_task1"], num_candidates=50)
+        >>> len(nano.queries(nano.tasks()[0])), len(nano.global_pool())
+        (167, 167)
     """
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
@@ -243,9 +236,8 @@ def write_mbeir(
 
     An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
     are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
-    directly or through others, come into one split: none of val or test is trained on. Instructions are those of the
-    rows; a task without any has a plain sentence. Images are hard links where the file system allows, else copies: the
-    folder holds all it needs, but do not edit an image in place.
+    directly or through others, come into one split: none of val or test is trained on. A task whose rows have no
+    instruction has a plain sentence. Images are hard links where the file system allows: do not edit one in place.
 
     Args:
         rows: As `load_pairs` makes them.
@@ -261,15 +253,10 @@ def write_mbeir(
         ValueError: If a row cannot be used, M-BEIR has no task between two modalities, or a split stays empty.
 
     Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from puma_hf.data import load_pairs, write_mbeir
-
-    >>> rows = load_pairs(Dataset.from_dict({"question": ["1 + 1?", "2 + 2?"], "answer": ["two", "four"]}))
-    >>> write_mbeir(rows, "sums", val_fraction=0, test_fraction=0.5).tasks("test")
-    [MBEIRTask(task_id=1, dataset='pairs')]
-    ```
+        >>> from datasets import Dataset
+        >>> rows = load_pairs(Dataset.from_dict({"question": ["1 + 1?", "2 + 2?"], "answer": ["two", "four"]}))
+        >>> write_mbeir(rows, "sums", val_fraction=0, test_fraction=0.5).tasks("test")
+        [MBEIRTask(task_id=1, dataset='pairs')]
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", dataset) or dataset_id < FIRST_FREE_ID:
         what = f"dataset={dataset!r} must be letters, digits and underscores, and dataset_id={dataset_id}"
@@ -392,11 +379,7 @@ def _groups(anchors: list[_Anchor]) -> list[list[int]]:
 
 
 def pairs(config: PairsConfig) -> PairsReport:
-    """The dry run of `puma-hf pairs`.
-
-    The report is also written to `config.json` if that is given. With `config.mbeir` the pairs are written there in
-    M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
-    """
+    """The dry run of `puma-hf pairs`; with `mbeir` it writes the pairs, too, unless there are rows that stop it."""
     arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
     # Read twice, for the report must not depend on what is dropped.
     report = check_pairs(config.data, decode=config.decode, **arguments)
