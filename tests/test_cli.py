@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from puma_hf import cli, configs
 from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.evaluation.results import read_run
 from puma_hf.settings import field_help
 from puma_hf.trainer import stages
 from tests.data.mbeir_builder import build_mbeir
@@ -69,7 +68,7 @@ def test_the_whole_way(
     monkeypatch.chdir(tmp_path)
     result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2, "--max-pixels", 4096)
     assert result.exit_code == 0
-    assert "images   at most 16 visual tokens, 4,096 pixels (source: 65,536)\n" in result.output
+    assert "images   at most 16 visual tokens, 4,096 pixels\n" in result.output
     assert "decoder layers 0 to 1 of 4" in result.output
     assert result.output.rstrip().endswith("saved    pruned")
 
@@ -88,7 +87,7 @@ def test_the_whole_way(
     assert results["split"] == "test"
     assert set(results["mean"]) == {"local", "global"}
     assert len(results["rows"]) == 16
-    assert len(read_run("results/runs/local/toys_task0.trec")["11:1000"]) == 6
+    assert Path("results/runs/local/toys_task0.trec").read_text().count("11:1000 Q0 ") == 6
     assert "| **mean** |" in result.output
 
 
