@@ -173,18 +173,21 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
             write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
-            write_lines(layout.union_pool_path(split), _joined(parts))
+            write_lines(
+                layout.pool_path(None, split),
+                _joined(MBEIR(part).pool_path(task, split) for task, part in parts.items()),
+            )
             for part in parts.values():
                 for path in filter(Path.is_file, part.rglob("*")):
                     link(path, draft / path.relative_to(part))
     return together
 
 
-def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[str]:
-    """The pools of several tasks as one: a candidate of two tasks is in both local pools, and once in the global."""
+def _joined(pools: Iterable[Path]) -> Iterator[str]:
+    """The lines of several pools: a candidate of two tasks is in both local pools, and once in the global."""
     seen: set[int] = set()  # hashes: pools of millions need not be held
-    for task, part in parts.items():
-        with MBEIR(part).pool_path(task.name).open(encoding="utf-8") as lines:
+    for pool in pools:
+        with pool.open(encoding="utf-8") as lines:
             for line in lines:
                 if hash(line) not in seen:
                     seen.add(hash(line))
@@ -228,7 +231,7 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
     with Problems(files["corpus"][0].parents[1]) as problems:
         write_lines(layout.qrels_path(split, task), judgements())
         write_records(layout.query_path(split, task), starmap(query, records("queries")))
-        write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
+        write_records(layout.pool_path(task, split), ({"did": did, **record} for did, record in records("corpus")))
 
 
 def _plain_id(line: Line, name: str) -> str:

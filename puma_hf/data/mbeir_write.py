@@ -162,14 +162,14 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     for task, queries, pool, qrels in parts:
         records = [record_line(query, root, everything) for query in queries]
         write_records(layout.query_path(split, task), records)
-        write_records(layout.pool_path(task.name), (record_line(candidate, root) for candidate in pool))
+        write_records(layout.pool_path(task, split), (record_line(candidate, root) for candidate in pool))
         write_lines(layout.qrels_path(split, task), qrels)
         wordings = {data.wordings(query, task.candidate_modality): None for query in queries}
         contents += [task.name, list(wordings), qrels]
         lists = [[record["pos_cand_list"], record["neg_cand_list"]] for record in records]
         for one, others in zip([*queries, *pool], lists + [[]] * len(pool), strict=True):
             contents.append([one.id, one.modality, one.text, hash_of(one.image), *others])
-    write_records(layout.union_pool_path(split), (record_line(one, root) for one in everything.values()))
+    write_records(layout.pool_path(None, split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
     says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents)}
@@ -287,9 +287,9 @@ def write_mbeir(
         lines = {k: record_line(Candidate(dids[k], one.text, place(one)), folder) for k, one in records.items()}
         for task in wordings:
             wanted = {key for anchor in anchors if anchor.task == task for key in anchor.positives | anchor.negatives}
-            write_records(layout.pool_path(task.name), (line for key, line in lines.items() if key in wanted))
+            write_records(layout.pool_path(task, "test"), (line for key, line in lines.items() if key in wanted))
         for split in ("train", "test"):  # val has that of test
-            write_records(layout.union_pool_path(split), lines.values())
+            write_records(layout.pool_path(None, split), lines.values())
         numbers, everything = count(len(lines) + 1), set(dids.values())
         for split, chosen in splits.items():
             queries = defaultdict[MBEIRTask, list[Query]](list)
