@@ -21,7 +21,14 @@ from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
 from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
 from puma_hf.data.records import Line, Problems, read_lines, wrong
-from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
+from puma_hf.data.tasks import (
+    MBEIR_DATASET_IDS,
+    MBEIR_INSTRUCTIONS,
+    TASK_MODALITIES,
+    MBEIRTask,
+    select_tasks,
+    task_named,
+)
 from puma_hf.files import new_directory, write_whole
 
 # The folders of each part of a copy; the first that is there is taken.
@@ -155,7 +162,8 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
         wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
         if table is None and wording is None:
             raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
-        rows.append([*task.modalities, task.dataset, str(MBEIR_DATASET_IDS.get(task.dataset)), str(wording)])
+        directions, number = TASK_MODALITIES[task.task_id], MBEIR_DATASET_IDS.get(task.dataset)
+        rows.append([*directions, task.dataset, str(number), str(wording)])
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
@@ -173,10 +181,8 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
             write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
-            write_lines(
-                layout.pool_path(None, split),
-                _joined(MBEIR(part).pool_path(task, split) for task, part in parts.items()),
-            )
+            pools = (MBEIR(part).pool_path(task, split) for task, part in parts.items())
+            write_lines(layout.pool_path(None, split), _joined(pools))
             for part in parts.values():
                 for path in filter(Path.is_file, part.rglob("*")):
                     link(path, draft / path.relative_to(part))

@@ -24,7 +24,7 @@ from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Query, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
-from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
+from puma_hf.data.tasks import TASK_MODALITIES, TASK_OF_MODALITIES, MBEIRTask, select_tasks
 from puma_hf.files import new_directory, write_json
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ def write_mbeir(
                 write_records(layout.query_path(split, task), (record_line(one, folder, everything) for one in found))
                 judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in found for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
-        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in wordings.items()]
+        table = [[*TASK_MODALITIES[task.task_id], dataset, str(dataset_id), *found] for task, found in wordings.items()]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(lines), counts)
@@ -331,7 +331,7 @@ def _collect(
     for anchor in anchors.values():
         anchor.negatives = {key: None for key in anchor.negatives if key not in anchor.positives}
     for task in wordings:  # a task without any has a plain sentence
-        asks, answers = (modality.replace(",", " with ") for modality in task.modalities)
+        asks, answers = (modality.replace(",", " with ") for modality in TASK_MODALITIES[task.task_id])
         wordings[task] = wordings[task] or {f"Find the {answers} that matches the given {asks}.": None}
     return list(anchors.values()), records, {task: list(wordings[task]) for task in sorted(wordings)}
 
