@@ -242,7 +242,7 @@ class SweepConfig(_BenchmarkSettings):
     compare: tuple[str, ...] = ()
     # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
-    keep: float = option(0.97, above=0, at_most=1, remedy="Take 0.97, or less.")
+    keep: float = option(0.97, above=0, at_most=1)
     keep_last: bool = False
 
     def __post_init__(self) -> None:
