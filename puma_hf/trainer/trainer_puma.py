@@ -21,7 +21,7 @@ from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses.cached_mac_puma import find_puma_model
 from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses
 from puma_hf.trainer.checkpoints_puma import MARKER, last_whole_checkpoint, mark_whole, why_not_whole
-from puma_hf.trainer.lora_puma import PREFIX, puma_model, save_base_fingerprint, spare_frozen_vision
+from puma_hf.trainer.lora_puma import puma_model, save_base_fingerprint, spare_frozen_vision
 from puma_hf.trainer.statistics_puma import TrainingStatistics
 
 
@@ -33,18 +33,16 @@ class PumaTrainer(SentenceTransformerTrainer):
     - Gradients that are not finite, as of a loss that is not, stop the run before they reach the weights.
     - With `gradient_checkpointing` a frozen vision tower is neither computed twice nor propagated through.
     - Each log line tells, averaged since the last one and over all processes, where the loss knows it:
-      `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`,
-      `intra_similarity` and `inter_similarity`; `temperature` and `hard_temperature`; in self-distillation
-      `teacher_cosine`, of the student's states with the teacher's; the terms of a loss that has several;
-      `items_per_second` and, with images, `images_per_second`, over all processes. Of the last batch:
-      `effective_rank` and `uniformity` of the positives' embeddings, or of the states. A collapse is warned of.
-    - Batches that hold one modality each, which makes MAC-Loss plain InfoNCE, are warned of.
+      `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`, `intra_similarity`
+      and `inter_similarity`; `temperature` and `hard_temperature`; the `teacher_cosine` of the student's states; the
+      terms of a loss that has several; `items_per_second`, `images_per_second`. Of the last batch: `effective_rank` and
+      `uniformity` of the positives' embeddings, or of the states. A collapse is warned of, and so are batches of one
+      modality each, which make MAC-Loss plain InfoNCE.
 
     Args:
         args: Every argument of `SentenceTransformerTrainer`, and likewise in `kwargs`.
         positives: For each row of `train_dataset`, the ids of all its right answers, as
-            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step's batches then share one,
-            on one device or over several, so that no row's positive is a right answer of another.
+            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step, over all devices, share one.
         kwargs: See `args`.
 
     Raises:
@@ -62,9 +60,8 @@ class PumaTrainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, positives: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs: run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-            )
+            remedy = "run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            raise ValueError(f"One process sees {self.args.n_gpu} GPUs: {remedy}.")
         if positives is not None and not isinstance(self.train_dataset, Dataset):
             raise ValueError(f"positives need one Dataset, and train_dataset is a {type(self.train_dataset).__name__}.")
         self.positives = positives
@@ -75,7 +72,7 @@ class PumaTrainer(SentenceTransformerTrainer):
             add_temperature_schedule(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from a whole checkpoint; from one of the last step on, its weights are all there is to do.
+        """Train, or go on from a whole checkpoint; if it is of the last step, its weights are taken.
 
         Args:
             resume_from_checkpoint: Path of a checkpoint; True for the last whole one in `args.output_dir`.
@@ -183,18 +180,15 @@ class PumaTrainer(SentenceTransformerTrainer):
 
 
 class SafeSteps(TrainerCallback):
-    """Stops a run before gradients that are not finite reach the weights, or such weights a result.
+    """Stops a run, by a ValueError, before gradients that are not finite reach the weights, or such weights a result.
 
     Each process looks at the same: gradients are reduced by then, and of sharded tensors the norm is that of all parts.
-
-    Raises:
-        ValueError: In the step itself. It names the last whole checkpoint to go on from.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Spare the frozen vision tower, now that the trainer has enabled checkpointing."""
         puma = find_puma_model(given["model"])
-        if puma is not None and getattr(args, f"{PREFIX}_checkpointing"):
+        if puma is not None and args.gradient_checkpointing:
             spare_frozen_vision(puma)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
