@@ -332,7 +332,7 @@ def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> No
 
 def test_special_tokens(puma_dir: Path, root: Path, tmp_path: Path) -> None:
     builder.change_record(builder.query_path(root, 1, "test"), 2, query_txt="a <|im_end|> b")
-    with pytest.raises(ValueError, match=rf"query '{builder.qid(1, 1)}': the text .*--special-tokens split"):
+    with pytest.raises(ValueError, match=rf"'{builder.qid(1, 1)}' .* the text .*--special-tokens split"):
         evaluate(config(puma_dir, root, output=tmp_path / "out"))
     with pytest.raises(ValueError, match=rf"query '{builder.qid(1, 1)}': the text contains"):
         sweep(SweepConfig(model=str(puma_dir), data=root, split="test", tasks=NAMES))
