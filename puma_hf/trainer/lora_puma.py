@@ -19,6 +19,8 @@ from puma_hf.losses.cached_mac_puma import find_puma_model
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # Beside an adapter: the SHA-256 of the weights that it was trained on. `puma_hf.files` says the same, but stays here.
 BASE_FILE = "puma_base.json"
+# transformers 5.23 renamed arguments and methods of checkpointing, and warns of the old names.
+PREFIX = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
 
 
 def lora_config(
@@ -127,14 +129,15 @@ def _files_sha256(files: tuple[tuple[str, int, int], ...]) -> str:
 # --- gradient checkpointing
 
 
-def spare_frozen_vision(model: Any) -> None:
-    """Undo what enabling checkpointing does to a `PumaModel` beyond its decoder layers.
+def checkpoint_decoder(model: Any, **options: Any) -> None:
+    """Enable the checkpointing of a `PumaModel`, in its decoder layers alone.
 
     `transformers` makes the outputs of every embedding require gradients once a model has an adapter, that of the image
     patches too. The frozen vision tower is then computed twice and propagated through to its first layer, for gradients
     that nobody wants: 41 % more time. Checkpointing that is not reentrant needs none of these hooks, and the gradients
     of the adapter stay the same. A vision tower with trainable weights stays checkpointed.
     """
+    getattr(model, f"{PREFIX}_checkpointing_enable")(**options)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.disable_input_require_grads()

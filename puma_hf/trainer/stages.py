@@ -18,7 +18,6 @@ from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
-from transformers import PreTrainedModel
 
 from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, Loss, MergeConfig, StageConfig, TrainConfig
 from puma_hf.data.items import load_items, load_mbeir
@@ -31,7 +30,14 @@ from puma_hf.pruning import read_limits, set_limits
 from puma_hf.settings import config_text, nearest, processing_of, save_config
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
-from puma_hf.trainer.lora_puma import add_lora, lora_config, puma_model, quantization_config, save_base_fingerprint
+from puma_hf.trainer.lora_puma import (
+    PREFIX,
+    add_lora,
+    lora_config,
+    puma_model,
+    quantization_config,
+    save_base_fingerprint,
+)
 from puma_hf.trainer.merge import merge_adapter
 from puma_hf.trainer.trainer_puma import PumaTrainer, whole_weights
 
@@ -39,8 +45,11 @@ logger = logging.getLogger(__name__)
 
 # Columns of the training rows that the model is not to see.
 _ID_COLUMNS = ("qid", "did", "positives")
-# transformers 5.23 renamed the argument, and warns of the old name.
-_CHECKPOINTING = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+# Settings that the Trainer calls the same.
+_SAME_NAMES = (
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "bf16", "seed", "dataloader_num_workers", "logging_steps"),
+)
 _UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
 # YAML 1.1 reads 1e-4, without a point, as text, which the Trainer would fail at much later.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
@@ -118,10 +127,7 @@ def merge(config: MergeConfig) -> float:
 
 
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
-    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
-
-    On one device nothing is gathered.
-    """
+    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not."""
     # InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
     # positives, `false_negative_margin` and the logs are the same.
     meaning: dict[Loss, dict[str, Any]] = {
@@ -129,8 +135,8 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
         "mac-split": {"objective": "split"},
         "infonce": {"hard_temperature": config.temperature, "schedule": "constant"},
     }
-    names = ("temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
-    names += ("false_negative_margin", *(("mini_batch_size", "mini_batch_num_tokens") if config.cached else ()))
+    names = ["temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight"]
+    names += ["false_negative_margin", *(["mini_batch_size", "mini_batch_num_tokens"] if config.cached else [])]
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     gathers = config.gather_across_devices and num_devices > 1
     kind = CachedMultimodalMACLoss if config.cached else MultimodalMACLoss
@@ -151,27 +157,17 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         for name, value in config.training_arguments.items()
     }
     arguments: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _SAME_NAMES},
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,  # below 1, a share of all steps
-        "bf16": config.bf16,
         "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # the Trainer asks that this be said
-        "seed": config.seed,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_num_workers": config.dataloader_num_workers,
         # Every weight of the adapter takes part in every step: nothing to look for.
         "ddp_find_unused_parameters": False,
-        f"{_CHECKPOINTING}_checkpointing": config.gradient_checkpointing,
-        "logging_steps": config.logging_steps,
+        f"{PREFIX}_checkpointing": config.gradient_checkpointing,
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": 2,
@@ -193,9 +189,7 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
     pairs = config.pair_arguments()
     if is_mbeir(Path(config.data)):
         if pairs:
-            raise ValueError(
-                f"{', '.join(pairs)} is for pairs of one's own, and {config.data} is M-BEIR's. Leave it out."
-            )
+            raise ValueError(f"{', '.join(pairs)} is for pairs of one's own, not for M-BEIR's {config.data}.")
         rows = load_mbeir(
             config.data,
             config.split,
