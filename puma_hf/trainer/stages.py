@@ -23,11 +23,11 @@ from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, Loss, MergeConf
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
 from puma_hf.pruning import read_limits, set_limits
-from puma_hf.settings import config_text, nearest, processing_of, save_config
+from puma_hf.settings import config_text, nearest, processing_of
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora_puma import (
@@ -292,7 +292,7 @@ def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> P
             logger.warning("Continuing with other settings than the run began with: %s", "; ".join(sorted(changed)))
         if config.resume and checkpoint is None:
             logger.warning("No whole checkpoint in %s: starting from the beginning.", output)
-        save_config(config, recipe)
+        write_whole(recipe, config_text(config).encode())
     devices = int(PartialState().num_processes)
     shape = (rows, devices, config.batch_size, config.gradient_accumulation_steps)
     logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
