@@ -25,7 +25,6 @@ from puma_hf.losses import (
     add_temperature_schedule,
     self_distillation_loss,
 )
-from puma_hf.losses.distillation_puma import LossTerms
 from tests.losses.conftest import DIM
 
 MakeModel = Callable[[], SentenceTransformer]
@@ -189,15 +188,6 @@ def test_weights_move_in_a_straight_line(make_model: MakeModel, pairs: Dataset, 
         torch.testing.assert_close(terms["distillation"], weight * plain["distillation"])
 
 
-def test_terms_add_up() -> None:
-    first, second = LossTerms(a=torch.tensor(1.0)), LossTerms(a=torch.tensor(2.0), b=torch.tensor(4.0))
-    total = sum([first, second * 0.5], start=0.0)
-    assert isinstance(total, LossTerms)
-    assert {name: value.item() for name, value in total.items()} == {"a": 2.0, "b": 2.0}
-    with pytest.raises(TypeError):
-        first + 1.0
-
-
 @pytest.mark.parametrize("matryoshka", [False, True])
 @pytest.mark.parametrize("kind", CONTRASTIVE)
 def test_training_logs_each_term(
@@ -242,20 +232,20 @@ def test_what_cannot_be_distilled(make_model: MakeModel) -> None:
     states, broken = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
     with pytest.raises(ValueError, match=r"^student states are \(2, 3\) and teacher states \(2, 4\), but both must"):
         self_distillation_loss(states, torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"samples \[1\] of this batch are NaN or infinite.*Run the teacher in"):
+    with pytest.raises(ValueError, match=r"samples \[1\] are NaN or infinite.*Run it in"):
         self_distillation_loss(states, broken)
     with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'mse-mean', 'cosine'\)"):
         SelfDistillationLoss(nn.Identity(), "kl")  # type: ignore[arg-type]
     columns = [{"states": states}] * 2
     for labels in (None, states, torch.zeros(2, 3, 3)):
-        with pytest.raises(ValueError, match=r"no 'teacher_state' and labels are .* needs states \(batch_size, 2,"):
+        with pytest.raises(ValueError, match=r"no 'teacher_state' and labels are .* not states \(batch_size, 2,"):
             SelfDistillationLoss(Taught())(columns, labels)
-    with pytest.raises(ValueError, match=r"returned \['states'\].*needs 'pooler_output': use a PUMA model"):
-        SelfDistillationLoss(nn.Identity())(columns, torch.zeros(2, 2, 3))
     model = make_model()
-    with pytest.raises(ValueError, match=r"contrastive_weight_start is -1\.0, but a weight must be 0 or more"):
+    with pytest.raises(
+        ValueError, match=r"contrastive_weight_start is -1\.0, but it must be a finite number at least 0"
+    ):
         JointDistillationLoss(model, MultimodalMACLoss(model), contrastive_weight_start=-1.0)
     with pytest.raises(ValueError, match=r"a CachedMultipleNegativesRankingLoss, but .*Pass a MultimodalMACLoss"):
         JointDistillationLoss(model, CachedMultipleNegativesRankingLoss(model))
-    with pytest.raises(ValueError, match=r"distillation_weight_start with a MultipleNegativesRankingLoss, .* Pass a"):
+    with pytest.raises(ValueError, match=r"need a MultimodalMACLoss, not a MultipleNegativesRankingLoss"):
         JointDistillationLoss(model, MultipleNegativesRankingLoss(model), distillation_weight_start=1.0)
