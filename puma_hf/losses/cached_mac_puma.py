@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ import torch
 from sentence_transformers.base.losses import gradcache
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
-from transformers import Qwen2VLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .mac_puma import MultimodalMACLoss, read_ids
@@ -169,9 +167,8 @@ def find_puma_model(model: nn.Module) -> Any:
 
 
 def runs_tower_once(puma: Any) -> bool:
-    """Whether what the vision tower returns may be used twice: it is frozen, and the model takes it back."""
-    accepted = "mm_encoder_outputs" in inspect.signature(Qwen2VLModel.forward).parameters
-    return accepted and not any(parameter.requires_grad for parameter in puma.visual.parameters())
+    """Whether what the vision tower returns may be used twice: it is frozen."""
+    return not any(parameter.requires_grad for parameter in puma.visual.parameters())
 
 
 def can_keep_image_features(model: nn.Module) -> bool:

@@ -231,7 +231,7 @@ class JointDistillationLoss(nn.Module):
         """The weight `"contrastive_weight"` or `"distillation_weight"` at the present progress."""
         end = self.weights[name]
         start = self.weights.get(f"{name}_start", end)
-        return end if start == end else start + (end - start) * self.contrastive.progress
+        return end if start == end else start + (end - start) * (self.contrastive.progress or 0.0)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""

@@ -39,33 +39,16 @@ class ScheduledTemperatureLoss(nn.Module):
         super().__init__()
         # Checked by these names first: the schedule would call them `start` and `end`.
         check_range(temperature=temperature, hard_temperature=hard_temperature)
+        self.temperature, self.hard_temperature = temperature, hard_temperature
         self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule, schedule_end)
-        self._progress: float | None = None
+        # Done training steps over all training steps, in [0, 1]; None until somebody says.
+        self.progress: float | None = None
         self._idle_forwards = 0
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the inter-modality candidates, the same during the whole run."""
-        return self.temperature_schedule.start
-
-    @property
-    def hard_temperature(self) -> float:
-        """Temperature of the intra-modality candidates once the schedule has ended."""
-        return self.temperature_schedule.end
 
     @property
     def current_hard_temperature(self) -> float:
         """Temperature of the intra-modality candidates at the present `progress`."""
-        return self.temperature_schedule.value(self.progress)
-
-    @property
-    def progress(self) -> float:
-        """Done training steps over all training steps, in [0, 1]."""
-        return self._progress or 0.0
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        self._progress = min(max(float(value), 0.0), 1.0)
+        return self.temperature_schedule.value(self.progress or 0.0)
 
     def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
         """Warn once when the loss is trained and nobody moves its schedule, or whatever else `moves` with it.
@@ -74,7 +57,7 @@ class ScheduledTemperatureLoss(nn.Module):
         """
         schedule = self.temperature_schedule
         moves |= schedule.kind != "constant" and schedule.start != schedule.end
-        if self._progress is not None or not moves or not training or not torch.is_grad_enabled():
+        if self.progress is not None or not moves or not training or not torch.is_grad_enabled():
             return
         self._idle_forwards += 1
         if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:

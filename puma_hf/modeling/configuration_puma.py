@@ -46,17 +46,7 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
 
 
 def named_layers(layers: Sequence[int]) -> str:
-    """Layers in words, runs of them by their ends.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.configuration_puma import named_layers
-
-    >>> named_layers([0, 1, 2, 27]), named_layers([5])
-    ('decoder layers 0 to 2 and 27', 'decoder layer 5')
-    ```
-    """
+    """Layers in words, runs of them by their ends, such as "decoder layers 0 to 2 and 27"."""
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
     runs = [str(start) if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]
@@ -148,7 +138,8 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
     r"""Configuration of a [`PumaModel`].
 
     Every field of `Qwen2VLConfig` is kept. A plain Qwen2-VL `config.json` loads too: with `num_kept_layers=k`
-    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types` together).
+    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types` together), with
+    `keep_layers`, a list such as `[0, 1, 27]` or text such as "0-10,27", to others.
 
     Args:
         num_kept_layers (`int`, *optional*):
@@ -156,8 +147,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
         original_num_hidden_layers (`int`, *optional*):
             Number of decoder layers of the checkpoint that was pruned. Filled in when the layers are cut.
         kept_layers (`list[int]`, *optional*):
-            Which layers of that checkpoint remain, where they are not its first ones. Filled in when the layers are cut
-            with `keep_layers`, which takes a list such as `[0, 1, 27]` or text such as "0-10,27".
+            Which layers of that checkpoint remain, where they are not its first ones. Filled in likewise.
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
             too: part of how the model reads, see `READINGS` in `processing_puma`.
@@ -169,8 +159,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Token id of `[RET]`, the last token of every prompt, at which the embedding is read.
 
     Raises:
-        ValueError: If `num_kept_layers` is not an integer from 1 to the number of decoder layers, `keep_layers` is not
-            a rising list of them, or the loaded configuration does not describe a Qwen2-VL model.
+        ValueError: If the layers to keep are none that the checkpoint has, or it is no Qwen2-VL model.
 
     Example:
 
@@ -216,17 +205,7 @@ CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLCo
 
 
 def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:
-    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.configuration_puma import config_class_of
-
-    >>> config_class_of("qwen3_vl").__name__
-    'PumaQwen3VLConfig'
-    ```
-    """
+    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError."""
     for config_class in classes:
         if model_type in (config_class.source_model_type, config_class.model_type):
             return config_class

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
+from transformers import BatchFeature, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
     MODALITY_IDS,
@@ -35,11 +34,10 @@ if TYPE_CHECKING:
 
 RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
-SETTINGS_FILE = "config_sentence_transformers.json"
 _LENGTH_REMEDY = (
-    "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels (distill, train), "
+    "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
-    "(encode; pixels), max_length and images_kwargs (process_inputs)."
+    "in encode."
 )
 
 
@@ -133,7 +131,6 @@ class PumaProcessor(Qwen2VLProcessor):
     Source: PUMA, ACM MM 2025, arXiv 2507.08064; LamRA for the wording of the prompt.
     """
 
-    sentence_transformers_settings: dict[str, Any] | None = None  # of the directory it was loaded from
     _takes_video = True
 
     def __init__(
@@ -156,24 +153,11 @@ class PumaProcessor(Qwen2VLProcessor):
         """Parts that transformers opens: the video processor, which needs torchvision, is made from its settings."""
         return [name for name in super().get_attributes() if name != "video_processor"]
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Open a processor, with the prompts of its directory, which a save writes again."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        processor.sentence_transformers_settings = _read_settings(pretrained_model_name_or_path, kwargs)
-        return loaded
-
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it.
-
-        Raises:
-            FileNotFoundError: If the code of the SentenceTransformer module is not beside the processor's.
-        """
+        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = self.sentence_transformers_settings
-        write_sentence_transformers_files(folder, None, settings=settings, overwrite=False)
+        write_sentence_transformers_files(folder, None, overwrite=False)
         saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         if push_to_hub:  # transformers would upload what it wrote itself, and mean pooling would be read from the rest
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -376,51 +360,10 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
         part["text"] = pattern.sub(lambda token: token.group()[0] + " " + token.group()[1:], text)
 
 
-class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
-    """What `pipeline("feature-extraction", model=directory, trust_remote_code=True)` runs; `config.json` names it.
-
-    transformers' own reads a text without the chat template, and gives the states of all tokens. This one takes what
-    [`~PumaProcessor.process_inputs`] takes, and gives the embedding, `(1, embedding_dim)`, of each input; options of
-    `process_inputs` go into `tokenize_kwargs`.
-    """
-
-    _load_tokenizer = False
-    _load_processor = True
-
-    # The signatures of transformers' own classes differ from each other.
-    def preprocess(self, inputs: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        return dict(self.processor.process_inputs([inputs], **options))  # type: ignore[union-attr]
-
-    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:  # type: ignore[override]
-        embeddings = model_outputs["embeddings"]
-        return embeddings if return_tensors else embeddings.tolist()
-
-
-PIPELINES = {
-    "feature-extraction": {"impl": f"processing_puma.{PumaFeatureExtractionPipeline.__name__}", "pt": ["AutoModel"]}
-}
-
-
 # --- the files that make a directory a SentenceTransformer
 
 
-def _read_settings(source: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Prompts and other settings that a directory or Hub repository has for SentenceTransformer, or `None`."""
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    place = {name: options[name] for name in names if options.get(name) is not None}
-    # cached_file then answers None, not with an error.
-    quiet = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors", "gated_repo")}
-    path = cached_file(source, SETTINGS_FILE, **place, **quiet)
-    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def write_sentence_transformers_files(
-    folder: Path,
-    prompts: Mapping[str, str] | None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    overwrite: bool = True,
-) -> None:
+def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str] | None, overwrite: bool = True) -> None:
     """Write what `SentenceTransformer(folder, trust_remote_code=True)` needs beside transformers' files.
 
     Without these files SentenceTransformer opens a directory too, but averages all tokens instead of reading
@@ -428,14 +371,10 @@ def write_sentence_transformers_files(
 
     Args:
         folder: The directory.
-        prompts: Named instructions for `encode(prompt_name=...)`; with `None` those of `settings`.
-        settings: What the directory that the processor came from has in `config_sentence_transformers.json`. Without
-            prompts and settings that file is not written.
+        prompts: Named instructions for `encode(prompt_name=...)`; `None` writes no file of them.
         overwrite: Whether to replace files that are there already.
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
-    if not module_file.is_file():
-        raise FileNotFoundError(f"{module_file} is missing, without which {folder} is no SentenceTransformer. Copy it.")
     output = {"method": "forward", "method_output_name": "embeddings"}
     kinds = ("text", "image", "image+text", "video", "video+text")
     files: dict[str, Any] = {
@@ -447,14 +386,12 @@ def write_sentence_transformers_files(
             "unpad_inputs": False,
         },
     }
-    if prompts is not None or settings is not None:
-        files[SETTINGS_FILE] = {
+    if prompts is not None:
+        files["config_sentence_transformers.json"] = {
             "model_type": "SentenceTransformer",
-            "prompts": {},
+            "prompts": dict(prompts),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
-            **(settings or {}),
-            **({} if prompts is None else {"prompts": dict(prompts)}),
         }
     for name, content in files.items():
         if overwrite or not (folder / name).exists():

@@ -49,7 +49,7 @@ def test_nothing_is_shared_past_an_image_or_a_whole_input() -> None:
     batch = packed(rows, [[1, 4, 4]] * 3)
     prefix, *_ = batch.parts[0].sequences.blocks
     assert (prefix.count, prefix.num_keys) == (1, 40)  # not the start of the image, which two of four have
-    assert batch.num_tokens == sum(map(len, rows)) - 3 * 40
+    assert sum(len(part.input_ids) for part in batch.parts) == sum(map(len, rows)) - 3 * 40
 
 
 def test_parts_hold_inputs_of_one_length_and_pay_for_their_prefix() -> None:
