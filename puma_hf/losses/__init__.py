@@ -21,30 +21,19 @@ _MODULES = {
 }
 _NAMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "CachedMultimodalMACLoss",
-    "JointDistillationLoss",
-    "MultimodalMACLoss",
-    "ScheduledTemperatureLoss",
-    "SelfDistillationLoss",
-    "TemperatureSchedule",
-    "TemperatureScheduleCallback",
-    "add_temperature_schedule",
-    "find_scheduled_losses",
-    "mac_loss",
-    "self_distillation_loss",
-    "split_loss",
-]
+__all__ = sorted(_NAMES)
 __getattr__ = resolver(__name__, _NAMES)
 
 if TYPE_CHECKING:
-    from .cached_mac_puma import CachedMultimodalMACLoss
-    from .distillation_puma import JointDistillationLoss, SelfDistillationLoss, self_distillation_loss
-    from .mac_puma import MultimodalMACLoss, mac_loss, split_loss
-    from .progress_puma import (
-        ScheduledTemperatureLoss,
-        TemperatureScheduleCallback,
-        add_temperature_schedule,
-        find_scheduled_losses,
-    )
-    from .schedule_puma import TemperatureSchedule
+    from .cached_mac_puma import CachedMultimodalMACLoss as CachedMultimodalMACLoss
+    from .distillation_puma import JointDistillationLoss as JointDistillationLoss
+    from .distillation_puma import SelfDistillationLoss as SelfDistillationLoss
+    from .distillation_puma import self_distillation_loss as self_distillation_loss
+    from .mac_puma import MultimodalMACLoss as MultimodalMACLoss
+    from .mac_puma import mac_loss as mac_loss
+    from .mac_puma import split_loss as split_loss
+    from .progress_puma import ScheduledTemperatureLoss as ScheduledTemperatureLoss
+    from .progress_puma import TemperatureScheduleCallback as TemperatureScheduleCallback
+    from .progress_puma import add_temperature_schedule as add_temperature_schedule
+    from .progress_puma import find_scheduled_losses as find_scheduled_losses
+    from .schedule_puma import TemperatureSchedule as TemperatureSchedule

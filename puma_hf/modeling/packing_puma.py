@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -53,8 +53,8 @@ class PackedBatch:
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on a device."""
-        move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=non_blocking)  # noqa: E731
-        return PackedBatch(tuple(mapped(part, move) for part in self.parts))
+        parts = (mapped(part, lambda tensor: tensor.to(device, non_blocking=non_blocking)) for part in self.parts)
+        return PackedBatch(tuple(parts))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory, from where a GPU copies it while it computes."""

@@ -112,29 +112,27 @@ def test_a_schedule_ends_within_the_training(value: float) -> None:
             make()
 
 
-def test_idle_schedule_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    loss = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
-    loss.warn_if_schedule_idles(training=False)
+def train_for_long(loss: ScheduledTemperatureLoss) -> None:
+    for _ in range(IDLE_FORWARDS_BEFORE_WARNING + 4):
+        loss.warn_if_schedule_idles(training=True)
+
+
+def test_an_idle_schedule_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    moved = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
+    moved.progress = 0.0
+    for fine in (
+        moved,
+        ScheduledTemperatureLoss(0.05, 0.04, "constant"),
+        ScheduledTemperatureLoss(0.05, 0.05, "cosine"),
+    ):
+        train_for_long(fine)
+    idle = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
     with torch.no_grad():
-        loss.warn_if_schedule_idles(training=True)
-    for _ in range(IDLE_FORWARDS_BEFORE_WARNING - 1):
-        loss.warn_if_schedule_idles(training=True)
+        train_for_long(idle)  # an evaluation
     assert not caplog.records
-    for _ in range(5):
-        loss.warn_if_schedule_idles(training=True)
+    train_for_long(idle)
     assert len(caplog.records) == 1
     assert "never moved: hard_temperature is still 0.05. Call add_temperature_schedule(trainer)" in caplog.text
-
-
-@pytest.mark.parametrize("reason", ["progress set", "constant", "equal temperatures"])
-def test_idle_schedule_that_is_fine(caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    hard = 0.05 if reason == "equal temperatures" else 0.04
-    loss = ScheduledTemperatureLoss(0.05, hard, "constant" if reason == "constant" else "cosine")
-    if reason == "progress set":
-        loss.progress = 0.0
-    for _ in range(IDLE_FORWARDS_BEFORE_WARNING + 1):
-        loss.warn_if_schedule_idles(training=True)
-    assert not caplog.records
 
 
 def test_find_scheduled_losses(make_model: MakeModel) -> None:

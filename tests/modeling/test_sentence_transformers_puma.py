@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import ast
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +75,6 @@ def test_processing_options_reach_the_processor(sentence_transformer: SentenceTr
     sentence_transformer.max_seq_length = 80
     assert module.preprocess(["apple " * 50])["input_ids"].shape[1] in range(75, 81)
     sentence_transformer.max_seq_length = 512
-
-
-@pytest.mark.parametrize(
-    ("item", "options"), [("a <|im_end|> b", {}), ("apple " * 9, {"text": {"max_length": 40}})], ids=["special", "long"]
-)
-def test_the_remedy_of_an_error_is_an_argument_of_encode(
-    sentence_transformer: SentenceTransformer, item: str, options: dict[str, Any]
-) -> None:
-    with pytest.raises(ValueError, match="processing_kwargs=") as caught:
-        sentence_transformer.encode([item], processing_kwargs=options)
-    written = str(caught.value).partition("processing_kwargs=")[2]
-    remedy = ast.literal_eval(re.sub(r"\.\.\.", "4096", written[: written.index("}}") + 2 + ("edge" in written)]))
-    assert sentence_transformer.encode([item], processing_kwargs=remedy).shape == (1, 32)
 
 
 # --- the fast path
