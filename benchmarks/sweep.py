@@ -33,11 +33,11 @@ SPLIT = "val"
 
 def held_inputs(data: MBEIR) -> HeldInputs:
     """What the sweep embeds of the validation split."""
-    return HeldInputs(data, read_searches(data, data.tasks(SPLIT), SPLIT, ["local"]))
+    return HeldInputs(read_searches(data, data.tasks(SPLIT), SPLIT, ["local"]))
 
 
 def embed(model: SentenceTransformer, inputs: HeldInputs, batch_size: int) -> Tensor:
-    """The embeddings of one model, `(len(records), hidden_size)`, in the sweep's order and with its groups."""
+    """The embeddings of one model, `(len(row_of), hidden_size)`, in the sweep's order and with its groups."""
     options = {"batch_size": batch_size, "show_progress_bar": False}
     return inputs.embed(lambda part, prompt: model.encode([one.model_input for one in part], prompt=prompt, **options))
 
@@ -62,11 +62,11 @@ def measure_cost(model: SentenceTransformer, inputs: HeldInputs, repeats: int, b
         full.append(seconds(lambda: embed(model, inputs, batch_size)))
         all_depths.append(seconds(lambda: embed_all_depths(inputs, model, batch_size=batch_size)))
     ratios = [ours / theirs for ours, theirs in zip(all_depths, full, strict=True)]
-    print(f"{len(inputs.records):,} inputs, {repeats} times each, in turns")
+    print(f"{len(inputs.row_of):,} inputs, {repeats} times each, in turns")
     print(f"full model, depth L alone   median {statistics.median(full):6.2f} s  lowest {min(full):6.2f} s")
     print(f"sweep, depths 1 to L        median {statistics.median(all_depths):6.2f} s  lowest {min(all_depths):6.2f} s")
     print(f"ratio of neighbours         median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    few = [record.model_input for record in inputs.records[:batch_size]]
+    few = [record.model_input for record, _ in [*inputs.row_of][:batch_size]]
     one = flops(lambda: model.encode(few, prompt="", batch_size=batch_size, show_progress_bar=False))
     every = flops(lambda: encode_all_layers(model, few, batch_size=batch_size))
     print(f"operations of one batch     {one:,} and {every:,}: {every / one:.4f} x")

@@ -194,10 +194,10 @@ _COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("app", configs.AppConfig, "puma_hf.cli:show_page"),
     ("export", configs.ExportConfig, "puma_hf.export:export"),
     ("check", configs.CheckConfig, "puma_hf.hub.check:check"),
-    ("push", configs.PushConfig, "puma_hf.hub.push:push_configured"),
+    ("push", configs.PushConfig, "puma_hf.hub.push:push_to_hub"),
 )
 # These take their settings one by one.
-_WITH_KEYWORDS = ("export", "check")
+_WITH_KEYWORDS = ("export", "check", "push")
 # Of these much may be done when SIGTERM comes. A training has its checkpoints, and dies with its launcher at once.
 _KEEP_WORK = ("embed", "evaluate", "index")
 

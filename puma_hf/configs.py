@@ -375,7 +375,7 @@ class PushConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CheckedConfig):
-    """Compare a model's forms: merged, saved again, exported, padded, in batches, truncated, in bfloat16.
+    """Compare a model's forms: by both loaders, padded, saved again, in bfloat16, exported, merged.
 
     Example: puma-hf check puma-k14-mac-lora --merged puma-k14-mac
 

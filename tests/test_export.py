@@ -23,7 +23,8 @@ from transformers.utils.import_utils import is_torchvision_available
 import puma_hf.export as export_module
 from puma_hf import prune
 from puma_hf.export import LINEAGE_KEY, export, is_export
-from puma_hf.hub.check import check_inputs, embed_features, embed_stock, features_of, open_model, stock_features
+from puma_hf.hub.check import embed_stock, open_model, stock_features
+from puma_hf.hub.load_check import check_inputs, embed_features, features_of
 from tests.tiny import HIDDEN_SIZE, build_checkpoint, canonical_name, read_weights
 
 FILES = {

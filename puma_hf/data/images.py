@@ -9,12 +9,13 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from puma_hf.data.records import MBEIRFormatError, item_lines, wrong
+from puma_hf.data.records import TABLE_SUFFIXES, MBEIRFormatError, item_lines, wrong
 from puma_hf.files import write_whole
 from puma_hf.modeling.inputs_puma import MAX_ASPECT_RATIO, is_image_name, open_image, reason_of
 from puma_hf.settings import is_unicode, shown
@@ -22,7 +23,8 @@ from puma_hf.settings import is_unicode, shown
 logger = logging.getLogger(__name__)
 
 # What `datasets` calls the table of a folder of images, and what others do.
-TABLE_STEMS, _TABLE_SUFFIXES = ("metadata", "captions"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TABLE_STEMS = ("metadata", "captions")
+_NUM_ROWS_LOOKED_AT = 100  # of a table, to tell whether it names images
 
 
 class Images:
@@ -32,15 +34,12 @@ class Images:
         root: The folder; None if any path will do, as in a dataset that the caller has made.
         decode: Whether `read` decodes each image, and not its header alone.
         save_to: Folder for images that are inside of a dataset; without one they are refused.
-        dry: Whether to save nothing there, but to look at the images all the same.
     """
 
-    def __init__(
-        self, root: Path | None = None, *, decode: bool = False, save_to: Path | None = None, dry: bool = False
-    ) -> None:
+    def __init__(self, root: Path | None = None, *, decode: bool = False, save_to: Path | None = None) -> None:
         self.root = None if root is None else os.path.realpath(root)
         self._folders: dict[str, str] = {}
-        self._decode, self._save_to, self._dry = decode, save_to, dry
+        self._decode, self._save_to = decode, save_to
         self.read_paths: set[str] = set()
 
     def find(self, img_path: str, where: str, *, may_be_missing: bool = False) -> str:
@@ -71,9 +70,8 @@ class Images:
         """A path without links, which must still be below the folder."""
         real, root = os.path.realpath(path), str(self.root)
         if os.path.commonpath([root, real]) != root:
-            by = "passes a symbolic link that leaves" if os.path.commonpath([root, path]) == root else "leaves"
             remedy = "keep it below (hf download --local-dir FOLDER writes no links), or use MBEIR(image_root=...)"
-            raise wrong(where, f"image path {shown(img_path)} {by} {root}; {remedy}", "image refused")
+            raise wrong(where, f"image path {shown(img_path)} leaves {root}; {remedy}", "image refused")
         return real
 
     def read(self, value: Any, where: str) -> str:
@@ -86,14 +84,12 @@ class Images:
         path = value.get("path") if isinstance(value, dict) else value
         if isinstance(content, bytes):
             if self._save_to is None:
-                what = (
-                    "the image is inside the dataset. Save it to a folder (load_pairs: images_to=FOLDER, --images-to)."
-                )
+                what = "the image is inside the dataset. Save it to a folder (images_to=FOLDER, --images-to)."
                 raise wrong(where, what, "image inside of the dataset")
             kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", self._decode)
             name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind.lower()}"
             full = os.path.abspath(self._save_to / name)
-            if not self._dry and not os.path.isfile(full):
+            if not os.path.isfile(full):
                 write_whole(Path(full), content, sync=False)
         elif isinstance(path, str):
             full = self.find(path, where)
@@ -132,7 +128,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     """The path below a folder of every image in it, by name; hidden files and folders are left out without a word.
 
     A link is an image if it leads to a file: a snapshot in the Hub's cache has nothing else. Linked folders are not
-    entered: two may lead into each other. What else is left out is counted by kind.
+    entered: two may lead into each other. What else is left out is counted by its ending.
     """
     # Names of hidden files are of other programs: thumbnails, `._photo.jpg` of macOS, checkouts.
     for parent, names, files in os.walk(folder):
@@ -140,14 +136,11 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
         left = ["linked folder" for name in names if os.path.islink(os.path.join(parent, name))]
         for name in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(parent, name)
-            if not is_image_name(name):
-                left.append(os.path.splitext(name)[1].lower() or "no ending")
-            elif not is_unicode(path):
-                left.append("name that is not UTF-8")
-            elif not os.path.isfile(path):  # to open a pipe may take for ever
-                left.append("pipe or device" if os.path.exists(path) else "link to nothing")
-            else:
+            # Not a link to nothing, nor a pipe: to open one may take for ever.
+            if is_image_name(name) and is_unicode(path) and os.path.isfile(path):
                 yield os.path.relpath(path, folder)
+            else:
+                left.append(os.path.splitext(name)[1].lower() or "no ending")
         if left_out is not None:
             left_out.update(left)
 
@@ -159,11 +152,10 @@ def image_table(folder: Path) -> Path | None:
     """
     found = []
     for table in sorted(folder.iterdir()):
-        if table.stem.lower() in TABLE_STEMS and table.suffix.lower() in _TABLE_SUFFIXES and table.is_file():
-            # The first row that names a file tells: other programs write a `metadata.json`, too, which must not hide
-            # the images.
-            rows = (line.columns for line in item_lines(table) if line.error is None)
-            found += [table] if "image" in next((row for row in rows if row.get("file_name", True)), {}) else []
+        if table.stem.lower() in TABLE_STEMS and table.suffix.lower() in TABLE_SUFFIXES and table.is_file():
+            # Other programs write a `metadata.json`, too, which must not hide the images.
+            first = islice(item_lines(table), _NUM_ROWS_LOOKED_AT)
+            found += [table] if any("image" in line.columns for line in first) else []
     if len(found) > 1:
         names = ", ".join(table.name for table in found)
         raise ValueError(f"{folder} must hold one table of its images, and has {names}. Name the one that is meant.")

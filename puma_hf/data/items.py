@@ -9,7 +9,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +30,7 @@ from puma_hf.data.records import (
     existing,
     file_state,
     item_lines,
+    json_lines,
     on_disk,
     wrong,
 )
@@ -250,12 +251,21 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
         source = MBEIR(source)
     if isinstance(source, MBEIR):
         return _open_mbeir(source, split, None, seed)
-    if isinstance(source, datasets.Dataset):
-        corpus = Corpus(Path("the dataset"), None, partial(_dataset_lines, source), _table_record)
-        return partial(_records, corpus), ["dataset", source._fingerprint]
     corpus = open_corpus(source)
+    images = Images()  # where they may be has been looked at by then
+
+    def read(line: Line) -> Record:
+        record = corpus.read(line, corpus.images)
+        return record if record.image is None else replace(record, image=images.read(record.image, line.where))
+
+    def records() -> Iterator[Record]:
+        with Problems(corpus.path) as problems:
+            yield from (record for line in corpus.lines() if (record := problems.attempt(read, line)) is not None)
+
+    if isinstance(source, datasets.Dataset):
+        return records, ["dataset", source._fingerprint]
     files = [corpus.path] if corpus.path.is_file() else [Path(line.where) for line in corpus.lines()]
-    return partial(_records, corpus), ["files", *map(file_state, files)]
+    return records, ["files", *map(file_state, files)]
 
 
 def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int) -> _Opened:
@@ -268,18 +278,6 @@ def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int)
         yield from pool.values()
 
     return records, ["mbeir", names, seed, *_state(data, split)]
-
-
-def _records(corpus: Corpus) -> Iterator[Record]:
-    """The records of a corpus, whose images can be read; what is wrong is told in one error."""
-    images = Images()  # where they may be has been looked at by then
-
-    def read(line: Line) -> Record:
-        record = corpus.parse(line)
-        return record if record.image is None else replace(record, image=images.read(record.image, line.where))
-
-    with Problems(corpus.path) as problems:
-        yield from (record for line in corpus.lines() if (record := problems.attempt(read, line)) is not None)
 
 
 def _items(opened: Sequence[_Opened]) -> datasets.Dataset:
@@ -310,65 +308,47 @@ class Survey(NamedTuple):
     sample: list[Record]
 
 
+@dataclass(frozen=True)
 class Corpus:
     """A corpus that is read from its first line to its last, as often as is wanted; see `open_corpus`.
 
-    Memory does not grow with it, but for a .json that is one list, the names of the files of one folder, and eight
-    bytes for every id. Texts are kept as they are, and a missing image is the trouble of who embeds it.
-
-    `lines` makes its lines, not checked yet, and `read` a record of one that could be read. Images are below `root`, or
-    anywhere. Rows that have no ids have their number, from 0, as one.
+    Memory does not grow with it, but for a .json, the names of the files of one folder, and eight bytes for every id.
+    Texts are kept as they are, and a missing image is the trouble of who embeds it. `lines` makes its lines, not
+    checked yet, and `read` a record of one. A row that has no id has its number, from 0, as one.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        root: Path | None,
-        lines: Callable[[], Iterator[Line]],
-        read: Callable[[Line, Images], Record],
-        has_ids: bool = True,
-        on_error: OnError = "raise",
-    ) -> None:
-        self.path, self.lines, self.has_ids, self.on_error = path, lines, has_ids, on_error
-        self.images, self._read = Images(root), read
-
-    def parse(self, line: Line) -> Record:
-        """A line without its row, whatever `on_error` says."""
-        if line.error is not None:
-            raise line.error
-        return self._read(line, self.images)
+    path: Path
+    images: Images
+    lines: Callable[[], Iterator[Line]]
+    read: Callable[[Line, Images], Record]
+    on_error: OnError = "raise"
 
     def record(self, row: int, line: Line) -> Record:
         """A line, checked; that its image is there is not. ValueError or FileNotFoundError if `on_error` is "raise"."""
         try:
-            return self._checked(row, line)
+            record = self.read(line, self.images)
+            return replace(record, id=record.id or str(row), row=row)
         except (ValueError, FileNotFoundError) as error:
             if self.on_error == "raise":
                 raise
             return Record(_id_of(line) or str(row), row=row, problem=str(error))
 
-    def _checked(self, row: int, line: Line) -> Record:
-        # Numbers as ids beside given ids could meet one of those.
-        record = self.parse(line)
-        if bool(record.id) != self.has_ids:
-            what = f"id is {shown(line.columns.get('id'))}, must be a text or number. Give every row one, or none."
-            raise wrong(line.where, what, "wrong id")
-        return replace(record, id=record.id or str(row), row=row)
-
     def survey(self, sample_size: int = 0, seed: int = 0) -> Survey:
-        """Read the corpus once, to count it, draw records, and find all wrong lines before a model is loaded.
+        """Read the corpus once, to count it, draw records, and find all wrong rows before a model is loaded.
 
-        A ValueError with their count if lines are wrong, and `on_error` is "raise" or none is right.
+        A ValueError with their count if rows are wrong, and `on_error` is "raise" or none is right; or if the file
+        cannot be read to its end.
         """
-        generator, sample = random.Random(seed), list[tuple[int, Line]]()
+        generator, sample = random.Random(seed), list[Record | None]()
         num_items, ids, problems = 0, array("q"), Problems(self.path)
+        read = replace(self, on_error="raise").record
         for row, line in enumerate(self.lines()):
-            record = problems.attempt(self._checked, row, line)
+            record = problems.attempt(read, row, line)
             num_items += 1
-            ids.append(hash(record.id if record is not None else row))
-            # A reservoir: every set of so many lines is drawn with the same probability, and only those are kept.
+            ids.append(hash(row if record is None else record.id))
+            # A reservoir: every set of so many rows is drawn with the same probability, and only those are kept.
             place = row if row < sample_size else generator.randint(0, row)
-            sample[place : place + 1] = [(row, line)] if place < sample_size else []
+            sample[place : place + 1] = [record] if place < sample_size else []
         if not num_items:
             raise ValueError(f"{self.path} holds no inputs. Name one with at least one text or image.")
         if problems:
@@ -378,7 +358,7 @@ class Corpus:
         if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
             what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
             logger.warning("%s: %d rows repeat the id of another. %s.", self.path, repeated, what)
-        return Survey(num_items, [self.record(*one) for one in sorted(sample, key=lambda pair: pair[0])])
+        return Survey(num_items, sorted(filter(None, sample), key=lambda record: record.row))
 
     def content_hash(self, record: Record) -> str:
         """A name for what a model sees of a record, and not for its id; the folder of the corpus may be moved."""
@@ -387,17 +367,17 @@ class Corpus:
 
 
 def open_corpus(
-    data: str | Path, *, split: str = "test", pool: str = GLOBAL_POOL, on_error: OnError = "raise"
+    data: str | Path | datasets.Dataset, *, split: str = "test", pool: str = GLOBAL_POOL, on_error: OnError = "raise"
 ) -> Corpus:
     """The records of a folder of images, a table, or a pool in M-BEIR's layout, as a stream.
 
     Args:
         data: A folder of images, whose paths below it are their ids, unless a table describes it (`image_table`); a
             table with columns among id, text, image and instruction, images being paths below its folder or inside of
-            a .parquet; or a folder in M-BEIR's layout.
+            a .parquet; a dataset with such columns, or with `load_items`' own; or a folder in M-BEIR's layout.
         split: Split of the latter.
         pool: Its pool, "global" or a task's name such as "webqa_task1".
-        on_error: What to do about wrong lines: raise, or make records of them that say what is wrong.
+        on_error: What to do about wrong rows: raise, or make records of them that say what is wrong.
 
     Raises:
         FileNotFoundError: If it, or the pool, is not there.
@@ -412,6 +392,8 @@ def open_corpus(
     '10:7'
     ```
     """
+    if isinstance(data, datasets.Dataset):
+        return Corpus(Path("the dataset"), Images(), partial(_dataset_lines, data), _table_record, on_error)
     path = existing(data)
     if is_mbeir(path):
         mbeir = MBEIR(path)
@@ -421,7 +403,7 @@ def open_corpus(
         file = mbeir.local_pool_path(tasks[pool], split) if tasks else mbeir.global_pool_path(split)
         check_is_file(file)
         parse = partial(parse_candidate, may_be_missing=True)
-        return Corpus(file, mbeir.image_root, partial(item_lines, file), parse, on_error=on_error)
+        return Corpus(file, Images(mbeir.image_root), partial(json_lines, file), parse, on_error)
     table = path if path.is_file() else image_table(path)
     if table is None:
         # One more walk, so that what is left out is told before hours of embedding and not after.
@@ -433,21 +415,21 @@ def open_corpus(
             raise ValueError(f"{path} {what}. Left out: {rest or 'none'}. Name a folder of images, or a file.")
         if rest:
             logger.info("%s: left out what is no image here: %s", path, rest)
-        return Corpus(path, path, partial(_folder_lines, path), _folder_record, on_error=on_error)
-    columns = next((list(map(str, line.columns)) for line in item_lines(table) if line.error is None), ["text"])
+        return Corpus(path, Images(path), partial(_folder_lines, path), _folder_record, on_error)
+    columns = next((list(map(str, line.columns)) for line in item_lines(table)), ["text"])
     if not {"text", "image"} & set(columns):
         here = f"The columns here are {cut(', '.join(columns)) or 'none'}: rename those that hold them"
         raise wrong(table, f"no column text or image. {here}.")
     if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
         logger.info("%s: ignored the columns %s", table, cut(", ".join(ignored)))
-    return Corpus(table, table.parent, partial(item_lines, table), _table_record, "id" in columns, on_error)
+    return Corpus(table, Images(table.parent), partial(item_lines, table), _table_record, on_error)
 
 
 def _dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
     # A struct "item" is as `load_items` makes it; any other is a column of somebody's own.
-    for line in dataset_lines(rows):
-        item = line.columns.get("item")
-        yield line._replace(columns=item) if isinstance(item, dict) else line
+    for where, row in dataset_lines(rows):
+        item = row.get("item")
+        yield Line(where, item if isinstance(item, dict) else row)
 
 
 def _folder_lines(folder: Path) -> Iterator[Line]:
@@ -460,16 +442,18 @@ def _folder_record(line: Line, images: Images) -> Record:
 
 
 def _table_record(line: Line, images: Images) -> Record:
-    image, text, instruction = line.columns.get("image"), line.text("text"), line.text("instruction")
+    record_id, image, text = _id_of(line), line.columns.get("image"), line.text("text")
+    if "id" in line.columns and not record_id:
+        raise wrong(line.where, f"id is {shown(line.columns['id'])}, must be a text or number.", "wrong id")
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
         raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
     if text is None and not image:
         raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
-    # A missing file is not a wrong line: with on_error="skip" it is told with its index when it is embedded.
+    # A missing file is not a wrong row: with on_error="skip" it is told with its index when it is embedded.
     if image and isinstance(image, str):
         image = images.find(image, line.where, may_be_missing=True)
-    return Record(_id_of(line), text, image or None, instruction=instruction)
+    return Record(record_id, text, image or None, instruction=line.text("instruction"))
 
 
 def _id_of(line: Line) -> str:

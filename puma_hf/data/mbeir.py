@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puma_hf.data.images import Images
-from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, location, on_disk, read_lines, wrong
+from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, json_lines, location, on_disk, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MODALITIES, TASK_OF_MODALITIES, MBEIRTask, task_named
 from puma_hf.settings import shown
 
@@ -197,12 +197,9 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[Line]:
     """The lines of a JSON Lines file that must not be empty; broken ones are counted and left out."""
     check_is_file(path)
     line = None
-    for line in read_lines(path):
-        if line.error is None:
-            yield line
-        else:
-            problems.add(line.error)
-    if line is None:
+    for line in json_lines(path, problems):
+        yield line
+    if line is None and not problems:
         raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
 
 

@@ -224,7 +224,7 @@ def import_copy(
         return record_id if ":" in record_id or number is None else f"{number}:{record_id}"
 
     def records(role: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for where, row in _rows(files[role], problems, "id"):
+        for where, row in _rows(files[role], "id"):
             cell, text = row.get("image"), row.get("text") or None
             if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
                 cell = None  # some writers have a struct of nothing for a row without an image
@@ -247,7 +247,7 @@ def import_copy(
         return {"qid": qid, **named, "pos_cand_list": right, "neg_cand_list": []}
 
     with Problems(files["corpus"][0].parents[1]) as problems:
-        for where, row in _rows(files["qrels"], problems, "query-id", "corpus-id", "score"):
+        for where, row in _rows(files["qrels"], "query-id", "corpus-id", "score"):
             problems.attempt(judge, row, where)
         scores = ((qid, did, score) for qid, dids in judged.items() for did, score in dids.items())
         to.write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
@@ -255,13 +255,10 @@ def import_copy(
         to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 
-def _rows(files: Sequence[Path], problems: Problems, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(files: Sequence[Path], *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of Parquet files by our names of their columns."""
     for path in files:
         for line in read_lines(path, _COLUMNS):
-            if line.error is not None:
-                problems.add(line.error)
-                continue
             row = {_OURS.get(name, name): value for name, value in line.columns.items()}
             if missing := [name for name in needed if name not in row]:
                 raise wrong(path, f"no column {missing[0]}, only {shown(list(line.columns))}", "missing field")

@@ -308,7 +308,7 @@ def write_mbeir(
         raise ValueError(f"{val_fraction=} and {test_fraction=} must be 0 to 1, and 1 at most together. Lower one.")
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
-        if reading.problems:
+        if reading.offenders:
             raise ValueError(reading.refusal())
         ids, layout = PairIds(reading.pairs), Layout(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
@@ -317,7 +317,7 @@ def write_mbeir(
             """The image of a record in the folder, under a name by what it holds."""
             if record.image is None:
                 return None
-            content = ids.image(record.image).encode("utf-8", "surrogateescape")
+            content = ids.images[record.image].encode("utf-8", "surrogateescape")
             name = hashlib.blake2b(content, digest_size=12).hexdigest()
             target = images / name[:2] / f"{name}{Path(record.image).suffix.lower()}"
             if not target.exists():

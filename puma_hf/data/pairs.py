@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -19,7 +19,6 @@ from puma_hf.configs import PairDirection
 from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
 from puma_hf.data.records import (
-    CAPTION_NAMES,
     Line,
     Problems,
     Record,
@@ -30,7 +29,6 @@ from puma_hf.data.records import (
     text_value,
     wrong,
 )
-from puma_hf.data.tasks import MODALITIES
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, shown
 
@@ -38,16 +36,16 @@ logger = logging.getLogger(__name__)
 
 Given: TypeAlias = str | Mapping[str, str]
 PairSource: TypeAlias = str | Path | datasets.Dataset
-Side: TypeAlias = Mapping[str, str]  # columns by what they hold: "text", "image", or "both" of a column of structs
+Side: TypeAlias = Mapping[str, str]  # columns by their kind
+_KINDS = ("text", "image", "both")  # "both" is a column of structs with text and image
 
-# What others call the columns, the likeliest first.
-ANCHOR_NAMES = ("anchor", "query", "question", "sent0", "sentence1")
-POSITIVE_NAMES = ("positive", "pos", "answer", "sent1", "sentence2", "document", "passage")
-IMAGE_NAMES = ("image", "file_name", "filename", "image_path", "img_path", "path", "filepath", "img")
-# Beside two texts these may say that a row is no right pair, as in collections for classifiers.
-SCORE_NAMES = ("label", "score", "relevance", "similarity")
-_NEGATIVE = re.compile(r"((?:negative|hard_negative|hard_neg|neg)(?:_?(\d+))?)(?:_(?:text|image|image_path))?")
-_ANOTHER_IMAGE = re.compile(r".+_(?:image|img)(?:_path|_file)?|(?:image|img)_?\d+")
+# What the columns are called, the likeliest first; a name may have `_text` or `_image` behind it. Of an image with a
+# caption the caption asks, unless it is the answer.
+_NAMES = {
+    "anchor": ("anchor", "query", "question", "sent0", "caption", "text", "image", "file_name"),
+    "positive": ("positive", "answer", "sent1", "image", "file_name", "caption", "text"),
+}
+_NEGATIVE = re.compile(r"((?:negative|hard_neg)(?:_(\d+))?)(?:_(?:text|image))?")
 _NUM_ROWS_LOOKED_AT = 1000  # to tell what the columns hold
 
 
@@ -115,14 +113,14 @@ def load_pairs(
     'a red apple'
     ```
     """
-    reading = read_pairs(source, **options)
-    pairs, problems = reading.pairs, reading.problems
-    logger.info("%s: %d pairs; %s", reading.name, len(pairs), reading.columns)
+    report = read_pairs(source, **options)
+    pairs, problems = report.pairs, report.offenders
+    logger.info("%s: %d pairs; %s", report.source, len(pairs), report.columns)
     if problems and (on_error != "drop" or not pairs):
-        raise ValueError(reading.refusal())
+        raise ValueError(report.refusal())
     if problems:
-        counts = (problems.counts.total(), reading.num_rows)
-        logger.warning("%s: left out %d of %d rows: %s", reading.name, *counts, problems)
+        counts = (problems.counts.total(), report.num_rows)
+        logger.warning("%s: left out %d of %d rows: %s", report.source, *counts, problems)
     ids = PairIds(pairs) if with_ids else None
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -137,7 +135,7 @@ def load_pairs(
     digest = hashlib.blake2b()
     for row in rows():
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
-    return on_disk(rows, training_features(len(reading.columns.negatives), with_ids), ["pairs 1", digest.hexdigest()])
+    return on_disk(rows, training_features(len(report.columns.negatives), with_ids), ["pairs 1", digest.hexdigest()])
 
 
 # --- columns
@@ -153,15 +151,11 @@ class PairColumns(NamedTuple):
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [_sides_of(self.anchor, self.positive, *self.negatives)]
-        parts += [f"instruction: {self.instruction}"] if self.instruction is not None else []
+        sides = {"anchor": self.anchor, "positive": self.positive}
+        sides |= {f"negative {number}": side for number, side in enumerate(self.negatives, start=1)}
+        parts = [f"{role}: {','.join(f'{kind}={name}' for kind, name in side.items())}" for role, side in sides.items()]
+        parts += [] if self.instruction is None else [f"instruction: {self.instruction}"]
         return "; ".join([*parts, f"ignored: {', '.join(self.ignored)}"] if self.ignored else parts)
-
-
-def _sides_of(*sides: Side) -> str:
-    names = ["anchor", "positive", *(f"negative {number}" for number in range(1, len(sides) - 1))]
-    columns = ([f"{name} ({'text and image' if kind == 'both' else kind})" for kind, name in s.items()] for s in sides)
-    return "; ".join(f"{name}: {', '.join(found)}" for name, found in zip(names, columns, strict=True))
 
 
 def find_columns(
@@ -173,54 +167,33 @@ def find_columns(
 ) -> PairColumns:
     """What is given, as in `load_pairs`, and for the rest what the columns' names and first values tell.
 
-    If both sides are guessed, a column such as `label`, which may say that some rows are wrong pairs, and images that
-    may belong to either side are refused.
+    If both sides are guessed, a column `label`, by which some rows may be wrong pairs, and images that may belong to
+    either side are refused.
     """
     kinds = {name: _kind_of(name, rows) for name in dict.fromkeys(name for row in rows for name in row)}
-    first = _guess(ANCHOR_NAMES, kinds) if anchor is None else _given(anchor, "anchor", kinds)
-    second = _guess(POSITIVE_NAMES, kinds) if positive is None else _given(positive, "positive", kinds)
-    is_guessed = anchor is None and positive is None
-    is_clear = not first or not second or any(name.startswith("pos") for name in second.values())
-    if is_guessed and not is_clear and (scores := [name for name in SCORE_NAMES if name in kinds]):
-        what = f"There is a column {scores[0]!r}, which may say that some rows are no right pairs"
-        raise ValueError(f"{what}. Leave these out and remove it, or name the columns (--anchor, --positive).")
-    # Of an image with a caption the caption asks, unless it is the answer.
-    free = {name: kind for name, kind in kinds.items() if name not in (*first.values(), *second.values())}
-    caption = next(({"text": name} for name in CAPTION_NAMES if free.get(name) == "text"), {})
-    image = next(({"image": name} for name in IMAGE_NAMES if free.get(name) == "image"), {})
-    first = first or caption or image
-    second = second or next((side for side in (image, caption) if side and side != first), {})
-    if not first or not second or first == second:
-        role = "positive" if first else "anchor"
-        here = f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}"
-        raise ValueError(f"{here}. Name another ({role}=..., --{role}), or call one {role} or image.")
+    both = {"anchor": anchor, "positive": positive}
+    sides = {role: _given(value, role, kinds) for role, value in both.items() if value is not None}
+    is_guessed = not sides
+    for role, names in _NAMES.items():
+        used = {name for side in sides.values() for name in side.values()}
+        free = {name: kind for name, kind in kinds.items() if name not in used}
+        if not sides.setdefault(role, _guess(names, free)):
+            here = f"No column for the {role}: the columns are {cut(', '.join(kinds)) or 'none'}"
+            raise ValueError(f"{here}. Name another ({role}=..., --{role}), or call one {role} or image.")
     if negatives is None:
         bases = {match[1]: int(match[2] or 0) for name in kinds if (match := _NEGATIVE.fullmatch(name))}
         bad = [_guess([base], kinds) for base in sorted(bases, key=lambda base: bases[base])]
     else:
-        bad = [_given(one, "negatives", kinds) for one in _listed(negatives)]
-    sides = [first, second, *filter(None, bad)]
+        listed = [negatives] if isinstance(negatives, str | Mapping) else negatives
+        bad = [_given(one, "negatives", kinds) for one in listed]
     instruction = instruction or ("instruction" if "instruction" in kinds else None)
-    used = {name for side in sides for name in side.values()} | {instruction}
-    ignored = tuple(name for name in kinds if name not in used)
-    has_image = any(set(side) != {"text"} for side in (first, second))
+    used = {name for side in (*sides.values(), *bad) for name in side.values()}
+    ignored = [name for name in kinds if name not in used and name != instruction]
     for name in ignored if is_guessed else ():
-        # They may be half of a composed query, as in image, caption, target_image. But of an image that is taken there
-        # may be the name in other columns as well.
-        is_other = not has_image or _ANOTHER_IMAGE.fullmatch(name.lower())
-        if kinds[name] == "image" and is_other and not _NEGATIVE.fullmatch(name) and _holds_files(name, rows):
-            what = f"The column {shown(name)} holds images, but its name does not tell whose"
-            raise ValueError(f"{what}: {_sides_of(first, second)}. Name the columns (--anchor, --positive).")
-    return PairColumns(first, second, tuple(sides[2:]), instruction, ignored)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return [value] if isinstance(value, str | Mapping) else value
-
-
-def _holds_files(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
-    values = (value for row in rows if (value := row.get(name)) is not None)
-    return any(not isinstance(value, str) or (is_image_name(value) and "://" not in value) for value in values)
+        if name == "label" or (kinds[name] == "image" and not _NEGATIVE.fullmatch(name)):
+            what = f"The column {shown(name)} may belong to either side, or say which rows are no right pairs"
+            raise ValueError(f"{what}. Name the columns (anchor=..., positive=..., --anchor, --positive).")
+    return PairColumns(sides["anchor"], sides["positive"], tuple(bad), instruction, tuple(ignored))
 
 
 def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -228,7 +201,7 @@ def _kind_of(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     if values and isinstance(values[0], Mapping):
         return "both" if {"text", "image"} & set(values[0]) else "image"
     are_images = bool(values) and all(isinstance(value, str) and is_image_name(value) for value in values)
-    return "image" if are_images or name.lower() in IMAGE_NAMES or _ANOTHER_IMAGE.fullmatch(name.lower()) else "text"
+    return "image" if are_images or name in ("image", "file_name") or name.endswith("_image") else "text"
 
 
 def _given(value: Given, role: str, kinds: Mapping[str, str]) -> Side:
@@ -236,19 +209,17 @@ def _given(value: Given, role: str, kinds: Mapping[str, str]) -> Side:
         entries = [entry.partition("=") for entry in value.split(",")]
         value = {key.strip(): name.strip() for key, _, name in entries}
     named = {kinds.get(value, "text"): value} if isinstance(value, str) else value
-    if not named or set(named) - {"text", "image", "both"} or not set(named.values()) <= set(kinds):
+    if not named or set(named) - set(_KINDS) or not set(named.values()) <= set(kinds):
         ways = "a column, or columns of text and image: {'text': ..., 'image': ...}, in a command text=...,image=..."
         raise ValueError(f"{role}={shown(value)} must be {ways}. The columns are {cut(', '.join(kinds))}.")
-    return {kind: named[kind] for kind in ("text", "image", "both") if kind in named}
+    return {kind: named[kind] for kind in _KINDS if kind in named}
 
 
 def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
     """The columns of the first of these names: the name itself, or with `_text` and `_image` behind it."""
     for base in bases:
-        names = (base, f"{base}_text", f"{base}_image", f"{base}_image_path", f"{base}_img_path")
-        if side := {kinds[name]: name for name in reversed(names) if name in kinds}:
-            # A struct has text and image itself.
-            return {"both": side["both"]} if "both" in side else dict(sorted(side.items(), reverse=True))
+        if side := {kinds[name]: name for name in (f"{base}_image", f"{base}_text", base) if name in kinds}:
+            return {kind: side[kind] for kind in _KINDS if kind in side}
     return {}
 
 
@@ -256,21 +227,53 @@ def _guess(bases: Iterable[str], kinds: Mapping[str, str]) -> Side:
 
 
 @dataclass
-class PairReading:
-    """All that was read of a source: the whole pairs, and what is wrong with the other rows, one thing a row."""
+class PairsReport:
+    """All that was read of a source of pairs; `str` makes a page of it.
 
-    name: str
+    Of `num_rows` rows some cannot be used; a row makes several pairs if it is read in both directions, or holds a list.
+    `offenders` is the first thing that is wrong with each row: `load_pairs` raises, or leaves the row out. `notes`, of
+    `check_pairs` alone, can be trained on, but are worth a look.
+    """
+
+    source: str
     columns: PairColumns
-    pairs: list[Pair]
-    problems: Problems
-    images: Images
+    offenders: Problems
+    notes: Problems = field(default_factory=Problems)
     num_rows: int = 0
+    pairs: list[Pair] = field(default_factory=list, repr=False)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs can be trained on."""
+        return len(self.pairs)
+
+    @property
+    def ok(self) -> bool:
+        """Whether `load_pairs` takes the source as it is."""
+        return not self.offenders and self.num_pairs > 0
 
     def refusal(self) -> str:
         """What an error says about the rows that cannot be used."""
-        share = f"{self.name}: {self.problems.counts.total()} of {self.num_rows} rows cannot be used"
-        remedy = "Mend them (puma-hf pairs lists more), or leave them out (on_error='drop', --bad-pairs drop)."
-        return f"{share}: {self.problems}{self.problems.quotes()}\n{remedy}"
+        share = f"{self.source}: {self.offenders.counts.total()} of {self.num_rows} rows cannot be used"
+        remedy = "Mend them, or leave them out (on_error='drop', --bad-pairs drop)."
+        return f"{share}: {self.offenders}:{self.offenders.quotes()}\n{remedy}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its figures as plain dictionaries, lists and numbers."""
+        names = ("ok", "source", "num_rows", "num_pairs")
+        found = {"offenders": self.offenders.to_list(), "notes": self.notes.to_list()}
+        return {**{name: getattr(self, name) for name in names}, "columns": str(self.columns), **found}
+
+    def __str__(self) -> str:
+        lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in str(self.columns).split("; "))]
+        lines += [f"  rows       {self.num_rows:,}, of which {self.offenders.counts.total():,} cannot be used"]
+        lines += [f"  pairs      {self.num_pairs:,}"]
+        for title, problems in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
+            lines += ["", f"{title}:"] if problems else []
+            for found in problems.to_list():
+                lines += [f"  {found['count']:,} x {found['kind']}", *(f"    {message}" for message in found["first"])]
+        verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
+        return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
 
 
 def read_pairs(
@@ -285,32 +288,31 @@ def read_pairs(
     decode: bool = False,
     images_to: str | Path | None = None,
     special_tokens: SpecialTokens = "raise",
-    dry: bool = False,
-) -> PairReading:
-    """Read a source to its end, whatever is wrong with its rows; a dry run saves no images. See `load_pairs`."""
+) -> PairsReport:
+    """Read a source to its end, whatever is wrong with its rows. See `load_pairs`."""
     name, folder, lines = _open(source)
     # The first rows tell the columns of all, so the rest can be a stream.
     head = list(islice(lines, _NUM_ROWS_LOOKED_AT))
-    good = [line.columns for line in head if line.error is None]
-    if not good:
-        raise ValueError(f"{name} holds no rows ({head[0].error if head else 'it is empty'}). Name one with a pair.")
-    text = instruction if not any(instruction in row for row in good) else None
+    if not head:
+        raise ValueError(f"{name} holds no rows. Name one with a pair.")
+    text = instruction if not any(instruction in line.columns for line in head) else None
     # A single word is more likely a misspelt column than an instruction.
     if text is not None and text.isascii() and text.isidentifier():
         raise ValueError(f"instruction={shown(text)} must be a text of several words or a column of {name}.")
-    columns = find_columns(good, anchor, positive, negatives, instruction if text is None else None)
-    ways = _ways(columns, direction, text or columns.instruction, reverse_instruction)
-    images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to), dry=dry)
+    given = (anchor, positive, negatives, instruction if text is None else None)
+    columns = find_columns([line.columns for line in head], *given)
+    columns = _directed(columns, direction, text or columns.instruction, reverse_instruction)
+    images = Images(folder, decode=decode, save_to=None if images_to is None else Path(images_to))
     row = _Row(columns, images, text, special_tokens == "raise")
-    reading = PairReading(name, columns, [], Problems(name), images)
+    report = PairsReport(name, columns, Problems(name))
     for line in chain(head, lines):
-        reading.num_rows += 1
-        for pair in reading.problems.attempt(row.pairs, line) or ():
-            other = pair.anchor.instruction if len(ways) == 1 else reverse_instruction
-            turned = (replace(pair.positive, instruction=other), replace(pair.anchor, instruction=None))
-            both = {"forward": pair, "reverse": Pair(pair.where, *turned)}
-            reading.pairs += (both[way] for way in ways)
-    return reading
+        report.num_rows += 1
+        for pair in report.offenders.attempt(row.pairs, line) or ():
+            report.pairs.append(pair)
+            if direction == "both":
+                turned = replace(pair.positive, instruction=reverse_instruction), replace(pair.anchor, instruction=None)
+                report.pairs.append(Pair(pair.where, *turned))
+    return report
 
 
 def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
@@ -327,21 +329,19 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     return str(path), path, chain.from_iterable(map(read_lines, shards))
 
 
-def _ways(columns: PairColumns, direction: str | None, asks: str | None, reverse: str | None) -> tuple[str, ...]:
-    """Which of the two ways the pairs are read: forward, from the anchor as it was found, and reverse."""
-    what, ways = "", ("forward", "reverse") if direction == "both" else ("forward",)
-    if direction not in (None, "both"):
-        wanted, found = str(direction).split("-to-"), [*columns.anchor, *columns.positive]
-        ways = ways if found == wanted else ("reverse",)
-        if found not in (wanted, wanted[::-1]):
-            what = f"needs one side of texts and one of images, found {cut(str(columns))}: leave it out"
-    if "reverse" in ways and columns.negatives and not what:
+def _directed(columns: PairColumns, direction: str | None, asks: str | None, reverse: str | None) -> PairColumns:
+    """The columns, their sides swapped where that is the direction; a ValueError if it does not fit them."""
+    found, what = [*columns.anchor, *columns.positive], ""
+    wanted = found if direction in (None, "both") else str(direction).split("-to-")
+    if sorted(wanted) != sorted(found):
+        what = f"needs one side of texts and one of images, found {cut(str(columns))}: leave it out"
+    elif columns.negatives and (direction == "both" or wanted != found):
         what = "turns pairs round, but not their negatives: remove them (in Python negatives=()), or leave it out"
-    if (direction == "both" and asks and reverse is None) or (direction != "both" and reverse is not None):
+    elif (direction == "both" and asks and reverse is None) or (direction != "both" and reverse is not None):
         what = f"with instruction={asks!r} needs reverse_instruction, for the positives when they ask; no other has it"
     if what:
         raise ValueError(f"direction={direction!r} {what}.")
-    return ways
+    return columns if wanted == found else columns._replace(anchor=columns.positive, positive=columns.anchor)
 
 
 class _Row(NamedTuple):
@@ -354,8 +354,6 @@ class _Row(NamedTuple):
 
     def pairs(self, line: Line) -> list[Pair]:
         """The pairs of a row, several if a cell is a list of texts."""
-        if line.error is not None:
-            raise line.error
         struct, name = line.columns.get(self.columns.anchor.get("both", "")), self.columns.instruction
         # Not `get(name or "")`: a spreadsheet's column of row numbers is called "".
         value = None if name is None else line.columns.get(name)
@@ -403,14 +401,15 @@ class PairIds:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         sides = (one for pair in pairs for one in (pair.anchor, pair.positive, *pair.negatives))
-        self._images: dict[str, str] = {one.image: one.image for one in sides if one.image is not None}
+        # The name of what each image file holds: equal for copies of it.
+        self.images: dict[str, str] = {one.image: one.image for one in sides if one.image is not None}
         by_size: dict[int, list[str]] = defaultdict(list)
-        for path in filter(os.path.isfile, self._images):
+        for path in filter(os.path.isfile, self.images):
             by_size[os.path.getsize(path)].append(path)
         # Only files whose size another file has, too, are read.
         for path in (path for paths in by_size.values() if len(paths) > 1 for path in paths):
             with open(path, "rb") as file:
-                self._images[path] = hashlib.file_digest(file, "blake2b").hexdigest()
+                self.images[path] = hashlib.file_digest(file, "blake2b").hexdigest()
         self._positives: dict[str, dict[str, None]] = defaultdict(dict)
         for pair in pairs:
             self._positives[self.of(pair.anchor)][self.of(pair.positive)] = None
@@ -419,13 +418,9 @@ class PairIds:
     def of(self, record: Record) -> str:
         """The id of what a side holds."""
         text = "" if record.text is None else " ".join(record.text.casefold().split())
-        image = "" if record.image is None else self._images[record.image]
+        image = "" if record.image is None else self.images[record.image]
         # Neither holds a NUL byte that could make two of them look alike: texts are split, paths have none.
         return hashlib.blake2b(f"{text}\0{image}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-    def image(self, path: str) -> str:
-        """The name of what an image file holds: equal for copies of it."""
-        return self._images[path]
 
     def positives(self, anchor: Record) -> list[str]:
         """The ids of all right answers of an anchor, in the order of the pairs."""
@@ -446,63 +441,10 @@ class PairIds:
 # --- the dry run
 
 
-@dataclass(frozen=True)
-class Found:
-    """Something that was found: what, how often, and the first five, each with its line."""
-
-    kind: str
-    count: int
-    first: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PairsReport:
-    """What a source of pairs holds; `str` makes a page of it.
-
-    Of `num_rows` rows some cannot be used; a row makes several pairs if it is read in both directions, or holds a list.
-    `offenders` is the first thing that is wrong with each row: `load_pairs` raises, or leaves the row out. `notes` can
-    be trained on, but are worth a look. Of the images those are counted that can be read.
-    """
-
-    source: str
-    columns: str
-    num_rows: int
-    num_rows_left_out: int
-    num_pairs: int
-    modalities: Mapping[str, Mapping[str, int]]
-    offenders: tuple[Found, ...]
-    notes: tuple[Found, ...]
-    num_images: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether `load_pairs` takes the source as it is."""
-        return not self.offenders and self.num_pairs > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries, lists and numbers."""
-        return {"ok": self.ok, **asdict(self)}
-
-    def __str__(self) -> str:
-        lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in self.columns.split("; "))]
-        lines += [f"  rows       {self.num_rows:,}, of which {self.num_rows_left_out:,} cannot be used"]
-        lines += [f"  pairs      {self.num_pairs:,}"]
-        for side, counts in self.modalities.items():
-            found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-            lines += [f"  {side:<10} {found}"] if found else []
-        lines += [f"  images     {self.num_images:,} different files"] if self.num_images else []
-        for title, entries in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
-            lines += ["", f"{title}:"] if entries else []
-            for entry in entries:
-                lines += [f"  {entry.count:,} x {entry.kind}", *(f"    {message}" for message in entry.first)]
-        verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
-        return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
-
-
 def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     """Look at everything that `load_pairs` would read, without stopping at what is wrong.
 
-    Nothing is written. Equal texts are those that differ in case and blanks at most, equal images copies of a file.
+    Equal texts are those that differ in case and blanks at most, equal images copies of a file.
 
     The arguments are those of `load_pairs`; to `decode` takes as long as an epoch of reading the images. Raises a
     FileNotFoundError if the source is missing, a ValueError if it has no rows or lacks a column.
@@ -515,31 +457,14 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
 
     >>> images = ["demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp", "none.png"]
     >>> report = check_pairs(Dataset.from_dict({"image": images, "caption": ["an apple", "a pear"]}))
-    >>> report.ok, [(found.count, found.kind) for found in report.offenders]
-    (False, [(1, 'image missing')])
+    >>> report.ok, str(report.offenders)
+    (False, 'image missing: 1')
     ```
     """
-    reading = read_pairs(source, dry=True, **options)
-    pairs, counts = reading.pairs, {side: Counter[str]() for side in ("anchors", "positives", "negatives")}
-    for pair in pairs:
-        counts["anchors"][pair.anchor.modality] += 1
-        counts["positives"][pair.positive.modality] += 1
-        counts["negatives"].update(record.modality for record in pair.negatives)
-    offenders, notes = (
-        tuple(Found(kind, count, tuple(found.first[kind])) for kind, count in found.counts.items())
-        for found in (reading.problems, _notes(pairs))
-    )
-    modalities = {side: {name: found[name] for name in MODALITIES if found[name]} for side, found in counts.items()}
-    num_left_out, num_images = reading.problems.counts.total(), len(reading.images.read_paths)
-    rows = (reading.num_rows, num_left_out, len(pairs))
-    return PairsReport(reading.name, str(reading.columns), *rows, modalities, offenders, notes, num_images)
-
-
-def _notes(pairs: Sequence[Pair]) -> Problems:
-    """What can be trained on, but is often a mistake in the table."""
-    ids, notes = PairIds(pairs), Problems()
+    report = read_pairs(source, **options)
+    ids, notes = PairIds(report.pairs), report.notes
     seen: dict[tuple[str | None, ...], str] = {}
-    for pair in pairs:
+    for pair in report.pairs:
         anchor, positive, *negatives = map(ids.of, (pair.anchor, pair.positive, *pair.negatives))
         first = seen.setdefault((anchor, positive, *negatives, pair.anchor.instruction), pair.where)
         # Whoever trains on the pair twice weighs it twice.
@@ -552,4 +477,4 @@ def _notes(pairs: Sequence[Pair]) -> Problems:
             if negative in ids.positives(pair.anchor):
                 kind = "negative that is a right answer of its anchor"
                 notes.add(wrong(pair.where, shown(record.model_input), kind))
-    return notes
+    return report

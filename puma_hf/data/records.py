@@ -22,12 +22,13 @@ from pyarrow import parquet
 from puma_hf.modeling.inputs_puma import is_image_name, modality_of
 from puma_hf.settings import cut, is_unicode, shown
 
-SHOWN: Final = 5  # how many of the wrong rows a report quotes
+# What a table is, by the ending of its name.
+TABLE_SUFFIXES: Final = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SHOWN: Final = 5  # how many of the wrong rows of a kind a report quotes
 COLUMNS = ("text", "image", "instruction")
-CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 NLI_COLUMNS = ("sent0", "sent1", "hard_neg")  # as in SimCSE's nli_for_simcse.csv, which PUMA's first stage reads
 # What is read of a Parquet file: our names, BEIR's, those of the Hub's folders of images, NLI's.
-_READ = ("id", *COLUMNS, "_id", "title", "file_name", *CAPTION_NAMES, *NLI_COLUMNS)
+_READ = ("id", *COLUMNS, "_id", "title", "file_name", "caption", *NLI_COLUMNS)
 
 # A text such as "photo.jpg" would be opened by a model that takes bare strings for paths, so it is marked as text.
 _LOOKS_LIKE_FILE = re.compile(r"^(?:data:|https?://)|\.\w{2,5}$")
@@ -100,15 +101,14 @@ def location(path: Path, line: int) -> str:
 class Problems:
     """Wrong rows, collected while the reading goes on; memory does not grow with their number.
 
-    At the end of a `with` block one error says how many there are, of which kinds, and quotes the first five. A
+    At the end of a `with` block one error says how many there are, of which kinds, and quotes the first five of each. A
     single wrong row is raised as it is. If all that is wrong are missing images, the error is a `FileNotFoundError`.
     """
 
     def __init__(self, path: str | Path = "") -> None:
         self.path = path
         self.counts: Counter[str] = Counter()
-        self.first: defaultdict[str, list[str]] = defaultdict(list)  # messages of each kind
-        self._quoted: list[Exception] = []
+        self.first: defaultdict[str, list[Exception]] = defaultdict(list)  # of each kind
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -121,8 +121,13 @@ class Problems:
         kind = error.kind if isinstance(error, MBEIRFormatError) else _MISSING
         self.counts[kind] += 1
         # Of ten million wrong rows only the first few are kept: a pool with a wrong root has nothing else.
-        self._quoted += [error] if len(self._quoted) < SHOWN else []
-        self.first[kind] += [str(error)] if len(self.first[kind]) < SHOWN else []
+        if len(self.first[kind]) < SHOWN:
+            self.first[kind].append(error)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The kinds, each with its count and the first messages."""
+        first = {kind: list(map(str, errors)) for kind, errors in self.first.items()}
+        return [{"kind": kind, "count": count, "first": first[kind]} for kind, count in self.counts.items()]
 
     def attempt(self, read: Callable[..., Result], *args: Any) -> Result | None:
         """What a function returns, or None if it found something wrong, which is counted."""
@@ -142,25 +147,23 @@ class Problems:
     def report(self) -> Exception:
         """The error that tells of all of them; there must be one."""
         if self.counts.total() == 1:
-            return self._quoted[0]
-        message = f"{self.path}: {self.counts.total()} problems ({self}){self.quotes()}"
+            return next(iter(self.first.values()))[0]
+        message = f"{self.path}: {self.counts.total()} problems ({self}):{self.quotes()}"
         return FileNotFoundError(message) if set(self.counts) == {_MISSING} else MBEIRFormatError(message)
 
     def quotes(self) -> str:
-        """The first of them, a line each."""
-        first = "" if self.counts.total() <= SHOWN else f". The first {SHOWN}"
-        return f"{first}:" + "".join(f"\n- {error}" for error in self._quoted)
+        """The first of each kind, a line each."""
+        return "".join(f"\n- {error}" for first in self.first.values() for error in first)
 
 
 # --- tables
 
 
 class Line(NamedTuple):
-    """A row of a table: how errors name it, and its columns; or why it cannot be read."""
+    """A row of a table: how errors name it, and its columns."""
 
     where: str
     columns: Mapping[str, Any]
-    error: MBEIRFormatError | None = None
 
     def text(self, name: str) -> str | None:
         """The text of a column, None if there is none or it is blank."""
@@ -178,53 +181,62 @@ def text_value(value: Any, where: str, name: str) -> str | None:
 
 
 def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]:
-    """The rows of a file one after the other, those that cannot be read with their error; blank lines are left out.
+    """The rows of a file one after the other; blank lines are left out.
 
-    A .txt has one text a line, the column "text"; a .json is a list of objects or JSON Lines; a .csv and a .tsv have a
-    header, and a quotation mark means nothing in a .tsv, as IANA has it. Of a .parquet the `only` columns are read, or
-    all if it has none of these. A ValueError if the kind of file is another, or a .parquet is damaged.
+    A .txt has one text a line, the column "text"; a .json is a list of objects; a .csv and a .tsv have a header, and a
+    quotation mark means nothing in a .tsv, as IANA has it. Of a .parquet the `only` columns are read, or all if it has
+    none of these. A ValueError if the kind of file is another, or if it cannot be read to its end.
     """
-    # Python's own `csv` and `json` and not Arrow's readers, which guess types ("007" becomes 7, "NA" nothing) and stop
-    # at the first broken line: here a run may go on without it, and can name it.
-    readers = {
-        ".txt": _each_line(path, lambda line: {"text": line.decode("utf-8-sig").strip()}),
-        ".jsonl": _each_line(path, _json_line),
-        ".json": _json(path),
-        ".csv": _separated(path, ","),
-        ".tsv": _separated(path, "\t"),
-        ".parquet": _parquet(path, only),
-    }
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(readers)}; convert it.")
-    return readers[path.suffix.lower()]
+    kind = path.suffix.lower()
+    try:
+        if kind == ".jsonl":
+            yield from json_lines(path)
+        elif kind in (".csv", ".tsv"):
+            yield from _separated(path, "," if kind == ".csv" else "\t")
+        elif kind == ".parquet":
+            yield from _parquet(path, only)
+        elif kind == ".json":
+            rows = json.loads(path.read_bytes())  # the one kind that is held whole
+            for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+                if not isinstance(row, dict):
+                    raise wrong(path, f"object {number} is {shown(row)}, must be a JSON object", "broken file")
+                yield Line(f"{path}, object {number}", row)
+        elif kind == ".txt":
+            with path.open(encoding="utf-8-sig") as file:
+                lines = ((number, line.strip()) for number, line in enumerate(file, start=1))
+                yield from (Line(location(path, number), {"text": text}) for number, text in lines if text)
+        else:
+            raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(TABLE_SUFFIXES)}; convert it.")
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException, OSError) as error:
+        raise wrong(
+            path, f"cannot be read ({cut(str(error))}). Mend it, or download it again", "broken file"
+        ) from error
 
 
-def _bad(where: str, what: str) -> Line:
-    return Line(where, {}, wrong(where, what, "broken line"))
+def json_lines(path: Path, problems: Problems | None = None) -> Iterator[Line]:
+    """The objects of a file of JSON Lines; the first broken line is raised.
 
-
-def _each_line(path: Path, parse: Callable[[bytes], dict[str, Any]]) -> Iterator[Line]:
+    With `problems` broken lines are counted there and left out, so that one report tells all faults of a file.
+    """
     # Read as bytes: a line that is no UTF-8 is then an error of its own, and not of the rest of the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.removeprefix(BOM_UTF8).strip():
+                continue
             where = location(path, number)
             try:
-                if line.removeprefix(BOM_UTF8).strip():
-                    yield Line(where, parse(line))
-            except (ValueError, RecursionError) as error:
-                # Nothing else tells a download that was interrupted: each line before its end is whole.
-                is_whole = line.endswith(b"\n")
-                yield _bad(where, f"{error}.") if is_whole else Line(where, {}, cut_off(where, str(error)))
-
-
-def _json_line(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)  # which takes a BOM in bytes, and tells UTF-8 from UTF-16
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({error}), each line must be one JSON object in UTF-8") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    return value
+                row = json.loads(line)  # which takes a BOM in bytes, and tells UTF-8 from UTF-16
+                what = "" if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}."
+            except ValueError as error:
+                what = f"broken JSON ({error}), each line must be one JSON object in UTF-8."
+            if not what:
+                yield Line(where, row)
+                continue
+            # Nothing else tells a download that was interrupted: each line before its end is whole.
+            broken = wrong(where, what, "broken line") if line.endswith(b"\n") else cut_off(where, what[:-1])
+            if problems is None:
+                raise broken
+            problems.add(broken)
 
 
 def cut_off(where: str, what: str) -> MBEIRFormatError:
@@ -232,82 +244,32 @@ def cut_off(where: str, what: str) -> MBEIRFormatError:
     return wrong(where, f"{what}; the file ends in the middle of this line: download it again", "cut last line")
 
 
-def _json(path: Path) -> Iterator[Line]:
-    with path.open("rb") as file:
-        is_list = file.read(1000).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
-    if not is_list:
-        yield from _each_line(path, _json_line)
-        return
-    try:
-        rows = json.loads(path.read_bytes())  # the one kind that is held whole
-    except (ValueError, RecursionError) as error:
-        rows = [f"broken JSON ({error}); was the download cut off?"]
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, object {number}"
-        yield Line(where, row) if isinstance(row, dict) else _bad(where, f"expected a JSON object, got {shown(row)}")
-
-
+# `csv`, and neither pandas nor Arrow: these fill up or cut short a row with cells too few or too many.
 def _separated(path: Path, delimiter: str) -> Iterator[Line]:
     # The limit is one of the whole process, so it is raised for good: a generator cannot put it back in time.
     csv.field_size_limit(max(_MOST_CHARACTERS, csv.field_size_limit()))
-    # Bytes that are no UTF-8 become halves of characters here, so that they are told with their line.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         # Strict: else a quotation mark that is never closed swallows the rest of the file.
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        names: list[str] = []
-        while True:
-            where, what = location(path, reader.line_num + 1), ""
-            try:
-                if (cells := next(reader, None)) is None:
-                    return
-            except csv.Error as error:
-                cells, what = [], f"{error}. Mend the line, or its quotation marks."
-            if not is_unicode("".join(cells)):
-                what = "not UTF-8. Convert the file."
-            elif names and cells and len(cells) != len(names):
-                what = f"{len(cells)} cells, but the header has {len(names)} ({cut(', '.join(names))}). Mend the line."
-            if what:
-                yield _bad(where, what)
-                if not names:
-                    return  # the next line must not be taken for the header
-            elif names and cells:
-                yield Line(where, dict(zip(names, cells, strict=True)))
-            else:
-                names = names or _different(cells, path)
-
-
-def _different(names: list[str], path: Path) -> list[str]:
-    """Names of columns; those without one may come twice, as spreadsheets write them."""
-    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
-        raise wrong(path, f"the header has {shown(twice[0])} twice. Rename one of the columns.")
-    return names
+        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        # Columns without a name may come twice, as spreadsheets write them.
+        names = [name for name in reader.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            raise wrong(path, f"the header has a name twice: {cut(', '.join(names))}. Rename one of the columns.")
+        for row in reader:
+            where = location(path, reader.line_num)
+            if None in row or None in row.values():
+                raise wrong(where, "more or fewer cells than the header has. Mend the line.", "broken file")
+            yield Line(where, row)
 
 
 def _parquet(path: Path, only: Container[str] | None) -> Iterator[Line]:
-    try:
-        # Without these Arrow reads a whole row group ahead, with all images inside of it.
-        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            names = _different(file.schema_arrow.names, path)
-            wanted = [name for name in names if only is None or name in only]
-            batches = file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
-            for number, row in enumerate((row for batch in batches for row in _rows(batch)), start=1):
-                where = f"{path}, row {number}"
-                yield Line(where, row) if isinstance(row, dict) else _bad(where, f"a cell cannot be read ({row})")
-    except (pyarrow.ArrowException, OSError) as error:
-        what = f"{path} is not a whole Parquet file ({cut(str(error))}). Make or download it again."
-        raise MBEIRFormatError(what, "cut file") from error
-
-
-def _rows(batch: Any) -> list[Any]:
-    """The rows of a batch; in the place of one that Python cannot hold (no UTF-8, an odd date) what is wrong."""
-    try:
-        # One bad cell spoils a whole batch; only then is it cut into rows, each of which is slow.
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError) as error:
-        if batch.num_rows == 1:
-            return [cut(str(error))]
-        return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
+    # Without these Arrow reads a whole row group ahead, with all images inside of it.
+    with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        wanted = [name for name in file.schema_arrow.names if only is None or name in only]
+        batches = file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from (Line(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
@@ -323,23 +285,23 @@ def item_lines(path: Path) -> Iterator[Line]:
 
     A title stands before its text where the id is an `_id`. Each sentence of a row of NLI is a line of its own.
     """
-    ours: dict[str, str] | None = None
-    for line in read_lines(path, _READ):
-        name = line.columns.get("file_name", "-")
-        # `file_name` is an image, with a caption, if the first that is given names one: were this asked of each row,
-        # one `.heic` among `.jpg` would become a text in silence.
-        if ours is None and line.error is None and name:
-            caption = next((name for name in ("text", *CAPTION_NAMES) if name in line.columns), "text")
-            is_image = is_image_name(str(name)) and "image" not in line.columns
-            ours = {"file_name": "image", caption: "text"} if is_image else {}
-        row = {(ours or {}).get(name, name): value for name, value in line.columns.items()}
+    are_images: bool | None = None
+    for where, columns in read_lines(path, _READ):
+        row = dict(columns)
+        # `file_name` is an image if the first that is given names one: were this asked of each row, one `.heic` among
+        # `.jpg` would become a text in silence.
+        if are_images is None and row.get("file_name"):
+            are_images = is_image_name(str(row["file_name"])) and "image" not in row
+        if are_images:
+            row["image"] = row.pop("file_name", None)
+            row["text"] = row.get("text", row.get("caption"))
         if "_id" in row and "text" in row and "id" not in row:
             row["id"], title = row.pop("_id"), row.pop("title", None)
             row["text"] = row["text"] if title is None else f"{title} {row['text'] or ''}".strip()
         if row.keys() >= set(NLI_COLUMNS) and not row.keys() & {"text", "image"}:
-            yield from (Line(line.where, {"text": row[name]}) for name in NLI_COLUMNS)
+            yield from (Line(where, {"text": row[name]}) for name in NLI_COLUMNS)
         else:
-            yield line._replace(columns=row)
+            yield Line(where, row)
 
 
 # --- what is kept on the disk

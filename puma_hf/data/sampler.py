@@ -23,8 +23,8 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
     over: with `drop_last` an epoch ends at the first batch that cannot be filled.
 
     On several devices no two rows of a step share a right answer, for a loss may gather the candidates of all:
-    each run of `num_devices` batches, which accelerate deals out one to each device, is one such step. All its
-    batches are full; without `drop_last` the last one is filled with rows that came before, or left out.
+    each run of `num_devices` batches, which accelerate deals out one to each device, is one such step. Every device
+    needs as many rows, so a last step that is not full is left out, whatever `drop_last` says.
 
     A hard negative that a row brings along in a column of its own may still be right for another row.
 
@@ -72,26 +72,16 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         new = iter(torch.randperm(num_rows, generator=generator).tolist())
         waiting: deque[int] = deque()
         looks_left = LOOKED_AT_LAST * num_rows
-        seen: list[int] = []
+        is_whole = self.drop_last or self.num_devices > 1
         for _ in range(len(self) // self.num_devices):
             # Answers of a whole step, on all devices: a loss may gather their candidates.
             used: set[int] = set()
             step: list[list[int]] = [[] for _ in range(self.num_devices)]
             for batch in step:
                 looks_left -= self._fill(batch, used, new, waiting, looks_left)
-            is_short, several = any(len(batch) < self.batch_size for batch in step), self.num_devices > 1
-            if is_short and self.drop_last:
-                return
-            if is_short and several:  # every device needs as many rows, so the last step has some that came before
-                again = iter(seen)
-                for batch in step:
-                    self._fill(batch, used, again, deque(), 0)
-            if not step[0] or (several and any(len(batch) < self.batch_size for batch in step)):
+            if not step[0] or (is_whole and any(len(batch) < self.batch_size for batch in step)):
                 return
             yield from step
-            if is_short and several:
-                return
-            seen += (row for batch in step for row in batch)
 
     def _fill(self, batch: list[int], used: set[int], new: Iterator[int], waiting: deque[int], looks_left: int) -> int:
         """Fill a batch with rows that have not come yet, and return how many looks at the last ones it took."""
@@ -119,6 +109,4 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._starts) - 1, self.batch_size * self.num_devices)
-        # A first step on several devices has no earlier rows that could fill it.
-        rest_comes = rest and not self.drop_last and (full or self.num_devices == 1)
-        return (full + bool(rest_comes)) * self.num_devices
+        return full * self.num_devices + (rest > 0 and not self.drop_last and self.num_devices == 1)

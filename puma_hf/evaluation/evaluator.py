@@ -5,10 +5,8 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +16,11 @@ from torch import Tensor
 
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.tasks import MBEIRTask, select_tasks
-from puma_hf.evaluation.encoding import float_rows, settings_of_encode
-from puma_hf.evaluation.mbeir import NDCG_K, POOLS, Search, check_choices, prompted, read_searches, task_result
+from puma_hf.data.tasks import select_tasks
+from puma_hf.evaluation.encoding import Pair, float_rows, settings_of_encode
+from puma_hf.evaluation.mbeir import POOLS, Search, measure, read_searches
 from puma_hf.evaluation.results import MBEIRResults
-from puma_hf.evaluation.topk import exact_search
-from puma_hf.processes import main_process_first
+from puma_hf.evaluation.topk import SearchResult, exact_search
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +28,8 @@ logger = logging.getLogger(__name__)
 class MBEIREvaluator(BaseEvaluator):
     """M-BEIR's table as `evaluator=` of a `PumaTrainer` or a `SentenceTransformerTrainer`.
 
-    The figures are those of `evaluate_mbeir`. Embeddings stay in memory, so give it little data: a nano benchmark (see
-    `build_nano`), or a few tasks. Files are read and checked when it is made, before the training.
+    The figures are those of `evaluate_mbeir`, whose arguments it has. Embeddings stay in memory, so give it little
+    data: a nano benchmark (see `build_nano`), or a few tasks. Files are read and checked when it is made.
 
     A call returns, by name, for each pool that is measured:
 
@@ -43,24 +40,14 @@ class MBEIREvaluator(BaseEvaluator):
     With a name `val` they are `val_local_score` and so on; a trainer puts `eval_` before them. `primary_metric` is the
     first: for `load_best_model_at_end`, pass `metric_for_best_model=f"eval_{evaluator.primary_metric}"`.
 
-    With several processes, the trainer calls it on one of them and shares the embedding out over all; under FSDP and
-    DeepSpeed it calls it on each, and each embeds everything.
-
     Args:
         data: Folder in M-BEIR's layout, a nano folder, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
-        split: Split to evaluate.
-        tasks: Names such as "webqa_task1"; None for all of the split.
-        pool: "local", "global", or "both".
-        ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Batch size of `encode`.
-        instruction_seed: None for the first wording of each instruction, a number to draw one a query.
-        name: Put before the names of the metrics, and into that of the CSV file.
-        write_csv: Whether to add a line a call to `M-BEIR_evaluation[_<name>]_results.csv` in `output_path`.
+        name: Put before the names of the metrics.
         show_progress_bar: Whether `encode` shows its progress.
         encode_kwargs: Further arguments of `encode`, such as `{"truncate_dim": 256}`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If there is no such task, or `encode_kwargs` has what the evaluation sets itself.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
 
@@ -85,53 +72,41 @@ class MBEIREvaluator(BaseEvaluator):
         batch_size: int = 32,
         instruction_seed: int | None = None,
         name: str = "",
-        write_csv: bool = True,
         show_progress_bar: bool = False,
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_choices(pool, ks)
         settings_of_encode(encode_kwargs)  # which refuses some
         self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
-        self.instruction_seed, self.write_csv = instruction_seed, write_csv
-        self.csv_file = f"M-BEIR_evaluation{f'_{name}' if name else ''}_results.csv"
+        self.instruction_seed = instruction_seed
         self.primary_metric = f"{f'{name}_' if name else ''}{POOLS[pool][0]}_score"
         self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
         names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-        # Every process makes an evaluator; an import from the Hub is for one of them.
-        is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with main_process_first() if is_one_of_several else nullcontext():
-            self._data = open_mbeir(data, split=split, tasks=names)
-        self.tasks = select_tasks(self._data.tasks(split), names)
-        self._searches = read_searches(self._data, self.tasks, split, POOLS[pool])
+        opened = open_mbeir(data, split=split, tasks=names)
+        self.tasks = select_tasks(opened.tasks(split), names)
+        self._searches = read_searches(opened, self.tasks, split, POOLS[pool], instruction_seed)
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         """Measure a model, a `SentenceTransformer` or anything with its `encode`: values between 0 and 1 by name.
 
-        Args:
-            model: The model.
-            output_path: Folder of the CSV file; None for no file.
-            epoch: Where the training is, for the CSV file; -1 if there is none.
-            steps: Likewise.
+        `epoch` and `steps` are for the model's card. The trainer logs the values and keeps them in
+        `trainer_state.json`, so nothing is written to `output_path`.
 
         Raises:
             ValueError: If an embedding is not finite or of a wrong shape.
         """
         # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
         # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
-        held = HeldInputs(self._data, self._searches, self.instruction_seed)
+        held = HeldInputs(self._searches)
         embeddings = held.embed(
             lambda records, prompt: model.encode([one.model_input for one in records], prompt=prompt, **self._options)
         )
         results = held.results(embeddings, self.split, self.ks)
         figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
         figures |= {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
-        where = f" after {steps} steps" if steps != -1 else ""
-        logger.info("M-BEIR%s%s: %s", f" ({self.name})" if self.name else "", where, figures)
-        if output_path is not None and self.write_csv:
-            _add_line(Path(output_path, self.csv_file), {"epoch": epoch, "steps": steps, **figures})
+        logger.info("M-BEIR %s after %s steps: %s", self.name, steps, figures)
         metrics: dict[str, float] = self.prefix_name_to_metrics(figures, self.name)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, metrics, epoch, steps)  # type: ignore[arg-type]
@@ -146,50 +121,32 @@ class MBEIREvaluator(BaseEvaluator):
 class HeldInputs:
     """What some searches embed, held in memory: every candidate once, then the queries with their instructions."""
 
-    def __init__(self, data: MBEIR, searches: Sequence[Search], instruction_seed: int | None = None) -> None:
+    def __init__(self, searches: Sequence[Search]) -> None:
         self.searches = searches
         # By what they are, not by their did: should it mean two things in two pools, then each has its row.
-        candidates = dict.fromkeys(candidate for search in searches for candidate in search.pool.values())
-        self.row_of = {candidate: row for row, candidate in enumerate(candidates)}
-        pairs: list[Any] = [(candidate, "") for candidate in candidates]
-        self.first_query: dict[MBEIRTask, int] = {}
-        for search in {search.task: search for search in searches}.values():
-            self.first_query[search.task] = len(pairs)
-            pairs += prompted(data, search, instruction_seed)
-        self.records = [record for record, _ in pairs]
-        self.groups: dict[tuple[str, str], list[int]] = {}
-        for row, (record, prompt) in enumerate(pairs):
-            self.groups.setdefault((prompt, record.modality), []).append(row)
+        pairs: dict[Pair, None] = {(one, ""): None for search in searches for one in search.pool.values()}
+        self.num_candidates = len(pairs)
+        pairs |= {pair: None for search in searches for pair in search.queries}
+        self.row_of = {pair: row for row, pair in enumerate(pairs)}
 
     def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
-        """Embeddings `(len(records), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
-        embeddings = torch.empty(len(self.records), 0)  # the first rows tell how long all are
-        for (prompt, _), rows in self.groups.items():
-            records = [self.records[row] for row in rows]
+        """Embeddings `(len(row_of), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
+        groups: dict[tuple[str, str], list[Any]] = {}
+        for record, prompt in self.row_of:
+            groups.setdefault((prompt, record.modality), []).append(record)
+        embeddings = torch.empty(len(self.row_of), 0)  # the first rows tell how long all are
+        for (prompt, _), records in groups.items():
             encoded = float_rows(encode(records, prompt), records, embeddings.shape[1] or None)
-            embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.records), encoded.shape[1])
-            embeddings[rows] = encoded
+            embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.row_of), encoded.shape[1])
+            embeddings[[self.row_of[record, prompt] for record in records]] = encoded
         return embeddings
 
     def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
         """M-BEIR's table from what `embed` returned."""
-        results = MBEIRResults(split, [])
-        for search in self.searches:
-            first, dids = self.first_query[search.task], [*search.pool]
-            queries = embeddings[first : first + len(search.queries)]
-            pool = embeddings[[self.row_of[candidate] for candidate in search.pool.values()]]
-            found = exact_search(queries, pool, max(*ks, NDCG_K, search.task.reported_k)).indices.tolist()
-            ranked = zip(search.queries, found, strict=True)
-            rankings = {query.id: [dids[index] for index in ranking] for query, ranking in ranked}
-            results.rows.append(task_result(search, rankings, ks))
-        return results
 
+        def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
+            pool = [self.row_of[one, ""] for one in group[0].pool.values()]
+            queries = [self.row_of[pair] for search in group for pair in search.queries]
+            yield exact_search(embeddings[queries], embeddings[pool], top_k)
 
-def _add_line(path: Path, values: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under the columns of another evaluation a line would be misread: such a file is set aside.
-    if path.is_file() and path.read_text(encoding="utf-8").partition("\n")[0].strip() != ",".join(values):
-        path.replace(path.with_suffix(".old.csv"))
-    is_new = not path.is_file()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([values, values.values()] if is_new else [values.values()])
+        return MBEIRResults(split, [row for _, row, _ in measure(self.searches, find, ks)])

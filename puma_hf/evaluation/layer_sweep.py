@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,17 +22,17 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.tasks import select_tasks
-from puma_hf.estimate import counted_pass
+from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
+from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
@@ -44,8 +43,6 @@ from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
-# Batches that `encode` orders by length together: enough to pad little, few enough for the bar to move.
-_BATCHES_AT_ONCE = 16
 _TEXT_TOKENS = 64
 _IMAGE_SIDE = 16  # tokens along each side of a square image
 
@@ -54,12 +51,10 @@ _IMAGE_SIDE = 16  # tokens along each side of a square image
 
 
 def decoder_of(model: SentenceTransformer) -> Any:
-    """The decoder of a PUMA model, which has the `layers` and the final `norm`; ValueError if it is no such model."""
-    decoder = getattr(getattr(model[0], "model", None), "language_model", None)
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or len(model) > 1:
-        names = [type(module).__name__ for module in model]
-        raise ValueError(f"The model is made of {names}, must be a PUMA model alone. Make one with `puma-hf prune`.")
-    return decoder
+    """The decoder of a PUMA model, which has the `layers` and the final `norm`."""
+    if len(model) > 1:  # a further one, such as Normalize, would take the embeddings of all depths for one
+        raise ValueError(f"The model has {len(model)} modules, must be a PUMA model alone, as `puma-hf prune` has it.")
+    return cast(Any, model[0]).model.language_model
 
 
 def keep_last_depths(model: SentenceTransformer) -> range:
@@ -67,8 +62,7 @@ def keep_last_depths(model: SentenceTransformer) -> range:
     decoder, puma = decoder_of(model), cast(Any, model[0])
     # A state goes into the last layer with the mask of the layer that it was made for.
     if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
-        problem = f"keep_last needs one kind of attention, the layers have {sorted(types)}."
-        raise ValueError(f"{problem} Evaluate such models one by one.")
+        raise ValueError(f"keep_last needs one kind of attention, the layers have {sorted(types)}. Leave it out.")
     return range(puma.model.config.num_deepstack_layers + 1, len(decoder.layers))
 
 
@@ -89,8 +83,7 @@ def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[N
         keep(depth, layer, args, layers[-1].forward(*args, **options))
 
     def finish(_module: nn.Module, _args: Any, features: dict[str, Any]) -> dict[str, Any]:
-        device = next(decoder.norm.parameters()).device
-        normed = decoder.norm(torch.stack([found[depth].to(device) for depth in sorted(found)], dim=1))
+        normed = decoder.norm(torch.stack([found[depth] for depth in sorted(found)], dim=1))
         embeddings = nn.functional.normalize(normed.float(), dim=-1)
         return {**features, "sentence_embedding": embeddings.flatten(start_dim=1)}
 
@@ -99,14 +92,11 @@ def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[N
     for depth, k in enumerate(joined, start=len(layers)):
         hooks += [layers[k - 1].register_forward_pre_hook(partial(join, depth), with_kwargs=True)]
     hooks += [model[0].register_forward_hook(finish)]
-    truncate_dim, model.truncate_dim = model.truncate_dim, None  # it would cut off the depths, which lie side by side
-    try:
-        with plain_forward(model):  # the fast path calls no layer as a whole
-            yield
-    finally:
-        model.truncate_dim = truncate_dim
+    with ExitStack() as stack:
         for hook in hooks:
-            hook.remove()
+            stack.enter_context(hook)  # which removes it
+        stack.enter_context(plain_forward(model))  # the fast path calls no layer as a whole
+        yield
 
 
 def encode_all_layers(
@@ -117,6 +107,7 @@ def encode_all_layers(
     batch_size: int = 32,
     processing_kwargs: Mapping[str, Any] | None = None,
     keep_last: bool = False,
+    show_progress_bar: bool = False,
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
@@ -128,23 +119,25 @@ def encode_all_layers(
         `keep_last` a row for each of `keep_last_depths` comes after these.
 
     Raises:
-        ValueError: If the model is no PUMA model, or an embedding is not finite.
+        ValueError: If the model has further modules, or `keep_last` does not go with its layers.
 
     Example:
         >>> encode_all_layers(model, ["a red apple", {"image": "apple.png"}]).shape  # doctest: +SKIP
         torch.Size([28, 2, 1536])
     """
     num_layers, joined = len(decoder_of(model).layers), keep_last_depths(model) if keep_last else range(0)
+    depths, hidden_size = num_layers + len(joined), decoder_of(model).config.hidden_size
     with _all_depths(model, joined):
-        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        options: Any = {"batch_size": batch_size, "processing_kwargs": processing_kwargs, "show_progress_bar": False}
-        encoded = model.encode(list(inputs), prompt=prompt or "", **options)
-    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (num_layers + len(joined), -1)).transpose(0, 1)
-    finite = torch.isfinite(embeddings).flatten(start_dim=1).all(dim=1).tolist()
-    if not all(finite):
-        k = [*range(1, num_layers + 1), *joined][finite.index(False)]
-        raise ValueError(f"At k = {k} an embedding holds NaN or infinity. Use float32 or bfloat16 instead of float16.")
-    return embeddings
+        encoded: Any = model.encode(
+            list(inputs),
+            prompt=prompt or "",  # unlike None, it keeps a SentenceTransformer's default prompt away
+            batch_size=batch_size,
+            processing_kwargs=processing_kwargs,
+            show_progress_bar=show_progress_bar,
+            truncate_dim=depths * hidden_size,  # the model's own would cut off depths, which lie side by side
+        )
+    embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (depths, hidden_size))
+    return embeddings.transpose(0, 1)
 
 
 # --- How alike two depths are ---------------------------------------------------------------------------------------
@@ -180,12 +173,8 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 class LayerCosts:
     """What the models pruned to k = 1 .. L layers cost; entry k - 1 of each is that of k layers.
 
-    Args:
-        parameters: Parameters, each shared one once.
-        bytes: Their bytes in the model's own data type.
-        flops_text: Operations of a text whose whole prompt has `text_tokens` tokens: 64.
-        flops_image: Operations of an image of `image_tokens` visual tokens, vision tower included: 256, or as many as
-            the model's own limits leave of them.
+    Operations are those of a text whose whole prompt has `text_tokens` tokens (64), and of an image of `image_tokens`
+    visual tokens (256, or as many as the model's own limits leave of them), vision tower included.
     """
 
     parameters: tuple[int, ...]
@@ -197,29 +186,19 @@ class LayerCosts:
 
 
 def layer_costs(model: SentenceTransformer) -> LayerCosts:
-    """Count what each depth costs, on the real model; each count equals that of the model pruned to it.
-
-    Example:
-        >>> layer_costs(model).parameters[-1]  # doctest: +SKIP
-        1543714304
-    """
-    layers = decoder_of(model).layers
-    puma: Any = model[0]
+    """Count what each depth costs, on the real model; each count equals that of the model pruned to it."""
+    layers, puma = decoder_of(model).layers, cast(Any, model[0])
     images = puma.processor.image_processor
     side = _IMAGE_SIDE * images.patch_size * images.merge_size
     text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * _TEXT_TOKENS)], max_length=_TEXT_TOKENS)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (side, side), "white")}
     image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
-
-    def sizes(measure: Callable[[Any], int]) -> tuple[int, ...]:
-        by_layer = [sum(map(measure, layer.parameters())) for layer in layers]
-        return _cut(sum(map(measure, model.parameters())), by_layer)
-
-    counts = sizes(lambda parameter: parameter.numel()), sizes(lambda parameter: parameter.nbytes)
+    parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in layers])
+    sizes = tuple(count * puma.model.dtype.itemsize for count in parameters)
     image_tokens = int((image["input_ids"] == puma.model.config.image_token_id).sum())
-    tokens = int(text["attention_mask"].sum()), image_tokens
-    return LayerCosts(*counts, flops_by_depth(model, text), flops_by_depth(model, image), *tokens)
+    flops = flops_by_depth(model, text), flops_by_depth(model, image)
+    return LayerCosts(parameters, sizes, *flops, int(text["attention_mask"].sum()), image_tokens)
 
 
 def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
@@ -232,45 +211,37 @@ def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> t
 
 
 def _cut(total: int, by_layer: Sequence[int]) -> tuple[int, ...]:
-    """`total` without the layers from k on, for k = 1 .. L."""
+    # `total` without the layers from k on, for k = 1 .. L.
     return tuple(total - sum(by_layer[kept:]) for kept in range(1, len(by_layer) + 1))
 
 
 # --- The sweep ------------------------------------------------------------------------------------------------------
 
 
-def embed_all_depths(held: HeldInputs, model: SentenceTransformer, *, bar: str | None = None, **options: Any) -> Tensor:
+def embed_all_depths(held: HeldInputs, model: SentenceTransformer, **options: Any) -> Tensor:
     """The embeddings of what an evaluation holds, as `encode_all_layers` orders them; `options` are its own.
 
     All of them are in memory: 4 bytes x depths x inputs x hidden size.
     """
-    step = options["batch_size"] * _BATCHES_AT_ONCE
 
     def encode(records: list[Any], prompt: str) -> Tensor:
-        parts = []
-        for part in (records[start : start + step] for start in range(0, len(records), step)):
-            inputs = [record.model_input for record in part]
-            parts.append(encode_named(partial(encode_all_layers, model, prompt=prompt, **options), inputs, part))
-            progress.update(len(part))
-        return torch.cat(parts, dim=1).transpose(0, 1).flatten(start_dim=1)
+        run = partial(encode_all_layers, model, prompt=prompt, **options)
+        found: Tensor = encode_named(run, [record.model_input for record in records], records)
+        return found.transpose(0, 1).flatten(start_dim=1)
 
-    with tqdm(total=len(held.records), desc=bar, unit="input", disable=bar is None) as progress:
-        embeddings: Tensor = held.embed(encode).unflatten(1, (-1, decoder_of(model).config.hidden_size))
+    embeddings: Tensor = held.embed(encode).unflatten(1, (-1, decoder_of(model).config.hidden_size))
     return embeddings.transpose(0, 1)
 
 
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
-    """Measure every depth of a model, and of those it is compared with, in one forward pass of each.
+    """Quality, closeness to the full model, and costs of every k, and a recommendation, in one pass of each model.
 
     Args:
         config: The model, the data, and what to decide by.
         show_progress_bar: Whether to show the progress.
 
-    Returns:
-        Quality, closeness to the full model, and costs of every k; it recommends one.
-
     Raises:
-        ValueError: If a model is no Qwen2-VL, 2.5 or 3, or this is one of several processes.
+        ValueError: If a model is no Qwen2-VL, 2.5 or 3.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed.
@@ -280,38 +251,52 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
-    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"The sweep runs in one process, not {count}. Start it without torchrun or accelerate launch.")
     if config.output is not None:  # better now than after an hour
         load_matplotlib()
         Path(config.output).mkdir(parents=True, exist_ok=True)
     sources, pools = [str(config.model), *config.compare], POOLS[config.pool]
+    names = [short_name(source) for source in sources]
+    names = names if len(set(names)) == len(names) else sources
+    swept: list[SweptModel] = []
+    counted: list[LayerCosts] = []
+    full: Tensor | None = None
     with TemporaryDirectory(prefix="puma-hf-") as folder:
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
         if config.nano_queries or config.nano_candidates:
             data = draw_nano(data, Path(folder, "nano"), config)
         tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        held = HeldInputs(data, read_searches(data, tasks, config.split, pools))
+        held = HeldInputs(read_searches(data, tasks, config.split, pools))
         for source in sources:  # what is wrong with the last model shows before the first is embedded
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
-        swept: list[SweptModel] = []
-        full: Tensor | None = None
-        counted: list[LayerCosts] = []
-        for source, name in zip(sources, _names(sources), strict=True):
+        options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+        options |= {"processing_kwargs": processing_of(config.special_tokens), "show_progress_bar": show_progress_bar}
+        for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                costs, full, rows = _sweep_model(held, model, config, full, name if show_progress_bar else None)
+                costs, embeddings = layer_costs(model), embed_all_depths(held, model, **options)
+                joined = keep_last_depths(model) if config.keep_last else range(0)
             counted, num_layers = [*counted, costs], len(costs.parameters)
-            swept.append(SweptModel(name, rows[:num_layers]))
+            full = embeddings[num_layers - 1].clone() if full is None else full  # not a view of all depths
+            depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
+            rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in depths]
+            swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
-        judged = tuple(len(search.relevance) for search in held.searches if search.pool_name == pools[0])
-        told: dict[str, Any] = {name: getattr(config, name) for name in ("split", "metric", "keep")}
-        told |= {name: getattr(counted[0], name) for name in ("text_tokens", "image_tokens")}
-        told |= {"data": short_name(config.data), "data_hash": data.content_hash, "pool": pools[0]}
-        told |= {"num_queries": sum(judged), "task_queries": judged, "num_candidates": len(held.row_of)}
-        told["max_params"] = None if config.max_params is None else parse_parameters(config.max_params)
-        report = SweepReport(tuple(swept), tasks=tuple(task.name for task in tasks), **told)
+        report = SweepReport(
+            models=tuple(swept),
+            data=short_name(config.data),
+            data_hash=data.content_hash,
+            split=config.split,
+            tasks=tuple(task.name for task in tasks),
+            num_queries=sum(len(search.relevance) for search in held.searches if search.pool_name == pools[0]),
+            num_candidates=held.num_candidates,
+            pool=pools[0],
+            metric=config.metric,
+            text_tokens=counted[0].text_tokens,
+            image_tokens=counted[0].image_tokens,
+            keep=config.keep,
+            max_params=None if config.max_params is None else parse_parameters(config.max_params),
+        )
     if config.output is not None:
         try:
             report.save(config.output)
@@ -321,33 +306,24 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
-def _sweep_model(
-    held: HeldInputs, model: SentenceTransformer, config: SweepConfig, full: Tensor | None, bar: str | None
-) -> tuple[LayerCosts, Tensor, tuple[SweepRow, ...]]:
-    """Its costs, the full model's embeddings, which are its own if it is the first, and one row for each depth."""
-    costs = layer_costs(model)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-    options["processing_kwargs"] = processing_of(config.special_tokens)
-    embeddings = embed_all_depths(held, model, bar=bar, **options)
-    # Not every accelerator knows float64.
-    device = model.device if model.device.type == "cuda" else torch.device("cpu")
-    num_layers = len(costs.parameters)
-    full = embeddings[num_layers - 1].to(device, copy=True) if full is None else full  # not a view of all depths
-    rows = []
-    joined = keep_last_depths(model) if config.keep_last else range(0)
-    for k, depth in zip([*range(1, num_layers + 1), *joined], embeddings, strict=True):
-        results, depth = held.results(depth, config.split), depth.to(device)
-        cka = linear_cka(depth, full)
-        same = depth.shape == full.shape
-        cosine = float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None
-        scores: dict[str, dict[str, float]] = {}
-        for row in results.rows:
-            scores.setdefault(row.pool, {})[row.task.name] = row.score
+def _row(k: int, depth: Tensor, full: Tensor, costs: LayerCosts, results: MBEIRResults) -> SweepRow:
+    # On a GPU, if there is one: CKA is products of all inputs, in float64.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    depth, full = depth.to(device), full.to(device)
+    cka = linear_cka(depth, full)
+    same = depth.shape == full.shape
+    return SweepRow(
+        k=k,
         # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-        told: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
-        told |= {"k": k, "cka": None if math.isnan(cka) else cka, "cosine": cosine, "scores": scores}
-        rows.append(SweepRow(quality={pool: results.mean(pool) for pool in results.pools}, **told))
-    return costs, full, tuple(rows)
+        parameters=costs.parameters[k - 1],
+        bytes=costs.bytes[k - 1],
+        flops_text=costs.flops_text[k - 1],
+        flops_image=costs.flops_image[k - 1],
+        cka=None if math.isnan(cka) else cka,
+        cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
+        quality={pool: results.mean(pool) for pool in results.pools},
+        scores={pool: {row.task.name: row.score for row in results.rows if row.pool == pool} for pool in results.pools},
+    )
 
 
 @contextmanager
@@ -362,9 +338,3 @@ def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[Sent
         full, config = Path(copy, short_name(source)), AutoConfig.from_pretrained(folder)
         prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
         yield open_sentence_transformer(str(full))
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """A short name of each, or all of it where two would be called the same."""
-    short = [short_name(source) for source in sources]
-    return [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]

@@ -6,17 +6,15 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
-from sentence_transformers import SentenceTransformer
-from torch import Tensor
 
 from puma_hf import __version__
 from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
@@ -29,13 +27,13 @@ from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
-from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, write_qrels, write_run
+from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, Ranking, write_qrels, write_run
 from puma_hf.evaluation.topk import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.files import read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
-from puma_hf.processes import connect, gather, locked_for_all, main_process_first, own_device, shared_folder
+from puma_hf.processes import broadcast, connect, gather, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
@@ -44,27 +42,31 @@ NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK = 4096  # rows that a search reads at once
+# Their releases may change the last digits of an embedding.
+_LIBRARIES = ("torch", "transformers", "sentence-transformers")
 
-Ranking = dict[str, list[tuple[str, float]]]
-"""For each qid, dids and scores, best first."""
 
-
-# --- what is searched
+# --- what is searched, and the rows of the table
 
 
 @dataclass(frozen=True)
 class Search:
-    """One task against one pool; relevance only has queries to which something in the pool is relevant."""
+    """One task against one pool: queries with their instructions, and those of them that have an answer in the pool."""
 
     task: MBEIRTask
     pool_name: str
     pool: Mapping[str, Candidate]
-    queries: list[Query]
+    queries: list[tuple[Query, str]]
     relevance: dict[str, dict[str, int]]
 
 
-def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str]) -> list[Search]:
-    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once."""
+def read_searches(
+    data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str], seed: int | None = None
+) -> list[Search]:
+    """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once.
+
+    Instructions have the first wording, or one that is drawn by a seed.
+    """
     queries = {task: data.queries(task, split) for task in tasks}
     searches = []
     for pool_name in pool_names:
@@ -77,22 +79,42 @@ def read_searches(data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_name
             if not relevance:
                 problem = f"no query of {task.name} ({split}) has a relevant candidate in its {pool_name} pool"
                 raise MBEIRFormatError(f"{data.root}: {problem}; look at its qrels, or name the other tasks (--tasks)")
-            searches.append(Search(task, pool_name, pool, queries[task], relevance))
+            prompted = [(one, data.instruction(one, task.candidate_modality, seed)) for one in queries[task]]
+            searches.append(Search(task, pool_name, pool, prompted, relevance))
     return searches
 
 
-def prompted(data: MBEIR, search: Search, seed: int | None) -> list[tuple[Query, str]]:
-    """The queries of a search with their instructions: the first wording, or one that is drawn by a seed."""
-    return [(query, data.instruction(query, search.task.candidate_modality, seed)) for query in search.queries]
+def measure(
+    searches: Sequence[Search], find: Callable[[Sequence[Search], int], Iterable[SearchResult]], ks: Sequence[int]
+) -> Iterator[tuple[Search, MBEIRTaskResult, Ranking]]:
+    """The row of each search, and for each qid the dids and scores of the best candidates.
 
-
-def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[int]) -> MBEIRTaskResult:
-    """The row of one search; its metrics are means over the queries in `search.relevance`.
-
-    Rankings hold, for each qid, the dids of the best candidates, best first: at least the largest k, or all.
+    `find(searches, top_k)` returns the best candidates of all queries of some searches of one pool. A second result, if
+    there is one, has the popularity-corrected figures.
     """
+    top_k = max(*ks, NDCG_K, *(search.task.reported_k for search in searches))
+    # Searches of one pool go together: its embeddings are read once for all tasks.
+    for pool in {id(search.pool): search.pool for search in searches}.values():
+        group = [search for search in searches if search.pool is pool]
+        tables = []
+        for found in find(group, top_k):
+            # Of the dids of a pool, which are read one after the other, those that were found are kept.
+            wanted = set(found.indices.flatten().tolist())
+            dids = {row: did for row, did in enumerate(pool) if row in wanted}
+            best = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
+            pairs = ([(dids[row], score) for row, score in zip(*one, strict=True)] for one in best)
+            tables.append([{query.id: next(pairs) for query, _ in search.queries} for search in group])
+        for search, ranking, *corrected in zip(group, *tables, strict=True):
+            row = task_result(search, ranking, ks)
+            for other in (task_result(search, one, ks) for one in corrected):
+                row = replace(row, corrected={"score": other.score, **other.metrics})
+            yield search, row, ranking
+
+
+def task_result(search: Search, rankings: Ranking, ks: Sequence[int]) -> MBEIRTaskResult:
+    """The row of one search; its metrics are means over the queries in `search.relevance`."""
     task, judged = search.task, list(search.relevance.values())
-    ranked = [rankings[qid] for qid in search.relevance]
+    ranked = [[did for did, _ in rankings[qid]] for qid in search.relevance]
     metrics = retrieval_metrics(ranked, judged, sorted({*ks, task.reported_k}), ndcg_k=NDCG_K)
     score = metrics[f"hit@{task.reported_k}"]
     if task.reported_k not in ks:  # every row must have the same metrics
@@ -103,14 +125,6 @@ def task_result(search: Search, rankings: Mapping[str, list[str]], ks: Sequence[
         metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
     counts = (len(search.pool), len(judged), len(search.queries) - len(judged))
     return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, *counts, score, metrics)
-
-
-def check_choices(pool: str, ks: Sequence[int]) -> None:
-    """Raise a ValueError for a pool that there is not, or a k below 1."""
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}, must be one of {list(POOLS)}")
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10)")
 
 
 # --- the evaluation
@@ -129,8 +143,6 @@ def evaluate_mbeir(
     popularity_penalty: float | None = None,
     output_dir: str | Path | None = None,
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    search_device: str | torch.device | None = None,
-    search_backend: Literal["torch", "faiss"] = "torch",
     show_progress_bar: bool = True,
     encode_kwargs: Mapping[str, Any] | None = None,
     shard_size: int = SHARD_SIZE,
@@ -139,13 +151,11 @@ def evaluate_mbeir(
 ) -> MBEIRResults:
     """Measure a model on M-BEIR or any dataset in its layout.
 
-    Each distinct candidate is encoded once, without instruction, however many pools it is in. Queries are encoded with
-    their task's instruction as `prompt`. Inputs of one modality go together: text, `{"image": path}`, or
-    `{"image": path, "text": ...}`.
+    Each distinct candidate is encoded once, without instruction, queries with their task's instruction as `prompt`.
+    Inputs of one modality go together: text, `{"image": path}`, or `{"image": path, "text": ...}`.
 
-    Embeddings are stored as they are made, shard by shard: with an `output_dir`, a run that was stopped goes on where
-    it was. Started by `accelerate launch` or `torchrun`, every process embeds a share and searches a share of each
-    pool; all return the same results. Neither the candidates nor their embeddings are held in memory.
+    Embeddings go to the disk shard by shard: with an `output_dir`, a run that was stopped goes on where it was. Started
+    by `accelerate launch` or `torchrun`, every process embeds and searches a share; all return the same results.
 
     Args:
         model: A `SentenceTransformer` or anything with its `encode`.
@@ -159,11 +169,8 @@ def evaluate_mbeir(
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
-            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`, and for UniIR's scripts `qrels_uniir/`; None for
-            nowhere. Earlier results there are replaced.
+            `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere. Earlier results are replaced.
         embedding_dtype: Data type that embeddings are stored in.
-        search_device: Device of the search; None for the GPU, if there is one.
-        search_backend: Kept for older calls: "torch" and "faiss" are one search.
         show_progress_bar: Whether to show how many inputs are embedded, and the time that is left.
         encode_kwargs: Further arguments of `encode`, but for the prompt and the precision.
         shard_size: Inputs of one stored shard; a process that is stopped loses at most so many.
@@ -174,8 +181,7 @@ def evaluate_mbeir(
         One row a task and pool, the rankings, and what they were made from.
 
     Raises:
-        ValueError: If an argument is out of range, an embedding is not finite, or `output_dir` holds embeddings of
-            another model or setting.
+        ValueError: If an embedding is not finite, or `output_dir` holds embeddings of another model or setting.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
 
@@ -183,109 +189,73 @@ def evaluate_mbeir(
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    check_choices(pool, ks)
-    if embedding_dtype not in _DTYPES:
-        raise ValueError(f"embedding_dtype is {embedding_dtype!r}, must be one of {list(_DTYPES)}")
-    if not 0 <= (popularity_penalty or 0) <= 1:
-        raise ValueError(f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2, or None")
     names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
-        opened = open_mbeir(data, split=split, tasks=names) if isinstance(data, str | Path) else data
-    chosen = select_tasks(opened.tasks(split), names)
-    drawn = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
-    made_from = _made_from(model, model_name, opened, data_name, encode_kwargs)
-    made_from |= {"instructions": drawn, "pool": pool, "embedding_dtype": embedding_dtype}
+        opened = open_mbeir(data, split=split, tasks=names)
+    encoding, options = settings_of_encode(encode_kwargs), {"batch_size": batch_size, **(encode_kwargs or {})}
+    made_from: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
+    made_from |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
+    made_from["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
+    made_from |= {"encode_kwargs": encoding} if encoding else {}
+    made_from["data"] = data_name or opened.root.resolve().name
+    made_from |= {"content_hash": opened.content_hash} if opened.content_hash else {}
+    made_from["instructions"] = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
+    made_from |= {"pool": pool, "embedding_dtype": embedding_dtype}
     made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
-    top_k = max(*ks, NDCG_K, *(task.reported_k for task in chosen))
-    device = search_device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, num_processes = connect()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with shared_folder(output_dir) as folder:
-        store = _open_store(folder / "embeddings", made_from, _DTYPES[embedding_dtype])
-        searches = read_searches(opened, chosen, split, POOLS[pool])  # reads and checks every file before encoding
-        output = folder if output_dir is not None and connect()[0] == 0 else None
-        options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
-        root = getattr(opened, "image_root", opened.root)
-        embed = partial(embed_into, store, model, root=root, shard_size=shard_size, **options)
-        # Searches of one pool go together: its embeddings are read once for all tasks.
-        for candidates in {id(search.pool): search.pool for search in searches}.values():
-            group = [search for search in searches if search.pool is candidates]
+        store = _open_store(folder / "embeddings", made_from)
+        chosen = select_tasks(opened.tasks(split), names)
+        # Every file is read and checked before anything is encoded.
+        searches = read_searches(opened, chosen, split, POOLS[pool], instruction_seed)
+        options |= {"root": opened.image_root, "shard_size": shard_size, "show_progress_bar": show_progress_bar}
+        embed = partial(embed_into, store, model, **options)
+
+        def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
+            candidates = group[0].pool
             keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
-            queries = [pair for search in group for pair in prompted(opened, search, instruction_seed)]
-            rows = store.rows(embed(pairs=queries, total=len(queries)))
-            plain = _rankings(group, _search_shares(rows, store, keys, top_k, device))
-            corrected: list[Ranking] | None = None
+            queries = [pair for search in group for pair in search.queries]
+            plain = store.rows(embed(pairs=queries, total=len(queries)))
+            rows = [plain]
             if popularity_penalty is not None:
                 # Each task by the popularity among its own queries, as if it were evaluated alone.
-                by_task = rows.split([len(search.queries) for search in group])
-                moved = torch.cat([less_popular(own, popularity_penalty) for own in by_task])
-                corrected = _rankings(group, _search_shares(moved, store, keys, top_k, device))
-            for number, search in enumerate(group):
-                results.rankings[search.pool_name][search.task.name] = dids = _dids(plain[number])
-                row = task_result(search, dids, ks)
-                if corrected is not None:
-                    other = task_result(search, _dids(corrected[number]), ks)
-                    row = replace(row, corrected={"score": other.score, **other.metrics})
-                results.rows.append(row)
-                if output is not None:
-                    path = f"{search.pool_name}/{search.task.name}"
-                    write_run(output / f"runs/{path}.trec", plain[number])
-                    write_qrels(output / f"qrels/{path}.txt", search.relevance)
-                    write_qrels(output / f"qrels_uniir/{path}.txt", search.relevance, search.task.task_id)
+                by_task = plain.split([len(search.queries) for search in group])
+                rows.append(torch.cat([less_popular(own, popularity_penalty) for own in by_task]))
+            # Each process searches its slice of the pool.
+            start, stop = (len(keys) * edge // num_processes for edge in (rank, rank + 1))
+            for one in rows:
+                blocks = ((first + start, block) for first, block in store.blocks(keys[start:stop], _BLOCK))
+                found = exact_search(one, blocks, top_k, block_size=_BLOCK, device=device)
+                yield merge_results(gather(found), top_k)
+
+        output = folder if output_dir is not None and rank == 0 else None
+        for search, row, ranking in measure(searches, find, ks):
+            results.rows.append(row)
+            dids = {qid: [did for did, _ in best] for qid, best in ranking.items()}
+            results.rankings[search.pool_name][search.task.name] = dids
+            if output is not None:
+                path = f"{search.pool_name}/{search.task.name}"
+                write_run(output / f"runs/{path}.trec", ranking)
+                write_qrels(output / f"qrels/{path}.txt", search.relevance)
         if output is not None:
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
     return results
 
 
-def _search_shares(queries: Tensor, store: EmbeddingStore, keys: Tensor, top_k: int, device: Any) -> SearchResult:
-    # Each process searches its slice of the pool.
-    rank, count = connect()
-    start, stop = (len(keys) * edge // count for edge in (rank, rank + 1))
-    blocks = ((first + start, rows) for first, rows in store.blocks(keys[start:stop], _BLOCK))
-    found = exact_search(queries, blocks, top_k, block_size=_BLOCK, device=device)
-    return merge_results(gather(found), top_k)
-
-
-def _rankings(group: Sequence[Search], found: SearchResult) -> list[Ranking]:
-    # Of the dids of a pool, which are read one after the other, those that were found are kept.
-    wanted = set(found.indices.flatten().tolist())
-    dids = {row: did for row, did in enumerate(group[0].pool) if row in wanted}
-    rows = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
-    pairs = iter([[(dids[row], score) for row, score in zip(*one, strict=True)] for one in rows])
-    return [{query.id: next(pairs) for query in search.queries} for search in group]
-
-
-def _dids(ranking: Ranking) -> dict[str, list[str]]:
-    return {qid: [did for did, _ in pairs] for qid, pairs in ranking.items()}
-
-
-def _made_from(
-    model: Encoder, model_name: str | None, data: MBEIR, data_name: str | None, encode_kwargs: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    encoding, content_hash = settings_of_encode(encode_kwargs), getattr(data, "content_hash", None)
-    # The releases of these libraries may change the last digits of an embedding.
-    libraries = ("torch", "transformers", "sentence-transformers")
-    values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in libraries}}
-    values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
-    values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
-    values |= {"encode_kwargs": encoding} if encoding else {}
-    values["data"] = data_name or data.root.resolve().name
-    return values | ({"content_hash": content_hash} if content_hash else {})
-
-
-def _open_store(folder: Path, made_from: Mapping[str, Any], dtype: torch.dtype) -> EmbeddingStore:
-    # The store refuses embeddings of another model or of other settings.
-    fingerprint = made_from["model_fingerprint"]
-    if fingerprint is None and gather(folder.is_dir() and any(folder.iterdir()))[0]:
-        problem = f"{str(folder)!r} holds embeddings, and nothing tells whether they are of this model."
-        remedy = "Give it an attribute `fingerprint`, a text that changes with it; or choose another output_dir."
-        raise ValueError(f"{problem} {remedy}")
+def _open_store(folder: Path, made_from: Mapping[str, Any]) -> EmbeddingStore:
+    # The store refuses embeddings of another model or of other settings. Of a model without a fingerprint nothing
+    # tells whether they are its own: none are.
+    fingerprint = made_from["model_fingerprint"] or broadcast(f"unknown, {uuid4().hex}")
     # To read special tokens as text changes no embedding that could be made without.
     options = made_from.get("encode_kwargs", {})
     options = {} if options == {"processing_kwargs": processing_of("split")} else options
     settings = {"model": fingerprint, "truncate_dim": made_from["truncate_dim"], "encode_kwargs": options}
     with main_process_first():
+        dtype = _DTYPES[made_from["embedding_dtype"]]
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
 
 
@@ -310,39 +280,30 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     """
     for note in config.notes():
         logger.warning(note)
-    processing = processing_of(config.special_tokens)
+    kind = read_config(Path(config.model)).get("model_type")
+    is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
+    if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
+        remedy = f"Make one of it first: puma-hf prune {config.model} OUTPUT --num-kept-layers K (or all of them)."
+        raise ValueError(f"{config.model!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
     names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
     options["data_name"] = short_name(config.data) + (" (nano)" if config.benchmark == "nano" else "")
+    processing = processing_of(config.special_tokens)
     options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
-    with locked_for_all(config.output), ExitStack() as stack:
-        data = _open_data(config, stack)
-        return evaluate_mbeir(_open_model(config), data, **options)
-
-
-def _open_data(config: EvaluateConfig, stack: ExitStack) -> MBEIR:
-    folder = config.nano_folder
-    if folder is None and config.benchmark == "nano":
-        folder = Path(config.output or stack.enter_context(shared_folder(None)), "nano")
-    with main_process_first():  # it imports and draws, the others read what it made
-        data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None, revision=config.data_revision)
-        return data if config.benchmark != "nano" or folder is None else draw_nano(data, folder, config)
+    with shared_folder(config.output) as folder:
+        with main_process_first():  # it imports and draws, the others read what it made
+            where: dict[str, Any] = {"split": config.split, "tasks": config.tasks or None}
+            data = open_mbeir(config.data, revision=config.data_revision, **where)
+            if config.benchmark == "nano":
+                data = draw_nano(data, config.nano_folder or folder / "nano", config)
+        loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
+        model = open_sentence_transformer(config.model, device=own_device(), **loading)
+        check_truncate_dim(model, config.model, config.truncate_dim)
+        return evaluate_mbeir(model, data, **options)
 
 
 def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:
     """The seeded subset that the settings of a command describe, written into a folder."""
     numbers = {"num_queries": config.nano_queries, "num_candidates": config.nano_candidates}
     return build_nano(data, folder, split=config.split, tasks=config.tasks or None, seed=config.nano_seed, **numbers)
-
-
-def _open_model(config: EvaluateConfig) -> SentenceTransformer:
-    kind = read_config(Path(config.model)).get("model_type")
-    is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
-    if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
-        remedy = f"Make one of it first: puma-hf prune {config.model} OUTPUT --num-kept-layers K (or all of them)."
-        raise ValueError(f"{config.model!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
-    loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
-    model = open_sentence_transformer(config.model, device=own_device(), **loading)
-    check_truncate_dim(model, config.model, config.truncate_dim)
-    return model

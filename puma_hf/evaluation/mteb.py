@@ -23,13 +23,12 @@ from tqdm.auto import tqdm
 
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
 from puma_hf.evaluation.results import PUBLISHED
+from puma_hf.files import is_hub_id, model_files
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
 
 _NAMES = ["VisualNews", "Fashion200k", "WebQA", "EDIS", "NIGHTS", "OVEN", "InfoSeek", "FashionIQ", "CIRR", "MSCOCO"]
-_MODALITIES = ("image", "text")  # images first, as the backbone's prompt has them
-_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".py", ".txt")
 
 
 def puma_model_meta(
@@ -61,12 +60,26 @@ def puma_model_meta(
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
     """
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
+
+    class PumaModelMeta(mteb.models.ModelMeta):
+        # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
+        def _resolve_extras_groups(self) -> list[str]:
+            return [group for group in super()._resolve_extras_groups() if group != "image"]
+
     folder, name, commit = Path(name_or_path).expanduser().resolve(), str(name_or_path), revision
     source, is_trusted = name, trust_remote_code
     if folder.is_dir():
         source, commit, is_trusted = str(folder), None, True
-        name, revision = f"local/{folder.name}", revision or _revision(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        digest = hashlib.sha256()
+        for file in model_files(folder):
+            with Path(folder, file).open("rb") as content:
+                digest.update(file.encode() + hashlib.file_digest(content, "sha256").digest())
+        name, revision = f"local/{folder.name}", revision or digest.hexdigest()
+    elif not is_hub_id(name):
         raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id of the form 'organisation/name'")
 
     def loader(model_name: str, revision: str | None, *, embed_dim: int | None = None, **options: Any) -> PumaEncoder:
@@ -79,7 +92,7 @@ def puma_model_meta(
     told: dict[str, Any] = {"loader": loader, "name": name, "revision": revision, "modalities": ["text", "image"]}
     told |= {"framework": ["Sentence Transformers", "PyTorch"], "similarity_fn_name": "cosine"}
     told |= {"use_instructions": True, "experiment_kwargs": {"prompts": dict(prompts)} if prompts else None}
-    entry: ModelMeta = _meta_class().create_empty(overwrites=told)
+    entry: ModelMeta = PumaModelMeta.create_empty(overwrites=told)
     return entry
 
 
@@ -133,19 +146,10 @@ class PumaEncoder:
         show_progress_bar: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Embed the batches of a task, with the columns "text", "image", or both.
+        """Embed the batches of a task, with the columns "text", "image", or both: `(num_inputs, embedding_dim)`.
 
-        Args:
-            inputs: The batches.
-            task_metadata: What mteb knows of the task; its prompt is the instruction of queries.
-            hf_split: Not used.
-            hf_subset: Not used.
-            prompt_type: "query", "document", or None where a task has but one kind of input.
-            show_progress_bar: Whether to show how many batches are done.
-            kwargs: Arguments of `SentenceTransformer.encode`, such as `batch_size`.
-
-        Returns:
-            float32 embeddings on the CPU, `(num_inputs, embedding_dim)`.
+        The instruction is the prompt of `task_metadata` for inputs of `prompt_type` "query", or where a task has but
+        one kind of input; `kwargs` go to `SentenceTransformer.encode`. mteb gives the rest, which is not needed.
         """
         kind = getattr(prompt_type, "value", prompt_type)
         prompt = "" if kind == "document" else self.prompts.get(task_metadata.name, task_metadata.prompt)
@@ -153,7 +157,7 @@ class PumaEncoder:
         # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
         options = {**kwargs, "prompt": prompt or "", "show_progress_bar": False}
         progress = tqdm(inputs, desc=task_metadata.name, disable=not show_progress_bar)
-        batches = (self.model.encode(list(_model_inputs(batch, task_metadata.name)), **options) for batch in progress)
+        batches = (self.model.encode(list(_model_inputs(batch)), **options) for batch in progress)
         return torch.cat([torch.as_tensor(rows).float().cpu() for rows in batches])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
@@ -165,37 +169,9 @@ class PumaEncoder:
         return self.model.similarity_pairwise(embeddings1, embeddings2)
 
 
-def _model_inputs(batch: Mapping[str, Sequence[Any]], task: str) -> Iterator[dict[str, Any]]:
-    for row in range(len(next(iter(batch.values())))):
-        values = {name: batch[name][row] for name in _MODALITIES if name in batch}
+def _model_inputs(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    # Images first, as the backbone's prompt has them.
+    columns = [name for name in ("image", "text") if name in batch]
+    for row in zip(*(batch[name] for name in columns), strict=True):
         # What is missing is left out. A bare string might be opened as a file: it stays in its dict.
-        known = {name: value for name, value in values.items() if value is not None and value != ""}
-        if not known:
-            raise ValueError(f"an input of {task} has neither text nor image; leave it out of the task")
-        yield known
-
-
-def _revision(folder: Path) -> str:
-    # SHA-256 of the files that the model, and the modules in folders of their own, are made of.
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in ("*", "[0-9]*_*/*") for path in folder.glob(pattern)):
-        if path.is_file() and path.suffix in _MODEL_FILES:
-            with path.open("rb") as file:
-                name = path.relative_to(folder).as_posix()
-                digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-@cache
-def _meta_class() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
-
-    class PumaModelMeta(mteb.models.ModelMeta):
-        # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
-        def _resolve_extras_groups(self) -> list[str]:
-            return [group for group in super()._resolve_extras_groups() if group != "image"]
-
-    return PumaModelMeta
+        yield {name: value for name, value in zip(columns, row, strict=True) if value is not None and value != ""}

@@ -7,8 +7,7 @@ call Recall@k, in percent, each task against its own pool, test split. The means
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from puma_hf.data.tasks import MBEIRTask
-from puma_hf.files import write_whole
+from puma_hf.files import write_json, write_whole
 
-PUBLISHED_MODELS: tuple[str, ...] = ("LamRA-Ret 7B", "LamRA < 4B", "PUMA")
+PUBLISHED_MODELS = ("LamRA-Ret 7B", "LamRA < 4B", "PUMA")
 
 # One row of figures a task, in the order of PUBLISHED_MODELS.
 PUBLISHED: dict[str, tuple[float, ...]] = {
@@ -41,7 +40,7 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
 }
 
 # Means of the sixteen rows, as printed: the papers average before they round. None: not known.
-_PUBLISHED_MEANS = {"local": (56.6, 51.8, 54.4), "global": (54.9, None, None)}
+_PUBLISHED_MEANS: dict[str, tuple[float | None, ...]] = {"local": (56.6, 51.8, 54.4), "global": (54.9, None, None)}
 # A re-ranker reads query and candidate together, so it is no embedder: what it adds is a bound.
 PUBLISHED_NOTE = (
     "LamRA-Ret 7B, LamRA < 4B, PUMA: hit@k as published (PUMA, ACM MM 2025, arXiv 2507.08064; LamRA, arXiv 2412.01720) "
@@ -52,10 +51,17 @@ PUBLISHED_NOTE = (
 )
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
 _SHOWN = {"hit", "ndcg", "wrong_modality@1"}
-# What a result was made from, in the order that Markdown shows it in; and what it calls that.
-_MADE_FROM = ("model", "model_fingerprint", "truncate_dim", "data", "content_hash", "split", "instructions", "puma_hf")
-_WORDS = {"model_fingerprint": "fingerprint", "truncate_dim": "first dimensions", "content_hash": "content hash"}
+# What a result was made from, in the order that Markdown shows it in, and what it calls that.
+_MADE_FROM = {
+    **{"model": "model", "model_fingerprint": "fingerprint", "truncate_dim": "first dimensions", "data": "data"},
+    **{"content_hash": "content hash", "split": "split", "instructions": "instructions", "puma_hf": "puma-hf"},
+}
 _SHOWN_DIGITS = 12  # of a hash
+_LABELS = ("task", "dataset", "pool", "candidates", "queries", "k")
+_Figures = tuple[float | None, ...]
+
+Ranking = dict[str, list[tuple[str, float]]]
+"""For each qid, dids and scores, best first."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,8 @@ class MBEIRTaskResult:
     Args:
         dataset: Name of the dataset.
         task_id: M-BEIR's task number.
-        pool: "local" or "global".
-        pool_size: Number of candidates.
-        num_queries: Number of queries the metrics are means of.
-        num_skipped: Number of queries left out because nothing in the pool is relevant to them.
+        pool: "local" or "global"; it has `pool_size` candidates.
+        num_queries: Queries that the metrics are means of; `num_skipped` have nothing relevant in the pool.
         score: The number papers report for this row: hit@10 on the two fashion datasets, else hit@5.
         metrics: Values between 0 and 1 by name.
         corrected: The "score" and the metrics of the popularity-corrected ranking; empty if it was not asked for.
@@ -88,6 +92,12 @@ class MBEIRTaskResult:
     def task(self) -> MBEIRTask:
         """The task of this row."""
         return MBEIRTask(self.task_id, self.dataset)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The "score", the metrics, and the "corrected_score" if it was asked for."""
+        corrected = {"corrected_score": self.corrected["score"]} if self.corrected else {}
+        return {"score": self.score, **self.metrics, **corrected}
 
 
 @dataclass(frozen=True)
@@ -121,28 +131,24 @@ class MBEIRResults:
         rows = [row for row in self.rows if row.pool == pool]
         if not rows:
             raise ValueError(f"pool is {pool!r}, evaluated were {self.pools}; evaluate with pool='both' to have both")
-        means = {"score": sum(row.score for row in rows) / len(rows)}
-        means |= {name: sum(row.metrics[name] for row in rows) / len(rows) for name in rows[0].metrics}
-        if all(row.corrected for row in rows):
-            means["corrected_score"] = sum(row.corrected["score"] for row in rows) / len(rows)
-        return means
+        # Of the corrected score only if all rows have one.
+        names = [name for name in rows[0].values if all(name in row.values for row in rows)]
+        return {name: sum(row.values[name] for row in rows) / len(rows) for name in names}
 
-    def to_dict(self, *, include_rankings: bool = False) -> dict[str, Any]:
-        """The keys split, made_from, mean, rows and, if asked for, rankings: plain values that JSON can hold."""
-        values: dict[str, Any] = {"split": self.split, "made_from": self.made_from}
-        values |= {"mean": {pool: self.mean(pool) for pool in self.pools}, "rows": [asdict(row) for row in self.rows]}
-        return {**values, "rankings": self.rankings} if include_rankings else values
+    def to_dict(self) -> dict[str, Any]:
+        """The keys split, made_from, mean and rows: plain values that JSON can hold. Run files have the rankings."""
+        means, rows = {pool: self.mean(pool) for pool in self.pools}, [asdict(row) for row in self.rows]
+        return {"split": self.split, "made_from": self.made_from, "mean": means, "rows": rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MBEIRResults:
-        """The results that `to_dict` wrote, or an older version without `made_from`; the mean is computed anew."""
+        """The results that `to_dict` wrote; the mean is computed anew."""
         rows = [MBEIRTaskResult(**row) for row in values["rows"]]
-        return cls(values["split"], rows, values.get("rankings", {}), values.get("made_from", {}))
+        return cls(values["split"], rows, made_from=values.get("made_from", {}))
 
-    def to_json(self, path: str | Path, *, include_rankings: bool = False) -> None:
+    def to_json(self, path: str | Path) -> None:
         """Write the results, whole or not at all; the folder is made if need be."""
-        content = json.dumps(self.to_dict(include_rankings=include_rankings), indent=2, allow_nan=False) + "\n"
-        write_whole(Path(path), content.encode())
+        write_json(Path(path), self.to_dict())
 
     def to_markdown(self) -> str:
         """The table in percent, one row a task and pool, and a mean for each pool; JSON has the rest.
@@ -151,35 +157,33 @@ class MBEIRResults:
         them, and so have the means if all sixteen are there. Popularity-corrected figures stand beside the plain ones,
         never in their place. Under the table stands what it was made from.
         """
-        names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN] if self.rows else []
-        published = self._published()
-        models = PUBLISHED_MODELS if published else ()
-        empty = [None] * len(models)
-        ours = ["hit@k", "corrected"] if any(row.corrected for row in self.rows) else ["hit@k"]
-        head = ["task", "dataset", "pool", "candidates", "queries", "k", *ours, *models, *names]
-        lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
+        there = {row.task.name for row in self.rows if row.pool == "local"}
+        # A subset is another benchmark.
+        is_whole = self.split == "test" and "content_hash" not in self.made_from
+        published = {name: figures for name, figures in PUBLISHED.items() if is_whole and name in there}
+        names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN]
+        has_corrected = any(row.corrected for row in self.rows)
+        nothing = (None,) * len(PUBLISHED_MODELS)
+
+        def line(labels: Sequence[object], values: Mapping[str, float], theirs: _Figures) -> dict[str, object]:
+            percent = {name: 100 * value for name, value in values.items()}
+            cells: dict[str, object] = dict(zip(_LABELS, labels, strict=True)) | {"hit@k": percent["score"]}
+            cells |= {"corrected": percent.get("corrected_score")} if has_corrected else {}
+            cells |= dict(zip(PUBLISHED_MODELS, theirs, strict=True)) if published else {}
+            return cells | {name: percent[name] for name in names}
+
+        lines = []
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
             for row in rows:
-                cells = [row.task.arrow, row.dataset, pool, row.pool_size, row.num_queries, row.task.reported_k]
-                cells += _percent([row.score, row.corrected.get("score")][: len(ours)])
-                cells += _tenths(published.get(row.task.name, empty) if pool == "local" else empty)
-                lines.append(_line([*cells, *_percent(row.metrics[name] for name in names)]))
-            mean = self.mean(pool)
+                labels = row.task.arrow, row.dataset, pool, row.pool_size, row.num_queries, row.task.reported_k
+                theirs = published.get(row.task.name, nothing) if pool == "local" else nothing
+                lines.append(line(labels, row.values, theirs))
             # Of fewer or other rows, the published mean would be of another benchmark.
             is_theirs = len(published) == len(PUBLISHED) == len(rows)
-            cells = ["", "**mean**", pool, "", sum(row.num_queries for row in rows), ""]
-            cells += _bold(_percent([mean["score"], mean.get("corrected_score")][: len(ours)]))
-            cells += _tenths(_PUBLISHED_MEANS[pool] if is_theirs else empty)
-            lines.append(_line([*cells, *_bold(_percent(mean[name] for name in names))]))
-        return "\n\n".join(["\n".join(lines), *self._remarks(bool(published))]) + "\n"
-
-    def _published(self) -> dict[str, tuple[float, ...]]:
-        """Published figures by task, of the tasks that were evaluated as they were for the papers."""
-        if self.split != "test" or "content_hash" in self.made_from:  # a subset is another benchmark
-            return {}
-        there = {row.task.name for row in self.rows if row.pool == "local"}
-        return {name: figures for name, figures in PUBLISHED.items() if name in there}
+            total = "", "**mean**", pool, None, sum(row.num_queries for row in rows), None
+            lines.append(line(total, self.mean(pool), _PUBLISHED_MEANS[pool] if is_theirs else nothing))
+        return "\n\n".join([markdown_table(lines, num_left=3), *self._remarks(bool(published))]) + "\n"
 
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []
@@ -187,32 +191,28 @@ class MBEIRResults:
             remarks.append(
                 f"corrected: hit@k of the similarity less {penalty:g} times the candidate's mean similarity to all "
                 f"{self.split} queries of the task. It is transductive (no query can be answered alone) and no part of "
-                "M-BEIR's protocol; compare it with plain figures only beside your own. Whether PUMA's 54.4 has it is "
-                "not known: the authors' code got it late."
+                "M-BEIR's protocol; compare it with plain figures only beside your own."
             )
-        if skipped := [row for row in self.rows if row.num_skipped]:
-            where = ", ".join(f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in skipped)
-            remarks.append(f"Left out, as nothing in the pool is relevant to them: {where}.")
-        known = {name: value for name, value in {"split": self.split, **self.made_from}.items() if value is not None}
-        known |= {name: known[name][:_SHOWN_DIGITS] for name in ("model_fingerprint", "content_hash") if name in known}
-        words = [f"{_WORDS.get(name, name.replace('_', '-'))} {known[name]}" for name in _MADE_FROM if name in known]
+        if skipped := [f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in self.rows if row.num_skipped]:
+            remarks.append(f"Left out, as nothing in the pool is relevant to them: {', '.join(skipped)}.")
+        known = {"split": self.split, **self.made_from}
+        known |= {
+            name: known[name][:_SHOWN_DIGITS] for name in ("model_fingerprint", "content_hash") if known.get(name)
+        }
+        words = [f"{word} {known[name]}" for name, word in _MADE_FROM.items() if known.get(name) is not None]
         return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
 
 
-def _line(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+def markdown_table(lines: Sequence[Mapping[str, object]], num_left: int = 0) -> str:
+    """Lines with the same columns as Markdown, the first `num_left` columns to the left, without a line end.
 
-
-def _tenths(values: Iterable[float | None]) -> list[str]:
-    return ["" if value is None else f"{value:.1f}" for value in values]
-
-
-def _percent(values: Iterable[float | None]) -> list[str]:
-    return _tenths(None if value is None else 100 * value for value in values)
-
-
-def _bold(cells: Iterable[str]) -> list[str]:
-    return [cell and f"**{cell}**" for cell in cells]
+    Fractions have one digit, and whole numbers separators; None is an empty cell.
+    """
+    cells = [[*lines[0]], ["---"] * num_left + ["---:"] * (len(lines[0]) - num_left)]
+    for line in lines:
+        values = ["" if value is None else f"{value:,}" if isinstance(value, int) else value for value in line.values()]
+        cells.append([f"{value:.1f}" if isinstance(value, float) else str(value) for value in values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # --- trec_eval's files: runs have lines `qid Q0 did rank score tag`, qrels `qid 0 did relevance`
@@ -266,12 +266,7 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     return {qid: dict(sorted(scores.items(), key=lambda pair: -pair[1])) for qid, scores in found.items()}
 
 
-def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]], task_id: int | None = None) -> None:
-    """Write the relevance of each qid's dids for trec_eval, whole or not at all.
-
-    With M-BEIR's task number it has a fifth field, which the scripts of UniIR (Wei et al., ECCV 2024, arXiv 2311.17136)
-    need, and trec_eval, pytrec_eval and ranx refuse.
-    """
-    end = "" if task_id is None else f" {task_id}"
-    lines = [f"{qid} 0 {did} {gain}{end}\n" for qid, judged in relevance.items() for did, gain in judged.items()]
+def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]]) -> None:
+    """Write the relevance of each qid's dids for trec_eval, whole or not at all."""
+    lines = [f"{qid} 0 {did} {gain}\n" for qid, judged in relevance.items() for did, gain in judged.items()]
     write_whole(Path(path), "".join(lines).encode())

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from puma_hf.configs import parse_parameters
+from puma_hf.evaluation.results import markdown_table
 from puma_hf.files import write_json, write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one
 _UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
-# Okabe and Ito's colours, which colour-blind people tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _MUTED, _GRID = "#1f2328", "#6b7280", "#e5e7eb"
-_FEW = 12  # points of a line that can each bear a label
-_SMALL = 9
 
 
 @dataclass(frozen=True)
@@ -59,50 +54,14 @@ class Recommendation:
     kept: float | None = None
 
 
-def knee(costs: Sequence[float], qualities: Sequence[float]) -> int | None:
-    """Where a curve of quality against rising costs bends most: the point farthest above its chord.
-
-    Both axes are scaled to their own ranges first, so that units do not matter.
-
-    Returns:
-        The index of the knee, the cheapest of several; None if no point lies above the chord.
-
-    Example:
-        >>> knee([1, 2, 3, 4], [0.1, 0.7, 0.8, 0.9])
-        1
-
-    Source: the idea of Kneedle, Satopää et al., ICDCS Workshops 2011, without its smoothing.
-    """
-    span = max(qualities, default=0.0) - min(qualities, default=0.0)
-    if len(costs) < 3 or span <= _EPSILON:
-        return None
-    slope = (qualities[-1] - qualities[0]) / (costs[-1] - costs[0])
-    points = zip(costs, qualities, strict=True)
-    # Rounded, so that of points equally far above the chord the first wins, whatever the last digits say.
-    above = [round((quality - qualities[0] - slope * (cost - costs[0])) / span, 9) for cost, quality in points]
-    return above.index(max(above)) if max(above) > _EPSILON else None
-
-
 @dataclass(frozen=True)
 class SweepReport:
     """What every depth of one or more models is worth, and what it costs.
 
-    Args:
-        models: The full model first, then those it is compared with; with `keep_last` each comes twice, the second
-            time with its last layer kept.
-        data: Name of the dataset.
-        data_hash: Hash of its content where it was drawn from a larger one; else None.
-        split: Its split.
-        tasks: Names of the tasks.
-        num_queries: Queries of all tasks to which something in the pool is relevant.
-        task_queries: How many of them each task has.
-        num_candidates: Distinct candidates.
-        pool: The pool whose quality decides.
-        metric: The metric that decides.
-        text_tokens: Tokens of the text whose operations were counted.
-        image_tokens: Visual tokens of the image whose operations were counted.
-        keep: Share of the full model's quality to keep.
-        max_params: Budget of parameters; None for none.
+    The full model comes first, then those it is compared with; with `keep_last` each comes twice, the second time with
+    its last layer kept. The `metric` in the `pool` decides, within the budget of `max_params` parameters. `num_queries`
+    are those to which something in the pool is relevant. `data_hash` is there if the data were drawn from larger ones.
+    Operations were counted for a text of `text_tokens` and for an image of `image_tokens`.
     """
 
     models: tuple[SweptModel, ...]
@@ -111,7 +70,6 @@ class SweepReport:
     split: str
     tasks: tuple[str, ...]
     num_queries: int
-    task_queries: tuple[int, ...]
     num_candidates: int
     pool: str
     metric: str
@@ -134,23 +92,6 @@ class SweepReport:
         """The quality that decides."""
         return row.quality[self.pool][self.metric]
 
-    def knee(self, model: int = 0) -> int | None:
-        """The k at which quality against FLOPs bends most, of the model of this number; None if the curve has none."""
-        rows = self.models[model].rows
-        found = knee([row.flops_image for row in rows], [self.quality(row) for row in rows])
-        return None if found is None else rows[found].k
-
-    @property
-    def margin(self) -> float:
-        """About half of the 95 % interval of the full model's quality, if other queries had been drawn."""
-        # A query counts as 0 or 1, which vary most. Tasks weigh the same, so a small one adds much. Two hits and two
-        # misses are added (Agresti and Coull, 1998): no figure is sure because all queries were alike. Differences
-        # between depths vary less, as they answer the same queries.
-        counts = [count for count in self.task_queries if count]
-        number = len(counts) ** 2 / sum(1 / count for count in counts) + 4  # as many queries, were all in one task
-        mean = (self.quality(self.full) * (number - 4) + 2) / number
-        return 1.96 * math.sqrt(mean * (1 - mean) / number)
-
     def recommend(self, max_params: str | float | None = None, keep: float = 0.97) -> Recommendation:
         """The smallest k, of any of the models, that keeps enough of the full model's quality.
 
@@ -164,49 +105,37 @@ class SweepReport:
         """
         budget = math.inf if max_params is None else parse_parameters(max_params)
         within = "" if max_params is None else f" within the budget of {budget:,} parameters"
-        # The smallest first, and of equals the better: (parameters, k, minus quality, model).
+        # The smallest first, and of equals the better.
         every = [(row, model.name) for model in self.models for row in model.rows]
-        rows = sorted((row.parameters, row.k, -self.quality(row), name) for row, name in every)
-        full, fitting = self.quality(self.full), [row for row in rows if row[0] <= budget]
-        enough = [row for row in rows if -row[2] >= keep * full - _EPSILON]
-        best = min(fitting or rows[:1], key=lambda row: (row[2], row[0]))
-        if not fitting:
-            why = f"Nothing is{within}: this is the smallest."
-        elif full <= 0:
-            why = f"The full model's {self.metric} is 0, so no share of it can be kept. "
-            why += f"This is the best there is{within}. Look at the data, or at the model, before choosing."
-        elif enough and enough[0] in fitting:
-            best = enough[0]
-            why = f"It is the smallest that keeps at least {_percent(keep)} of the full model{within}."
-            before = [row for row in rows if (row[1], row[3]) == (best[1] - 1, best[3])]
-            why += "".join(f" k = {k} keeps {_percent(-worse / full)}." for _, k, worse, _ in before)
+        every.sort(key=lambda one: (one[0].parameters, one[0].k, -self.quality(one[0])))
+        full, share = self.quality(self.full), f"{keep:.4g} of the full model's quality"
+        fitting = [one for one in every if one[0].parameters <= budget]
+        enough = [one for one in fitting if self.quality(one[0]) >= keep * full - _EPSILON]
+        if full > 0 and enough:
+            (row, name), why = enough[0], f"It is the smallest that keeps {share}{within}."
+        elif fitting:
+            row, name = max(fitting, key=lambda one: self.quality(one[0]))
+            why = f"Nothing keeps {share}{within}: this is the best there is."
         else:
-            why = f"None{within} keeps {_percent(keep)} of the full model; this is the best there."
-            for size, k, _, name in enough[:1]:
-                why += f" To keep it takes k = {k} of {name}, of {size:,} parameters."
-        size, k, worst, name = best
-        kept, worth = None, "."
-        if full > 0:
-            kept, share = -worst / full, _percent(size / self.full.parameters)
-            worth = f": {self.metric} {-100 * worst:.1f}, {_percent(kept)} of the full model's {100 * full:.1f}, with "
-            worth += f"{size:,} parameters, {share} of its."
-        known = f"With {self.num_queries:,} queries a {self.metric} is known to about {100 * self.margin:.1f} points "
-        known += "either way: choose with more queries if that decides."
-        return Recommendation(k, f"k = {k} of {name}{worth} {why} {known}", name, kept)
+            (row, name), why = every[0], f"Nothing is{within}: this is the smallest."
+        worth = f"{self.metric} {100 * self.quality(row):.1f}, of the full model {100 * full:.1f}"
+        size = f"{row.parameters:,} parameters, {row.parameters / self.full.parameters:.1%} of its"
+        # Half of a 95 % interval, 1.96 sqrt(p (1 - p) / n), is never more than this.
+        points = 100 / math.sqrt(self.num_queries)
+        chance = f"With {self.num_queries:,} queries, differences of up to {points:.1f} points may be chance."
+        kept = self.quality(row) / full if full > 0 else None
+        return Recommendation(row.k, f"k = {row.k} of {name}: {worth}; {size}. {why} {chance}", name, kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON can hold, and what follows: "knees" and "recommendation"."""
-        knees = {model.name: self.knee(number) for number, model in enumerate(self.models)}
-        values = asdict(self) | {"knees": knees, "recommendation": asdict(self.recommendation)}
-        return dict(json.loads(json.dumps(values, allow_nan=False)))
+        """The fields as plain values that JSON can hold, and the recommendation."""
+        return asdict(self) | {"recommendation": asdict(self.recommendation)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SweepReport:
-        """The report that `to_dict` wrote; knees and recommendation are found anew."""
-        fields = {name: value for name, value in values.items() if name not in ("knees", "recommendation")}
-        models = [SweptModel(one["name"], tuple(SweepRow(**row) for row in one["rows"])) for one in fields["models"]]
-        lists = {name: tuple(fields[name]) for name in ("tasks", "task_queries")}
-        return cls(**fields | lists | {"models": tuple(models)})
+        """The report that `to_dict` wrote; the recommendation is found anew."""
+        known = {field.name: values[field.name] for field in fields(cls)}
+        models = [SweptModel(one["name"], tuple(SweepRow(**row) for row in one["rows"])) for one in values["models"]]
+        return cls(**known | {"models": tuple(models), "tasks": tuple(values["tasks"])})
 
     def to_markdown(self) -> str:
         """The tables, one a model, and the recommendation; quality in percent."""
@@ -215,32 +144,58 @@ class SweepReport:
             f"Layer sweep on {self.data}, {self.split} split, {tasks}, {self.num_queries:,} queries, "
             f'{self.num_candidates:,} candidates, {self.pool} pools. Quality in percent; "kept" is the share of the '
             f"full model's {self.metric}. FLOPs of a text of {self.text_tokens} tokens and of an image of "
-            f"{self.image_tokens} visual tokens. CKA and cosine are to the full model's embeddings.\n"
+            f"{self.image_tokens} visual tokens. CKA and cosine are to the full model's embeddings."
         ]
-        best = self.recommendation
-        for number, model in enumerate(self.models):
-            parts.append(f"**{model.name}**\n\n{self._table(model, self.knee(number), best)}")
-        parts.append(f"**Recommended: k = {best.k}.** {best.reason}\n")
-        return "\n".join(parts)
-
-    def _table(self, model: SweptModel, knee_at: int | None, best: Recommendation) -> str:
-        full, known = self.quality(self.full), self.full.quality[self.pool]
+        best, full = self.recommendation, self.quality(self.full)
+        known = self.full.quality[self.pool]
         shown = dict.fromkeys(name for name in (self.metric, "hit@1", "ndcg@10") if name in known)
-        head = ["k", "parameters", "bytes", "FLOPs, text", "FLOPs, image", "of full", *shown, "kept", "CKA", "cosine"]
-        lines = [[*head, ""], [*(["---:"] * len(head)), "---"]]
-        for row in model.rows:
-            cells = [str(row.k), f"{row.parameters:,}", f"{row.bytes:,}", si(row.flops_text), si(row.flops_image)]
-            cells += [f"{row.flops_image / self.full.flops_image:.0%}"]
-            cells += [f"{100 * row.quality[self.pool][name]:.1f}" for name in shown]
-            cells += [f"{100 * self.quality(row) / full:.1f}" if full else ""]
-            cells += ["" if value is None else f"{value:.3f}" for value in (row.cka, row.cosine)]
-            marks = {"knee": row.k == knee_at, "**recommended**": (best.model, best.k) == (model.name, row.k)}
-            lines.append([*cells, ", ".join(mark for mark, holds in marks.items() if holds)])
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        for model in self.models:
+            lines: list[dict[str, object]] = []
+            for row in model.rows:
+                line: dict[str, object] = {"k": row.k, "parameters": row.parameters, "bytes": row.bytes}
+                line |= {"FLOPs, text": si(row.flops_text), "FLOPs, image": si(row.flops_image)}
+                line |= {"of full": f"{row.flops_image / self.full.flops_image:.0%}"}
+                line |= {name: 100 * row.quality[self.pool][name] for name in shown}
+                line["kept"] = 100 * self.quality(row) / full if full else None
+                for name, value in (("CKA", row.cka), ("cosine", row.cosine)):
+                    line[name] = None if value is None else f"{value:.3f}"
+                line[""] = "**recommended**" if (best.model, best.k) == (model.name, row.k) else None
+                lines.append(line)
+            parts += [f"**{model.name}**", markdown_table(lines)]
+        return "\n\n".join([*parts, f"**Recommended: k = {best.k}.** {best.reason}"]) + "\n"
 
     def plot(self, path: str | Path) -> None:
         """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file; needs matplotlib."""
-        write_whole(Path(path), _drawn(self, Path(path).suffix.lstrip(".").lower()))
+        # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
+        figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+        best = self.recommendation
+        for number, model in enumerate(self.models):
+            ks, colour = [row.k for row in model.rows], f"C{number}"
+            xs, ys = [row.flops_image / 1e9 for row in model.rows], [100 * self.quality(row) for row in model.rows]
+            left.plot(xs, ys, "o-", color=colour, label=model.name)
+            for k, *point in zip(ks, xs, ys, strict=True):
+                left.annotate(k, point, xytext=(3, 4), textcoords="offset points", color=colour, fontsize=8)
+                if (model.name, k) == (best.model, best.k):
+                    left.plot(*point, "ko", markersize=15, fillstyle="none", label=f"recommended: k = {k}")
+            for name, style in (("cka", "o-"), ("cosine", "s--")):
+                # Where one is not defined, the line has a gap.
+                values = [math.nan if (value := getattr(row, name)) is None else value for row in model.rows]
+                right.plot(ks, values, style, color=colour, label=f"{name}, {model.name}")
+        for share, style in ((1.0, "--"), (self.keep, ":")):
+            label = f"{share:.4g} of the full model's quality"
+            left.axhline(100 * share * self.quality(self.full), color="gray", linestyle=style, label=label)
+        left.set(xlabel=f"GFLOPs of one image ({self.image_tokens} visual tokens)", ylabel=f"{self.metric}, %")
+        left.set_ylim(bottom=0)
+        right.set(xlabel="k, decoder layers kept", ylabel="closeness to the full model's embeddings")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"Layer sweep on {self.data} ({self.split} split, {self.pool} pools)")
+        file = BytesIO()
+        figure.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
+        write_whole(Path(path), file.getvalue())
 
     def save(self, folder: str | Path) -> None:
         """Write sweep.json, sweep.md and sweep.png, for which matplotlib is needed; each whole or not at all."""
@@ -256,20 +211,9 @@ def si(number: float) -> str:
         >>> si(1_543_714_304), si(870), si(93_000_000)
         ('1.54 G', '870', '93 M')
     """
-    unit, size = _unit(number)
-    # Three digits of 999,700 would be 1e+03.
-    return (f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}").rstrip()
-
-
-def _unit(number: float) -> tuple[str, float]:
-    return next(((unit, size) for unit, size in _UNITS if number >= size), _UNITS[-1])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %".replace(".0 %", " %")
-
-
-# --- The picture ----------------------------------------------------------------------------------------------------
+    # Three digits of 999,700 would be 1e+03: it is 1 M.
+    unit, size = next((one for one in _UNITS if number >= 0.9995 * one[1]), _UNITS[-1])
+    return f"{number / size:.3g} {unit}".rstrip()
 
 
 def load_matplotlib() -> Any:
@@ -280,65 +224,3 @@ def load_matplotlib() -> Any:
         remedy = "Run `pip install 'puma-hf[plot]'`, or leave out the output."
         raise ImportError(f"The picture of a sweep needs matplotlib. {remedy}") from error
     return Figure
-
-
-def _drawn(report: SweepReport, file_format: str) -> bytes:
-    """The picture of a report as the bytes of a file: quality against operations, and closeness by k."""
-    # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
-    figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    best, full, unit, size = report.recommendation, report.full, *_unit(report.full.flops_image)
-    highest = 0.01
-    for number, model in enumerate(report.models):
-        colour, knee_at, ks = _COLOURS[number % len(_COLOURS)], report.knee(number), [row.k for row in model.rows]
-        xs, ys = [row.flops_image / size for row in model.rows], [100 * report.quality(row) for row in model.rows]
-        label = f"{model.name} (knee at k = {knee_at})" if knee_at else model.name
-        left.plot(xs, ys, "o-", color=colour, markersize=4.5, linewidth=1.8, label=label)
-        highest = max(highest, *ys)
-        # The first line has its numbers below on the right, the others above on the left.
-        place = {"xytext": (6, -14), "ha": "left"} if number == 0 else {"xytext": (-6, 8), "ha": "right"}
-        for row, x, y in zip(model.rows, xs, ys, strict=True):
-            is_chosen = (model.name, row.k) == (best.model, best.k)
-            for holds, mark, width, edge in ((row.k == knee_at, "D", 11, colour), (is_chosen, "o", 17, _INK)):
-                if holds:
-                    left.plot(x, y, mark, markersize=width, markeredgecolor=edge, markerfacecolor="none")
-            if len(ks) <= _FEW or row.k % 4 == 0 or is_chosen:
-                left.annotate(row.k, (x, y), textcoords="offset points", color=colour, fontsize=_SMALL, **place)
-        for column, style in (("cka", "o-"), ("cosine", "s--")):
-            values = [getattr(row, column) for row in model.rows]
-            if None not in values:
-                right.plot(ks, values, style, color=colour, markersize=4, linewidth=1.6)
-    for share, style in ((1.0, "--"), (report.keep, ":")):
-        height = 100 * share * report.quality(full)
-        label = f"{share:.3g} x full model, {height:.1f}"
-        left.axhline(height, color=_MUTED, linewidth=1, linestyle=style, label=label)
-    left.plot([], [], "D", color="none", markeredgecolor=_MUTED, label="knee")
-    left.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=11, label=f"recommended: k = {best.k}")
-    right.plot([], [], "o-", color=_MUTED, label="linear CKA")
-    right.plot([], [], "s--", color=_MUTED, label="mean cosine")
-    xlabel = f"{unit}FLOPs of one image ({report.image_tokens} visual tokens)"
-    left.set(ylim=(0, 1.1 * highest), xlabel=xlabel, ylabel=f"{report.metric}, {report.pool} pools, %")
-    right.set(xlabel="k, decoder layers kept", ylabel="closeness to the full model's embeddings")
-    right.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize=_SMALL)
-    figure.suptitle(_title(report), x=0.008, ha="left", fontsize=11, color=_INK, linespacing=1.5, wrap=True)
-    file = BytesIO()
-    # The file names no version and no date: the same figures make the same picture.
-    figure.savefig(file, format=file_format, dpi=150, metadata={"Software": None} if file_format == "png" else None)
-    return file.getvalue()
-
-
-def _title(report: SweepReport) -> str:
-    best, full = report.recommendation, report.full
-    row = next(row for model in report.models if model.name == best.model for row in model.rows if row.k == best.k)
-    kept = "" if best.kept is None else f" keeps {best.kept:.0%} of the {report.metric},"
-    return (
-        f"Layer sweep on {report.data} ({report.split} split, {report.num_queries:,} queries, "
-        f"{report.num_candidates:,} candidates)\nRecommended: k = {best.k} of {best.model}{kept} with "
-        f"{row.parameters / full.parameters:.0%} of the parameters, {row.flops_image / full.flops_image:.0%} (image) "
-        f"and {row.flops_text / full.flops_text:.0%} (text) of the FLOPs"
-    )

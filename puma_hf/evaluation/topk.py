@@ -56,20 +56,15 @@ def exact_search(
         Scores and indices, `(num_queries, min(top_k, num_candidates))`, on the queries' device.
 
     Raises:
-        ValueError: If a shape, `top_k` or `block_size` is out of range, or an embedding is not finite.
+        ValueError: If an embedding is not finite; the message names its row.
 
     Example:
         >>> pool = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
         >>> exact_search(torch.tensor([[1.0, 0.0]]), pool, top_k=2).indices
         tensor([[1, 2]])
     """
-    if query_embeddings.ndim != 2 or not len(query_embeddings) or min(top_k, block_size) < 1:
-        problem = (
-            f"query_embeddings is {tuple(query_embeddings.shape)}, top_k is {top_k} and block_size is {block_size}"
-        )
-        raise ValueError(f"{problem}; a search needs (num_queries, embedding_dim), and one of each or more")
     device = device or query_embeddings.device
-    queries = _unit_rows("query_embeddings", query_embeddings.to(device), 0, query_embeddings.shape[1])
+    queries = _unit_rows("query_embeddings", query_embeddings.to(device), 0)
     width = block_size
     if isinstance(candidates, Tensor):
         width = min(block_size, len(candidates))
@@ -78,14 +73,20 @@ def exact_search(
     num_candidates = 0
     with _full_float32():
         for start, block in candidates:
-            rows = _unit_rows("candidates", block.to(device), start, queries.shape[1])
+            rows = _unit_rows("candidates", block.to(device), start)
+            numbers = torch.arange(start, start + len(rows), device=device)
             # All products have one shape, of whole tiles: of another a copy's score may differ in its last digit, and
             # the tie with the copy would be lost.
             missing = -(-width // _TILE) * _TILE - len(rows)
             padded = pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
-            for first in range(0, len(queries), block_size):
-                part = slice(first, first + block_size)
-                _keep_best(keys[part], (queries[part] @ padded.T)[:, : len(rows)], start)
+            for part, best in zip(queries.split(block_size), keys.split(block_size), strict=True):
+                scores = (part @ padded.T)[:, : len(rows)]
+                # Most blocks hold nothing for most queries, and a maximum is found much quicker than the best k. A tie
+                # with the last one that is kept adds nothing, since rows only go up.
+                better = (_steps(scores.amax(dim=1)) > best[:, -1] >> _ROW_BITS).nonzero().flatten()
+                if len(better):
+                    found = _to_keys(scores[better], numbers).topk(min(top_k, len(rows)), dim=1).values
+                    best[better] = torch.cat([best[better], found], dim=1).topk(top_k, dim=1).values
             num_candidates += len(rows)
     return _from_keys(keys[:, :num_candidates].to(query_embeddings.device))
 
@@ -93,12 +94,7 @@ def exact_search(
 def merge_results(results: Sequence[SearchResult], top_k: int) -> SearchResult:
     """One result from those of disjoint parts of a pool, as if the pool had been searched at once.
 
-    Args:
-        results: Of the same queries, each searched with this `top_k`; `indices` are rows of the whole pool.
-        top_k: Number of candidates to return for each query, at most all of them.
-
-    Returns:
-        Scores and indices, `(num_queries, min(top_k, num_candidates))`.
+    All are of the same queries and `top_k`, and their `indices` are rows of the whole pool.
 
     Example:
         >>> query, pool = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
@@ -138,18 +134,6 @@ def less_popular(query_embeddings: Tensor, penalty: float) -> Tensor:
     return (units - penalty * units.mean(dim=0)).float()
 
 
-def _keep_best(keys: Tensor, scores: Tensor, start: int) -> None:
-    # Merges the scores of a block, `(num_queries, block_size)`, into the best keys `(num_queries, top_k)`, in place.
-    # Most blocks hold nothing for most queries, and a maximum is found much quicker than the best k. A tie with the
-    # last one that is kept adds nothing, since rows only go up.
-    better = (_steps(scores.amax(dim=1)) > keys[:, -1] >> _ROW_BITS).nonzero().flatten()
-    if len(better):
-        top_k, width = keys.shape[1], scores.shape[1]
-        rows = torch.arange(start, start + width, device=keys.device)
-        found = _to_keys(scores[better], rows).topk(min(top_k, width), dim=1).values
-        keys[better] = torch.cat([keys[better], found], dim=1).topk(top_k, dim=1).values
-
-
 def _to_keys(scores: Tensor, rows: Tensor) -> Tensor:
     # One integer holds the score and then the lower row. No two are equal, so `topk` has one answer; on floats it
     # leaves the order of ties to chance.
@@ -165,11 +149,7 @@ def _steps(scores: Tensor) -> Tensor:
     return (scores * _STEPS).round().clamp(-_STEPS, _STEPS).long()
 
 
-def _unit_rows(name: str, embeddings: Tensor, start: int, dim: int) -> Tensor:
-    if embeddings.ndim != 2 or embeddings.shape[1] != dim:
-        raise ValueError(
-            f"{name} is {tuple(embeddings.shape)}, must be (rows, {dim}) as the queries: encode both alike"
-        )
+def _unit_rows(name: str, embeddings: Tensor, start: int) -> Tensor:
     units = normalize(embeddings.float(), dim=1)
     # A sum is NaN where anything is, and needs no copy; infinity becomes NaN when it is normalised.
     if not bool(units.sum().isfinite()):

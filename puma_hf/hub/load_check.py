@@ -1,62 +1,51 @@
-"""Whether a directory loads where puma_hf is not installed, as it will for whoever downloads it.
+"""What both loaders make of a directory, and whether they do so where puma_hf is not installed.
 
-`check_loads` runs this very file as a script, `python -P load_check.py JOB.json`, in a process of its own: nothing of
-puma_hf may be imported here, and what is heavy only in `_load_both`.
+`check_loads` runs this very file as a script, `python -P load_check.py DIRECTORY FOUND.json`, in a process of its own:
+nothing of puma_hf may be imported here. `puma_hf.hub.check` takes its inputs and its comparison from here, too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-_SCRIPT = Path(__file__)
-# One loader packs inputs and the other pads them, which changes an entry of an embedding by less than this in float32.
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+Measure = Literal["difference", "1 - cosine", "relative difference"]
+
+FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+# Largest 1 - cosine in 16 bits, where a number of an embedding is little larger than its rounding.
+COSINE_TOLERANCE = 1e-2
+# One loader packs inputs and the other pads them, which changes a number by less than this in float32.
 _TOLERANCE = 1e-4
-# In 16 bits an entry is little larger than its rounding, so directions are compared: this bounds 1 - cosine.
-_COSINE_TOLERANCE = 1e-2
+_WORDS = ["a red apple", "on the", "table", "of", "two", "who painted", "7", "windows?"]
+_WORDS += ["é", "苹果", "1998,", "(north)"]
+_FIND, _ANSWER = "Find an image that matches the sentence.", "Retrieve a passage that answers the question."
+_SCRIPT = Path(__file__)
 
 
-@dataclass(frozen=True)
-class LoadCheck:
-    """What both loaders made of a directory: dimensions and data type, and by how much an entry differs at most."""
-
-    embedding_dim: int
-    dtype: str
-    difference: float
-
-    def __str__(self) -> str:
-        found = f"{self.embedding_dim} dimensions in {self.dtype}, largest difference {self.difference:.1e}"
-        return f"loads without puma_hf by AutoModel and SentenceTransformer: {found}"
-
-
-def check_loads(
-    directory: str | Path, *, offline: bool = True, token: str | None = None, shown_as: str | Path | None = None
-) -> LoadCheck:
+def check_loads(directory: Path, *, shown_as: str | Path, offline: bool = True, token: str | None = None) -> str:
     """Load a directory by AutoModel and SentenceTransformer in a fresh process, and compare what they embed.
 
     The process cannot import puma_hf, runs only the code that lies in the directory, and caches it in a new place.
-
-    Args:
-        directory: The directory, or a Hub id.
-        offline: Whether the process must not ask the Hub.
-        token: Hub token for it, if it may ask; by default that of `hf auth login` or of HF_TOKEN.
-        shown_as: What errors call the directory, if it is a copy.
-
-    Raises:
-        ValueError: If it does not load, or the two differ; the message has the reason.
+    `shown_as` is what errors call the directory, which may be a copy. Unless it is `offline`, the process may ask the
+    Hub, with the token. Returns a line about what was found; ValueError if the directory does not load, or if the two
+    differ, with the reason.
     """
-    shown = str(directory if shown_as is None else shown_as)
     with TemporaryDirectory(prefix="puma-hf-load-") as temporary:
-        work = Path(temporary)
-        name = str(Path(directory).resolve()) if Path(directory).is_dir() else str(directory)
-        job = {"directory": name, "output": str(work / "found.json")}
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        work, source = Path(temporary), str(directory.resolve())
         # A new cache of modules: an older copy of the directory's code would hide what is missing in it now.
         environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if offline:
@@ -65,64 +54,124 @@ def check_loads(
         elif token is not None:
             environment["HF_TOKEN"] = token
         # -P and an empty current directory: nothing lies there that an import could find instead.
-        command = [sys.executable, "-P", str(_SCRIPT), str(work / "job.json")]
+        command = [sys.executable, "-P", str(_SCRIPT), source, str(work / "found.json")]
         process = subprocess.run(command, cwd=work, env=environment, capture_output=True, check=False)
         found: dict[str, Any] = {"error": f"the process ended with {process.returncode}"}
         if process.returncode == 0:
             found = json.loads((work / "found.json").read_text(encoding="utf-8"))
-    if problem := found.get("error") or _problem(found):
-        problem = f"{shown!r} does not load where puma_hf is not installed ({problem.replace(name, shown)})."
+    if problem := found.get("error"):
+        problem = problem.replace(source, str(shown_as))
+    elif found["unread"]:
+        problem = f"it holds {len(found['unread'])} tensors that no loader reads, first {found['unread'][0]}"
+    else:
+        is_exact = found["dtype"] in ("float32", "float64")
+        measure, bound = ("difference", _TOLERANCE) if is_exact else ("1 - cosine", COSINE_TOLERANCE)
+        if not found[measure] <= bound:  # NaN, too
+            problem = (
+                f"AutoModel and SentenceTransformer read it differently, {measure} {found[measure]}, not {bound:g}"
+            )
+    if problem:
+        problem = f"{str(shown_as)!r} does not load where puma_hf is not installed ({problem})."
         raise ValueError(f"{problem} Write the directory again with puma-hf prune or merge.")
-    return LoadCheck(found["dim"], found["dtype"], found["difference"])
+    told = f"{found['dim']} dimensions in {found['dtype']}, largest difference {found['difference']:.1e}"
+    return f"loads without puma_hf by AutoModel and SentenceTransformer: {told}"
 
 
-def _problem(found: dict[str, Any]) -> str | None:
-    """What is wrong with what both loaders made of the inputs."""
-    if found["unread"]:
-        return f"it holds {len(found['unread'])} tensors that no loader reads, first {found['unread'][0]}"
-    is_exact = found["dtype"] in ("float32", "float64")
-    measure, tolerance = ("difference", _TOLERANCE) if is_exact else ("1 - cosine", _COSINE_TOLERANCE)
-    if not found[measure] <= tolerance:  # NaN, too
-        return f"AutoModel and SentenceTransformer read it differently, {measure} {found[measure]}, not {tolerance:g}"
-    return None
+# --- inputs, embeddings, differences
+
+
+def check_inputs(seed: int = 0) -> list[dict[str, Any]]:
+    """Texts of 1 to 40 words, pictures, both, and two pictures at once, some with an instruction.
+
+    The same seed gives the same inputs on every machine, as `PumaProcessor.process_inputs` takes them.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.hub.load_check import check_inputs
+
+    >>> [sorted(one) for one in check_inputs()[:2]]
+    [['text'], ['text']]
+    ```
+    """
+    rng = random.Random(seed)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choices(_WORDS, k=count))
+
+    def picture() -> Image.Image:
+        """Noise, which no two ways to resize and to normalise treat alike unless they are the same."""
+        width, height = rng.randint(56, 168), rng.randint(56, 168)
+        return Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+
+    return [
+        {"text": words(1)},
+        {"text": words(40)},
+        {"text": words(12), "instruction": _FIND},
+        {"image": [picture()]},
+        {"image": [picture()], "instruction": _FIND},
+        {"image": [picture()], "text": words(6)},
+        {"image": [picture()], "text": words(15), "instruction": _ANSWER},
+        {"image": [picture(), picture()], "text": words(7)},
+    ]
+
+
+def features_of(folder: str | Path, inputs: Sequence[Any], *, padding_side: str = "left") -> dict[str, Tensor]:
+    """One batch by a PUMA directory's own processor."""
+    processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.tokenizer.padding_side = padding_side
+    batch = processor.process_inputs(list(inputs))
+    return {name: batch[name] for name in FEATURES if name in batch}
+
+
+@torch.inference_mode()
+def embed_features(model: Any, features: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings `(batch_size, embedding_dim)` of a PUMA model, or of an adapter on one."""
+    embeddings = model(**{name: tensor.to(model.device) for name, tensor in features.items()}).embeddings
+    return torch.as_tensor(embeddings.float().cpu())
+
+
+def encode(model: SentenceTransformer, inputs: Sequence[Any]) -> Tensor:
+    """Embeddings of a SentenceTransformer, `(num_inputs, embedding_dim)`."""
+    found: Any = model.encode(list(inputs), convert_to_tensor=True, show_progress_bar=False)
+    return torch.as_tensor(found.float().cpu())
+
+
+def differences(found: Tensor, expected: Tensor, measure: Measure = "difference") -> Tensor:
+    """How far the embeddings of each input are apart, `(num_inputs,)`; without end if their lengths differ."""
+    if found.shape != expected.shape:
+        return torch.full((len(expected),), math.inf)
+    if measure == "difference":
+        return (found - expected).abs().amax(dim=1)
+    return (1 - torch.cosine_similarity(found, expected)).clamp(min=0)  # rounding may make a cosine larger than 1
+
+
+# --- the script
 
 
 def _load_both(directory: str) -> dict[str, Any]:
-    """Embed a text, an image and both by either loader."""
-    import torch
-    from PIL import Image
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel, AutoProcessor
-
-    image = Image.new("RGB", (64, 48), (200, 30, 30))
-    image.paste((20, 60, 200), (8, 8, 40, 40))
-    both = {"image": image, "text": "on a table", "instruction": "Find it."}
-    inputs: list[Any] = ["a red apple", {"image": image}, both]
-    model: Any = SentenceTransformer(directory, trust_remote_code=True, device="cpu")
-    encoded = model.encode(inputs, convert_to_tensor=True, show_progress_bar=False).float()
+    inputs = check_inputs()
+    model = SentenceTransformer(directory, trust_remote_code=True, device="cpu")
+    encoded = encode(model, inputs)
     model.to("meta")  # it holds itself in a cycle; its weights go before they are loaded again
-    processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-    loaded: Any = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
-    backbone, info = loaded[0].eval(), loaded[1]
-    with torch.inference_mode():
-        embeddings = backbone(**processor.process_inputs(inputs)).embeddings.float()
-    # Two of other shapes end here, with torch's own words.
-    cosine, difference = torch.cosine_similarity(embeddings, encoded), (embeddings - encoded).abs()
-    found: dict[str, Any] = {"difference": float(difference.max()), "1 - cosine": float((1 - cosine).max())}
+    backbone: Any
+    backbone, info = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+    embeddings = embed_features(backbone.eval(), features_of(directory, inputs))
+    measures: tuple[Measure, ...] = ("difference", "1 - cosine")
+    found: dict[str, Any] = {measure: float(differences(embeddings, encoded, measure).max()) for measure in measures}
     found |= {"dim": embeddings.shape[1], "dtype": str(backbone.dtype).removeprefix("torch.")}
     return {**found, "unread": sorted(info["unexpected_keys"])}
 
 
-def _main() -> None:
+def _main(directory: str, output: str) -> None:
     # An import of puma_hf now fails as it does where the package is not installed.
     sys.modules["puma_hf"] = None  # type: ignore[assignment]
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
-        found = _load_both(job["directory"])
+        found = _load_both(directory)
     except Exception as error:  # the parent tells it in its own words
         found = {"error": f"{type(error).__name__}: {error}"}
-    Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")
+    Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _main()
+    _main(*sys.argv[1:])

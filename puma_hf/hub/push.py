@@ -30,12 +30,11 @@ from puma_hf.files import (
     read_config,
 )
 from puma_hf.hub.card import CardOptions, make_card
-from puma_hf.hub.load_check import LoadCheck, check_loads
+from puma_hf.hub.load_check import check_loads
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 # What the Hub itself puts into a repository, or a person by its forms.
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
 # What is removed of an older push unless this one has it: a loader might take its settings or weights with ours.
@@ -47,23 +46,14 @@ _SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "tra
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was uploaded, or would be.
-
-    Args:
-        repo_id: The repository.
-        files: Name and bytes of each file, the card first.
-        left_out: What of the directory stayed here.
-        card: The card.
-        loaded: How the files loaded in a fresh process.
-        url: Address of the commit or of the pull request; None after a dry run.
-    """
+    """What was uploaded, or would be."""
 
     repo_id: str
-    files: tuple[tuple[str, int], ...]
-    left_out: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]  # name and bytes of each, the card first
+    left_out: tuple[str, ...]  # what of the directory stayed here
     card: str
-    loaded: LoadCheck
-    url: str | None
+    loaded: str  # what they gave in a fresh process
+    url: str | None  # of the commit or of the pull request; None after a dry run
 
     @property
     def num_bytes(self) -> int:
@@ -96,7 +86,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
 
     Raises:
         FileNotFoundError: If the directory is none of ours.
-        ValueError: If it does not load or changes meanwhile, or the repository holds something else.
+        ValueError: If it does not load, or the repository holds something else.
         OSError: If there is no token, it may not write there, or the Hub refuses what was sent or cannot be reached;
             huggingface_hub's own errors are among them.
 
@@ -108,36 +98,39 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     >>> print(push_to_hub("puma-k14-mac", "org/puma-k14", dry_run=True))  # doctest: +SKIP
     ```
     """
-    return push_configured(PushConfig(directory=directory, repo_id=repo_id, **settings), token=token)
-
-
-def push_configured(config: PushConfig, *, token: str | None = None) -> PushReport:
-    """What `push_to_hub` does, with its settings as one object; see there."""
-    token = token and token.strip()
-    folder = Path(config.directory)
+    config = PushConfig(directory=directory, repo_id=repo_id, **settings)
+    folder, hub, base, parent, url = Path(directory), HfApi(token=token), config.base_model, None, None
     is_adapter = is_adapter_directory(folder)
-    base = _base_of(folder, config.base_model) if is_adapter else None
-    # A dry run asks nobody, so it works without a token and without a network.
-    hub, there, url = None if config.dry_run else HfApi(token=token), None, None
-    if hub is not None:  # before the slow part: a token is soon mended
-        with _hub_errors(config.repo_id):
-            there = _look_up(hub, config, is_adapter)
-            if base is not None:
-                _check_base(hub, folder, base)
+    local_base = named_base(folder) if is_adapter else ""
+    if is_adapter and base is None:  # whoever downloads the adapter will need it
+        base = local_base
+        if not is_hub_id(base) or Path(base).is_dir():
+            problem = f"The adapter {str(folder)!r} belongs to {base!r}, which nobody else has."
+            raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
+    if not config.dry_run:  # which asks nobody, so it works without a token and without a network
+        # Before the slow part: a token is soon mended.
+        parent = _look_up(hub, config, is_adapter)
+        if is_adapter:
+            _check_base(hub, folder, str(base))
     with TemporaryDirectory(prefix="puma-hf-push-") as temporary:
-        staged, weights = Path(temporary), _stage(folder, Path(temporary), is_adapter)
-        local = base is None or Path(named_base(folder)).is_dir()
-        loaded = check_loads(staged, offline=local, token=token, shown_as=folder)
-        if base is not None:
-            _name_base(folder, staged, base)
-        card = _write_card(config, folder, staged, base)
+        staged, is_local = Path(temporary), Path(local_base).is_dir()
+        _stage(folder, staged)
+        if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
+            _name_base(folder, staged, str(Path(local_base).resolve()) if is_local else local_base)
+        loaded = check_loads(staged, shown_as=folder, offline=is_local or not is_adapter, token=token)
+        if is_adapter:
+            _name_base(folder, staged, str(base))
+        said = {entry.name: getattr(config, entry.name) for entry in fields(CardOptions)}
+        code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
+        options = CardOptions(**{**said, "base_model": base})
+        card, cited = make_card(folder, results=config.results or None, options=options, code=code)
+        for name, path in cited.items():
+            shutil.copyfile(path, staged / name)
+        (staged / CARD).write_bytes(card.encode())  # the same bytes on every system
         names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
         sizes = tuple((name, (staged / name).stat().st_size) for name in names)
-        if hub is not None:
-            if _state(weights) != weights:
-                raise ValueError(f"The weights in {str(folder)!r} changed while they were checked. Push again.")
-            with _hub_errors(config.repo_id):
-                url = _upload(hub, config, staged, there)
+        if not config.dry_run:
+            url = _upload(hub, config, staged, parent)
             logger.info("Pushed %s to %s", folder, url)
     left_out = tuple(sorted({path.name for path in folder.iterdir()} - set(names)))
     return PushReport(config.repo_id, sizes, left_out, card, loaded, url)
@@ -160,72 +153,19 @@ def travelling_files() -> dict[str, str]:
     return {name: ours.sub(r"from .\1_puma import", path.read_text(encoding="utf-8")) for name, path in sources.items()}
 
 
-def _stage(folder: Path, staged: Path, is_adapter: bool) -> dict[Path, tuple[int, int]]:
-    """Lay out the files as they will be downloaded; what is loaded there is what is sent.
-
-    Weights are links, as they are large, and their state is returned; all else is a copy that nobody changes.
-    """
-    weights = []
+def _stage(folder: Path, staged: Path) -> None:
+    """Lay out the files as they will be downloaded; what is loaded there is what is sent."""
     for name in model_files(folder):
         # "org/repo--file.Class": whoever loads it would run code that is not in what is pushed, and may change.
         if name.endswith("config.json") and _OTHERS_CODE.search((folder / name).read_text(encoding="utf-8")):
             raise ValueError(f"auto_map in {str(folder / name)!r} names code of another repository: save its own.")
-        if name.endswith(".safetensors"):
-            weights.append(folder / name)
+        if name.endswith(".safetensors"):  # a link, as weights are large; all else is a copy that nobody changes
             (staged / name).symlink_to((folder / name).resolve())
         else:
             shutil.copyfile(folder / name, staged / name)
     if (staged / "inputs_puma.py").is_file():  # the model's code, which that of the losses lies beside
         for name, code in travelling_files().items():
             (staged / name).write_text(code, encoding="utf-8")
-    if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
-        base = named_base(folder)
-        _name_base(folder, staged, str(Path(base).resolve()) if Path(base).is_dir() else base)
-    return _state(weights)
-
-
-def _state(weights: Any) -> dict[Path, tuple[int, int]]:
-    return {path: (stat.st_size, stat.st_mtime_ns) for path in weights for stat in [path.stat()]}
-
-
-def _write_card(config: PushConfig, folder: Path, staged: Path, base: str | None) -> str:
-    """Write the card, and the result files that it cites, to what is sent."""
-    said = {entry.name: getattr(config, entry.name) for entry in fields(CardOptions)}
-    options = CardOptions(**{**said, "base_model": base or config.base_model})
-    code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
-    card = make_card(folder, results=config.results or None, options=options, code=code)
-    for name, path in card.files.items():
-        shutil.copyfile(path, staged / name)
-    (staged / CARD).write_bytes(card.text.encode())  # the same bytes on every system
-    return card.text
-
-
-def _base_of(adapter: Path, base_model: str | None) -> str:
-    """The Hub id of an adapter's base, which whoever downloads the adapter will need."""
-    base = base_model or named_base(adapter)
-    if not is_hub_id(base) or (base_model is None and Path(base).is_dir()):
-        problem = f"The adapter {str(adapter)!r} belongs to {base!r}, which nobody else has."
-        raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
-    return base
-
-
-def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
-    """Raise if the base is not on the Hub, or holds other weights than the adapter was trained on.
-
-    Nothing is downloaded: the Hub knows the SHA-256 of its large files.
-    """
-    # An adapter on other weights loads, and gives other embeddings in silence.
-    siblings = hub.model_info(base, files_metadata=True).siblings or []
-    weights = {one.rfilename: one.lfs for one in siblings if fnmatch(one.rfilename, "model*.safetensors")}
-    digest = hashlib.sha256()
-    for name, large in sorted(weights.items()):  # as `puma_hf.trainer.lora_puma.weights_sha256` has it
-        digest.update(name.encode() + bytes.fromhex(large["sha256"] if large else ""))
-    if (expected := read_config(adapter, BASE_FILE).get("sha256")) is None:
-        logger.warning("Whether %s holds the weights that the adapter was trained on is not known.", base)
-    elif digest.hexdigest() != expected:
-        raise ValueError(
-            f"The adapter was not trained on the weights in {base!r} on the Hub. Push its own, and name it."
-        )
 
 
 def _name_base(folder: Path, staged: Path, base: str) -> None:
@@ -236,15 +176,24 @@ def _name_base(folder: Path, staged: Path, base: str) -> None:
 # --- the Hub
 
 
+@contextmanager
+def _network_told() -> Iterator[None]:
+    """Make an OSError of those of the network, as the Hub's own answers are, and say that nothing was half written."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    # The HTTP client, whose errors these are, differs between versions of huggingface_hub. Of large files an upload
+    # wraps them, and the Hub's answers, in a RuntimeError.
+    except Exception as error:
+        problem = f"The push to the Hub failed ({error.__cause__ or error})."
+        raise ConnectionError(f"{problem} Run it again: a commit is whole or not there.") from error
+
+
+@_network_told()
 def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     """The commit that the push follows, if there is one; raise if nothing may, or should, be pushed there."""
-    # The Hub would refuse the commit, too, but only after minutes of loading and hashing.
-    user, namespace = hub.whoami(), config.repo_id.partition("/")[0]
-    members = {user["name"], *(entry["name"] for entry in user.get("orgs", []))}
-    if namespace not in members and not config.create_pr:
-        problem = f"{user['name']!r} is no member of {namespace!r}, so it may not write to {config.repo_id!r}."
-        remedy = f"Choose one of {', '.join(sorted(members))}, or propose it with create_pr=True (--create-pr)."
-        raise PermissionError(f"{problem} {remedy}")
+    hub.whoami()  # the Hub would refuse the commit, too, but only after minutes of loading and hashing
     try:
         info: Any = hub.repo_info(config.repo_id)
     except RepositoryNotFoundError:
@@ -264,7 +213,26 @@ def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     return str(info.sha)
 
 
+@_network_told()
+def _check_base(hub: HfApi, adapter: Path, base: str) -> None:
+    """Raise if the base is not on the Hub, or holds other weights than the adapter was trained on.
+
+    An adapter on other weights loads, and gives other embeddings in silence. Nothing is downloaded: the Hub knows the
+    SHA-256 of its large files.
+    """
+    siblings = hub.model_info(base, files_metadata=True).siblings or []
+    weights = {one.rfilename: one.lfs for one in siblings if fnmatch(one.rfilename, "model*.safetensors")}
+    digest = hashlib.sha256()
+    for name, large in sorted(weights.items()):  # as `puma_hf.trainer.lora_puma.weights_sha256` has it
+        digest.update(name.encode() + bytes.fromhex(large["sha256"] if large else ""))
+    if read_config(adapter, BASE_FILE).get("sha256") not in (None, digest.hexdigest()):
+        problem = f"The adapter was not trained on the weights in {base!r} on the Hub."
+        raise ValueError(f"{problem} Push its own, and name it.")
+
+
+@_network_told()
 def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) -> str:
+    """Make one commit, whole or not at all; its address."""
     if not config.create_pr:
         hub.create_repo(config.repo_id, private=config.private, exist_ok=True)
         # The Hub makes the references of pull requests itself, and has no branch of such a name.
@@ -275,18 +243,3 @@ def _upload(hub: HfApi, config: PushConfig, staged: Path, parent: str | None) ->
     # With its parent, what was looked at is what is changed.
     info: Any = hub.upload_folder(repo_id=config.repo_id, folder_path=staged, parent_commit=parent, **options)
     return str(info.pr_url or info.commit_url)
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Make an OSError of those of the network, as the Hub's own answers are, and say that nothing was half written."""
-    try:
-        yield
-    except Exception as error:
-        # The HTTP client differs between versions of huggingface_hub, so its classes cannot be imported; of large files
-        # an upload wraps them, and the Hub's answers, in a RuntimeError.
-        is_wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
-        if isinstance(error, OSError) or not (is_wrapped or type(error).__module__.startswith(_CLIENTS)):
-            raise
-        problem = f"The push to {repo_id!r} failed ({error.__cause__ if is_wrapped else error})."
-        raise ConnectionError(f"{problem} Run it again: a commit is whole or not there.") from error

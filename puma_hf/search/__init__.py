@@ -1,30 +1,13 @@
 """Search a corpus by text, by picture, or by both: an index in LanceDB, exact answers, a page to show them, a Space."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from puma_hf import resolver
-
-__all__ = ["Answer", "Answers", "AppConfig", "Index", "IndexConfig", "IndexReport", "Query", "SearchConfig", "Searcher"]
-__all__ += ["build_index", "open_index", "open_searcher", "serving", "write_space"]
+from puma_hf.configs import AppConfig, IndexConfig, SearchConfig
+from puma_hf.search.answers import Answer, Answers
+from puma_hf.search.build import IndexReport, build_index
+from puma_hf.search.index import Index, open_index
+from puma_hf.search.page import serving
+from puma_hf.search.query import Query, Searcher, open_searcher
+from puma_hf.search.space import write_space
 
 # `search` and `launch`, the functions of a SearchConfig and of an AppConfig, are in `query` and `page`.
-_NAMES = dict.fromkeys(("AppConfig", "IndexConfig", "SearchConfig"), "puma_hf.configs")
-_NAMES |= dict.fromkeys(("Answer", "Answers"), "puma_hf.search.answers")
-_NAMES |= dict.fromkeys(("IndexReport", "build_index"), "puma_hf.search.build")
-_NAMES |= dict.fromkeys(("Index", "open_index"), "puma_hf.search.index")
-_NAMES |= dict.fromkeys(("Query", "Searcher", "open_searcher"), "puma_hf.search.query")
-_NAMES |= {"serving": "puma_hf.search.page", "write_space": "puma_hf.search.space"}
-
-__getattr__ = resolver(__name__, _NAMES)
-
-
-if TYPE_CHECKING:
-    from puma_hf.configs import AppConfig, IndexConfig, SearchConfig
-    from puma_hf.search.answers import Answer, Answers
-    from puma_hf.search.build import IndexReport, build_index
-    from puma_hf.search.index import Index, open_index
-    from puma_hf.search.page import serving
-    from puma_hf.search.query import Query, Searcher, open_searcher
-    from puma_hf.search.space import write_space
+__all__ = ["Answer", "Answers", "AppConfig", "Index", "IndexConfig", "IndexReport", "Query", "SearchConfig", "Searcher"]
+__all__ += ["build_index", "open_index", "open_searcher", "serving", "write_space"]

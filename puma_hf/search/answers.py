@@ -13,7 +13,6 @@ from PIL import Image
 from puma_hf.modeling.inputs_puma import load_rgb_image
 
 KINDS = {"any": "items", "text": "texts", "image": "pictures"}  # what answers to each target are called
-_ICON_SIZE = 128  # pixels of the longer side
 
 # A page that fetches nothing and runs nothing: what an item holds is not to be trusted.
 _PAGE = """<!DOCTYPE html>
@@ -46,8 +45,8 @@ class Answer:
     image: str | None  # path of its picture
 
     def __str__(self) -> str:
-        words = [f"{self.rank:>3}", f"{self.score:.4f}", f"{self.modality:<10}", one_line(self.id)]
-        return "  ".join(word for word in (*words, shorten(self.text or "", 100), one_line(self.image or "")) if word)
+        words = [f"{self.rank:>3}", f"{self.score:.4f}", f"{self.modality:<10}", shorten(self.id)]
+        return "  ".join(word for word in (*words, shorten(self.text or "", 100), shorten(self.image or "")) if word)
 
 
 @dataclass(frozen=True)
@@ -69,54 +68,46 @@ class Answers:
         return asdict(self)
 
 
-def one_line(text: str) -> str:
-    """A text without line breaks, and without characters that would steer a terminal."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def shorten(text: str, length: int) -> str:
-    """The beginning of a text in one line."""
+def shorten(text: str, length: int = 1000) -> str:
+    """The beginning of a text in one line, without characters that would steer a terminal."""
     # Of a text of a million characters only the beginning is looked at.
-    shown = one_line(text[: 2 * length])
+    shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * length]).split())
     return shown if len(shown) <= length and len(text) <= 2 * length else shown[: length - 1].rstrip() + "…"
 
 
 def to_html(answers: Answers, *, picture: Any = None) -> str:
     """A page of answers, with small copies of the pictures inside, that needs no other file."""
-    title = f"“{_shown(answers.query)}”" if answers.query and answers.query.strip() else "Answers to a picture"
     # Every text of a user or of an item goes through `escape`, in attributes, too.
-    notes = [_shown(answers.instruction)] if answers.instruction else []
-    notes.append(f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}")
+    title = f"“{_shown(answers.query)}”" if answers.query and answers.query.strip() else "Answers to a picture"
     head = "" if picture is None else _image(picture, answers.image or "picture")
-    head += "".join(f'<p class="note">{note}</p>' for note in notes)
-    return _PAGE.format(title=title, head=head, answers="\n".join(map(_item, answers.answers)))
-
-
-def _item(answer: Answer) -> str:
-    picture = "" if answer.image is None else _image(answer.image, answer.text or answer.id)
-    text = "" if answer.text is None else f"<p>{_shown(answer.text)}</p>"
-    return f'<li>{picture}{text}<p class="note">{answer.rank}. {_shown(answer.id)} · {answer.score:.4f}</p></li>'
+    head += f'<p class="note">{_shown(answers.instruction)}</p>' if answers.instruction else ""
+    counts = f"The best {len(answers.answers):,} of {answers.num_candidates:,} {KINDS[answers.target]}"
+    items = []
+    for one in answers.answers:
+        image = "" if one.image is None else _image(one.image, one.text or one.id)
+        text = "" if one.text is None else f"<p>{_shown(one.text)}</p>"
+        items.append(f'<li>{image}{text}<p class="note">{one.rank}. {_shown(one.id)} · {one.score:.4f}</p></li>')
+    return _PAGE.format(title=title, head=f'{head}<p class="note">{counts}</p>', answers="\n".join(items))
 
 
 def _image(image: Any, description: str) -> str:
-    try:
-        small = small_copy(image, 320)
-    except (OSError, ValueError):  # it may have been moved since it was indexed
+    if (small := small_copy(image, 320)) is None:
         return f'<p class="note">This picture cannot be read: {_shown(str(image))}</p>'
-    # Small icons as PNG: JPEG would leave clouds around their lines, and save little.
-    kind = "png" if max(small.size) <= _ICON_SIZE else "jpeg"
     buffer = io.BytesIO()
-    small.save(buffer, kind, quality=85)
-    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    small.save(buffer, "webp", quality=85)
+    source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f'<img src="{source}" alt="{_shown(description)}">'
 
 
-def small_copy(image: Any, size: int) -> Image.Image:
-    """A copy of a picture (PIL, path or bytes), at most so many pixels long; ValueError or OSError if it is none.
+def small_copy(image: Any, size: int) -> Image.Image | None:
+    """A copy of a picture (PIL, path or bytes), at most so many pixels long; None if it cannot be read, as it is gone.
 
     What its file says besides, such as the place that a camera wrote into it, is left out.
     """
-    small = load_rgb_image(image, "picture").copy()
+    try:
+        small = load_rgb_image(image, "picture").copy()
+    except (OSError, ValueError):
+        return None
     small.thumbnail((size, size))
     return small
 

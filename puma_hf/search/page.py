@@ -14,8 +14,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from puma_hf.configs import AppConfig
 from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
@@ -46,8 +44,8 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
         OSError: If the port is in use.
     """
     load_gradio()  # what is missing is told before the model is loaded
-    loading: dict[str, Any] = {"model": config.model, "trust_remote_code": config.trust_remote_code}
-    searcher = open_searcher(config.index, backend=config.backend, **loading)
+    names = ("model", "backend", "trust_remote_code")
+    searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
     with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
         (started or logger.info)(url)
         threading.Event().wait()
@@ -55,19 +53,9 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
 
 @contextmanager
 def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
-    """Serve the page from a thread for as long as the block runs.
+    """Serve the page of a searcher from a thread for as long as the block runs; yields its address.
 
-    Args:
-        searcher: Whom the page asks.
-        config: Address and limits; its index is not read.
-
-    Yields:
-        The address.
-
-    Raises:
-        ImportError: If Gradio is missing.
-        OSError: If the port is in use.
-        ValueError: If the index is empty.
+    Of the configuration the index is not read. The errors are those of `launch`.
 
     Example:
         >>> from puma_hf.search import AppConfig, open_searcher, serving
@@ -75,8 +63,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
         ...     print(url)
         http://127.0.0.1:7860
     """
-    page = make_page(searcher, config)
-    gr = load_gradio()
+    gr, page = load_gradio(), make_page(searcher, config)
     # Of the visitor's own system: Gradio's fonts would be fetched from elsewhere, which tells who looks at the page.
     fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     options: Any = {"theme": gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts), "footer_links": []}
@@ -92,7 +79,6 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
 def make_page(searcher: Searcher, config: AppConfig) -> Any:
     """Build the page, `gr.Blocks`, that asks a searcher."""
     gr = load_gradio()
-
     searcher.index.num_candidates()  # an index that is empty has no page
     # Uploads are removed after an hour: a page that is open to all would fill the disk.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_UPLOADS_LIVE // 4, _UPLOADS_LIVE)) as page:
@@ -125,7 +111,10 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
                 found = searcher.search(query, target=target, top_k=config.top)
             # What a visitor can mend is told; all else is a fault of ours and stays in the log.
             except (ValueError, OSError) as error:
-                raise gr.Error(_words_of(error, searcher.index.folder, picture), print_exception=False) from error
+                words = str(error)
+                for path in (str(picture), str(searcher.index.folder.resolve()), str(searcher.index.folder)):
+                    words = words.replace(path, Path(path).name)  # no path of the server
+                raise gr.Error(escape(shorten(words, 500)), print_exception=False) from error
             cards, rows = _cards_and_rows(found)
             return (
                 f"{len(found.answers):,} of {found.num_candidates:,} {KINDS[found.target]}, best first",
@@ -138,7 +127,7 @@ def make_page(searcher: Searcher, config: AppConfig) -> Any:
             pictures, texts = remembered
             # A picture's place is a number, that of a cell its row and column.
             answer = texts[event.index[0]] if isinstance(event.index, list) else pictures[event.index]
-            shown = _small(answer.image, 1024)
+            shown = answer.image and small_copy(answer.image, 1024)
             return answer.text, shown, *ask(answer.text, shown and answer.image, instruction, target)
 
         again.__annotations__["event"] = gr.SelectData  # Gradio asks for the type itself, not its name
@@ -156,13 +145,13 @@ def _cards_and_rows(found: Answers) -> tuple[list[Any], list[Any]]:
     cards, rows = [], []
     for answer in found.answers:
         # A small copy goes out, without what a camera wrote into the file, such as a place.
-        shown = _small(answer.image, 320)
-        words = shorten(answer.text or "", 280)
-        if shown is not None:
-            cards.append((answer, shown, f"{answer.rank} · {answer.score:.3f} · {words or shorten(answer.id, 80)}"))
+        shown = answer.image and small_copy(answer.image, 320)
+        name, words = shorten(answer.id, 80), shorten(answer.text or "", 280)
+        if shown:
+            cards.append((answer, shown, f"{answer.rank} · {answer.score:.3f} · {words or name}"))
         else:
             words = "This picture is gone, or cannot be read." if answer.image else words
-            rows.append((answer, str(answer.rank), f"{answer.score:.3f}", shorten(answer.id, 80), words))
+            rows.append((answer, str(answer.rank), f"{answer.score:.3f}", name, words))
     return cards, rows
 
 
@@ -179,18 +168,3 @@ def load_gradio() -> Any:
     except ImportError as error:
         raise ImportError(f"The page needs Gradio ({error}). Run: pip install 'puma-hf[app]'") from error
     return gradio
-
-
-def _small(path: str | None, size: int) -> Image.Image | None:
-    """A small copy of a picture; None if there is none, or it is gone or cannot be read."""
-    with suppress(OSError, ValueError):
-        return None if path is None else small_copy(path, size)
-    return None
-
-
-def _words_of(error: Exception, folder: Path, picture: Any) -> str:
-    """An error as the page says it: no path of the server, and no HTML."""
-    words = str(error)
-    for path in (str(picture), str(folder.resolve()), str(folder)):
-        words = words.replace(path, Path(path).name)
-    return escape(shorten(words, 500))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
-from puma_hf.modeling.inputs_puma import load_rgb_image
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
-MAX_QUERY_LENGTH = 100_000  # characters; what a model takes of a text is far less
 _SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
 
 
@@ -27,8 +24,7 @@ _SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks
 class Query:
     """What to look for: words, a picture (PIL, path or bytes), or both; and, as the model was trained, an instruction.
 
-    Raises:
-        ValueError: If there is nothing to look for, or the words are too many.
+    ValueError if there is nothing to look for.
 
     Example:
 
@@ -47,21 +43,12 @@ class Query:
     def __post_init__(self) -> None:
         if not (self.text and self.text.strip()) and self.image is None:
             raise ValueError(f"text={self.text!r} and image=None: nothing to look for. Give words, a picture, or both.")
-        for name, text in (("text", self.text), ("instruction", self.instruction)):
-            if text is not None and len(text) > MAX_QUERY_LENGTH:
-                problem = f"{name} of a query has {len(text):,} characters, must be at most {MAX_QUERY_LENGTH:,}."
-                raise ValueError(f"{problem} Look for a part of it.")
 
     def model_input(self) -> dict[str, Any]:
-        """The query as one input of a model, its picture read; FileNotFoundError or ValueError if it cannot be."""
+        """The query as one input of a model."""
         text = self.text if self.text and self.text.strip() else None
-        values = {"image": self._picture, "text": text, "instruction": self.instruction}
+        values = {"image": self.image, "text": text, "instruction": self.instruction}
         return {name: value for name, value in values.items() if value is not None}
-
-    @cached_property
-    def _picture(self) -> Any:
-        """The picture, which is read once, whoever asks for it first."""
-        return None if self.image is None else load_rgb_image(self.image, "image of the query")
 
 
 class Searcher:
@@ -89,7 +76,6 @@ class Searcher:
         rescore_multiplier: int = RESCORE_MULTIPLIER,
         trust_remote_code: bool = False,
     ) -> None:
-        # What is cheap to check comes before a model is loaded.
         if backend == "ann" and len(index) and index.ann == "none":
             remedy = "Run puma-hf index again with --ann hnsw, int8 or binary; or search exactly (--backend exact)."
             raise ValueError(f"{index.named} has nothing for approximate search. {remedy}")
@@ -99,12 +85,9 @@ class Searcher:
                 problem = f"The model {model!r} of the index {str(index.folder)!r} is gone."
                 raise FileNotFoundError(f"{problem} Pass model (--model), where it is now.")
             # The data type, too, must be that of the index: in another one the fingerprint is another.
-            loading: Any = {
-                "trust_remote_code": trust_remote_code,
-                "model_kwargs": {"dtype": index.description["dtype"]},
-            }
-            revision = index.description["revision"] if model == index.model else None
-            model = open_sentence_transformer(model, revision=revision, **loading).eval()
+            loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
+            loading["revision"] = index.description["revision"] if model == index.model else None
+            model = open_sentence_transformer(model, trust_remote_code=trust_remote_code, **loading).eval()
         self.model = model
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
         if model_fingerprint(self.model) != index.fingerprint:
@@ -118,10 +101,7 @@ class Searcher:
         options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": dim, "normalize_embeddings": bool(dim)}
         # One query is one call of `encode`: what a search costs besides is the comparison.
         model_input = (Query(text=query) if isinstance(query, str) else query).model_input()
-        try:
-            return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
-        except ValueError as error:
-            raise ValueError(f"The query cannot be embedded: {str(error).removeprefix('inputs[0]: ')}") from error
+        return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
 
     def search(self, query: Query | str, *, target: Target = "any", top_k: int = 10) -> Answers:
         """Compare a query with all candidates, or with those that approximate search proposes.
@@ -139,14 +119,13 @@ class Searcher:
             ValueError: If the query cannot be embedded, there is no such candidate, or a file of the index is damaged.
         """
         query = Query(text=query) if isinstance(query, str) else query
-        num_candidates = self.index.num_candidates(target)
-        row = self.embed(query)[0]
+        num_candidates, row = self.index.num_candidates(target), self.embed(query)[0]
         found = self.index.nearest(row, target, top_k, rescored=self._rescored)
         # A graph may not lead to enough of them, which is rare and cheap to find out.
         if len(found) < min(top_k, num_candidates):
             found = self.index.nearest(row, target, top_k)
-        image = str(query.image) if isinstance(query.image, str | Path) else type(query.image).__name__
         answers = tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1))
+        image = str(query.image) if isinstance(query.image, str | Path) else type(query.image).__name__
         image_name = None if query.image is None else image
         return Answers(query.text, image_name, query.instruction, target, num_candidates, answers)
 
@@ -162,12 +141,9 @@ def search(config: SearchConfig) -> Answers:
         ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
             or if the query cannot be embedded.
     """
-    index = open_index(config.index)
-    index.num_candidates(config.target)
+    names = ("model", "backend", "rescore_multiplier", "trust_remote_code")
+    searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
-    query.model_input()  # what is wrong is told before the model is loaded
-    names = ("backend", "rescore_multiplier", "trust_remote_code")
-    searcher = Searcher(index, config.model or index.model, **{name: getattr(config, name) for name in names})
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:
         write_whole(Path(config.html), to_html(answers, picture=config.image).encode("utf-8", "backslashreplace"))

@@ -40,14 +40,11 @@ app_file: app.py
 
 # {title}
 
-{line}.
+{line}. `puma-hf app --space` has written the page (`app.py`) and, in `index/`, the embeddings, texts and pictures that
+it searches{model}. All of a public Space can be downloaded: name the licence of that above.
 
-This folder was written by `puma-hf app --space`: the page (`app.py`) and, in `index/`, the embeddings, texts and
-pictures that it searches{model}. All of a public Space can be downloaded: name the licence of that above.
-
-Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`. If
-the Python package index has no puma-hf {version}, name its source in `requirements.txt`, such as
-`puma-hf[app,search] @ git+https://ADDRESS`. Run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
+Put it on the Hub with `hf repos create ORG/NAME --type space --sdk gradio` and `hf upload ORG/NAME . --type space`, or
+run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
 
 
@@ -84,35 +81,31 @@ def write_space(
     """
     index.num_candidates()  # an empty one is refused
     sdk = load_gradio().__version__
+    is_copied = model is None and Path(index.model).is_absolute()
+    name = "./model" if is_copied else model or index.model
+    more = "" if instruction is None else f", instruction={instruction!r}"
+    more += ", trust_remote_code=True" if trust_remote_code else ""
+    told = {"title": TITLE, "sdk": sdk, "model": ", and the model" if is_copied else ""}
+    told["line"] = count_line(index, index.model if is_copied else name)
+    told["models"] = "" if is_copied else f"models:\n- {name}\n"
     # Written beside its place and renamed: a Space that lacks half of its pictures would be published unnoticed.
     with new_directory(folder, overwrite=False, forbidden=index.folder) as draft:
-        name = _copy_index(index, draft / "index", model)
-        more = "" if instruction is None else f", instruction={instruction!r}"
-        more += ", trust_remote_code=True" if trust_remote_code else ""
-        is_copied = name.startswith(".")
-        told = {"title": TITLE, "sdk": sdk, "version": __version__}
-        told["line"] = count_line(index, index.model if is_copied else name)
-        told["models"] = "" if is_copied else f"models:\n- {name}\n"
-        told["model"] = ", and the model" if is_copied else ""
+        if is_copied:
+            (draft / "index" / "model").mkdir(parents=True)
+            for file in model_files(Path(index.model)):
+                shutil.copyfile(Path(index.model, file), draft / "index" / "model" / file)
+        _copy_index(index, draft / "index", name)
         (draft / "app.py").write_text(_APP.format(port=FIRST_PORT, more=more), encoding="utf-8")
         (draft / "requirements.txt").write_text(f"puma-hf[app,search]=={__version__}\n", encoding="utf-8")
         (draft / "README.md").write_text(_README.format(**told), encoding="utf-8")
     return Path(folder)
 
 
-def _copy_index(index: Index, folder: Path, model: str | None) -> str:
-    """Copy an index so that no path in it leads outside; what it calls its model now."""
-    source = Path(index.model)
-    name = model or ("./model" if source.is_absolute() else index.model)
-    (folder / "model" if name.startswith(".") else folder).mkdir(parents=True)
-    if name.startswith("."):
-        if not source.is_dir():
-            raise FileNotFoundError(f"The model {index.model!r} of the index is gone. Name it on the Hub (--model).")
-        for file in model_files(source):
-            shutil.copyfile(source / file, folder / "model" / file)
+def _copy_index(index: Index, folder: Path, model: str) -> None:
+    """Copy an index so that no path in it leads outside."""
     # A branch or commit is one of the model that was named before, and paths say where this machine keeps its files.
-    revision = index.description["revision"] if name == index.model else None
-    about = {**index.description, "model": name, "revision": revision, "data": Path(index.description["data"]).name}
+    revision = index.description["revision"] if model == index.model else None
+    about = {**index.description, "model": model, "revision": revision, "data": Path(index.description["data"]).name}
     table = create_table(folder, about, index.table.schema.field("vector").type.list_size)
     schema = table.schema
     # A thousand rows at a time: the vectors of a million items are gigabytes.
@@ -122,4 +115,3 @@ def _copy_index(index: Index, folder: Path, model: str | None) -> str:
         columns = {**{name: batch[name] for name in schema.names}, "image": pa.array(images, pa.string())}
         table.add(pa.table(columns, schema=schema))
     tag_complete(table)
-    return name

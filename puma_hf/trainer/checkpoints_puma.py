@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from pathlib import Path
@@ -29,27 +28,20 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         >>> last_whole_checkpoint("a-folder-without-checkpoints") is None
         True
     """
-    for checkpoint in _checkpoints(Path(folder)):
+    whole = []
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        if (name := CHECKPOINT_NAME.fullmatch(checkpoint.name)) is None or not checkpoint.is_dir():
+            continue
         if (reason := why_not_whole(checkpoint)) is None:
-            return str(checkpoint)
-        logger.warning("Passing over %s: %s.", checkpoint, reason)
-    return None
-
-
-def require_whole_checkpoint(checkpoint: str | Path) -> str:
-    """The same path, or a ValueError that names the last whole checkpoint beside it."""
-    folder = Path(checkpoint)
-    reason = why_not_whole(folder) if folder.is_dir() else "there is no such folder"
-    if reason is not None:
-        last = last_whole_checkpoint(folder.parent)
-        remedy = f"The last whole one is {last!r}: resume from that." if last else "There is no whole one: start again."
-        raise ValueError(f"The checkpoint {str(checkpoint)!r} is not whole: {reason}. {remedy}")
-    return str(checkpoint)
+            whole.append((_read_marker(checkpoint).get("number", 0), int(name[1]), str(checkpoint)))
+        else:
+            logger.warning("Passing over %s: %s.", checkpoint, reason)
+    return max(whole)[-1] if whole else None
 
 
 def why_not_whole(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not whole, or None if it is."""
-    sizes = _read(Path(checkpoint)).get("files")
+    sizes = _read_marker(Path(checkpoint)).get("files")
     if not isinstance(sizes, dict):
         return f"it has no {MARKER}, which is written last"
     for name, noted in sizes.items():
@@ -69,31 +61,14 @@ def mark_whole(checkpoint: str | Path) -> None:
             os.fsync(file.fileno())  # a power cut must not leave a marker without its files
     # Checkpoints are numbered as they are written: a run that went back to an earlier one writes smaller steps anew,
     # and times of change do not survive a copy of the folder.
-    others = [_number(other) for other in _checkpoints(folder.parent) if other.name != folder.name]
-    number = 1 + max((other for other in others if other < math.inf), default=0)
+    number = 1 + max(_read_marker(other).get("number", 0) for other in folder.parent.glob("checkpoint-*"))
     sizes = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size} for path in files}
     temporary = folder / f"{MARKER}.unfinished"
     temporary.write_text(json.dumps({"number": number, "files": sizes}, indent=1), encoding="utf-8")
     os.replace(temporary, folder / MARKER)
 
 
-def unmark(checkpoint: str | Path) -> None:
-    """Take back that a checkpoint is whole, before its files are written anew."""
-    Path(checkpoint, MARKER).unlink(missing_ok=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, the one that was written last first, and before it those of unknown age."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_number(path), int(path.name[11:])), reverse=True)
-
-
-def _number(checkpoint: Path) -> float:
-    marker = _read(checkpoint)
-    return float(marker.get("number", 0)) if marker else math.inf
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
+def _read_marker(checkpoint: Path) -> dict[str, Any]:
     try:
         content = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

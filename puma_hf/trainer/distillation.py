@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from puma_hf.configs import TeacherMode
@@ -22,7 +21,7 @@ from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
 from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
-from puma_hf.trainer.teachers import Teacher, TeacherSource, find_teacher, is_of_adapter
+from puma_hf.trainer.teachers import FrozenTeacher, Teacher, TeacherSource, find_teacher, is_of_adapter
 from puma_hf.trainer.trainer_puma import PumaTrainer
 
 logger = logging.getLogger(__name__)
@@ -52,17 +51,16 @@ class PumaDistillationTrainer(PumaTrainer):
               with a warning: another model, or the original checkpoint for a student that has been trained and merged
               since, or is held in 4 bits.
             - `"cached"`: once, over all rows, before training; then its layers are freed, and its states are a label
-              column of the datasets, read from the disk. For several epochs, or little memory.
-        teacher_cache: Directory of the stored states, by default `<output_dir>/teacher_cache`. A computation that was
-            killed goes on, 4,096 rows back at most. States of another teacher, data or processing are never read; they
-            stay there until the directory is deleted.
-        loss: By default `SelfDistillationLoss(model)`.
-        kwargs: See `args`.
+              column of the datasets, read from the disk. For several epochs, or little memory; not for streams, and
+              not for rows with labels of their own.
+        teacher_cache: Directory of a cached teacher's states, on a disk that all machines see; by default
+            `<output_dir>/teacher_cache`. A computation that was killed goes on, 4,096 rows back at most. States of
+            another teacher, data or processing are never read; they stay there until the directory is deleted.
+        kwargs: See `args`; the `loss` is by default `SelfDistillationLoss(model)`.
 
     Raises:
         FileNotFoundError: If the teacher's checkpoint is not there.
-        ValueError: If there is no teacher that fits, base weights that it shares are trainable, or a dataset whose
-            states are to be stored is a stream or has labels.
+        ValueError: If there is no teacher that fits, or base weights that it shares are trainable.
 
     Example:
         >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
@@ -82,29 +80,27 @@ class PumaDistillationTrainer(PumaTrainer):
         teacher_revision: str | None = None,
         teacher_mode: TeacherMode = "frozen",
         teacher_cache: str | Path | None = None,
-        loss: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        model = kwargs.get("model", args[0] if args else None)
-        if not isinstance(model, SentenceTransformer):
-            raise ValueError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
-        if convert("teacher_mode", teacher_mode, TeacherMode) != "cached" and teacher_cache is not None:
-            raise ValueError(f"teacher_cache={str(teacher_cache)!r} needs teacher_mode='cached', not {teacher_mode!r}.")
-        super().__init__(*args, loss=SelfDistillationLoss(model) if loss is None else loss, **kwargs)
+        convert("teacher_mode", teacher_mode, TeacherMode)  # refuses any other
+        super().__init__(*args, **kwargs)
+        student = puma_model(self.model)
         self.teacher: Teacher | None = None
         if teacher_mode == "cached":
             folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else Path(teacher_cache)
             self._store_states(teacher, teacher_revision, folder)
             return
-        student = puma_model(model)
         self.teacher = find_teacher(teacher, student, revision=teacher_revision)
-        names = [
-            name for name, weight in student.named_parameters() if weight.requires_grad and not is_of_adapter(name)
-        ]
-        if self.teacher.shares_base_weights and names:
+        trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
+        moving = [name for name in trained if not is_of_adapter(name)]
+        if moving and isinstance(self.teacher, FrozenTeacher):
             raise ValueError(
-                f"The frozen teacher shares {len(names)} trainable base weights (first: {names[0]}): take add_lora."
+                f"The frozen teacher shares {len(moving)} trainable base weights (first: {moving[0]}): take add_lora."
             )
+
+    def get_default_loss(self, model: Any) -> nn.Module:
+        """`SelfDistillationLoss`, where no loss is given."""
+        return SelfDistillationLoss(model)
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Features of each column, with the teacher's states `(batch_size, hidden_size)` among them, and labels."""
@@ -125,24 +121,26 @@ class PumaDistillationTrainer(PumaTrainer):
 
         A long computation needs a long `ddp_timeout` in the training arguments, or one run without a launcher before.
         """
-        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        parts = [part for name, dataset in datasets.items() for part in _check_storable(dataset, name, self)]
-        teacher, keys = None, [""]
+        datasets: dict[str, Any] = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        parts: list[Dataset] = []
+        for given in datasets.values():
+            parts += given.values() if isinstance(given, dict) else [] if given is None else [given]
+        teacher, names = None, [""] * len(parts)
         if self.accelerator.is_main_process:
-            teacher = find_teacher(source, puma_model(self.model), revision=revision, stays=False)
-            keys = [self._key(teacher)]
+            teacher = find_teacher(source, puma_model(self.model), revision=revision)
+            key = self._key(teacher)
+            names = [f"{key}-{_content_sha256(part)[:16]}" for part in parts]
             known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
-            if known and keys[0] not in known:
+            if known and key not in known:
                 logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
-        broadcast_object_list(keys)
-        # The others find the files that the main process has written, and load no teacher.
+        # The others are told the names, find the files that the main process has written, and load no teacher.
+        broadcast_object_list(names)
         with self.accelerator.main_process_first():
             stored = {
-                id(part): _with_states(part, folder, keys[0], self.args.train_batch_size, self._compute(teacher))
-                for part in parts
+                id(part): _with_states(part, folder, name, self.args.train_batch_size, self._compute(teacher))
+                for part, name in zip(parts, names, strict=True)
             }
-        for name, dataset in datasets.items():
-            given: Any = dataset
+        for name, given in datasets.items():
             if isinstance(given, dict):
                 setattr(self, name, type(given)({key: stored[id(part)] for key, part in given.items()}))
             elif given is not None:
@@ -162,46 +160,31 @@ class PumaDistillationTrainer(PumaTrainer):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _compute(self, teacher: Teacher | None) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
-        device = puma_model(self.model).device
+        student = puma_model(self.model)
 
         def compute(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            if teacher is None:
-                raise RuntimeError("teacher_cache must be a directory that all machines share.")
+            # Only the main process has a teacher: where others come here, they do not see its files.
+            asked: Any = teacher
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             columns, _ = super(PumaDistillationTrainer, self).collect_features(self.data_collator(rows))
             states = []
             for column in columns:
-                features = {key: value.to(device) if torch.is_tensor(value) else value for key, value in column.items()}
+                features = {
+                    key: value.to(student.device) if torch.is_tensor(value) else value for key, value in column.items()
+                }
                 with self.accelerator.autocast():
-                    states.append(teacher.states(features).float().cpu())
-            if not torch.isfinite(found := torch.stack(states, dim=1)).all():
-                raise ValueError(
-                    f"The teacher's states are NaN or infinite, as in float16, for some of {rows[:1]!r:.200}..."
-                )
-            return {STATES: found.numpy()}
+                    states.append(asked.states(features).float().cpu())
+            return {STATES: torch.stack(states, dim=1).numpy()}
 
         return compute
 
 
-def _check_storable(dataset: Any, name: str, trainer: PumaTrainer) -> list[Dataset]:
-    """The datasets of a trainer's argument, which may be none, one or a dict of several."""
-    parts = [] if dataset is None else list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-    labels = {*trainer.data_collator.valid_label_columns}
-    for part in parts:
-        if not isinstance(part, Dataset) or labels & {*part.column_names}:
-            raise ValueError(
-                f"{name} is a {type(part).__name__} or has labels: take a Dataset, or teacher_mode='frozen'."
-            )
-    return parts
-
-
 def _with_states(
-    dataset: Dataset, folder: Path, key: str, batch_size: int, compute: Callable[[dict[str, Any]], dict[str, Any]]
+    dataset: Dataset, folder: Path, name: str, batch_size: int, compute: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Dataset:
     """The dataset with the label column, whose files `datasets` writes whole or not at all, and finds again."""
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({STATES: List(List(Value("float32")))})
-    name = f"{key}-{_content_sha256(dataset)[:16]}"
     # A map over all rows would lose all of them in a kill; each of these is done once its file has its name.
     files = [
         dataset.select(range(begin, min(begin + ROWS_PER_FILE, len(dataset)))).map(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from puma_hf.losses.cached_mac_puma import find_puma_model
 
@@ -45,23 +42,15 @@ def lora_config(
     Returns:
         A configuration for `add_lora(model, ...)`.
 
-    Raises:
-        ValueError: If `r` or `alpha` is below 1, or `dropout` outside [0, 1).
-
     Example:
         >>> lora_config(r=8).lora_alpha
         16
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064 trains with LoRA; the numbers are LamRA's, arXiv 2412.01720.
     """
-    alpha = 2 * r if alpha is None else alpha
-    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
-        raise ValueError(
-            f"r={r} and alpha={alpha} must be at least 1, and dropout={dropout} in [0, 1). LamRA takes 64, 128, 0.05."
-        )
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=DECODER_LINEARS,
         trainable_token_indices=None if ret_token_id is None else {"embed_tokens": [ret_token_id]},
@@ -77,22 +66,14 @@ def puma_model(model: SentenceTransformer) -> Any:
     return puma
 
 
-def has_adapter(backbone: Any) -> bool:
-    """Whether a model has a LoRA adapter."""
-    return bool(getattr(backbone, "_hf_peft_config_loaded", False))
-
-
 def add_lora(model: SentenceTransformer, config: LoraConfig) -> None:
     """Give a PUMA `SentenceTransformer` a fresh adapter in float32 and freeze everything else.
 
     Raises:
-        ValueError: If the model is no PUMA model, or already has an adapter.
+        ValueError: If the model is no PUMA model, or already has an adapter: merge that first.
     """
     backbone = puma_model(model)
-    if has_adapter(backbone):
-        raise ValueError("The model already has an adapter. Merge it first (puma-hf merge), or load its base.")
-    backbone.requires_grad_(False)
-    model.add_adapter(config)
+    model.add_adapter(config)  # which freezes the rest
     base = Path(str(backbone.name_or_path))
     if base.is_dir():  # a relative path would be looked for wherever the adapter is opened
         backbone.peft_config["default"].base_model_name_or_path = str(base.resolve())
@@ -110,18 +91,10 @@ def quantization_config() -> BitsAndBytesConfig:
     merged model. A frozen teacher is then held whole beside the student, with a warning; a cached one is not held.
 
     Returns:
-        A configuration for `from_pretrained(..., quantization_config=...)`.
-
-    Raises:
-        ImportError: If bitsandbytes is not installed.
-        ValueError: If there is no CUDA GPU.
+        A configuration for `from_pretrained(..., quantization_config=...)`, which needs bitsandbytes and a GPU.
 
     Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Neither PUMA nor LamRA trains this way.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("load_in_4bit needs bitsandbytes, which is not installed: pip install 'puma-hf[qlora]'")
-    if not torch.cuda.is_available():
-        raise ValueError("load_in_4bit needs a CUDA GPU, and there is none. Train on one, or leave load_in_4bit out.")
     untyped: Any = BitsAndBytesConfig
     config: BitsAndBytesConfig = untyped(
         load_in_4bit=True,
@@ -142,7 +115,7 @@ def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> Non
     Nothing is written if there is no adapter, or the model was not loaded from a directory.
     """
     backbone = find_puma_model(model)
-    if has_adapter(backbone) and Path(str(backbone.name_or_path)).is_dir():
+    if getattr(backbone, "_hf_peft_config_loaded", False) and Path(str(backbone.name_or_path)).is_dir():
         content = json.dumps({"sha256": weights_sha256(backbone.name_or_path)}, indent=2) + "\n"
         Path(folder, BASE_FILE).write_text(content, encoding="utf-8")
 
@@ -164,37 +137,6 @@ def _files_sha256(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 # --- gradient checkpointing
-
-
-def set_non_reentrant(args: TrainingArguments) -> bool:
-    """Ask for the kind of checkpointing that needs no gradients of its inputs; whether any is asked for.
-
-    Raises:
-        ValueError: If the arguments insist on the other kind.
-    """
-    if not getattr(args, f"{PREFIX}_checkpointing"):
-        return False
-    options: dict[str, Any] = dict(getattr(args, f"{PREFIX}_checkpointing_kwargs") or {})
-    if options.setdefault("use_reentrant", False):
-        raise ValueError(
-            f"{PREFIX}_checkpointing_kwargs has use_reentrant=True, which spares no vision tower: leave it out."
-        )
-    setattr(args, f"{PREFIX}_checkpointing_kwargs", options)
-    return True
-
-
-@contextmanager
-def enabled_by_backbone(model: SentenceTransformer) -> Iterator[None]:
-    """In this block a trainer that enables checkpointing asks the backbone itself.
-
-    The method of `SentenceTransformer` is deprecated in new releases and refuses the arguments in old ones.
-    """
-    name = f"{PREFIX}_checkpointing_enable"
-    setattr(model, name, getattr(puma_model(model), name))
-    try:
-        yield
-    finally:
-        delattr(model, name)
 
 
 def spare_frozen_vision(model: Any) -> None:

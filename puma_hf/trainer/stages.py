@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shutil
-from difflib import unified_diff
+from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,19 +18,16 @@ from pyarrow import compute  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, MergeConfig, StageConfig, TrainConfig
+from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, Loss, MergeConfig, StageConfig, TrainConfig
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
-from puma_hf.files import ADAPTER_CONFIG, is_puma_directory
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY
 from puma_hf.pruning import read_limits, set_limits
-from puma_hf.settings import config_text, convert, nearest, processing_of, save_config, shown
+from puma_hf.settings import config_text, nearest, processing_of, save_config, shown
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora_puma import (
@@ -42,7 +39,7 @@ from puma_hf.trainer.lora_puma import (
     save_base_fingerprint,
 )
 from puma_hf.trainer.merge import merge_adapter
-from puma_hf.trainer.trainer_puma import PumaTrainer, check_weights, whole_weights
+from puma_hf.trainer.trainer_puma import PumaTrainer, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +47,8 @@ logger = logging.getLogger(__name__)
 _ID_COLUMNS = ("qid", "did", "positives")
 _ROWS_AT_ONCE = 10_000
 _UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
-# What an interrupted run leaves besides checkpoints; "runs" is a reporter's.
-_LEFTOVERS = {*RECIPES.values(), "teacher_cache", "runs", _UNFINISHED}
+# YAML 1.1 reads 1e-4, without a point, as text, which the Trainer would fail at much later.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 
 
 def distill(config: DistillConfig) -> Path:
@@ -75,7 +72,7 @@ def distill(config: DistillConfig) -> Path:
     """
     arguments, checkpoint = _prepare(config)
     items = load_items(config.data, split=config.split, seed=config.seed)
-    model = _begin(config, checkpoint, items)
+    model = _load(config, items)
     trainer = PumaDistillationTrainer(
         model=model,
         args=arguments,
@@ -106,7 +103,7 @@ def train(config: TrainConfig) -> Path:
         logger.warning(note)
     arguments, checkpoint = _prepare(config)
     rows = _labelled_rows(config)
-    model = _begin(config, checkpoint, rows)
+    model = _load(config, rows)
     trainer = (PumaDistillationTrainer if config.joint else PumaTrainer)(
         model=model,
         args=arguments,
@@ -129,37 +126,25 @@ def merge(config: MergeConfig) -> float:
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
     """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
 
-    InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
-    positives, `false_negative_margin` and the logs are the same. On one device nothing is gathered.
+    On one device nothing is gathered.
     """
-    infonce = config.loss == "infonce"
-    cache: dict[str, Any] = {"mini_batch_num_tokens": config.mini_batch_num_tokens} if config.cached else {}
-    if config.mini_batch_size is not None:
-        cache["mini_batch_size"] = config.mini_batch_size
-    loss: Any = (CachedMultimodalMACLoss if config.cached else MultimodalMACLoss)(
-        model,
-        temperature=config.temperature,
-        hard_temperature=config.temperature if infonce else config.hard_temperature,
-        schedule="constant" if infonce else config.schedule,
-        schedule_end=config.schedule_end,
-        grouping=config.grouping,
-        gather_across_devices=config.gather_across_devices and num_devices > 1,
-        objective="split" if config.loss == "mac-split" else "mac",
-        split_weight=config.split_weight,
-        false_negative_margin=config.false_negative_margin,
-        **cache,
-    )
+    # InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
+    # positives, `false_negative_margin` and the logs are the same.
+    meaning: dict[Loss, dict[str, Any]] = {
+        "mac": {},
+        "mac-split": {"objective": "split"},
+        "infonce": {"hard_temperature": config.temperature, "schedule": "constant"},
+    }
+    names = ("temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
+    names += ("false_negative_margin", *(("mini_batch_size", "mini_batch_num_tokens") if config.cached else ()))
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    gathers = config.gather_across_devices and num_devices > 1
+    kind = CachedMultimodalMACLoss if config.cached else MultimodalMACLoss
+    loss: Any = kind(model, gather_across_devices=gathers, **given | meaning[config.loss])
     if config.joint:
-        names = ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start")
-        loss = JointDistillationLoss(model, loss, config.metric, **{name: getattr(config, name) for name in names})
-    if not config.matryoshka_dims:
-        return loss  # type: ignore[no-any-return]
-    dim = int(model.get_embedding_dimension() or 0)
-    if dim < max(config.matryoshka_dims):
-        raise ValueError(
-            f"matryoshka_dims={list(config.matryoshka_dims)} must not exceed the embedding's {dim} dimensions."
-        )
-    return MatryoshkaLoss(model, loss, sorted(config.matryoshka_dims, reverse=True))
+        weights = ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start")
+        loss = JointDistillationLoss(model, loss, config.metric, **{name: getattr(config, name) for name in weights})
+    return MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss
 
 
 def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArguments:
@@ -169,11 +154,13 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         ValueError: If `training_arguments` has a name or value that the Trainer does not take, or the GPU does not
             compute in bfloat16.
     """
-    hints = get_type_hints(SentenceTransformerTrainingArguments)
-    more = {name: _argument(name, value, hints) for name, value in config.training_arguments.items()}
-    slow_bf16 = config.bf16 and not is_torch_bf16_gpu_available()
-    if slow_bf16 and torch.accelerator.is_available() and not more.get("use_cpu"):
-        raise ValueError("bf16=True needs an accelerator that computes in it: set bf16=False (--no-bf16), or use_cpu.")
+    known = {entry.name for entry in fields(SentenceTransformerTrainingArguments)}
+    for name in config.training_arguments.keys() - known:
+        raise ValueError(f"training_arguments has {name!r}, which the Trainer does not know.{nearest(name, known)}")
+    more = {
+        name: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        for name, value in config.training_arguments.items()
+    }
     arguments: dict[str, Any] = {
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.batch_size,
@@ -187,7 +174,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,  # below 1, a share of all steps
         "bf16": config.bf16,
-        **({"use_cpu": True} if slow_bf16 else {}),  # where there is no GPU; the Trainer asks that this be said
+        "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # the Trainer asks that this be said
         "seed": config.seed,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -206,17 +193,6 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
     return SentenceTransformerTrainingArguments(**{**arguments, **more})
 
 
-def _argument(name: str, value: Any, hints: dict[str, Any]) -> Any:
-    """A value of `training_arguments` as the Trainer's own type: YAML reads 1e-4 as text, which fails much later."""
-    if name not in hints:
-        raise ValueError(f"training_arguments has {name!r}, which the Trainer does not know.{nearest(name, hints)}")
-    kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
-    try:
-        return convert(name, value, hints[name]) if {*kinds} <= {bool, int, float, type(None)} else value
-    except ValueError as error:
-        raise ValueError(f"training_arguments: {error} Correct it, or leave it out.") from None
-
-
 def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("teacher", "teacher_mode", "teacher_cache")}
 
@@ -225,10 +201,11 @@ def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
 
 
 def _labelled_rows(config: TrainConfig) -> Dataset:
+    pairs = config.pair_arguments()
     if is_mbeir(Path(config.data)):
-        if given := [*config.pair_arguments(), *(["bad_pairs"] if config.bad_pairs != "raise" else [])]:
+        if pairs:
             raise ValueError(
-                f"{', '.join(given)}: for pairs of one's own, but {config.data} is M-BEIR's. Leave them out."
+                f"{', '.join(pairs)} is for pairs of one's own, and {config.data} is M-BEIR's. Leave it out."
             )
         rows = load_mbeir(
             config.data,
@@ -239,27 +216,20 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
             with_ids=True,
         )
     else:
-        rows = _pairs(config)
+        if config.split != "train":
+            raise ValueError(f"split={config.split!r} is a part of M-BEIR, which {config.data} is not. Leave it out.")
+        if not config.num_negatives:
+            pairs["negatives"] = ()
+        pairs["special_tokens"] = config.special_tokens
+        rows = load_pairs(config.data, on_error=config.bad_pairs, with_ids=True, **pairs)
+        names = [name for name in rows.column_names if name.startswith("negative_")]
+        if config.num_negatives > len(names):
+            raise ValueError(f"num_negatives={config.num_negatives}, but {config.data} has {len(names)} a pair.")
+        rows = rows.remove_columns(names[config.num_negatives :])
     if config.train_fraction == 1:
         return rows
     count = max(1, round(config.train_fraction * len(rows)))
     return rows.select(sorted(random.Random(config.seed).sample(range(len(rows)), count)))
-
-
-def _pairs(config: TrainConfig) -> Dataset:
-    if config.split != "train":
-        raise ValueError(f"split={config.split!r} is a part of M-BEIR, which {config.data} is not. Leave it out.")
-    arguments = config.pair_arguments()
-    if not config.num_negatives:
-        arguments["negatives"] = ()
-    arguments["special_tokens"] = config.special_tokens
-    rows = load_pairs(config.data, on_error=config.bad_pairs, with_ids=True, **arguments)
-    names = [name for name in rows.column_names if name.startswith("negative_")]
-    if config.num_negatives > len(names):
-        raise ValueError(
-            f"num_negatives={config.num_negatives} must be 0 to {len(names)}: {config.data} has {len(names)} a pair."
-        )
-    return rows.remove_columns(names[config.num_negatives :])
 
 
 def _check_special_tokens(rows: Dataset, config: StageConfig) -> None:
@@ -278,70 +248,38 @@ def _check_special_tokens(rows: Dataset, config: StageConfig) -> None:
                 )
 
 
-# --- the beginning of a run
+# --- a run, from its beginning to its end
 
 
 def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments, str | None]:
-    """Arguments of the Trainer, and the checkpoint to go on from: all is checked, nothing touched yet."""
+    """Arguments of the Trainer, and the checkpoint to go on from: all that is quickly checked; nothing is touched."""
     arguments = training_arguments(config)
-    folder = Path(config.model)
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{str(folder)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
-    if not is_puma_directory(folder):
-        raise ValueError(f"{str(folder)!r} is no PUMA directory. Make one with puma-hf prune.")
-    # Each of these would else be found out after minutes of loading, or after an output was cleared.
-    if config.load_in_4bit:
-        quantization_config()  # raises where it cannot work
-    _check_sharding(config, arguments)
-    return arguments, _checkpoint(config)
-
-
-def _check_sharding(config: StageConfig, arguments: SentenceTransformerTrainingArguments) -> None:
-    """Raise a ValueError if FSDP is to hold in pieces what the stage calls on its own."""
-    if not arguments.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
-    cached = isinstance(config, TrainConfig) and config.cached
-    if cached or isinstance(config, DistillConfig) or getattr(config, "joint", False):
-        what = "gradient caching (mini_batch_size, mini_batch_num_tokens)" if cached else "a teacher"
+    model, output = Path(config.model), Path(config.output)
+    if is_adapter_directory(model):
+        raise ValueError(f"{str(model)!r} is an adapter. Merge it first (puma-hf merge), and train the result.")
+    if model.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"output {str(output)!r} is, or holds, the model itself. Choose another directory.")
+    sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached):
         raise ValueError(
-            f"{what} calls parts of the model, which FSDP holds in pieces. Launch without FSDP: plain DDP."
+            "A teacher, and gradient caching, call parts of the model, which FSDP holds in pieces. Launch plain DDP."
         )
-
-
-def _checkpoint(config: StageConfig) -> str | None:
-    """The checkpoint to continue from, if any, once the output is seen to be free, or a run of ours to go on with."""
-    folder = Path(config.output)
-    if Path(config.model).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"output {str(folder)!r} is, or holds, the model itself. Choose another directory.")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output {str(folder)!r} is a file. Choose a directory.")
-    if config.resume and (checkpoint := last_whole_checkpoint(folder)) is not None:
-        return checkpoint
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if config.resume:
-        # A run that was killed before its first checkpoint was whole: there is nothing to lose.
-        if {name for name in found - _LEFTOVERS if not CHECKPOINT_NAME.fullmatch(name)}:
-            raise FileNotFoundError(
-                f"output {str(folder)!r} holds no whole checkpoint to continue from: take overwrite (--overwrite)."
-            )
-        logger.warning("No whole checkpoint in %s: starting from the beginning.", folder)
+    checkpoint = last_whole_checkpoint(output) if config.resume else None
+    found = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
+    # A run that was killed before its first checkpoint was whole begins again: there is nothing to lose but an adapter.
+    at_stake = {ADAPTER_CONFIG} & found if config.resume else found
     # Other processes may come here after the first has begun to write.
-    elif found - {*RECIPES.values()} and not config.overwrite and PartialState().is_main_process:
+    if at_stake and checkpoint is None and not config.overwrite and PartialState().is_main_process:
         raise FileExistsError(
-            f"output {str(folder)!r} is not empty. Take resume (--resume) or overwrite (--overwrite)."
+            f"output {str(output)!r} is not empty. Take overwrite (--overwrite), or resume (--resume) from a whole "
+            "checkpoint in it."
         )
-    return None
+    return arguments, checkpoint
 
 
-def _begin(config: StageConfig, checkpoint: str | None, rows: Dataset) -> SentenceTransformer:
-    """Check the rows, remove checkpoints that must not be taken for this run's, and load the model with an adapter."""
+def _load(config: StageConfig, rows: Dataset) -> SentenceTransformer:
+    """The model with a fresh adapter, which reads as the settings say; the rows are checked before."""
     _check_special_tokens(rows, config)
-    if len(rows) < _rows_per_batch(config) and not _is_finished(config, checkpoint):
-        raise _no_batch(config, len(rows))
-    if checkpoint is None and PartialState().is_main_process:
-        for stale in Path(config.output).glob("checkpoint-*"):
-            if CHECKPOINT_NAME.fullmatch(stale.name) and stale.is_dir():
-                shutil.rmtree(stale)
     # An adapter is initialised at random: seeded, so that a run can be repeated.
     torch.manual_seed(config.seed)
     loading = {"quantization_config": quantization_config()} if config.load_in_4bit else {}
@@ -363,96 +301,63 @@ def _begin(config: StageConfig, checkpoint: str | None, rows: Dataset) -> Senten
     return model
 
 
-def _rows_per_batch(config: StageConfig) -> int:
-    """Over all devices."""
-    return config.batch_size * int(PartialState().num_processes)
-
-
-def _no_batch(config: StageConfig, num_rows: int) -> ValueError:
-    return ValueError(
-        f"The {num_rows} rows fill no batch of {_rows_per_batch(config)}, so nothing was trained. Choose a smaller "
-        "batch_size (--batch-size)."
-    )
-
-
-# --- the run and its end
-
-
 def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> Path:
     """Train, or go on from a checkpoint, and save the adapter and its recipe, whole or not at all."""
-    rows: Any = trainer.train_dataset
-    finished = _is_finished(config, checkpoint)
-    trainer.accelerator.wait_for_everyone()  # all have read the recipe before it is written anew
-    if finished:
-        logger.info("%s is of the last step: saving its weights", checkpoint)
-        trainer.state = TrainerState.load_from_json(str(Path(str(checkpoint), TRAINER_STATE_NAME)))
-        trainer._load_from_checkpoint(str(checkpoint))
-    else:
-        if trainer.is_world_process_zero():
-            Path(config.output).mkdir(parents=True, exist_ok=True)
-            if checkpoint is not None and (changed := _changed(config)):
-                logger.warning("Continuing with other settings than the run began with: %s", "; ".join(changed))
-            save_config(config, _recipe(config))
-        shape = (len(rows), PartialState().num_processes, config.batch_size, config.gradient_accumulation_steps)
-        logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
+    output, rows = Path(config.output), len(trainer.train_dataset)  # type: ignore[arg-type]
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        recipe, text = output / RECIPES[type(config)], config_text(config)
+        if checkpoint is None:
+            # Checkpoints of an earlier run must not be taken for this one's.
+            for stale in output.glob("checkpoint-*"):
+                if CHECKPOINT_NAME.fullmatch(stale.name) and stale.is_dir():
+                    shutil.rmtree(stale)
+        elif recipe.is_file() and (changed := {*recipe.read_text("utf-8").splitlines()} ^ {*text.splitlines()}):
+            logger.warning("Continuing with other settings than the run began with: %s", "; ".join(sorted(changed)))
+        if config.resume and checkpoint is None:
+            logger.warning("No whole checkpoint in %s: starting from the beginning.", output)
+        save_config(config, recipe)
+    devices = int(PartialState().num_processes)
+    shape = (rows, devices, config.batch_size, config.gradient_accumulation_steps)
+    logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
+    if rows >= devices * config.batch_size:
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step == 0:
+    done, planned = trainer.state.global_step, trainer.state.max_steps
+    if done == 0:
         # The trainer itself only logs this, and an untrained adapter looks like a trained one.
-        raise _no_batch(config, len(rows))
-    if trainer.state.global_step < trainer.state.max_steps:
+        raise ValueError(
+            f"The {rows} rows fill no batch of {config.batch_size} on {devices} device(s), so nothing was trained. "
+            "Choose a smaller batch_size (--batch-size)."
+        )
+    if done < planned:
         logger.warning(
             "Training ended after %d of %d steps: too many rows share a right answer to fill every batch. Choose a "
             "smaller batch_size (--batch-size).",
-            *(trainer.state.global_step, trainer.state.max_steps),
+            *(done, planned),
         )
-    check_weights(trainer.model, trainer.args, trainer.state)
-    _save_adapter(trainer, Path(config.output))
-    return Path(config.output)
-
-
-def _save_adapter(trainer: PumaTrainer, output: Path) -> None:
-    """Write an adapter aside and move it into place: one that stands there stays until the new one is written."""
     with whole_weights(trainer.model):
         if trainer.is_world_process_zero():
-            folder = output / _UNFINISHED
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-            try:
-                # A generated card would show rows of the dataset, with the paths that its images have here.
-                trainer.model.save_pretrained(str(folder), create_model_card=False)
-                save_base_fingerprint(trainer.model, folder)
-                files = [path for path in folder.rglob("*") if path.is_file()]
-                # What makes a folder an adapter goes first, and comes last: no mixture is ever taken for whole.
-                files.sort(key=lambda path: path.name == ADAPTER_CONFIG)
-                (output / ADAPTER_CONFIG).unlink(missing_ok=True)
-                for path in files:
-                    place = output / path.relative_to(folder)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, place)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            _save_adapter(trainer.model, output)
             logger.info("Saved the adapter to %s", output)
     trainer.accelerator.wait_for_everyone()
+    return output
 
 
-def _recipe(config: StageConfig) -> Path:
-    return Path(config.output, RECIPES[type(config)])
-
-
-def _changed(config: StageConfig) -> list[str]:
-    """What differs from the recipe in the output, if there is one."""
-    file = _recipe(config)
-    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    # Sorted, as an older version wrote the same settings in another order.
-    lines = unified_diff(sorted(before), sorted(config_text(config).splitlines()), n=0, lineterm="")
-    return [line for line in lines if line[:2] not in ("--", "++", "@@")]
-
-
-def _is_finished(config: StageConfig, checkpoint: str | None) -> bool:
-    """Whether a checkpoint is that of the last step: the trainer would go on for one more."""
-    if checkpoint is None:
-        return False
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-    if config.max_steps == -1 and _changed(config):
-        return False  # then the number of steps is another, and known to the trainer alone
-    last: int = state.max_steps if config.max_steps == -1 else config.max_steps
-    return bool(state.global_step >= last)
+def _save_adapter(model: SentenceTransformer, output: Path) -> None:
+    """Write an adapter aside and move it into place: one that stands there stays until the new one is written."""
+    folder = output / _UNFINISHED
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        # A generated card would show rows of the dataset, with the paths that its images have here.
+        model.save_pretrained(str(folder), create_model_card=False)
+        save_base_fingerprint(model, folder)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        # What makes a folder an adapter goes first, and comes last: no mixture is ever taken for whole.
+        files.sort(key=lambda path: path.name == ADAPTER_CONFIG)
+        (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+        for path in files:
+            place = output / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers.trainer_callback import TrainerCallback
 
 from puma_hf.losses.progress_puma import add_to_logs, find_losses
 
@@ -70,7 +69,7 @@ def uniformity(embeddings: Tensor) -> float:
 class TrainingStatistics(TrainerCallback):
     """Adds to each training record what `PumaTrainer` names, without waiting for the device before a record is due.
 
-    A callback sees neither the batches nor the losses, so the trainer calls `count` before and `read` after each batch.
+    A callback sees neither the batches nor the losses, so the trainer calls `add` after each batch.
 
     Args:
         loss: The loss of a trainer, or its dict from dataset name to loss. Those of ours are found inside wrappers
@@ -80,60 +79,57 @@ class TrainingStatistics(TrainerCallback):
     def __init__(self, loss: nn.Module | Mapping[str, Any]) -> None:
         self.losses = find_losses(loss, "statistics")
         self._names = [f"{prefix}{name}" for prefix in self.losses for name in LOSS_STATISTICS] + ["teacher_cosine"]
-        self._read: dict[str, Any] = {}
         self._seen: Tensor | None = None  # embeddings of the last positives, or states of the last forward pass
         self._hook: Any = None
-        self._collapsed = self._compared = self._mixed = False
-        self._sums: Tensor | None = None
-        self._seconds, self._started = 0.0, time.perf_counter()
-        self._items = self._images = 0
+        self._collapsed = False
+        # Whether MAC-Loss has had a candidate of another modality; InfoNCE does not ask for one.
+        self._mixed = all(loss.temperature == loss.hard_temperature for loss in self.losses.values())
+        self._start_window()
 
-    def count(self, inputs: Mapping[str, Any]) -> None:
-        """Count the items and images of a collated batch."""
+    def _start_window(self) -> None:
+        self._sums: Tensor | None = None  # of each name's values, and how many there are
+        self._items = self._images = 0
+        self._started = time.perf_counter()
+
+    def add(self, inputs: Mapping[str, Any]) -> None:
+        """Count the items and images of a collated batch, and add what the losses found in it."""
         for key, value in inputs.items():
             self._items += len(value) if key.endswith("input_ids") else 0
             self._images += len(value) if key.endswith("image_grid_thw") else 0
+        for number, loss in enumerate(self.losses.values()):
+            if loss.statistics is not None:
+                values = torch.stack([loss.statistics[name].detach().float() for name in LOSS_STATISTICS])
+                self._add(number * len(LOSS_STATISTICS), values)
+                self._seen = loss.candidates_seen
+                loss.statistics = None  # read: with several datasets only one loss is called in the next step
 
-    def read(self) -> None:
-        """Add what the losses found in the forward pass that has just ended."""
-        for number, (prefix, loss) in enumerate(self.losses.items()):
-            found = loss.statistics
-            # With several datasets only one loss is called in a step; the others still hold an earlier one's.
-            if found is None or found is self._read.get(prefix):
-                continue
-            self._read[prefix] = found
-            values = torch.stack([found[name].detach().float() for name in LOSS_STATISTICS])
-            self._add(number * len(LOSS_STATISTICS), values)
-            self._seen = loss.candidates_seen
+    def _add(self, offset: int, values: Tensor) -> None:
+        """Sum values and count those that are numbers."""
+        if self._sums is None:
+            self._sums = torch.zeros(2, len(self._names), device=values.device)
+        both = torch.stack([values.nan_to_num(0.0), (~values.isnan()).float()])
+        self._sums[:, offset : offset + len(values)] += both.to(self._sums.device)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Watch the states that the model returns in training: `pooler_output`, and a `teacher_state` beside it."""
-        self.on_train_end(args, state, control)
-        self._hook = model.register_forward_hook(self._see_states)
+        self._hook = given["model"].register_forward_hook(self._see_states)
         self._start_window()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Stop watching the model."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._seen = None
+        self._hook.remove()
+        self._seen = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Add the time of this step, that of loading its batches included."""
-        self._seconds += time.perf_counter() - self._started
-        self._started = time.perf_counter()
+    def _see_states(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not module.training or not isinstance(output, Mapping) or "pooler_output" not in output:
+            return
+        states = output["pooler_output"].detach()
+        self._seen = states
+        if (teacher := output.get("teacher_state")) is not None:
+            cosine = torch.nn.functional.cosine_similarity(states.float(), teacher.detach().to(states).float()).mean()
+            self._add(len(self._names) - 1, cosine.unsqueeze(0))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What has passed since the step ended was no training: saving or evaluating."""
-        self._started = time.perf_counter()
-
-    on_evaluate = on_save
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         """Add the means since the last record to a training record; a new window begins."""
         if logs is None or "loss" not in logs:
             return
@@ -147,51 +143,22 @@ class TrainingStatistics(TrainerCallback):
             for name, value, count in zip(self._names, values, counts, strict=False)
             if count
         }
-        self._warn_of_one_modality(found, state.global_step >= min(WATCHED_STEPS, state.max_steps))
+        self._mixed |= any(found.get(f"{prefix}inter_negatives", 0) > 0 for prefix in self.losses)
+        if not self._mixed and state.global_step >= min(WATCHED_STEPS, state.max_steps):
+            self._mixed = True  # said once
+            logger.warning(
+                "In the first steps no batch held a candidate of another modality than the target's, so MAC-Loss is "
+                "InfoNCE at the hard temperature. If the data has several target modalities, mix them: train on one "
+                "dataset, as load_mbeir returns it or datasets.concatenate_datasets joins it. A DatasetDict fills each "
+                "batch from one of its datasets."
+            )
         found |= self._spread()
+        seconds = time.perf_counter() - self._started
         for name, value in zip(("items_per_second", "images_per_second"), values[-2:], strict=True):
-            if value and self._seconds > 0:
-                found[name] = round(value / self._seconds, 2)
+            if value:
+                found[name] = round(value / seconds, 2)
         self._start_window()
         add_to_logs(found, logs, state)
-
-    def _see_states(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training or not isinstance(output, Mapping) or "pooler_output" not in output:
-            return
-        states = output["pooler_output"].detach()
-        self._seen = states
-        if (teacher := output.get("teacher_state")) is not None:
-            cosine = torch.nn.functional.cosine_similarity(states.float(), teacher.detach().to(states).float()).mean()
-            self._add(len(self._names) - 1, cosine.unsqueeze(0))
-
-    def _add(self, offset: int, values: Tensor) -> None:
-        """Sum values and count those that are numbers."""
-        if self._sums is None:
-            self._sums = torch.zeros(2, len(self._names), device=values.device)
-        both = torch.stack([values.nan_to_num(0.0), (~values.isnan()).float()])
-        self._sums[:, offset : offset + len(values)] += both.to(self._sums.device)
-
-    def _start_window(self) -> None:
-        self._sums = None
-        self._items = self._images = 0
-        self._seconds, self._started = 0.0, time.perf_counter()
-
-    def _warn_of_one_modality(self, found: Mapping[str, float], is_due: bool) -> None:
-        """Warn once if no batch of the first steps gave MAC-Loss a candidate of another modality."""
-        for prefix, loss in self.losses.items():
-            if self._mixed or loss.temperature == loss.hard_temperature:  # InfoNCE was asked for
-                continue
-            self._mixed = found.get(f"{prefix}inter_negatives", 0) > 0
-            self._compared |= found.get(f"{prefix}intra_negatives", 0) > 0
-            if is_due and self._compared and not self._mixed:
-                self._mixed = True
-                logger.warning(
-                    "%sIn the first steps no batch held a candidate of another modality than the target's, so "
-                    "MAC-Loss is InfoNCE at the hard temperature. If the data has several target modalities, mix "
-                    "them: train on one dataset, as load_mbeir returns it or datasets.concatenate_datasets joins it. "
-                    "A DatasetDict fills each batch from one of its datasets.",
-                    f"{prefix.removesuffix('_')}: " if prefix else "",
-                )
 
     def _spread(self) -> dict[str, float]:
         """Effective rank and uniformity of the last batch's candidates, or states, of this process."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,39 +15,32 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from puma_hf.checkpoint import SourceCheckpoint, StoredWeights, open_checkpoint
+from puma_hf.checkpoint import StoredWeights, open_checkpoint
 from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
 from puma_hf.modeling import PumaConfig, PumaModel
 from puma_hf.pruning import place_ret_token
-from puma_hf.trainer.lora_puma import has_adapter, puma_model
+from puma_hf.trainer.lora_puma import puma_model
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
 
 
-class Teacher(ABC):
+class Teacher:
     """Tells the student's trainer the `[RET]` states that the student is to reach.
 
     A teacher belongs to the trainer alone: never to the model, the loss, the optimizer or a checkpoint.
-
-    Attributes:
-        shares_base_weights: Whether training the student's base weights would change this teacher.
     """
 
-    shares_base_weights = False
-
-    @abstractmethod
     def states(self, features: dict[str, Any]) -> Tensor:
         """`[RET]` states of one column after the final norm, `(batch_size, hidden_size)`, without gradient."""
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """A SHA-256 that changes when the states may, under which they can be stored."""
-        raise ValueError(
-            f"A {type(self).__name__} has no fingerprint to store states under. Use teacher_mode='frozen'."
-        )
+        """A SHA-256 that changes when the states may, under which `teacher_mode="cached"` stores them."""
+        raise NotImplementedError
 
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` `(batch_size, hidden_size)` into the features of one column, before the student runs."""
@@ -77,8 +69,6 @@ class FrozenTeacher(Teacher):
     teacher, too; there it is a second model.
     """
 
-    shares_base_weights = True
-
     def __init__(self, student: PumaModel, dropped_layers: nn.ModuleList) -> None:
         kept, depth = len(student.language_model.layers), student.config.original_num_hidden_layers
         if kept + len(dropped_layers) != depth:
@@ -101,7 +91,7 @@ class FrozenTeacher(Teacher):
 
         Raises:
             ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
-                the student's, or its hidden size differs.
+                the student's.
         """
         full = StoredModel(source, student, revision=revision)
         if different := full.different_weights(student):
@@ -119,8 +109,7 @@ class FrozenTeacher(Teacher):
     def states(self, features: dict[str, Any]) -> Tensor:
         """`[RET]` states of the full model after its final norm, `(batch_size, hidden_size)`, without gradient."""
         with self._full_depth():
-            states: Tensor = self.student(**_model_inputs(self.student, features), return_dict=True).pooler_output
-        return states
+            return _ret_states(self.student, features)
 
     def fingerprint(self) -> str:
         """SHA-256 of all weights and settings, whatever the adapter has learned."""
@@ -138,12 +127,11 @@ class FrozenTeacher(Teacher):
         """Make the student the full model: other layers, no adapter, no dropout; afterwards all is as before."""
         student, decoder = self.student, cast(Any, self.student.language_model)
         training = [module for module in student.modules() if module.training]
-        adapted = has_adapter(student)
         self.dropped_layers.to(student.device)
         before = decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers
         try:
             student.eval()
-            if adapted:
+            if student._hf_peft_config_loaded:
                 student.disable_adapters()
             decoder.layers = nn.ModuleList(self._in_order(decoder.layers, self.dropped_layers))
             # Each layer is told its kind of attention here, not by itself.
@@ -152,7 +140,7 @@ class FrozenTeacher(Teacher):
             yield
         finally:
             decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers = before
-            if adapted:
+            if student._hf_peft_config_loaded:
                 student.enable_adapters()
             for module in training:
                 module.training = True
@@ -169,15 +157,15 @@ class WholeTeacher(Teacher):
         student: The pruned model.
 
     Raises:
-        ValueError: If the two are one, or differ in hidden size, reading, or the ids of `[RET]` and of image tokens.
+        ValueError: If the two differ in hidden size, reading, or the ids of `[RET]` and of image tokens.
     """
 
     def __init__(self, model: PumaModel, student: PumaModel) -> None:
-        if model is student:
-            raise ValueError("The teacher is the student itself. Pass the model that was pruned, or another.")
-        _check_hidden_size(student, model.config, type(model).__name__)
-        for name in ("ret_token_id", "image_token_id", "video_token_id", "positions"):
-            ours, theirs = getattr(student.config, name), getattr(model.config, name)
+        for name in ("hidden_size", "ret_token_id", "image_token_id", "video_token_id", "positions"):
+            ours, theirs = (
+                getattr(config.text_config if name == "hidden_size" else config, name)
+                for config in (student.config, model.config)
+            )
             if ours != theirs:
                 raise ValueError(f"The teacher has {name}={theirs} and the student {ours}, whose inputs it is given.")
         self.student = student
@@ -187,8 +175,7 @@ class WholeTeacher(Teacher):
     def states(self, features: dict[str, Any]) -> Tensor:
         """`[RET]` states of the teacher after its final norm, `(batch_size, hidden_size)`, without gradient."""
         model: Any = self.model.to(self.student.device)
-        states: Tensor = model.eval()(**_model_inputs(self.model, features), return_dict=True).pooler_output
-        return states
+        return _ret_states(model.eval(), features)
 
     def fingerprint(self) -> str:
         """SHA-256 of the teacher's weights, an adapter among them, and settings."""
@@ -198,9 +185,7 @@ class WholeTeacher(Teacher):
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
 
 
-def find_teacher(
-    teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None, stays: bool = True
-) -> Teacher:
+def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None) -> Teacher:
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
     Args:
@@ -209,7 +194,6 @@ def find_teacher(
             student, and so is another checkpoint, with a warning. A teacher is returned.
         student: The pruned model.
         revision: Branch, tag or commit of a teacher on the Hub.
-        stays: Whether it is held while training, which the warning is about.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -220,48 +204,32 @@ def find_teacher(
         return teacher
     if isinstance(teacher, PumaModel | SentenceTransformer):
         return WholeTeacher(teacher if isinstance(teacher, PumaModel) else puma_model(teacher), student)
-    source, revision = _source(teacher, student, revision)
-    full = StoredModel(source, student, revision=revision)
-    if (reason := _why_not_shared(full, student)) is None:
-        return FrozenTeacher(student, full.dropped_layers(student))
-    whole = WholeTeacher(full.load(), student)
-    if stays:
-        size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
-        logger.warning(
-            "The teacher, %r, is held whole beside the student and takes %.1f MiB more: %s. "
-            "teacher_mode='cached' avoids that: it asks the teacher once, before training, and then frees it.",
-            *(str(source), size, reason),
-        )
-    return whole
-
-
-def _source(teacher: Any, student: PumaModel, revision: str | None) -> tuple[str | Path, str | None]:
-    """Path or Hub id, and revision."""
-    if isinstance(teacher, str | Path):
-        return teacher, revision
-    if teacher is not None:
-        raise ValueError(
-            f"teacher is a {type(teacher).__name__}, but it must be a path, a Hub id, a model or a Teacher."
-        )
-    source = student.config.source_name_or_path
-    # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
-    if source is None or ("/" not in source and not Path(source).is_dir()):
-        raise ValueError(
-            f"The model was pruned from {source!r}, which is not here. Pass teacher=<path of that folder> (--teacher)."
-        )
-    return source, revision or student.config.source_revision
-
-
-def _why_not_shared(full: StoredModel, student: PumaModel) -> str | None:
-    """Why one copy of the weights cannot serve both, or None if it can."""
+    if teacher is None:
+        teacher, revision = student.config.source_name_or_path, revision or student.config.source_revision
+        # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
+        if teacher is None or ("/" not in teacher and not Path(teacher).is_dir()):
+            what = f"The model was pruned from {teacher!r}, which is not here"
+            raise ValueError(f"{what}. Pass teacher=<path of that folder> (--teacher).")
+    full = StoredModel(teacher, student, revision=revision)
+    different, original = full.different_weights(student), student.config.original_num_hidden_layers
     if getattr(student, "is_quantized", False):
-        return "the student's base is held in 4 bits and the teacher is not"
-    if different := full.different_weights(student):
-        return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
-    depth, original = full.num_layers, student.config.original_num_hidden_layers
-    if depth == len(student.language_model.layers) != original:
-        raise ValueError(f"The teacher has {depth} layers and the student's weights: it is the student itself.")
-    return None if depth == original else f"it has {depth} layers, and the student was cut from {original}"
+        reason = "the student's base is held in 4 bits and the teacher is not"
+    elif different:
+        reason = f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
+    elif full.num_layers == original:
+        return FrozenTeacher(student, full.dropped_layers(student))
+    elif full.num_layers == len(student.language_model.layers):
+        raise ValueError(f"The teacher {str(teacher)!r} has the student's weights: it is the student itself.")
+    else:
+        reason = f"it has {full.num_layers} layers, and the student was cut from {original}"
+    whole = WholeTeacher(full.load(), student)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
+    logger.warning(
+        "The teacher, %r, is held whole beside the student and takes %.1f MiB more: %s. With teacher_mode='cached' it "
+        "is freed before training.",
+        *(str(teacher), size, reason),
+    )
+    return whole
 
 
 # --- the full model's weights
@@ -283,17 +251,10 @@ class StoredModel:
             "attn_implementation": student.config._attn_implementation,
         }
         self._source, self._positions = source, student.config.positions
-        try:
-            self._checkpoint: SourceCheckpoint = open_checkpoint(source, revision=revision)
-            self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
-        except OSError as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-            raise kind(
-                f"The teacher {str(source)!r} cannot be opened: {error} Pass another (teacher=..., --teacher)."
-            ) from error
+        self._checkpoint = open_checkpoint(source, revision=revision)
+        self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
         text_config: Any = self.config.text_config
         self.num_layers: int = text_config.num_hidden_layers
-        _check_hidden_size(student, self.config, repr(str(source)))
 
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
@@ -320,15 +281,11 @@ class StoredModel:
             every = PumaModel(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
         stored, tensors = StoredWeights(self._checkpoint), {}
-        for name, parameter in layers.named_parameters():
+        for name, _ in layers.named_parameters():
             index, _, rest = name.partition(".")
-            tensor = stored.get(f"language_model.layers.{numbers[int(index)]}.{rest}")
-            if tensor is None or tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"The teacher {str(self._source)!r} lacks layer {numbers[int(index)]}, {rest}, of its shape."
-                )
+            tensor = stored[f"language_model.layers.{numbers[int(index)]}.{rest}"]
             tensors[name] = tensor.to(student.device, self._loading["dtype"], copy=True)
-        layers.load_state_dict(tensors, assign=True)
+        layers.load_state_dict(tensors, assign=True)  # which refuses a tensor of another shape
         return layers
 
     def load(self) -> PumaModel:
@@ -355,22 +312,15 @@ def is_of_adapter(name: str) -> bool:
     return ".lora_" in name or "trainable_tokens" in name
 
 
-def _check_hidden_size(student: PumaModel, teacher: Any, name: str) -> None:
-    text_config: Any = student.config.text_config
-    ours, theirs = text_config.hidden_size, teacher.text_config.hidden_size
-    if ours != theirs:
-        raise ValueError(
-            f"The teacher {name} has hidden_size={theirs} and the student {ours}: their states cannot be compared."
-        )
-
-
 # --- a forward pass
 
 
-def _model_inputs(model: PumaModel, features: dict[str, Any]) -> dict[str, Any]:
-    """Those features that the model's forward pass takes."""
+def _ret_states(model: PumaModel, features: dict[str, Any]) -> Tensor:
+    """`[RET]` states after the final norm, from those features that the model's forward pass takes."""
     accepted = inspect.signature(model.forward).parameters
-    return {key: value for key, value in features.items() if key in accepted}
+    inputs = {key: value for key, value in features.items() if key in accepted}
+    states: Tensor = model(**inputs, return_dict=True).pooler_output
+    return states
 
 
 def share_image_features(model: PumaModel, features: dict[str, Any]) -> None:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses.cached_mac_puma import find_puma_model
-from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses, is_scheduled
-from puma_hf.trainer.checkpoints_puma import last_whole_checkpoint, mark_whole, require_whole_checkpoint, unmark
-from puma_hf.trainer.lora_puma import (
-    PREFIX,
-    enabled_by_backbone,
-    save_base_fingerprint,
-    set_non_reentrant,
-    spare_frozen_vision,
-)
+from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses
+from puma_hf.trainer.checkpoints_puma import MARKER, last_whole_checkpoint, mark_whole, why_not_whole
+from puma_hf.trainer.lora_puma import PREFIX, puma_model, save_base_fingerprint, spare_frozen_vision
 from puma_hf.trainer.statistics_puma import TrainingStatistics
 
 
@@ -42,9 +36,8 @@ class PumaTrainer(SentenceTransformerTrainer):
       `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`,
       `intra_similarity` and `inter_similarity`; `temperature` and `hard_temperature`; in self-distillation
       `teacher_cosine`, of the student's states with the teacher's; the terms of a loss that has several;
-      `items_per_second` and, with images, `images_per_second`, over all processes and without the time for
-      saving and evaluating. Of the last batch: `effective_rank` and `uniformity` of the positives'
-      embeddings, or of the states. A collapse is warned of.
+      `items_per_second` and, with images, `images_per_second`, over all processes. Of the last batch:
+      `effective_rank` and `uniformity` of the positives' embeddings, or of the states. A collapse is warned of.
     - Batches that hold one modality each, which makes MAC-Loss plain InfoNCE, are warned of.
 
     Args:
@@ -55,8 +48,7 @@ class PumaTrainer(SentenceTransformerTrainer):
         kwargs: See `args`.
 
     Raises:
-        ValueError: If a dataset is empty or of other rows than `positives`, no row could ever have a negative that the
-            loss needs, one process sees several GPUs, or checkpointing is to be reentrant.
+        ValueError: If `positives` come with several datasets or a stream, or one process sees several GPUs.
 
     Example:
         >>> from puma_hf import MultimodalMACLoss, load_mbeir  # doctest: +SKIP
@@ -73,17 +65,9 @@ class PumaTrainer(SentenceTransformerTrainer):
             raise ValueError(
                 f"One process sees {self.args.n_gpu} GPUs: run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
+        if positives is not None and not isinstance(self.train_dataset, Dataset):
+            raise ValueError(f"positives need one Dataset, and train_dataset is a {type(self.train_dataset).__name__}.")
         self.positives = positives
-        if positives is not None:
-            rows = self.train_dataset
-            if not isinstance(rows, Dataset) or len(positives) != len(rows):
-                raise ValueError(
-                    f"positives has {len(positives)} rows, but train_dataset must be one dataset of as many."
-                )
-        _check_rows(self, self.train_dataset, "train_dataset", self.args.train_batch_size)
-        _check_rows(self, self.eval_dataset, "eval_dataset", self.args.eval_batch_size)
-        # Other models, for which a loss of ours may do as well, are left to sentence-transformers' own checkpointing.
-        self._recomputes = set_non_reentrant(self.args) and find_puma_model(self.model) is not None
         self._statistics = TrainingStatistics(self.loss)
         # After the flow control, which decides what a step is followed by, and before the reporters.
         self.callback_handler.callbacks[1:1] = [SafeSteps(), self._statistics]
@@ -91,7 +75,7 @@ class PumaTrainer(SentenceTransformerTrainer):
             add_temperature_schedule(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from a whole checkpoint.
+        """Train, or go on from a whole checkpoint; from one of the last step on, its weights are all there is to do.
 
         Args:
             resume_from_checkpoint: Path of a checkpoint; True for the last whole one in `args.output_dir`.
@@ -105,10 +89,10 @@ class PumaTrainer(SentenceTransformerTrainer):
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"output_dir {self.args.output_dir!r} holds no whole checkpoint to continue from.")
-        elif resume_from_checkpoint:
-            resume_from_checkpoint = require_whole_checkpoint(resume_from_checkpoint)
-        with enabled_by_backbone(self.model) if self._recomputes else nullcontext():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        elif resume_from_checkpoint and (reason := why_not_whole(resume_from_checkpoint)):
+            last = _last(Path(resume_from_checkpoint).parent)
+            raise ValueError(f"The checkpoint {resume_from_checkpoint!r} is not whole: {reason}{last}.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def add_model_card_callback(self, *args: Any, **kwargs: Any) -> None:
         """That of the base class, without rows as examples: it expects plain texts, and ours are structs."""
@@ -132,63 +116,47 @@ class PumaTrainer(SentenceTransformerTrainer):
         devices = self.args.world_size
         return DistinctPositivesBatchSampler(dataset, self.positives, *args, num_devices=devices, **kwargs)
 
-    def get_train_dataloader(self) -> Any:
-        """The data loader of the base class, whose sampler always learns which epoch it is."""
-        loader: Any = super().get_train_dataloader()
-        shard: Any = getattr(loader, "batch_sampler", None)
-        sampler: Any = getattr(shard, "batch_sampler", None)
-        if hasattr(sampler, "set_epoch") and not hasattr(shard, "set_epoch"):
-            # With several processes accelerate wraps the sampler once to share the batches out, and once more to
-            # skip those of a resumed epoch; the epoch does not get through both, and the first would come again.
-            shard.set_epoch = sampler.set_epoch
-        self._loader = loader
-        return loader
-
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One batch forward and backward, counted."""
-        self._statistics.count(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         # With a loss scaler `SafeSteps` looks at no gradients, but no scale mends a loss.
         if self.args.fp16 and not bool(loss.isfinite()):
-            raise ValueError(
-                f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}, so it was not done"
-                f"{_last(self.args)}. Lower learning_rate, raise the temperatures, use bfloat16."
-            )
-        self._statistics.read()
+            raise _not_finite(f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}", self.args)
+        self._statistics.add(inputs)
         return loss
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; a ValueError if `eval_dataset` is empty, or no row could have a negative that the loss needs."""
-        if not isinstance(eval_dataset, str):  # a name is that of a dataset which was checked at the start
-            _check_rows(self, eval_dataset, "eval_dataset", self.args.eval_batch_size)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
-        if (epoch or batches) and self.state.epoch is not None:
-            # The base class divides the optimizer steps by those of a full epoch, but a sampler that keeps rows
-            # apart may end an epoch early. The fraction of epochs that it saves tells the very batch.
-            length = len(self._loader)
-            epoch, batches = divmod(round(self.state.epoch * length), length)
-            batches = 0 if self.args.ignore_data_skip else batches
-        return epoch, batches
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        loader: Any = self._train_dataloader
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # all is done; the base class would go on for one more step
+        if not self.state.global_step or not has_length(loader):
+            return epoch, batches
+        # The base class divides the optimizer steps by those of a full epoch, but a sampler that keeps rows apart may
+        # end an epoch early. The fraction of epochs that it saves tells the very batch.
+        epoch, batches = divmod(round((self.state.epoch or 0) * len(loader)), len(loader))
+        # With several processes accelerate wraps the sampler once to share the batches out, and once more to skip those
+        # of a resumed epoch; the epoch does not get through both, and the first would come again.
+        sampler: Any = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        return epoch, 0 if self.args.ignore_data_skip else batches
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
+        _check_weights(self.model, self.args, self.state)  # those of the last step no loss has seen
         if self.args.should_save:
-            unmark(folder)
+            (folder / MARKER).unlink(missing_ok=True)  # one of this name is not whole until it is written anew
         # The base class would delete an older checkpoint before the new one is known to be whole: with a limit of one,
         # a kill in between would leave none.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-            safe = last_whole_checkpoint(run)
-            kept = (
-                f"The last whole checkpoint is {safe!r}: free some space, and resume from there" if safe else "None is"
-            )
-            raise OSError(f"{str(folder)!r} could not be written ({error}). {kept}.") from error
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's own says nothing of a full disk
+            raise OSError(f"{str(folder)!r} could not be written ({error}){_last(run)}. Free some space.") from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -203,13 +171,10 @@ class PumaTrainer(SentenceTransformerTrainer):
             return
         card: Any = self.model.model_card_data
         # For its card sentence-transformers would encode, on this process alone, and wait for the others for ever.
-        given, card.generate_widget_examples = card.generate_widget_examples, False
-        try:
-            with whole_weights(self.model):
-                if self.args.should_save:
-                    self._save(output_dir)
-        finally:
-            card.generate_widget_examples = given
+        card.generate_widget_examples = False
+        with whole_weights(self.model):
+            if self.args.should_save:
+                self._save(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -218,7 +183,7 @@ class PumaTrainer(SentenceTransformerTrainer):
 
 
 class SafeSteps(TrainerCallback):
-    """Stops a run before gradients that are not finite reach the weights, or such weights a checkpoint.
+    """Stops a run before gradients that are not finite reach the weights, or such weights a result.
 
     Each process looks at the same: gradients are reduced by then, and of sharded tensors the norm is that of all parts.
 
@@ -226,47 +191,33 @@ class SafeSteps(TrainerCallback):
         ValueError: In the step itself. It names the last whole checkpoint to go on from.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Spare the frozen vision tower, now that the trainer has enabled checkpointing."""
-        puma = find_puma_model(model)
+        puma = find_puma_model(given["model"])
         if puma is not None and getattr(args, f"{PREFIX}_checkpointing"):
             spare_frozen_vision(puma)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Drop what an epoch that ended early, within an accumulation, has left: no checkpoint holds it."""
-        model.zero_grad()
+        given["model"].zero_grad()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at the gradients: the norm costs a pass over those of the adapter, and one wait for the device."""
         # With a loss scaler infinite gradients are part of the search for the scale, and it skips the step.
-        grads = [] if args.fp16 else [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
-        if not _is_finite(grads):
-            raise ValueError(
-                f"The gradients of optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}, are not "
-                f"finite, so it was not done{_last(args)}. Lower learning_rate, raise the temperatures, use bfloat16."
-            )
+        weights = [] if args.fp16 else given["model"].parameters()
+        if not _is_finite([weight.grad for weight in weights if weight.grad is not None]):
+            place = f"optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}"
+            raise _not_finite(f"The gradients of {place}, are not finite", args)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Look at the weights that are about to be saved: those of the last step no loss has seen."""
-        if control.should_save or control.should_training_stop:
-            check_weights(model, args, state)
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Look at the weights that the run has come to."""
+        _check_weights(given["model"], args, state)
 
 
-def check_weights(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+def _check_weights(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
     """Raise a ValueError if trained tensors are not finite, or so large that float32 cannot hold their squares."""
     if not _is_finite([tensor.detach() for tensor in model.parameters() if tensor.requires_grad]):
-        raise ValueError(
-            f"Optimizer step {state.global_step} has left weights that are not finite, or too large to compute with, "
-            f"so they are not saved{_last(args)}. Lower learning_rate, and set max_grad_norm above 0."
-        )
+        raise _not_finite(f"The weights after optimizer step {state.global_step} are not finite, or too large", args)
 
 
 def _is_finite(tensors: list[Tensor]) -> bool:
@@ -275,9 +226,14 @@ def _is_finite(tensors: list[Tensor]) -> bool:
     return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
 
-def _last(args: TrainingArguments) -> str:
-    safe = last_whole_checkpoint(str(args.output_dir))
-    return f", and the last whole checkpoint is {safe!r}" if safe else ""
+def _not_finite(what: str, args: TrainingArguments) -> ValueError:
+    last = _last(str(args.output_dir))
+    return ValueError(f"{what}{last}. Lower learning_rate, raise the temperatures, use bfloat16, clip gradients.")
+
+
+def _last(run: str | Path) -> str:
+    safe = last_whole_checkpoint(run)
+    return f". The last whole checkpoint is {safe!r}: resume from there" if safe else ""
 
 
 @contextmanager
@@ -287,43 +243,12 @@ def whole_weights(model: SentenceTransformer) -> Iterator[None]:
     sentence-transformers saves what a process holds itself, which is a part. Here the trained tensors, those of the
     adapter, are put together on every device; the frozen ones, which are not saved, stay parts.
     """
-    first: Any = model[0]
-    backbone: Any = getattr(first, "model", first)
-    parameters = dict(backbone.named_parameters())
-    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        yield
-        return
-    whole = {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        for name, parameter in parameters.items()
-        if parameter.requires_grad
-    }
+    backbone = puma_model(model)
+    trained = {name: weight for name, weight in backbone.named_parameters() if weight.requires_grad}
+    whole = {name: weight.full_tensor() for name, weight in trained.items() if isinstance(weight, DTensor)}
     original = backbone.state_dict
     backbone.state_dict = lambda *args, **kwargs: {**original(*args, **kwargs), **whole}
     try:
         yield
     finally:
         del backbone.state_dict
-
-
-def _check_rows(trainer: Any, datasets: Any, what: str, batch_size: int) -> None:
-    """Raise if there are no rows, or nothing to tell a positive from: such a loss would always be 0."""
-    for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
-        if not isinstance(dataset, Dataset | IterableDataset):
-            continue
-        name = f"{what}[{key!r}]" if key else what
-        rows = len(dataset) if isinstance(dataset, Dataset) else None
-        if rows == 0:
-            raise ValueError(f"{name} has no rows. Look at the folder, the split and the filters it comes from.")
-        loss: Any = trainer.loss.get(key) if isinstance(trainer.loss, Mapping) else trainer.loss
-        modules = [] if loss is None else loss.modules()
-        # Those of ours, whose negatives are the other rows; what other losses need, nobody here knows.
-        found = [module for module in modules if is_scheduled(module)]
-        labels = {*trainer.data_collator.valid_label_columns, "dataset_name"}
-        if not found or len(set(dataset.column_names) - labels) > 2:
-            continue
-        devices = trainer.args.world_size if getattr(found[0], "gather_across_devices", False) else 1
-        if 1 in (batch_size * devices, rows):
-            raise ValueError(
-                f"{name} has {rows} row(s) in batches of {batch_size * devices}, so nothing is a negative."
-            )

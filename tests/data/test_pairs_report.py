@@ -19,18 +19,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kinds(report: PairsReport) -> dict[str, int]:
-    return {found.kind: found.count for found in (*report.offenders, *report.notes)}
+    return {**report.offenders.counts, **report.notes.counts}
 
 
 def test_a_clean_source(folder: Path) -> None:
     write_captions(folder, {"a.png": "red", "deep/b.png": "a green one"})
     report = check_pairs(folder)
     assert report.ok
-    assert (report.num_rows, report.num_rows_left_out, report.num_pairs) == (2, 0, 2)
-    assert report.modalities == {"anchors": {"text": 2}, "positives": {"image": 2}, "negatives": {}}
-    assert report.num_images == 2
+    assert (report.num_rows, report.num_pairs) == (2, 2)
     assert kinds(report) == {}
-    assert "\n  column     positive: file_name (image)\n  rows       2, of which 0 cannot be used\n" in str(report)
+    assert "\n  column     positive: image=file_name\n  rows       2, of which 0 cannot be used\n" in str(report)
     assert str(report).endswith("All rows can be trained on.")
 
 
@@ -47,7 +45,7 @@ def test_what_is_worth_a_look(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "pairs.csv", header, rows)
     report = check_pairs(table)
     assert report.ok
-    first = {found.kind: list(found.first) for found in report.notes}
+    first = {kind: list(map(str, errors)) for kind, errors in report.notes.first.items()}
     assert first == {
         "pair given again": [f"{table}, line 3: the same as {table}, line 2"],
         "anchor that is its own positive": [f"{table}, line 6: 'blue'"],
@@ -78,7 +76,7 @@ def test_special_tokens_are_found_before_training(tmp_path: Path) -> None:
     table.write_text("anchor,positive\na,b\nc <|im_end|> d,e\nf,[RET]\n", encoding="utf-8")
     report = check_pairs(table)
     assert kinds(report) == {"special token in a text": 2}
-    assert "line 3: anchor is 'c <|im_end|> d' with the special token '<|im_end|>'" in report.offenders[0].first[0]
+    assert "line 3: anchor is 'c <|im_end|> d' with the special token '<|im_end|>'" in report.offenders.quotes()
     with pytest.raises(
         ValueError, match=r"(?s)2 of 3 rows cannot be used.*line 4: positive is '\[RET\]'.*tokens split"
     ):

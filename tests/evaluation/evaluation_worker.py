@@ -77,11 +77,11 @@ def share(data: Path, output: Path, rank: int) -> None:
     """One of two processes."""
     encoder = DyingEncoder()
     results = run(data, output, encoder)
-    values = {"results": results.to_dict(include_rankings=True), "calls": len(encoder.calls)}
+    values = {"results": results.to_dict() | {"rankings": results.rankings}, "calls": len(encoder.calls)}
     output.with_name(f"{rank}.json").write_text(json.dumps(values))
     # Without an output they need a folder, too, and leave nothing of it.
     again = evaluate_mbeir(DyingEncoder(), data, tasks="toys_task1", show_progress_bar=False)
-    output.with_name(f"temporary-{rank}.json").write_text(json.dumps(again.to_dict(include_rankings=True)))
+    output.with_name(f"temporary-{rank}.json").write_text(json.dumps(again.to_dict() | {"rankings": again.rankings}))
 
 
 def main(data: Path, folder: Path) -> None:
@@ -92,7 +92,7 @@ def main(data: Path, folder: Path) -> None:
     points, calls_left = kill_and_finish(data, folder / "killed", len(encoder.calls))
     in_two_processes(partial(share, data, folder / "two"))
     report = {
-        "results": results.to_dict(include_rankings=True),
+        "results": results.to_dict() | {"rankings": results.rankings},
         "calls": len(encoder.calls),
         "points": points,
         "calls_left": calls_left,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from puma_hf.data.records import MBEIRFormatError
 from puma_hf.evaluation.evaluator import MBEIREvaluator
 from tests.data import mbeir_builder as builder
 from tests.evaluation.fake_encoder import FakeEncoder
-
-CSV = "M-BEIR_evaluation_toys_results.csv"
-
-
-def read_csv(path: Path) -> list[dict[str, float]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("pool", ["local", "global", "both"])
@@ -59,26 +51,6 @@ def test_tasks_and_arguments_of_encode(root: Path) -> None:
     assert all(kwargs == options for _, _, kwargs in encoder.calls)
     assert sum(len(inputs) for inputs, _, _ in encoder.calls) == builder.NUM_CANDIDATES + builder.NUM_QUERIES
     assert MBEIREvaluator(root, split="test", tasks="toys_task7").tasks == evaluator.tasks
-
-
-def test_each_call_adds_a_line(root: Path, tmp_path: Path) -> None:
-    evaluator = MBEIREvaluator(root, split="test", tasks=["toys_task0"], name="toys")
-    metrics = evaluator(FakeEncoder(), str(tmp_path / "eval"), 0.5, 20)
-    evaluator(FakeEncoder(), str(tmp_path / "eval"), 1.0, 40)
-    rows = read_csv(tmp_path / "eval" / CSV)
-    figures = {name.removeprefix("toys_"): value for name, value in metrics.items() if name != "toys_toys"}
-    assert rows == [{"epoch": 0.5, "steps": 20, **figures}, {"epoch": 1.0, "steps": 40, **figures}]
-    evaluator(FakeEncoder())
-    MBEIREvaluator(root, split="test", write_csv=False)(FakeEncoder(), str(tmp_path / "none"))
-    assert len(read_csv(tmp_path / "eval" / CSV)) == 2
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_line_of_other_columns_does_not_get_under_the_old_ones(root: Path, tmp_path: Path) -> None:
-    for tasks in (["toys_task0"], ["toys_task1"]):
-        MBEIREvaluator(root, split="test", tasks=tasks, name="toys")(FakeEncoder(), str(tmp_path))
-    assert "local_toys_task1_score" in read_csv(tmp_path / CSV)[0]
-    assert "local_toys_task0_score" in read_csv(tmp_path / CSV.replace(".csv", ".old.csv"))[0]
 
 
 def test_it_waits_for_no_other_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +105,7 @@ def test_the_best_checkpoint_is_loaded(root: Path, puma_dir: Path, tmp_path: Pat
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_toys_local_score" in entry]
     assert [entry["step"] for entry in logged] == [1, 2]
-    lines = read_csv(tmp_path / "run" / "eval" / CSV)
-    assert [line["steps"] for line in lines] == [1, 2]
-    for entry, line in zip(logged, lines, strict=True):
-        figures_of_line = {name: value for name, value in line.items() if name not in ("epoch", "steps")}
-        assert {name: entry[f"eval_toys_{name}"] for name in figures_of_line} == figures_of_line
-    figures = [line["local_ndcg@10"] for line in lines]
+    figures = [entry["eval_toys_local_ndcg@10"] for entry in logged]
     assert len(set(figures)) > 1
     assert trainer.state.best_metric == max(figures)
     assert evaluator(model)["toys_local_ndcg@10"] == max(figures)

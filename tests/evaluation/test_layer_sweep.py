@@ -112,7 +112,7 @@ def test_costs_one_forward_pass(models: list[SentenceTransformer], inputs: list[
 
 
 def test_only_puma_models_alone(models: list[SentenceTransformer]) -> None:
-    with pytest.raises(ValueError, match=r"'Normalize'.*must be a PUMA model alone.*puma-hf prune"):
+    with pytest.raises(ValueError, match=r"has 2 modules, must be a PUMA model alone.*puma-hf prune"):
         decoder_of(SentenceTransformer(modules=[models[0][0], Normalize()]))
 
 
@@ -195,7 +195,7 @@ def test_equals_evaluating_each_pruned_model(
     ]
     assert (report.data, report.split, report.pool, report.metric) == ("toys", "test", "local", "score")
     # One query a task has no answer.
-    assert (report.num_queries, report.task_queries, report.num_candidates) == (8 * 3, (3,) * 8, 8 * 6)
+    assert (report.num_queries, report.num_candidates) == (8 * 3, 8 * 6)
     full, kept, compared, _ = (model.rows for model in report.models)
     for row, model in zip(full, models, strict=True):
         assert_equals_evaluation(row, model, data)
@@ -210,8 +210,8 @@ def test_equals_evaluating_each_pruned_model(
 
 
 def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
-    held = HeldInputs(MBEIR(data), read_searches(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"]))
-    embeddings = embed_all_depths(held, models[-1], batch_size=1)  # several parts a group
+    held = HeldInputs(read_searches(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"]))
+    embeddings = embed_all_depths(held, models[-1], batch_size=1)
     assert embeddings.shape == (NUM_LAYERS, 8 * (6 + 4), HIDDEN_SIZE)
     for row, depth in zip(report.models[0].rows, embeddings, strict=True):
         assert row.cka == pytest.approx(linear_cka(depth, embeddings[-1]), abs=1e-5)
@@ -240,6 +240,3 @@ def test_errors_before_a_model_is_opened(
     with pytest.raises(ImportError, match=r"pip install 'puma-hf\[plot\]'"):
         sweep(replace(config, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"in one process, not 2.*without torchrun or accelerate launch"):
-        sweep(config)

@@ -134,21 +134,6 @@ def test_coarse_products_of_a_training_do_not_reach_the_search(precision: str) -
     assert seen == ["ieee", "ieee"]
 
 
-@pytest.mark.parametrize(
-    ("queries", "candidates", "top_k", "block_size", "message"),
-    [
-        (torch.ones(2), torch.ones(2, 2), 1, 1, r"query_embeddings is \(2,\)"),
-        (torch.ones(2, 3), torch.ones(2, 2), 1, 1, r"candidates is \(1, 2\), must be \(rows, 3\) as the queries"),
-        (torch.ones(2, 2), torch.ones(2, 2), 1, 0, "top_k is 1 and block_size is 0"),
-    ],
-)
-def test_wrong_search_arguments(
-    queries: torch.Tensor, candidates: torch.Tensor, top_k: int, block_size: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        exact_search(queries, candidates, top_k, block_size=block_size)
-
-
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_embeddings_that_are_not_finite_are_named(value: float) -> None:
     bad = torch.ones(20, 2)

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from PIL import Image
 
 from puma_hf import prune
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, MBEIRTaskResult
-from puma_hf.hub.card import CardOptions, CardResults, MeasuredModel, find_results, make_card, write_card
+from puma_hf.fingerprint import model_fingerprint
+from puma_hf.hub.card import CardOptions, count_facts, find_results, load_model, make_card, read_results, write_card
 from puma_hf.pruning import fill_template, with_training_note
 from tests.tiny import build_checkpoint
 
@@ -43,20 +45,26 @@ def write_recipe(folder: Path, name: str = "train.yaml", **recipe: Any) -> None:
 def folder(puma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     copy = tmp_path / "work" / "puma"
     shutil.copytree(puma_dir, copy)
-    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
-    monkeypatch.setattr(MeasuredModel, "facts", FACTS)
+    measure_nothing(monkeypatch)
     return copy
 
 
-def render(folder: Path, **options: Any) -> str:
-    return make_card(folder, options=CardOptions(**options)).text
+def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the place of what takes seconds."""
+    monkeypatch.setattr("puma_hf.hub.card.load_model", lambda folder: SimpleNamespace())
+    monkeypatch.setattr("puma_hf.hub.card.model_fingerprint", lambda model: PRINT)
+    monkeypatch.setattr("puma_hf.hub.card.count_facts", lambda model: FACTS)
+
+
+def render(folder: Path, results: list[Path] | None = None, **options: Any) -> str:
+    return make_card(folder, results=results, options=CardOptions(**options))[0]
 
 
 def test_without_result_files_the_card_has_no_results(folder: Path) -> None:
     card = ModelCard(render(folder, repo_id="org/puma"))
     assert "Nothing has been measured on this model yet." in card.text
     assert not {"model-index", "model_name"} & card.data.to_dict().keys()
-    assert "M-BEIR: none of its 16 rows." in card.text
+    assert "M-BEIR, local pools: all 16 rows." in card.text
     assert "No training after the cut is on record." in card.text
     assert "# org/puma" in card.text
     assert "hit@" not in card.text
@@ -92,28 +100,22 @@ def test_metadata_are_valid_and_hold_the_files_own_values(folder: Path) -> None:
 
 
 def test_the_table_names_its_file_and_what_is_missing(folder: Path) -> None:
-    path = write_results(folder / "results.json", data="M-BEIR")
-    card = make_card(folder, results=[path]).text
+    card = render(folder, results=[write_results(folder / "results.json", data="M-BEIR")])
     assert "| t -> i | mscoco | local | 100 | 50 | 5 | 62.5 | 81.5 | 78.8 | 79.5 |" in card
     assert re.search(r"From `puma/results\.json`, SHA-256 [0-9a-f]{12}, written by `puma-hf evaluate`", card)
-    assert "Of M-BEIR's 16 rows: visualnews_task0," in card
-    assert "The global pools." in card
-    assert "The local pools." not in card
-    assert "seed" not in card
-    write_recipe(folder, model="pruned", loss="mac", seed=3)
-    card = make_card(folder).text
-    assert "One model was trained, with seed 3." in card
+    assert "- M-BEIR, local pools: visualnews_task0, fashion200k_task0," in card
+    assert "- M-BEIR, global pools: all 16 rows." in card
     assert "- How much the figures would vary with another seed of the training." in card
 
 
 def test_a_corrected_figure_never_enters_a_card(folder: Path) -> None:
     path = write_results(folder / "results.json")
-    plain = make_card(folder).text
+    plain = render(folder)
     results = MBEIRResults.from_dict(json.loads(path.read_text()))
     rows = [replace(results.rows[0], corrected={"score": 0.987, "hit@5": 0.987})]
     made_from = {**results.made_from, "popularity_penalty": 0.2}
     replace(results, rows=rows, made_from=made_from).to_json(path)
-    assert re.sub("SHA-256 .{12}", "", make_card(folder).text) == re.sub("SHA-256 .{12}", "", plain)
+    assert re.sub("SHA-256 .{12}", "", render(folder)) == re.sub("SHA-256 .{12}", "", plain)
 
 
 def test_stages_are_told_from_their_recipes_without_paths(folder: Path) -> None:
@@ -121,16 +123,20 @@ def test_stages_are_told_from_their_recipes_without_paths(folder: Path) -> None:
     train |= {"temperature": 0.05, "hard_temperature": 0.04, "lora_r": 64, "seed": 0, "matryoshka_dims": [16, 8]}
     distill = {"model": "/x/pruned", "teacher": "/home/somebody/full", "metric": "mse", "max_steps": 150}
     write_recipe(folder, "train.yaml", **train)
-    write_recipe(folder.with_name("distilled"), "distill.yaml", data="/home/somebody/emoji", **distill)
+    write_recipe(folder, "distill.yaml", data="/home/somebody/emoji", **distill)
     card = render(folder)
     training = card.partition("## Training")[2].partition("## Use")[0]
     first, second = (line for line in training.splitlines() if line.startswith("- "))
-    assert first.startswith("- Distilled without labels; teacher: `full`, metric `mse`, on `emoji`")
-    assert "max_steps 150" in first
-    assert "- Trained with the loss `mac`, on `M-BEIR`, split train: temperature 0.05, hard_temperature 0.04" in second
+    assert first.startswith("- Distilled without labels; teacher: `full`, metric `mse`, on `emoji`: max_steps 150")
+    assert (
+        "- Trained with the loss `mac`, on `M-BEIR`: split train, temperature 0.05, matryoshka_dims [16, 8]" in second
+    )
+    assert "hard_temperature 0.04" in second
     assert "somebody" not in card
     assert "truncate_dim=8)" in card
     assert "The model was trained for it." in card
+    write_recipe(folder, "train.yaml", **{**train, "loss": "infonce"})  # it has one temperature
+    assert "hard_temperature" not in render(folder)
 
 
 # --- adapters
@@ -165,14 +171,14 @@ def test_results_beside_an_adapter_whose_base_is_out_of_reach_stay_out_of_its_ca
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert ["lora cannot be loaded (We couldn't connect to" in message for message in told] == [True]
     with pytest.raises(ValueError, match=r"no result of '.*lora' \(it is of another model, by its fingerprint\)"):
-        make_card(lora, results=files)
+        render(lora, results=files)
 
 
 # --- result files
 
 
 def test_results_are_found_in_the_directory_and_beside_it_if_they_are_its_own(folder: Path) -> None:
-    for place in (folder, folder / "test", folder.parent / "puma-test"):
+    for place in (folder, folder.parent / "a-test"):
         write_results(place / "results.json")
     write_results(folder.parent / "other" / "results.json", model_fingerprint="0" * 64)
     (folder.parent / "damaged").mkdir()
@@ -180,50 +186,37 @@ def test_results_are_found_in_the_directory_and_beside_it_if_they_are_its_own(fo
     closed = write_results(folder.parent / "closed" / "results.json").parent
     closed.chmod(0)  # as in /tmp, where programs have folders that nobody else may look into
     try:
-        found = CardResults(MeasuredModel(folder)).read(None)
+        found = read_results(folder, SimpleNamespace(), None)
     finally:
         closed.chmod(0o755)
-    names = [cited.split("`")[1] for cited, _ in found.evaluations]
-    assert [name for name in names if not name.startswith("closed")] == [
-        *("puma/results.json", "test/results.json", "puma-test/results.json")
+    assert [name for name in found.files if not name.startswith("closed")] == [
+        "puma/results.json",
+        "a-test/results.json",
     ]
     assert found.evaluations[0][1].rows[0].score == 0.625
+    write_recipe(folder, model="x")
+    assert find_results(folder)[-1] == folder.resolve() / "train.yaml"
 
 
 def test_results_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
-    model = MeasuredModel(folder)
     for made_from in ({"model_fingerprint": "0" * 64}, {"model_fingerprint": None}):
         with pytest.raises(ValueError, match=r"is no result of .*\(it is of another model, by its fingerprint\)"):
-            CardResults(model).read([write_results(tmp_path / "results.json", **made_from)])
-    with pytest.raises(ValueError, match=r"'nowhere/results\.json' is no result of"):
-        CardResults(model).read(["nowhere/results.json"])
-    with pytest.raises(ValueError, match=r"config\.json' is no result of"):
-        CardResults(model).read([folder / "config.json"])
+            render(folder, results=[write_results(tmp_path / "results.json", **made_from)])
+    for path in (Path("nowhere/results.json"), folder / "config.json"):
+        with pytest.raises(ValueError, match=rf"{path.name}' is no result of"):
+            render(folder, results=[path])
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"model: [", b"model: \xff"])
 def test_damaged_files_are_named_and_passed_by(folder: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    model = MeasuredModel(folder)
     for name in ("results.json", "train.yaml")[: 1 if content == b"{}" else 2]:
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}' is no result of"):
-            CardResults(model).read([folder / name])
+            render(folder, results=[folder / name])
         with caplog.at_level(logging.INFO, logger="puma_hf"):
-            assert (found := CardResults(model).read(None)).evaluations == found.recipes == []
+            found = read_results(folder, SimpleNamespace(), None)
+        assert found.evaluations == found.recipes == []
         assert "not in the card: " in caplog.text
-
-
-def test_recipes_are_followed_back_to_the_first_stage(folder: Path) -> None:
-    def found() -> list[str]:
-        return [path.relative_to(folder.parent).as_posix() for path in find_results(folder)]
-
-    write_recipe(folder, model=".")
-    assert found() == ["puma/train.yaml"]  # which says nothing of where that was
-    write_recipe(folder, model="/home/somebody/distilled/")
-    write_recipe(folder.with_name("distilled"), "distill.yaml", model="/home/somebody/pruned")
-    assert found() == ["puma/train.yaml", "distilled/distill.yaml"]
-    write_recipe(folder.with_name("distilled"), "distill.yaml", model="puma")  # a ring ends
-    assert found() == ["puma/train.yaml", "distilled/distill.yaml"]
 
 
 # --- what the card says
@@ -234,13 +227,13 @@ def test_parameters_and_bytes_are_those_that_pruning_counted(tmp_path: Path, fam
     folder = tmp_path / "puma"
     report = prune(build_checkpoint(tmp_path / "original", family), folder, num_kept_layers=2)
     card = render(folder)
+    facts = count_facts(load_model(folder))
     assert f"| parameters | {report.parameters_after:,} | {report.parameters_before:,} |" in card
-    facts = MeasuredModel(folder).facts
     assert (facts["bytes_after"], facts["bytes_before"]) == (report.bytes_after, report.bytes_before)
     assert str(tmp_path) not in card
     # What the dropped layers would cost is worked out, not measured; the model with all its layers measures it.
     prune(tmp_path / "original", tmp_path / "full", num_kept_layers=4)
-    full = MeasuredModel(tmp_path / "full").facts["costs"]
+    full = count_facts(load_model(tmp_path / "full"))["costs"]
     assert [before for *_, before in facts["costs"]] == [after for _, after, _ in full]
 
 
@@ -318,15 +311,15 @@ def trained(tmp_path: Path) -> Path:
     """A directory as the demo leaves it: pruned, with recipes, and with results of an evaluation of the model."""
     folder = tmp_path / "work" / "puma"
     prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), folder, num_kept_layers=3)
-    for place, stage in ((folder, "train"), (folder.with_name("distilled"), "distill")):
+    for stage in ("train", "distill"):
         recipe = yaml.safe_load((CONFIGS / f"demo_{stage}.yaml").read_text())
-        write_recipe(place, f"{stage}.yaml", **{**recipe, "model": "x/distilled", "data": "demo/emoji", "seed": 7})
+        write_recipe(folder, f"{stage}.yaml", **{**recipe, "model": "x/distilled", "data": "demo/emoji", "seed": 7})
     rows = [
         MBEIRTaskResult("emoji", task, pool, 601 + task, 290 + task, task % 2, score, {"hit@1": 0.1, "hit@5": score})
         for pool, scores in (("local", (0.6007, 0.7544)), ("global", (0.5448, 0.6826)))
         for task, score in zip((0, 1), scores, strict=True)
     ]
-    made = {"model_fingerprint": MeasuredModel(folder).fingerprint(None), "data": "emoji", "puma_hf": "0.1.0"}
+    made = {"model_fingerprint": model_fingerprint(load_model(folder)), "data": "emoji", "puma_hf": "0.1.0"}
     MBEIRResults("test", rows, made_from=made).to_json(folder.with_name("puma-test") / "results.json")
     return folder
 
@@ -337,16 +330,15 @@ def test_every_number_has_a_source_and_the_model_index_survives(trained: Path, t
     files = [trained.with_name("puma-test") / "results.json", trained / "config.json"]
     files += [trained / f"{name}.json" for name in ("config_sentence_transformers", "processor_config")]
     values = [json.loads(file.read_text()) for file in (*files, trained / "tokenizer_config.json")]
-    recipes = (trained / "train.yaml", trained.with_name("distilled") / "distill.yaml")
-    sources |= spellings(values + [yaml.safe_load(path.read_text()) for path in recipes])
-    facts = MeasuredModel(trained).facts  # which are compared with other counts above
+    sources |= spellings(values + [yaml.safe_load(path.read_text()) for path in trained.glob("*.yaml")])
+    facts = count_facts(load_model(trained))  # which are compared with other counts above
     sources |= spellings(facts) | {f"{facts[name] / 1e6:.1f}" for name in ("bytes_after", "bytes_before")}
     sources |= {f"{290 + 291}", "67.8", "61.4"}  # queries and means of the table
     write_card(trained, options=CardOptions("org/puma", "Qwen/Qwen2-VL-2B-Instruct", "apache-2.0", ("org/emoji",)))
     card = ModelCard.load(trained / "README.md")
     assert numbers_without_source(card.text, sources) == []
     # What the card must show is there, and a number that nobody measured would be found.
-    for shown in ("| 601 | 290 | 5 | 60.1 |", "68.3", "hard_temperature", "lora_r", "with seed 7", "MFLOP"):
+    for shown in ("| 601 | 290 | 5 | 60.1 |", "68.3", "hard_temperature", "lora_r", "seed 7", "MFLOP"):
         assert shown in card.text
     for wrong in ("99.9 %", "1,234,567 pairs", "12 hours"):
         assert numbers_without_source(f"{card.text}\n{wrong}", sources) != []

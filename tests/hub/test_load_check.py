@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.hub.load_check import LoadCheck, check_loads
+from puma_hf.hub.load_check import check_loads
 
 FOUND: dict[str, Any] = {"dim": 64, "difference": 1e-6, "dtype": "float32", "unread": [], "1 - cosine": 1e-7}
 
@@ -22,14 +22,12 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(script: Path, **changes: Any) -> None:
     found = repr(json.dumps(FOUND | changes))
-    script.write_text(f"import json, sys\njob = json.load(open(sys.argv[1]))\nopen(job['output'], 'w').write({found})")
+    script.write_text(f"import json, sys\nopen(sys.argv[2], 'w').write({found})")
 
 
 def test_what_was_found(script: Path, tmp_path: Path) -> None:
     write(script)
-    found = check_loads(tmp_path)
-    assert found == LoadCheck(64, "float32", 1e-6)
-    assert str(found).endswith("64 dimensions in float32, largest difference 1.0e-06")
+    assert check_loads(tmp_path, shown_as="x").endswith("64 dimensions in float32, largest difference 1.0e-06")
 
 
 def test_the_reason_calls_a_copy_by_the_name_of_what_it_was_made_from(script: Path, tmp_path: Path) -> None:
@@ -38,7 +36,7 @@ def test_the_reason_calls_a_copy_by_the_name_of_what_it_was_made_from(script: Pa
         check_loads(tmp_path, shown_as="mine")
     script.write_text("import os\nos._exit(9)")  # as when the machine has no memory left
     with pytest.raises(ValueError, match=r"\(the process ended with 9\)"):
-        check_loads(tmp_path)
+        check_loads(tmp_path, shown_as="x")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,7 @@ def test_the_reason_calls_a_copy_by_the_name_of_what_it_was_made_from(script: Pa
 def test_loaders_that_differ_are_refused(script: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     write(script, **changes)
     with pytest.raises(ValueError, match=words):
-        check_loads(tmp_path)
+        check_loads(tmp_path, shown_as="x")
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -66,10 +64,10 @@ def test_the_process_is_fresh(script: Path, tmp_path: Path, offline: bool, monke
     names = "('HF_HUB_OFFLINE', 'HF_MODULES_CACHE', 'HF_TOKEN')"
     code = f"import os\nseen = [os.environ.get(name) for name in {names}] + [os.listdir('.'), sys.path]\n"
     script.write_text(f"{script.read_text()}\n{code}json.dump(seen, open({str(seen)!r}, 'w'))")
-    check_loads(tmp_path, offline=offline, token="given")
+    check_loads(tmp_path, shown_as="x", offline=offline, token="given")
     setting, modules, token, here, paths = json.loads(seen.read_text())
     assert setting == ("1" if offline else "0")
     assert token == (None if offline else "given")  # code that asks nobody needs none
     assert not Path(modules).exists()  # it is gone with the rest
-    assert sorted(here) == ["found.json", "job.json"]
+    assert sorted(here) == ["found.json"]
     assert str(tmp_path) not in paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,15 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from puma_hf.files import model_files
 from puma_hf.hub import load_check
-from puma_hf.hub.card import MeasuredModel
-from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub as push
 from puma_hf.hub.push import travelling_files
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
-from tests.hub.test_card import FACTS, PRINT, write_results
+from tests.hub.test_card import measure_nothing, write_results
 from tests.warm_process import WarmProcess, warm_process
 
-LOADED = LoadCheck(64, "float32", 1e-7)
+LOADED = "loads without puma_hf"
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +54,8 @@ def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds to count, and is tested with the card."""
-    monkeypatch.setattr(MeasuredModel, "facts", FACTS)
-    monkeypatch.setattr(MeasuredModel, "fingerprint", lambda self, truncate_dim: PRINT)
+    """The counts are tested with the card."""
+    measure_nothing(monkeypatch)
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """Takes the place of the fresh process; keeps what it was given."""
     given = []
 
-    def check(directory: Path, **options: Any) -> LoadCheck:
+    def check(directory: Path, **options: Any) -> str:
         content = {path.name: path.read_bytes() for path in directory.iterdir()}
         given.append(SimpleNamespace(content=content, **options))
         return LOADED
@@ -104,7 +100,7 @@ def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubSe
     # What no loader reads stays here, whatever it is called and whatever it holds.
     assert "left out  .env, checkpoint-60, id_rsa, notes.txt, optimizer.pt, results.md, training_args.bin" in shown
     assert set(loads[0].content) == {*model_files(folder), *travelling_files()}
-    for part in ("dry run", report.card, str(LOADED)):
+    for part in ("dry run", report.card, LOADED):
         assert part in shown
     assert {*loads[0].content, "README.md"} == {name for name, _ in report.files}
     assert loads[0].offline
@@ -131,7 +127,7 @@ def test_visibility(folder: Path, hub: HubServer, loads: list[Any], private: boo
 
 
 def test_a_branch_and_a_pull_request(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    push(folder, "org/puma", token=f"{TOKEN}\n")  # the end of a line does not belong to a token
+    push(folder, "org/puma", token=TOKEN)
     repository = hub.repositories["org/puma"]
     first = dict(repository.branches["main"])
     (folder / "LICENSE").write_text("Apache-2.0")
@@ -190,8 +186,6 @@ def test_no_right_to_write(folder: Path, hub: HubServer, loads: list[Any]) -> No
         push(folder, "org/puma")
     with pytest.raises(OSError, match="Invalid user token"):
         push(folder, "org/puma", token="wrong")
-    with pytest.raises(PermissionError, match=r"'me' is no member of 'they', .*\. Choose one of me, org, or"):
-        push(folder, "they/puma", token=TOKEN)
     assert loads == []
 
 
@@ -201,7 +195,7 @@ def test_the_network_goes_in_the_middle(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     hub.fail = {part: None}
-    with pytest.raises(ConnectionError, match=r"'org/puma' failed .* Run it again: a commit is whole"):
+    with pytest.raises(ConnectionError, match=r"to the Hub failed .* Run it again: a commit is whole"):
         push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"] == {}
     hub.fail = {}
@@ -224,7 +218,7 @@ def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pyt
         push(folder, "org/puma", token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"The push to 'org/puma' failed \("):
+    with pytest.raises(ConnectionError, match=r"The push to the Hub failed \("):
         push(folder, "org/puma", token=TOKEN)
 
 
@@ -234,7 +228,7 @@ def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pyt
 def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """While the directory is loaded, something happens."""
 
-    def check(directory: Path, **options: Any) -> LoadCheck:
+    def check(directory: Path, **options: Any) -> str:
         change()
         return LOADED
 
@@ -242,14 +236,10 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 def test_what_was_checked_is_uploaded(folder: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, weights = (folder / "chat_template.jinja").read_bytes(), folder / "model.safetensors"
+    template = (folder / "chat_template.jinja").read_bytes()
     changing(monkeypatch, lambda: (folder / "chat_template.jinja").write_text("other"))
     push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"]["chat_template.jinja"] == template
-    changing(monkeypatch, lambda: save_file({name: 2 * one for name, one in load_file(weights).items()}, weights))
-    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Push again"):
-        push(folder, "org/other", token=TOKEN)
-    assert "org/other" not in hub.repositories
 
 
 def test_a_repository_that_changes_is_left_alone(
@@ -291,7 +281,7 @@ def test_a_recipe_is_told_in_the_card_and_stays_here(folder: Path, hub: HubServe
     (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
     assert "train.yaml" in push(folder, "org/puma", token=TOKEN).left_out
     pushed = hub.repositories["org/puma"].branches["main"]
-    assert b"Trained with the loss `mac`, on `M-BEIR`, split train" in pushed["README.md"]
+    assert b"Trained with the loss `mac`, on `M-BEIR`: split train" in pushed["README.md"]
     assert [name for name, content in pushed.items() if name == "train.yaml" or b"somebody" in content] == []
 
 
@@ -324,17 +314,14 @@ def test_a_base_of_other_weights_is_refused(
 
 @pytest.mark.usefixtures("base_on_hub")
 def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
-    adapter: Path, hub: HubServer, loads: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    adapter: Path, hub: HubServer, loads: list[Any], tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/puma"}))
-    (copy / "puma_base.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        report = push(copy, "org/puma-lora", token=TOKEN)
+    report = push(copy, "org/puma-lora", token=TOKEN)
     assert (loads[0].offline, loads[0].token) == (False, TOKEN)
     assert ModelCard(report.card).data.base_model == "org/puma"
-    assert "Whether org/puma holds the weights that the adapter was trained on is not known." in caplog.text
 
 
 # --- real loads, at the end: until then their process has imported what it needs
@@ -385,9 +372,9 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
 
 
 def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:
-    (folder / "job.json").write_text(json.dumps({"directory": name, "output": str(folder / "found.json")}))
-    process = warm.run([sys.executable, "-P", str(load_check.__file__), str(folder / "job.json")], cwd=folder)
+    output = folder / "found.json"
+    process = warm.run([sys.executable, "-P", str(load_check.__file__), name, str(output)], cwd=folder)
     assert process.returncode == 0, process.stderr
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    found: dict[str, Any] = json.loads(output.read_text())
     assert "error" not in found, found
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from puma_hf.search.answers import Answer, Answers, one_line, shorten, small_copy, to_html
+from puma_hf.search.answers import Answer, Answers, shorten, small_copy, to_html
 
 
 def test_lines() -> None:
@@ -41,7 +41,7 @@ def test_json_has_everything_in_full() -> None:
 
 
 def test_a_terminal_is_not_steered() -> None:
-    assert one_line("a\x1b[31mb\tc\r\n\u202ed") == "a [31mb c d"
+    assert shorten("a\x1b[31mb\tc\r\n\u202ed") == "a [31mb c d"
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,7 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     found = answers(Answer(1, 0.5, "a", "image", None, str(tmp_path / "a.png")), image="q.png")
     page = to_html(found, picture=tmp_path / "q.png")
     parsed = Page(page)
-    assert [source.partition(",")[0] for source in parsed.sources()] == [
-        "data:image/jpeg;base64",
-        "data:image/png;base64",
-    ]
+    assert [source.partition(",")[0] for source in parsed.sources()] == ["data:image/webp;base64"] * 2
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|url\(|<link|@import", page)
     assert "The best 1 of 9 items" in parsed.text
@@ -117,6 +114,7 @@ def test_a_picture_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
 def test_a_small_copy(size: tuple[int, int], expected: tuple[int, int]) -> None:
     original = Image.new("RGBA", size, (255, 0, 0, 0))
     small = small_copy(original, 100)
+    assert small is not None
     assert small.size == expected
     assert small.getpixel((5, 5)) == (255, 255, 255)  # transparent is white
     assert original.size == size

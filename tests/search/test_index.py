@@ -92,7 +92,7 @@ def test_hundreds_of_pictures_and_broken_ones(make: Make, tmp_path: Path) -> Non
 
 def test_broken_rows_of_a_table(make: Make, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(
-        '{"id": "a", "text": "red"}\n{"id": "b", "text": \n{"id": "\\ud800", "text": "x"}\n'
+        '{"id": "a", "text": "red"}\n{"id": "b", "text": " "}\n{"id": "\\ud800", "text": "x"}\n'
     )
     report = make(tmp_path / "t.jsonl")
     assert (report.counts, report.num_errors) == ({"text": 1}, 2)

@@ -39,7 +39,7 @@ def test_its_settings_are_the_hubs(space: Path) -> None:
         "tags": ["puma", "multimodal-retrieval"],
     }
     assert "7 items (2 of image, 1 of image,text, 4 of text) · tiny-puma." in card.text
-    assert "the embeddings, texts and\npictures that it searches, and the model." in card.text
+    assert "pictures that\nit searches, and the model." in card.text
 
 
 def test_no_file_names_this_machine(space: Path, page_index: Path) -> None:

@@ -376,19 +376,3 @@ def test_a_picture_that_changed_under_its_path_is_another_row(
     for _ in range(2):
         make_cached(train_dataset=rows)
     assert sum(asked) == 4
-
-
-@pytest.mark.parametrize("kind", ["stream", "labels"])
-def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dataset, kind: str) -> None:
-    rows: Any = items.to_iterable_dataset() if kind == "stream" else items.add_column("label", [0] * len(items))
-    with pytest.raises(
-        ValueError, match=r"train_dataset is a .* or has labels: take a Dataset, or teacher_mode='frozen'"
-    ):
-        make_cached(train_dataset=rows)
-
-
-def test_states_that_are_not_finite(make_cached: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = FrozenTeacher.states
-    monkeypatch.setattr(FrozenTeacher, "states", lambda self, features: states(self, features) * float("nan"))
-    with pytest.raises(ValueError, match=r"states are NaN or infinite, as in float16, for some of"):
-        make_cached()

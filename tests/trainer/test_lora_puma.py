@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import importlib.machinery
 import re
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,19 +39,6 @@ def test_recipe_defaults() -> None:
     config = lora_config(r=8, alpha=4, dropout=0.0, ret_token_id=7)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 4, 0.0)
     assert config.trainable_token_indices == {"embed_tokens": [7]}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"r": 0}, r"r=0 and alpha=0 must be at least 1"),
-        ({"r": 4, "alpha": 0}, r"r=4 and alpha=0 must be at least 1"),
-        ({"dropout": 1.0}, r"dropout=1\.0 in \[0, 1\)"),
-    ],
-)
-def test_recipe_out_of_range(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lora_config(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("train_ret_token", [False, True])
@@ -100,53 +84,21 @@ def test_adapter_of_a_bfloat16_model_is_float32(tmp_path: Path, make_student: Ma
 
 def test_second_adapter_and_other_models_are_refused(make_student: MakeStudent) -> None:
     model = make_student()
-    with pytest.raises(ValueError, match=r"already has an adapter\. Merge it first"):
+    with pytest.raises(ValueError, match=r"Adapter .* already exists"):
         add_lora(model, lora_config())
     other = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
     with pytest.raises(ValueError, match=r"A Identity holds no model that puma_hf\.prune .* cut from a Qwen2-VL"):
         add_lora(other, lora_config())
 
 
-@pytest.fixture
-def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the library and a GPU were there; nothing is quantised in these tests."""
-    module = types.ModuleType("bitsandbytes")
-    module.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-
-@pytest.mark.usefixtures("bitsandbytes")
-def test_recipe() -> None:
-    config = quantization_config()
-    assert config.load_in_4bit
-    assert config.bnb_4bit_quant_type == "nf4"
-    assert config.bnb_4bit_use_double_quant
-    assert config.bnb_4bit_compute_dtype == torch.bfloat16
-
-
-@pytest.mark.usefixtures("bitsandbytes")
 def test_what_is_quantised_is_what_has_an_adapter(puma_dir: Path) -> None:
     utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
-    skipped = quantization_config().llm_int8_skip_modules
+    config = quantization_config()
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
     for name, module in PumaModel.from_pretrained(puma_dir).named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert utils.should_convert_module(name, skipped) is bool(re.fullmatch(DECODER_LINEARS, name)), name
-
-
-def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r"needs bitsandbytes, which is not installed: pip install 'puma-hf\[qlora\]'"
-    ):
-        quantization_config()
-
-
-@pytest.mark.usefixtures("bitsandbytes")
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"load_in_4bit needs a CUDA GPU, and there is none"):
-        quantization_config()
+            converts = utils.should_convert_module(name, config.llm_int8_skip_modules)
+            assert converts is bool(re.fullmatch(DECODER_LINEARS, name)), name
 
 
 @pytest.fixture
@@ -252,15 +204,6 @@ def test_a_trained_tower_stays_checkpointed(
     assert vision.forward == 2
     assert any("visual" in name for name in ours.gradients)
     torch.testing.assert_close(ours.gradients, plain.gradients, rtol=0, atol=1e-5)
-
-
-def test_reentrant_checkpointing_is_refused(
-    make_student: MakeStudent, make_arguments: MakeArguments, pictures: Dataset
-) -> None:
-    arguments = make_arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    model = make_student()
-    with pytest.raises(ValueError, match=r"checkpointing_kwargs has use_reentrant=True, .* leave it out"):
-        PumaTrainer(model=model, args=arguments, train_dataset=pictures, loss=MultimodalMACLoss(model))
 
 
 # --- counted at the true shapes of Qwen2-VL-7B, with a quarter of the tower's 32 layers and of 12 of the decoder

@@ -15,7 +15,7 @@ from torch import Tensor
 from puma_hf import PumaDistillationTrainer, PumaModel, PumaTrainer
 from puma_hf.configs import TrainConfig
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss
-from puma_hf.trainer import FrozenTeacher, stages
+from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.stages import training_arguments, training_loss
 from tests import released
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -53,36 +53,17 @@ def test_the_optimiser_is_the_one_that_was_asked_for(make_student: MakeStudent) 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [
-        (
-            {"training_arguments": {"weight_decay": "abc"}},
-            r"^training_arguments: weight_decay='abc' must be a number, not text\. Correct it, or leave it out\.$",
-        ),
-        ({"training_arguments": {"tf32": "yes"}}, r"tf32='yes' must be true or false or null, not text"),
-        ({"training_arguments": {"weight_decai": 1}}, r"has 'weight_decai', .* Did you mean 'weight_decay'\?$"),
-        ({"training_arguments": {"optim": "adamm"}}, r"adamm"),
-    ],
+    [({"weight_decai": 1}, r"has 'weight_decai', .* Did you mean 'weight_decay'\?$"), ({"optim": "adamm"}, r"adamm")],
 )
 def test_what_the_trainer_would_fail_on(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        training_arguments(config(**values))
+        training_arguments(config(training_arguments=values))
 
 
-@pytest.mark.parametrize(("accelerator", "settings"), [(False, {}), (True, {"use_cpu": True})])
-def test_bfloat16_without_a_gpu_for_it(
-    accelerator: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stages, "is_torch_bf16_gpu_available", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    made = training_arguments(config(bf16=True, training_arguments=settings))
+def test_bfloat16_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    made = training_arguments(config(bf16=True))
     assert (made.bf16, made.use_cpu) == (True, True)
-
-
-def test_a_gpu_that_does_not_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "is_torch_bf16_gpu_available", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"^bf16=True needs .* set bf16=False \(--no-bf16\)"):
-        training_arguments(config(bf16=True))
     assert not training_arguments(config()).use_cpu
 
 
@@ -155,7 +136,7 @@ def test_sizes_beyond_the_embedding(sentence_transformer: SentenceTransformer) -
     assert list(loss.matryoshka_dims) == [32, 8]
     joint: Any = training_loss(sentence_transformer, config(matryoshka_dims=[8], distillation_weight=0.5))
     assert type(joint.loss) is JointDistillationLoss
-    with pytest.raises(ValueError, match=r"matryoshka_dims=\[64\] must not exceed the embedding's 32 dimensions"):
+    with pytest.raises(ValueError, match=r"matryoshka_dims cannot exceed the model's embedding dimension of 32"):
         training_loss(sentence_transformer, config(matryoshka_dims=[64]))
 
 

@@ -24,7 +24,6 @@ from puma_hf.data import load_mbeir
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.export import export
 from puma_hf.hub.card import find_results, make_card
-from puma_hf.hub.load_check import LoadCheck
 from puma_hf.hub.push import push_to_hub
 from puma_hf.losses import MultimodalMACLoss
 from puma_hf.settings import load_config
@@ -101,8 +100,8 @@ def test_both_stages_one_after_the_other(distill_config: MakeConfig, train_confi
     shutil.rmtree(tmp_path / "first")
     shutil.rmtree(tmp_path / "second")
     assert [path.parent.name + "/" + path.name for path in find_results(tmp_path / "final")] == [
+        "final/distill.yaml",
         "final/train.yaml",
-        "merged/distill.yaml",
     ]
 
 
@@ -156,9 +155,9 @@ def test_what_it_was_trained_with_travels_with_the_model(
     merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
     merged.save_pretrained(str(tmp_path / "saved"))
 
-    def keep(directory: Path, **options: Any) -> LoadCheck:
+    def keep(directory: Path, **options: Any) -> str:
         shutil.copytree(directory, tmp_path / "pushed")
-        return LoadCheck(32, "float32", 0.0)
+        return "loads"
 
     monkeypatch.setattr("puma_hf.hub.push.check_loads", keep)
     card = push_to_hub(tmp_path / "merged", "org/puma", dry_run=True).card
@@ -275,7 +274,7 @@ def test_resume_of_a_finished_run_adds_no_step(train_config: MakeConfig, steps: 
 def test_resume_with_other_settings_says_so(train_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     train(train_config(save_steps=2, max_steps=2))
     train(train_config(save_steps=2, max_steps=3, resume=True))
-    assert "Continuing with other settings than the run began with: -max_steps: 2; +max_steps: 3" in caplog.text
+    assert "Continuing with other settings than the run began with: max_steps: 2; max_steps: 3" in caplog.text
 
 
 def test_resume_where_nothing_was_saved(
@@ -288,8 +287,8 @@ def test_resume_where_nothing_was_saved(
     train(train_config(output=begun, save_steps=0, resume=True))
     assert "starting from the beginning" in caplog.text
     assert not (begun / "checkpoint-2").exists()
-    with pytest.raises(FileNotFoundError, match=r"begun' holds no whole checkpoint to continue from: .*--overwrite"):
-        train(train_config(output=begun, resume=True))
+    with pytest.raises(FileExistsError, match=r"begun' is not empty\. Take overwrite .*whole checkpoint in it"):
+        train(train_config(output=begun, resume=True))  # its adapter would be lost
 
 
 def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Path) -> None:
@@ -297,7 +296,7 @@ def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Pa
     stale.mkdir(parents=True)
     (stale / "trainer_state.json").write_text(json.dumps({"global_step": 500}))
     (tmp_path / "out" / "checkpoint-notes").mkdir()
-    with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Take resume .*--resume.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Take overwrite .*--overwrite.*--resume"):
         train(train_config())
     output = train(train_config(save_steps=3, overwrite=True))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-notes"]
@@ -312,16 +311,13 @@ def test_output_that_is_the_model(
             train(train_config(output=folder, overwrite=True, resume=resume))
         with pytest.raises(ValueError, match=r"is, or holds, the model itself"):
             distill(distill_config(output=folder, overwrite=True, resume=resume))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"'.*file' is a file\. Choose a directory"):
-        train(train_config(output=tmp_path / "file", overwrite=True, resume=resume))
 
 
 @pytest.mark.parametrize("max_steps", [-1, 5])
 def test_dataset_smaller_than_a_batch(train_config: MakeConfig, tmp_path: Path, max_steps: int) -> None:
-    with pytest.raises(ValueError, match=r"The 32 rows fill no batch of 33, so nothing was trained.*--batch-size"):
+    with pytest.raises(ValueError, match=r"The 32 rows fill no batch of 33 .*so nothing was trained.*--batch-size"):
         train(train_config(batch_size=33, max_steps=max_steps))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_adapter_is_no_model_to_train(train_config: MakeConfig, tmp_path: Path) -> None:
@@ -332,7 +328,7 @@ def test_adapter_is_no_model_to_train(train_config: MakeConfig, tmp_path: Path) 
 
 def test_only_puma_directories_are_trained(train_config: MakeConfig, qwen_dir: Path, tmp_path: Path) -> None:
     for name in (qwen_dir, tmp_path / "absent", "org/name"):
-        with pytest.raises(ValueError, match=r"is no PUMA directory\. Make one with puma-hf prune"):
+        with pytest.raises(FileNotFoundError, match=r"is neither a PUMA directory nor an adapter's"):
             train(train_config(model=name))
 
 
@@ -384,31 +380,20 @@ def test_the_released_first_stage(
     assert "hard_temperature" not in card
 
 
-@pytest.mark.parametrize(("stage", "what"), [("distill", "a teacher calls"), ("train", "gradient caching .* calls")])
+@pytest.mark.parametrize("stage", ["distill", "train"])
 def test_fsdp_runs_plain_losses_only(
-    distill_config: MakeConfig, train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str
+    distill_config: MakeConfig, train_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delattr(stages, "SentenceTransformer")  # nothing is loaded for a run that cannot be
-    with pytest.raises(ValueError, match=what + r" parts of the model, .* Launch without FSDP: plain DDP"):
+    with pytest.raises(ValueError, match=r"^A teacher, and gradient caching, call parts .* Launch plain DDP"):
         distill(distill_config()) if stage == "distill" else train(train_config(mini_batch_size=2))
-
-
-def test_too_few_rows_are_refused_before_a_teacher_is_asked(
-    distill_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stale = tmp_path / "out" / "checkpoint-1"
-    stale.mkdir(parents=True)
-    monkeypatch.delattr(stages, "SentenceTransformer")
-    with pytest.raises(ValueError, match=r"rows fill no batch of 999, so nothing was trained.*--batch-size"):
-        distill(distill_config(batch_size=999, teacher_mode="cached", overwrite=True))
-    assert stale.is_dir()
 
 
 def test_more_than_the_pairs_have(train_config: MakeConfig, nli: Path, tmp_path: Path) -> None:
     saved = train(train_config(data=nli, num_negatives=1, save_steps=3))
     assert len(logged(saved / "checkpoint-3", "loss")) == 3
-    with pytest.raises(ValueError, match=r"num_negatives=2 must be 0 to 1: .*nli\.csv has 1 a pair"):
+    with pytest.raises(ValueError, match=r"num_negatives=2, but .*nli\.csv has 1 a pair"):
         train(train_config(data=nli, num_negatives=2, output=tmp_path / "other"))
 
 
@@ -466,17 +451,16 @@ def test_special_tokens_are_refused_before_training(
     assert settings["processing_kwargs"]["text"] == {"split_special_tokens": True}
 
 
-@pytest.mark.parametrize("values", [{"direction": "both"}, {"bad_pairs": "drop"}])
-def test_mbeir_needs_no_columns(train_config: MakeConfig, values: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(values))}: for pairs of one's own, but .*mbeir is M-BEIR's"):
-        train(train_config(**values))
+def test_mbeir_needs_no_columns(train_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"^direction is for pairs of one's own, and .*mbeir is M-BEIR's"):
+        train(train_config(direction="both"))
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_four_bits_need_bitsandbytes(train_config: MakeConfig, tmp_path: Path) -> None:
     stale = tmp_path / "out" / "checkpoint-1"
     stale.mkdir(parents=True)
-    with pytest.raises(ImportError, match=r"needs bitsandbytes, .* pip install 'puma-hf\[qlora\]'"):
+    with pytest.raises(ImportError, match=r"requires bitsandbytes"):
         train(train_config(load_in_4bit=True, overwrite=True))
     assert stale.is_dir()  # nothing is removed for a run that cannot be
 
@@ -524,6 +508,6 @@ def test_a_full_disk_at_the_end_leaves_no_half_adapter(
 
 
 def test_weights_that_the_last_step_spoils_are_no_result(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^Optimizer step 2 has left weights .* not finite.* Lower learn"):
+    with pytest.raises(ValueError, match=r"^The weights after optimizer step 2 are not finite.* Lower learn"):
         distill(make_config(learning_rate=1e30))
     assert not (tmp_path / "out" / "adapter_config.json").exists()

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from PIL import Image
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerState
 
 from puma_hf import MultimodalMACLoss, PumaDistillationTrainer, PumaTrainer
 from puma_hf.trainer import statistics_puma as statistics
@@ -85,14 +85,10 @@ def collect(statistics: TrainingStatistics, step: int = 1) -> dict[str, float]:
     """What is added to a training record, and to its copy in the history."""
     logs, state = {"loss": 1.0}, TrainerState(max_steps=100, global_step=step, log_history=[{"step": step}])
     arguments = SimpleNamespace(device=torch.device("cpu"))
-    statistics.on_log(arguments, state, TrainerControl(), logs)  # type: ignore[arg-type]
+    statistics.on_log(arguments, state, None, logs)
     found = {name: value for name, value in logs.items() if name != "loss"}
     assert state.log_history == [{"step": step, **found}]
     return found
-
-
-def step_ends(statistics: TrainingStatistics) -> None:
-    statistics.on_step_end(None, None, None)  # type: ignore[arg-type]
 
 
 def test_values_are_averaged_from_log_to_log() -> None:
@@ -101,18 +97,18 @@ def test_values_are_averaged_from_log_to_log() -> None:
     assert collected.losses == {"": loss}
     for step in (1.0, 2.0):
         loss.tell(intra_negatives=step, positive_similarity=step / 10)
-        collected.read()
-        collected.read()  # nothing new was computed
+        collected.add({})
+        collected.add({})  # nothing new was computed
     loss.tell(intra_negatives=6.0)
-    collected.read()
+    collected.add({})
     # A step without a positive similarity does not count for it; one that nobody had is left out.
     assert collect(collected) == {"intra_negatives": 3.0, "positive_similarity": 0.15}
     assert collect(collected) == {}
     loss.tell(intra_negatives=8.0)
-    collected.read()
+    collected.add({})
     assert collect(collected) == {"intra_negatives": 8.0}
     evaluation = {"eval_loss": 1.0}
-    collected.on_log(None, None, None, evaluation)  # type: ignore[arg-type]
+    collected.on_log(None, None, None, evaluation)
     assert evaluation == {"eval_loss": 1.0}
 
 
@@ -120,31 +116,25 @@ def test_several_losses_are_told_apart() -> None:
     one, other = Telling(), Telling()
     collected = TrainingStatistics({"first": one, "second": other, "third": nn.Linear(1, 1)})
     one.tell(intra_negatives=1.0)
-    collected.read()
+    collected.add({})
     one.tell(intra_negatives=2.0)
     other.tell(intra_negatives=5.0)
-    collected.read()
+    collected.add({})
     assert collect(collected) == {"first_intra_negatives": 1.5, "second_intra_negatives": 5.0}
     assert TrainingStatistics(nn.ModuleList([one, other, one])).losses == {"0_": one, "1_": other}
     assert TrainingStatistics({"first": one, "second": one}).losses == {"": one}
 
 
-def test_speed_counts_inputs_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_counts_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     collected = TrainingStatistics(nn.Identity())
     batch = {"anchor_input_ids": torch.zeros(3, 7), "anchor_attention_mask": torch.zeros(3, 7), "label": torch.zeros(3)}
-    more = {"anchor_image_grid_thw": torch.zeros(5, 3), "positive_input_ids": torch.zeros(3, 9)}
-    collected.count({**batch, **more})
+    collected.add({**batch, "anchor_image_grid_thw": torch.zeros(5, 3), "positive_input_ids": torch.zeros(3, 9)})
     now[0] = 102.0
-    step_ends(collected)
-    now[0] = 150.0
     assert collect(collected) == {"items_per_second": 3.0, "images_per_second": 2.5}
-    now[0] = 200.0
-    collected.on_save(None, None, None)  # type: ignore[arg-type]
-    collected.count(batch)
-    now[0] = 201.0
-    step_ends(collected)
+    collected.add(batch)
+    now[0] = 103.0
     assert collect(collected) == {"items_per_second": 3.0}
 
 
@@ -152,17 +142,17 @@ def test_spread_is_that_of_the_last_candidates(caplog: pytest.LogCaptureFixture)
     loss = Telling()
     collected = TrainingStatistics(loss)
     loss.tell(candidates=torch.ones(8, 8))
-    collected.read()
+    collected.add({})
     loss.tell(candidates=3 * torch.eye(8))  # normalised here
-    collected.read()
+    collected.add({})
     assert collect(collected) == {"effective_rank": 8.0, "uniformity": -4.0}
     loss.tell(candidates=torch.ones(statistics.MIN_SPREAD_ROWS - 1, 8))  # too few to tell
-    collected.read()
+    collected.add({})
     assert collect(collected) == {}
     assert not caplog.records
     for _ in range(2):  # a collapse is warned of once
         loss.tell(candidates=torch.ones(8, 16))
-        collected.read()
+        collected.add({})
         assert collect(collected)["effective_rank"] == pytest.approx(1, abs=0.01)
     assert len(caplog.records) == 1
     assert "collapse: 8 candidates have an effective rank of 1.00 of at most 8" in caplog.text
@@ -174,16 +164,14 @@ def test_states_and_teacher_states_of_the_model_are_seen() -> None:
             return features
 
     model, collected = Student(), TrainingStatistics(nn.Identity())
-    collected.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+    collected.on_train_begin(None, None, None, model=model)
     states, teacher = torch.eye(4), torch.eye(4)
     model({"pooler_output": states, "teacher_state": teacher})
     model({"pooler_output": states, "teacher_state": teacher.roll(1, 0)})
     model({"sentence_embedding": states})
     model.eval()({"pooler_output": torch.ones(4, 4), "teacher_state": -states})
     assert collect(collected) == {"teacher_cosine": 0.5, "effective_rank": 4.0, "uniformity": -4.0}
-    collected.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
-    assert len(model._forward_hooks) == 1  # a second training does not count twice
-    collected.on_train_end(None, None, None)  # type: ignore[arg-type]
+    collected.on_train_end(None, None, None)
     assert not model._forward_hooks
     assert collect(collected) == {}
 
@@ -200,7 +188,7 @@ def test_batches_of_one_modality_are_warned_of_once(
     collected = TrainingStatistics(loss)
     for step in range(1, 2 * statistics.WATCHED_STEPS):
         loss.tell(intra_negatives=3.0, inter_negatives=float(step == mixed_step))
-        collected.read()
+        collected.add({})
         collect(collected, step)
         assert step >= statistics.WATCHED_STEPS or not caplog.records
     assert len(caplog.records) == warnings
