@@ -76,9 +76,6 @@ class PumaConfigMixin(_MixinBase):
         super().__post_init__(**kwargs)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions={self.positions!r} must be one of {POSITIONS}. Restore it in config.json.")
-        self._cut_decoder_layers(keep_layers)
-
-    def _cut_decoder_layers(self, keep_layers: Any) -> None:
         text_config: Any = self.text_config
         available = text_config.num_hidden_layers
         if self.original_num_hidden_layers is None:

@@ -120,7 +120,7 @@ class PumaModelMixin(_MixinBase):
         if model._hf_peft_config_loaded and (missing := info["missing_keys"]):
             raise ValueError(
                 f"{len(missing)} tensors of the adapter for {model.name_or_path!r} were not loaded (first: "
-                f"{min(missing)}). It is cut off, of another base, or with DoRA, which peft.PeftModel alone can load."
+                f"{min(missing)}). It is incomplete or of another base; if it is DoRA, run puma-hf merge."
             )
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
@@ -135,6 +135,11 @@ class PumaModelMixin(_MixinBase):
 
         Those that a subclass adds, such as a head, may be new.
         """
+        if (wrong := sorted(loading_info.mismatched_keys)) and not load_config.ignore_mismatched_sizes:
+            name, found, needed = wrong[0]
+            first = f"{name}, {tuple(found)} instead of {tuple(needed)}"
+            has = f"{len(wrong)} tensors of another shape than its config.json says (first: {first})"
+            raise ValueError(f"{model.name_or_path!r} has {has}. Download it again.")
         loading_info = super()._finalize_model_loading(model, load_config, loading_info)
         if missing := set(loading_info.missing_keys):
             source_class = next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
