@@ -78,8 +78,8 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
         f"distillation_weight: 0.01\nlora_r: 128\nbf16: true\nmax_length: {tokens}\nmax_steps: 2\nsave_steps: 0\n"
         f"batch_size: {batch_size}\ngradient_checkpointing: {str(checkpointing).lower()}\n"
     )
-    expected = estimate(recipe, model=folder / "config.json", images=0, device="cpu")
-    print(expected.to_markdown(("RTX 4090",)), flush=True)
+    expected = estimate(recipe, model=folder / "config.json", images=0, device="cpu", gpu="RTX 4090")
+    print(expected.to_markdown(), flush=True)
     before = _resident()
 
     def load(config: TrainConfig, loading: Any) -> SentenceTransformer:

@@ -33,7 +33,7 @@ SPLIT = "val"
 
 def held_inputs(data: MBEIR) -> HeldInputs:
     """What the sweep embeds of the validation split."""
-    return HeldInputs(read_searches(data, data.tasks(SPLIT), SPLIT, ["local"]))
+    return HeldInputs(read_searches(data, SPLIT, None, "local"))
 
 
 def embed(model: SentenceTransformer, inputs: HeldInputs, batch_size: int) -> Tensor:

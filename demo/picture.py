@@ -8,7 +8,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
-from puma_hf.evaluation.results import read_run
 
 CELL = 188
 DRAWING = 96
@@ -31,7 +30,7 @@ def draw_answers(results: Path, data_dir: Path, split: str, output: Path, pool: 
     Returns:
         `output`. The query of each task is the first one of its file: nothing was picked.
     """
-    runs = {path.stem: read_run(path) for path in (results / "runs" / pool).glob("*.trec")}
+    runs = {path.stem: _answers(path) for path in (results / "runs" / pool).glob("*.trec")}
     data = MBEIR(data_dir)
     tasks = [task for task in data.tasks(split) if task.name in runs]
     canvas = Image.new("RGB", (QUERY_WIDTH + 5 * CELL + 2 * MARGIN, HEADER + len(tasks) * CELL + MARGIN), "white")
@@ -45,11 +44,20 @@ def draw_answers(results: Path, data_dir: Path, split: str, output: Path, pool: 
         candidates = data.local_pool(task, split) if pool == "local" else data.global_pool(split)
         draw.line((0, top, canvas.width, top), LINE)
         _draw_query(canvas, query, f"{task.arrow}", data.instruction(query, task.candidate_modality), top)
-        for column, did in enumerate(list(runs[task.name][query.qid])[:5]):
+        for column, did in enumerate(runs[task.name][query.id][:5]):
             left = QUERY_WIDTH + MARGIN + column * CELL
             _draw_candidate(canvas, candidates[did], did in query.positives, left, top)
     canvas.save(output)
     return output
+
+
+def _answers(run: Path) -> dict[str, list[str]]:
+    """The dids of each qid, best first, as the lines of a run file are."""
+    found: dict[str, list[str]] = {}
+    for line in run.read_text(encoding="utf-8").splitlines():
+        qid, _, did, *_ = line.split()
+        found.setdefault(qid, []).append(did)
+    return found
 
 
 def _draw_query(canvas: Image.Image, query: Query, arrow: str, instruction: str, top: int) -> None:

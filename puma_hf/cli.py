@@ -10,7 +10,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, fields
 from importlib import import_module
-from inspect import cleandoc
+from inspect import cleandoc, signature
 from io import TextIOWrapper
 from pathlib import Path
 from types import UnionType
@@ -20,7 +20,7 @@ import click
 
 from puma_hf import __version__, configs
 from puma_hf.processes import ends_well_on_sigterm
-from puma_hf.settings import field_help, load_config
+from puma_hf.settings import field_help, flag_of, load_config
 
 # Switch off the progress bars of transformers and of datasets.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -33,12 +33,6 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            ctx.exit(130)  # as of a program that Ctrl-C has ended; click's own 1 is that of an error
 
 
 @click.group(cls=_InOrder)
@@ -56,11 +50,11 @@ def _command(name: str, kind: Any, place: str) -> click.Command:
     Names, defaults and help are written in the class alone. A field may have "positional" and "flag" in its metadata:
     `False` for none, or a name of its own.
     """
-    entries = [entry for entry in fields(kind) if entry.metadata.get("flag", True)]
-    positional = [entry.name for entry in entries if entry.metadata.get("positional")]
+    flags = {entry.name: flag for entry in fields(kind) if (flag := flag_of(entry))}
+    positional = [entry.name for entry in fields(kind) if entry.metadata.get("positional")]
     hints, texts = get_type_hints(kind), field_help(kind)
 
-    def run(config: Path | None, **given: Any) -> None:
+    def run(config: Path | None = None, **given: Any) -> None:
         for field in positional:
             value = given.pop(f"{field}_argument")
             if None not in (value, given[field]):
@@ -71,25 +65,30 @@ def _command(name: str, kind: Any, place: str) -> click.Command:
         settings = load_config(kind, config, **values)
         module, _, function = place.partition(":")
         work = getattr(import_module(module), function)  # heavy, and only now
-        with ends_well_on_sigterm() if name in _KEEP_WORK else nullcontext():
-            result = work(**asdict(settings)) if name in _WITH_KEYWORDS else work(settings)
+        # Of these much may be done when SIGTERM comes. A training has its checkpoints, and dies with its launcher.
+        keeps_work = isinstance(settings, configs.EmbedConfig | configs.EvaluateConfig)
+        with ends_well_on_sigterm() if keeps_work else nullcontext():
+            # A function takes its settings whole, as `config`, or each by its name.
+            result = work(settings) if "config" in signature(work).parameters else work(**asdict(settings))
         if _is_first_process():
             click.echo(_told(settings, result))
         if not getattr(result, "ok", True):
             sys.exit(1)
 
     parameters: list[click.Parameter] = [
-        *(click.Argument([f"{field}_argument"], required=False, metavar=f"[{field.upper()}]") for field in positional),
-        click.Option(["--config"], type=click.Path(path_type=Path), help=_CONFIG_HELP),
-        *(_option(entry, hints[entry.name], texts[entry.name]) for entry in entries),
+        click.Argument([f"{field}_argument"], required=False, metavar=f"[{flags[field].upper().replace('-', '_')}]")
+        for field in positional
     ]
+    if "config" not in flags.values():
+        parameters.append(click.Option(["--config"], type=click.Path(path_type=Path), help=_CONFIG_HELP))
+    entries = [entry for entry in fields(kind) if entry.name in flags]
+    parameters += [_option(entry, hints[entry.name], texts[entry.name]) for entry in entries]
     words = cleandoc(kind.__doc__).partition("\n\nArgs:")[0]
     return click.Command(name, callback=run, params=parameters, help=words)
 
 
 def _option(entry: Field[Any], hint: Any, text: str) -> click.Option:
     """The flag of a field. Types are read here, and choices checked with the YAML file's."""
-    name = entry.metadata.get("flag", entry.name.replace("_", "-"))
     if get_origin(hint) in (Union, UnionType):
         hint = next(kind for kind in get_args(hint) if kind not in (type(None), Path))
     attributes: dict[str, Any] = {"type": hint}
@@ -101,56 +100,12 @@ def _option(entry: Field[Any], hint: Any, text: str) -> click.Option:
     if (default := entry.default) is not MISSING and default is not None and default not in ((), ""):
         shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
         text += f" Default: {shown:g}." if isinstance(shown, float) else f" Default: {shown}."
+    name = flag_of(entry)
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
     return click.Option([flag, entry.name], help=text, default=None, **attributes)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
-
-_SOURCE_HELP = "SOURCE: folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further."
-_MAX_PIXELS_HELP = "Images are scaled down to so many. Default: the source's limit, but at most 300 visual tokens."
-_READING_HELP = "How inputs are read: this library's prompt, or that of the authors' code with its plain positions."
-
-
-@app.command(epilog=_SOURCE_HELP)
-@click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--num-kept-layers", type=int, help="Decoder layers to keep, from the input.")
-@click.option("--keep-layers", help="Instead, which layers to keep, such as 0-10,27.")
-@click.option("--dtype", default="auto", show_default=True, help="Data type of the weights, such as bfloat16.")
-@click.option("--max-pixels", metavar="N|source", help=_MAX_PIXELS_HELP)
-@click.option("--reading", metavar="puma|puma-released", help=_READING_HELP)
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--overwrite", is_flag=True, help="Replace the output if it is not empty.")
-def prune(source: str, output: Path, max_pixels: Any, **options: Any) -> None:
-    """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
-
-    Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
-    """
-    from puma_hf.pruning import prune as run
-
-    limit = int(max_pixels) if max_pixels is not None and max_pixels.isdecimal() else max_pixels
-    click.echo(str(run(source, output, max_pixels=limit, **options)))
-
-
-@app.command()
-@click.option("--config", type=click.Path(path_type=Path), required=True, help="Recipe of distill or train.")
-@click.option("--model", help="Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.")
-@click.option("--num-kept-layers", type=int, help="Decoder layers that are kept of it.")
-@click.option("--gpu", help="Such as 'RTX 4090'; default: a table of all that are known.")
-@click.option("--num-gpus", default=1, show_default=True, help="Devices that the run is started on.")
-@click.option("--tokens", type=int, help="Length that rows are padded to; default: max_length.")
-@click.option("--images", type=float, help="Images of a row, over all columns.")
-@click.option("--rows", type=int, help="Rows of the data, where they are not known.")
-def estimate(config: Path, gpu: str | None, **sizes: Any) -> None:
-    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
-
-    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
-    """
-    from puma_hf.estimate import GPUS
-    from puma_hf.estimate import estimate as run
-
-    click.echo(run(config, **sizes).to_markdown(tuple(GPUS) if gpu is None else (gpu,)))
 
 
 def _told(config: Any, result: Any) -> str:
@@ -160,11 +115,8 @@ def _told(config: Any, result: Any) -> str:
     if isinstance(config, configs.MergeConfig):
         return f"merged; embeddings differ by at most {result:.1e}\nsaved    {config.output}"
     if isinstance(config, configs.SearchConfig) and config.json:  # for programs, which read nothing else
-        if config.html is not None:
-            click.echo(f"saved    {config.html}", err=True)
         return json.dumps(result.to_dict(), ensure_ascii=False, indent=2)
-    text = str(result.to_markdown() if hasattr(result, "to_markdown") else result)
-    return f"{text}\nsaved    {config.html}" if getattr(config, "html", None) else text
+    return str(result.to_markdown() if hasattr(result, "to_markdown") else result)
 
 
 def show_page(config: configs.AppConfig) -> str:
@@ -182,6 +134,8 @@ def show_page(config: configs.AppConfig) -> str:
 
 # Command, settings, and the function that does it. A command's help stands in its class.
 _COMMANDS: tuple[tuple[str, Any, str], ...] = (
+    ("prune", configs.PruneConfig, "puma_hf.pruning:prune"),
+    ("estimate", configs.EstimateConfig, "puma_hf.estimate:estimate"),
     ("distill", configs.DistillConfig, "puma_hf.trainer.stages:distill"),
     ("train", configs.TrainConfig, "puma_hf.trainer.stages:train"),
     ("merge", configs.MergeConfig, "puma_hf.trainer.stages:merge"),
@@ -196,11 +150,6 @@ _COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("check", configs.CheckConfig, "puma_hf.hub.check:check"),
     ("push", configs.PushConfig, "puma_hf.hub.push:push_to_hub"),
 )
-# These take their settings one by one.
-_WITH_KEYWORDS = ("export", "check", "push")
-# Of these much may be done when SIGTERM comes. A training has its checkpoints, and dies with its launcher at once.
-_KEEP_WORK = ("embed", "evaluate", "index")
-
 for _entry in _COMMANDS:
     app.add_command(_command(*_entry))
 
@@ -213,13 +162,8 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _in_few_lines(error: Exception) -> str:
-    """An error in one line, but for a report of several bad rows: those have a line each."""
-    return "\n- ".join(" ".join(part.split()) for part in str(error).split("\n- "))
-
-
 def main() -> None:
-    """Entry point: errors that a user can mend are told in a line or a few, not as a traceback."""
+    """Entry point: errors that a user can mend are told in their own words, not as a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that it cannot show must not end the work
@@ -239,7 +183,7 @@ def main() -> None:
             raise
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
             bar.close()  # else the error would be glued to its line
-        click.echo(f"error: {_in_few_lines(error)}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(1)
 
 

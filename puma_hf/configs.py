@@ -46,6 +46,63 @@ def parse_parameters(value: str | int | float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig(CheckedConfig):
+    """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
+
+    Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
+
+    Args:
+        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further.
+        output_dir: New directory for the model.
+        num_kept_layers: Decoder layers to keep, from the input.
+        keep_layers: Instead, which layers to keep, such as 0-10,27.
+        dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
+            300 visual tokens.
+        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        revision: Branch, tag or commit on the Hub.
+        overwrite: Replace the output if it is not empty.
+    """
+
+    source: str = positional()
+    output_dir: str | Path = positional(flag="output")
+    num_kept_layers: int | None = None
+    keep_layers: str | None = None
+    dtype: str = "auto"
+    max_pixels: str | None = None  # a number, or a word
+    reading: Literal["puma", "puma-released"] | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(CheckedConfig):
+    """Tell what a recipe takes before anything is downloaded: memory, operations, and hours on the GPUs we know.
+
+    Example: puma-hf estimate --config configs/qwen2_vl_7b_stage2.yaml --num-gpus 4
+
+    Args:
+        recipe: Recipe of distill or train.
+        model: Directory, config.json, or Qwen/Qwen2-VL-7B-Instruct; default: the recipe's.
+        num_kept_layers: Decoder layers that are kept of it.
+        gpu: Such as 'RTX 4090'; default: a table of all that are known.
+        num_gpus: Devices that the run is started on.
+        tokens: Length that rows are padded to; default: max_length.
+        images: Images of a row, over all columns.
+        rows: Rows of the data, where they are not known.
+    """
+
+    recipe: str | Path = field(metadata={"flag": "config"})
+    model: str | Path | None = None
+    num_kept_layers: int | None = None
+    gpu: str | None = None
+    num_gpus: int = 1
+    tokens: int | None = None
+    images: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedConfig(CheckedConfig):
     """Embed a corpus into files of vectors with ids; stopped at any point, it goes on.
 
@@ -159,11 +216,6 @@ class EvaluateConfig(_BenchmarkSettings):
     revision: str | None = None
     data_revision: str | None = None
 
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        names = ("nano_queries", "nano_candidates", "nano_seed", "nano_folder")
-        return self._unused("benchmark='mbeir'", *names) if self.benchmark == "mbeir" else []
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(_BenchmarkSettings):
@@ -218,18 +270,11 @@ class IndexConfig(EmbedConfig):
     """
 
     model: str = ""
-    on_error: OnError = "skip"
+    on_error: Literal["raise", "skip"] = "skip"  # zeros in an index would be an answer to no query
+    precision: Literal["float32", "float16"] = "float32"
     shard_size: int = option(4096, at_least=1, at_most=4096)
     # Exact search compares every vector; approximate search reads fewer, and may miss some.
     ann: AnnKind | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.on_error == "zero":
-            raise ValueError("on_error='zero' would put zeros into the index, which no query finds. Choose skip.")
-        if self.precision not in ("float32", "float16"):
-            one = f"precision={self.precision!r} must be 'float32' or 'float16' in an index"
-            raise ValueError(f"{one}. Choose ann='int8' or 'binary' (--ann) for a search that reads less.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,11 +310,6 @@ class SearchConfig(CheckedConfig):
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.query and self.query.strip()) and self.image is None:
-            raise ValueError(f"query={self.query!r} and image=None: nothing to look for. Give words, or --image.")
 
 
 @dataclass(frozen=True, kw_only=True)

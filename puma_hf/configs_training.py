@@ -28,10 +28,10 @@ Loss = Literal["mac", "mac-split", "infonce"]
 # The adapter of the first decoder layer among the names of a loss's parameters.
 FIRST_LAYER = r"language_model\.layers\.0\..*lora_"
 # Arguments of the Trainer that a field of ours sets under another name; those of the same name are found by it.
-_SET_BY_FIELDS = {"output_dir": "output", "save_strategy": "save_steps", "resume_from_checkpoint": "resume"}
-_SET_BY_FIELDS |= dict.fromkeys(("per_device_train_batch_size", "auto_find_batch_size"), "batch_size")
-_SET_BY_FIELDS |= dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup")
-_SET_BY_FIELDS["activation_checkpointing"] = "gradient_checkpointing"
+_SET_BY_FIELDS = (
+    *("output_dir", "save_strategy", "resume_from_checkpoint", "per_device_train_batch_size"),
+    *("auto_find_batch_size", "warmup_steps", "warmup_ratio", "activation_checkpointing"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,6 @@ class PairsConfig(PairSettings):
     val_fraction: float = option(0.1, at_least=0, at_most=1)
     test_fraction: float = option(0.1, at_least=0, at_most=1)
     seed: int = option(0, at_least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (both := self.val_fraction + self.test_fraction) > 1:
-            raise ValueError(f"val_fraction and test_fraction={self.test_fraction} are {both}, above 1. Lower one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,16 +193,12 @@ class StageConfig(CheckedConfig):
         super().__post_init__()
         if self.max_steps == 0:
             raise ValueError("max_steps=0 must be at least 1, or -1 for whole epochs.")
-        own = _SET_BY_FIELDS | {entry.name: entry.name for entry in fields(StageConfig)}
-        for name in self.training_arguments:
-            if name in own:
-                raise ValueError(f"training_arguments may not set {name!r}: it is the field {own[name]!r}. Set that.")
+        own = {*_SET_BY_FIELDS, *(entry.name for entry in fields(StageConfig))}
+        if taken := own & self.training_arguments.keys():
+            raise ValueError(f"training_arguments may not set {sorted(taken)}: fields of the recipe do. Set those.")
         if self.first_layer_learning_rate is not None and "learning_rate_mapping" in self.training_arguments:
             given = f"first_layer_learning_rate={self.first_layer_learning_rate}"
             raise ValueError(f"{given} may not stand beside learning_rate_mapping. Put it there, as {FIRST_LAYER!r}.")
-        if self.teacher_cache is not None and self.teacher_mode != "cached":
-            given = f"teacher_cache={self.teacher_cache!r}"
-            raise ValueError(f"{given} is read with teacher_mode='cached' only, not {self.teacher_mode!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,27 +293,9 @@ class TrainConfig(PairSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.contrastive_weight and not (self.contrastive_weight_start or self.joint):
-            raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
             caching = f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens}"
             raise ValueError(f"{caching} need distillation_weight=0, as caching has no joint form. Leave one out.")
-        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
-            raise ValueError(f"matryoshka_dims={list(self.matryoshka_dims)} must not repeat a size. Name each once.")
-
-    def notes(self) -> list[str]:
-        """Options that this combination ignores, one sentence each."""
-        of_mac = ("hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
-        of_teachers = ("contrastive_weight", "contrastive_weight_start", "teacher", "teacher_mode", "teacher_cache")
-        ignored: list[tuple[bool, str, tuple[str, ...]]] = [
-            (self.loss == "infonce", "loss='infonce'", of_mac),
-            (self.loss == "mac", "loss='mac'", ("split_weight",)),
-            (self.loss != "infonce" and self.schedule == "constant", "schedule='constant'", ("schedule_end",)),
-            (self.mini_batch_num_tokens is not None, "mini_batch_num_tokens", ("mini_batch_size",)),
-            (not self.joint, "distillation_weight=0", (*of_teachers, "metric")),
-            (not self.num_negatives, "num_negatives=0", ("negatives",)),
-        ]
-        return [note for is_so, why, names in ignored if is_so for note in self._unused(why, *names)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
-"""What a model and a training recipe take: parameters, memory, operations, hours.
+"""What a model and a training recipe take: parameters, memory, operations, hours; before anything is downloaded.
 
-A recipe is estimated before anything is downloaded. Shapes come from a `config.json` or from the known sizes of
-Qwen2-VL; parameters are counted on the meta device, where a tensor has a shape and no memory. What is known only to
-whoever has the data (tokens, images and rows) is assumed, and said with the result.
+Shapes come from a `config.json` or from the known sizes of Qwen2-VL; parameters are counted on the meta device, where a
+tensor has a shape and no memory. What the data alone tell (tokens, images, rows) is assumed, and said with the result.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,45 +56,36 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: SentenceTransformer, item: Any, prompt: str | None = None, *, fast: bool = False) -> int:
-    """Floating-point operations of embedding one input: every matrix product, convolution and attention.
+def count_flops(model: SentenceTransformer, item: Any) -> int:
+    """Floating-point operations of embedding one input by every layer, such as a string or `{"image": path}`.
 
     A multiplication and an addition count as two. Elementwise operations are not counted; they are a small part.
-
-    Args:
-        model: A SentenceTransformer on any device.
-        item: One input, such as a string or `{"image": path}`.
-        prompt: Its instruction.
-        fast: Whether to count what `encode` spends, with a PUMA model's `fast_path`, not every layer for every token.
-
-    Example:
-        >>> count_flops(model, "a red apple") < count_flops(model, {"image": "apple.png"})  # doctest: +SKIP
-        True
     """
-    return int(counted_pass(model, model.preprocess([item], prompt=prompt), fast=fast).get_total_flops())
+    return int(counted_pass(model, model.preprocess([item])).get_total_flops())
 
 
-def counted_pass(model: SentenceTransformer, features: Mapping[str, Any], *, fast: bool = False) -> FlopCounterMode:
+def counted_pass(model: SentenceTransformer, features: Mapping[str, Any]) -> FlopCounterMode:
     """Run a batch of `preprocess` through a model, and return the counter of its operations, part by part."""
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
-    way, counter = nullcontext() if fast else plain_forward(model), FlopCounterMode(display=False)
-    with way, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    counter = FlopCounterMode(display=False)
+    with plain_forward(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(dict(features))
     return counter
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one device holds and computes, and what the run takes.
+    """What each of `num_gpus` devices holds and computes, and what the run takes.
 
     Args:
         parameters: Parameters of the pruned model, without the adapter and the teacher.
         trainable: Those of the adapter.
-        memory: Bytes on each of `num_gpus` devices at the peak of a step, by what they are for.
-        flops_step: Operations of a step on each device.
+        memory: Bytes at the peak of a step, by what they are for.
+        flops_step: Operations of a step.
         flops_run: Likewise of the run; None if the number of rows is not known.
         notes: What was assumed, one sentence each.
+        gpus: Names in `GPUS` of those that are asked about.
     """
 
     parameters: int
@@ -106,6 +95,7 @@ class Estimate:
     flops_run: int | None
     num_gpus: int
     notes: tuple[str, ...]
+    gpus: tuple[str, ...] = tuple(GPUS)
 
     @property
     def peak(self) -> int:
@@ -120,16 +110,14 @@ class Estimate:
         """Hours of the run on `num_gpus` of these, at `UTILISATION` of what the data sheet promises."""
         return None if self.flops_run is None else self.flops_run / (GPUS[gpu][1] * 1e12 * UTILISATION * 3600)
 
-    def to_markdown(self, gpus: tuple[str, ...] = tuple(GPUS)) -> str:
-        """The memory by part, and a row for each GPU; a ValueError if one is not in `GPUS`."""
-        if unknown := [name for name in gpus if name not in GPUS]:
-            raise ValueError(f"gpu={unknown[0]!r} is not known, must be one of {', '.join(GPUS)}.")
+    def to_markdown(self) -> str:
+        """The memory by part, and a row for each GPU."""
         parts = "\n".join(f"| {name} | {size / 1e9:.1f} |" for name, size in self.memory.items() if size)
         run = "unknown (--rows)" if self.flops_run is None else f"{self.flops_run / 1e18:.3g} EFLOP a GPU"
         rows = "\n".join(
             f"| {name} | {GPUS[name][0] * 2**30 / 1e9:.0f} | {'yes' if self.fits(name) else 'no'} | "
             f"{'?' if (hours := self.hours(name)) is None else f'{hours:.3g}'} |"
-            for name in gpus
+            for name in self.gpus
         )
         return (
             f"{self.parameters / 1e9:.2f} B parameters, and {self.trainable / 1e6:.0f} M of LoRA that are trained\n\n"
@@ -149,6 +137,7 @@ def estimate(
     tokens: int | None = None,
     images: float | None = None,
     rows: int | None = None,
+    gpu: str | None = None,
     num_gpus: int = 1,
     device: str = "cuda",
 ) -> Estimate:
@@ -162,78 +151,72 @@ def estimate(
         tokens: Length that the rows of a batch are padded to; None for the recipe's `max_length`, of NLI pairs 64.
         images: Images of a row, over all columns; None for 1, of texts 0.
         rows: Rows of the data, if the recipe does not name data that are known.
+        gpu: The one name in `GPUS` that is asked about; None for all.
         num_gpus: Devices that the run is started on.
         device: Kind of device; a dropout mask takes one byte a number on "cuda", four on "cpu".
 
-    Returns:
-        The estimate; `to_markdown()` shows it.
-
     Raises:
         ValueError: If the file is no training recipe, the shapes cannot be known, or a number is out of range.
-        OSError: If a `config.json` is damaged.
 
     Example:
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
         True
     """
-    given = {"num_gpus": (num_gpus, 1), "tokens": (tokens, 1), "rows": (rows, 1), "images": (images, 0)}
-    for name, (value, least) in given.items():
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{name}={value} must be at least {least}. Leave out what you do not know.")
+    for name, value in (("num_gpus", num_gpus), ("tokens", tokens), ("rows", rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1. Leave out what you do not know.")
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu={gpu!r} is not known, must be one of {', '.join(GPUS)}.")
     is_distil = read_recipe(recipe)[0].keys() <= DistillConfig.__dataclass_fields__.keys()
     config: Any = load_config(DistillConfig if is_distil else TrainConfig, recipe)
     shape, told = _shape(config, model, num_kept_layers)
-    is_nli = Path(config.data).name == "nli_for_simcse.csv"
+    data = Path(config.data).name
+    is_nli = data == "nli_for_simcse.csv"
     pixels = config.max_pixels or 300 * _PIXELS_OF_TOKEN
     images = (0 if is_nli else 1) if images is None else images
     tokens = tokens or (_NLI_TOKENS if is_nli else config.max_length or 512)
     # An image is never cut, and the prompt around it takes 34 tokens.
     tokens = max(tokens, math.ceil(pixels / _PIXELS_OF_TOKEN) + 34 if images else 0)
-    work = _Work(config, shape, tokens, config.batch_size * images, pixels, mask_bytes=1 if device == "cuda" else 4)
-    if rows is None and (rows := _ROWS.get(Path(config.data).name)) and is_nli and isinstance(config, DistillConfig):
-        rows *= 3  # each sentence for itself, if no two are equal
+    step = _Step(config, shape, tokens, config.batch_size * images, pixels, mask_bytes=1 if device == "cuda" else 4)
+    if rows is None and data in _ROWS:
+        rows = _ROWS[data] * (3 if is_nli and is_distil else 1)  # each sentence for itself, if no two are equal
     steps = config.max_steps if config.max_steps > 0 else None
     if steps is None and rows is not None:
         batch = config.batch_size * config.gradient_accumulation_steps * num_gpus
         steps = math.ceil(rows / batch * config.num_train_epochs)
     notes = (
         told,
-        f"A step has {config.batch_size} rows of {work.columns} column(s) a GPU, padded to {tokens} tokens (--tokens), "
+        f"A step has {config.batch_size} rows of {step.columns} column(s) a GPU, padded to {tokens} tokens (--tokens), "
         f"with {images:g} images a row (--images) of {pixels // _PIXELS_OF_TOKEN} visual tokens.",
         f"The run is {'an unknown number of' if steps is None else f'{steps:,}'} steps.",
         f"Assumed, not measured: {UTILISATION:.0%} of the data sheet's operations are reached, and {FREE_SHARE:.0%} of "
         "the memory is left to CUDA. What a cached teacher takes once, before the run, is not in it.",
     )
-    step, run = work.flops(), None if steps is None else work.flops() * steps
-    return Estimate(work.parameters, work.trainable, work.memory(), step, run, num_gpus, notes)
+    flops, asked = step.flops(), tuple(GPUS) if gpu is None else (gpu,)
+    flops_run = None if steps is None else flops * steps
+    return Estimate(step.parameters, step.trainable, step.memory(), flops, flops_run, num_gpus, notes, asked)
 
 
-class _Work:
-    """The sizes of a step on one device, and what follows from them."""
+class _Step:
+    """The sizes of a training step on one device, and what follows from them."""
 
     def __init__(self, config: Any, shape: Any, tokens: int, images: float, pixels: int, *, mask_bytes: int) -> None:
         self.config, self.tokens, self.images, self.mask_bytes = config, tokens, images, mask_bytes
+        self.text, self.vision = shape.text_config, shape.vision_config
         self.columns = 2 + config.num_negatives if isinstance(config, TrainConfig) else 1
+        self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
         with torch.device("meta"):
             puma = PumaModel(shape)
-        text = shape.text_config
-        self.depth, self.full_depth = text.num_hidden_layers, shape.original_num_hidden_layers
-        self.hidden, self.inner = text.hidden_size, text.intermediate_size
-        self.table = text.vocab_size * text.hidden_size
-        self.parameters = count_parameters(puma)
-        self.layer = count_parameters(puma.language_model.layers[0])
-        linears = [part for part in puma.language_model.layers[0].modules() if isinstance(part, nn.Linear)]
+        layer = puma.language_model.layers[0]
+        linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+        self.depth, self.full_depth = self.text.num_hidden_layers, shape.original_num_hidden_layers
+        self.parameters, self.layer = count_parameters(puma), count_parameters(layer)
         self.adapter = sum(config.lora_r * (part.in_features + part.out_features) for part in linears)
-        self.trainable = self.depth * self.adapter + (self.hidden if config.train_ret_token else 0)
+        self.trainable = self.depth * self.adapter + (self.text.hidden_size if config.train_ret_token else 0)
         self.merger = count_parameters(puma.visual.merger)
         self.tower = count_parameters(puma.visual) - self.merger
-        vision = shape.vision_config
-        self.vision_depth = vision.depth
-        self.vision_width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
-        self.merged = vision.spatial_merge_size**2  # patches of a visual token
-        self.patches = pixels // vision.patch_size**2  # of an image
-        self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
+        self.patches = pixels // self.vision.patch_size**2  # of an image
+        self.merged = self.vision.spatial_merge_size**2  # patches of a visual token
 
     def memory(self) -> dict[str, int]:
         """Bytes by part. Base weights are in bfloat16, as pruned; the adapter and its AdamW in float32."""
@@ -241,16 +224,22 @@ class _Work:
         if self.config.load_in_4bit:
             base -= int((2 - _BITS4) * self.depth * self.layer)
             dropped += self.parameters  # a teacher that cannot share four-bit weights is held whole
-        # The forward pass keeps the adapter once more in bfloat16, for autocast.
-        memory = {"weights": base, "adapter, float32 and bfloat16": 6 * self.trainable}
-        memory |= {"its gradients": 4 * self.trainable, "AdamW's two moments": 8 * self.trainable}
-        memory["frozen teacher: the dropped layers"] = 2 * dropped if self.has_teacher else 0
-        return memory | {"activations": self._activations(), "images": self._pictures()}
-
-    def _pictures(self) -> int:
-        """Pixels of the whole batch, in float32; gradient caching keeps what the tower makes of them as well."""
-        kept = 2 * self.hidden * self.patches // self.merged if getattr(self.config, "cached", False) else 0
-        return int(self.images * (4 * self.patches * self.patch_size + kept))
+        # The whole batch in float32; gradient caching keeps what the tower makes of it as well.
+        pixels = (
+            4 * self.patches * self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
+        )
+        if getattr(self.config, "cached", False):
+            pixels += 2 * self.text.hidden_size * self.patches // self.merged
+        return {
+            "weights": base,
+            # The forward pass keeps the adapter once more in bfloat16, for autocast.
+            "adapter, float32 and bfloat16": 6 * self.trainable,
+            "its gradients": 4 * self.trainable,
+            "AdamW's two moments": 8 * self.trainable,
+            "frozen teacher: the dropped layers": 2 * dropped if self.has_teacher else 0,
+            "activations": self._activations(),
+            "images": int(self.images * pixels),
+        }
 
     def _activations(self) -> int:
         """What is alive at the peak besides weights and inputs.
@@ -268,19 +257,20 @@ class _Work:
         The similarity matrix and embeddings are small beside them. The frozen vision tower keeps nothing, but its
         widest moment (36 bytes a patch and unit of width, measured) comes while earlier columns are alive.
         """
-        config, number = self.config, 2 if self.config.bf16 else 4
-        mask = self.mask_bytes if config.lora_dropout else 0
-        layer = self.hidden * (8 + 4 * number + 6 * (number + mask)) + self.inner * (4 * number + mask)
-        kept = self.depth * (number * self.hidden if config.gradient_checkpointing else layer)
-        moment = (layer if config.gradient_checkpointing else 0) + 12 * self.inner
+        config, hidden, inner = self.config, self.text.hidden_size, self.text.intermediate_size
+        number, mask = 2 if config.bf16 else 4, self.mask_bytes if config.lora_dropout else 0
+        layer = hidden * (8 + 4 * number + 6 * (number + mask)) + inner * (4 * number + mask)
+        kept, moment = self.depth * layer, 12 * inner
+        if config.gradient_checkpointing:
+            kept, moment = self.depth * number * hidden, 12 * inner + layer
         columns, num_rows = self.columns, config.batch_size
         if getattr(config, "cached", False):
             by_tokens = config.mini_batch_num_tokens and max(1, config.mini_batch_num_tokens // self.tokens)
             columns, num_rows = 1, min(config.batch_size, by_tokens or config.mini_batch_size)
         saved = num_rows * self.tokens * kept
-        tower = 36 * self.vision_width * self.patches * min(self.images, num_rows)
+        tower = 36 * self.vision.embed_dim * self.patches * min(self.images, num_rows)
         # [RET] alone is trained in a copy of the whole table, whose gradient is as large.
-        table = 2 * number * self.table if config.train_ret_token else 0
+        table = 2 * number * self.text.vocab_size * hidden if config.train_ret_token else 0
         return int(max(columns * saved + num_rows * self.tokens * moment, (columns - 1) * saved + tower) + table)
 
     def flops(self) -> int:
@@ -288,20 +278,20 @@ class _Work:
 
         Backward passes go through the frozen weights once (no gradient of the weights) and through the adapters twice.
         """
-        sequences = self.columns * self.config.batch_size
+        config = self.config
         # A weight costs a token two operations: one multiplication, one addition. Attention of a token in a layer is
         # two products with all tokens, 2 h each.
-        attention = 4 * self.tokens * self.hidden
+        attention = 4 * self.tokens * self.text.hidden_size
         forward = 2 * (self.layer + self.adapter) + attention
         backward = 2 * self.layer + 4 * self.adapter + 2 * attention
-        again = int(self.config.gradient_checkpointing) + int(getattr(self.config, "cached", False))
+        again = int(config.gradient_checkpointing) + int(getattr(config, "cached", False))
         a_token = self.depth * ((1 + again) * forward + backward)
         if self.has_teacher:
             a_token += self.full_depth * (2 * self.layer + attention)
-        tower = self.patches * (2 * self.tower + 4 * self.patches * self.vision_width * self.vision_depth)
-        tower += 2 * self.patches // self.merged * self.merger
-        a_batch = sequences * self.tokens * a_token + self.images * tower
-        return int(self.config.gradient_accumulation_steps * a_batch)
+        an_image = self.patches * (2 * self.tower + 4 * self.patches * self.vision.embed_dim * self.vision.depth)
+        an_image += 2 * self.patches // self.merged * self.merger
+        a_batch = self.columns * config.batch_size * self.tokens * a_token + self.images * an_image
+        return int(config.gradient_accumulation_steps * a_batch)
 
 
 def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int | None) -> tuple[Any, str]:
@@ -312,13 +302,14 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
         shape = PumaConfig.from_pretrained(file, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
         return shape, f"Shapes are those of {file}."
     # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.
-    size = re.search(r"(?:qwen2-vl|puma)-([27])b\b", name.lower())
-    depth = re.search(r"\bk(\d+)\b", name.lower())
-    named = int(depth[1]) if depth else _NUM_LAYERS if model is not None else None
-    kept = named if num_kept_layers is None else num_kept_layers
+    size, depth = re.search(r"(?:qwen2-vl|puma)-([27]b)\b", name.lower()), re.search(r"\bk(\d+)\b", name.lower())
+    kept = num_kept_layers or (int(depth[1]) if depth else None if model is None else _NUM_LAYERS)
     if size is None or kept is None:
         problem = f"model={name!r} is no directory here, and does not name a Qwen2-VL 2B or 7B and its layers"
         raise ValueError(f"{problem}. Give --model (such as Qwen/Qwen2-VL-7B-Instruct) and --num-kept-layers.")
-    text = dict(zip(_NAMES, _SHAPES[f"{size[1]}b"], strict=True), num_hidden_layers=_NUM_LAYERS)
+    text = dict(zip(_NAMES, _SHAPES[size[1]], strict=True), num_hidden_layers=_NUM_LAYERS)
     shape = PumaConfig(text_config=text, vision_config={"hidden_size": text["hidden_size"]}, num_kept_layers=kept)
-    return shape, f"Shapes are those of Qwen2-VL-{size[1]}B with {kept} of {_NUM_LAYERS} layers, as {name!r} says."
+    return (
+        shape,
+        f"Shapes are those of Qwen2-VL-{size[1].upper()} with {kept} of {_NUM_LAYERS} layers, as {name!r} says.",
+    )

@@ -12,17 +12,11 @@ from typing import Any
 import torch
 from jinja2 import Template
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from puma_hf.checkpoint import StoredWeights, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.configs import ExportFormat
-from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, is_puma_directory, new_directory, read_config, write_json
+from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, new_directory, read_config, write_json
 from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import last_token_state
@@ -45,28 +39,17 @@ _ONNX_BOUND = 1e-4
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        source: PUMA directory or Hub id.
-        output: The directory written.
-        model_type: That of the stock class, such as "qwen2_vl".
-        num_layers: Decoder layers.
-        num_parameters: Parameters written; the language-model head is tied to the embedding, so it adds none.
-        num_bytes: Their bytes; in ONNX those of the whole graph, which has the text tower alone, in float32.
-        format: "stock" or "onnx".
-    """
+    """What an export wrote, `num_bytes` of parameters; in ONNX of the whole graph: the text tower alone, in float32."""
 
     source: str
     output: str
     model_type: str
     num_layers: int
-    num_parameters: int
     num_bytes: int
     format: ExportFormat = "stock"
 
     def __str__(self) -> str:
-        what = f"{self.model_type} of {self.num_layers} decoder layers, {self.num_parameters:,} parameters"
+        what = f"{self.model_type} of {self.num_layers} decoder layers"
         more = f"compare the two with: puma-hf check {self.source} --exported {self.output}"
         if self.format == "onnx":
             what = f"the text tower of {self.num_layers} decoder layers as ONNX"
@@ -80,7 +63,6 @@ def export(
     *,
     format: ExportFormat = "stock",
     revision: str | None = None,
-    token: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
@@ -97,8 +79,7 @@ def export(
         output: New or empty directory; written whole or not at all.
         format: "stock" or "onnx".
         revision: Branch, tag or commit on the Hub.
-        token: Hub token for gated or private repositories.
-        overwrite: Replace `output` if it holds a PUMA model or an export.
+        overwrite: Replace `output` if it holds an export.
 
     Returns:
         What was written.
@@ -118,8 +99,8 @@ def export(
     missing = [name for name in _NEEDED_FOR_ONNX if find_spec(name) is None]
     if convert("format", format, ExportFormat) == "onnx" and missing:
         raise ImportError(f"format='onnx' needs {', '.join(missing)}, not installed here: pip install 'puma-hf[onnx]'.")
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
-    model_type: Any = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    checkpoint = open_checkpoint(source, revision=revision)
+    model_type = read_config(checkpoint.folder).get("model_type", "")
     if model_type not in PUMA_MODEL_TYPES:
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
     puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
@@ -127,26 +108,21 @@ def export(
         problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
         raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
     config = _stock_config(puma_config)
-    with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=_is_ours) as folder:
-        parameters = _write_weights(StoredWeights(checkpoint), config, folder, checkpoint.name)
-        num_bytes = sum(parameter.nbytes for parameter in parameters)
+    with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=is_export) as folder:
+        num_bytes = _write_weights(checkpoint, config, folder)
         _write_processor(checkpoint.folder, type(config).__name__.replace("Config", "Processor"), folder)
         if format == "onnx":
             num_bytes = _write_onnx(folder)
         reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
         _write_card(folder, config, format, reading.told)
-    layers, count = config.text_config.num_hidden_layers, sum(parameter.numel() for parameter in parameters)
+    layers = config.text_config.num_hidden_layers
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
-    return ExportReport(str(source), str(output), config.model_type, layers, count, num_bytes, format)
+    return ExportReport(str(source), str(output), config.model_type, layers, num_bytes, format)
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what `export` wrote, judged by its `config.json`."""
     return LINEAGE_KEY in read_config(folder)
-
-
-def _is_ours(folder: Path) -> bool:
-    return is_puma_directory(folder) or is_export(folder)
 
 
 def _stock_config(puma_config: Any) -> Any:
@@ -163,25 +139,26 @@ def _stock_config(puma_config: Any) -> Any:
     return config
 
 
-def _write_weights(stored: StoredWeights, config: Any, folder: Path, source: str) -> list[nn.Parameter]:
-    """Save the stock model, which names tensors as the published checkpoints do; its parameters, the head aside."""
+def _write_weights(checkpoint: Checkpoint, config: Any, folder: Path) -> int:
+    """Save the stock model, which names tensors as the published checkpoints do; bytes, the head aside."""
     with torch.device("meta"):  # where the whole model takes no memory: it is held once, by the tensors that are read
         model: Any = AutoModelForImageTextToText.from_config(config)
     try:
-        model.model.load_state_dict(dict(stored), assign=True)
+        model.model.load_state_dict(dict(checkpoint), assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{source!r} has other tensors than its config.json says. Save it again. {error}") from error
+        problem = f"{checkpoint.name!r} has other tensors than its config.json says"
+        raise ValueError(f"{problem}. Save it again. {error}") from error
     # The head that the stock class wants costs nothing: it is the embedding, and is not written.
     model.tie_weights()
     model.save_pretrained(folder, max_shard_size="5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)  # it does not generate
-    return list(model.model.parameters())
+    return sum(parameter.nbytes for parameter in model.model.parameters())
 
 
 def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template, as a published checkpoint has them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    if RET_TOKEN not in tokenizer.get_vocab():
+    if RET_TOKEN not in tokenizer.get_vocab():  # without its files transformers builds an empty one
         raise ValueError(f"{str(source)!r} lacks its tokenizer, with {RET_TOKEN}. Download or save it again.")
     tokenizer.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
@@ -237,12 +214,12 @@ def _write_onnx(folder: Path) -> int:
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     embedder = _TextEmbedder(model.model.language_model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, names = AutoTokenizer.from_pretrained(folder), ["input_ids", "attention_mask"]
     with torch.no_grad():
         program: Any = torch.onnx.export(
             embedder,
-            _onnx_batch(tokenizer, ["a red apple", "a"]),
-            input_names=["input_ids", "attention_mask"],
+            tuple(tokenizer(["a red apple", "a"], padding=True, return_tensors="pt")[name] for name in names),
+            input_names=names,
             output_names=["sentence_embedding"],
             dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}),
             dynamo=True,
@@ -250,21 +227,14 @@ def _write_onnx(folder: Path) -> int:
         )
     program.save(folder / ONNX_NAME, external_data=True)
     # Other texts, of other lengths: what the export took for a constant shows.
-    batch = _onnx_batch(tokenizer, ["two green pears on a table", "a", "an apple"])
+    batch = tokenizer(["two green pears on a table", "a", "an apple"], padding=True, return_tensors="pt")
     session = InferenceSession(str(folder / ONNX_NAME), providers=["CPUExecutionProvider"])
-    inputs = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), batch, strict=True)}
+    (found,) = session.run(None, {name: batch[name].numpy() for name in names})
     with torch.inference_mode():
-        difference = float((torch.from_numpy(session.run(None, inputs)[0]) - embedder(*batch)).abs().max())
-    if not difference <= _ONNX_BOUND:
-        differ = f"ONNX and PyTorch differ by {difference:.1e}, more than {_ONNX_BOUND}"
+        expected = embedder(*(batch[name] for name in names))
+    if not torch.allclose(torch.from_numpy(found), expected, rtol=0, atol=_ONNX_BOUND):  # of NaN, too
+        differ = f"ONNX and PyTorch differ by more than {_ONNX_BOUND}"
         raise RuntimeError(f"{differ}. Try other releases of torch, onnxscript and onnxruntime.")
     for path in (*folder.glob("*.safetensors*"), *folder.glob("*preprocessor_config.json")):
         path.unlink()
     return sum(path.stat().st_size for path in folder.glob(f"{ONNX_NAME}*"))
-
-
-def _onnx_batch(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    encoded = tokenizer(prompts, padding=True, return_tensors="pt")
-    return encoded["input_ids"], encoded["attention_mask"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
@@ -27,8 +25,6 @@ DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
 LOCK_FILE = ".puma-hf.lock"
 
-# huggingface_hub.utils.validate_repo_id has the same rules; to import it would slow `puma-hf --help` down.
-_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 # What a loader reads of a directory: the list of what may be published. Whatever else lies there stays.
 LOADED = (
     *("config.json", "*_puma.py", ADAPTER_CONFIG, BASE_FILE, "LICENSE", "NOTICE"),
@@ -38,7 +34,6 @@ LOADED = (
     *("added_tokens.json", "vocab.json", "merges.txt"),
 )
 _PATIENCE = 0.2  # seconds: a run that ends at this moment removes its lock, and the next one makes its own
-_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 
 class DirectoryInUseError(OSError):
@@ -49,14 +44,15 @@ class DirectoryInUseError(OSError):
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it.
+    """Whether a name has the form of a repository on the Hub, organisation/name; nobody is asked for it."""
+    from huggingface_hub.errors import HFValidationError  # here, as `puma-hf --help` need not wait for it
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    Example:
-        >>> is_hub_id("org/puma-k14"), is_hub_id("../puma-k14"), is_hub_id("/home/me/puma-k14")
-        (True, False, False)
-    """
-    is_forbidden = "--" in name or ".." in name or name.endswith(".git")
-    return _HUB_ID.fullmatch(name) is not None and not is_forbidden
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -111,14 +107,8 @@ def named_base(adapter: Path) -> str:
 def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; its folder is made if need be. Of several processes that write it one wins.
 
-    Args:
-        path: The file, which is replaced if it is there.
-        content: What it is to hold.
-        sync: Whether it must be on the disk when this returns; of thousands of small files, that can be copied again,
-            this would cost a wait each.
-
-    Raises:
-        OSError: If it cannot be written.
+    With `sync` it is on the disk when this returns. For thousands of small files, that can be made again, this wait
+    is too long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
@@ -164,14 +154,11 @@ def new_directory(
     target, name = Path(output_dir).resolve(), f"output_dir {str(output_dir)!r}"
     if forbidden is not None and forbidden.resolve().is_relative_to(target):
         raise ValueError(f"{name} is, or holds, the source itself. Choose another directory.")
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{name} is a file. Choose a directory.")
-    is_full = target.is_dir() and any(target.iterdir())
-    if is_full and not overwrite:
-        raise FileExistsError(f"{name} is not empty. Choose another, or pass overwrite=True (--overwrite).")
-    if is_full and not is_ours(target):
-        raise FileExistsError(f"{name} holds files, but no PUMA model. Choose another, or empty it yourself.")
-    made = [parent for parent in target.parents if not parent.exists()]
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{name} is not empty. Choose another, or pass overwrite=True (--overwrite).")
+        if not is_ours(target):
+            raise FileExistsError(f"{name} holds files, but no PUMA model. Choose another, or empty it yourself.")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     parked = draft.with_name(f".old{draft.name}")
@@ -186,15 +173,8 @@ def new_directory(
         if parked.exists():
             os.replace(parked, target)
         shutil.rmtree(draft, ignore_errors=True)
-        _remove_if_empty(made)
         raise
     shutil.rmtree(parked, ignore_errors=True)
-
-
-def _remove_if_empty(made: list[Path]) -> None:
-    with suppress(OSError):  # somebody else may have put something there
-        for directory in made:
-            directory.rmdir()
 
 
 @contextmanager
@@ -202,8 +182,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Keep every other run out of a directory as long as the block lasts; who only reads is not kept out.
 
     The directory is made if need be. In it lies a hidden file, removed at the end; one that a killed run has left locks
-    nothing, as the lock is the operating system's. Inside of the block the same directory may be locked again, which
-    does nothing. On a file system that has no locks a warning is all that happens.
+    nothing, as the lock is the operating system's. Inside of the block the same thread may lock it again, which does
+    nothing. On a file system that has no locks a warning is all that happens.
 
     Raises:
         DirectoryInUseError: At once, if another run has it, in this process or in another.
@@ -211,29 +191,22 @@ def locked(folder: str | Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # 50 ms, which --help need not wait for
 
-    directory = Path(folder)
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"output_dir {str(folder)!r} is a file. Choose a directory.")
-    directory = directory.resolve()  # a link may have another end later
-    if directory in _held.get():
-        yield
-        return
-    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    directory = Path(folder).resolve()  # a link may have another end later
     directory.mkdir(parents=True, exist_ok=True)
-    # Not filelock's lock by a file alone, which outlives a killed process.
-    lock = FileLock(directory / LOCK_FILE, timeout=_PATIENCE, thread_local=False, fallback_to_soft=False)
+    # One object for the path, which counts per thread. Not a lock by a file alone: that outlives a killed process.
+    lock = FileLock(directory / LOCK_FILE, timeout=_PATIENCE, is_singleton=True, fallback_to_soft=False)
+    is_inside = lock.is_locked
     try:
         lock.acquire()  # makes the directory again if a run that failed has removed it just now
     except Timeout as error:
         raise DirectoryInUseError(f"{str(folder)!r} is in use: another run writes there. Wait for its end.") from error
     except OSError as error:
         logger.warning("%s cannot be locked (%s). See to it yourself that no other run writes there.", folder, error)
-    token = _held.set(_held.get() | {directory})
     try:
         yield
     finally:
-        _held.reset(token)
-        with suppress(OSError):  # while it is locked: who waits for it finds out that it is gone, and makes another
+        if not is_inside:  # while it is locked: who waits for it finds out that it is gone, and makes another
             (directory / LOCK_FILE).unlink(missing_ok=True)
-            lock.release()
-        _remove_if_empty(made)
+        lock.release()
+        with suppress(OSError):  # of a run that has failed nothing is left; what holds something stays
+            directory.rmdir()

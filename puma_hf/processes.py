@@ -9,10 +9,10 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from puma_hf.files import locked
 
@@ -24,35 +24,35 @@ STATUS = 128 + signal.SIGTERM  # what shells report of a process that the signal
 _LONGEST_WAIT = timedelta(hours=12)
 
 
+def _state() -> Any:
+    """What accelerate knows of this process; it joins the others when it is first asked for."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Without cpu=True, accelerate takes processes on a machine without an accelerator for strangers.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=_LONGEST_WAIT)
+
+
 def connect() -> tuple[int, int]:
     """Join the other processes, if a launcher started several.
 
     Returns:
         The number of this process, 0 for the main one, and how many there are.
     """
-    import torch.distributed as dist
-
-    if not dist.is_available():
+    if int(os.environ.get("LOCAL_RANK", -1)) < 0:  # no launcher started it, so accelerate need not be imported
         return 0, 1
-    if not dist.is_initialized() and int(os.environ.get("LOCAL_RANK", -1)) >= 0:
-        import torch
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
-        # Without cpu=True, accelerate takes processes on a machine without an accelerator for strangers.
-        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        PartialState(cpu=cpu, timeout=_LONGEST_WAIT)
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return _state().process_index, _state().num_processes
 
 
 def gather(value: T) -> list[T]:
     """What every process gives, in order, for all of them; so it waits for all, too."""
-    import torch.distributed as dist
+    if connect()[1] == 1:
+        return [value]
+    from accelerate.utils import gather_object
 
-    values = [value] * connect()[1]
-    if len(values) > 1:
-        # accelerate.utils.gather_object does the same, but not for processes that torch alone has joined.
-        dist.all_gather_object(values, value)
+    values: list[T] = gather_object([value])
     return values
 
 
@@ -63,22 +63,13 @@ def broadcast(value: T) -> T:
 
 def own_device() -> str | None:
     """The device that a launcher's settings give this process; None if it is alone and may choose."""
-    if connect()[1] == 1:
-        return None
-    from accelerate import PartialState
-
-    return str(PartialState().device)
+    return None if connect()[1] == 1 else str(_state().device)
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
+def main_process_first() -> AbstractContextManager[None]:
     """The main process does it before the others, which then find it done."""
-    rank, _ = connect()
-    if rank > 0:
-        gather(None)
-    yield
-    if rank == 0:
-        gather(None)
+    first: AbstractContextManager[None] = nullcontext() if connect()[1] == 1 else _state().main_process_first()
+    return first
 
 
 @contextmanager
@@ -127,8 +118,7 @@ def shared_folder(folder: str | Path | None) -> Iterator[Path]:
 def ends_well_on_sigterm() -> Iterator[None]:
     """Let SIGTERM, which schedulers send before they kill, end the block by `SystemExit`, so that `finally` is run.
 
-    A handler that is already there stays, and so does one that ignores the signal. Outside of the main thread, which
-    alone gets signals, this does nothing. A second SIGTERM changes nothing: `timeout` and launchers send two.
+    A handler that is already there stays, and outside of the main thread, which alone gets signals, this does nothing.
 
     Raises:
         SystemExit: With status 143, if the signal came.
@@ -137,25 +127,20 @@ def ends_well_on_sigterm() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    has_come = False
 
     def end(*_: object) -> None:
-        nonlocal has_come
-        is_first, has_come = not has_come, True
-        if callable(signal.getsignal(signal.SIGCHLD)):
-            # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work.
-            # This stays so, as the process ends, and its workers after the block.
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-        if is_first:
-            logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
-            raise SystemExit(STATUS)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` and launchers send two
+        # torch raises the death of a worker wherever the process is, also in the middle of what keeps the work.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        logger.warning("SIGTERM: ending; the same command, run again, goes on from what its output directory holds")
+        raise SystemExit(STATUS)
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
     except RuntimeError as error:
         # Workers of a `DataLoader` get the signal too if it was sent to the whole group, and torch raises their death.
-        if not has_come:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # it has not come
             raise
         raise SystemExit(STATUS) from error
     finally:

@@ -7,21 +7,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
-from puma_hf.checkpoint import SourceCheckpoint, kept_weights, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, load_kept, open_checkpoint
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
-from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.modeling.processing_puma import reading_of, write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
@@ -40,23 +39,15 @@ TAGS = ("puma", "multimodal-retrieval", "layer-pruning", "sentence-transformers"
 class PruneReport:
     """What pruning kept and dropped.
 
-    Attributes:
-        source: Hub id or path of the original checkpoint.
-        output_dir: The directory written.
-        num_kept_layers: Decoder layers kept.
-        original_num_hidden_layers: Decoder layers of the original.
-        parameters_before: Parameters of the source, language-model head included where it has one.
-        bytes_before: Their bytes in the source's own dtype.
-        max_pixels: Pixels that images are scaled down to, which make `max_visual_tokens`.
-        source_max_pixels: The source's own limit.
-        num_source_layers: Decoder layers of the source, if that is a PUMA directory; None for an original.
-        kept_layers: Which layers of the source were kept, if not its first ones.
-        reading: How the model reads.
+    Parameters and bytes "before" are those of the source, with the language-model head if it has one. `kept_layers`
+    counts from the source's first layer, `num_source_layers` is how many that had, and a PUMA directory that is cut
+    further has fewer than `original_num_hidden_layers`.
     """
 
-    source: str
     output_dir: str
     num_kept_layers: int
+    kept_layers: list[int]
+    num_source_layers: int
     original_num_hidden_layers: int
     parameters_before: int
     parameters_after: int
@@ -64,33 +55,22 @@ class PruneReport:
     bytes_after: int
     max_pixels: int
     max_visual_tokens: int
-    source_max_pixels: int
-    num_source_layers: int | None = None
-    kept_layers: list[int] | None = None
-    reading: str = "puma"
+    reading: str
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
-        total = self.num_source_layers or self.original_num_hidden_layers
-        kept = self.kept_layers or range(self.num_kept_layers)
-        dropped, origin = [], ""
-        if left := [layer for layer in range(total) if layer not in kept]:
-            dropped.append(named_layers(left))
-        if self.num_source_layers is None:
-            dropped.append("the language-model head" if dropped else "language-model head")
-        else:  # which was cut before, and has no head
-            origin = f" (the original has {self.original_num_hidden_layers})"
+        dropped = [layer for layer in range(self.num_source_layers) if layer not in self.kept_layers]
         return (
-            f"kept     vision tower, token embedding, {named_layers(kept)} of {total}{origin}, final norm\n"
-            f"dropped  {' and '.join(dropped) or 'nothing'}\n"
+            f"kept     vision tower, token embedding, {named_layers(self.kept_layers)} of {self.num_source_layers}, "
+            "final norm\n"
+            f"dropped  {named_layers(dropped) if dropped else 'no decoder layer'}; a language-model head, if any\n"
             f"before   {self.parameters_before:>14,} parameters  {self.bytes_before:>15,} bytes\n"
             f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
             f"  ({self.parameters_after / self.parameters_before:.0%})\n"
-            f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels"
-            f" (source: {self.source_max_pixels:,})\n"
+            f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels\n"
             f"reading  {self.reading}, positions: {reading_of(self.reading).positions}\n"
             f"saved    {self.output_dir}"
         )
@@ -103,11 +83,10 @@ def prune(
     num_kept_layers: int | None = None,
     keep_layers: Sequence[int] | str | None = None,
     dtype: str | torch.dtype = "auto",
-    max_pixels: int | Literal["source"] | None = None,
+    max_pixels: int | str | None = None,
     reading: str | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
-    token: str | None = None,
     overwrite: bool = False,
 ) -> PruneReport:
     """Keep the first decoder layers, or a list of them, of a Qwen2-VL, 2.5 or 3 and save a complete directory.
@@ -116,9 +95,8 @@ def prune(
     `AutoModel` and `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are
     never read, and from the Hub only the shards that hold kept tensors are downloaded.
 
-    `[RET]` starts as the mean of all token embeddings of the original vocabulary (in float32, rounded to the
-    model's dtype): deterministic, and a point from which the distillation stage may train it. A tokenizer
-    that already has `[RET]` keeps its row.
+    `[RET]` starts as the mean of all token embeddings of the original vocabulary, from where the distillation stage
+    may train it. A tokenizer that already has `[RET]` keeps its row.
 
     Args:
         source: Folder or Hub id of an original Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (safetensors, one file or
@@ -135,11 +113,10 @@ def prune(
             positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
-        token: Hub token.
         overwrite: Replace `output_dir` if it is not empty.
 
     Returns:
-        What was kept and dropped, with parameters and bytes before and after.
+        What was kept and dropped; `print` shows it.
 
     Raises:
         ValueError: If `num_kept_layers`, `keep_layers`, `max_pixels`, `dtype` or `reading` cannot be of this source, or
@@ -159,69 +136,70 @@ def prune(
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; its released code for a list of layers.
     """
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not known to torch. Choose 'auto', 'float32', 'bfloat16' or 'float16'.")
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
-    model_type = PreTrainedConfig.get_config_dict(checkpoint.folder)[0].get("model_type")
+    checkpoint = open_checkpoint(source, revision=revision)
+    model_type = read_config(checkpoint.folder).get("model_type", "")
     is_original = model_type not in PUMA_MODEL_TYPES
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     layers = chosen_layers(num_kept_layers, keep_layers, config.num_kept_layers or 0)
-    name = _chosen_reading(reading, checkpoint, config, is_original)
+    reading = _chosen_reading(reading, checkpoint, config, is_original)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        processor = _build_processor(checkpoint, config, name)
-        source_max_pixels = int(processor.image_processor.size["longest_edge"])
-        _limit_images(processor, max_pixels, is_original)
-        longest = processor.image_processor.size["longest_edge"]
-        model = _load_kept(checkpoint, config, layers, dtype)
+        processor = _build_processor(checkpoint, config, reading)
+        images = processor.image_processor
+        limit: Any = None if max_pixels == "source" else max_pixels
+        if max_pixels is None and is_original:
+            usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * pixels_per_token(images))
+            limit = min(images.size["longest_edge"], usual)
+        elif isinstance(limit, str) and limit.isdecimal():  # as the command line gives it
+            limit = int(limit)
+        set_limits(processor, max_pixels=limit)
+        model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
-        model.config.positions = reading_of(name).positions
+        model.config.positions = reading_of(reading).positions
         # A local path says where the user keeps files; only its last part is worth publishing.
-        own_name = checkpoint.repo_id or checkpoint.folder.resolve().name
+        own_name = checkpoint.name if checkpoint.revision else checkpoint.folder.resolve().name
         model.config.source_name_or_path = config.source_name_or_path or own_name
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
-        before, bytes_before = _source_size(checkpoint, config, model, is_original)
+        with torch.device("meta"):  # where a tensor has a shape and takes no memory
+            make: Any = AutoModelForImageTextToText if is_original else AutoModel
+            before = make.from_config(AutoConfig.from_pretrained(checkpoint.folder)).num_parameters()
+        # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
+        source_dtype = config.dtype or config.text_config.dtype or model.dtype
         report = PruneReport(
-            source=checkpoint.name,
             output_dir=str(output_dir),
             num_kept_layers=len(layers),
-            original_num_hidden_layers=int(model.config.original_num_hidden_layers or 0),
+            kept_layers=layers,
+            num_source_layers=config.num_kept_layers,
+            original_num_hidden_layers=model.config.original_num_hidden_layers or 0,
             parameters_before=before,
-            parameters_after=sum(parameter.numel() for parameter in model.parameters()),
-            bytes_before=bytes_before,
-            bytes_after=sum(parameter.nbytes for parameter in model.parameters()),
-            max_pixels=longest,
-            max_visual_tokens=longest // pixels_per_token(processor.image_processor),
-            source_max_pixels=source_max_pixels,
-            num_source_layers=None if is_original else config.num_kept_layers,
-            kept_layers=None if layers == list(range(len(layers))) else layers,
-            reading=name,
+            parameters_after=model.num_parameters(),
+            bytes_before=before * source_dtype.itemsize,
+            bytes_after=model.num_parameters() * model.dtype.itemsize,
+            max_pixels=images.size["longest_edge"],
+            max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
+            reading=reading,
         )
-        # The card speaks of the original: its layers are known by the model, its size only where it was read itself.
-        facts = asdict(report) | {"backbone": config.source_name, "kept_layers": model.config.kept_layers}
-        facts |= {} if is_original else {"parameters_before": None, "bytes_before": None}
-        write_model_card(folder, model.config, facts | {"limits": told_limits(folder)})
-    total = report.num_source_layers or report.original_num_hidden_layers
-    logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), total, output_dir)
+        write_model_card(folder, model.config, report, is_original=is_original)
+    logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), report.num_source_layers, output_dir)
     return report
 
 
-def _chosen_reading(asked: str | None, checkpoint: SourceCheckpoint, config: Any, is_original: bool) -> str:
+def _chosen_reading(asked: str | None, checkpoint: Checkpoint, config: Any, is_original: bool) -> str:
     # An original reads as it is asked to; a PUMA directory's weights know one reading, the one of its processor.
     own = None if is_original else read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")
-    name = str((own or "puma") if asked is None else asked)
+    name = asked or own or "puma"
+    if own not in (None, name):
+        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
     backbones = reading_of(name).backbones or (config.source_model_type,)
     if config.source_model_type not in backbones:
         made = f"reading={name!r} is made for {' and '.join(backbones)}"
         raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
-    if own not in (None, name):
-        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
     return name
 
 
-def _build_processor(checkpoint: SourceCheckpoint, config: Any, name: str) -> PumaProcessor:
+def _build_processor(checkpoint: Checkpoint, config: Any, name: str) -> PumaProcessor:
     folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
     reading = reading_of(name)
     template = (_MODELING / reading.template).read_text(encoding="utf-8")
@@ -237,17 +215,6 @@ def _build_processor(checkpoint: SourceCheckpoint, config: Any, name: str) -> Pu
         chat_template=template,
         reading=name,
     )
-
-
-def _load_kept(checkpoint: SourceCheckpoint, config: Any, layers: list[int], dtype: str | torch.dtype) -> PumaModel:
-    # Only what is kept is read: a 7B cut to 12 of 28 layers takes 8 GB of memory in bfloat16, not 15.5.
-    with kept_weights(checkpoint, layers) as weights:
-        try:
-            model: PumaModel = MODEL_CLASSES[type(config)].from_pretrained(weights, keep_layers=layers, dtype=dtype)
-            return model
-        except ValueError as error:
-            # The temporary folder's name says nothing to the user.
-            raise ValueError(str(error).replace(str(weights), checkpoint.name)) from error
 
 
 def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
@@ -267,18 +234,6 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
     model.config.ret_token_id = ret_token_id
 
 
-def _source_size(checkpoint: SourceCheckpoint, config: Any, model: PumaModel, is_original: bool) -> tuple[int, int]:
-    """Parameters and bytes of the source: an original has a language-model head to count, a PUMA directory none."""
-    make = AutoModelForImageTextToText.from_config if is_original else type(model)
-    with torch.device("meta"):
-        whole = make(AutoConfig.from_pretrained(checkpoint.folder))
-    parameters = sum(parameter.numel() for parameter in whole.parameters())
-    # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
-    named = (config.dtype, config.text_config.dtype)
-    dtype = next((dtype for dtype in named if isinstance(dtype, torch.dtype)), model.dtype)
-    return parameters, parameters * dtype.itemsize
-
-
 # ------------------------------------------------------------------ limits: how large an image, how long a text is read
 
 
@@ -287,28 +242,13 @@ def pixels_per_token(image_processor: Any) -> int:
     return int(image_processor.patch_size * image_processor.merge_size) ** 2
 
 
-def _limit_images(processor: PumaProcessor, max_pixels: Any, is_original: bool) -> None:
-    """Set the limit that is asked for, or a default one."""
-    images = processor.image_processor
-    shortest, longest = images.size["shortest_edge"], images.size["longest_edge"]
-    if max_pixels is None and is_original:
-        max_pixels = min(longest, max(shortest, DEFAULT_VISUAL_TOKENS * pixels_per_token(images)))
-    if isinstance(max_pixels, str) and max_pixels != "source":
-        raise ValueError(f"max_pixels={max_pixels!r} must be a whole number, or 'source' to keep the source's limit.")
-    if max_pixels not in (None, "source"):
-        set_limits(processor, max_pixels=max_pixels)
-
-
 def set_limits(
     processor: Any, *, min_pixels: int | None = None, max_pixels: int | None = None, max_length: int | None = None
 ) -> None:
-    """Change what a processor reads, for good: saved, it is read so by stock classes, too.
+    """Change what a `PumaProcessor` reads, for good: saved, it is read so by stock classes, too.
 
-    Args:
-        processor: A `PumaProcessor`.
-        min_pixels: Images are enlarged to so many pixels; None leaves this, and each, as it is.
-        max_pixels: Images are scaled down to so many pixels.
-        max_length: Longest sequence in tokens; only text is cut.
+    Images are enlarged to `min_pixels` and scaled down to `max_pixels`; text alone is cut at `max_length` tokens. None
+    leaves a limit as it is.
 
     Raises:
         ValueError: If `max_pixels` is not a whole number, or less than `min_pixels` or than one visual token.
@@ -327,14 +267,12 @@ def set_limits(
 
 
 def read_limits(folder: Path) -> dict[str, int]:
-    """What `set_limits` sets, from the files of a PUMA directory or of an adapter; what they do not say is left out.
-
-    What a SentenceTransformer was told to pass to the processor, and was saved with, counts.
-    """
+    """What `set_limits` sets, from the files of a PUMA directory or of an adapter; what they do not say is left out."""
+    size = read_config(folder, "processor_config.json").get("image_processor", {}).get("size", {})
+    # What a SentenceTransformer was told to pass to the processor, and was saved with, wins.
     passed = read_config(folder, "sentence_bert_config.json").get("processing_kwargs") or {}
     image, text = passed.get("image") or {}, passed.get("text") or {}
-    size = {**read_config(folder, "processor_config.json").get("image_processor", {}).get("size", {})}
-    size |= image.get("size") or {}
+    size = {**size, **(image.get("size") or {})}
     own_length = read_config(folder, "tokenizer_config.json").get("model_max_length")
     found = {
         "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
@@ -352,16 +290,16 @@ def told_limits(folder: Path) -> str | None:
         return None
     tokens = limits["max_pixels"] // (images["patch_size"] * images["merge_size"]) ** 2
     told = f"Images are scaled down to at most {limits['max_pixels']:,} pixels, {tokens:,} visual tokens"
-    length = limits.get("max_length", 0)
-    told = f"{told}; texts are cut at {length:,} tokens" if 0 < length < 10**9 else told
+    if 0 < limits.get("max_length", 0) < 10**9:
+        told += f"; texts are cut at {limits['max_length']:,} tokens"
     return told if reading == "puma" else f"{told}. Inputs are read as `{reading}`, {reading_of(reading).told}"
 
 
 # ------------------------------------------------------------------------------------------------------- the model card
 
 
-def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any]) -> None:
-    """Write the first `README.md` of a PUMA directory; `facts` are the fields of its `PruneReport`."""
+def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_original: bool) -> None:
+    """Write the first `README.md` of a PUMA directory; the size before the cut is told where an original was read."""
     source = config.source_name_or_path
     card_data = ModelCardData(
         library_name="sentence-transformers",
@@ -370,9 +308,10 @@ def write_model_card(folder: Path, config: PumaConfig, facts: Mapping[str, Any])
         base_model=source if source and is_hub_id(source) else None,
         tags=list(TAGS),
     )
-    text_config: Any = config.text_config
-    values = {**facts, "source": source, "embedding_dim": text_config.hidden_size}
-    del values["output_dir"]
+    values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
+    values |= {"kept_layers": config.kept_layers, "embedding_dim": config.text_config.hidden_size}
+    if not is_original:
+        values |= {"parameters_before": None, "bytes_before": None}
     (folder / "README.md").write_text(fill_template(card_data, **values), encoding="utf-8")
 
 
@@ -387,18 +326,7 @@ def fill_template(card_data: ModelCardData, **values: Any) -> str:
 
 
 def with_training_note(card: str, note: str) -> str:
-    """A card with one more line in its section "Training", which is made if need be.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.pruning import with_training_note
-
-    >>> card = with_training_note("# Model\\n\\n## Use\\n", "distilled")
-    >>> with_training_note(card, "trained on pairs").splitlines()
-    ['# Model', '', '## Training', '', '- distilled', '- trained on pairs', '', '## Use']
-    ```
-    """
+    """A card with one more line in its section "Training", which is made before "Use" if need be."""
     head, use, rest = card.partition("\n\n## Use\n")
     title = "" if "\n## Training\n" in head else "\n\n## Training\n"
     return f"{head}{title}\n- {note}{use}{rest}"

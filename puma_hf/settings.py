@@ -11,6 +11,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from inspect import cleandoc
@@ -29,16 +30,9 @@ _BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 # A field in a docstring, with the lines that go on below it.
 _ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n        .*)*)", re.MULTILINE)
-# YAML 1.1 reads 2e-4, without a point, as text.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 # How a run is started, not what it is: left out of the recipe that is kept with its result, so that repeating the run
 # replaces nothing.
 _NOT_KEPT = ("resume", "overwrite")
-# What was a choice or a key once, and why it is none now.
-_GONE = {
-    "one_pass": " 'one_pass' is gone, as teacher and student both collapsed. Take 'frozen', the full model untouched.",
-    "batches": " 'batches' is gone, as twin batches made no loss better: leave it out.",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- fields
@@ -52,9 +46,9 @@ def option(default: Any, *, remedy: str = "", **bounds: float) -> Any:
     return field(default=default, metadata={"remedy": remedy, "bounds": bounds})
 
 
-def positional() -> Any:
+def positional(**metadata: str) -> Any:
     """A field of a `CheckedConfig` that must be given; the command may take it by its place, too."""
-    return field(metadata={"positional": True})
+    return field(metadata={"positional": True, **metadata})
 
 
 def field_help(kind: type) -> dict[str, str]:
@@ -71,14 +65,6 @@ def processing_of(special_tokens: SpecialTokens) -> dict[str, dict[str, Any]]:
     return {"text": {"split_special_tokens": True}} if special_tokens == "split" else {}
 
 
-class SettingError(ValueError):
-    """A value that a field refuses; `name` is the field's."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckedConfig:
     """A configuration whose values are converted and checked when it is made.
@@ -93,36 +79,30 @@ class CheckedConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for entry in fields(self):
-            flag = entry.metadata.get("flag")  # where it is not the name, errors say both
-            name = f"{entry.name} (--{flag})" if isinstance(flag, str) else entry.name
-            try:
-                value = convert(name, getattr(self, entry.name), hints[entry.name])
-                object.__setattr__(self, entry.name, value)  # the class is frozen
-                for item in value if isinstance(value, tuple) else (value,):
-                    _check_bounds(entry, item)
-            except ValueError as error:
-                raise SettingError(entry.name, str(error)) from None
-
-    def notes(self) -> list[str]:
-        """What a person should know before the run: options that this combination ignores."""
-        return []
-
-    def _unused(self, why: str, *names: str) -> list[str]:
-        """One sentence about those of the fields that were given, though `why` leaves them without effect."""
-        defaults = {entry.name: entry.default for entry in fields(self)}
-        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
-        return [f"{', '.join(given)}: not used with {why}."] if given else []
+            value = _checked(entry, getattr(self, entry.name), hints[entry.name])
+            object.__setattr__(self, entry.name, value)  # the class is frozen
 
 
-def _check_bounds(entry: Field[Any], value: Any) -> None:
+def flag_of(entry: Field[Any]) -> str | None:
+    """The flag of a field, without its dashes; None if the command has none."""
+    flag = entry.metadata.get("flag", entry.name.replace("_", "-"))
+    return str(flag) if flag else None
+
+
+def _checked(entry: Field[Any], value: Any, hint: Any) -> Any:
+    """The value of a field as its type, within its bounds."""
+    flag = entry.metadata.get("flag")  # where it is not the name, errors say both
+    converted = convert(f"{entry.name} (--{flag})" if flag else entry.name, value, hint)
     bounds = entry.metadata.get("bounds")
-    if value is None or not bounds:
-        return
-    if not math.isfinite(value) or not all(_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
-        wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
-        default = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
-        remedy = entry.metadata["remedy"] or f"Leave it out for the default{default}."
-        raise ValueError(f"{entry.name}={value} must be {wanted}. {remedy}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if not bounds or number is None:
+            continue
+        if not (math.isfinite(number) and all(_BOUNDS[kind](number, bound) for kind, bound in bounds.items())):
+            wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
+            default = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
+            remedy = entry.metadata["remedy"] or f"Leave it out for the default{default}."
+            raise ValueError(f"{entry.name}={number} must be {wanted}. {remedy}")
+    return converted
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -131,7 +111,8 @@ def _check_bounds(entry: Field[Any], value: Any) -> None:
 def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type of `hint`: bool, int, float, str, a path, a mapping, a `Literal`, a tuple, or None of them.
 
-    Whole numbers become floats, so does text such as "2e-4"; one value becomes a tuple of one.
+    Whole numbers become floats or texts where these are wanted; one value becomes a tuple of one. A text such as "2e-4"
+    becomes a float, as YAML 1.1 reads a number without a point as text.
 
     Raises:
         ValueError: If it is of another type; the message names the value and what was expected.
@@ -153,11 +134,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return value
         choices = ", ".join(map(repr, arguments))
         raise ValueError(f"{name}={shown(value)} must be one of {choices}.{nearest(value, arguments)}")
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and (is_number or (isinstance(value, str) and _NUMBER.fullmatch(value))):
-        return float(value)
+    if kind in (float, str) and isinstance(value, int | float | str | os.PathLike) and not isinstance(value, bool):
+        with suppress(ValueError, TypeError):
+            return kind(value)
     if origin is Mapping and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -167,9 +146,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
-    """A sentence that names what may have been meant, or why it is gone, or nothing."""
+    """A sentence that names what may have been meant, or nothing."""
     near = get_close_matches(str(name), list(names), n=1)
-    return _GONE.get(str(name)) or (f" Did you mean {near[0]!r}?" if near else "")
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def shown(value: object) -> str:
@@ -215,28 +194,25 @@ def load_config(kind: type[Config], path: str | Path | None = None, **values: An
         (64, 10)
     """
     read, lines = read_recipe(path) if path is not None else ({}, {})
-    known, given = {entry.name: entry for entry in fields(kind)}, {**read, **values}
-    # What comes from the file is told with its line.
-    places = {name: f"{path}, line {line}: " for name, line in lines.items() if name not in values}
-    for name in given:
-        if name not in known:
-            unknown = f"{name!r} is no key of {kind.__name__}.{nearest(name, known)}"
-            raise ValueError(places.get(name, "") + unknown)
-    place, texts = f"in {path}" if path is not None else "of --config", field_help(kind)
+    given = {**read, **values}
+    known, hints, texts = {entry.name: entry for entry in fields(kind)}, get_type_hints(kind), field_help(kind)
+    for name, value in given.items():
+        try:
+            if name not in known:
+                raise ValueError(f"{name!r} is no key of {kind.__name__}.{nearest(name, known)}")
+            _checked(known[name], value, hints[name])
+        except ValueError as error:
+            # What comes from the file is told with its line.
+            place = "" if name in values else f"{path}, line {lines[name]}: "
+            raise ValueError(f"{place}{error}") from None
     missing = [
-        f"{name} is missing ({texts[name].rstrip('.')}). Give it as the key {name!r} {place}, or as "
-        f"--{name.replace('_', '-')}."
+        f"{name} is missing ({texts[name].rstrip('.')}). Give it as --{flag_of(entry)}, or as {name!r} in a YAML file."
         for name, entry in known.items()
         if entry.default is MISSING and entry.default_factory is MISSING and name not in given
     ]
     if missing:
         raise ValueError(" ".join(missing))
-    try:
-        return kind(**given)
-    except SettingError as error:
-        if error.name not in places:
-            raise
-        raise ValueError(f"{places[error.name]}{error}") from None
+    return kind(**given)
 
 
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:

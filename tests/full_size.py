@@ -10,8 +10,7 @@ products over all pairs of positions, as for a fused kernel.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -131,7 +130,8 @@ class StepFlops:
 
 def count_step(step: Callable[[], Tensor | None]) -> StepFlops:
     """Operations of a step that returns a loss, which is then propagated back (or None: nothing is)."""
-    with counting() as counter:
+    unchecked = mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"})
+    with unchecked, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = step()
         forward = _by_module(counter)
         if loss is not None:
@@ -139,14 +139,6 @@ def count_step(step: Callable[[], Tensor | None]) -> StepFlops:
         both = _by_module(counter)
     backward = {name: flops - forward.get(name, 0) for name, flops in both.items()}
     return StepFlops(forward.get("Global", 0), backward.get("Global", 0), forward, backward)
-
-
-@contextmanager
-def counting() -> Iterator[FlopCounterMode]:
-    """Counts the operations in its body."""
-    unchecked = mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"})
-    with unchecked, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from puma_hf import cli, configs
 from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.evaluation.results import read_run
 from puma_hf.settings import field_help
 from puma_hf.trainer import stages
 from tests.data.mbeir_builder import build_mbeir
@@ -59,7 +58,7 @@ def restored_logging() -> Iterator[None]:
 
 def options_of(command: str) -> dict[str, Any]:
     """Default of each parameter of a command."""
-    assert set(cli.app.commands) == {*CONFIGS, "prune", "estimate"}
+    assert set(cli.app.commands) == set(CONFIGS)
     return {str(parameter.name): parameter.default for parameter in cli.app.commands[command].params}
 
 
@@ -69,7 +68,7 @@ def test_the_whole_way(
     monkeypatch.chdir(tmp_path)
     result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2, "--max-pixels", 4096)
     assert result.exit_code == 0
-    assert "images   at most 16 visual tokens, 4,096 pixels (source: 65,536)\n" in result.output
+    assert "images   at most 16 visual tokens, 4,096 pixels\n" in result.output
     assert "decoder layers 0 to 1 of 4" in result.output
     assert result.output.rstrip().endswith("saved    pruned")
 
@@ -88,7 +87,7 @@ def test_the_whole_way(
     assert results["split"] == "test"
     assert set(results["mean"]) == {"local", "global"}
     assert len(results["rows"]) == 16
-    assert len(read_run("results/runs/local/toys_task0.trec")["11:1000"]) == 6
+    assert Path("results/runs/local/toys_task0.trec").read_text().count("11:1000 Q0 ") == 6
     assert "| **mean** |" in result.output
 
 
@@ -137,7 +136,9 @@ def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, comm
             assert entry.name not in names
     assert ("Default: 0.0002." in help_text) == (command == "distill")
     assert ("mac|mac-split|infonce" in help_text) == (command == "train")
-    assert ("--overwrite / --no-overwrite" in help_text) == (command in ("distill", "train", "merge", "export"))
+    assert ("--overwrite / --no-overwrite" in help_text) == (
+        command in ("prune", "distill", "train", "merge", "export")
+    )
 
 
 # --- errors
@@ -166,7 +167,7 @@ def test_errors_are_one_line(
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
         f"train {puma_dir} out": "data is missing (Folder",
         f"train {puma_dir} out --output other": "output is given twice, 'out' and --output 'other'.",
-        "merge": "adapter is missing (Directory that training saved). Give it as the key 'adapter' of --config, or",
+        "merge": "adapter is missing (Directory that training saved). Give it as --adapter, or as 'adapter' in a",
         f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }
     for words, message in mistakes.items():
@@ -190,14 +191,6 @@ def test_errors_of_files_are_one_line_and_mistakes_in_the_library_keep_their_tra
     monkeypatch.setattr(cli, "app", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError, match="a bug"):
         cli.main()
-
-
-def test_ctrl_c_has_the_exit_status_that_shells_know(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages, "merge", stopped)
-    assert invoke("merge", "lora", "merged").exit_code == 130
 
 
 @pytest.mark.usefixtures("restored_logging")

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,11 +17,13 @@ from puma_hf.configs import (
     CheckConfig,
     DistillConfig,
     EmbedConfig,
+    EstimateConfig,
     EvaluateConfig,
     ExportConfig,
     IndexConfig,
     MergeConfig,
     PairsConfig,
+    PruneConfig,
     PushConfig,
     SearchConfig,
     StageConfig,
@@ -30,7 +31,6 @@ from puma_hf.configs import (
     TrainConfig,
     parse_parameters,
 )
-from puma_hf.losses import MultimodalMACLoss
 from puma_hf.settings import field_help, load_config, save_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -38,6 +38,8 @@ RECIPES = [*sorted(path.name for path in CONFIGS.glob("*_stage*.yaml")), "demo_d
 
 # What each class needs, and no more.
 NEEDED: dict[Any, dict[str, Any]] = {
+    PruneConfig: {"source": "s", "output_dir": "o"},
+    EstimateConfig: {"recipe": "r"},
     DistillConfig: {"model": "m", "output": "o", "data": "d"},
     TrainConfig: {"model": "m", "output": "o", "data": "d"},
     MergeConfig: {"adapter": "a", "output": "o"},
@@ -46,7 +48,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": "d"},
     SweepConfig: {"model": "m", "data": "d"},
     IndexConfig: {"data": "d", "output": "o"},
-    SearchConfig: {"index": "i", "query": "q"},
+    SearchConfig: {"index": "i"},
     AppConfig: {"index": "i"},
     ExportConfig: {"source": "s", "output": "o"},
     PushConfig: {"directory": "p", "repo_id": "org/name"},
@@ -67,7 +69,6 @@ def load(name: str) -> Any:
 @pytest.mark.parametrize("kind", NEEDED)
 def test_every_field_has_help_a_type_and_a_way_through_yaml(kind: Any, tmp_path: Path) -> None:
     config = make(kind)
-    assert config.notes() == []
     for entry in fields(kind):
         text = field_help(kind)[entry.name]
         assert text[0].isalnum(), entry.name
@@ -75,7 +76,7 @@ def test_every_field_has_help_a_type_and_a_way_through_yaml(kind: Any, tmp_path:
         assert get_type_hints(kind)[entry.name] is not Any
     save_config(config, tmp_path / "recipe.yaml")
     assert load_config(kind, tmp_path / "recipe.yaml") == config
-    missing = " .*".join(f"{name} is missing" for name in NEEDED[kind] if name != "query")
+    missing = " .*".join(f"{name} is missing" for name in NEEDED[kind])
     with pytest.raises(ValueError, match=missing):
         load_config(kind)
 
@@ -91,21 +92,8 @@ def test_the_defaults_of_the_two_stages_are_lamras() -> None:
     assert (second.loss, second.temperature, second.distillation_weight) == ("mac", 0.03, 0.0)
 
 
-def test_defaults_of_the_loss_are_the_losses() -> None:
-    defaults = {entry.name: entry.default for entry in fields(TrainConfig)}
-    arguments = signature(MultimodalMACLoss).parameters
-    for name in ("temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight"):
-        assert defaults[name] == arguments[name].default, name
-    assert defaults["false_negative_margin"] is arguments["false_negative_margin"].default is None
-
-
-def test_other_defaults_that_matter() -> None:
-    assert (make(EmbedConfig).on_error, make(IndexConfig).on_error) == ("raise", "skip")
+def test_an_index_is_made_as_embeddings_are() -> None:
     assert [entry.name for entry in fields(IndexConfig)] == [*(entry.name for entry in fields(EmbedConfig)), "ann"]
-    app = make(AppConfig)
-    assert (app.host, app.port, app.max_upload_mb, app.trust_remote_code) == ("127.0.0.1", None, 10, False)
-    sweep = make(SweepConfig)
-    assert (sweep.split, sweep.pool, sweep.metric, sweep.keep) == ("val", "local", "score", 0.97)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +103,8 @@ def test_other_defaults_that_matter() -> None:
         ({"max_steps": 0}, r"max_steps=0 must be at least 1, or -1 for whole epochs"),
         ({"learning_rate": float("nan")}, r"learning_rate=nan must be above 0\. LamRA takes"),
         ({"warmup": 1.0}, r"warmup=1\.0 must be at least 0 and below 1"),
-        ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must .*both collapsed\. Take 'frozen', the full"),
-        ({"teacher_cache": "x"}, r"teacher_cache='x' is read with teacher_mode='cached' only, not 'frozen'"),
-        ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set 'adam_beta2': it is the field 'adam_beta2'"),
+        ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must be one of 'frozen', 'cached'\."),
+        ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set \['adam_beta2'\]: fields of the recipe do"),
         (
             {"first_layer_learning_rate": 1e-4, "training_arguments": {"learning_rate_mapping": {"lora_A": 1e-5}}},
             r"first_layer_learning_rate=0\.0001 may not stand beside learning_rate_mapping\. Put it there, as '",
@@ -134,15 +121,12 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
     ("kind", "values", "message"),
     [
         (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0, or sched"),
-        (TrainConfig, {"matryoshka_dims": [8, 8]}, r"matryoshka_dims=\[8, 8\] must not repeat a size"),
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, .*Leave"),
-        (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
-        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' would put zeros into the index.* Choose skip"),
-        (IndexConfig, {"precision": "int8"}, r"precision='int8' must be 'float32' or 'float16' in an .*ann='int8'"),
+        (IndexConfig, {"on_error": "zero"}, r"on_error='zero' must be one of 'raise', 'skip'"),
+        (IndexConfig, {"precision": "int8"}, r"precision='int8' must be one of 'float32', 'float16'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
-        (SearchConfig, {"query": " \n"}, r"nothing to look for. Give words, or --image"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
         (PushConfig, {"repo_id": "name"}, "repo_id='name' must be a Hub id of the form organisation/name"),
     ],
@@ -150,27 +134,6 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
 def test_what_one_class_refuses(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(kind, **values)
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "note"),
-    [
-        (TrainConfig, {"loss": "infonce"}, ""),
-        (TrainConfig, {"split_weight": 0.3}, "split_weight=0.3: not used with loss='mac'."),
-        (TrainConfig, {"split_weight": 0.3, "loss": "mac-split"}, ""),
-        (
-            TrainConfig,
-            {"loss": "infonce", "hard_temperature": 0.02, "schedule": "linear"},
-            "hard_temperature=0.02, schedule='linear': not used with loss='infonce'.",
-        ),
-        (TrainConfig, {"mini_batch_size": 8, "mini_batch_num_tokens": 64}, "mini_batch_size=8: not used with mini_"),
-        (EvaluateConfig, {"nano_seed": 3}, "nano_seed=3: not used with benchmark='mbeir'."),
-    ],
-)
-def test_options_that_a_combination_ignores_are_named(kind: Any, values: dict[str, Any], note: str) -> None:
-    notes = make(kind, **values).notes()
-    assert len(notes) == bool(note)
-    assert "".join(notes).startswith(note)
 
 
 @pytest.mark.parametrize(("value", "number"), [("1.5b", 1.5e9), ("2G", 2e9), ("1_300_000", 1.3e6), (7, 7)])
@@ -193,7 +156,6 @@ def test_importing_the_settings_is_light() -> None:
 def test_recipes_load(name: str) -> None:
     config = load(name)
     assert isinstance(config, StageConfig)
-    assert not config.notes()
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("qwen2")])

@@ -39,6 +39,7 @@ FILES = {
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 }
+ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}  # as in the card
 # Family, layers kept, and what is special about the original.
 SHAPES = (("qwen2_vl", 1, {"tie_word_embeddings": False}), ("qwen2_5_vl", 2, {}), ("qwen3_vl", 3, {}))
 
@@ -57,12 +58,8 @@ def largest_difference(puma: Path, stock: Path) -> float:
     return float((found - expected).abs().max())
 
 
-def test_the_same_embeddings(puma_dir: Path, exported: Path) -> None:
-    assert largest_difference(puma_dir, exported) < 1e-5
-
-
 @pytest.mark.parametrize(("family", "kept", "changes"), SHAPES)
-def test_other_shapes(family: str, kept: int, changes: dict[str, object], tmp_path: Path) -> None:
+def test_the_same_embeddings(family: str, kept: int, changes: dict[str, object], tmp_path: Path) -> None:
     original = build_checkpoint(tmp_path / "original", family, seed=kept, **changes)
     prune(original, tmp_path / "puma", num_kept_layers=kept)
     report = export(tmp_path / "puma", tmp_path / "stock")
@@ -152,33 +149,27 @@ def test_what_is_no_puma_model(qwen_dir: Path, puma_dir: Path, adapter: Path, tm
 
 def test_output_in_use(puma_dir: Path, tmp_path: Path) -> None:
     export(puma_dir, tmp_path / "stock")
-    assert is_export(tmp_path / "stock")
-    assert not is_export(puma_dir)
-    assert not is_export(tmp_path)
     (tmp_path / "stock" / "stray.txt").write_text("old")
     with pytest.raises(FileExistsError, match=r"is not empty\. .*--overwrite"):
         export(puma_dir, tmp_path / "stock")
     export(puma_dir, tmp_path / "stock", overwrite=True)
     assert {path.name for path in (tmp_path / "stock").iterdir()} == FILES
-    with pytest.raises(ValueError, match="is, or holds, the source itself"):
-        export(puma_dir, puma_dir, overwrite=True)
+    prune(puma_dir, tmp_path / "puma", num_kept_layers=1)
+    with pytest.raises(FileExistsError, match="holds files"):
+        export(puma_dir, tmp_path / "puma", overwrite=True)
 
 
-def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, tmp_path: Path) -> None:
-    export(puma_dir, tmp_path / "stock")
-    card = (tmp_path / "stock" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(tmp_path / "stock"))
+def test_the_python_of_the_card_gives_the_embedding(puma_dir: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(exported))
     names: dict[str, Any] = {}
     exec(compile(code, "card", "exec"), names)
-    one = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
-    expected = embed_features(open_model(puma_dir, torch.float32), features_of(puma_dir, [one]))
+    expected = embed_features(open_model(puma_dir, torch.float32), features_of(puma_dir, [ONE]))
     torch.testing.assert_close(names["embedding"], expected, rtol=0, atol=1e-5)
 
 
 # --- ONNX
 
-
-ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}
 TEXTS = [ONE, "a", "a longer text, of an apple on a table with a red cloth", {"text": "no", "instruction": "Find it."}]
 
 needs_onnx = pytest.mark.skipif(not all(map(find_spec, export_module._NEEDED_FOR_ONNX)), reason="needs puma-hf[onnx]")

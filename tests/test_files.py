@@ -11,14 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from puma_hf import files
 from puma_hf.files import (
@@ -95,29 +92,30 @@ def test_a_full_directory_is_refused(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("config", ["", "{", "[]", '{"model_type": "qwen2_vl"}'])
+@pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "qwen2_vl"}'])
 def test_only_puma_directories_are_overwritten(tmp_path: Path, config: str) -> None:
     target = filled(tmp_path / "out")
     (target / "config.json").write_text(config)
     before = listing(tmp_path)
     with pytest.raises(FileExistsError, match=r"out' holds files, but no PUMA model.* empty it yourself"):
         write(target, overwrite=True)
+    with pytest.raises(NotADirectoryError, match=r"config\.json"):
+        write(target / "config.json", overwrite=True)
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("target", [".", "source", "source/../source", "link"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_source_is_never_replaced(tmp_path: Path, target: str, overwrite: bool) -> None:
+@pytest.mark.parametrize("target", [".", "source", "link"])
+def test_the_source_is_never_replaced(tmp_path: Path, target: str) -> None:
     source = filled(tmp_path / "source")
     (tmp_path / "link").symlink_to("source")
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"is, or holds, the source itself\. Choose another directory"):
-        write(tmp_path / target, overwrite=overwrite, forbidden=source)
+        write(tmp_path / target, overwrite=True, forbidden=source)
     assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
-@pytest.mark.parametrize("prepare", [lambda target: None, lambda target: target.mkdir(parents=True), filled])
+@pytest.mark.parametrize("prepare", [lambda target: target.parent.mkdir(parents=True), filled])
 def test_an_error_leaves_nothing_behind(tmp_path: Path, error: BaseException, prepare: Callable[[Path], None]) -> None:
     target = tmp_path / "a" / "b" / "out"
     prepare(target)
@@ -160,15 +158,9 @@ def test_bytes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
 
 
-HUB_NAMES = {"org/puma": True, "Qwen/Qwen2-VL-2B-Instruct": True, "a_1/b.c-d": True, f"{96 * 'o'}/{96 * 'n'}": True}
-HUB_NAMES |= dict.fromkeys(["org/a--b", "org/a..b", "../puma", "-a/b", "a/b-", "org/na me", "é/b", "a/b/c"], False)
-
-
-@pytest.mark.parametrize("name", HUB_NAMES)
-def test_names_are_those_of_the_hub(name: str) -> None:
-    with nullcontext() if HUB_NAMES[name] else pytest.raises(HFValidationError):
-        validate_repo_id(name)
-    assert is_hub_id(name) == HUB_NAMES[name]
+def test_names_are_those_of_the_hub() -> None:
+    names = ["org/puma", "puma", "../puma", "./puma", "/puma", "org/puma/k14", "org/a--b"]
+    assert [name for name in names if is_hub_id(name)] == ["org/puma"]
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +196,7 @@ def test_another_process_is_kept_out_until_it_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).is_file()  # which locks nothing any more
     with locked(tmp_path):
         assert is_refused(tmp_path)
-    assert not any(tmp_path.iterdir())
+    assert not tmp_path.exists()
 
 
 def test_inside_it_may_be_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,16 +211,13 @@ def test_inside_it_may_be_locked_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert not is_refused(tmp_path / "out")
 
 
-def test_it_leaves_what_was_there_and_no_empty_directories(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "a/b", tmp_path / "empty"):
-        with pytest.raises(KeyError), locked(folder):  # noqa: PT012
-            assert (folder / LOCK_FILE).is_file()
-            raise KeyError
-    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
-    with locked(tmp_path / "c/d"):
-        (tmp_path / "c/file").write_text("")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "empty", "file"]
+def test_it_leaves_what_was_written_and_no_empty_directory(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path / "a"):  # noqa: PT012
+        assert (tmp_path / "a" / LOCK_FILE).is_file()
+        raise KeyError
+    with locked(tmp_path / "b"), locked(tmp_path / "b"):
+        (tmp_path / "b/file").write_text("")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "file"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
@@ -240,8 +229,8 @@ def test_a_file_system_without_locks_is_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", missing)
     for _ in range(2):  # a lock that a killed run has left must not be in the way of the next one
-        with locked(tmp_path), locked(tmp_path):
+        with locked(tmp_path / "out"):
             pass
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    said = f"{tmp_path} cannot be locked ([Errno {code}] {os.strerror(code)}). See to it yourself"
+    said = f"{tmp_path / 'out'} cannot be locked ([Errno {code}] {os.strerror(code)}). See to it yourself"
     assert [text.startswith(said) for text in warnings] == [True, True]

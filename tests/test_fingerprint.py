@@ -29,12 +29,6 @@ def shared(puma_dir: Path) -> SentenceTransformer:
     return load(puma_dir)
 
 
-def test_it_stays_what_it_is_in_results_and_indexes() -> None:
-    model = nn.Sequential(nn.Linear(2, 1, bias=False))
-    nn.init.ones_(model[0].weight)
-    assert model_fingerprint(model) == "0758422feada648bfadce212cf0d278092ddebe08fbb29af59812a041ec17f3d"
-
-
 def test_a_moved_copy_has_the_same(shared: SentenceTransformer, puma_dir: Path, tmp_path: Path) -> None:
     before = model_fingerprint(shared)
     assert before is not None
@@ -115,7 +109,7 @@ def test_any_module_and_any_object() -> None:
 def test_names_hold_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    names = ["./out/model", tmp_path / "out" / "model", "/gone/model", "org/model"]
+    names = ["out/model", tmp_path / "out" / "model", "/gone/model/", "org/model"]
     assert [short_name(name) for name in names] == ["model"] * 3 + ["org/model"]
 
 

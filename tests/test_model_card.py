@@ -2,23 +2,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from puma_hf import PumaConfig
-from puma_hf.pruning import fill_template, write_model_card
+from puma_hf.pruning import PruneReport, fill_template, write_model_card
 
-FACTS: dict[str, Any] = {"source": "/home/somebody/secret/qwen", "output_dir": "/home/somebody/out"}
-FACTS |= {"num_kept_layers": 8, "original_num_hidden_layers": 28, "bytes_before": 19_753_086, "bytes_after": 2_469_134}
-FACTS |= {"parameters_before": 9_876_543, "parameters_after": 1_234_567}
+SIZES = {"parameters_before": 9_876_543, "parameters_after": 1_234_567, "bytes_before": 19_753_086}
 
 
-def write(folder: Path, source: str | None, **facts: Any) -> ModelCard:
+def write(folder: Path, source: str | None) -> ModelCard:
     text = {"num_hidden_layers": 28, "hidden_size": 1536}
     config = PumaConfig(text_config=text, num_kept_layers=8, source_name_or_path=source)
-    write_model_card(folder, config, FACTS | facts)
+    layers = {"kept_layers": list(range(8)), "num_source_layers": 28, "original_num_hidden_layers": 28}
+    pixels = {"max_pixels": 235_200, "max_visual_tokens": 300}
+    report = PruneReport("/home/somebody/out", 8, **layers, **SIZES, bytes_after=2_469_134, **pixels, reading="puma")
+    write_model_card(folder, config, report, is_original=True)
     return ModelCard.load(folder / "README.md")
 
 

@@ -45,10 +45,11 @@ def ret_row(folder: Path) -> torch.Tensor:
 def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept: int) -> None:
     report = prune(qwen_dir, tmp_path / "out", num_kept_layers=kept)
     before, after = EMBEDDING + 4 * LAYER + NORM + VISION, EMBEDDING + kept * LAYER + NORM + VISION
-    assert (report.source, report.output_dir) == (str(qwen_dir), str(tmp_path / "out"))
     assert (report.parameters_before, report.parameters_after) == (before, after)
     assert (report.bytes_before, report.bytes_after) == (4 * before, 4 * after)
-    assert (report.max_pixels, report.max_visual_tokens) == (65_536, 256)
+    assert f"({after / before:.0%})" in str(report)
+    assert f"decoder layer{'s 0 to 3' if kept == 4 else ' 0'} of 4, final norm\n" in str(report)
+    assert f"dropped  {'no decoder layer' if kept == 4 else 'decoder layers 1 to 3'}; " in str(report)
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
@@ -59,13 +60,6 @@ def test_an_untied_head_counts_before_and_is_gone_after(tmp_path: Path) -> None:
     assert report.parameters_after == EMBEDDING + 2 * LAYER + NORM + VISION
     assert report.bytes_before == 2 * report.parameters_before
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.float16
-
-
-def test_the_report_reads_well(qwen_dir: Path, tmp_path: Path) -> None:
-    text = str(report := prune(qwen_dir, tmp_path / "out", num_kept_layers=2))
-    assert "decoder layers 0 to 1 of 4" in text
-    assert "decoder layers 2 to 3 and the language-model head" in text
-    assert f"({report.parameters_after / report.parameters_before:.0%})" in text
 
 
 # --- the weights
@@ -88,24 +82,19 @@ def test_everything_kept_is_bit_equal(qwen_dir: Path, puma_dir: Path) -> None:
 # --- [RET]
 
 
-def test_ret_starts_as_the_mean_of_the_vocabulary(qwen_dir: Path, puma_dir: Path) -> None:
+def test_ret_starts_as_the_mean_of_the_vocabulary(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
     words = len(tiny_tokenizer())
     rows = original_rows(qwen_dir)
     assert len(rows) == words + 8  # the padding rows do not count
     assert torch.equal(ret_row(puma_dir), rows[:words].mean(dim=0))
     assert PumaModel.from_pretrained(puma_dir).config.ret_token_id == words
-
-
-def test_the_mean_is_taken_in_float32(tmp_path: Path) -> None:
+    # Of a model in bfloat16 the mean is taken in float32.
     source = build_qwen2_vl(tmp_path / "source", dtype=torch.bfloat16)
     prune(source, tmp_path / "out", num_kept_layers=1)
-    rows = original_rows(source)[: len(tiny_tokenizer())]
-    expected = rows.float().mean(dim=0).to(torch.bfloat16)
-    assert torch.equal(ret_row(tmp_path / "out"), expected)
+    assert torch.equal(ret_row(tmp_path / "out"), original_rows(source)[:words].float().mean(dim=0).bfloat16())
 
 
-def test_padding_of_the_vocabulary_is_used_before_it_grows(puma_dir: Path, tmp_path: Path) -> None:
-    assert PumaModel.from_pretrained(puma_dir).config.text_config.vocab_size == 285
+def test_a_vocabulary_without_padding_grows(tmp_path: Path) -> None:
     words = len(tiny_tokenizer())
     source = build_qwen2_vl(tmp_path / "source", vocab_size=words)
     report = prune(source, tmp_path / "out", num_kept_layers=2)
@@ -180,11 +169,6 @@ DAMAGES: dict[str, tuple[dict[str, Any], int, str]] = {
         5,
         "damaged' lacks 12 of the tensors that a Qwen2-VL with 5 layers needs",
     ),
-    "another shape": (
-        {"text_config": {"intermediate_size": 128}},
-        4,
-        r"damaged' has 12 tensors of another shape .*\(32, 64\) instead of \(32, 128\)",
-    ),
     "no tokenizer": ({}, 2, r"damaged' lacks its tokenizer, with '<\|image_pad\|>'\. Download it again"),
 }
 
@@ -199,17 +183,12 @@ def test_a_damaged_source_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path, 
     for name in ("tokenizer.json", "tokenizer_config.json") if damage == "no tokenizer" else ():
         (source / name).unlink()
     before = listing(tmp_path)
-    for target in (tmp_path / "out", tmp_path / "new" / "out"):
-        with pytest.raises(ValueError, match=message):
-            prune(source, target, num_kept_layers=kept)
-        assert listing(tmp_path) == before
+    with pytest.raises(ValueError, match=message):
+        prune(source, tmp_path / "out", num_kept_layers=kept)
+    assert listing(tmp_path) == before
 
 
 def test_a_bad_list_of_layers_leaves_nothing_behind(qwen_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of them must say which layers to keep, such as --num-kept-layers"):
-        prune(qwen_dir, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"num_kept_layers=2 and keep_layers='0,3': one of them must say which"):
-        prune(qwen_dir, tmp_path / "out", num_kept_layers=2, keep_layers="0,3")
     with pytest.raises(ValueError, match=r"keep_layers='0,4' must be rising numbers from 0 to 3, each once"):
         prune(qwen_dir, tmp_path / "out", keep_layers="0,4")
     assert listing(tmp_path) == {}
@@ -246,8 +225,8 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
     source = with_size(build_checkpoint(tmp_path / "source", family), min_pixels=3136, max_pixels=12_845_056)
     report = prune(source, tmp_path / "k3", num_kept_layers=3, max_pixels=given)
     tokens = expected // (1024 if family == "qwen3_vl" else 256)
-    assert (report.max_pixels, report.max_visual_tokens, report.source_max_pixels) == (expected, tokens, 12_845_056)
-    assert f"\nimages   at most {tokens:,} visual tokens, {expected:,} pixels (source: 12,845,056)\n" in str(report)
+    assert (report.max_pixels, report.max_visual_tokens) == (expected, tokens)
+    assert f"\nimages   at most {tokens:,} visual tokens, {expected:,} pixels\n" in str(report)
     # Cut further, it keeps what it has.
     assert prune(tmp_path / "k3", tmp_path / "k2", num_kept_layers=2).max_pixels == expected
     assert [longest(tmp_path / name) for name in ("k3", "k2")] == [expected, expected]
@@ -255,8 +234,9 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
 
 def test_limits_that_cannot_be(qwen_dir: Path, tmp_path: Path) -> None:
     source = with_size(Path(shutil.copytree(qwen_dir, tmp_path / "source")), min_pixels=1024, max_pixels=2048)
-    with pytest.raises(ValueError, match=r"max_pixels=1023 must be a whole number of at least 1024: .*enlarged"):
-        prune(source, tmp_path / "out", num_kept_layers=1, max_pixels=1023)
+    for given in (1023, "all"):
+        with pytest.raises(ValueError, match=rf"max_pixels={given!r} must be a whole number of at least 1024: .*"):
+            prune(source, tmp_path / "out", num_kept_layers=1, max_pixels=given)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

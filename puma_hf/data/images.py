@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 # What `datasets` calls the table of a folder of images, and what others do.
 TABLE_STEMS = ("metadata", "captions")
-_NUM_ROWS_LOOKED_AT = 100  # of a table, to tell whether it names images
 
 
 class Images:
@@ -154,8 +153,7 @@ def image_table(folder: Path) -> Path | None:
     for table in sorted(folder.iterdir()):
         if table.stem.lower() in TABLE_STEMS and table.suffix.lower() in TABLE_SUFFIXES and table.is_file():
             # Other programs write a `metadata.json`, too, which must not hide the images.
-            first = islice(item_lines(table), _NUM_ROWS_LOOKED_AT)
-            found += [table] if any("image" in line.columns for line in first) else []
+            found += [table] if any("image" in line.columns for line in islice(item_lines(table), 1)) else []
     if len(found) > 1:
         names = ", ".join(table.name for table in found)
         raise ValueError(f"{folder} must hold one table of its images, and has {names}. Name the one that is meant.")

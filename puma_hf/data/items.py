@@ -142,8 +142,7 @@ def _names(tasks: Iterable[str] | None) -> list[str] | None:
 
 def _state(data: MBEIR, split: str) -> list[Any]:
     """What rows of a split depend on."""
-    files = [data.query_path(split, task) for task in data.task_files(split)] + data.mixed_paths(split)
-    files += [data.global_pool_path(split), data.instruction_path]
+    files = [*data.query_files(split), data.global_pool_path(split), data.instruction_path]
     return [split, str(data.image_root), *map(file_state, files)]
 
 
@@ -155,12 +154,10 @@ def _queries(
     Where the name of a file does not tell the task, the positive does. If they are `judged`, there must be one, and
     all candidates must be in the pool.
     """
-    mixed = data.mixed_paths(split)
-    # Of "train" M-BEIR has files of whole datasets, of "union_train" one file; demo and pairs have one a task.
-    known = data.task_files(split) if mixed else data.tasks(split)
-    found = set(known)
-    files: list[tuple[Path, MBEIRTask | None]] = [(data.query_path(split, task), task) for task in known]
-    for path, task in [*files, *((path, None) for path in mixed)]:
+    if not (files := data.query_files(split)):
+        data.tasks(split)  # the error that tells which splits there are
+    found = {task for task in files.values() if task is not None}
+    for path, task in files.items():
         if task is not None and names is not None and task.name not in names:
             continue
         with Problems(path) as problems:
@@ -193,11 +190,8 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
 
     A source is one of
 
-    - a folder of images, with all folders below it, or with a table of them: `metadata` or `captions` with `file_name`
-      and `text`, as the Hub has it;
-    - a .txt with one text a line; a .jsonl, .json, .csv, .tsv or .parquet with columns among `text`, `image` (a path
-      below the file's own folder) and `instruction`, or with NLI's columns, whose sentences are an item each;
-    - a `datasets.Dataset` with such columns, or with the result's column `item`;
+    - whatever `open_corpus` reads: a folder of images, a table, a `datasets.Dataset`; also a table with NLI's columns,
+      whose sentences are an item each;
     - a folder in M-BEIR's layout, or an `MBEIR` of it: see `load_mbeir_items`.
 
     Equal items come once, and texts lose the blanks around them. Only the header of an image file is read here; damage
@@ -255,7 +249,7 @@ def _open(source: Source, split: str, seed: int) -> _Opened:
     images = Images()  # where they may be has been looked at by then
 
     def read(line: Line) -> Record:
-        record = corpus.read(line, corpus.images)
+        record = corpus.read(line)
         return record if record.image is None else replace(record, image=images.read(record.image, line.where))
 
     def records() -> Iterator[Record]:
@@ -318,15 +312,15 @@ class Corpus:
     """
 
     path: Path
-    images: Images
+    root: str  # what an image is known by is its path below this folder, which may be moved
     lines: Callable[[], Iterator[Line]]
-    read: Callable[[Line, Images], Record]
+    read: Callable[[Line], Record]
     on_error: OnError = "raise"
 
     def record(self, row: int, line: Line) -> Record:
         """A line, checked; that its image is there is not. ValueError or FileNotFoundError if `on_error` is "raise"."""
         try:
-            record = self.read(line, self.images)
+            record = self.read(line)
             return replace(record, id=record.id or str(row), row=row)
         except (ValueError, FileNotFoundError) as error:
             if self.on_error == "raise":
@@ -361,8 +355,8 @@ class Corpus:
         return Survey(num_items, sorted(filter(None, sample), key=lambda record: record.row))
 
     def content_hash(self, record: Record) -> str:
-        """A name for what a model sees of a record, and not for its id; the folder of the corpus may be moved."""
-        content = [record.text, record.instruction, image_content(record.image, self.images.root or "")]
+        """A name for what a model sees of a record, and not for its id."""
+        content = [record.text, record.instruction, image_content(record.image, self.root)]
         return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -392,18 +386,18 @@ def open_corpus(
     '10:7'
     ```
     """
-    if isinstance(data, datasets.Dataset):
-        return Corpus(Path("the dataset"), Images(), partial(_dataset_lines, data), _table_record, on_error)
+    anywhere = partial(_table_record, images=Images())
+    if isinstance(data, datasets.Dataset):  # its images may have any path: who made it has chosen them
+        return Corpus(Path("the dataset"), "", partial(dataset_lines, data), anywhere, on_error)
     path = existing(data)
     if is_mbeir(path):
         mbeir = MBEIR(path)
-        tasks = {} if pool == GLOBAL_POOL else {task.name: task for task in mbeir.tasks(split)}
-        if pool != GLOBAL_POOL and pool not in tasks:
-            raise ValueError(f"pool={pool!r} must be {GLOBAL_POOL!r} or a task here: {', '.join(tasks)}. Choose one.")
-        file = mbeir.local_pool_path(tasks[pool], split) if tasks else mbeir.global_pool_path(split)
+        file = mbeir.global_pool_path(split)
+        if pool != GLOBAL_POOL:
+            file = mbeir.local_pool_path(select_tasks(mbeir.tasks(split), [pool])[0], split)
         check_is_file(file)
-        parse = partial(parse_candidate, may_be_missing=True)
-        return Corpus(file, Images(mbeir.image_root), partial(json_lines, file), parse, on_error)
+        candidate = partial(parse_candidate, images=Images(mbeir.image_root), may_be_missing=True)
+        return Corpus(file, str(mbeir.image_root), partial(json_lines, file), candidate, on_error)
     table = path if path.is_file() else image_table(path)
     if table is None:
         # One more walk, so that what is left out is told before hours of embedding and not after.
@@ -415,33 +409,21 @@ def open_corpus(
             raise ValueError(f"{path} {what}. Left out: {rest or 'none'}. Name a folder of images, or a file.")
         if rest:
             logger.info("%s: left out what is no image here: %s", path, rest)
-        return Corpus(path, Images(path), partial(_folder_lines, path), _folder_record, on_error)
-    columns = next((list(map(str, line.columns)) for line in item_lines(table)), ["text"])
-    if not {"text", "image"} & set(columns):
-        here = f"The columns here are {cut(', '.join(columns)) or 'none'}: rename those that hold them"
-        raise wrong(table, f"no column text or image. {here}.")
-    if ignored := [name for name in columns if name not in ("id", *COLUMNS)]:
-        logger.info("%s: ignored the columns %s", table, cut(", ".join(ignored)))
-    return Corpus(table, Images(table.parent), partial(item_lines, table), _table_record, on_error)
+        root = os.path.realpath(path)
+        return Corpus(path, root, partial(_folder_lines, root), anywhere, on_error)
+    below = partial(_table_record, images=Images(table.parent))
+    return Corpus(table, os.path.realpath(table.parent), partial(item_lines, table), below, on_error)
 
 
-def _dataset_lines(rows: datasets.Dataset) -> Iterator[Line]:
-    # A struct "item" is as `load_items` makes it; any other is a column of somebody's own.
-    for where, row in dataset_lines(rows):
-        item = row.get("item")
-        yield Line(where, item if isinstance(item, dict) else row)
-
-
-def _folder_lines(folder: Path) -> Iterator[Line]:
-    return (Line(os.path.join(folder, name), {"image": name}) for name in image_files(folder))
-
-
-def _folder_record(line: Line, images: Images) -> Record:
-    name = line.columns["image"]
-    return Record(Path(name).as_posix(), image=os.path.join(images.root or "", name))
+def _folder_lines(root: str) -> Iterator[Line]:
+    paths = ((name, os.path.join(root, name)) for name in image_files(Path(root)))
+    return (Line(path, {"id": Path(name).as_posix(), "image": path}) for name, path in paths)
 
 
 def _table_record(line: Line, images: Images) -> Record:
+    # A struct "item" is as `load_items` makes it; any other is a column of somebody's own.
+    if isinstance(item := line.columns.get("item"), dict):
+        line = Line(line.where, item)
     record_id, image, text = _id_of(line), line.columns.get("image"), line.text("text")
     if "id" in line.columns and not record_id:
         raise wrong(line.where, f"id is {shown(line.columns['id'])}, must be a text or number.", "wrong id")
@@ -449,7 +431,9 @@ def _table_record(line: Line, images: Images) -> Record:
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
         raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
     if text is None and not image:
-        raise wrong(line.where, "text and image are both empty. Fill one of them or leave the line out.")
+        here = cut(", ".join(map(str, line.columns)))
+        what = f"text and image are both empty, or no columns: these are {here}. Fill or rename one of them."
+        raise wrong(line.where, what, "empty row")
     # A missing file is not a wrong row: with on_error="skip" it is told with its index when it is embedded.
     if image and isinstance(image, str):
         image = images.find(image, line.where, may_be_missing=True)

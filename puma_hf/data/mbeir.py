@@ -14,7 +14,6 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -37,7 +36,7 @@ from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
-NANO_FILE, IMPORT_FILE = "nano.json", "import.json"  # what a folder made from another dataset says of itself
+NANO_FILE = "nano.json"  # how a nano folder was made, and where its images are
 _RECORD_ID = re.compile(r"(\d+):\S+")
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _UNION = "union_"
@@ -50,11 +49,6 @@ _POOL = datasets.Features({name: datasets.Value("string") for name in ("did", "t
 @dataclass(frozen=True, slots=True)
 class Candidate(Record):
     """One candidate of a pool; its id is a did, `<dataset_id>:<number>`."""
-
-    @property
-    def did(self) -> str:
-        """Its id."""
-        return self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +66,6 @@ class Query(Record):
     line: int = field(default=0, compare=False, repr=False)
 
     @property
-    def qid(self) -> str:
-        """Its id."""
-        return self.id
-
-    @property
     def dataset_id(self) -> int:
         """Number of the dataset, the part of the qid before the colon."""
         return int(self.id.partition(":")[0])
@@ -87,20 +76,19 @@ def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False)
 
     An MBEIRFormatError if a field is missing or wrong, a FileNotFoundError if the image is missing and may not be.
     """
-    return Candidate(*_content(line, images, may_be_missing, "", "did"))
+    return Candidate(*_content(line, images, "did", "", may_be_missing=may_be_missing))
 
 
 def parse_query(line: Line, images: Images) -> Query:
     """A line of a query file likewise; whether its candidates exist is checked by who has the pool."""
-    content = _content(line, images, False, "query_", "qid", "pos_cand_list", "neg_cand_list")
-    lists = []
+    lists: list[tuple[str, ...]] = []
     for name in ("pos_cand_list", "neg_cand_list"):
-        value = line.columns[name] or []  # both null and an empty list mean that there are none
+        value = line.columns.get(name) or []  # null and an empty list both mean that there are none
         if not isinstance(value, list) or not all(isinstance(did, str) for did in value):
-            raise wrong(line.where, f"a list of candidates must be one of dids, got {shown(value)}")
+            raise wrong(line.where, f"{name} must be a list of dids, got {shown(value)}")
         lists.append(tuple(dict.fromkeys(value)))
     positives, negatives = lists
-    return Query(*content, positives, negatives, _number(line))
+    return Query(*_content(line, images, "qid", "query_"), positives, negatives, _number(line))
 
 
 def _number(line: Line) -> int:
@@ -108,11 +96,11 @@ def _number(line: Line) -> int:
 
 
 def _content(
-    line: Line, images: Images, may_be_missing: bool, prefix: str, key: str, *others: str
+    line: Line, images: Images, key: str, prefix: str, *, may_be_missing: bool = False
 ) -> tuple[str, str | None, str | None]:
-    """Id, text and absolute image path of a query (prefix "query_") or a candidate (no prefix)."""
+    """Id, text and absolute image path of a query or a candidate."""
     text_name, path_name, label_name = (f"{prefix}{name}" for name in ("txt", "img_path", "modality"))
-    for name in (key, text_name, path_name, label_name, *others):
+    for name in (key, text_name, path_name, label_name):
         if name not in line.columns:
             raise wrong(line.where, f"field {name!r} is missing, only {shown(sorted(line.columns))}", "missing field")
     record_id, label = line.columns[key], line.columns[label_name]
@@ -131,8 +119,9 @@ def _content(
 class Pool(Mapping[str, Candidate]):
     """The candidates of a pool by did, in the file's order; made one at a time when they are asked for.
 
-    They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did. One
-    that is looked up takes some 20 microseconds; `values` reads a thousand rows at a time.
+    They lie in a file that all processes of a machine map; in memory are 12 bytes a candidate, to find a did: a dict
+    would take some 100 in every process. One that is looked up takes some 20 microseconds; `values` reads a thousand
+    rows at a time.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -142,26 +131,18 @@ class Pool(Mapping[str, Candidate]):
     @cached_property
     def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Hashes of the dids in ascending order, and the row of each."""
-        # A dict of the dids would take some 100 bytes each, in every process.
         # Two dids may have one hash, so a row is always compared with the did itself.
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         return hashes[order], order
 
-    def row(self, did: object) -> int | None:
-        """The place of a candidate in the file's order, or None if it is not in the pool."""
-        hashes, order = self._index
-        first, last = (int(np.searchsorted(hashes, hash(did), side)) for side in ("left", "right"))
-        rows = (int(row) for row in order[first:last])
-        return next((row for row in rows if self._columns[0][row].as_py() == did), None)
-
-    def __contains__(self, did: object) -> bool:
-        return self.row(did) is not None
-
     def __getitem__(self, did: str) -> Candidate:
-        if (row := self.row(did)) is None:
-            raise KeyError(did)
-        return Candidate(*(column[row].as_py() for column in self._columns))
+        hashes, rows = self._index
+        first, last = (int(np.searchsorted(hashes, hash(did), side)) for side in ("left", "right"))
+        for row in rows[first:last].tolist():
+            if self._columns[0][row].as_py() == did:
+                return Candidate(*(column[row].as_py() for column in self._columns))
+        raise KeyError(did)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -231,7 +212,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
     """
     check_is_file(path)
     qrels: dict[str, dict[str, int]] = {}
-    foreign: dict[str, None] = {}
+    foreign: set[str] = set()
 
     def judge(line: bytes, where: str) -> None:
         # As trec_eval does, fields are whatever stands between blanks.
@@ -247,7 +228,7 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
         if not is_here and did.partition(":")[0] == qid.partition(":")[0]:
             raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
         if not is_here:
-            foreign[did] = None
+            foreign.add(did)
         elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
             raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}")
 
@@ -256,37 +237,47 @@ def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) ->
             if line.strip():
                 problems.attempt(judge, line, location(path, number))
     if foreign:
-        what = "left out %d judged candidates of other datasets that this pool does not hold, such as %s"
-        logger.info(f"%s: {what}", path.name, len(foreign), ", ".join(list(foreign)[:3]))
+        what = "%s: left out %d judged candidates of other datasets that this pool does not hold"
+        logger.info(what, path.name, len(foreign))
     return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class MBEIR:
+    """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
+    Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
+    MBEIRFormatError, or as a FileNotFoundError if only files are missing. Pools and training rows that were read are
+    kept in the cache of `datasets`, until their file changes.
 
-def read_origin(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The file in which a nano or imported folder says what it holds, and what it says; None of a plain folder."""
-    path = next((folder / name for name in (NANO_FILE, IMPORT_FILE) if (folder / name).is_file()), None)
-    if path is None:
-        return None
-    try:
-        says = json.loads(path.read_bytes())
-        values = {name: says[name] for name in ("content_hash", "files", "settings")}
-        # A relative image root counts from the folder, so that both can move together.
-        return path, {**values, "image_root": (folder.resolve() / says["image_root"]).resolve()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise wrong(path, f"it does not say what the folder holds ({error!r}); remove it and build it anew") from error
+    Args:
+        root: The folder.
+        image_root: Folder that every `img_path` is relative to, if not the one that a nano folder names, or else
+            `root`; images outside of it are refused.
 
+    Raises:
+        FileNotFoundError: If `root` is not a folder, or the images' folder is gone.
 
-class Layout:
-    """Where the files of a folder in M-BEIR's layout are."""
+    Example:
+        >>> data = MBEIR("demo/emoji")
+        >>> [task.arrow for task in data.tasks("test")]
+        ['t -> i', 't -> t', 't -> it', 'i -> t', 'i -> i', 'it -> t', 'it -> i', 'it -> it']
+    """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
         self.root = Path(root)
         self.instruction_path = self.root / "instructions" / "query_instructions.tsv"
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
+        nano = self.root / NANO_FILE
+        says = json.loads(nano.read_bytes()) if nano.is_file() else {}
+        self.nano_settings: dict[str, Any] = says.get("settings", {})
+        # SHA-256 of all that a figure on a nano folder depends on, see `build_nano`; None for any other folder.
+        self.content_hash: str | None = says.get("content_hash")
+        self.image_root = Path(says.get("image_root", self.root) if image_root is None else image_root).resolve()
+        if not self.image_root.is_dir():
+            by = f", which {nano} names," if says else ""
+            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
+        self._images = Images(self.image_root)
 
     def query_path(self, split: str, task: MBEIRTask) -> Path:
         """File of the queries of a task."""
@@ -304,90 +295,35 @@ class Layout:
         """File of the candidates of all tasks."""
         return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
 
-
-class MBEIR(Layout):
-    """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
-
-    Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
-    MBEIRFormatError, or as a FileNotFoundError if only files are missing. Pools and training rows that were read are
-    kept in the cache of `datasets`, until their file changes.
-
-    Args:
-        root: The folder.
-        image_root: Folder that every `img_path` is relative to, if not the one that a nano or imported folder
-            names, or else `root`; images outside of it are refused.
-
-    Raises:
-        FileNotFoundError: If `root` is not a folder, or the images' folder is gone.
-        MBEIRFormatError: If a nano or imported folder's own description of itself cannot be read.
-
-    Example:
-        >>> data = MBEIR("demo/emoji")
-        >>> [task.arrow for task in data.tasks("test")]
-        ['t -> i', 't -> t', 't -> it', 'i -> t', 'i -> i', 'it -> t', 'it -> i', 'it -> it']
-    """
-
-    def __init__(self, root: str | Path, *, image_root: str | Path | None = None) -> None:
-        super().__init__(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
-        self._origin = read_origin(self.root)
-        named = self.root if self._origin is None else self._origin[1]["image_root"]
-        self.image_root = Path(named if image_root is None else image_root).resolve()
-        if not self.image_root.is_dir():
-            by = "" if self._origin is None else f", which {self._origin[0]} names,"
-            raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
-        self._images = Images(self.image_root)
-
-    @cached_property
-    def content_hash(self) -> str | None:
-        """SHA-256 of what a nano folder holds, see `build_nano`; None for any other folder."""
-        path, says = self._origin or (self.root, {"content_hash": None, "files": {}})
-        for name, expected in says["files"].items():
-            file = path.parent / name
-            if not file.is_file() or file_hash(file) != expected:
-                raise wrong(file, f"it was changed or removed after {path}; remove the folder and build it anew")
-        return None if says["content_hash"] is None else str(says["content_hash"])
-
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
         """The tasks that have queries in a split, by task number and then by dataset; there must be one."""
-        if found := self.task_files(split):
+        if found := [task for task in self.query_files(split).values() if task is not None]:
             return found
         there = sorted(path.name for path in (self.root / "query").glob("*"))
         here = f"{self.root / 'query' / split}; the splits here are {there}"
         raise FileNotFoundError(f"There is no mbeir_<dataset>_task<n>_{split}.jsonl in {here}")
 
-    def task_files(self, split: str) -> list[MBEIRTask]:
-        """As `tasks`, but without an error if there are none."""
-        return sorted(task for name in self._query_files(split) if (task := task_named(name)))
+    def query_files(self, split: str) -> dict[Path, MBEIRTask | None]:
+        """The query files of a split with their tasks, in the order of the tasks; last those of several tasks.
 
-    def mixed_paths(self, split: str) -> list[Path]:
-        """Query files whose names do not tell the task: M-BEIR's own of "train", one a dataset, or a union.
-
-        A dataset that also has files of its tasks is left out, for these hold the same.
+        M-BEIR's own "train" has a file a dataset, and "union_train" one for all. A dataset that also has files of its
+        tasks is left out of the former, for these hold the same.
         """
+        folder = self.root / "query" / split
         if split.startswith(_UNION):
-            folder, part = self.root / "query" / split, split.removeprefix(_UNION)
+            part = split.removeprefix(_UNION)
             repeated = folder / f"mbeir_union_up_{part}.jsonl"  # "up": smaller datasets repeated
-            return [repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl"]
-        known = {task.dataset for task in self.task_files(split)}
-        files = self._query_files(split).items()
-        return [path for name, path in files if task_named(name) is None and name not in known]
-
-    def _query_files(self, split: str) -> dict[str, Path]:
-        """The query files, by what stands between `mbeir_` and the split in their names."""
-        files = sorted((self.root / "query" / split).glob(f"mbeir_*_{split}.jsonl"))
-        return {file.stem.removeprefix("mbeir_").removesuffix(f"_{split}"): file for file in files}
+            return {repeated if repeated.is_file() else folder / f"mbeir_union_{part}.jsonl": None}
+        files = sorted(folder.glob(f"mbeir_*_{split}.jsonl"))
+        names = {file: file.stem.removeprefix("mbeir_").removesuffix(f"_{split}") for file in files}
+        found = {file: task for file, name in names.items() if (task := task_named(name))}
+        of_tasks = dict(sorted(found.items(), key=lambda pair: pair[1]))
+        known = {task.dataset for task in found.values()}
+        return {**of_tasks, **{file: None for file in files if file not in found and names[file] not in known}}
 
     def queries(self, task: MBEIRTask, split: str = "test") -> list[Query]:
         """The queries of one task, in the file's order; a qid may come once."""
-        return self._whole(self.query_path(split, task), task)
-
-    def union_queries(self, split: str = "union_train") -> list[Query]:
-        """The queries of all tasks from one file, in which a qid may come many times."""
-        return self._whole(self.mixed_paths(split)[0])
-
-    def _whole(self, path: Path, task: MBEIRTask | None = None) -> list[Query]:
+        path = self.query_path(split, task)
         with Problems(path) as problems:
             return list(self.read_queries(path, problems, task))
 

@@ -1,44 +1,39 @@
 """Open M-BEIR wherever it is: a folder in its layout, a nano folder, Parquet copies on disk or on the Hub.
 
 The Hub has each task as a dataset of its own, `mteb/mbeir_<dataset>_task<n>` and `MRBench/mbeir_<dataset>_task<n>`,
-with the configurations `corpus`, `query` or `queries`, and `qrels` or `default`. Images keep the bytes they have.
+with the configurations `corpus`, `query` or `queries`, and `qrels`, or `default` in `data/`. Images keep their bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from puma_hf.data import mbeir_write as to
 from puma_hf.data.images import image_header
-from puma_hf.data.mbeir import IMPORT_FILE, MBEIR, Layout, file_hash, is_mbeir, read_instructions, read_jsonl
-from puma_hf.data.records import Problems, read_lines, wrong
+from puma_hf.data.mbeir import MBEIR, is_mbeir
+from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
+from puma_hf.data.records import Line, Problems, read_lines, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
-from puma_hf.files import write_whole
-from puma_hf.settings import shown
+from puma_hf.files import new_directory, write_whole
 
 # The folders of each part of a copy; the first that is there is taken.
-_FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "default", "data"]}
+_FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "data"]}
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(?:-\w+)?")
 _TABLE = "query_instructions.tsv"
-# What some conversions put before an id: the name of the table, and the split.
-_ID_PREFIX = re.compile(r"^(?:query|queries|corpus|doc)-(?:(?:train|val|validation|dev|test|corpus)-)?")
-_OURS = {"_id": "id", "qid": "id", "did": "id", "txt": "text", "query_txt": "text", "query_modality": "modality"}
-_OURS |= {"query_id": "query-id", "corpus_id": "corpus-id", "relevance": "score"}
-_COLUMNS = {*_OURS, *_OURS.values(), "image"}
+# What mteb puts before an id: the name of the table, and the split.
+_ID_PREFIX = re.compile(r"^(?:query|corpus)-(?:(?:train|val|test)-)?")
+_COLUMNS = {"id", "_id", "text", "image", "modality", "query-id", "corpus-id", "score"}
 
 
 def open_mbeir(
@@ -94,7 +89,7 @@ def open_mbeir(
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
     places = [place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}")]
-    return MBEIR(_import(copies, cache, split, next(filter(Path.is_file, places), None)))
+    return MBEIR(_import(copies, cache, split, next(filter(Path.is_file, places), None)), image_root=cache)
 
 
 def _task_of(name: str) -> MBEIRTask | None:
@@ -131,9 +126,9 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
         full, wanted = f"{organisation}/{known[task]}", ["*.parquet", "README.md"]
         try:
             found = snapshot_download(full, repo_type="dataset", revision=revision, allow_patterns=wanted)
-        except Exception as error:  # the Hub's client raises errors of many types
-            what = f"{full} could not be downloaded ({str(error).strip().partition(chr(10))[0]})"
-            raise FileNotFoundError(f"{name!r} is no folder here, and {what}. Check the name.") from error
+        except OSError as error:  # which does not name what a mistyped path was taken for
+            what = f"{name!r} is no folder here, and {full} could not be downloaded. Check the name. {error}"
+            raise FileNotFoundError(what) from error
         folders[task] = Path(found)
     return folders
 
@@ -160,109 +155,90 @@ def copy_files(folder: Path, role: str, split: str) -> list[Path]:
 
 def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Path | None) -> Path:
     """Import what is not in the cache yet; returns the folder of these tasks together."""
-    numbers, rows = dict(MBEIR_DATASET_IDS), []
-    if table is not None:
-        numbers |= {name: number for number, name in read_instructions(table)[1].items()}
     parts: dict[MBEIRTask, Path] = {}
+    rows = []
     for task, folder in copies.items():
-        if table is None and f"mbeir_{task.name}" not in MBEIR_INSTRUCTIONS:
+        wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
+        if table is None and wording is None:
             raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
-        if table is None:
-            wording = MBEIR_INSTRUCTIONS[f"mbeir_{task.name}"]
-            rows.append([*task.modalities, task.dataset, str(numbers[task.dataset]), wording])
+        rows.append([*task.modalities, task.dataset, str(MBEIR_DATASET_IDS.get(task.dataset)), str(wording)])
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
         known_by = [[file.name, file.parent.name, state.st_size, state.st_mtime_ns] for file, state in states]
-        parts[task] = cache / "tasks" / f"{task.name}-{split}-{to.text_hash([task.name, *known_by])[:16]}"
-        to.make_folder(parts[task], partial(import_copy, files, task, split, cache, numbers.get(task.dataset)))
-    key = to.text_hash([split, [part.name for part in parts.values()], file_hash(table) if table else rows])
+        parts[task] = cache / "tasks" / f"{task.name}-{split}-{text_hash(['2', task.name, *known_by])[:16]}"
+        if not parts[task].is_dir():
+            with new_directory(parts[task], overwrite=False) as draft:
+                import_copy(files, task, split, cache, draft)
+    key = text_hash([split, [part.name for part in parts.values()], table.read_text("utf-8") if table else rows])
     name = next(iter(copies)).name if len(copies) == 1 else f"{len(copies)}_tasks"
-    folder = cache / "datasets" / f"{name}-{split}-{key[:16]}"
-
-    def write(draft: Path) -> None:
-        layout = Layout(draft)
-        to.write_instructions(layout.instruction_path, rows or [[""] * 5])
-        if table is not None:
-            shutil.copyfile(table, layout.instruction_path)
-        to.write_records(layout.union_pool_path(split), _joined(parts))
-        for part in parts.values():
-            for path in filter(Path.is_file, part.rglob("*")):
-                to.link(path, draft / path.relative_to(part))
-        to.write_origin(draft / IMPORT_FILE, "../..", {"split": split, "copies": [p.name for p in parts.values()]})
-
-    to.make_folder(folder, write)
-    return folder
+    together = cache / "datasets" / f"{name}-{split}-{key[:16]}"
+    if not together.is_dir():
+        with new_directory(together, overwrite=False) as draft:
+            layout = MBEIR(draft)
+            write_instructions(layout.instruction_path, rows)
+            if table is not None:
+                shutil.copyfile(table, layout.instruction_path)
+            write_lines(layout.union_pool_path(split), _joined(parts))
+            for part in parts.values():
+                for path in filter(Path.is_file, part.rglob("*")):
+                    link(path, draft / path.relative_to(part))
+    return together
 
 
-def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[Mapping[str, Any]]:
-    """The candidates of several tasks, each once."""
-    contents: dict[str, int] = {}  # hashes: pools of millions need not be held
+def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[str]:
+    """The pools of several tasks as one: a candidate of two tasks is in both local pools, and once in the global."""
+    seen: set[int] = set()  # hashes: pools of millions need not be held
     for task, part in parts.items():
-        for line in read_jsonl(Layout(part).pool_path(task.name), Problems(part)):
-            # A candidate of two tasks is in both local pools, and once in the global one.
-            did, content = line.columns["did"], hash(json.dumps(line.columns))
-            if did not in contents:
-                yield line.columns
-            if contents.setdefault(did, content) != content:
-                raise wrong(part, f"did {did!r} of {task.name} was already given for something else")
+        with MBEIR(part).pool_path(task.name).open(encoding="utf-8") as lines:
+            for line in lines:
+                if hash(line) not in seen:
+                    seen.add(hash(line))
+                    yield line.rstrip("\n")
 
 
-def import_copy(
-    files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str, images: Path, number: int | None, folder: Path
-) -> None:
+def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str, images: Path, folder: Path) -> None:
     """Write the queries, the pool and the judgements of a copy into a folder; rows are read a few at a time.
 
     The positives of a query are those that the judgements name; the copies have no hard negatives. What is wrong with
     a record is told by `MBEIR`, which reads what is written here. Images go below `images`, each under a hash of its
-    bytes. The dataset's `number` is put before ids that have none; None if it is not known.
+    bytes.
     """
-    layout, judged = Layout(folder), defaultdict[str, dict[str, int]](dict)
+    layout, positives = MBEIR(folder), defaultdict[str, list[str]](list)
 
-    def full_id(value: Any) -> str:
-        record_id = _ID_PREFIX.sub("", str(value).strip())
-        return record_id if ":" in record_id or number is None else f"{number}:{record_id}"
+    def rows(role: str) -> Iterator[Line]:
+        return (line for file in files[role] for line in read_lines(file, _COLUMNS))
+
+    def judgements() -> Iterator[str]:
+        for line in rows("qrels"):
+            qid, did, score = _plain_id(line, "query-id"), _plain_id(line, "corpus-id"), line.columns["score"]
+            if score > 0:
+                positives[qid].append(did)
+            yield f"{qid} 0 {did} {score:g} {task.task_id}"
 
     def records(role: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for where, row in _rows(files[role], "id"):
-            cell, text = row.get("image"), row.get("text") or None
+        for line in rows(role):
+            row, cell, text = line.columns, line.columns.get("image"), line.columns.get("text") or None
             if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
                 cell = None  # some writers have a struct of nothing for a row without an image
-            image = None if cell is None else problems.attempt(_store_image, cell, images, where)
+            image = None if cell is None else problems.attempt(_store_image, cell, images, line.where)
             # Without a label, that of what is there; some copies have "text,image".
             label = row.get("modality") or ",".join(["image"] * (cell is not None) + ["text"] * (text is not None))
             label = ",".join(sorted(part.strip() for part in str(label).split(",")))
-            yield full_id(row["id"]), {"txt": text, "img_path": image, "modality": label}
-
-    def judge(row: Mapping[str, Any], where: str) -> None:
-        qid, did, score = full_id(row["query-id"]), full_id(row["corpus-id"]), row["score"]
-        if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score) or score < 0:
-            raise wrong(where, f"score is {shown(score)}, must be a whole number of 0 or more")
-        if (before := judged[qid].setdefault(did, int(score))) != score:
-            raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {score}")
+            yield _plain_id(line, "_id" if "_id" in row else "id"), {"txt": text, "img_path": image, "modality": label}
 
     def query(qid: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        right = [did for did, score in judged.get(qid, {}).items() if score > 0]
         named = {f"query_{name}": value for name, value in record.items()}
-        return {"qid": qid, **named, "pos_cand_list": right, "neg_cand_list": []}
+        return {"qid": qid, **named, "pos_cand_list": positives.get(qid, []), "neg_cand_list": []}
 
     with Problems(files["corpus"][0].parents[1]) as problems:
-        for where, row in _rows(files["qrels"], "query-id", "corpus-id", "score"):
-            problems.attempt(judge, row, where)
-        scores = ((qid, did, score) for qid, dids in judged.items() for did, score in dids.items())
-        to.write_lines(layout.qrels_path(split, task), (f"{qid} 0 {did} {n} {task.task_id}" for qid, did, n in scores))
-        to.write_records(layout.query_path(split, task), starmap(query, records("queries")))
-        to.write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
+        write_lines(layout.qrels_path(split, task), judgements())
+        write_records(layout.query_path(split, task), starmap(query, records("queries")))
+        write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
 
 
-def _rows(files: Sequence[Path], *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of Parquet files by our names of their columns."""
-    for path in files:
-        for line in read_lines(path, _COLUMNS):
-            row = {_OURS.get(name, name): value for name, value in line.columns.items()}
-            if missing := [name for name in needed if name not in row]:
-                raise wrong(path, f"no column {missing[0]}, only {shown(list(line.columns))}", "missing field")
-            yield line.where, row
+def _plain_id(line: Line, name: str) -> str:
+    return _ID_PREFIX.sub("", str(line.columns[name]).strip())
 
 
 def _store_image(cell: Any, root: Path, where: str) -> str:

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, count, zip_longest
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from puma_hf.configs import PairsConfig
-from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Layout, Query, file_hash, read_origin, seeded_random
+from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Query, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
 from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
@@ -79,36 +78,6 @@ def link(source: str | Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_origin(path: Path, image_root: str, settings: Mapping[str, Any], *, content_hash: str | None = None) -> None:
-    """Write what a folder says of itself, see `read_origin`; its other files must be there."""
-    # Only a content hash needs them, and an imported pool has gigabytes.
-    files = [] if content_hash is None else [file for file in path.parent.rglob("*") if file.is_file()]
-    hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in sorted(files)}
-    values = {"image_root": image_root, "settings": dict(settings), "content_hash": content_hash, "files": hashes}
-    write_json(path, values)
-
-
-def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written whole or not at all, unless it is there, once for all processes that ask for it.
-
-    It is written beside its place and renamed. What a killed process left behind is removed by the next one.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock file stays: to remove it would let a third process lock another file of the same name.
-    with WeakFileLock(folder.parent / f".{folder.name}.lock"):
-        if folder.exists():
-            return
-        draft = folder.parent / f".{folder.name}.partial"
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir()
-            write(draft)
-            os.replace(draft, folder)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-
-
 def text_hash(parts: Iterable[object]) -> str:
     """SHA-256 of a sequence of values, as hexadecimal digits; values with another split are another hash."""
     lines = (json.dumps(part, ensure_ascii=False, separators=(",", ":")) + "\n" for part in parts)
@@ -136,8 +105,8 @@ def build_nano(
     pools. The same data, settings and seed give the same folder on every machine.
 
     Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
-    of all that a figure depends on, wherever the data lies: report it with the figure. A folder that was built with the
-    same settings from the same place is opened as it is, even if the data has changed.
+    of all that a figure depends on, wherever the data lies: report it with the figure, and edit nothing in the folder.
+    One that was built with the same settings from the same place is opened as it is, even if the data has changed.
 
     Args:
         data: The dataset, which may itself be such a part.
@@ -149,7 +118,7 @@ def build_nano(
         seed: Seed of what is drawn.
 
     Raises:
-        ValueError: If an argument is out of range, `output` has other settings, or a task has no judged query.
+        ValueError: If a number is negative, `output` has other settings, or a task has no judged query.
         FileExistsError: If `output` holds anything else.
 
     Example:
@@ -164,27 +133,23 @@ def build_nano(
     (167, 167)
     ```
     """
-    if min(num_queries, num_candidates) < 0:
-        raise ValueError(f"num_queries={num_queries} and num_candidates={num_candidates} must be 0 (all) or more.")
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    make_folder(folder, lambda draft: _write_nano(data, draft, settings, chosen))
-    origin = read_origin(folder) if folder.is_dir() else None
-    if origin is None or origin[0].name != NANO_FILE:
-        raise FileExistsError(f"{folder} is there and is no nano folder. Choose another place for it.")
+    if not (folder / NANO_FILE).is_file():
+        with new_directory(folder, overwrite=False) as draft:
+            _write_nano(data, draft, settings, chosen)
+    nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
-    there = {**origin[1]["settings"], "images": str(origin[1]["image_root"])}
+    there = {**nano.nano_settings, "images": str(nano.image_root)}
     for name in (name for name in wanted if there.get(name) != wanted[name]):
         what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
         raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
-    return MBEIR(folder)
+    return nano
 
 
 def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequence[MBEIRTask]) -> None:
-    split, root, layout = settings["split"], data.image_root, Layout(folder)
+    split, root, layout = settings["split"], data.image_root, MBEIR(folder)
     parts = [(task, *_choose(data, task, settings)) for task in tasks]
     everything: dict[str, Candidate] = {}
     for task, _, pool, _ in parts:
@@ -194,7 +159,10 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
 
     @cache  # each image is read once
     def hash_of(image: str | None) -> str | None:
-        return None if image is None else file_hash(Path(image))
+        if image is None:
+            return None
+        with open(image, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     # What a figure depends on, wherever the data lies.
     contents: list[object] = [settings]
@@ -211,7 +179,8 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     write_records(layout.union_pool_path(split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
-    write_origin(folder / NANO_FILE, str(root), settings, content_hash=text_hash(contents))
+    says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents)}
+    write_json(folder / NANO_FILE, says)
 
 
 def _choose(
@@ -229,7 +198,7 @@ def _choose(
 
     def sample(items: Sequence[Item], number: int, name: str) -> list[Item]:
         generator = seeded_random(seed, name, task.name)
-        places = generator.sample(range(len(items)), min(max(number, 0), len(items)))
+        places = generator.sample(range(len(items)), min(number, len(items)))
         return [items[place] for place in sorted(places)]  # in their own order
 
     taken = sample(usable, settings["num_queries"] or len(usable), "nano queries")
@@ -240,7 +209,8 @@ def _choose(
     for did in chain.from_iterable(zip_longest(*(query.negatives for query in taken))):
         if len(wanted) < limit and did in pool:
             wanted[did] = None
-    wanted |= dict.fromkeys(sample([did for did in pool if did not in wanted], limit - len(wanted), "nano candidates"))
+    rest = [did for did in pool if did not in wanted]
+    wanted |= dict.fromkeys(sample(rest, max(limit - len(wanted), 0), "nano candidates"))
     lines = [f"{q.id} 0 {did} {grade} {task.task_id}" for q in taken for did, grade in judged[q.id].items()]
     return taken, [candidate for candidate in pool.values() if candidate.id in wanted], lines
 
@@ -310,7 +280,7 @@ def write_mbeir(
         reading = read_pairs(rows, special_tokens="split")
         if reading.offenders:
             raise ValueError(reading.refusal())
-        ids, layout = PairIds(reading.pairs), Layout(folder)
+        ids, layout = PairIds(reading.pairs), MBEIR(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
 
         def place(record: Record) -> str | None:

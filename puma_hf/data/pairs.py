@@ -18,17 +18,7 @@ import datasets
 from puma_hf.configs import PairDirection
 from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
-from puma_hf.data.records import (
-    Line,
-    Problems,
-    Record,
-    dataset_lines,
-    existing,
-    on_disk,
-    read_lines,
-    text_value,
-    wrong,
-)
+from puma_hf.data.records import Line, Problems, Record, dataset_lines, existing, read_lines, text_value, wrong
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, shown
 
@@ -71,16 +61,16 @@ def load_pairs(
       with nothing but Parquet files;
     - a `datasets.Dataset`, whose images may have any path.
 
-    What is not given is guessed from the columns' names and logged: anchor or query, positive, `negative_1` and so
-    on, each also with `_image` behind it; else a caption asks for an image. A cell with a list of texts, such as
-    five captions, makes as many pairs. Run `check_pairs` first: it reports everything that is wrong at once.
+    What is not given is taken from columns called anchor, query or question; positive or answer; `negative_1` and so
+    on, each also with `_text` and `_image` behind it; else a caption asks for an image. A cell with a list of texts,
+    such as five captions, makes as many pairs. Run `check_pairs` first: it reports all that is wrong at once.
 
     Args:
         source: The table.
-        on_error: What to do if lines cannot be used: "raise" with counts and the first of them, or "drop" them.
-        with_ids: Whether to add the columns `qid`, `did` and `positives`, ids by content as `PairIds` makes them,
-            which a batch sampler uses to keep rows with the same right answer apart: five captions of one image.
-            Remove them before training.
+        on_error: What to do if rows cannot be used: "raise" with counts and the first of them, or "drop" them. A table
+            that cannot be parsed is always an error.
+        with_ids: Whether to add the columns `qid`, `did` and `positives`, ids by content (`PairIds`), by which a batch
+            sampler keeps rows with the same right answer apart. Remove them before training.
         options:
             anchor: Column of what asks, or columns by what they hold: `{"text": ..., "image": ...}`.
             positive: Column or columns of the right answers.
@@ -91,15 +81,14 @@ def load_pairs(
                 both directions; by default as found.
             decode: Whether to decode every image, and not to read its header alone.
             images_to: Folder for images that are inside of a dataset, saved as they are and named by their hash.
-            special_tokens: Whether a text with a special token such as `<|im_end|>` is wrong: "raise"; with "split"
-                it is taken as it is, for a model that is told to read it as plain text.
+            special_tokens: "raise" refuses a text with a special token such as `<|im_end|>`; "split" takes it.
 
     Returns:
         Columns anchor, positive, negative_1 .. negative_n as `load_mbeir` makes them, so that both can be concatenated.
 
     Raises:
-        ValueError: If a column is missing, an argument does not fit, no pair is left, or lines cannot be used; the
-            message has counts by kind, and the first five with their lines.
+        ValueError: If a column is missing, an argument does not fit, no pair is left, or rows cannot be used; the
+            message has counts by kind, and the first five of each.
 
     Example:
 
@@ -121,21 +110,13 @@ def load_pairs(
     if problems:
         counts = (problems.counts.total(), report.num_rows)
         logger.warning("%s: left out %d of %d rows: %s", report.source, *counts, problems)
-    ids = PairIds(pairs) if with_ids else None
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for pair in pairs:
-            row = training_row(pair.anchor, pair.positive, pair.negatives)
-            if ids is not None:
-                telling = ids.telling_positives(pair)
-                row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
-            yield row
-
-    # Known again by what was read, and not by the file: an image may have been mended that a former run left out.
-    digest = hashlib.blake2b()
-    for row in rows():
-        digest.update(repr(row).encode("utf-8", "surrogatepass"))
-    return on_disk(rows, training_features(len(report.columns.negatives), with_ids), ["pairs 1", digest.hexdigest()])
+    rows = [training_row(pair.anchor, pair.positive, pair.negatives) for pair in pairs]
+    if with_ids:
+        ids = PairIds(pairs)
+        for row, pair in zip(rows, pairs, strict=True):
+            telling = ids.telling_positives(pair)
+            row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
+    return datasets.Dataset.from_list(rows, features=training_features(len(report.columns.negatives), with_ids))
 
 
 # --- columns
@@ -165,11 +146,7 @@ def find_columns(
     negatives: Sequence[Given] | Given | None = None,
     instruction: str | None = None,
 ) -> PairColumns:
-    """What is given, as in `load_pairs`, and for the rest what the columns' names and first values tell.
-
-    If both sides are guessed, a column `label`, by which some rows may be wrong pairs, and images that may belong to
-    either side are refused.
-    """
+    """What is given, as in `load_pairs`, and for the rest what the columns' names and first values tell."""
     kinds = {name: _kind_of(name, rows) for name in dict.fromkeys(name for row in rows for name in row)}
     both = {"anchor": anchor, "positive": positive}
     sides = {role: _given(value, role, kinds) for role, value in both.items() if value is not None}
@@ -189,6 +166,7 @@ def find_columns(
     instruction = instruction or ("instruction" if "instruction" in kinds else None)
     used = {name for side in (*sides.values(), *bad) for name in side.values()}
     ignored = [name for name in kinds if name not in used and name != instruction]
+    # Half of a composed query, as in image, caption, target_image, must not be lost in silence.
     for name in ignored if is_guessed else ():
         if name == "label" or (kinds[name] == "image" and not _NEGATIVE.fullmatch(name)):
             what = f"The column {shown(name)} may belong to either side, or say which rows are no right pairs"
@@ -260,18 +238,16 @@ class PairsReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Its figures as plain dictionaries, lists and numbers."""
-        names = ("ok", "source", "num_rows", "num_pairs")
-        found = {"offenders": self.offenders.to_list(), "notes": self.notes.to_list()}
-        return {**{name: getattr(self, name) for name in names}, "columns": str(self.columns), **found}
+        figures = {"ok": self.ok, "source": self.source, "columns": str(self.columns)}
+        figures |= {"num_rows": self.num_rows, "num_pairs": self.num_pairs}
+        return {**figures, "offenders": self.offenders.to_list(), "notes": self.notes.to_list()}
 
     def __str__(self) -> str:
         lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in str(self.columns).split("; "))]
         lines += [f"  rows       {self.num_rows:,}, of which {self.offenders.counts.total():,} cannot be used"]
         lines += [f"  pairs      {self.num_pairs:,}"]
         for title, problems in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
-            lines += ["", f"{title}:"] if problems else []
-            for found in problems.to_list():
-                lines += [f"  {found['count']:,} x {found['kind']}", *(f"    {message}" for message in found["first"])]
+            lines += ["", f"{title}: {problems}{problems.quotes()}"] if problems else []
         verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
         return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
 

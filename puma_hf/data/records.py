@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
-from puma_hf.modeling.inputs_puma import is_image_name, modality_of
+from puma_hf.modeling.inputs_puma import modality_of
 from puma_hf.settings import cut, is_unicode, shown
 
 # What a table is, by the ending of its name.
@@ -285,16 +285,10 @@ def item_lines(path: Path) -> Iterator[Line]:
 
     A title stands before its text where the id is an `_id`. Each sentence of a row of NLI is a line of its own.
     """
-    are_images: bool | None = None
     for where, columns in read_lines(path, _READ):
         row = dict(columns)
-        # `file_name` is an image if the first that is given names one: were this asked of each row, one `.heic` among
-        # `.jpg` would become a text in silence.
-        if are_images is None and row.get("file_name"):
-            are_images = is_image_name(str(row["file_name"])) and "image" not in row
-        if are_images:
-            row["image"] = row.pop("file_name", None)
-            row["text"] = row.get("text", row.get("caption"))
+        if "file_name" in row and "image" not in row:
+            row["image"], row["text"] = row.pop("file_name"), row.get("text", row.get("caption"))
         if "_id" in row and "text" in row and "id" not in row:
             row["id"], title = row.pop("_id"), row.pop("title", None)
             row["text"] = row["text"] if title is None else f"{title} {row['text'] or ''}".strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing
@@ -21,11 +20,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from puma_hf.configs import EmbedConfig, OnError, Precision
-from puma_hf.data.records import Record
-from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, Unreadable, plan, prepared
+from puma_hf.configs import OnError, Precision
+from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepared
 from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
-from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,8 +31,6 @@ _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
 _IN_FLIGHT = 2  # chunks on a GPU
 _SHOWN = 3
-_SCALED = ("int8", "uint8")
-_PLACE = re.compile(r"^inputs\[\d+\]: ")  # which says nothing to who knows ids
 
 
 @dataclass(frozen=True)
@@ -79,43 +74,20 @@ class BrokenInputError(ValueError):
 
 
 def embed(
-    model: Any,
-    inputs: Sequence[Any],
-    *,
-    prompt: str | None = None,
-    max_batch_tokens: int | None = None,
-    num_workers: int | None = None,
-    on_error: OnError = "raise",
-    load: Callable[[Any], Any] | None = None,
-    truncate_dim: int | None = None,
-    precision: Precision = "float32",
-    ranges: Any = None,
-    processing_kwargs: Mapping[str, Any] | None = None,
-    max_length: int | None = None,
-    sort: bool = True,
-    show_progress_bar: bool | None = None,
+    model: Any, inputs: Sequence[Any], *, precision: Precision = "float32", ranges: Any = None, **options: Any
 ) -> EmbedResult:
     """Embed a list of inputs: the rows of `model.encode`, sooner.
 
     Worker processes load, decode and tokenise ahead of the device, and memory grows with the result alone.
 
     Args:
-        model: A PUMA model as a `SentenceTransformer`, switched to evaluation mode. Any other, or a PUMA that an older
-            version has written, embeds by its own `encode`: the same rows, no sooner.
+        model: As in `iterate_embeddings`.
         inputs: Strings, images, dicts or chats, as `PumaProcessor.process_inputs` takes them.
-        prompt: Instruction for inputs that bring none of their own; by default the model's default prompt.
-        max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 2,048 elsewhere.
-        num_workers: Processes that prepare inputs. Default: on CUDA up to 8, elsewhere 0, which is this process.
-        on_error: What to do about an input that cannot be read: "raise"; "skip", which leaves its row out; or "zero".
-        load: Your own loader, such as from a URL to bytes; called in a worker on every input.
-        truncate_dim: Keep the first so many dimensions, scaled to unit length; by default the model's own.
         precision: Numbers of the result. int8 and uint8 are scaled by `ranges`, or else by all rows of this call,
             which makes them incomparable with those of another call.
         ranges: `(2, embedding_dim)`, lowest and highest value of each dimension, for int8 and uint8.
-        processing_kwargs: As in `encode`: `{"image": {"size": ...}, "text": {"max_length": ...}}`.
-        max_length: Longest sequence in tokens; texts are cut.
-        sort: Whether to sort by length, inside windows of 4,096 inputs.
-        show_progress_bar: Whether to show inputs a second and the time left; by default if this logger is at INFO.
+        options: Those of `iterate_embeddings`: `prompt`, `max_batch_tokens`, `num_workers`, `on_error`, `load`,
+            `truncate_dim`, `processing_kwargs`, `max_length`, `sort` and `show_progress_bar`.
 
     Returns:
         Rows `(num_rows, embedding_dim)` in the order of the inputs, which inputs they belong to, and what is broken.
@@ -140,33 +112,11 @@ def embed(
     """
     if not isinstance(inputs, Sized):
         raise ValueError(_not_a_list(inputs))
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(get_args(Precision))}.")
     errors: list[BrokenInput] = []
-    batches = iterate_embeddings(
-        model,
-        inputs,
-        prompt=prompt,
-        max_batch_tokens=max_batch_tokens,
-        num_workers=num_workers,
-        on_error=on_error,
-        report=errors.append,
-        load=load,
-        truncate_dim=truncate_dim,
-        processing_kwargs=processing_kwargs,
-        max_length=max_length,
-        sort=sort,
-        show_progress_bar=show_progress_bar,
-    )
-    dim = embedding_dim(model, truncate_dim)
-    if ranges is not None and (precision not in _SCALED or np.shape(ranges) != (2, dim)):
-        raise ValueError(
-            f"ranges have shape {np.shape(ranges)}, must be (2, {dim}), the lowest and the highest value of each "
-            "dimension, and are for precision int8 and uint8 alone."
-        )
+    batches = iterate_embeddings(model, inputs, report=errors.append, **options)
     # What needs no range over all rows is stored small at once.
-    at_once: Precision = "float32" if precision in _SCALED and ranges is None else precision
-    empty = quantize(np.zeros((0, dim), np.float32), at_once, ranges)
+    at_once: Precision = "float32" if precision in ("int8", "uint8") and ranges is None else precision
+    empty = quantize(np.zeros((0, embedding_dim(model, options.get("truncate_dim"))), np.float32), at_once)
     rows, is_there = np.zeros((len(inputs), empty.shape[1]), empty.dtype), np.zeros(len(inputs), dtype=bool)
     try:
         for indices, embeddings in batches:
@@ -193,7 +143,7 @@ def iterate_embeddings(
     max_batch_tokens: int | None = None,
     num_workers: int | None = None,
     on_error: OnError = "raise",
-    report: Callable[[BrokenInput], None] | None = None,
+    report: Callable[[BrokenInput], object] | None = None,
     load: Callable[[Any], Any] | None = None,
     truncate_dim: int | None = None,
     processing_kwargs: Mapping[str, Any] | None = None,
@@ -204,11 +154,21 @@ def iterate_embeddings(
     """Embed a list or a stream batch by batch, in memory that does not depend on its length.
 
     Args:
-        model: As in `embed`, like all arguments but these.
+        model: A PUMA model as a `SentenceTransformer`, switched to evaluation mode. Any other, or a PUMA that an older
+            version has written, embeds by its own `encode`: the same rows, no sooner.
         inputs: The inputs; any iterable, read once, at most a window of 4,096 ahead.
-        on_error: As in `embed`; "zero" yields rows of zeros.
+        prompt: Instruction for inputs that bring none of their own; by default the model's default prompt.
+        max_batch_tokens: Most tokens of a batch. Default: 16,384 on CUDA, 2,048 elsewhere.
+        num_workers: Processes that prepare inputs. Default: on CUDA up to 8, elsewhere 0, which is this process.
+        on_error: What to do about an input that cannot be read: "raise"; "skip", which leaves its row out; or "zero".
         report: Called with each broken input that "skip" and "zero" pass over.
-        sort: As in `embed`; with `False` rows come in the order of the inputs, but for broken ones.
+        load: Your own loader, such as from a URL to bytes; called in a worker on every input.
+        truncate_dim: Keep the first so many dimensions, scaled to unit length; by default the model's own.
+        processing_kwargs: As in `encode`: `{"image": {"size": ...}, "text": {"max_length": ...}}`.
+        max_length: Longest sequence in tokens; texts are cut.
+        sort: Whether to sort by length, inside of a window; otherwise rows come in the order of the inputs, but for
+            broken ones.
+        show_progress_bar: Whether to show inputs a second and the time left; by default if this logger is at INFO.
 
     Returns:
         An iterator over indices `(batch_size,)`, int64, into the inputs, and float32 rows
@@ -226,36 +186,33 @@ def iterate_embeddings(
     ...     index.add_with_ids(rows.numpy(), indices.numpy())
     ```
     """
-    _check(model, inputs, max_batch_tokens, on_error)
+    _check(model, inputs, on_error)
     dim = embedding_dim(model, truncate_dim)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
-    # The plan aims at the budget, and the packer, which knows the true number of tokens, keeps to it.
     total = len(inputs) if isinstance(inputs, Sized) else None
+    # The plan aims at the budget, and the packer, which knows the true number of tokens, keeps to it.
     budget = max_batch_tokens or (CUDA_TOKENS if on_cuda else CPU_TOKENS)
     keep = None if truncate_dim is None and model.truncate_dim is None else dim
-    has_packer = is_puma(model)
-    if has_packer:
-        packer = model[0].packer(prompt, processing_kwargs=processing_kwargs, max_length=max_length)
-        if packer.layout is not None:
-            packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
-        image_processor = packer.processor.image_processor
-        size = {**dict(image_processor.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
-        guess = Guess(
-            pixels_per_token=(image_processor.patch_size * image_processor.merge_size) ** 2,
-            limits=(size["shortest_edge"], size["longest_edge"]),
-            open_files=load is None,
-        )
+    options: dict[str, Any] = {"processing_kwargs": processing_kwargs, "max_length": max_length}
+    packer: Any
+    if has_packer := is_puma(model):
+        packer = model[0].packer(prompt, **options)
         padded = packer.layout is None
+        if not padded:
+            packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
+        images = packer.processor.image_processor
+        size = {**dict(images.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
+        limits = size["shortest_edge"], size["longest_edge"]
+        guess = Guess((images.patch_size * images.merge_size) ** 2, limits, open_files=load is None)
         num_workers = default_num_workers(on_cuda, total) if num_workers is None else num_workers
     else:
         # Any other model embeds by its own `encode`, in this process, where a PUMA would be prepared: a broken input is
         # found and named in the same way, at the speed of `encode`.
-        given = {"prompt": prompt, "processing_kwargs": processing_kwargs, "max_length": max_length}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        options |= {"truncate_dim": keep, "normalize_embeddings": keep is not None}
-        packer = partial(model.encode, convert_to_tensor=True, show_progress_bar=False, **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= {"truncate_dim": keep, "normalize_embeddings": keep is not None, "show_progress_bar": False}
+        packer = partial(model.encode, prompt=prompt, convert_to_tensor=True, **given)
         guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), open_files=load is None), True, 0
     chunks = prepared(
         plan(inputs, guess, budget, sort=sort, padded=padded),
@@ -268,10 +225,9 @@ def iterate_embeddings(
         show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     model.eval()
-    # Lazily: a chunk is started when `_late` asks for it.
+    # Lazily: a chunk is started when it is asked for. However it ends, so do the worker processes.
     started = ((chunk, *_start(model, chunk, keep)) for chunk in chunks)
     late = _late(started, _IN_FLIGHT if on_cuda else 0)
-    # However it ends, so do the worker processes.
     return _rows(late, closing(chunks), progress, on_error, report, dim)
 
 
@@ -280,7 +236,7 @@ def _rows(
     workers: AbstractContextManager[Any],
     new_progress: Callable[[], Any],
     on_error: OnError,
-    report: Callable[[BrokenInput], None] | None,
+    report: Callable[[BrokenInput], object] | None,
     dim: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     with workers, new_progress() as progress:
@@ -294,8 +250,9 @@ def _rows(
             if chunk.broken and on_error == "raise":
                 raise BrokenInputError(chunk.broken[0])
             progress.update(len(chunk.broken))
-            for one in chunk.broken if report is not None else ():
-                report(one)  # type: ignore[misc]
+            if report is not None:
+                for one in chunk.broken:
+                    report(one)
             if chunk.broken and on_error == "zero":
                 yield torch.tensor([one.index for one in chunk.broken]), torch.zeros(len(chunk.broken), dim)
 
@@ -352,7 +309,7 @@ def _not_a_list(inputs: Any) -> str:
     )
 
 
-def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str) -> None:
+def _check(model: Any, inputs: Any, on_error: str) -> None:
     if not isinstance(model, SentenceTransformer):
         raise ValueError(f"model is a {type(model).__name__}, must be a SentenceTransformer. Open it as one.")
     # A table of pandas or Arrow would yield its columns, or their names.
@@ -360,8 +317,6 @@ def _check(model: Any, inputs: Any, max_batch_tokens: int | None, on_error: str)
         raise ValueError(_not_a_list(inputs))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
         raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
-    if max_batch_tokens is not None and max_batch_tokens < 1:
-        raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be 1 or more; None chooses by device.")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}, must be one of {', '.join(map(repr, get_args(OnError)))}.")
 
@@ -385,16 +340,6 @@ def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> ND
     """Float32 rows `(num_rows, embedding_dim)` in another precision, through sentence-transformers.
 
     Binary rows have a bit for each dimension; int8 and uint8 need `ranges`, `(2, embedding_dim)`.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from puma_hf.embedding.embed import quantize
-
-    >>> quantize(np.array([[0.2, -0.1, 0.3, -0.4, -0.1, -0.2, -0.3, 0.1]], dtype=np.float32), "ubinary").tolist()
-    [[161]]
-    ```
     """
     if precision in ("float32", "float16"):
         return rows.astype(precision, copy=False)
@@ -411,57 +356,3 @@ def ranges_of(rows: NDArray[Any], precision: str) -> list[list[float]]:
             "Take float32, float16 or binary."
         )
     return [rows.min(axis=0).tolist(), rows.max(axis=0).tolist()]
-
-
-# --- records
-
-
-def embed_records(
-    model: Any, records: Iterable[Record], config: EmbedConfig, on_broken: Callable[[Record, str], None]
-) -> Iterator[tuple[list[Record], Tensor]]:
-    """Embed a stream of records: what `embed`, `index` and their like do with the inputs of a user.
-
-    Args:
-        model: As in `embed`.
-        records: The records, read as they are needed.
-        config: How to embed them, and what to do about broken ones.
-        on_broken: Called with a record that cannot be embedded, and why; with "zero" its zeros come thereafter.
-
-    Returns:
-        An iterator over records and their float32 rows `(num_records, embedding_dim)`.
-
-    Raises:
-        ValueError: If a record is broken and `config.on_error` is "raise", or an embedding is not finite.
-    """
-    sent: dict[int, Record] = {}  # what has not come back
-
-    def inputs() -> Iterator[Any]:
-        for number, record in enumerate(records):
-            sent[number] = record
-            yield record.model_input if record.problem is None else Unreadable(record.problem)
-
-    def report(error: BrokenInput) -> None:
-        record = sent[error.index] if config.on_error == "zero" else sent.pop(error.index)
-        on_broken(record, _PLACE.sub("", error.message))
-
-    names = ("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    options["processing_kwargs"] = processing_of(config.special_tokens)
-    batches = iterate_embeddings(model, inputs(), report=report, show_progress_bar=False, **options)
-    try:
-        for indices, rows in batches:
-            done = [sent.pop(index) for index in indices.tolist()]
-            if bad := [record.id for record, row in zip(done, rows, strict=True) if not bool(row.isfinite().all())]:
-                raise ValueError(
-                    f"The embeddings of {len(bad)} of {len(done)} inputs have NaN or infinity, first "
-                    f"{shown(bad[:_SHOWN])}. Look at these inputs, or load the weights as bfloat16 or float32 instead "
-                    "of float16."
-                )
-            yield done, rows
-    except BrokenInputError as error:
-        record = sent[error.index]
-        raise ValueError(
-            f"Input {shown(record.id)} (row {record.row}) cannot be embedded: "
-            f"{_PLACE.sub('', error.broken.message).rstrip('.')}. Mend it and run the same command again, which goes "
-            "on where this one ended; or pass on_error='skip' (--on-error skip) to leave out what is broken."
-        ) from error

@@ -7,12 +7,10 @@ packer, so a wrong one costs a little speed and no more.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
-import re
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -32,7 +30,6 @@ _BYTES_PER_TOKEN = 4.0
 _TOKENS_PER_INPUT = 8.0  # of the template, besides what all inputs share
 _UNKNOWN_PIXELS = 640 * 480  # of an image that has to be downloaded, or loaded by the user
 _TOKENIZERS = "TOKENIZERS_PARALLELISM"
-_FIRST_INPUT = re.compile(r"^inputs\[0\]")
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +38,13 @@ class BrokenInput:
 
     index: int  # its position in the inputs
     message: str  # what is wrong with it
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for an input that cannot be read."""
+
+    reason: str
 
 
 # --- the plan
@@ -59,36 +63,33 @@ class Guess:
         """About how many tokens an input has, as `PumaProcessor.process_inputs` reads it; never an error."""
         return _TOKENS_PER_INPUT + self._content(item)
 
-    def _content(self, item: Any) -> float:
-        if isinstance(item, str) and not is_image_reference(item):
-            return _text_tokens(item)
+    def _content(self, item: Any, is_text: bool = False) -> float:
+        if item is None:
+            return 0.0
+        if isinstance(item, str) and (is_text or not is_image_reference(item)):
+            return len(item.encode(errors="replace")) / _BYTES_PER_TOKEN
         if isinstance(item, list | tuple):
             return sum(map(self._content, item))
         if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
-            given = {key: value for key, value in item.items() if value is not None and key not in ("type", "role")}
             # A text may be what a file is called: nobody looks at the disk for it.
-            texts = [given.pop(key) for key in ("text", "instruction", "content") if isinstance(given.get(key), str)]
-            return sum(map(_text_tokens, texts)) + sum(map(self._content, given.values()))
+            return sum(self._content(part, name in ("text", "instruction", "content")) for name, part in item.items())
         least, most = self.limits
         return min(max(self._pixels(item), least), most) / self.pixels_per_token
 
     def _pixels(self, image: Any) -> float:
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
+        if isinstance(image, Image.Image):
+            return image.height * image.width
         if isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
             return float(np.prod(image.shape)) / 3
-        try:
-            if isinstance(image, str | bytes) and self.open_files and not str(image[:9]).count("://"):
-                file = io.BytesIO(image) if isinstance(image, bytes) else image
-                with warnings.catch_warnings(action="ignore"), open_image(file) as opened:
+        if isinstance(image, str | bytes) and self.open_files:
+            try:
+                with open_image(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                     return opened.height * opened.width
-        except Exception:  # the processor will say what is wrong with it
-            return 0.0
-        return image.height * image.width if isinstance(image, Image.Image) else _UNKNOWN_PIXELS
-
-
-def _text_tokens(text: str) -> float:
-    return (len(text) if text.isascii() else len(text.encode(errors="replace"))) / _BYTES_PER_TOKEN
+            except Exception:  # the processor will say what is wrong with it
+                pass
+        return _UNKNOWN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -100,35 +101,23 @@ class Chunk:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without fail: in a thread of `DataLoader` an error would be lost, and it would wait forever."""
-        try:
-            inputs = pickle.dumps(self.inputs, pickle.HIGHEST_PROTOCOL)
-        except Exception:  # such as of an image that PIL has opened but not read, and cannot
-            inputs = pickle.dumps(tuple(map(_sendable, self.inputs)), pickle.HIGHEST_PROTOCOL)
-        return _unpickled, (self.indices, inputs)
+        return _unpickled, (self.indices, [_pickled(item) for item in self.inputs])
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for an input that cannot be read."""
-
-    reason: str
-
-
-def _sendable(item: Any) -> Any:
+def _pickled(item: Any) -> bytes:
     try:
-        pickle.dumps(item)
-    except Exception as error:
+        return pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # such as of an image that PIL has opened but not read, and cannot
         what = f"cannot be sent to a worker process ({type(error).__name__}: {error}). If it is whole, pass a path or "
-        return Unreadable(what + "bytes in its place, or num_workers=0.")
-    return item
+        return pickle.dumps(Unreadable(what + "bytes in its place, or num_workers=0."))
 
 
-def _unpickled(indices: tuple[int, ...], inputs: bytes) -> Chunk:
-    return Chunk(indices, pickle.loads(inputs))
+def _unpickled(indices: tuple[int, ...], inputs: Sequence[bytes]) -> Chunk:
+    return Chunk(indices, tuple(map(pickle.loads, inputs)))
 
 
 def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, padded: bool) -> Iterator[Chunk]:
-    """Cut inputs into chunks of about `max_tokens`, the longest of a window first.
+    """Cut inputs into chunks of about `max_tokens`, the longest of a window first; one that is longer is alone.
 
     One window is in memory at a time, whatever the length of the corpus. The plan depends on the inputs alone, so that
     the same call gives the same bits.
@@ -143,35 +132,19 @@ def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, pa
     for start, items in _windows(inputs):
         sizes = [guess.tokens(item) for item in items]
         # The longest first: what does not fit into memory fails at the start, not after hours.
-        order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else range(len(items))
-        for run in cut([sizes[place] for place in order], max_tokens, padded):
-            yield Chunk(tuple(start + place for place in order[run]), tuple(items[place] for place in order[run]))
-
-
-def cut(sizes: Sequence[float], max_tokens: float, padded: bool = False) -> list[slice]:
-    """Consecutive runs whose tokens fit into a budget; one that alone exceeds it is a run of its own.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.embedding.prepare import cut
-
-    >>> cut([9, 4, 3, 3, 1], max_tokens=8)
-    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
-    ```
-    """
-    runs, start, total, longest = [], 0, 0.0, 0.0
-    for end, size in enumerate(sizes):
-        total, longest = total + size, max(longest, size)
-        cost = longest * (end + 1 - start) if padded else total
-        if cost > max_tokens and end > start:
-            runs.append(slice(start, end))
-            start, total, longest = end, size, size
-    return [*runs, slice(start, len(sizes))] if start < len(sizes) else runs
+        order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else [*range(len(items))]
+        first, total, longest = 0, 0.0, 0.0
+        # The end counts as an input that fits nowhere.
+        for end, size in enumerate([*(sizes[place] for place in order), math.inf]):
+            total, longest = total + size, max(longest, size)
+            if end > first and (longest * (end + 1 - first) if padded else total) > max_tokens:
+                places = order[first:end]
+                yield Chunk(tuple(start + place for place in places), tuple(items[place] for place in places))
+                first, total, longest = end, size, size
 
 
 def _windows(inputs: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-    # Consecutive inputs with the position of the first; fewer of a stream whose images are large.
+    """Consecutive inputs with the position of the first; fewer of a stream whose images are large."""
     stream, start = iter(inputs), 0
     is_list = isinstance(inputs, list | tuple)  # which holds its inputs anyway
     while True:
@@ -188,12 +161,10 @@ def _windows(inputs: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
 
 
 def _held_bytes(item: Any) -> int:
-    if isinstance(item, bytes):
-        return len(item)
     if isinstance(item, Image.Image):
-        return item.height * item.width * len(item.getbands())
-    if isinstance(item, np.ndarray):
-        return item.nbytes
+        return 3 * item.height * item.width
+    if isinstance(item, bytes | np.ndarray):
+        return len(item) if isinstance(item, bytes) else item.nbytes
     parts = item.values() if isinstance(item, Mapping) else item
     return sum(map(_held_bytes, parts)) if isinstance(item, Mapping | list | tuple) else 0
 
@@ -233,38 +204,38 @@ class _Preparer(Dataset[Prepared]):
 
     def __getitem__(self, chunk: Chunk) -> Prepared:
         """Prepare a chunk. No input of it is an error: `Prepared.broken` names those that are broken."""
-        broken: list[BrokenInput] = []
-        items = list(self._loaded(chunk, broken))
-        batch = self._packed(items, broken)
-        bad = {one.index for one in broken}
-        return Prepared(tuple(index for index, _ in items if index not in bad), batch, tuple(sorted(broken)))
-
-    def _loaded(self, chunk: Chunk, broken: list[BrokenInput]) -> Iterator[tuple[int, Any]]:
+        broken: dict[int, str] = {}
+        items: dict[int, Any] = {}
         for index, item in zip(chunk.indices, chunk.inputs, strict=True):
-            if isinstance(item, Unreadable):
-                broken.append(BrokenInput(index, f"inputs[{index}]: {item.reason}"))
-                continue
             try:
-                yield index, item if self.load is None else self.load(item)
+                items[index] = item if self.load is None or isinstance(item, Unreadable) else self.load(item)
             except MemoryError:
                 raise
             except Exception as error:  # the loader is the user's: whatever it raises is about this input
-                reason = f"load failed with {type(error).__name__}: {error}"
-                broken.append(BrokenInput(index, f"inputs[{index}]: {reason}"))
+                items[index] = Unreadable(f"load failed with {type(error).__name__}: {error}")
+            if isinstance(items[index], Unreadable):
+                broken[index] = f"inputs[{index}]: {items.pop(index).reason}"
+        batch = self._packed(items, broken)
+        errors = tuple(BrokenInput(*one) for one in sorted(broken.items()))
+        return Prepared(tuple(index for index in items if index not in broken), batch, errors)
 
-    def _packed(self, items: Sequence[tuple[int, Any]], broken: list[BrokenInput]) -> Any:
+    def _packed(self, items: Mapping[int, Any], broken: dict[int, str]) -> Any:
         if not items:
             return None
         try:
-            return self.packer([item for _, item in items])
+            return self.packer([*items.values()])
         except MemoryError:
             raise
         except Exception as error:
             if len(items) == 1:
-                broken.append(BrokenInput(items[0][0], _message(error, items[0][0])))
+                (index,) = items
+                # The processor's message, with the input's own index: it was tried alone.
+                is_ours = isinstance(error, ValueError | FileNotFoundError | ImportError)
+                text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+                broken[index] = f"inputs[{index}]: {text.removeprefix('inputs[0]: ')}"
                 return None
             # One by one, to find out which: once more the work of this chunk, and of no other.
-            good = [item for item in items if self._packed([item], broken) is not None]
+            good = {index: item for index, item in items.items() if self._packed({index: item}, broken) is not None}
             if len(good) == len(items):
                 raise  # each is good by itself: not the fault of an input
             return self._packed(good, broken)
@@ -291,26 +262,13 @@ def prepared(
         prefetch_factor=_PREFETCHED if num_workers else None,
         generator=torch.Generator(),  # by default a seed is drawn from the user's own random numbers
     )
-    with _one_thread_each(num_workers):
-        batches = iter(loader)  # the workers start here
-    yield from batches
-
-
-@contextmanager
-def _one_thread_each(num_workers: int) -> Iterator[None]:
-    # Tokenizers' own threads do not survive a fork; it warns unless told before.
-    if not num_workers or _TOKENIZERS in os.environ:
-        yield
-        return
-    os.environ[_TOKENIZERS] = "false"
+    # Tokenizers' own threads do not survive a fork; each worker warns unless told before.
+    is_told = not num_workers or _TOKENIZERS in os.environ
+    if not is_told:
+        os.environ[_TOKENIZERS] = "false"
     try:
-        yield
+        batches = iter(loader)  # the workers start here
     finally:
-        del os.environ[_TOKENIZERS]
-
-
-def _message(error: Exception, index: int) -> str:
-    # The processor's message, with the input's own index: it was tried alone.
-    is_ours = isinstance(error, ValueError | FileNotFoundError | ImportError)
-    text = str(error) if is_ours else f"{type(error).__name__}: {error}"
-    return _FIRST_INPUT.sub(f"inputs[{index}]", text) if _FIRST_INPUT.match(text) else f"inputs[{index}]: {text}"
+        if not is_told:
+            del os.environ[_TOKENIZERS]
+    yield from batches

@@ -1,16 +1,24 @@
-"""`puma-hf embed`: a corpus into a store, as a function of one configuration; a run that was stopped goes on."""
+"""Embed what a store lacks: the one loop of `puma-hf embed`, `evaluate` and `index`, and `puma-hf embed` itself.
+
+A run that was stopped goes on where it was: what an input is known by says whether its embedding is there.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import re
+import shutil
 import time
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -18,29 +26,236 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import EmbedConfig
 from puma_hf.data.items import Corpus, open_corpus
 from puma_hf.data.records import Record
-from puma_hf.embedding.embed import embed_records, embedding_dim, quantize, ranges_of
-from puma_hf.embedding.prepare import WINDOW
-from puma_hf.embedding.store import MANIFEST, EmbeddingStore, disk_full_explained, read_manifest
+from puma_hf.embedding.embed import BrokenInputError, embed, embedding_dim, iterate_embeddings, quantize, ranges_of
+from puma_hf.embedding.prepare import WINDOW, BrokenInput, Unreadable
+from puma_hf.embedding.store import MANIFEST, EmbeddingStore, read_manifest
 from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
-from puma_hf.processes import broadcast, connect, gather, locked_for_all, own_device, shared_folder
+from puma_hf.processes import broadcast, connect, gather, own_device, shared_folder
+from puma_hf.settings import processing_of, shown
 
 logger = logging.getLogger(__name__)
 
 ERRORS = "errors.jsonl"
 # What is embedded is written at least so often: a run that is killed loses no more than this.
 _SECONDS = 60.0
-_LOOKED_UP = 256  # records whose keys are looked up together; so many are in memory with the bytes of their images
+_LEAST_FREE = 32 * 2**20  # bytes of a disk that is not full; a write of 4,096 vectors takes about as many
+_SHOWN = 3
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
-_Row = tuple[int, int, str, Tensor]  # number in the corpus, key, id, and embedding
 _STORED_AS = {"binary": torch.int8, "ubinary": torch.uint8}
 
 
-@dataclass(frozen=True, kw_only=True)
+# --- what a store lacks
+
+
+class Item(NamedTuple):
+    """A record, what its embedding is found by, and, where that is more, what the model sees of it."""
+
+    record: Record
+    key: int
+    seen: str = ""
+
+
+class Sink(Protocol):
+    """Where embeddings go."""
+
+    def has(self, item: Item) -> bool:
+        """Whether an item need not be embedded; asked once for each of this process."""
+
+    def add(self, items: list[Item], rows: Tensor) -> None:
+        """Store embeddings `(num_items, embedding_dim)`."""
+
+
+Embedder = Callable[[Iterator[Record], Callable[[BrokenInput], object]], Iterator[tuple[Tensor, Tensor]]]
+"""From records to numbers of them, in the order in which they came, and their rows, as `iterate_embeddings` does it."""
+
+
+class Done(NamedTuple):
+    """What all processes have done."""
+
+    num_new: int
+    num_errors: int
+    seconds: float
+
+
+class EmbeddingRun:
+    """The work of one process: of all items those whose key falls to it, embedded and stored a shard at a time.
+
+    Args:
+        sink: Where embeddings go.
+        embedder: Embeds records.
+        shard_size: Rows that are written together.
+        errors: File that lists broken inputs, which are left out; without one the first of them ends the run.
+        zeros: Whether zeros take the place of what is broken. They have the complement of its key, which no content
+            has: so every run tries it again, and lists it again.
+        in_order: Whether shards are in the order of the items, which costs a window of rows in memory.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        embedder: Embedder,
+        shard_size: int,
+        *,
+        errors: Path | None = None,
+        zeros: bool = False,
+        in_order: bool = False,
+    ) -> None:
+        self.sink, self.embedder, self.shard_size, self.path, self.zeros = sink, embedder, shard_size, errors, zeros
+        # Rows arrive by length inside of a window: with one more than a shard in memory, its first rows are all there.
+        self.most = shard_size + (WINDOW if in_order else 0)
+        self.sent: dict[int, Item] = {}  # what the model has, by its number
+        self.pending: set[int] = set()  # the keys of what is not written, so that nothing is embedded twice in a row
+        self.rows: list[tuple[Item, Tensor]] = []  # what is to be written
+        self.errors: list[dict[str, Any]] = []
+        self.num_new = 0
+        self.progress: Any = tqdm(disable=True)
+
+    def run(self, items: Iterable[Item], total: int, *, show_progress_bar: bool = True) -> Done:
+        """Embed what the sink lacks; all processes give the same items, and wait for all."""
+        rank, num_processes = connect()
+        start = written = time.monotonic()
+        bar = {"desc": "Embedding", "unit": "item", "smoothing": 0.1, "disable": rank > 0 or not show_progress_bar}
+        with tqdm(total=total // num_processes, **bar) as self.progress:
+            try:
+                for numbers, rows in self.embedder(self._missing(items, total), self._broken):
+                    done = [self.sent.pop(number) for number in numbers.tolist()]
+                    _check_finite([item.record for item in done], rows)
+                    self.rows += zip(done, rows, strict=True)
+                    self.progress.update(len(done))
+                    is_late = time.monotonic() - written > _SECONDS
+                    if is_late or len(self.rows) >= self.most:
+                        self._write(len(self.rows) if is_late else self.shard_size)
+                        written = time.monotonic()
+            except BrokenInputError as error:
+                record, reason = self.sent[error.index].record, error.broken.message.rstrip(".")
+                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {_without_place(reason)}"
+                remedy = "Mend it and run the same command again, which goes on where this one ended"
+                skip = "; or pass on_error='skip' (--on-error skip) to leave out what is broken" if self.path else ""
+                raise ValueError(f"{what}. {remedy}{skip}.") from error
+            finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
+                self._write(len(self.rows))
+        errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
+        if rank == 0 and self.path is not None:
+            self.path.unlink(missing_ok=True)
+            if errors:
+                text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+                write_whole(self.path, text.encode("utf-8", "backslashreplace"))
+        return Done(sum(gather(self.num_new)), len(errors), max(gather(time.monotonic() - start)))
+
+    def _missing(self, items: Iterable[Item], total: int) -> Iterator[Record]:
+        (rank, num_processes), numbers, num_read = connect(), count(), 0
+        for item in items:
+            num_read += 1
+            # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
+            if item.key % num_processes != rank:
+                continue
+            if item.key in self.pending or self.sink.has(item):
+                # Not counted as done: so the rate, and the time left, are those of the work.
+                self.progress.total -= 1
+            else:
+                self.pending.add(item.key)
+                self.sent[next(numbers)] = item
+                yield item.record
+        if num_read != total:
+            raise ValueError(
+                "The inputs changed while they were read. Run the same command again: what is done is kept."
+            )
+
+    def _broken(self, error: BrokenInput) -> None:
+        item = self.sent[error.index] if self.zeros else self.sent.pop(error.index)
+        self.pending.discard(item.key)
+        message = _without_place(error.message)
+        self.errors.append({"row": item.record.row, "id": item.record.id, "message": message})
+        if self.zeros:
+            self.sent[error.index] = item._replace(key=~item.key)
+        else:
+            self.progress.update(1)
+
+    def _write(self, num_rows: int) -> None:
+        self.rows.sort(key=lambda row: row[0].record.row)
+        now, self.rows = self.rows[:num_rows], self.rows[num_rows:]
+        for start in range(0, num_rows, self.shard_size):
+            items, rows = zip(*now[start : start + self.shard_size], strict=True)
+            self.sink.add(list(items), torch.stack(rows))
+            keys = {item.key for item in items}
+            self.num_new += sum(key >= 0 for key in keys)
+            self.pending -= keys
+
+
+def embed_records(
+    model: Any, records: Iterator[Record], report: Callable[[BrokenInput], object], **options: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The `Embedder` of a `SentenceTransformer`; `options` are those of `iterate_embeddings`."""
+    inputs = (record.model_input if record.problem is None else Unreadable(record.problem) for record in records)
+    return iterate_embeddings(model, inputs, report=report, show_progress_bar=False, **options)
+
+
+def options_of(config: EmbedConfig) -> dict[str, Any]:
+    """What a configuration says to `iterate_embeddings`."""
+    names = ("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
+    options = {name: getattr(config, name) for name in names}
+    return {**options, "processing_kwargs": processing_of(config.special_tokens)}
+
+
+def _check_finite(records: list[Record], rows: Tensor) -> None:
+    if bad := [record.id for record, row in zip(records, rows, strict=True) if not bool(row.isfinite().all())]:
+        problem = f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first"
+        remedy = "Look at these inputs, or load the weights as bfloat16 or float32 instead of float16."
+        raise ValueError(f"{problem} {shown(bad[:_SHOWN])}. {remedy}")
+
+
+def _without_place(message: str) -> str:
+    return re.sub(r"^inputs\[\d+\]: ", "", message)  # which says nothing to who knows ids
+
+
+@contextmanager
+def disk_full_explained(folder: str | Path) -> Iterator[None]:
+    """Say of the error of a full disk what is lost and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # LanceDB raises a RuntimeError for all that goes wrong, so the disk is asked.
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, RuntimeError):
+            place = Path(folder)
+            is_full = shutil.disk_usage(place if place.is_dir() else place.resolve().parent).free < _LEAST_FREE
+        if not is_full:
+            raise
+        problem = f"{str(folder)!r} could not be written, the disk is full ({error})"
+        remedy = "What was written before is kept: make room, and run the same command again"
+        raise OSError(errno.ENOSPC, f"{problem}. {remedy}") from error
+
+
+class StoreSink:
+    """An `EmbeddingStore` to embed into; `keys` are those of all items of this process, 8 bytes each."""
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store, self.keys = store, array("q")
+
+    def has(self, item: Item) -> bool:
+        """Whether the store had it when it was opened."""
+        self.keys.append(item.key)
+        return bool(self.store.has(torch.tensor([item.key])))
+
+    def add(self, items: list[Item], rows: Tensor) -> None:
+        """Write a shard, in the precision of the store."""
+        keys = [item.key for item in items]
+        self.keys.extend(key for key in keys if key < 0)  # of zeros
+        settings = self.store.settings
+        values = quantize(rows.numpy(), settings.get("precision", "float32"), settings.get("ranges"))
+        ids = [item.record.id for item in items]
+        self.store.add(torch.tensor(keys), torch.from_numpy(values), ids=ids, order=items[0].record.row)
+
+
+# --- the command
+
+
+@dataclass(frozen=True)
 class EmbedReport:
     """What a run of `embed_corpus` has done; `str()` tells it in a few lines."""
 
@@ -48,21 +263,16 @@ class EmbedReport:
     num_items: int  # inputs of the corpus
     num_rows: int  # embeddings in the directory
     num_errors: int  # inputs that could not be embedded
-    num_shards: int  # shards in the directory
     num_new_items: int  # inputs that this run has embedded
-    embedding_dim: int
-    precision: str
     seconds: float  # from the first input to the last
 
     def __str__(self) -> str:
         rate = f", {self.num_new_items / self.seconds:,.1f} a second" if self.num_new_items and self.seconds else ""
         before = self.num_items - self.num_errors - self.num_new_items
-        broken = f"\nbroken   {self.num_errors:,} inputs, see {Path(self.output, ERRORS)}" if self.num_errors else ""
-        return (
-            f"embedded {self.num_new_items:,} inputs{rate}; {before:,} already were\n"
-            f"saved    {self.num_rows:,} embeddings of {self.embedding_dim} dimensions as {self.precision}, shards: "
-            f"{self.num_shards:,}, in {self.output}{broken}"
-        )
+        lines = [f"embedded {self.num_new_items:,} inputs{rate}; {before:,} already were"]
+        lines += [f"saved    {self.num_rows:,} embeddings in {self.output}"]
+        lines += [f"broken   {self.num_errors:,} inputs, see {Path(self.output, ERRORS)}"] if self.num_errors else []
+        return "\n".join(lines)
 
 
 def embed_corpus(config: EmbedConfig) -> EmbedReport:
@@ -80,7 +290,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         What was done.
 
     Raises:
-        FileNotFoundError: If the corpus is missing.
+        FileNotFoundError: If the corpus or the model is missing.
         ValueError: If the corpus has wrong lines, an input is broken (with `on_error="raise"`), the model is no
             `SentenceTransformer`, or the directory holds embeddings of another model, setting or version.
         DirectoryInUseError: If another run writes into the directory.
@@ -92,171 +302,58 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         >>> config = EmbedConfig(data="demo/emoji", model="puma-k4-mac", output="embeddings")
         >>> print(embed_corpus(config))  # doctest: +SKIP
     """
-    with locked_for_all(config.output):
+    with disk_full_explained(config.output), shared_folder(config.output) as folder:
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # The whole corpus is read once before: so wrong lines are known before the model is loaded.
-        survey = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED) if connect()[0] == 0 else None
-        num_items = broadcast(survey.num_items if survey is not None else 0)
+        num_items, sample = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED)
         model = open_model(config)
-        with shared_folder(config.output) as folder:
-            settings = _settings(config, model)
-            if config.is_scaled:
-                ranges = None if survey is None else _ranges(folder, model, survey.sample, config)
-                settings["ranges"] = broadcast(ranges)
-            dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
-            store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
-            gather(None)  # all have looked before anyone writes
-            return _Run(config, corpus, model, store).run(num_items)
-
-
-class _Run:
-    """The work of one process, and what all of them come to."""
-
-    def __init__(self, config: EmbedConfig, corpus: Corpus, model: SentenceTransformer, store: EmbeddingStore) -> None:
-        self.config, self.corpus, self.model, self.store = config, corpus, model, store
-        self.rank, self.count = connect()
-        self.keys = array("q")  # of all records of this process, 8 bytes each
-        self.waiting: dict[int, int] = {}  # the key of each record that the model has not seen, by its row
-        self.errors: list[dict[str, Any]] = []
-        self.num_read = self.num_new = 0
-        self.progress: Any = None
-
-    def run(self, num_items: int) -> EmbedReport:
-        start, size = time.monotonic(), self.config.shard_size
-        mine = sum(min(size, num_items - first) for first in range(self.rank * size, num_items, self.count * size))
-        shares = "" if self.count == 1 else f", process 1 of {self.count}"
-        with tqdm(total=mine, desc=f"Embedding{shares}", unit="item", disable=self.rank > 0, smoothing=0.1) as bar:
-            self.progress = bar
-            self._embed()
-        seconds = time.monotonic() - start
-        if any(num_read != num_items for num_read in gather(self.num_read)):
-            raise ValueError(
-                f"{self.corpus.path} changed while it was read. Run the same command again: what is done is kept."
-            )
-        errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
+        settings, is_main = settings_of(config, model), connect()[0] == 0
+        if config.is_scaled:
+            ranges = broadcast(_ranges(folder, model, sample, config) if is_main else None)
+            settings |= {"calibration_size": config.calibration_size, "ranges": ranges}
+        dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
+        store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
+        gather(None)  # all have looked before anyone writes
+        sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config))
+        zeros = config.on_error == "zero"
+        run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS, zeros=zeros, in_order=True)
+        done = run.run(items_of(corpus, lambda record, seen: content_key(record.id, seen)), num_items)
         # The type is said: that of a process which had no rows would be float32, and so would then all keys.
-        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(self.keys)])
-        if self.rank == 0:
-            self._finish(keys, num_items, errors)
-        num_new, seconds = sum(gather(self.num_new)), max(gather(seconds))
-        self.store.refresh()
-        return EmbedReport(
-            output=str(self.config.output),
-            num_items=num_items,
-            num_rows=len(self.store),
-            num_errors=len(errors),
-            num_shards=self.store.num_shards,
-            num_new_items=num_new,
-            embedding_dim=embedding_dim(self.model, self.config.truncate_dim),
-            precision=self.config.precision,
-            seconds=seconds,
-        )
-
-    def _embed(self) -> None:
-        # Rows are written in the order of the corpus, a shard at a time, but arrive by length inside of a window. With
-        # a window more than a shard in the buffer, its first rows are all there: only then are they written, unless a
-        # minute has passed. So the order costs a window of rows in memory.
-        buffer: list[_Row] = []
-        written = time.monotonic()
-        try:
-            for records, rows in embed_records(self.model, self._missing(), self.config, self._broken):
-                for record, row in zip(records, rows, strict=True):
-                    buffer.append((record.row, self.waiting.pop(record.row), record.id, row))
-                self.progress.update(len(records))
-                is_late = time.monotonic() - written > _SECONDS
-                if is_late or len(buffer) >= self.config.shard_size + WINDOW:
-                    buffer = self._write(buffer, len(buffer) if is_late else self.config.shard_size)
-                    written = time.monotonic()
-        finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
-            self._write(buffer, len(buffer))
-
-    # The records that the store lacks, of this process: every so-many-th shard of the corpus.
-    def _missing(self) -> Iterator[Record]:
-        lines = self._my_lines()
-        while part := [self.corpus.record(row, line) for row, line in islice(lines, _LOOKED_UP)]:
-            keys = [content_key(record.id, self.corpus.content_hash(record)) for record in part]
-            self.keys.extend(keys)
-            for record, key, is_there in zip(part, keys, self.store.has(torch.tensor(keys)).tolist(), strict=True):
-                if is_there:  # not done: so the rate, and the time left, are those of the work
-                    self.progress.total -= 1
-                else:
-                    self.waiting[record.row] = key
-                    yield record
-
-    def _my_lines(self) -> Iterator[tuple[int, Any]]:
-        for row, line in enumerate(self.corpus.lines()):
-            self.num_read = row + 1
-            if row // self.config.shard_size % self.count == self.rank:
-                yield row, line
-
-    def _broken(self, record: Record, message: str) -> None:
-        # Its key stays absent, so that every run tries it again, and lists it again. Zeros in its place have the
-        # complement of the key, which no content has.
-        self.errors.append({"row": record.row, "id": record.id, "message": message})
-        if self.config.on_error == "zero":
-            self.waiting[record.row] = ~self.waiting[record.row]
-            self.keys.append(self.waiting[record.row])
-        else:
-            del self.waiting[record.row]
-            self.progress.update(1)
-
-    def _write(self, buffer: list[_Row], count: int) -> list[_Row]:
-        # The first rows of the buffer; what is left of it is returned.
-        buffer.sort(key=lambda entry: entry[0])
-        self.num_new += sum(key >= 0 for _, key, _, _ in buffer[:count])
-        for start in range(0, count, self.config.shard_size):
-            part = buffer[start : min(count, start + self.config.shard_size)]
-            there = self.store.has(torch.tensor([key for _, key, _, _ in part])).tolist()  # zeros of an earlier run
-            if part := [entry for entry, is_there in zip(part, there, strict=True) if not is_there]:
-                numbers, keys, ids, rows = zip(*part, strict=True)
-                values = quantize(torch.stack(rows).numpy(), self.config.precision, self.store.settings.get("ranges"))
-                self.store.add(torch.tensor(keys), torch.from_numpy(values), ids=ids, order=numbers[0])
-        return buffer[count:]
-
-    def _finish(self, keys: Tensor, num_items: int, errors: Sequence[dict[str, Any]]) -> None:
-        path = self.store.folder / ERRORS
-        with disk_full_explained(self.store.folder):
-            self.store.keep(keys)
-            text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-            content = text.encode("utf-8", "backslashreplace")
-            if not errors:
-                path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_bytes() != content:
-                write_whole(path, content)
-            self.store.say(
-                complete=True,
-                model=short_name(self.config.model),
-                data=short_name(self.config.data),
-                num_items=num_items,
-                num_rows=len(self.store),
-                num_errors=len(errors),
-            )
+        keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(sink.keys)])
+        if is_main:
+            store.keep(keys)
+            about = {"model": short_name(config.model), "data": short_name(config.data), "num_rows": len(store)}
+            store.say(complete=True, num_items=num_items, num_errors=done.num_errors, **about)
+        num_rows = broadcast(len(store))
+        return EmbedReport(str(config.output), num_items, num_rows, done.num_errors, done.num_new, done.seconds)
 
 
-def _settings(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
-    # What the embeddings depend on besides the inputs.
-    values: dict[str, Any] = {
-        "fingerprint": model_fingerprint(model),
-        "weights_dtype": str(model.dtype).removeprefix("torch."),
-        "prompt": config.prompt,
-        "truncate_dim": config.truncate_dim,
-        "precision": config.precision,
-    }
-    return {**values, "calibration_size": config.calibration_size} if config.is_scaled else values
+def items_of(corpus: Corpus, key_of: Callable[[Record, str], int]) -> Iterator[Item]:
+    """The records of a corpus with their keys, made from a record and the hash of its content."""
+    for row, line in enumerate(corpus.lines()):
+        record = corpus.record(row, line)
+        seen = corpus.content_hash(record)
+        yield Item(record, key_of(record, seen), seen)
+
+
+def settings_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
+    """What embeddings depend on besides the inputs: those of another value cannot be compared."""
+    settings = {"fingerprint": model_fingerprint(model), "weights_dtype": str(model.dtype).removeprefix("torch.")}
+    return {**settings, **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision")}}
 
 
 def _ranges(
-    folder: Path, model: SentenceTransformer, sample: Sequence[Record], config: EmbedConfig
+    folder: Path, model: SentenceTransformer, sample: list[Record], config: EmbedConfig
 ) -> list[list[float]] | None:
     # A corpus that grows keeps its ranges: else the integers of its first rows would mean something else.
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)["settings"].get("ranges")  # type: ignore[no-any-return]
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
-    # What is broken is told when its turn comes.
-    parts = [rows for _, rows in embed_records(model, sample, replace(config, on_error="skip"), lambda *_: None)]
-    return ranges_of(
-        torch.cat([torch.empty(0, embedding_dim(model, config.truncate_dim)), *parts]).numpy(), config.precision
-    )
+    good = [record for record in sample if record.problem is None]
+    options = {**options_of(config), "on_error": "skip"}  # what is broken is told when its turn comes
+    found = embed(model, [record.model_input for record in good], show_progress_bar=False, **options)
+    _check_finite([good[place] for place in found.indices], torch.from_numpy(found.embeddings))
+    return ranges_of(found.embeddings, config.precision)
 
 
 def open_model(config: EmbedConfig) -> SentenceTransformer:
@@ -267,13 +364,14 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         ValueError: If it is no `SentenceTransformer`, or has fewer dimensions than `truncate_dim`.
     """
     # Of a folder without `modules.json` sentence-transformers would make a model of its own, and its vectors are noise.
-    folder, refusal = Path(config.model), None
+    folder = Path(config.model)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if is_adapter or not is_sentence_transformer_model(config.model, revision=config.revision):
         remedy = "Make one of an original checkpoint with puma-hf prune, or of an adapter with puma-hf merge."
-        refusal = ValueError(f"model={config.model!r} is no PUMA model. {remedy}")
         if folder.is_dir():
-            raise refusal
+            raise ValueError(f"model={config.model!r} is no PUMA model. {remedy}")
+        problem = "is no folder here, and no PUMA model on the Hub, or it cannot be reached. Check the name"
+        raise FileNotFoundError(f"model={config.model!r} {problem}. {remedy}")
     model = open_sentence_transformer(
         config.model,
         device=own_device(),
@@ -281,9 +379,7 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         trust_remote_code=config.trust_remote_code,
         model_kwargs={"dtype": config.dtype},
     ).eval()
-    if refusal is not None:  # it is one on the Hub; of what is not there the error is another
-        raise refusal
-    check_truncate_dim(model, config.model, config.truncate_dim)
+    embedding_dim(model, config.truncate_dim)  # so many there must be, before anything is written
     if not config.fast:
         first: Any = model[0]
         first.fast_path = None

@@ -12,7 +12,6 @@ read at once, where Parquet decodes all of a shard (about 0.1 GB a second).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -45,15 +44,11 @@ _STALE_SECONDS = 3600.0  # a draft that is so old is that of a process that died
 _DAMAGES = (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError, IndexError)
 
 
-class DamagedShardError(ValueError):
-    """A shard is gone or spoiled since its store was opened."""
-
-
 class EmbeddingStore:
     """A directory of embeddings, each found by the key of the content that it belongs to.
 
     A shard is one file, written whole or not at all, and named by a hash of its keys and settings, so that several
-    processes may write at once. In memory are the keys alone, 16 bytes each. A shard that is cut off counts as absent;
+    processes may write at once. In memory are the keys alone, 24 bytes each. A shard that is cut off counts as absent;
     what it held is embedded again. Where a key is in several shards, the one that was seen first counts.
 
     Args:
@@ -100,9 +95,7 @@ class EmbeddingStore:
         self.settings: dict[str, Any] = self.manifest["settings"]
         self.dtype: torch.dtype = getattr(torch, self.settings["embedding_dtype"])
         self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True).encode()}
-        self._shards: dict[str, Tensor] = {}  # the keys of each
-        self._runs: list[tuple[Tensor, Tensor]] = []  # sorted keys, and the number of each one's row
-        self._starts = torch.tensor([0])  # the number of each shard's first row
+        self._shards: dict[str, Tensor] = {}  # the keys of each, in the order in which they were seen
         self._refused: set[str] = set()
         self.refresh()
 
@@ -110,13 +103,8 @@ class EmbeddingStore:
         """Number of rows, as of the last `refresh`."""
         return sum(map(len, self._shards.values()))
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards, likewise."""
-        return len(self._shards)
-
     def __iter__(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
-        """Ids and rows `(num_rows, embedding_width)` of each shard; a DamagedShardError if one is spoiled."""
+        """Ids and rows `(num_rows, embedding_width)` of each shard; a ValueError if one is spoiled."""
         for name, keys in sorted(self._shards.items(), key=lambda shard: shard[0]):
             yield self._ids(name), self._read(name, torch.arange(len(keys))).numpy()
 
@@ -124,21 +112,13 @@ class EmbeddingStore:
         """Take in the shards that were written since, by this process or by others."""
         names = sorted(path.stem for path in self.folder.glob("shard-*.parquet") if _SHARD.fullmatch(path.name))
         if not self._shards.keys() <= set(names):  # `keep`, or a user, has removed some
-            self._shards, self._runs, self._starts = {}, [], torch.tensor([0])
-        first = len(self)
+            self._shards = {}
         new = {name: keys for name in names if name not in self._shards and (keys := self._keys_of(name)) is not None}
         self._shards |= new
+        # Rows are numbered over all shards as they came; of equal keys the one that came first stays first.
         self._starts = torch.tensor([0, *map(len, self._shards.values())]).cumsum(0)
-        if not new:
-            return
-        # Rows are numbered over all shards as they came. Keys are in sorted runs, each at least twice as long as the
-        # next: to sort millions anew for every shard would take longer than to embed it.
-        keys, order = torch.cat([*new.values()]).sort(stable=True)
-        self._runs.append((keys, order + first))
-        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
-            keys, order = (torch.cat(parts) for parts in zip(*self._runs[-2:], strict=True))
-            keys, places = keys.sort(stable=True)  # of equal keys the one that came first stays first
-            self._runs[-2:] = [(keys, order[places])]
+        empty = torch.empty(0, dtype=torch.int64)
+        self._keys, self._order = torch.cat([empty, *self._shards.values()]).sort(stable=True)
 
     def has(self, keys: Tensor) -> Tensor:
         """Whether each key, `(num_keys,)` int64, was there at the last `refresh`: `(num_keys,)` bool."""
@@ -158,14 +138,16 @@ class EmbeddingStore:
 
         Raises:
             ValueError: If a shape or a value is not as said.
-            OSError: If the disk is full; finished shards are kept.
+            OSError: If it cannot be written; finished shards are kept.
         """
         rows = embeddings.detach().to("cpu", self.dtype).contiguous()
         if rows.ndim != 2 or len(rows) != len(keys) or rows.shape[1] != (self.embedding_dim or rows.shape[1]):
             size = f"(num_keys, {self.embedding_dim or 'embedding_dim'})"
             raise ValueError(f"embeddings is {tuple(rows.shape)} for {len(keys)} keys, must be {size}")
         if rows.is_floating_point() and not bool(rows.isfinite().all()):
-            raise ValueError(f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32")
+            raise ValueError(
+                f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32 or bfloat16"
+            )
         keys = keys.cpu().contiguous()
         # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
         digest = hashlib.sha256(self._metadata[_KEY] + keys.numpy().tobytes()).hexdigest()[:24]
@@ -174,15 +156,17 @@ class EmbeddingStore:
         if ids is not None:
             # Names of files, and JSON, may hold half a character, which no table can.
             columns["id"] = pa.array([one.encode("utf-8", "backslashreplace").decode() for one in ids], pa.string())
-        with disk_full_explained(self.folder):
-            self.say(complete=False)  # before anything changes
-            if self.settings["file_format"] == "parquet":
-                columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), rows.shape[1])
-            else:
-                # As bytes, since the file then fails as files do: safetensors' own error is no OSError. And first: a
-                # shard is there when its Parquet file is.
-                write_whole(path.with_suffix(".safetensors"), save({"embeddings": rows}))
-            write_whole(path, self._table(columns))
+        self.say(complete=False)  # before anything changes
+        if self.settings["file_format"] == "parquet":
+            columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), rows.shape[1])
+        else:  # first, as a shard is there when its Parquet file is
+            write_whole(path.with_suffix(".safetensors"), save({"embeddings": rows}))
+        # Parquet has no integers of one byte: only as indices into a dictionary of 256 they take no more.
+        small = ["embedding.list.element"] if self.dtype.itemsize == 1 and "embedding" in columns else False
+        # Nothing is compressed: embeddings are noise, which takes the time and stays as large.
+        buffer, table = io.BytesIO(), pa.table(columns).replace_schema_metadata(self._metadata)
+        parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
+        write_whole(path, buffer.getvalue())
         self.embedding_dim = rows.shape[1]
         return path.stem
 
@@ -190,8 +174,7 @@ class EmbeddingStore:
         """Rows `(num_keys, embedding_width)` in the order of the keys.
 
         Raises:
-            ValueError: If a key is not there.
-            DamagedShardError: If a shard is no longer what it was.
+            ValueError: If a key is not there, or a shard is no longer what it was.
         """
         places = self._find(keys)
         if bool((places < 0).any()):
@@ -239,19 +222,18 @@ class EmbeddingStore:
         """Change what `manifest.json` says besides the settings; `complete` tells readers that a run has finished."""
         self.manifest = read_manifest(self.folder)  # another process may have changed it
         if (said := {**self.manifest, **about}) != self.manifest:
-            self.manifest = said
             self._write_manifest(said)
 
-    # The number of each key's row, counted over all shards; -1 where there is none.
     def _find(self, keys: Tensor) -> Tensor:
-        found, keys = torch.full_like(keys, -1, device="cpu"), keys.cpu()
-        for there, order in self._runs:
-            at = torch.searchsorted(there, keys).clamp(max=len(there) - 1)
-            found = torch.where((found < 0) & (there[at] == keys), order[at], found)
-        return found
+        """The number of each key's row, counted over all shards; -1 where there is none."""
+        keys = keys.cpu()
+        if not len(self._keys):
+            return torch.full_like(keys, -1)
+        at = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
+        return torch.where(self._keys[at] == keys, self._order[at], -1)
 
-    # The keys of a shard; None if it is cut off, or not of these settings, which is said once.
     def _keys_of(self, name: str) -> Tensor | None:
+        """The keys of a shard; None if it is cut off, or not of these settings, which is said once."""
         reason = "is not of these settings"
         try:
             file = parquet.ParquetFile(self.folder / f"{name}.parquet")
@@ -287,47 +269,34 @@ class EmbeddingStore:
             file = parquet.ParquetFile(path, page_checksum_verification=True)
             return file.read(columns=["id"])["id"].to_pylist() if "id" in file.schema_arrow.names else []
 
-    def _table(self, columns: Mapping[str, Any]) -> bytes:
-        buffer = io.BytesIO()
-        # Parquet has no integers of one byte: only as indices into a dictionary of 256 they take no more.
-        small = ["embedding.list.element"] if self.dtype.itemsize == 1 and "embedding" in columns else False
-        # Nothing is compressed: embeddings are noise, which takes the time and stays as large.
-        table = pa.table(dict(columns)).replace_schema_metadata(self._metadata)
-        parquet.write_table(table, buffer, compression="none", use_dictionary=small, write_page_checksum=True)
-        return buffer.getvalue()
-
-    # The manifest of the directory, a new one if there is none. Its settings must be those that are wanted.
     def _settle(self, wanted: dict[str, Any] | None) -> dict[str, Any]:
+        """The manifest of the directory, a new one if there is none. Its settings must be those that are wanted."""
         if wanted is not None:
-            with disk_full_explained(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_drafts(_STALE_SECONDS)
-                if not (self.folder / MANIFEST).exists():
-                    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-                    self._write_manifest({**head, "settings": wanted, "complete": False})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_drafts(_STALE_SECONDS)
+            if not (self.folder / MANIFEST).exists():
+                head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+                self._write_manifest({**head, "settings": wanted, "complete": False})
         # Read in any case: another process may have written another one meanwhile.
         manifest = read_manifest(self.folder)
         found = manifest["settings"]
         wanted = found if wanted is None else wanted
         if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
             pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
-            values = "; ".join(pairs)
-            raise ValueError(
-                f"The embeddings in {str(self.folder)!r} were made with other settings: {values}. Choose another "
-                "directory, or delete this one to make them again."
-            )
+            problem = f"The embeddings in {str(self.folder)!r} were made with other settings: {'; '.join(pairs)}."
+            raise ValueError(f"{problem} Choose another directory, or delete this one to make them again.")
         return manifest
 
-    # What writers that were killed have left, if it is older than so many seconds.
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        self.manifest = dict(manifest)
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+
     def _remove_drafts(self, age: float) -> None:
+        """Remove what writers that were killed have left, if it is older than so many seconds."""
         for draft in self.folder.glob(".*.tmp"):
             with suppress(FileNotFoundError):
                 if time.time() - draft.stat().st_mtime >= age:
                     draft.unlink()
-
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self.folder / MANIFEST, text.encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -344,10 +313,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         command = "run the command that made it again"
         if {"model", "data"} <= manifest.keys():
             command += f": puma-hf embed {manifest['data']} --model {manifest['model']} --output {folder}"
-        raise ValueError(
-            f"{str(path)!r} is no manifest of this version of puma-hf, which reads {FORMAT!r}, version "
-            f"{FORMAT_VERSION}. To make the embeddings anew, delete the directory and {command}"
-        )
+        problem = f"{str(path)!r} is no manifest of this version of puma-hf (version {FORMAT_VERSION} of {FORMAT!r})"
+        raise ValueError(f"{problem}. To make the embeddings anew, delete the directory and {command}")
     return dict(manifest)
 
 
@@ -374,26 +341,9 @@ def open_embeddings(folder: str | Path) -> EmbeddingStore:
     manifest = read_manifest(path)
     store = EmbeddingStore(path, None)
     if not manifest["complete"] or len(store) != manifest["num_rows"]:
-        raise ValueError(
-            f"{str(folder)!r} is not whole: the run that writes it has not finished, or files are missing. Run the "
-            "same command again: it goes on where it was."
-        )
+        problem = f"{str(folder)!r} is not whole: the run that writes it has not finished, or files are missing."
+        raise ValueError(f"{problem} Run the same command again: it goes on where it was.")
     return store
-
-
-@contextmanager
-def disk_full_explained(folder: Path) -> Iterator[None]:
-    """Say of an OSError of a full disk what is lost and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"{str(folder)!r} could not be written, the disk is full ({error.strerror}). Finished shards are kept: "
-            "make room, and run the same command again",
-        ) from error
 
 
 @contextmanager
@@ -401,7 +351,5 @@ def _damage_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGES as error:
-        raise DamagedShardError(
-            f"{str(path)!r} can no longer be read ({error}). Delete this file and run the same command again: its "
-            "embeddings are then made anew"
-        ) from error
+        remedy = "Delete this file and run the same command again: its embeddings are then made anew"
+        raise ValueError(f"{str(path)!r} can no longer be read ({error}). {remedy}") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,19 +14,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from puma_hf.data.mbeir import Candidate, Query
 from puma_hf.data.records import Record
-from puma_hf.embedding.embed import BrokenInputError, embed, is_puma
+from puma_hf.embedding.embed import is_puma
+from puma_hf.embedding.run import EmbeddingRun, Item, StoreSink, disk_full_explained, embed_records
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.fingerprint import content_key, image_content
-from puma_hf.processes import broadcast, connect, gather
 
 SHARD_SIZE = 1024
-# Shards of one process that are planned at once: of a pool of millions no more records are in memory.
-_SHARDS_AT_ONCE = 8
-_SHOWN = 5
+# Inputs of any model that are put into groups together: of a pool of millions no more records are in memory.
+_WINDOW = 8 * SHARD_SIZE
 # Arguments of `encode` that say how it runs, not what comes out.
 _HOW_IT_RUNS = {"batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device", "pool"}
 _HOW_IT_RUNS |= {"show_progress_bar"}
@@ -71,46 +71,42 @@ def embed_into(
         ValueError: If an input cannot be read, or `encode` returns a wrong shape, NaN or infinity.
         OSError: If an image is gone, or the disk is full; finished shards are kept.
     """
-    rank, count = connect()
-    root, remaining, keys = os.path.realpath(root), iter(pairs), [torch.empty(0, dtype=torch.int64)]
-    with tqdm(total=total, desc="Embedding", unit="item", disable=not show_progress_bar or rank > 0) as progress:
-        while window := list(islice(remaining, shard_size * _SHARDS_AT_ONCE * count)):
-            here = [content_key(prompt, one.text, image_content(one.image, root)) for one, prompt in window]
-            keys.append(torch.tensor(here))
-            # One process looks and tells the others: on a network drive they may not see the same files yet.
-            shards = broadcast([*_missing(store, window, keys[-1], shard_size)] if rank == 0 else [])
-            for shard in shards[rank::count]:
-                store.add(keys[-1][shard], _encode(model, [window[place] for place in shard], store, options))
-                progress.update(len(shard))
-            if shards:  # otherwise a pool of millions that is there already would be listed again and again
-                gather(None)
-                store.refresh()
-            progress.update(sum(map(len, keys)) - progress.n)
-    return torch.cat(keys)
+    keys, root = array("q"), os.path.realpath(root)
+
+    def items() -> Iterator[Item]:
+        for row, (record, prompt) in enumerate(pairs):
+            keys.append(content_key(prompt, record.text, image_content(record.image, root)))
+            yield Item(replace(record, instruction=prompt, row=row), keys[-1])
+
+    what = {name: value for name, value in options.items() if name not in _HOW_IT_RUNS}
+    if is_puma(model) and what.keys() <= {"truncate_dim", "processing_kwargs"}:
+        # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
+        embedder = partial(embed_records, model, prompt="", **what)
+    else:
+        embedder = partial(_encode_groups, model, options, shard_size)
+    with disk_full_explained(store.folder):
+        run = EmbeddingRun(StoreSink(store), embedder, shard_size)
+        run.run(items(), total, show_progress_bar=show_progress_bar)
+    store.refresh()
+    return torch.tensor(keys, dtype=torch.int64)
 
 
-def _missing(store: EmbeddingStore, window: Sequence[Pair], keys: Tensor, shard_size: int) -> Iterator[list[int]]:
-    # A shard is of one prompt and one modality, and has every key once. The largest come first, so that every process
-    # has about as much to do.
-    groups: dict[tuple[str, str], dict[int, int]] = {}
-    for place, (key, is_there) in enumerate(zip(keys.tolist(), store.has(keys).tolist(), strict=True)):
-        if not is_there:
-            record, prompt = window[place]
-            groups.setdefault((prompt, record.modality), {}).setdefault(key, place)
-    for places in sorted((list(group.values()) for group in groups.values()), key=len, reverse=True):
-        yield from (places[start : start + shard_size] for start in range(0, len(places), shard_size))
-
-
-def _encode(model: Encoder, pairs: Sequence[Pair], store: EmbeddingStore, options: Mapping[str, Any]) -> Tensor:
-    records, prompt = [record for record, _ in pairs], pairs[0][1]
-    encode = partial(_rows, model, prompt, options)
-    encoded = encode_named(encode, [record.model_input for record in records], records)
-    rows = float_rows(encoded, records, store.embedding_dim)
-    if bad := (~rows.to(store.dtype).isfinite().all(dim=1)).nonzero().flatten().tolist():
-        remedy = "look at these inputs, or take float32 or bfloat16 for the model and as embedding_dtype"
-        problem = f"the embeddings of {len(bad)} of {len(records)} inputs are not finite as {store.dtype}, first"
-        raise ValueError(f"{problem} {[records[place].id for place in bad[:_SHOWN]]}; {remedy}")
-    return rows
+def _encode_groups(
+    model: Encoder, options: Mapping[str, Any], size: int, records: Iterator[Record], report: object
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The `Embedder` of any model: a call of its `encode` is of one prompt and one modality."""
+    first = 0
+    while window := list(islice(records, _WINDOW)):
+        groups: dict[tuple[str | None, str], list[int]] = {}
+        for place, record in enumerate(window):
+            groups.setdefault((record.instruction, record.modality), []).append(place)
+        for (prompt, _), places in groups.items():
+            for part in (places[start : start + size] for start in range(0, len(places), size)):
+                own = [replace(window[place], instruction=None) for place in part]
+                encode = partial(model.encode, prompt=prompt, show_progress_bar=False, **options)
+                encoded = encode_named(encode, [record.model_input for record in own], own)
+                yield torch.tensor(part) + first, float_rows(encoded, own, None)
+        first += len(window)
 
 
 def float_rows(encoded: Any, records: Sequence[Record], dim: int | None) -> Tensor:
@@ -120,20 +116,6 @@ def float_rows(encoded: Any, records: Sequence[Record], dim: int | None) -> Tens
         problem = f"encode returned {tuple(rows.shape)} for {count} inputs of modality {records[0].modality!r}"
         raise ValueError(f"{problem}, expected ({count}, {dim or 'embedding_dim'})")
     return rows
-
-
-def _rows(model: Encoder, prompt: str, options: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
-    """A PUMA embeds as `embed` does, where worker processes decode images ahead; any other model by its `encode`.
-
-    The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-    """
-    what = {name: value for name, value in options.items() if name not in _HOW_IT_RUNS}
-    if not is_puma(model) or not what.keys() <= {"truncate_dim", "processing_kwargs"}:
-        return model.encode(inputs, prompt=prompt, show_progress_bar=False, **options)
-    try:
-        return embed(model, inputs, prompt=prompt, show_progress_bar=False, **what).embeddings
-    except BrokenInputError as error:
-        raise ValueError(error.broken.message) from error  # without what is said of `on_error`
 
 
 def encode_named(encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], records: Sequence[Record]) -> Any:

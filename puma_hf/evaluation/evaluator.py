@@ -6,17 +6,17 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from torch import Tensor
 
+from puma_hf.configs import Pool
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.tasks import select_tasks
 from puma_hf.evaluation.encoding import Pair, float_rows, settings_of_encode
 from puma_hf.evaluation.mbeir import POOLS, Search, measure, read_searches
 from puma_hf.evaluation.results import MBEIRResults
@@ -66,8 +66,8 @@ class MBEIREvaluator(BaseEvaluator):
         data: str | Path | MBEIR,
         *,
         split: str = "val",
-        tasks: Iterable[str] | None = None,
-        pool: Literal["local", "global", "both"] = "local",
+        tasks: Sequence[str] | None = None,
+        pool: Pool = "local",
         ks: Sequence[int] = (1, 5, 10),
         batch_size: int = 32,
         instruction_seed: int | None = None,
@@ -81,10 +81,8 @@ class MBEIREvaluator(BaseEvaluator):
         self.instruction_seed = instruction_seed
         self.primary_metric = f"{f'{name}_' if name else ''}{POOLS[pool][0]}_score"
         self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
-        names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-        opened = open_mbeir(data, split=split, tasks=names)
-        self.tasks = select_tasks(opened.tasks(split), names)
-        self._searches = read_searches(opened, self.tasks, split, POOLS[pool], instruction_seed)
+        self._searches = read_searches(open_mbeir(data, split=split, tasks=tasks), split, tasks, pool, instruction_seed)
+        self.tasks = [search.task for search in self._searches if search.pool_name == POOLS[pool][0]]
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -106,8 +104,8 @@ class MBEIREvaluator(BaseEvaluator):
         results = held.results(embeddings, self.split, self.ks)
         figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
         figures |= {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
-        logger.info("M-BEIR %s after %s steps: %s", self.name, steps, figures)
         metrics: dict[str, float] = self.prefix_name_to_metrics(figures, self.name)
+        logger.info("M-BEIR at step %s: %s", steps, metrics)
         if hasattr(model, "model_card_data"):
             self.store_metrics_in_model_card_data(model, metrics, epoch, steps)  # type: ignore[arg-type]
         return metrics

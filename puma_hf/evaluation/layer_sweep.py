@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -27,13 +28,12 @@ from transformers import AutoConfig
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.data.tasks import select_tasks
 from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
 from puma_hf.evaluation.results import MBEIRResults
-from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel, load_matplotlib
+from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -244,7 +244,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         ValueError: If a model is no Qwen2-VL, 2.5 or 3.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
-        ImportError: If `output` is given and matplotlib is not installed.
+        ImportError: If `output` is given and matplotlib is not installed, as by `pip install 'puma-hf[plot]'`.
 
     Example:
         >>> from puma_hf.configs import SweepConfig
@@ -252,9 +252,9 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
     if config.output is not None:  # better now than after an hour
-        load_matplotlib()
+        import_module("matplotlib.figure")
         Path(config.output).mkdir(parents=True, exist_ok=True)
-    sources, pools = [str(config.model), *config.compare], POOLS[config.pool]
+    sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
     names = names if len(set(names)) == len(names) else sources
     swept: list[SweptModel] = []
@@ -264,8 +264,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
         if config.nano_queries or config.nano_candidates:
             data = draw_nano(data, Path(folder, "nano"), config)
-        tasks = select_tasks(data.tasks(config.split), config.tasks or None)
-        held = HeldInputs(read_searches(data, tasks, config.split, pools))
+        held = HeldInputs(read_searches(data, config.split, config.tasks or None, config.pool))
         for source in sources:  # what is wrong with the last model shows before the first is embedded
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
@@ -278,19 +277,21 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             full = embeddings[num_layers - 1].clone() if full is None else full  # not a view of all depths
             depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
             rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in depths]
+            del depths, embeddings  # two models' would not fit into memory
             swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
+        measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
             models=tuple(swept),
             data=short_name(config.data),
             data_hash=data.content_hash,
             split=config.split,
-            tasks=tuple(task.name for task in tasks),
-            num_queries=sum(len(search.relevance) for search in held.searches if search.pool_name == pools[0]),
+            tasks=tuple(search.task.name for search in measured),
+            num_queries=sum(len(search.relevance) for search in measured),
             num_candidates=held.num_candidates,
-            pool=pools[0],
+            pool=decides,
             metric=config.metric,
             text_tokens=counted[0].text_tokens,
             image_tokens=counted[0].image_tokens,
@@ -312,13 +313,11 @@ def _row(k: int, depth: Tensor, full: Tensor, costs: LayerCosts, results: MBEIRR
     depth, full = depth.to(device), full.to(device)
     cka = linear_cka(depth, full)
     same = depth.shape == full.shape
+    # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+    spent: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
     return SweepRow(
         k=k,
-        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-        parameters=costs.parameters[k - 1],
-        bytes=costs.bytes[k - 1],
-        flops_text=costs.flops_text[k - 1],
-        flops_image=costs.flops_image[k - 1],
+        **spent,
         cka=None if math.isnan(cka) else cka,
         cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
         quality={pool: results.mean(pool) for pool in results.pools},

@@ -5,7 +5,6 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 
 from puma_hf import __version__
 from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
-from puma_hf.configs import EvaluateConfig, SweepConfig
+from puma_hf.configs import EvaluateConfig, Pool, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
@@ -35,8 +34,6 @@ from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.processes import broadcast, connect, gather, main_process_first, own_device, shared_folder
 from puma_hf.settings import processing_of
-
-logger = logging.getLogger(__name__)
 
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
@@ -61,26 +58,26 @@ class Search:
 
 
 def read_searches(
-    data: MBEIR, tasks: Sequence[MBEIRTask], split: str, pool_names: Sequence[str], seed: int | None = None
+    data: MBEIR, split: str, tasks: Sequence[str] | None, pool: Pool, seed: int | None = None
 ) -> list[Search]:
     """Read and check the files of an evaluation: for each pool, a search a task; the global pool is read once.
 
-    Instructions have the first wording, or one that is drawn by a seed.
+    Tasks are names, None for all. Instructions have the first wording, or one that is drawn by a seed.
     """
-    queries = {task: data.queries(task, split) for task in tasks}
+    queries = {task: data.queries(task, split) for task in select_tasks(data.tasks(split), tasks)}
     searches = []
-    for pool_name in pool_names:
+    for pool_name in POOLS[pool]:
         global_pool = data.global_pool(split) if pool_name == "global" else None
-        for task in tasks:
-            pool = data.local_pool(task, split) if global_pool is None else global_pool
-            qrels = data.qrels(task, split, queries[task], pool)
+        for task in queries:
+            candidates = data.local_pool(task, split) if global_pool is None else global_pool
+            qrels = data.qrels(task, split, queries[task], candidates)
             # The others are left out of the means, as M-BEIR does; the table says how many.
             relevance = {qid: judged for qid, judged in qrels.items() if judged}
             if not relevance:
                 problem = f"no query of {task.name} ({split}) has a relevant candidate in its {pool_name} pool"
                 raise MBEIRFormatError(f"{data.root}: {problem}; look at its qrels, or name the other tasks (--tasks)")
             prompted = [(one, data.instruction(one, task.candidate_modality, seed)) for one in queries[task]]
-            searches.append(Search(task, pool_name, pool, prompted, relevance))
+            searches.append(Search(task, pool_name, candidates, prompted, relevance))
     return searches
 
 
@@ -135,8 +132,8 @@ def evaluate_mbeir(
     data: str | Path | MBEIR,
     *,
     split: str = "test",
-    tasks: Iterable[str] | None = None,
-    pool: Literal["local", "global", "both"] = "local",
+    tasks: Sequence[str] | None = None,
+    pool: Pool = "local",
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 32,
     instruction_seed: int | None = None,
@@ -164,7 +161,7 @@ def evaluate_mbeir(
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Batch size of `encode`.
+        batch_size: Inputs of one forward pass.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
@@ -189,9 +186,8 @@ def evaluate_mbeir(
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    names = None if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     with main_process_first():  # it imports copies of the Hub, the others read what it made
-        opened = open_mbeir(data, split=split, tasks=names)
+        opened = open_mbeir(data, split=split, tasks=tasks)
     encoding, options = settings_of_encode(encode_kwargs), {"batch_size": batch_size, **(encode_kwargs or {})}
     made_from: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     made_from |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
@@ -207,9 +203,8 @@ def evaluate_mbeir(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with shared_folder(output_dir) as folder:
         store = _open_store(folder / "embeddings", made_from)
-        chosen = select_tasks(opened.tasks(split), names)
         # Every file is read and checked before anything is encoded.
-        searches = read_searches(opened, chosen, split, POOLS[pool], instruction_seed)
+        searches = read_searches(opened, split, tasks, pool, instruction_seed)
         options |= {"root": opened.image_root, "shard_size": shard_size, "show_progress_bar": show_progress_bar}
         embed = partial(embed_into, store, model, **options)
 
@@ -278,8 +273,6 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     kind = read_config(Path(config.model)).get("model_type")
     is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
     if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens

@@ -20,10 +20,9 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Means over queries of the usual metrics of a ranking.
 
-    - `hit@k`: whether any relevant candidate is in the top k.  Papers on M-BEIR call this Recall@k.
+    - `hit@k`: whether any relevant candidate is in the top k. Papers on M-BEIR call this Recall@k.
     - `recall@k`: share of the relevant candidates in the top k.
-    - `ndcg@k`: gain / log2(rank + 1) summed over the top k, over that of the ideal ranking; the gain is the
-      relevance.
+    - `ndcg@k`: relevance / log2(rank + 1) summed over the top k, over that of the ideal ranking.
     - `mrr@k`: one over the rank of the first relevant candidate, 0 beyond k.
 
     Args:
@@ -75,16 +74,8 @@ def wrong_modality_at_k(
 ) -> float:
     """Share of the first k candidates with a modality that none of the query's relevant candidates has.
 
-    The mean over queries, between 0 and 1. A ranking shorter than k is taken as it is.
-
-    Args:
-        rankings: For each query, candidate ids, best first; at least one.
-        relevance: For each query, the relevance of its relevant candidates; 0 is not relevant.
-        modalities: Modality of every candidate.
-        k: How many candidates of each ranking to look at.
-
-    Raises:
-        ValueError: As in `retrieval_metrics`.
+    The mean over queries, between 0 and 1. A ranking shorter than k is taken as it is. Rankings, relevance and errors
+    are those of `retrieval_metrics`; `modalities` has the modality of every candidate.
 
     Example:
         >>> wrong_modality_at_k([["b", "a"]], [{"a": 1}], {"a": "image", "b": "text"}, k=2)

@@ -1,8 +1,7 @@
 """PUMA models in MTEB: images reach the model, and so do the tasks' instructions.
 
 Given a directory's name or a `SentenceTransformer`, mteb leaves a task's instructions out, and an image without a text
-comes as an image and None. It has no place to register a model of one's own; its entry is made by `puma_model_meta` and
-passed to `mteb.evaluate`.
+comes as an image and None.
 
 Sources: MTEB (Muennighoff et al., EACL 2023, arXiv 2210.07316); MIEB (Xiao et al., ICCV 2025, arXiv 2504.10471);
 M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).

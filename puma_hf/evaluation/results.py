@@ -51,12 +51,9 @@ PUBLISHED_NOTE = (
 )
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
 _SHOWN = {"hit", "ndcg", "wrong_modality@1"}
-# What a result was made from, in the order that Markdown shows it in, and what it calls that.
-_MADE_FROM = {
-    **{"model": "model", "model_fingerprint": "fingerprint", "truncate_dim": "first dimensions", "data": "data"},
-    **{"content_hash": "content hash", "split": "split", "instructions": "instructions", "puma_hf": "puma-hf"},
-}
-_SHOWN_DIGITS = 12  # of a hash
+# What a result was made from, in the order that Markdown shows it in; of a hash it shows the first digits.
+_MADE_FROM = ("model", "model_fingerprint", "truncate_dim", "data", "content_hash", "split", "instructions", "puma_hf")
+_DIGITS = {"model_fingerprint": 12, "content_hash": 12}
 _LABELS = ("task", "dataset", "pool", "candidates", "queries", "k")
 _Figures = tuple[float | None, ...]
 
@@ -196,11 +193,9 @@ class MBEIRResults:
         if skipped := [f"{row.num_skipped} of {row.task.name} ({row.pool})" for row in self.rows if row.num_skipped]:
             remarks.append(f"Left out, as nothing in the pool is relevant to them: {', '.join(skipped)}.")
         known = {"split": self.split, **self.made_from}
-        known |= {
-            name: known[name][:_SHOWN_DIGITS] for name in ("model_fingerprint", "content_hash") if known.get(name)
-        }
-        words = [f"{word} {known[name]}" for name, word in _MADE_FROM.items() if known.get(name) is not None]
-        return [*remarks, f"Made from: {', '.join(words)}."] if self.made_from else remarks
+        shown = {name: str(known[name])[: _DIGITS.get(name)] for name in _MADE_FROM if known.get(name) is not None}
+        words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
+        return [*remarks, f"Made from: {words}."] if self.made_from else remarks
 
 
 def markdown_table(lines: Sequence[Mapping[str, object]], num_left: int = 0) -> str:
@@ -254,16 +249,6 @@ def write_run(path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float
         for rank, ((did, _), score) in enumerate(zip(ranking, scores, strict=True), start=1):
             lines.append(f"{qid} Q0 {did} {rank} {score:.9g} {tag}\n")
     write_whole(Path(path), "".join(lines).encode())
-
-
-def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Rankings that `write_run` wrote, or any other run: for each qid, the score of each did, best first."""
-    found: dict[str, dict[str, float]] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            qid, _, did, _, score, _ = line.split()
-            found.setdefault(qid, {})[did] = float(score)
-    return {qid: dict(sorted(scores.items(), key=lambda pair: -pair[1])) for qid, scores in found.items()}
 
 
 def write_qrels(path: str | Path, relevance: Mapping[str, Mapping[str, int]]) -> None:

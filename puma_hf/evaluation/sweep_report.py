@@ -46,12 +46,11 @@ class SweptModel:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A choice of k, how it was made, the model to cut, and its share of the full model's quality if that has any."""
+    """A choice of k, how it was made, and the model to cut."""
 
     k: int
     reason: str
-    model: str = ""
-    kept: float | None = None
+    model: str
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,7 @@ class SweepReport:
         # Half of a 95 % interval, 1.96 sqrt(p (1 - p) / n), is never more than this.
         points = 100 / math.sqrt(self.num_queries)
         chance = f"With {self.num_queries:,} queries, differences of up to {points:.1f} points may be chance."
-        kept = self.quality(row) / full if full > 0 else None
-        return Recommendation(row.k, f"k = {row.k} of {name}: {worth}; {size}. {why} {chance}", name, kept)
+        return Recommendation(row.k, f"k = {row.k} of {name}: {worth}; {size}. {why} {chance}", name)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold, and the recommendation."""
@@ -167,7 +165,9 @@ class SweepReport:
     def plot(self, path: str | Path) -> None:
         """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file; needs matplotlib."""
         # A figure of its own draws with Agg and leaves pyplot, and so a user's windows, alone.
-        figure = load_matplotlib()(figsize=(12, 5.2), layout="constrained")
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
         best = self.recommendation
         for number, model in enumerate(self.models):
@@ -214,13 +214,3 @@ def si(number: float) -> str:
     # Three digits of 999,700 would be 1e+03: it is 1 M.
     unit, size = next((one for one in _UNITS if number >= 0.9995 * one[1]), _UNITS[-1])
     return f"{number / size:.3g} {unit}".rstrip()
-
-
-def load_matplotlib() -> Any:
-    """matplotlib's `Figure`, or an ImportError that says how to get it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "Run `pip install 'puma-hf[plot]'`, or leave out the output."
-        raise ImportError(f"The picture of a sweep needs matplotlib. {remedy}") from error
-    return Figure

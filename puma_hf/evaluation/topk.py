@@ -115,13 +115,8 @@ def less_popular(query_embeddings: Tensor, penalty: float) -> Tensor:
 
     so the correction moves the queries and leaves the candidates alone; that `exact_search` divides by the length of
     the moved query changes no ranking. It is transductive: the ranking of one query depends on all the others.
-
-    Args:
-        query_embeddings: All queries of a task, `(num_queries, embedding_dim)`, of any length.
-        penalty: Weight of the mean, between 0 (none) and 1. PUMA's released evaluation takes 0.2.
-
-    Returns:
-        The moved queries in float32, `(num_queries, embedding_dim)`.
+    All queries of a task go in, `(num_queries, embedding_dim)`, of any length, and come out moved, in float32. The
+    penalty is between 0 (none) and 1; PUMA's released evaluation takes 0.2.
 
     Example:
         >>> queries, pool = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.8, 0.6], [0.6, -0.8]])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
-from puma_hf.checkpoint import StoredWeights, open_checkpoint, plain_forward
+from puma_hf.checkpoint import open_checkpoint, plain_forward
 from puma_hf.export import export
 from puma_hf.files import is_adapter_directory, is_puma_directory, named_base, read_config
 from puma_hf.hub.load_check import (
@@ -184,7 +184,7 @@ class Forms:
         yield self._row("exported, stock classes", "AutoModel", embed_stock(model, self.features))
         of_stock = embed_stock(model, stock_features(folder, self.inputs))
         yield self._row("exported, stock inputs too", "AutoModel", of_stock)
-        found, expected = (StoredWeights(open_checkpoint(one)) for one in (folder, self.folder))
+        found, expected = (open_checkpoint(one) for one in (folder, self.folder))
         yield compare_weights("exported, weights", "the model", found, expected, bound=0)
 
     def of_adapter(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
@@ -198,7 +198,7 @@ class Forms:
         yield self._row("adapter on its base", "merged", embed_features(model, self.features), measure=measure)
         # Inputs reach a few rows of the embedding only, and a small error may not show in them.
         merged: Any = model.merge_and_unload()
-        stored, bound = StoredWeights(open_checkpoint(self.folder)), TOLERANCE if is_exact else COSINE_TOLERANCE
+        stored, bound = open_checkpoint(self.folder), TOLERANCE if is_exact else COSINE_TOLERANCE
         yield compare_weights("merged, weights", "adapter and base", stored, merged.state_dict(), bound=bound)
 
     def _row(

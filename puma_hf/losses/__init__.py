@@ -11,16 +11,11 @@ _MODULES = {
     "cached_mac_puma": ["CachedMultimodalMACLoss"],
     "distillation_puma": ["JointDistillationLoss", "SelfDistillationLoss", "self_distillation_loss"],
     "mac_puma": ["MultimodalMACLoss", "mac_loss", "split_loss"],
-    "progress_puma": [
-        "ScheduledTemperatureLoss",
-        "TemperatureScheduleCallback",
-        "add_temperature_schedule",
-        "find_scheduled_losses",
-    ],
+    "progress_puma": ["ScheduledTemperatureLoss", "TemperatureScheduleCallback"],
     "schedule_puma": ["TemperatureSchedule"],
 }
+_MODULES["progress_puma"] += ["add_temperature_schedule", "find_scheduled_losses"]
 _NAMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
-
 __all__ = sorted(_NAMES)
 __getattr__ = resolver(__name__, _NAMES)
 

@@ -9,38 +9,41 @@ from __future__ import annotations
 import io
 import json
 import logging
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from puma_hf.configs import AnnKind, IndexConfig
-from puma_hf.data.items import Corpus, open_corpus
+from puma_hf.data.items import open_corpus
 from puma_hf.data.records import Record
-from puma_hf.embedding.embed import embed_records, embedding_dim
-from puma_hf.embedding.run import open_model
+from puma_hf.embedding.embed import embedding_dim
+from puma_hf.embedding.run import (
+    ERRORS,
+    EmbeddingRun,
+    Item,
+    disk_full_explained,
+    embed_records,
+    items_of,
+    open_model,
+    options_of,
+    settings_of,
+)
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import model_fingerprint
+from puma_hf.fingerprint import content_key
 from puma_hf.modeling.inputs_puma import open_image
-from puma_hf.processes import broadcast, connect, gather, locked_for_all
-from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, ERRORS, FORMAT, TABLE, about, open_index, open_table
+from puma_hf.processes import connect, gather, locked_for_all
+from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, FORMAT, TABLE, about, open_index, open_table
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("key", "seen", "id", "text", "image", "modality")
-# What vectors depend on besides the inputs: those of another value cannot be compared.
-_BOUND = ("fingerprint", "weights_dtype", "prompt", "truncate_dim", "precision")
-_LEAST_FREE = 32 * 2**20  # bytes; a write of 4,096 vectors takes about as many
 _MOST_FRAGMENTS = 100  # files of a table, one a write; of more LanceDB makes few, which writes all of them again
 
 
@@ -76,7 +79,7 @@ def build_index(config: IndexConfig) -> IndexReport:
     """
     folder = Path(config.output)
     # One run writes at a time. Who searches is not in its way: LanceDB keeps the version that they have open.
-    with locked_for_all(folder), _full_disk_told(folder):
+    with locked_for_all(folder), disk_full_explained(folder):
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
@@ -87,146 +90,112 @@ def build_index(config: IndexConfig) -> IndexReport:
             raise ValueError(f"{problem} Name the model that makes it, as in --model DIRECTORY; later runs need not.")
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # Wrong lines are found here, before the model is loaded.
-        num_items = broadcast(corpus.survey().num_items if connect()[0] == 0 else 0)
+        num_items = corpus.survey().num_items
         model = open_model(config)
-        description = _describe(config, model)
+        settings, is_main = settings_of(config, model), connect()[0] == 0
+        description = {
+            **settings,
+            "format_version": FORMAT,
+            "revision": config.revision,
+            "dtype": config.dtype,
+            "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+            "data": str(Path(config.data).resolve()),
+        }
         if before is not None:
-            _compare(folder, before, description)
-        elif connect()[0] == 0:
+            _compare(folder, before, description, settings)
+        elif is_main:
             create_table(folder, description, embedding_dim(model, config.truncate_dim))
         gather(None)
-        return _Run(config, corpus, model, open_table(folder)).run(num_items, description)
+        sink = _TableSink(folder, open_table(folder), config.shard_size)
+        gather(None)  # all have looked before anyone writes
+        embedder = partial(embed_records, model, **options_of(config))
+        run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS)
+        done = run.run(items_of(corpus, _key_of), num_items)
+        sink.add_moved()
+        wanted = set().union(*gather(sink.wanted))
+        if is_main:
+            _finish(folder, sink.table, wanted, sink.there - wanted, description, config.ann)
+        gather(None)
+        counts = open_index(folder).counts
+        kept = sum(counts.values()) - done.num_new
+        return IndexReport(str(folder), done.num_new, kept, done.num_errors, done.seconds, counts)
 
 
-@contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    # LanceDB raises the same error for all that goes wrong, so the disk is asked.
-    try:
-        yield
-    except RuntimeError as error:
-        if shutil.disk_usage(folder if folder.is_dir() else folder.resolve().parent).free > _LEAST_FREE:
-            raise
-        raise OSError(
-            f"{str(folder)!r} could not be written ({error}): the disk is full. Make room, and go on."
-        ) from error
+def _key_of(record: Record, seen: str) -> int:
+    """An item is its id, the place of its picture and its content."""
+    return content_key(record.id, record.image if isinstance(record.image, str) else None, seen)
 
 
-class _Run:
-    """The work of one process: of all items those whose key falls to it, which it appends to the table itself."""
+class _TableSink:
+    """The table of an index, to which each process appends its own rows."""
 
-    def __init__(self, config: IndexConfig, corpus: Corpus, model: SentenceTransformer, table: Any) -> None:
-        self.config, self.corpus, self.model, self.table = config, corpus, model, table
-        self.rank, self.count = connect()
-        self.folder, self.progress = Path(config.output), tqdm(disable=True)
-        self.errors: list[dict[str, Any]] = []
-        self.num_new = 0
+    def __init__(self, folder: Path, table: Any, shard_size: int) -> None:
+        self.folder, self.table, self.shard_size = folder, table, shard_size
         # All keys at once: a lookup on disk for each item would cost more than 300 bytes of memory do.
         there = table.search().with_row_id(True).select(["key", "seen"]).limit(max(1, table.count_rows())).to_arrow()
         self.there = set(there["key"].to_pylist())
         self.row_of = dict(zip(there["seen"].to_pylist(), there["_rowid"].to_pylist(), strict=True))
         self.wanted: set[str] = set()  # keys of the corpus, as far as it was read
-        self.sent: dict[int, tuple[str, str]] = {}  # key and content of what the model has, by row of the corpus
-        self.new: list[tuple[dict[str, str | None], Any]] = []  # what is to be written, with its vectors
-        self.moved: list[dict[str, str | None]] = []  # what has its vector in another row
-        gather(None)  # all have looked before anyone writes
+        self.moved: list[Item] = []  # what has its vector in another row
 
-    def run(self, num_items: int, description: Mapping[str, Any]) -> IndexReport:
-        """Embed what was never seen, write it a shard at a time, and finish the table."""
-        start = time.monotonic()
-        shown = {"desc": "Embedding", "unit": "item", "smoothing": 0.1, "disable": self.rank > 0}
-        with tqdm(total=num_items // self.count, **shown) as self.progress:
-            try:
-                for records, vectors in embed_records(self.model, self._missing(), self.config, self._broken):
-                    rows = [self._row(record, *self.sent.pop(record.row)) for record in records]
-                    self.new += zip(rows, vectors.numpy(), strict=True)
-                    self.progress.update(len(records))
-                    if len(self.new) >= self.config.shard_size:
-                        self._write()
-            finally:  # whatever ends the run, what is done is kept
-                self._write()
-        seconds = time.monotonic() - start
-        wanted, errors = gather(self.wanted), gather(self.errors)
-        num_new, self.errors = sum(gather(self.num_new)), [error for part in errors for error in part]
-        if self.rank == 0:
-            self._finish(description, set().union(*wanted))
-        gather(None)
-        counts = open_index(self.folder).counts
-        kept = sum(counts.values()) - num_new
-        return IndexReport(str(self.folder), num_new, kept, len(self.errors), seconds, counts)
-
-    def _missing(self) -> Iterator[Record]:
-        """The records of this process that the model has not seen; those that have another id or place now are noted.
-
-        An item is its id, its place and its content. The same item once more, or one that is there, is passed by.
-        """
-        for row, line in enumerate(self.corpus.lines()):
-            record = self.corpus.record(row, line)
-            seen = self.corpus.content_hash(record)
-            place = record.image if isinstance(record.image, str) else None
-            key = blake2b(json.dumps([record.id, place, seen]).encode(), digest_size=16).hexdigest()
-            # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
-            if int(key[:8], 16) % self.count != self.rank:
-                continue
-            is_there = key in self.there or key in self.wanted
-            if record.problem is None and (is_there or seen in self.row_of):
-                # Not counted as done: so the rate, and the time left, are those of the work.
-                self.progress.total -= 1
-                self.moved += [] if is_there else [self._row(record, key, seen)]
-                if len(self.moved) >= self.config.shard_size:
-                    self._write()
-            else:
-                self.sent[row] = (key, seen)
-                yield record
-            self.wanted.add(key)
-
-    def _broken(self, record: Record, message: str) -> None:
-        self.errors.append({"row": record.row, "id": record.id, "message": message})
-        self.progress.update(1)
-
-    def _row(self, record: Record, key: str, seen: str) -> dict[str, str | None]:
-        image = keep_picture(self.folder, record.image) if isinstance(record.image, bytes) else record.image
-        row = {"key": key, "seen": seen, "id": record.id, "text": record.text, "image": image}
-        row["modality"] = ",".join(name for name in ("image", "text") if row[name] is not None)
-        # JSON, and names of files, may hold half a character, which no table can.
-        return {name: value and value.encode("utf-8", "backslashreplace").decode() for name, value in row.items()}
-
-    def _write(self) -> None:
-        """Append what is new, and what was moved with the vectors that it has in other rows."""
+    def has(self, item: Item) -> bool:
+        """Whether it has a row, or gets one with the vector that a row of other id or place has."""
+        key = str(item.key)
+        self.wanted.add(key)
         # Lines of a table without ids are numbered: one that goes renames all behind it, which must not cost the model.
-        if self.moved:
-            row_ids = sorted({self.row_of[str(row["seen"])] for row in self.moved})
-            found = self.table.take_row_ids(row_ids).select(["seen", "vector"]).to_arrow()
-            place = {seen: number for number, seen in enumerate(found["seen"].to_pylist())}
-            vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(place), -1)
-            self._add(self.moved, vectors[[place[str(row["seen"])] for row in self.moved]])
-        if self.new:
-            rows, new = zip(*self.new, strict=True)
-            self._add(list(rows), np.stack(new))
-        self.num_new += len(self.new)
-        self.new, self.moved = [], []
+        if key not in self.there and item.seen in self.row_of:
+            self.there.add(key)
+            self.moved.append(item)
+            if len(self.moved) >= self.shard_size:
+                self.add_moved()
+        return key in self.there
 
-    def _add(self, rows: list[dict[str, str | None]], vectors: NDArray[Any]) -> None:
-        schema = self.table.schema
+    def add_moved(self) -> None:
+        """Append what was moved, with its vectors."""
+        if not self.moved:
+            return
+        row_ids = sorted({self.row_of[item.seen] for item in self.moved})
+        found = self.table.take_row_ids(row_ids).select(["seen", "vector"]).to_arrow()
+        place = {seen: number for number, seen in enumerate(found["seen"].to_pylist())}
+        vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(place), -1)
+        moved, self.moved = self.moved, []
+        self._append(moved, vectors[[place[item.seen] for item in moved]])
+
+    def add(self, items: list[Item], rows: Tensor) -> None:
+        """Append new rows; an item that comes again later is there."""
+        self._append(items, rows.numpy())
+        self.there |= {str(item.key) for item in items}
+
+    def _append(self, items: list[Item], vectors: NDArray[Any]) -> None:
+        schema, columns = self.table.schema, []
+        for record, key, seen in items:
+            image = keep_picture(self.folder, record.image) if isinstance(record.image, bytes) else record.image
+            modality = ",".join(name for name, part in (("image", image), ("text", record.text)) if part is not None)
+            columns.append((str(key), seen, record.id, record.text, image, modality))
         kind = schema.field("vector").type
-        # Built by hand: of rows as dicts Arrow would look at every number of every vector.
-        columns = [pa.array([row[name] for row in rows], pa.string()) for name in _COLUMNS]
+        # Built by hand: of rows as dicts Arrow would look at every number of every vector. And JSON, and names of
+        # files, may hold half a character, which no table can.
+        texts = [
+            pa.array([value and value.encode("utf-8", "backslashreplace").decode() for value in column], pa.string())
+            for column in zip(*columns, strict=True)
+        ]
         values = pa.array(vectors.astype(kind.value_type.to_pandas_dtype()).ravel())
         vector = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
-        self.table.add(pa.Table.from_arrays([*columns, vector], schema=schema))
+        self.table.add(pa.Table.from_arrays([*texts, vector], schema=schema))
 
-    def _finish(self, description: Mapping[str, Any], wanted: set[str]) -> None:
-        """Remove what is gone, write what is broken, and make this version the one that is searched."""
-        self.table.checkout_latest()  # with what other processes have appended
-        if self.there - wanted:  # in one transaction
-            keys = pa.table({"key": sorted(wanted)}, pa.schema([("key", pa.string())]))
-            self.table.merge_insert("key").when_not_matched_by_source_delete().execute(keys)
-        (self.folder / ERRORS).unlink(missing_ok=True)
-        if self.errors:
-            write_whole(self.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in self.errors).encode())
-        if about(self.folder, self.table) != description:
-            self.table.update_field_metadata({"path": "vector", "metadata": {ABOUT: json.dumps(description)}})
-        update_ann(self.table, self.config.ann)
-        tag_complete(self.table)
+
+def _finish(
+    folder: Path, table: Any, wanted: set[str], gone: set[str], description: Mapping[str, Any], ann: AnnKind | None
+) -> None:
+    """Remove what is gone, and make this version the one that is searched."""
+    table.checkout_latest()  # with what other processes have appended
+    if gone:  # in one transaction
+        keys = pa.table({"key": sorted(wanted)}, pa.schema([("key", pa.string())]))
+        table.merge_insert("key").when_not_matched_by_source_delete().execute(keys)
+    if about(folder, table) != description:
+        table.update_field_metadata({"path": "vector", "metadata": {ABOUT: json.dumps(description)}})
+    update_ann(table, ann)
+    tag_complete(table)
 
 
 def keep_picture(folder: Path, content: bytes) -> str:
@@ -274,19 +243,9 @@ def update_ann(table: Any, kind: AnnKind | None) -> None:
         table.optimize()
 
 
-def _describe(config: IndexConfig, model: SentenceTransformer) -> dict[str, Any]:
-    return {
-        **{"format_version": FORMAT, "fingerprint": model_fingerprint(model)},
-        "weights_dtype": str(model.dtype).removeprefix("torch."),
-        **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision", "revision", "dtype")},
-        "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
-        "data": str(Path(config.data).resolve()),
-    }
-
-
-def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse vectors that cannot be compared, and say that a corpus takes another's place."""
-    other = [f"{name} is {before[name]!r} there, {now[name]!r} here" for name in _BOUND if before[name] != now[name]]
+    other = [f"{name} is {before[name]!r} there, {now[name]!r} here" for name in settings if before[name] != now[name]]
     if other:
         problem = f"The embeddings in {str(folder)!r} are of another model or setting: {'; '.join(other)}."
         raise ValueError(f"{problem} Choose another directory, or delete this one.")

@@ -20,7 +20,6 @@ from puma_hf.settings import cut
 TABLE = "items"
 ABOUT = "puma_hf"  # metadata of the column of vectors: what the index says of itself
 COMPLETE = "complete"  # tag of the version that the last whole run has made
-ERRORS = "errors.jsonl"
 FORMAT = 2  # 1 was a directory of shards with an index.json
 ANN_TYPES = {"hnsw": "IvfHnswSq", "int8": "IvfSq", "binary": "IvfRq"}
 
@@ -61,7 +60,9 @@ class Index:
         there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
         problem = f"has no {target} to find, only {there}. Look for 'any' (--for any)."
         if not there:
-            problem = f"is empty: nothing of its corpus could be embedded. Mend what {ERRORS} in it names; index again."
+            problem = (
+                "is empty: nothing of its corpus could be embedded. Mend what errors.jsonl in it names; index again."
+            )
         raise ValueError(f"{self.named} {problem}")
 
     def nearest(

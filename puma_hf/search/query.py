@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
+
+logger = logging.getLogger(__name__)
 
 _SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
 
@@ -147,6 +150,7 @@ def search(config: SearchConfig) -> Answers:
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:
         write_whole(Path(config.html), to_html(answers, picture=config.image).encode("utf-8", "backslashreplace"))
+        logger.info("Saved %s", config.html)
     return answers
 
 

@@ -99,8 +99,6 @@ def train(config: TrainConfig) -> Path:
         >>> from puma_hf.configs import TrainConfig
         >>> train(TrainConfig(model="puma-k4-distilled", output="puma-k4-mac", data="demo/emoji"))  # doctest: +SKIP
     """
-    for note in config.notes():
-        logger.warning(note)
     arguments, checkpoint = _prepare(config)
     rows = _labelled_rows(config)
     model = _load(config, rows)

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from puma_hf.checkpoint import StoredWeights, open_checkpoint
+from puma_hf.checkpoint import open_checkpoint
 from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
@@ -259,7 +259,7 @@ class StoredModel:
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
         # Tensor by tensor, on the CPU: the whole checkpoint is read once, and never held.
-        stored, ours, different = StoredWeights(self._checkpoint), base_tensors(student), []
+        stored, ours, different = self._checkpoint, base_tensors(student), []
         if self.num_layers == student.config.original_num_hidden_layers:  # else it may be the student itself
             kept = student.config.layers_of_original
             ours = {_LAYER.sub(lambda old: str(kept[int(old[0])]), name): tensor for name, tensor in ours.items()}
@@ -280,7 +280,7 @@ class StoredModel:
         with torch.device("meta"):
             every = PumaModel(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
-        stored, tensors = StoredWeights(self._checkpoint), {}
+        stored, tensors = self._checkpoint, {}
         for name, _ in layers.named_parameters():
             index, _, rest = name.partition(".")
             tensor = stored[f"language_model.layers.{numbers[int(index)]}.{rest}"]

@@ -46,11 +46,11 @@ def test_reads_everything_that_was_written(root: Path) -> None:
     assert data.tasks("test") == data.tasks("train") == TASKS
     for task in TASKS:
         queries, pool = data.queries(task), data.local_pool(task)
-        assert [query.qid for query in queries] == [builder.qid(task.task_id, n) for n in range(builder.NUM_QUERIES)]
+        assert [query.id for query in queries] == [builder.qid(task.task_id, n) for n in range(builder.NUM_QUERIES)]
         assert {candidate.modality for candidate in pool.values()} == {task.candidate_modality}
         qrels = data.qrels(task, "test", queries, pool)
         assert len(qrels) == builder.NUM_QUERIES - 1
-        assert all(tuple(qrels[q.qid]) == q.positives for q in queries[: builder.UNJUDGED_QUERY])
+        assert all(tuple(qrels[q.id]) == q.positives for q in queries[: builder.UNJUDGED_QUERY])
     query = data.queries(MBEIRTask(7, "toys"))[1]
     assert query == Query(
         id="11:1701",
@@ -68,7 +68,7 @@ def test_a_pool_is_a_mapping_that_is_read_when_it_is_asked(root: Path) -> None:
     image = str((root / "images/c8_2.png").resolve())
     assert pool["11:802"] == Candidate("11:802", "text of c8_2", image)
     assert list(pool.values()) == [pool[did] for did in dids]
-    assert [pool.row(did) for did in dids] == list(range(len(pool)))
+    assert [pool[did].id for did in dids] == dids
     assert pool.get("11:9999") is None
     with pytest.raises(KeyError):
         pool["11:9999"]
@@ -100,7 +100,7 @@ def test_wrong_queries(root: Path) -> None:
         MBEIR(root).queries(TASKS[1])
     for message in (
         r"line 2: qid '11:1100' is also on line 1",
-        r"line 3: .*list of candidates must be one of dids, got '9:1'",
+        r"line 3: pos_cand_list must be a list of dids, got '9:1'",
         r"line 4: query_modality is 'image,text' but task 1 has 'text' queries",
     ):
         assert re.search(rf"mbeir_toys_task1_test\.jsonl, {message}", str(caught.value))
@@ -157,7 +157,6 @@ def test_task_of_a_union_row(root: Path) -> None:
     data = MBEIR(root)
     assert data.task_of(Query("11:1", "a", None), "image,text") == MBEIRTask(2, "toys")
     assert data.task_of(Query("9:1", "a", None), "image") == MBEIRTask(0, "mscoco")
-    assert data.task_of(Query("77:1", "a", None), "image") == MBEIRTask(0, "dataset77")
     with pytest.raises(MBEIRFormatError, match="query 11:1: M-BEIR has no task from 'image' to 'image,text'"):
         data.task_of(Query("11:1", None, "i.png"), "image,text")
 
@@ -189,7 +188,7 @@ def test_qrels_keep_grades_and_leave_out_other_datasets_candidates(
     path = tmp_path / "qrels.txt"
     path.write_text("5:1 0 5:7 2 6\n5:1 0 5:8 0 6\n5:1 0 6:9 1 6\n5:1 0 5:7 2 6\n\n5:2 0 6:9 1 6\n", encoding="utf-8")
     assert read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8"}) == {"5:1": {"5:7": 2}}
-    left_out = "qrels.txt: left out 1 judged candidates of other datasets that this pool does not hold, such as 6:9"
+    left_out = "qrels.txt: left out 1 judged candidates of other datasets that this pool does not hold"
     assert caplog.messages == [left_out]
     found = read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8", "6:9"})
     assert found == {"5:1": {"5:7": 2, "6:9": 1}, "5:2": {"6:9": 1}}

@@ -154,14 +154,6 @@ def run(words: list[str]) -> None:
 # --- the blocks
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_fence_is_of_a_known_language(page: str) -> None:
-    text = read(page)
-    assert {block.language for block in blocks_of(text)} <= LANGUAGES
-    assert 2 * len(blocks_of(text)) == len(re.findall(r"^\s*```", text, re.MULTILINE))
-    assert text.count("<!-- not run: ") == sum(not block.runs for block in blocks_of(text))
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, blocks_of(read(page))))])
 def test_blocks_run(page: str, page_directory: Path) -> None:
     blocks = list(filter(is_run, blocks_of(read(page))))
@@ -194,12 +186,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
         load(*arguments, **values)
         raise Understood
 
-    def understood(*_: Any, **__: Any) -> Any:
-        raise Understood
-
     monkeypatch.setattr(cli, "load_config", stop)
-    for function in ("puma_hf.pruning.prune", "puma_hf.estimate.estimate"):
-        monkeypatch.setattr(function, understood)
 
     def parse(words: list[str]) -> None:
         with pytest.raises(Understood):
@@ -211,7 +198,11 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("docs_directory")
 def test_blocks_that_do_not_run_are_right(page: str, parse: Callable[[list[str]], None]) -> None:
-    for block in blocks_of(read(page)):
+    text = read(page)
+    assert 2 * len(blocks_of(text)) == len(re.findall(r"^\s*```", text, re.MULTILINE))
+    assert text.count("<!-- not run: ") == sum(not block.runs for block in blocks_of(text))
+    for block in blocks_of(text):
+        assert block.language in LANGUAGES
         if block.language == "python":
             block.compiled(page)
         elif block.language in ("bash", "console") and not block.runs:

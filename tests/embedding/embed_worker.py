@@ -7,7 +7,6 @@ processes, refused first), and `report.json` on how they came about.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -30,7 +29,6 @@ from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.forks import exit_signal, in_a_fork, in_two_processes, kill_in_write
 
-embed = importlib.import_module("puma_hf.embedding.embed")
 # In the n-th batch of the model, or the n-th write of a file whose name ends so: shards are finished in between.
 KILLS = (("batch", 2), (".parquet", 2), (".safetensors", 2), ("batch", 2), ("manifest.json", 1))
 OPTIONS = ("model", "output", "shard_size", "format", "precision", "on_error", "max_batch_tokens")
@@ -51,7 +49,7 @@ def config(model: str, data: str, output: Path) -> EmbedConfig:
 
 def after_batch(number: int, act: Callable[[], None]) -> None:
     """Do something when the n-th batch, or a later one, is embedded."""
-    iterate = embed.iterate_embeddings
+    iterate = run.iterate_embeddings
 
     def iterating(model: Any, inputs: Any, **options: Any) -> Any:
         for index, rows in enumerate(iterate(model, inputs, **options), start=1):
@@ -59,7 +57,7 @@ def after_batch(number: int, act: Callable[[], None]) -> None:
             if index >= number:
                 act()
 
-    embed.iterate_embeddings = iterating
+    run.iterate_embeddings = iterating
 
 
 def kill_and_finish(settings: EmbedConfig) -> EmbedReport:
@@ -110,17 +108,16 @@ def share(settings: EmbedConfig, rank: int) -> None:
             refused = ""
         except DirectoryInUseError as error:
             refused = str(error)
-    rows: list[int] = []
-    embed_records = run.embed_records
+    ids: list[str] = []
+    add = run.StoreSink.add
 
-    def counting(*args: Any) -> Any:
-        for records, embeddings in embed_records(*args):
-            rows.extend(record.row for record in records)
-            yield records, embeddings
+    def counting(self: Any, items: Any, rows: Any) -> None:
+        ids.extend(item.record.id for item in items)
+        add(self, items, rows)
 
-    run.embed_records = counting
+    run.StoreSink.add = counting  # type: ignore[method-assign]
     report = embed_corpus(settings)
-    values = {"report": asdict(report), "rows": rows, "refused": refused}
+    values = {"report": asdict(report), "ids": ids, "refused": refused}
     Path(settings.output).with_name(f"{rank}.json").write_text(json.dumps(values))
 
 

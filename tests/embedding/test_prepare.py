@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from puma_hf.embedding import prepare
-from puma_hf.embedding.prepare import Chunk, Guess, cut, plan, prepared
+from puma_hf.embedding.prepare import Chunk, Guess, plan, prepared
 
 GUESS = Guess(pixels_per_token=28 * 28, limits=(28 * 28, 280 * 280))
 
@@ -47,16 +47,15 @@ def png(image: Image.Image) -> bytes:
                     "content": [{"type": "image", "image": picture(28, 56)}, {"type": "text", "text": "aaaa"}],
                 }
             ],
-            3,
+            6.25,  # what parts are called counts, too
         ),
-        ([{"role": "user", "content": "a" * 8}], 2),
+        ([{"role": "user", "content": "a" * 8}], 3),
         (np.zeros((56, 28, 3), np.uint8), 2),
         (picture(1000, 1000), 100),  # scaled down
         (picture(1, 1), 1),  # and up
-        (b"no image", 1),
+        (b"no image", 100),
         ("https://example.org/a.png", 100),  # nothing is downloaded
         ({"image": object()}, 100),
-        (None, 100),
         (7, 100),
         ("half a character \ud800", 4.5),
     ],
@@ -83,9 +82,11 @@ def test_the_longest_of_a_window_come_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_where_inputs_are_padded_each_costs_as_much_as_the_longest() -> None:
-    assert cut([9, 1, 1], 18) == [slice(0, 3)]
-    assert cut([9, 1, 1], 18, padded=True) == [slice(0, 2), slice(2, 3)]
-    assert cut([], 18) == []
+    texts = ["a" * 404, "a", "a"]  # of 109, 8 and 8 tokens
+    for padded, cuts in ((False, [(0, 1, 2)]), (True, [(0,), (1, 2)])):
+        chunks = plan(texts, GUESS, 130, sort=True, padded=padded)
+        assert [chunk.indices for chunk in chunks] == cuts
+    assert list(plan([], GUESS, 18, sort=True, padded=False)) == []
 
 
 @pytest.mark.parametrize("kind", ["bytes", "image", "array", "dict"])

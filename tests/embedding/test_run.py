@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import errno
 import json
 import os
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from puma_hf.configs import EmbedConfig
+from puma_hf.data.items import Corpus
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.embedding import run
+from puma_hf.embedding.embed import EmbedResult
 from puma_hf.embedding.run import ERRORS, EmbedReport, embed_corpus
 from puma_hf.embedding.store import EmbeddingStore, open_embeddings
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
@@ -83,8 +86,9 @@ def test_it_is_encode(config: Any, table: Path, sentence_transformer: SentenceTr
     ids, rows = read(report.output)
     assert ids == [json.loads(line)["id"] for line in table.read_text().splitlines()]
     np.testing.assert_allclose(rows, expected(sentence_transformer, table, "Match the sentence."), **TOLERANCE)
-    assert (report.num_items, report.num_rows, report.num_errors, report.num_shards) == (10, 10, 0, 3)
-    assert (report.num_new_items, report.embedding_dim) == (10, rows.shape[1])
+    assert (report.num_items, report.num_rows, report.num_errors) == (10, 10, 0)
+    assert [len(ids) for ids, _ in open_embeddings(report.output)] == [4, 4, 2]
+    assert report.num_new_items == 10
     manifest = open_embeddings(report.output).manifest
     assert (manifest["model"], manifest["data"], manifest["num_rows"]) == ("tiny-puma", "table.jsonl", 10)
     assert manifest["settings"]["prompt"] == "Match the sentence."
@@ -104,7 +108,10 @@ def test_a_second_run_embeds_nothing_whatever_the_batches_and_shards(config: Any
 def test_only_the_first_dimensions(config: Any, table: Path, sentence_transformer: SentenceTransformer) -> None:
     report = embed_corpus(config(truncate_dim=8))
     _, rows = read(report.output)
-    assert report.embedding_dim == open_embeddings(report.output).embedding_dim == 8
+    assert open_embeddings(report.output).embedding_dim == 8
+    with pytest.raises(ValueError, match="truncate_dim is 33, must be 1 to 32"):
+        embed_corpus(config(truncate_dim=33, output=table.parent / "none"))
+    assert not (table.parent / "none").exists()
     wanted = expected(sentence_transformer, table, truncate_dim=8, normalize_embeddings=True)
     np.testing.assert_allclose(rows, wanted, **TOLERANCE)
 
@@ -115,7 +122,6 @@ def test_precisions(config: Any, table: Path, sentence_transformer: SentenceTran
     ranges = open_embeddings(report.output).settings.get("ranges")
     _, rows = read(report.output)
     floats = expected(sentence_transformer, table)
-    assert report.precision == precision
     if precision == "float16":
         np.testing.assert_allclose(rows.astype(np.float32), floats, rtol=0, atol=1e-3)
         return
@@ -222,7 +228,7 @@ def test_a_damaged_shard_is_made_anew(config: Any) -> None:
 def test_what_waits_for_a_minute_is_written(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_SECONDS", 0.0)
     report = embed_corpus(config(max_batch_tokens=1, shard_size=100))
-    assert (report.num_shards, report.num_rows) == (10, 10)
+    assert [len(ids) for ids, _ in open_embeddings(report.output)] == [1] * 10
 
 
 def test_another_run_in_the_directory_is_refused_before_the_corpus_is_read(config: Any, table: Path) -> None:
@@ -271,12 +277,16 @@ def test_special_tokens_are_read_as_text_when_the_run_goes_on(config: Any, table
 
 
 def test_embeddings_that_are_not_finite_are_an_error(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("puma_hf.embedding.embed")
-    iterate = module.iterate_embeddings
-    monkeypatch.setattr(
-        module, "iterate_embeddings", lambda *a, **k: ((i, rows * np.nan) for i, rows in iterate(*a, **k))
-    )
-    for precision in ("int8", "float32"):
+    for precision, name in (("int8", "embed"), ("float32", "iterate_embeddings")):
+        plain = getattr(run, name)
+
+        def broken(*args: Any, plain: Any = plain, **options: Any) -> Any:
+            found = plain(*args, **options)
+            if isinstance(found, EmbedResult):
+                return replace(found, embeddings=found.embeddings * np.nan)
+            return ((numbers, rows * np.nan) for numbers, rows in found)
+
+        monkeypatch.setattr(run, name, broken)
         with pytest.raises(ValueError, match=r"of 10 of 10 inputs have NaN or infinity, first \['"):
             embed_corpus(config(precision=precision, max_batch_tokens=100_000))
     monkeypatch.undo()
@@ -326,9 +336,31 @@ def test_an_original_checkpoint_is_no_embedder(config: Any, model: str, request:
 
 
 def test_a_corpus_that_changes_while_it_is_read(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "broadcast", lambda value: 11 if value == 10 else value)
-    with pytest.raises(ValueError, match=r"table\.jsonl changed while it was read\. Run the same command again"):
+    survey = Corpus.survey
+    monkeypatch.setattr(Corpus, "survey", lambda *values: survey(*values)._replace(num_items=11))
+    with pytest.raises(ValueError, match=r"inputs changed while they were read\. Run the same command again"):
         embed_corpus(config())
+
+
+def test_a_full_disk_is_explained_and_what_was_written_is_kept(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, calls, number = EmbeddingStore.add, 0, errno.ENOSPC
+
+    def failing(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(number, os.strerror(number))
+        return add(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingStore, "add", failing)
+        with pytest.raises(OSError, match=r"the disk is full .* What was written before is kept: make room") as info:
+            embed_corpus(config())
+        assert info.value.errno == errno.ENOSPC
+        calls, number = 1, errno.EIO
+        with pytest.raises(OSError, match="Input/output error"):  # anything else is told as it is
+            embed_corpus(config())
+    assert embed_corpus(config()).num_new_items == 6
 
 
 def test_a_process_without_a_row_of_its_own_takes_part(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,11 +369,10 @@ def test_a_process_without_a_row_of_its_own_takes_part(config: Any, monkeypatch:
 
 
 def test_the_report() -> None:
-    values: dict[str, Any] = {"output": "out", "num_items": 12345, "num_rows": 12344, "num_errors": 1, "num_shards": 2}
-    values |= {"num_new_items": 10000, "embedding_dim": 8, "precision": "int8", "seconds": 4.0}
-    assert str(EmbedReport(**values)) == (
+    report = EmbedReport("out", num_items=12345, num_rows=12344, num_errors=1, num_new_items=10000, seconds=4.0)
+    assert str(report) == (
         "embedded 10,000 inputs, 2,500.0 a second; 2,344 already were\n"
-        "saved    12,344 embeddings of 8 dimensions as int8, shards: 2, in out\n"
+        "saved    12,344 embeddings in out\n"
         f"broken   1 inputs, see {Path('out', 'errors.jsonl')}"
     )
-    assert str(EmbedReport(**{**values, "num_new_items": 0})).startswith("embedded 0 inputs; 12,344 already were\n")
+    assert str(replace(report, num_new_items=0)).startswith("embedded 0 inputs; 12,344 already were\n")

@@ -52,9 +52,8 @@ def test_two_processes_write_the_same_bytes_and_share_the_work(folder: Path, rep
     halves = [json.loads((folder / f"{rank}.json").read_text()) for rank in SHARES]
     for half in halves:
         assert half["results"] == report["results"]
-    assert sum(half["calls"] for half in halves) == report["calls"]
-    # Of the three shards of a pool one process has two.
-    assert min(half["calls"] for half in halves) >= report["calls"] / 3
+    assert min(half["calls"] for half in halves) >= report["calls"] / 4
+    assert max(half["calls"] for half in halves) < report["calls"]
 
 
 def test_two_processes_need_no_output(folder: Path, report: dict[str, Any]) -> None:

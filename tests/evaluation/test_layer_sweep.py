@@ -210,7 +210,7 @@ def test_equals_evaluating_each_pruned_model(
 
 
 def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:
-    held = HeldInputs(read_searches(MBEIR(data), MBEIR(data).tasks("test"), "test", ["local"]))
+    held = HeldInputs(read_searches(MBEIR(data), "test", None, "local"))
     embeddings = embed_all_depths(held, models[-1], batch_size=1)
     assert embeddings.shape == (NUM_LAYERS, 8 * (6 + 4), HIDDEN_SIZE)
     for row, depth in zip(report.models[0].rows, embeddings, strict=True):
@@ -237,6 +237,6 @@ def test_errors_before_a_model_is_opened(
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sweep(config)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'puma-hf\[plot\]'"):
+    with pytest.raises(ImportError, match="matplotlib"):
         sweep(replace(config, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

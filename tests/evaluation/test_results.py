@@ -19,7 +19,6 @@ from puma_hf.evaluation.results import (
     MBEIRResults,
     MBEIRTaskResult,
     falling_scores,
-    read_run,
     write_run,
 )
 from tests.data import mbeir_builder as builder
@@ -120,7 +119,7 @@ def test_remarks() -> None:
     rows = [row("toys_task1", num_skipped=3), row("toys_task7"), row("toys_task1", "global")]
     assert MBEIRResults("test", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
         "Left out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).",
-        "Made from: model org/model, fingerprint 0123456789ab, first dimensions 64, data M-BEIR (nano), content hash "
+        "Made from: model org/model, model-fingerprint 0123456789ab, truncate-dim 64, data M-BEIR (nano), content-hash "
         "fedcba987654, split test, instructions drawn with seed 5, puma-hf 0.1.0.\n",
     ]
 
@@ -159,15 +158,11 @@ def test_scores_fall_and_stay_where_they_are(scores: list[float]) -> None:
     assert falling_scores(fallen.tolist()) == fallen.tolist()  # without ties they stay
 
 
-def test_run_round_trip(tmp_path: Path) -> None:
+def test_a_run_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.trec"
     write_run(path, {"1:2": [("1:9", 0.5), ("1:8", 0.5)], "1:1": [("1:8", 1.0)], "1:3": []}, tag="mine")
     lines = path.read_text().splitlines()
     assert lines == ["1:2 Q0 1:9 1 0.5 mine", "1:2 Q0 1:8 2 0.49999994 mine", "1:1 Q0 1:8 1 1 mine"]
-    found = read_run(path)
-    assert {qid: list(scores) for qid, scores in found.items()} == {"1:2": ["1:9", "1:8"], "1:1": ["1:8"]}
-    path.write_text("\n".join(["", lines[1], lines[0]]) + "\n")
-    assert list(read_run(path)["1:2"]) == ["1:9", "1:8"]  # best first, whatever the order of the lines
 
 
 def read_by_trec_eval(reader: str, path: Path) -> int:
@@ -199,9 +194,9 @@ def test_trec_eval_agrees_from_the_files(root: Path, tmp_path: Path) -> None:
         qrels_path = output / "qrels" / row.pool / f"{row.task.name}.txt"
         with run_path.open() as run_file, qrels_path.open() as qrels_file:
             run, qrels = pytrec_eval.parse_run(run_file), pytrec_eval.parse_qrel(qrels_file)
-        ours = read_run(run_path)
-        assert ours == run
-        assert {qid: list(scores) for qid, scores in ours.items()} == results.rankings[row.pool][row.task.name]
+        # Their order is that of the scores alone.
+        order = {qid: sorted(scores, key=lambda did: -scores[did]) for qid, scores in run.items()}
+        assert order == results.rankings[row.pool][row.task.name]
         assert read_by_trec_eval("trec_results", run_path) == len(results.rankings[row.pool][row.task.name])
         assert read_by_trec_eval("qrels", qrels_path) == row.num_queries
         measured = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.1,5,10"}).evaluate(run)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from examples.ray_embed import Embedder, inputs_of
+from examples.ray_embed import Embedder
 from puma_hf import embed
 from tests.patience import PATIENCE
 
@@ -59,18 +59,6 @@ def as_dict(table: pa.Table) -> dict[Any, np.ndarray[Any, Any]]:
 
 def inputs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "id"} for row in rows]
-
-
-def test_a_row_is_an_input_without_its_id_and_its_empty_cells() -> None:
-    rows = [{"id": 1, "text": "a", "image": None, "other": 2}, {"id": 2, "text": None, "image": b"b", "other": 3}]
-    assert inputs_of(pa.Table.from_pylist(rows)) == [{"text": "a"}, {"image": b"b"}]
-    with pytest.raises(ValueError, match=r"columns id, caption; it must have id, and text or image\. Rename"):
-        inputs_of(pa.table({"id": [1], "caption": ["a"]}))
-
-
-def test_a_broken_row_is_named_by_its_id(embedder: Embedder, rows: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r"the row with id 'broken': .*cannot be read as an image"):
-        embedder(pa.Table.from_pylist(rows, SCHEMA))
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_lists_of_lists_are_layers_of_the_original(tmp_path: Path) -> None:
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "direct")]
     assert configs[0]["kept_layers"] == configs[1]["kept_layers"] == [0, 5]
     assert (report.num_source_layers, report.kept_layers) == (4, [0, 3])
-    assert "layers 0 and 3 of 4 (the original has 6), final norm\ndropped  decoder layers 1 to 2\n" in str(report)
+    assert "layers 0 and 3 of 4, final norm\ndropped  decoder layers 1 to 2; " in str(report)
     card = (tmp_path / "two" / "README.md").read_text()
     assert "- Dropped: decoder layers 1 to 4, the language-model head\n" in card
     # AutoModel reads the configuration first, and hands it on.

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from puma_hf import PumaDistillationTrainer, SelfDistillationLoss
-from puma_hf.checkpoint import SourceCheckpoint, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.trainer import FrozenTeacher, distillation
 from puma_hf.trainer.lora_puma import puma_model
 from tests.forks import exit_signal, in_a_fork
@@ -164,7 +164,7 @@ def test_default_teacher_from_the_hub_has_the_revision_that_was_pruned(
     puma_model(model).config.source_revision = "0123abc"
     asked = {}
 
-    def find(source: str, **options: Any) -> SourceCheckpoint:
+    def find(source: str, **options: Any) -> Checkpoint:
         asked.update(source=source, **options)
         return open_checkpoint(qwen_dir)
 
