@@ -67,8 +67,6 @@ class SelfDistillationLoss(nn.Module):
 
     Alone it needs no labels, and is this library's first stage; the authors' has a contrastive term besides, see
     `JointDistillationLoss`. Inside `MatryoshkaLoss` the first d dimensions of both states are compared.
-    `sentence_transformers.losses.MSELoss` compares the normalised `sentence_embedding` instead, averaged over the
-    hidden dimension.
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
@@ -157,19 +155,18 @@ class JointDistillationLoss(nn.Module):
     of the training that is done, from 0.5 to 0.9 and from 0.5 to 0.1. With MAC-Loss, which is this library's addition,
     the second stage need not forget what the full model knew.
 
-    On several devices the loss is the mean over all rows, and so is the gradient that DistributedDataParallel averages:
-    that of one device with the whole batch. The released code leaves each device the part of its own rows, and the
-    average of these is the same gradient divided by the number of devices.
+    On several devices the gradient is that of one device with the whole batch. The released code's is this one divided
+    by the number of devices.
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
-        contrastive: A `MultimodalMACLoss` or `MultipleNegativesRankingLoss` of the same model, whose labels are used.
+        contrastive: A `MultimodalMACLoss` of the same model; at equal temperatures it is InfoNCE.
         metric: See `self_distillation_loss`.
         contrastive_weight: Weight of the contrastive term. The two terms differ in size: the `"mse"` grows with the
             hidden size, so look at both in the log before choosing.
         distillation_weight: Weight of the distillation term.
         contrastive_weight_start: Where the weight begins, if it is to move in a straight line over the training to
-            `contrastive_weight`. It needs a contrastive loss that is told the progress: a `MultimodalMACLoss`.
+            `contrastive_weight`.
         distillation_weight_start: Likewise for `distillation_weight`.
 
     It takes (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples, and the teacher's
@@ -198,14 +195,8 @@ class JointDistillationLoss(nn.Module):
         starts = {"contrastive_weight": contrastive_weight_start, "distillation_weight": distillation_weight_start}
         self.weights |= {f"{name}_start": start for name, start in starts.items() if start is not None}
         check_range(zero=True, **self.weights)
-        if uses_gradient_cache(contrastive) or not hasattr(contrastive, "compute_loss_from_embeddings"):
-            raise ValueError(
-                f"contrastive is a {type(contrastive).__name__}, but it must compute its loss from embeddings of one "
-                "forward pass. Pass a MultimodalMACLoss or a MultipleNegativesRankingLoss."
-            )
-        self._moves = len(self.weights) > 2
-        if self._moves and not is_scheduled(contrastive):
-            raise ValueError(f"weights that move need a MultimodalMACLoss, not a {type(contrastive).__name__}.")
+        if uses_gradient_cache(contrastive) or not is_scheduled(contrastive):
+            raise ValueError(f"contrastive is a {type(contrastive).__name__}, but it must be a MultimodalMACLoss.")
         self.model = model
         self.contrastive: Any = contrastive
         self.distillation = SelfDistillationLoss(model, metric)
@@ -214,12 +205,10 @@ class JointDistillationLoss(nn.Module):
         """Embed every column once and compute `{"distillation": ..., "contrastive": ...}`, both weighted scalars."""
         # Input modules pop ids and teacher states from the features, so what is needed twice is read before.
         columns = list(sentence_features)
-        is_mac = is_scheduled(self.contrastive)
-        ids = read_ids(columns, labels) if is_mac else (labels,)
+        ids = read_ids(columns, labels)
         outputs = [self.model(features) for features in columns]
-        if is_mac:
-            restore_ids(columns, *ids)
-            self.contrastive.warn_if_schedule_idles(training=self.model.training, moves=self._moves)
+        restore_ids(columns, *ids)
+        self.contrastive.warn_if_schedule_idles(training=self.model.training, moves=len(self.weights) > 2)
         embeddings = [output["sentence_embedding"] for output in outputs]
         contrastive = self.contrastive.compute_loss_from_embeddings(embeddings, *ids)
         return LossTerms(
@@ -235,6 +224,5 @@ class JointDistillationLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
-        config: dict[str, Any] = getattr(self.contrastive, "get_config_dict", dict)()
         own = {"metric": self.distillation.metric, **self.weights}
-        return {"contrastive": type(self.contrastive).__name__, **config, **own}
+        return {"contrastive": type(self.contrastive).__name__, **self.contrastive.get_config_dict(), **own}

@@ -235,9 +235,8 @@ class PumaProcessor(Qwen2VLProcessor):
             try:
                 messages = to_messages(item, prompt)
                 _check_special_tokens(messages, pattern, split_special_tokens)
-                own_images, own_videos = (
-                    [part[kind] for part in items_of(messages, kind)] for kind in ("image", "video")
-                )
+                own_images = [part["image"] for part in items_of(messages, "image")]
+                own_videos = [part["video"] for part in items_of(messages, "video")]
                 has_text = bool(items_of(messages, "text", ROLES[1:]))
                 modalities.append(MODALITY_IDS[modality_of(has_text, bool(own_images), bool(own_videos))])
                 videos += [self._read_video(video) for video in own_videos]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import normalize
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .content_ids_puma import content_ids
-from .fast_path_puma import FastPath, can_pack, fast_vision, packed_states
+from .fast_path_puma import FastPath, can_pack, packed_states
 from .packing_puma import PackedBatch, Packer
 
 try:  # transformers asks of a processor's code that all it imports is installed, but for what stands in a try
@@ -128,10 +127,7 @@ class PumaTransformer(Transformer):
             `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, in the order of the inputs.
         """
         if isinstance(batch, dict):
-            # A model that is wrapped, as by torch.compile, stays as it is: compiled code notices every change.
-            is_fast = self.fast_path is not None and self.model is self._unwrapped()
-            with fast_vision(self.model.visual) if is_fast else nullcontext():
-                return self._plain(batch)
+            return self._plain(batch)
         device = self.model.device
         states = [packed_states(self.model, part) for part in batch.to(device).parts]
         order = torch.tensor([row for part in batch.parts for row in part.rows]).argsort()
