@@ -110,9 +110,8 @@ class TemperatureScheduleCallback(TrainerCallback):
         """Add the temperatures to a training record."""
         if logs is not None and "loss" in logs:
             for prefix, loss in self.losses.items():
-                names = f"{prefix}temperature", f"{prefix}hard_temperature"
-                found = zip(names, (loss.temperature, loss.current_hard_temperature), strict=True)
-                add_to_logs(dict(found), logs, state)
+                values = {"temperature": loss.temperature, "hard_temperature": loss.current_hard_temperature}
+                add_to_logs({f"{prefix}{name}": value for name, value in values.items()}, logs, state)
 
 
 def add_to_logs(values: Mapping[str, float], logs: dict[str, float], state: TrainerState) -> None:
