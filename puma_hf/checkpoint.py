@@ -36,13 +36,10 @@ _NOWHERE = (
 class Checkpoint(Mapping[str, Tensor]):
     """A checkpoint's tensors by PUMA's own names, each read when it is asked for; a language-model head is left out.
 
-    Made by `open_checkpoint`. Its configuration and index are at hand; of the Hub, weights are fetched file by file.
-
-    Attributes:
+    Args:
         name: Hub id or local path, as given by the user.
-        folder: Folder with the configuration, tokenizer and image processor files.
-        revision: Hub commit, or `None` for a local folder.
-        weight_files: File name of each tensor, by the checkpoint's own names of them.
+        folder: Folder with the configuration, index, tokenizer and image processor files.
+        revision: Hub commit, or `None` for a local folder; weights of the Hub are fetched file by file.
 
     Example:
         >>> open_checkpoint("puma-k14")["language_model.norm.weight"].shape  # doctest: +SKIP
@@ -51,7 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
         self.name, self.folder, self.revision = name, folder, revision
-        self.weight_files = self._find_weights()
+        self.weight_files = self._find_weights()  # file of each tensor, by the checkpoint's own names
         stored = [name for name in self.weight_files if not name.startswith("lm_head.")]
         self._stored_names = {own_name(name): name for name in stored}
 

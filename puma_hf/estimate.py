@@ -76,26 +76,16 @@ def counted_pass(model: SentenceTransformer, features: Mapping[str, Any]) -> Flo
 
 @dataclass(frozen=True)
 class Estimate:
-    """What each of `num_gpus` devices holds and computes, and what the run takes.
+    """What each of `num_gpus` devices holds and computes, and what the run takes."""
 
-    Args:
-        parameters: Parameters of the pruned model, without the adapter and the teacher.
-        trainable: Those of the adapter.
-        memory: Bytes at the peak of a step, by what they are for.
-        flops_step: Operations of a step.
-        flops_run: Likewise of the run; None if the number of rows is not known.
-        notes: What was assumed, one sentence each.
-        gpus: Names in `GPUS` of those that are asked about.
-    """
-
-    parameters: int
-    trainable: int
-    memory: dict[str, int]
+    parameters: int  # of the pruned model, without the adapter and the teacher
+    trainable: int  # parameters of the adapter
+    memory: dict[str, int]  # bytes at the peak of a step, by what they are for
     flops_step: int
-    flops_run: int | None
+    flops_run: int | None  # None if the number of rows is not known
     num_gpus: int
-    notes: tuple[str, ...]
-    gpus: tuple[str, ...] = tuple(GPUS)
+    notes: tuple[str, ...]  # what was assumed, one sentence each
+    gpus: tuple[str, ...] = tuple(GPUS)  # those that are asked about
 
     @property
     def peak(self) -> int:
@@ -249,25 +239,22 @@ class _Step:
         output 8 h; the bfloat16 inputs of the six adapters at width h with their dropout masks, 6 h (2 + mask); of the
         MLP the gate, its SiLU and the up projection 6 m, and the down adapter's input and mask, m (2 + mask). Frozen
         weights keep no input of their own. For a moment there are 12 m more, where the down adapter works in float32.
-
-        - Plain: all layers of all columns, since the loss needs all columns before the first backward pass.
-        - Gradient checkpointing: the input of each layer, 2 h, and one layer's whole content when it is recomputed.
-        - Gradient caching: the same for one mini-batch at a time.
-
-        The similarity matrix and embeddings are small beside them. The frozen vision tower keeps nothing, but its
-        widest moment (36 bytes a patch and unit of width, measured) comes while earlier columns are alive.
+        The similarity matrix and embeddings are small beside them.
         """
         config, hidden, inner = self.config, self.text.hidden_size, self.text.intermediate_size
         number, mask = 2 if config.bf16 else 4, self.mask_bytes if config.lora_dropout else 0
         layer = hidden * (8 + 4 * number + 6 * (number + mask)) + inner * (4 * number + mask)
         kept, moment = self.depth * layer, 12 * inner
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing:  # the input of each layer, and one layer's whole content, computed again
             kept, moment = self.depth * number * hidden, 12 * inner + layer
+        # The loss needs all columns before the first backward pass; with gradient caching one mini-batch at a time.
         columns, num_rows = self.columns, config.batch_size
         if getattr(config, "cached", False):
             by_tokens = config.mini_batch_num_tokens and max(1, config.mini_batch_num_tokens // self.tokens)
             columns, num_rows = 1, min(config.batch_size, by_tokens or config.mini_batch_size)
         saved = num_rows * self.tokens * kept
+        # The frozen vision tower keeps nothing. Its widest moment, while earlier columns are alive: 36 bytes, measured,
+        # for each patch and unit of width.
         tower = 36 * self.vision.embed_dim * self.patches * min(self.images, num_rows)
         # [RET] alone is trained in a copy of the whole table, whose gradient is as large.
         table = 2 * number * self.text.vocab_size * hidden if config.train_ret_token else 0

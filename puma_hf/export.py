@@ -41,7 +41,6 @@ _ONNX_BOUND = 1e-4
 class ExportReport:
     """What an export wrote, `num_bytes` of parameters; in ONNX of the whole graph: the text tower alone, in float32."""
 
-    source: str
     output: str
     model_type: str
     num_layers: int
@@ -49,12 +48,9 @@ class ExportReport:
     format: ExportFormat = "stock"
 
     def __str__(self) -> str:
-        what = f"{self.model_type} of {self.num_layers} decoder layers"
-        more = f"compare the two with: puma-hf check {self.source} --exported {self.output}"
-        if self.format == "onnx":
-            what = f"the text tower of {self.num_layers} decoder layers as ONNX"
-            more = "its README.md has an example"
-        return f"exported {what}, {self.num_bytes:,} bytes\nsaved    {self.output}; {more}"
+        how = "" if self.format == "stock" else " as ONNX, for texts"
+        what = f"{self.model_type} of {self.num_layers} decoder layers{how}, {self.num_bytes:,} bytes"
+        return f"exported {what}\nsaved    {self.output}; its README.md says how to use it"
 
 
 def export(
@@ -117,7 +113,7 @@ def export(
         _write_card(folder, config, format, reading.told)
     layers = config.text_config.num_hidden_layers
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
-    return ExportReport(str(source), str(output), config.model_type, layers, num_bytes, format)
+    return ExportReport(str(output), config.model_type, layers, num_bytes, format)
 
 
 def is_export(folder: Path) -> bool:
@@ -174,17 +170,14 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
 def _write_card(folder: Path, config: Any, format: ExportFormat, told: str) -> None:
     """Write the `README.md`; `told` is what the reading makes of inputs, to be done before the template."""
     lineage = getattr(config, LINEAGE_KEY)
-    source, kept = lineage["source_name_or_path"], lineage["num_kept_layers"]
     text = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
         onnx=format == "onnx",
-        title=f"{source or config.model_type}, {kept} layers",
         name="path/to/this/directory",
-        model_type=config.model_type,
-        kept=named_layers(lineage.get("kept_layers") or range(kept)),
+        config=config,
+        kept=named_layers(lineage.get("kept_layers") or range(lineage["num_kept_layers"])),
+        source=lineage["source_name_or_path"],
         total=lineage["original_num_hidden_layers"],
-        source=f"`{source}`" if source else "its source",
-        dim=config.text_config.hidden_size,
-        told=f"\nThe model was made to read inputs {told}: bring texts into that form first." if told else "",
+        told=told,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

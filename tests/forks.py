@@ -70,12 +70,10 @@ def in_a_fork(action: Callable[[], object]) -> int:
 
 def exit_signal(process: int) -> int:
     """Wait for a process: the signal that ended it, 0 for none."""
-    _, status = os.waitpid(process, 0)
-    if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status)
-    if os.WEXITSTATUS(status):
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if code > 0:
         raise SystemExit("A process ended with an error, see above.")
-    return 0
+    return -code
 
 
 def in_two_processes(share: Callable[[int], object]) -> None:

@@ -76,12 +76,9 @@ def test_the_same_embeddings(family: str, kept: int, changes: dict[str, object],
 def test_nothing_of_puma_is_in_it(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == FILES
     for path in exported.glob("*.json"):
-        text = path.read_text()
-        assert "auto_map" not in text, path.name
-        assert "Puma" not in text, path.name
-        assert "is_local" not in text, path.name
-    assert settings_of(exported, "tokenizer_config.json")["processor_class"] == "Qwen2VLProcessor"
-    assert settings_of(exported, "preprocessor_config.json")["processor_class"] == "Qwen2VLProcessor"
+        assert not [word for word in ("auto_map", "Puma", "is_local") if word in path.read_text()], path.name
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        assert settings_of(exported, name)["processor_class"] == "Qwen2VLProcessor"
 
 
 def test_the_configuration_is_the_stock_classes_own(exported: Path, puma_dir: Path) -> None:
@@ -183,7 +180,7 @@ def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None
     puma, output = tmp_path / "puma", tmp_path / "onnx"
     prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), puma, num_kept_layers=1)
     report = export(puma, output, format="onnx")
-    assert f"1 decoder layers as ONNX, {report.num_bytes:,} bytes" in str(report)
+    assert f"1 decoder layers as ONNX, for texts, {report.num_bytes:,} bytes" in str(report)
     assert is_export(output)
     graph = {"model.onnx", "model.onnx.data"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

@@ -76,20 +76,16 @@ def test_it_appears_whole_at_the_end(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
-    filled(tmp_path / "real")
-    (tmp_path / "link").symlink_to("real")
-    write(tmp_path / "link", overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    assert [path.name for path in (tmp_path / "real").iterdir()] == ["new.txt"]
-
-
-def test_a_full_directory_is_refused(tmp_path: Path) -> None:
-    target = filled(tmp_path / "out")
+def test_a_full_directory_is_refused_or_replaced_where_a_link_leads(tmp_path: Path) -> None:
+    target, link = filled(tmp_path / "out"), tmp_path / "link"
+    link.symlink_to("out")
     before = listing(tmp_path)
-    with pytest.raises(FileExistsError, match=r"out' is not empty. Choose another, or pass overwrite=True \(--"):
-        write(target)
+    with pytest.raises(FileExistsError, match=r"link' is not empty. Choose another, or pass overwrite=True \(--"):
+        write(link)
     assert listing(tmp_path) == before
+    write(link, overwrite=True)
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "qwen2_vl"}'])

@@ -227,21 +227,6 @@ def test_the_commands_of_the_readme_are_right(parse: Callable[[list[str]], None]
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def slug(heading: str) -> str:
-    """The anchor that GitHub and the site make of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
-def test_links_of_the_readme_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith("https://")]
-    assert len(links) > 10
-    for path, _, anchor in (link.partition("#") for link in links):
-        target = ROOT / (path or "README.md")
-        assert target.exists(), path
-        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-        assert anchor in ("", *map(slug, headings)), f"{path}#{anchor}"
-
-
 @pytest.mark.usefixtures("docs_directory")
 def test_the_examples_of_the_help_are_right(parse: Callable[[list[str]], None]) -> None:
     for name, command in cli.app.commands.items():

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import puma_hf
-from puma_hf import cli
 
 pytestmark = pytest.mark.docs
 
@@ -68,11 +67,3 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     public = {name for package in ("puma_hf", *packages) for name in import_module(package).__all__}
     assert public - names == {"__version__"}
     assert {f"puma_hf.{name}" for name in puma_hf.__all__} - set(listed) == {"puma_hf.__version__"}
-
-
-def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
-    page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
-    for name in cli.app.commands:
-        assert f'id="{name}"' in page
-    assert "--num-kept-layers" in page
-    assert "--hard-temperature" in page
