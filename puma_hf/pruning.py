@@ -161,7 +161,7 @@ def prune(
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_sentence_transformers_files(folder, MBEIR_INSTRUCTIONS if prompts is None else prompts)
+        write_sentence_transformers_files(folder, {"prompts": MBEIR_INSTRUCTIONS if prompts is None else prompts})
         with torch.device("meta"):  # where a tensor has a shape and takes no memory
             make: Any = AutoModelForImageTextToText if is_original else AutoModel
             before = make.from_config(AutoConfig.from_pretrained(checkpoint.folder)).num_parameters()

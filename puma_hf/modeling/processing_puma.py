@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
     MODALITY_IDS,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
+SETTINGS_FILE = "config_sentence_transformers.json"
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
@@ -131,6 +133,7 @@ class PumaProcessor(Qwen2VLProcessor):
     Source: PUMA, ACM MM 2025, arXiv 2507.08064; LamRA for the wording of the prompt.
     """
 
+    sentence_transformers_settings: dict[str, Any] | None = None  # of the directory it was loaded from
     _takes_video = True
 
     def __init__(
@@ -153,11 +156,22 @@ class PumaProcessor(Qwen2VLProcessor):
         """Parts that transformers opens: the video processor, which needs torchvision, is made from its settings."""
         return [name for name in super().get_attributes() if name != "video_processor"]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a processor, with the prompts of its directory, which a save writes again."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        place: dict[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        place |= {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
+        path = cached_file(pretrained_model_name_or_path, SETTINGS_FILE, **place)
+        processor.sentence_transformers_settings = path and json.loads(Path(path).read_text(encoding="utf-8"))
+        return processor
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_sentence_transformers_files(folder, None, overwrite=False)
+        write_sentence_transformers_files(folder, self.sentence_transformers_settings, overwrite=False)
         saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         if push_to_hub:  # transformers would upload what it wrote itself, and mean pooling would be read from the rest
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -362,7 +376,7 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
 # --- the files that make a directory a SentenceTransformer
 
 
-def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str] | None, overwrite: bool = True) -> None:
+def write_sentence_transformers_files(folder: Path, settings: Mapping[str, Any] | None, overwrite: bool = True) -> None:
     """Write what `SentenceTransformer(folder, trust_remote_code=True)` needs beside transformers' files.
 
     Without these files SentenceTransformer opens a directory too, but averages all tokens instead of reading
@@ -370,7 +384,8 @@ def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str] |
 
     Args:
         folder: The directory.
-        prompts: Named instructions for `encode(prompt_name=...)`; `None` writes no file of them.
+        settings: Of SentenceTransformer, such as `prompts`, the named instructions for `encode(prompt_name=...)`;
+            `None` writes no file of them.
         overwrite: Whether to replace files that are there already.
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
@@ -385,13 +400,9 @@ def write_sentence_transformers_files(folder: Path, prompts: Mapping[str, str] |
             "unpad_inputs": False,
         },
     }
-    if prompts is not None:
-        files["config_sentence_transformers.json"] = {
-            "model_type": "SentenceTransformer",
-            "prompts": dict(prompts),
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        }
+    if settings is not None:
+        usual = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        files[SETTINGS_FILE] = {"model_type": "SentenceTransformer", **usual, **settings}
     for name, content in files.items():
         if overwrite or not (folder / name).exists():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

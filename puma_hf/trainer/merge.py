@@ -126,7 +126,7 @@ def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) ->
     processor.save_pretrained(folder)
     # Prompts belong to the base: training neither reads nor changes them.
     settings = json.loads((base / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    write_sentence_transformers_files(folder, settings["prompts"])
+    write_sentence_transformers_files(folder, settings)
     if (base / "README.md").is_file():
         rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
         note = f"A LoRA adapter of rank {rank} was trained and merged into the weights."

@@ -79,7 +79,7 @@ def main(job: dict[str, Any]) -> None:
     results["saves"] = {}
     for name, folder in zip(("parts", "trained"), saves, strict=True):
         model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-        results["saves"][name] = model.encode(inputs).tolist()
+        results["saves"][name] = {"vectors": model.encode(inputs).tolist(), "prompts": model.prompts}
     for name, folder in job["directories"].items():
         results[f"{name}: transformers"] = embed_with_transformers(folder, inputs)
         if not (Path(folder) / "modules.json").is_file():

@@ -128,10 +128,12 @@ def test_both_loaders_give_the_same_vectors(fresh_vectors: Any, expected: dict[s
 
 
 @pytest.mark.parametrize("save", ["parts", "trained"])
-def test_what_transformers_saves_there_is_a_sentence_transformer(
-    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], save: str
+def test_what_transformers_saves_there_is_a_sentence_transformer_with_its_prompts(
+    fresh_vectors: dict[str, Any], expected: dict[str, np.ndarray], sentence_transformer: SentenceTransformer, save: str
 ) -> None:
-    np.testing.assert_allclose(fresh_vectors["saves"][save], expected["pruned"], rtol=0, atol=1e-5)
+    found = fresh_vectors["saves"][save]
+    np.testing.assert_allclose(found["vectors"], expected["pruned"], rtol=0, atol=1e-5)
+    assert found["prompts"] == sentence_transformer.prompts != {}
 
 
 def test_the_code_in_a_directory_is_the_packages_own(directories: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,16 @@ def test_directories_are_the_same_with_and_without_torchvision(
 
 
 # --- saving, and the files of sentence-transformers
+
+
+@pytest.mark.parametrize("load", [PumaProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_settings_of_the_directory_are_saved_again(load: Any, puma_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(puma_dir, tmp_path / "source")
+    file = tmp_path / "source" / "config_sentence_transformers.json"
+    settings = json.loads(file.read_text()) | {"prompts": {"find": "Finde es: ä"}, "default_prompt_name": "find"}
+    file.write_text(json.dumps(settings))
+    load(tmp_path / "source").save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / file.name).read_text(encoding="utf-8")) == settings
 
 
 def test_code_opens_without_sentence_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
