@@ -142,7 +142,7 @@ def _names(tasks: Iterable[str] | None) -> list[str] | None:
 
 def _state(data: MBEIR, split: str) -> list[Any]:
     """What rows of a split depend on."""
-    files = [*data.query_files(split), data.global_pool_path(split), data.instruction_path]
+    files = [*data.query_files(split), data.pool_path(None, split), data.instruction_path]
     return [split, str(data.image_root), *map(file_state, files)]
 
 
@@ -162,7 +162,7 @@ def _queries(
             continue
         with Problems(path) as problems:
             for row, query in enumerate(data.read_queries(path, problems, task)):
-                its, where = task, f"{path}, line {query.line}"
+                its, where = task, query.where
                 if judged or its is None:
                     unknown = [did for did in (*query.positives, *query.negatives) if did not in pool]
                     if unknown or not query.positives:
@@ -392,9 +392,9 @@ def open_corpus(
     path = existing(data)
     if is_mbeir(path):
         mbeir = MBEIR(path)
-        file = mbeir.global_pool_path(split)
+        file = mbeir.pool_path(None, split)
         if pool != GLOBAL_POOL:
-            file = mbeir.local_pool_path(select_tasks(mbeir.tasks(split), [pool])[0], split)
+            file = mbeir.pool_path(select_tasks(mbeir.tasks(split), [pool])[0], split)
         check_is_file(file)
         candidate = partial(parse_candidate, images=Images(mbeir.image_root), may_be_missing=True)
         return Corpus(file, str(mbeir.image_root), partial(json_lines, file), candidate, on_error)

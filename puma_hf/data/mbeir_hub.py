@@ -21,7 +21,14 @@ from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
 from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
 from puma_hf.data.records import Line, Problems, read_lines, wrong
-from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
+from puma_hf.data.tasks import (
+    MBEIR_DATASET_IDS,
+    MBEIR_INSTRUCTIONS,
+    TASK_MODALITIES,
+    MBEIRTask,
+    select_tasks,
+    task_named,
+)
 from puma_hf.files import new_directory, write_whole
 
 # The folders of each part of a copy; the first that is there is taken.
@@ -53,10 +60,9 @@ def open_mbeir(
     - a dataset of the Hub that is such a copy, as "mteb/mbeir_cirr_task7";
     - an organisation of the Hub that has copies of all 16 tasks: "mteb" or "MRBench".
 
-    Copies are imported once, into the cache: images as files with the bytes they have, queries, pools and
-    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task. They have the first
-    wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and the global pool of
-    the tasks that are asked for alone.
+    Copies are imported once, into the cache, in M-BEIR's layout; an import that was interrupted goes on, task by task.
+    They have the first wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and
+    the global pool of the tasks that are asked for alone.
 
     Args:
         source: The source.
@@ -70,13 +76,8 @@ def open_mbeir(
         ValueError: If a task is not among those of the source, or `revision` is given for a folder.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data import open_mbeir
-
-    >>> len(open_mbeir("demo/emoji").tasks())
-    8
-    ```
+        >>> len(open_mbeir("demo/emoji").tasks())
+        8
     """
     if isinstance(source, MBEIR):
         return source
@@ -161,7 +162,8 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
         wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
         if table is None and wording is None:
             raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
-        rows.append([*task.modalities, task.dataset, str(MBEIR_DATASET_IDS.get(task.dataset)), str(wording)])
+        directions, number = TASK_MODALITIES[task.task_id], MBEIR_DATASET_IDS.get(task.dataset)
+        rows.append([*directions, task.dataset, str(number), str(wording)])
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
@@ -179,18 +181,19 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
             write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
-            write_lines(layout.union_pool_path(split), _joined(parts))
+            pools = (MBEIR(part).pool_path(task, split) for task, part in parts.items())
+            write_lines(layout.pool_path(None, split), _joined(pools))
             for part in parts.values():
                 for path in filter(Path.is_file, part.rglob("*")):
                     link(path, draft / path.relative_to(part))
     return together
 
 
-def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[str]:
-    """The pools of several tasks as one: a candidate of two tasks is in both local pools, and once in the global."""
+def _joined(pools: Iterable[Path]) -> Iterator[str]:
+    """The lines of several pools: a candidate of two tasks is in both local pools, and once in the global."""
     seen: set[int] = set()  # hashes: pools of millions need not be held
-    for task, part in parts.items():
-        with MBEIR(part).pool_path(task.name).open(encoding="utf-8") as lines:
+    for pool in pools:
+        with pool.open(encoding="utf-8") as lines:
             for line in lines:
                 if hash(line) not in seen:
                     seen.add(hash(line))
@@ -234,7 +237,7 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
     with Problems(files["corpus"][0].parents[1]) as problems:
         write_lines(layout.qrels_path(split, task), judgements())
         write_records(layout.query_path(split, task), starmap(query, records("queries")))
-        write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
+        write_records(layout.pool_path(task, split), ({"did": did, **record} for did, record in records("corpus")))
 
 
 def _plain_id(line: Line, name: str) -> str:

@@ -110,8 +110,6 @@ def embed(
 
     Source: ours; what is computed is PUMA, ACM MM 2025, arXiv 2507.08064.
     """
-    if not isinstance(inputs, Sized):
-        raise ValueError(_not_a_list(inputs))
     errors: list[BrokenInput] = []
     batches = iterate_embeddings(model, inputs, report=errors.append, **options)
     # What needs no range over all rows is stored small at once.
@@ -149,7 +147,7 @@ def iterate_embeddings(
     processing_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     sort: bool = True,
-    show_progress_bar: bool | None = None,
+    show_progress_bar: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Embed a list or a stream batch by batch, in memory that does not depend on its length.
 
@@ -168,7 +166,7 @@ def iterate_embeddings(
         max_length: Longest sequence in tokens; texts are cut.
         sort: Whether to sort by length, inside of a window; otherwise rows come in the order of the inputs, but for
             broken ones.
-        show_progress_bar: Whether to show inputs a second and the time left; by default if this logger is at INFO.
+        show_progress_bar: Whether to show inputs a second and the time left.
 
     Returns:
         An iterator over indices `(batch_size,)`, int64, into the inputs, and float32 rows
@@ -205,7 +203,7 @@ def iterate_embeddings(
         images = packer.processor.image_processor
         size = {**dict(images.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
         limits = size["shortest_edge"], size["longest_edge"]
-        guess = Guess((images.patch_size * images.merge_size) ** 2, limits, open_files=load is None)
+        guess = Guess((images.patch_size * images.merge_size) ** 2, limits, has_loader=load is not None)
         num_workers = default_num_workers(on_cuda, total) if num_workers is None else num_workers
     else:
         # Any other model embeds by its own `encode`, in this process, where a PUMA would be prepared: a broken input is
@@ -213,7 +211,7 @@ def iterate_embeddings(
         given = {name: value for name, value in options.items() if value is not None}
         given |= {"truncate_dim": keep, "normalize_embeddings": keep is not None, "show_progress_bar": False}
         packer = partial(model.encode, prompt=prompt, convert_to_tensor=True, **given)
-        guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), open_files=load is None), True, 0
+        guess, padded, num_workers = Guess(28 * 28, (0.0, 300 * 28 * 28), load is not None), True, 0
     chunks = prepared(
         plan(inputs, guess, budget, sort=sort, padded=padded),
         packer,
@@ -221,8 +219,6 @@ def iterate_embeddings(
         num_workers=num_workers,
         pin_memory=on_cuda and has_packer,
     )
-    if show_progress_bar is None:
-        show_progress_bar = logger.isEnabledFor(logging.INFO)
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     model.eval()
     # Lazily: a chunk is started when it is asked for. However it ends, so do the worker processes.
@@ -302,19 +298,12 @@ def default_num_workers(on_cuda: bool, num_inputs: int | None) -> int:
     return max(0, min(_MOST_WORKERS, cores - 1, useful))
 
 
-def _not_a_list(inputs: Any) -> str:
-    return (
-        f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single input in [ ]; pass a stream to "
-        "iterate_embeddings."
-    )
-
-
 def _check(model: Any, inputs: Any, on_error: str) -> None:
     if not isinstance(model, SentenceTransformer):
         raise ValueError(f"model is a {type(model).__name__}, must be a SentenceTransformer. Open it as one.")
     # A table of pandas or Arrow would yield its columns, or their names.
     if isinstance(inputs, str | bytes | Mapping) or hasattr(inputs, "columns"):
-        raise ValueError(_not_a_list(inputs))
+        raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single input in [ ].")
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping) and "role" in inputs[0]:
         raise ValueError("inputs is one chat, and embed takes a list of inputs. Wrap it in [ ].")
     if on_error not in get_args(OnError):

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -56,12 +57,12 @@ class Guess:
 
     pixels_per_token: float
     limits: tuple[float, float]  # fewest and most pixels of an image; others are scaled
-    # Whether the headers of files are read for their size. With a loader of the user's own a path may be anything.
-    open_files: bool = True
+    # With a loader of the user's own an input says nothing of what it will be: each counts as an image.
+    has_loader: bool = False
 
     def tokens(self, item: Any) -> float:
         """About how many tokens an input has, as `PumaProcessor.process_inputs` reads it; never an error."""
-        return _TOKENS_PER_INPUT + self._content(item)
+        return _TOKENS_PER_INPUT + (self._image(None) if self.has_loader else self._content(item))
 
     def _content(self, item: Any, is_text: bool = False) -> float:
         if item is None:
@@ -73,23 +74,22 @@ class Guess:
         if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
             # A text may be what a file is called: nobody looks at the disk for it.
             return sum(self._content(part, name in ("text", "instruction", "content")) for name, part in item.items())
-        least, most = self.limits
-        return min(max(self._pixels(item), least), most) / self.pixels_per_token
+        return self._image(item)
 
-    def _pixels(self, image: Any) -> float:
+    def _image(self, image: Any) -> float:
+        pixels: float = _UNKNOWN_PIXELS
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, Image.Image):
-            return image.height * image.width
-        if isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
-            return float(np.prod(image.shape)) / 3
-        if isinstance(image, str | bytes) and self.open_files:
-            try:
-                with open_image(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                    return opened.height * opened.width
-            except Exception:  # the processor will say what is wrong with it
-                pass
-        return _UNKNOWN_PIXELS
+            pixels = image.height * image.width
+        elif isinstance(image, np.ndarray | torch.Tensor):  # of a video all frames
+            pixels = float(np.prod(image.shape)) / 3
+        elif isinstance(image, str | bytes):
+            file = io.BytesIO(image) if isinstance(image, bytes) else image
+            with suppress(Exception), open_image(file) as opened:  # the processor will say what is wrong with it
+                pixels = opened.height * opened.width
+        least, most = self.limits
+        return min(max(pixels, least), most) / self.pixels_per_token
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -66,6 +66,9 @@ class Sink(Protocol):
     def has(self, item: Item) -> bool:
         """Whether an item need not be embedded; asked once for each of this process."""
 
+    def kept(self, item: Item) -> Item:
+        """What `add` needs of an item, which waits for it in memory: not the bytes of its image."""
+
     def add(self, items: list[Item], rows: Tensor) -> None:
         """Store embeddings `(num_items, embedding_dim)`."""
 
@@ -74,85 +77,73 @@ Embedder = Callable[[Iterator[Record], Callable[[BrokenInput], object]], Iterato
 """From records to numbers of them, in the order in which they came, and their rows, as `iterate_embeddings` does it."""
 
 
-class Done(NamedTuple):
-    """What all processes have done."""
-
-    num_new: int
-    num_errors: int
-    seconds: float
-
-
+@dataclass
 class EmbeddingRun:
-    """The work of one process: of all items those whose key falls to it, embedded and stored a shard at a time.
+    """The work of one process: of all items those whose key falls to it, embedded and stored a shard at a time."""
 
-    Args:
-        sink: Where embeddings go.
-        embedder: Embeds records.
-        shard_size: Rows that are written together.
-        errors: File that lists broken inputs, which are left out; without one the first of them ends the run.
-        zeros: Whether zeros take the place of what is broken. They have the complement of its key, which no content
-            has: so every run tries it again, and lists it again.
-        in_order: Whether shards are in the order of the items, which costs a window of rows in memory.
-    """
+    sink: Sink
+    embedder: Embedder
+    shard_size: int
+    errors_file: Path | None = None  # lists broken inputs, which are left out; without it the first ends the run
+    # Zeros in place of what is broken have the complement of its key, which no content has: so every run tries it
+    # again, and lists it again.
+    zeros: bool = False
+    # Rows arrive by length inside of a window: with one more than a shard in memory, its first rows are all there.
+    in_order: bool = False
 
-    def __init__(
-        self,
-        sink: Sink,
-        embedder: Embedder,
-        shard_size: int,
-        *,
-        errors: Path | None = None,
-        zeros: bool = False,
-        in_order: bool = False,
-    ) -> None:
-        self.sink, self.embedder, self.shard_size, self.path, self.zeros = sink, embedder, shard_size, errors, zeros
-        # Rows arrive by length inside of a window: with one more than a shard in memory, its first rows are all there.
-        self.most = shard_size + (WINDOW if in_order else 0)
+    def __post_init__(self) -> None:
+        self.rank, self.num_processes = connect()
         self.sent: dict[int, Item] = {}  # what the model has, by its number
         self.pending: set[int] = set()  # the keys of what is not written, so that nothing is embedded twice in a row
         self.rows: list[tuple[Item, Tensor]] = []  # what is to be written
         self.errors: list[dict[str, Any]] = []
         self.num_new = 0
-        self.progress: Any = tqdm(disable=True)
+        self.progress: Any = None
 
-    def run(self, items: Iterable[Item], total: int, *, show_progress_bar: bool = True) -> Done:
-        """Embed what the sink lacks; all processes give the same items, and wait for all."""
-        rank, num_processes = connect()
+    def run(self, items: Iterable[Item], total: int, *, show_progress_bar: bool = True) -> tuple[int, int, float]:
+        """Embed what the sink lacks; all processes give the same items, and wait for all.
+
+        Returns:
+            How many inputs all processes have embedded, how many of them are broken, and the seconds.
+        """
         start = written = time.monotonic()
-        bar = {"desc": "Embedding", "unit": "item", "smoothing": 0.1, "disable": rank > 0 or not show_progress_bar}
-        with tqdm(total=total // num_processes, **bar) as self.progress:
+        most = self.shard_size + (WINDOW if self.in_order else 0)
+        bar = {"desc": "Embedding", "unit": "item", "smoothing": 0.1}
+        bar["disable"] = self.rank > 0 or not show_progress_bar
+        with tqdm(total=total // self.num_processes, **bar) as self.progress:
             try:
                 for numbers, rows in self.embedder(self._missing(items, total), self._broken):
                     done = [self.sent.pop(number) for number in numbers.tolist()]
                     _check_finite([item.record for item in done], rows)
-                    self.rows += zip(done, rows, strict=True)
+                    self.rows += zip(map(self.sink.kept, done), rows, strict=True)
                     self.progress.update(len(done))
                     is_late = time.monotonic() - written > _SECONDS
-                    if is_late or len(self.rows) >= self.most:
+                    if is_late or len(self.rows) >= most:
                         self._write(len(self.rows) if is_late else self.shard_size)
                         written = time.monotonic()
             except BrokenInputError as error:
-                record, reason = self.sent[error.index].record, error.broken.message.rstrip(".")
-                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {_without_place(reason)}"
+                record, reason = self.sent[error.index].record, _without_place(error.broken.message.rstrip("."))
                 remedy = "Mend it and run the same command again, which goes on where this one ended"
-                skip = "; or pass on_error='skip' (--on-error skip) to leave out what is broken" if self.path else ""
-                raise ValueError(f"{what}. {remedy}{skip}.") from error
+                if self.errors_file is not None:
+                    remedy += "; or pass on_error='skip' (--on-error skip) to leave out what is broken"
+                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}"
+                raise ValueError(f"{what}. {remedy}.") from error
             finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
                 self._write(len(self.rows))
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
-        if rank == 0 and self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self.rank == 0 and self.errors_file is not None:
+            self.errors_file.unlink(missing_ok=True)
             if errors:
                 text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-                write_whole(self.path, text.encode("utf-8", "backslashreplace"))
-        return Done(sum(gather(self.num_new)), len(errors), max(gather(time.monotonic() - start)))
+                write_whole(self.errors_file, text.encode("utf-8", "backslashreplace"))
+        return sum(gather(self.num_new)), len(errors), max(gather(time.monotonic() - start))
 
     def _missing(self, items: Iterable[Item], total: int) -> Iterator[Record]:
-        (rank, num_processes), numbers, num_read = connect(), count(), 0
+        numbers, num_read = count(), 0
         for item in items:
             num_read += 1
             # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
-            if item.key % num_processes != rank:
+            if item.key % self.num_processes != self.rank:
                 continue
             if item.key in self.pending or self.sink.has(item):
                 # Not counted as done: so the rate, and the time left, are those of the work.
@@ -162,9 +153,7 @@ class EmbeddingRun:
                 self.sent[next(numbers)] = item
                 yield item.record
         if num_read != total:
-            raise ValueError(
-                "The inputs changed while they were read. Run the same command again: what is done is kept."
-            )
+            raise ValueError("The inputs changed while they were read. Run the same command again; what is done stays.")
 
     def _broken(self, error: BrokenInput) -> None:
         item = self.sent[error.index] if self.zeros else self.sent.pop(error.index)
@@ -203,7 +192,7 @@ def options_of(config: EmbedConfig) -> dict[str, Any]:
 
 
 def _check_finite(records: list[Record], rows: Tensor) -> None:
-    if bad := [record.id for record, row in zip(records, rows, strict=True) if not bool(row.isfinite().all())]:
+    if bad := [records[place].id for place in (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()]:
         problem = f"The embeddings of {len(bad)} of {len(records)} inputs have NaN or infinity, first"
         remedy = "Look at these inputs, or load the weights as bfloat16 or float32 instead of float16."
         raise ValueError(f"{problem} {shown(bad[:_SHOWN])}. {remedy}")
@@ -241,6 +230,10 @@ class StoreSink:
         """Whether the store had it when it was opened."""
         self.keys.append(item.key)
         return bool(self.store.has(torch.tensor([item.key])))
+
+    def kept(self, item: Item) -> Item:
+        """An item without its image."""
+        return item._replace(record=replace(item.record, image=None))
 
     def add(self, items: list[Item], rows: Tensor) -> None:
         """Write a shard, in the precision of the store."""
@@ -316,16 +309,17 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         gather(None)  # all have looked before anyone writes
         sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config))
         zeros = config.on_error == "zero"
-        run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS, zeros=zeros, in_order=True)
-        done = run.run(items_of(corpus, lambda record, seen: content_key(record.id, seen)), num_items)
+        run = EmbeddingRun(sink, embedder, config.shard_size, folder / ERRORS, zeros=zeros, in_order=True)
+        items = items_of(corpus, lambda record, seen: content_key(record.id, seen))
+        num_new, num_errors, seconds = run.run(items, num_items)
         # The type is said: that of a process which had no rows would be float32, and so would then all keys.
         keys = torch.cat([torch.tensor(part, dtype=torch.int64) for part in gather(sink.keys)])
         if is_main:
             store.keep(keys)
             about = {"model": short_name(config.model), "data": short_name(config.data), "num_rows": len(store)}
-            store.say(complete=True, num_items=num_items, num_errors=done.num_errors, **about)
+            store.say(complete=True, num_items=num_items, num_errors=num_errors, **about)
         num_rows = broadcast(len(store))
-        return EmbedReport(str(config.output), num_items, num_rows, done.num_errors, done.num_new, done.seconds)
+        return EmbedReport(str(config.output), num_items, num_rows, num_errors, num_new, seconds)
 
 
 def items_of(corpus: Corpus, key_of: Callable[[Record, str], int]) -> Iterator[Item]:
@@ -349,10 +343,9 @@ def _ranges(
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)["settings"].get("ranges")  # type: ignore[no-any-return]
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
-    good = [record for record in sample if record.problem is None]
     options = {**options_of(config), "on_error": "skip"}  # what is broken is told when its turn comes
-    found = embed(model, [record.model_input for record in good], show_progress_bar=False, **options)
-    _check_finite([good[place] for place in found.indices], torch.from_numpy(found.embeddings))
+    found = embed(model, [record.model_input for record in sample], **options)
+    _check_finite([sample[place] for place in found.indices], torch.from_numpy(found.embeddings))
     return ranges_of(found.embeddings, config.precision)
 
 

@@ -164,7 +164,8 @@ class PumaProcessor(Qwen2VLProcessor):
         place: dict[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         place |= {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
         path = cached_file(pretrained_model_name_or_path, SETTINGS_FILE, **place)
-        processor.sentence_transformers_settings = path and json.loads(Path(path).read_text(encoding="utf-8"))
+        if path is not None:
+            processor.sentence_transformers_settings = json.loads(Path(path).read_text(encoding="utf-8"))
         return processor
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -401,7 +402,7 @@ def write_sentence_transformers_files(folder: Path, settings: Mapping[str, Any] 
         },
     }
     if settings is not None:
-        usual = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        usual: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
         files[SETTINGS_FILE] = {"model_type": "SentenceTransformer", **usual, **settings}
     for name, content in files.items():
         if overwrite or not (folder / name).exists():

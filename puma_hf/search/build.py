@@ -109,16 +109,15 @@ def build_index(config: IndexConfig) -> IndexReport:
         sink = _TableSink(folder, open_table(folder), config.shard_size)
         gather(None)  # all have looked before anyone writes
         embedder = partial(embed_records, model, **options_of(config))
-        run = EmbeddingRun(sink, embedder, config.shard_size, errors=folder / ERRORS)
-        done = run.run(items_of(corpus, _key_of), num_items)
+        run = EmbeddingRun(sink, embedder, config.shard_size, folder / ERRORS)
+        num_new, num_errors, seconds = run.run(items_of(corpus, _key_of), num_items)
         sink.add_moved()
         wanted = set().union(*gather(sink.wanted))
         if is_main:
             _finish(folder, sink.table, wanted, sink.there - wanted, description, config.ann)
         gather(None)
         counts = open_index(folder).counts
-        kept = sum(counts.values()) - done.num_new
-        return IndexReport(str(folder), done.num_new, kept, done.num_errors, done.seconds, counts)
+        return IndexReport(str(folder), num_new, sum(counts.values()) - num_new, num_errors, seconds, counts)
 
 
 def _key_of(record: Record, seen: str) -> int:
@@ -145,10 +144,16 @@ class _TableSink:
         # Lines of a table without ids are numbered: one that goes renames all behind it, which must not cost the model.
         if key not in self.there and item.seen in self.row_of:
             self.there.add(key)
-            self.moved.append(item)
+            self.moved.append(self.kept(item))
             if len(self.moved) >= self.shard_size:
                 self.add_moved()
         return key in self.there
+
+    def kept(self, item: Item) -> Item:
+        """An item whose picture is a file: one inside of a Parquet file is copied into the index."""
+        image = item.record.image
+        is_inside = isinstance(image, bytes)
+        return item._replace(record=replace(item.record, image=keep_picture(self.folder, image))) if is_inside else item
 
     def add_moved(self) -> None:
         """Append what was moved, with its vectors."""
@@ -169,9 +174,7 @@ class _TableSink:
     def _append(self, items: list[Item], vectors: NDArray[Any]) -> None:
         schema, columns = self.table.schema, []
         for record, key, seen in items:
-            image = keep_picture(self.folder, record.image) if isinstance(record.image, bytes) else record.image
-            modality = ",".join(name for name, part in (("image", image), ("text", record.text)) if part is not None)
-            columns.append((str(key), seen, record.id, record.text, image, modality))
+            columns.append((str(key), seen, record.id, record.text, record.image, record.modality))
         kind = schema.field("vector").type
         # Built by hand: of rows as dicts Arrow would look at every number of every vector. And JSON, and names of
         # files, may hold half a character, which no table can.

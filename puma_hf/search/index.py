@@ -60,9 +60,7 @@ class Index:
         there = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
         problem = f"has no {target} to find, only {there}. Look for 'any' (--for any)."
         if not there:
-            problem = (
-                "is empty: nothing of its corpus could be embedded. Mend what errors.jsonl in it names; index again."
-            )
+            problem = "is empty: nothing of its corpus could be embedded, see errors.jsonl in it."
         raise ValueError(f"{self.named} {problem}")
 
     def nearest(
@@ -98,9 +96,8 @@ def open_index(folder: str | Path) -> Index:
     if (table := open_table(Path(folder))) is None:
         raise FileNotFoundError(f"{str(folder)!r} is no index. Name a directory that puma-hf index has written.")
     if COMPLETE not in table.tags.list():
-        raise ValueError(
-            f"The index {str(folder)!r} is not finished. Wait for the run that makes it, or start it again."
-        )
+        problem = f"The index {str(folder)!r} is not finished."
+        raise ValueError(f"{problem} Wait for the run that makes it, or start it again.")
     table.checkout(COMPLETE)
     return Index(Path(folder), table)
 

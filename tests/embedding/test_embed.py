@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from puma_hf.embedding import embed as module
 from puma_hf.embedding import prepare
 from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings
 from puma_hf.embedding.prepare import BrokenInput
@@ -77,16 +75,11 @@ def test_rows_are_those_of_encode(
     assert result.errors == ()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_without_the_fast_path_rows_are_the_same(
-    sentence_transformer: Any,
-    inputs: list[Any],
-    expected: np.ndarray,
-    num_workers: int,
-    monkeypatch: pytest.MonkeyPatch,
+    sentence_transformer: Any, inputs: list[Any], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentence_transformer[0], "fast_path", None)
-    result = embed(sentence_transformer, inputs, prompt=PROMPT, max_batch_tokens=2000, num_workers=num_workers)
+    result = embed(sentence_transformer, inputs, prompt=PROMPT, max_batch_tokens=2000, num_workers=1)
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
 
 
@@ -135,16 +128,10 @@ def test_ranges_make_calls_comparable(sentence_transformer: Any) -> None:
     assert np.abs(both[1].astype(int) - one[0].astype(int)).max() <= 1  # a value on the edge of a step
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_an_empty_list(sentence_transformer: Any, precision: Any) -> None:
-    result = embed(sentence_transformer, [], truncate_dim=8, precision=precision)
-    assert result.embeddings.shape == (0, 8)
-    assert result.indices.shape == (0,)
-
-
 def test_any_sequence_will_do(sentence_transformer: Any) -> None:
     from datasets import Dataset
 
+    assert embed(sentence_transformer, [], truncate_dim=8, precision="int8").embeddings.shape == (0, 8)
     rows = [{"text": "a", "image": None}, {"text": "bb", "image": None}]
     expected = sentence_transformer.encode(["a", "bb"])
     for sequence in (("a", "bb"), np.array(["a", "bb"]), Dataset.from_list(rows), Dataset.from_list(rows)["text"]):
@@ -177,31 +164,25 @@ def with_broken(inputs: list[Any]) -> list[Any]:
     return [BROKEN.get(index, item) for index, item in enumerate(inputs)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_inputs_are_left_out(
+@pytest.mark.parametrize(("on_error", "num_workers"), [("skip", 0), ("skip", 2), ("zero", 0)])
+def test_broken_inputs_are_left_out_or_become_zeros(
     sentence_transformer: Any,
     with_broken: list[Any],
     expected: np.ndarray,
+    on_error: Any,
     num_workers: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options: dict[str, Any] = {"prompt": PROMPT, "max_batch_tokens": 1500, "num_workers": num_workers}
-    result = embed(sentence_transformer, with_broken, on_error="skip", **options)
-    kept = [index for index in range(len(with_broken)) if index not in BROKEN]
+    result = embed(sentence_transformer, with_broken, on_error=on_error, **options)
+    kept = [index for index in range(len(with_broken)) if index not in BROKEN or on_error == "zero"]
+    expected = expected.copy()
+    expected[list(BROKEN)] = 0
     assert result.indices.tolist() == kept
     np.testing.assert_allclose(result.embeddings, expected[kept], atol=1e-5)
     assert [error.index for error in result.errors] == list(BROKEN)
     assert result.errors[2].message == "inputs[38]: no image file at 'missing.png'. Check the path."
     assert "3 of 40 inputs are broken: " in caplog.text
-
-
-def test_broken_inputs_become_zeros(sentence_transformer: Any, with_broken: list[Any], expected: np.ndarray) -> None:
-    result = embed(sentence_transformer, with_broken, prompt=PROMPT, on_error="zero")
-    expected = expected.copy()
-    expected[list(BROKEN)] = 0
-    np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
-    assert result.indices.tolist() == list(range(len(with_broken)))
-    assert [error.index for error in result.errors] == list(BROKEN)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -296,14 +277,11 @@ def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inpu
 # --- progress
 
 
-@pytest.mark.parametrize(("level", "asked", "shown"), [("INFO", None, True), ("INFO", False, False)])
-def test_progress(
-    sentence_transformer: Any, capsys: Any, caplog: Any, level: str, asked: bool | None, shown: bool
-) -> None:
-    with caplog.at_level(logging.getLevelName(level), logger=module.logger.name):
-        embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=asked)
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_progress(sentence_transformer: Any, capsys: Any, is_shown: bool) -> None:
+    embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=is_shown)
     text = capsys.readouterr().err
-    assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == shown
+    assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == is_shown
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,10 +297,10 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": nn.Linear(2, 2)}, "model is a Linear, must be a SentenceTransformer"),
         ({"inputs": "a red apple"}, r"inputs must be a list of inputs, got str. Wrap a single input in \[ \]"),
         ({"inputs": {"text": "a"}}, "inputs must be a list of inputs, got dict"),
         ({"inputs": pd.DataFrame({"text": ["a"]})}, "inputs must be a list of inputs, got DataFrame"),
-        ({"inputs": iter(["a"])}, "got list_iterator.*pass a stream to iterate_embeddings"),
         ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
         ({"num_workers": -1}, "num_workers"),
         ({"on_error": "ignore"}, "on_error is 'ignore', must be one of 'raise', 'skip', 'zero'"),
@@ -336,12 +314,7 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_errors(sentence_transformer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        embed(sentence_transformer, **{"inputs": ["a", "b"], **options})
-
-
-def test_what_is_no_sentence_transformer_is_refused() -> None:
-    with pytest.raises(ValueError, match="model is a Linear, must be a SentenceTransformer"):
-        embed(nn.Linear(2, 2), ["a"])
+        embed(**{"model": sentence_transformer, "inputs": ["a", "b"], **options})
 
 
 @pytest.mark.parametrize("truncate_dim", [None, 8])
