@@ -266,7 +266,7 @@ def write_mbeir(
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
         if reading.offenders:
-            raise ValueError(reading.refusal())
+            raise ValueError(str(reading))
         ids, layout = PairIds(reading.pairs), MBEIR(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
 
