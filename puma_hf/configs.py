@@ -7,7 +7,7 @@ that it stays quick. What the losses can be set to lives with the losses, which 
 # ruff: noqa: RUF009 - the calls make dataclass fields
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,8 +27,7 @@ ExportFormat = Literal["stock", "onnx"]
 RESCORE_MULTIPLIER = 50
 FIRST_PORT = 7860  # where Gradio's pages are, and what a Space shows
 
-_COUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([KMBG]?)", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def parse_parameters(value: str | int | float) -> int:
@@ -38,8 +37,9 @@ def parse_parameters(value: str | int | float) -> int:
         >>> parse_parameters("1.5B"), parse_parameters("800M"), parse_parameters(4e9)
         (1500000000, 800000000, 4000000000)
     """
-    match = _COUNT.fullmatch(f"{value:.0f}" if isinstance(value, int | float) else value.strip().replace("_", ""))
-    number = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    text, number = str(value).strip().upper(), 0
+    with suppress(ValueError, OverflowError):
+        number = round(float(text.rstrip("KMBG")) * _UNITS.get(text[-1:], 1))
     if number < 1:
         raise ValueError(f"max_params={value!r} must be a number of parameters. Write it as 4B, 800M or 300000.")
     return number
@@ -242,7 +242,7 @@ class SweepConfig(_BenchmarkSettings):
     compare: tuple[str, ...] = ()
     # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
-    keep: float = option(0.97, above=0, at_most=1, remedy="Take 0.97, or less.")
+    keep: float = option(0.97, above=0, at_most=1)
     keep_last: bool = False
 
     def __post_init__(self) -> None:
@@ -407,10 +407,9 @@ class PushConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        datasets = [("datasets", one) for one in self.datasets]
-        for name, given in [("repo_id", self.repo_id), ("base_model", self.base_model), *datasets]:
-            if given is not None and not is_hub_id(given):
-                raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
+        for name in (self.repo_id, self.base_model or self.repo_id, *self.datasets):
+            if not is_hub_id(name):
+                raise ValueError(f"{name!r} must be a Hub id of the form organisation/name.")
 
 
 @dataclass(frozen=True, kw_only=True)

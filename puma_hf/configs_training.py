@@ -146,7 +146,7 @@ class StageConfig(CheckedConfig):
     data: str | Path
     split: str = "train"
     # How long: epochs, unless steps are given.
-    max_steps: int = option(-1, at_least=-1, remedy="Take -1 for whole epochs.")
+    max_steps: int = option(-1, at_least=-1)
     num_train_epochs: float = option(1.0, above=0)
     # The batch decides how many negatives a query has: gradient accumulation adds none, gradient caching
     # (`mini_batch_size` of `TrainConfig`) does, and costs a second forward pass.
@@ -156,10 +156,10 @@ class StageConfig(CheckedConfig):
     # pixels are 300 visual tokens, and a visual token costs as much as one of text.
     max_length: int | None = option(None, at_least=1)
     special_tokens: SpecialTokens = "raise"
-    max_pixels: int | None = option(None, at_least=28 * 28, remedy="One visual token is 28 x 28 pixels.")
-    # AdamW on a cosine after a short warm-up. The released code of PUMA slows the first layer down.
-    learning_rate: float = option(1e-4, above=0, remedy="LamRA takes 1e-4 to 2e-4.")
-    first_layer_learning_rate: float | None = option(None, above=0, remedy="PUMA takes 1e-4.")
+    max_pixels: int | None = option(None, at_least=28 * 28)
+    # AdamW on a cosine after a short warm-up; LamRA takes 1e-4 to 2e-4. PUMA's code slows the first layer down.
+    learning_rate: float = option(1e-4, above=0)
+    first_layer_learning_rate: float | None = option(None, above=0)
     adam_beta1: float = option(0.9, at_least=0, below=1)
     adam_beta2: float = option(0.999, at_least=0, below=1)
     adam_epsilon: float = option(1e-8, above=0)
@@ -167,7 +167,7 @@ class StageConfig(CheckedConfig):
     # The adapter. LamRA takes rank 64 in its first stage and 128 in its second.
     lora_r: int = option(64, at_least=1)
     lora_alpha: int | None = option(None, at_least=1)
-    lora_dropout: float = option(0.05, at_least=0, below=1, remedy="LamRA takes 0.05.")
+    lora_dropout: float = option(0.05, at_least=0, below=1)
     train_ret_token: bool = False
     load_in_4bit: bool = False
     seed: int = option(0, at_least=0, at_most=2**32 - 1)
@@ -215,7 +215,8 @@ class DistillConfig(StageConfig):
             several.
     """
 
-    learning_rate: float = option(2e-4, above=0, remedy="LamRA takes 2e-4, and found 4e-4 unstable.")
+    # LamRA takes 2e-4, too, and found 4e-4 unstable.
+    learning_rate: float = option(2e-4, above=0)
     train_ret_token: bool = True
 
 
@@ -263,7 +264,7 @@ class TrainConfig(PairSettings, StageConfig):
     temperature: float = option(TEMPERATURE, above=0)
     hard_temperature: float = option(HARD_TEMPERATURE, above=0)
     schedule: Schedule = SCHEDULE
-    schedule_end: float = option(SCHEDULE_END, above=0, at_most=1, remedy="Take 1.0, or schedule='constant'.")
+    schedule_end: float = option(SCHEDULE_END, above=0, at_most=1)
     grouping: ModalityGrouping = "target"
     split_weight: float = option(SPLIT_WEIGHT, at_least=0, at_most=1)
     # Which rows, and what counts as a negative.

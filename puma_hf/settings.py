@@ -21,8 +21,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml  # type: ignore[import-untyped]
 
-from puma_hf.files import write_whole
-
 Config = TypeVar("Config", bound="CheckedConfig")
 SpecialTokens = Literal["raise", "split"]
 
@@ -38,12 +36,9 @@ _NOT_KEPT = ("resume", "overwrite")
 # ------------------------------------------------------------------------------------------------------------- fields
 
 
-def option(default: Any, *, remedy: str = "", **bounds: float) -> Any:
-    """A field of a `CheckedConfig` whose value has bounds: `at_least`, `at_most`, `above` and `below`.
-
-    `remedy` is what an error about its value tells the user to do; by default, to leave it out.
-    """
-    return field(default=default, metadata={"remedy": remedy, "bounds": bounds})
+def option(default: Any, **bounds: float) -> Any:
+    """A field of a `CheckedConfig` whose value has bounds: `at_least`, `at_most`, `above` and `below`."""
+    return field(default=default, metadata={"bounds": bounds})
 
 
 def positional(**metadata: str) -> Any:
@@ -99,9 +94,7 @@ def _checked(entry: Field[Any], value: Any, hint: Any) -> Any:
             continue
         if not (math.isfinite(number) and all(_BOUNDS[kind](number, bound) for kind, bound in bounds.items())):
             wanted = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
-            default = "" if entry.default in (MISSING, None, ()) else f", {entry.default}"
-            remedy = entry.metadata["remedy"] or f"Leave it out for the default{default}."
-            raise ValueError(f"{entry.name}={number} must be {wanted}. {remedy}")
+            raise ValueError(f"{entry.name}={number} must be {wanted}. Leave it out for the default.")
     return converted
 
 
@@ -137,7 +130,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if kind in (float, str) and isinstance(value, int | float | str | os.PathLike) and not isinstance(value, bool):
         with suppress(ValueError, TypeError):
             return kind(value)
-    if origin is Mapping and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+    if origin is Mapping and isinstance(value, Mapping):
         return dict(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -249,8 +242,3 @@ def config_text(config: CheckedConfig) -> str:
     values = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in _NOT_KEPT}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=False))
-
-
-def save_config(config: CheckedConfig, path: str | Path) -> None:
-    """Write `config_text` to a file, whole or not at all."""
-    write_whole(Path(path), config_text(config).encode())

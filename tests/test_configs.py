@@ -31,7 +31,7 @@ from puma_hf.configs import (
     TrainConfig,
     parse_parameters,
 )
-from puma_hf.settings import field_help, load_config, save_config
+from puma_hf.settings import config_text, field_help, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [*sorted(path.name for path in CONFIGS.glob("*_stage*.yaml")), "demo_distill.yaml", "demo_train.yaml"]
@@ -74,7 +74,7 @@ def test_every_field_has_help_a_type_and_a_way_through_yaml(kind: Any, tmp_path:
         assert text[0].isalnum(), entry.name
         assert text.endswith("."), entry.name
         assert get_type_hints(kind)[entry.name] is not Any
-    save_config(config, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(config_text(config))
     assert load_config(kind, tmp_path / "recipe.yaml") == config
     missing = " .*".join(f"{name} is missing" for name in NEEDED[kind])
     with pytest.raises(ValueError, match=missing):
@@ -99,9 +99,12 @@ def test_an_index_is_made_as_embeddings_are() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_pixels": 783}, r"max_pixels=783 must be at least 784\. One visual token is 28 x 28 pixels\."),
+        ({"max_pixels": 783}, r"max_pixels=783 must be at least 784\."),
         ({"max_steps": 0}, r"max_steps=0 must be at least 1, or -1 for whole epochs"),
-        ({"learning_rate": float("nan")}, r"learning_rate=nan must be above 0\. LamRA takes"),
+        (
+            {"learning_rate": float("nan")},
+            r"learning_rate=nan must be above 0\. Leave it out",
+        ),
         ({"warmup": 1.0}, r"warmup=1\.0 must be at least 0 and below 1"),
         ({"teacher_mode": "one_pass"}, r"teacher_mode='one_pass' must be one of 'frozen', 'cached'\."),
         ({"training_arguments": {"adam_beta2": 0.98}}, r"may not set \['adam_beta2'\]: fields of the recipe do"),
@@ -120,7 +123,7 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\. Take 1\.0, or sched"),
+        (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\."),
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, .*Leave"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
@@ -128,7 +131,7 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
         (IndexConfig, {"precision": "int8"}, r"precision='int8' must be one of 'float32', 'float16'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
-        (PushConfig, {"repo_id": "name"}, "repo_id='name' must be a Hub id of the form organisation/name"),
+        (PushConfig, {"repo_id": "name"}, "'name' must be a Hub id of the form organisation/name"),
     ],
 )
 def test_what_one_class_refuses(kind: Any, values: dict[str, Any], message: str) -> None:

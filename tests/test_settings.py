@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.settings import config_text, convert, cut, load_config, save_config, shown
+from puma_hf.configs import DistillConfig, TrainConfig
+from puma_hf.settings import config_text, convert, cut, load_config, shown
 
 Colour = Literal["red", "blue"]
 PATHS = "model: pruned\noutput: out\ndata: mbeir\n"
@@ -101,22 +101,13 @@ def test_a_file_that_is_not_there(recipe: Any, tmp_path: Path) -> None:
         load_config(TrainConfig, tmp_path / "folder" / "zzz")
 
 
-def test_what_is_missing_is_named_with_key_and_flag(recipe: Any) -> None:
-    message = r"data is missing \(Folder .*\)\. Give it as --data, or as 'data' in a YAML file\."
-    with pytest.raises(ValueError, match=message):
-        load_config(TrainConfig, recipe("model: m\noutput: o\n"))
-    with pytest.raises(ValueError, match=r"adapter is missing .* as --adapter, or as .*\. output is"):
-        load_config(MergeConfig)
-
-
 def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
     paths = {"model": "mödel", "output": "out", "data": "yes"}  # YAML would read "yes" as a boolean, unquoted
     arguments = {"optim": "adamw_torch"}
     config = TrainConfig(
         **paths, learning_rate=2e-4, matryoshka_dims=(32, 16), training_arguments=arguments, overwrite=True
     )
-    save_config(config, tmp_path / "train.yaml")
-    assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
+    (tmp_path / "train.yaml").write_text(config_text(config), encoding="utf-8")
     read = load_config(TrainConfig, tmp_path / "train.yaml")
     assert read.overwrite is False  # how the run was started is not kept
     assert load_config(TrainConfig, tmp_path / "train.yaml", overwrite=True) == config

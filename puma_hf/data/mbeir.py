@@ -27,7 +27,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from numpy.typing import NDArray
 
 from puma_hf.data.images import Images
 from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, json_lines, location, on_disk, wrong
@@ -57,25 +56,17 @@ class Query(Record):
 
     Args:
         positives: Ids of the relevant candidates, in the file's order.
-        negatives: Ids of its hard negatives, in the file's order.
-        line: Line of the file it was read from, for error messages.
+        negatives: Those of its hard negatives, likewise.
+        where: File and line it was read from.
     """
 
     positives: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
-    line: int = field(default=0, compare=False, repr=False)
-
-    @property
-    def dataset_id(self) -> int:
-        """Number of the dataset, the part of the qid before the colon."""
-        return int(self.id.partition(":")[0])
+    where: str = field(default="", compare=False, repr=False)
 
 
 def parse_candidate(line: Line, images: Images, *, may_be_missing: bool = False) -> Candidate:
-    """A line of a pool, checked, its image as an absolute path.
-
-    An MBEIRFormatError if a field is missing or wrong, a FileNotFoundError if the image is missing and may not be.
-    """
+    """A line of a pool, checked, its image as an absolute path; an MBEIRFormatError says what is wrong with it."""
     return Candidate(*_content(line, images, "did", "", may_be_missing=may_be_missing))
 
 
@@ -88,11 +79,7 @@ def parse_query(line: Line, images: Images) -> Query:
             raise wrong(line.where, f"{name} must be a list of dids, got {shown(value)}")
         lists.append(tuple(dict.fromkeys(value)))
     positives, negatives = lists
-    return Query(*_content(line, images, "qid", "query_"), positives, negatives, _number(line))
-
-
-def _number(line: Line) -> int:
-    return int(line.where.rpartition(" ")[2])
+    return Query(*_content(line, images, "qid", "query_"), positives, negatives, line.where)
 
 
 def _content(
@@ -127,22 +114,23 @@ class Pool(Mapping[str, Candidate]):
     def __init__(self, rows: datasets.Dataset) -> None:
         self._table = rows.with_format("arrow")[:]
         self._columns = [self._table[name] for name in _POOL]
-
-    @cached_property
-    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Hashes of the dids in ascending order, and the row of each."""
-        # Two dids may have one hash, so a row is always compared with the did itself.
+        # Hashes of the dids in ascending order, and the row of each. Two dids may have one hash, so a row is always
+        # compared with the did itself.
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
-        return hashes[order], order
+        self._hashes, self._rows = hashes[order], order
+
+    def _row(self, did: object) -> int | None:
+        first, last = (int(np.searchsorted(self._hashes, hash(did), side)) for side in ("left", "right"))
+        return next((row for row in self._rows[first:last].tolist() if self._columns[0][row].as_py() == did), None)
+
+    def __contains__(self, did: object) -> bool:
+        return self._row(did) is not None
 
     def __getitem__(self, did: str) -> Candidate:
-        hashes, rows = self._index
-        first, last = (int(np.searchsorted(hashes, hash(did), side)) for side in ("left", "right"))
-        for row in rows[first:last].tolist():
-            if self._columns[0][row].as_py() == did:
-                return Candidate(*(column[row].as_py() for column in self._columns))
-        raise KeyError(did)
+        if (row := self._row(did)) is None:
+            raise KeyError(did)
+        return Candidate(*(column[row].as_py() for column in self._columns))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -184,70 +172,12 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[Line]:
         raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
 
 
-def read_instructions(path: Path) -> tuple[dict[tuple[int, str, str], tuple[str, ...]], dict[int, str]]:
-    """M-BEIR's prompts by (dataset_id, query modality, candidate modality), and the name of each dataset id."""
-    check_is_file(path)
-    prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
-    names: dict[int, str] = {}
-    # Read as lines of text, and not as a .tsv: rows have as many cells as wordings, and quotation marks at will.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[1:], start=2):
-        if not line.strip():
-            continue
-        cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
-        wordings = tuple(cell for cell in cells[4:] if cell)
-        key = (int(cells[3]), cells[0], cells[1]) if wordings and cells[3].isdecimal() else None
-        if key is None or key in prompts:
-            columns = "query modality, candidate modality, dataset name, a dataset id and at least one prompt"
-            raise wrong(location(path, number), f"expected {columns}, one row of each kind, got {shown(line)}")
-        prompts[key], names[key[0]] = wordings, cells[2].lower()
-    return prompts, names
-
-
-def read_qrels(path: Path, qids: Container[str], dids: Container[str] | None) -> dict[str, dict[str, int]]:
-    """Relevance judgements, lines of `qid 0 did relevance task_id`: for each qid the dids with a positive relevance.
-
-    OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: a did of another
-    dataset than its query's that is absent from the pool is left out, and the log says how many were.  Any other
-    unknown did is an error. Without a pool all are kept.
-    """
-    check_is_file(path)
-    qrels: dict[str, dict[str, int]] = {}
-    foreign: set[str] = set()
-
-    def judge(line: bytes, where: str) -> None:
-        # As trec_eval does, fields are whatever stands between blanks.
-        cells = line.decode(errors="replace").split()
-        is_right = len(cells) == 5 and cells[3].isdecimal()
-        if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
-            what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
-            raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
-        qid, did, relevance = cells[0], cells[2], int(cells[3])
-        if qid not in qids:
-            raise wrong(where, f"qid {shown(qid)} is not in the query file of this task", "unknown qid")
-        is_here = dids is None or did in dids
-        if not is_here and did.partition(":")[0] == qid.partition(":")[0]:
-            raise wrong(where, f"did {shown(did)} is not in the candidate pool", "did that is in no pool")
-        if not is_here:
-            foreign.add(did)
-        elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
-            raise wrong(where, f"{shown(qid)} and {shown(did)} were judged {before} before, now {relevance}")
-
-    with Problems(path) as problems, path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                problems.attempt(judge, line, location(path, number))
-    if foreign:
-        what = "%s: left out %d judged candidates of other datasets that this pool does not hold"
-        logger.info(what, path.name, len(foreign))
-    return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
-
-
 class MBEIR:
     """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
-    Nothing is read before it is asked for. What is wrong with a file is reported at once, see `Problems`: as an
-    MBEIRFormatError, or as a FileNotFoundError if only files are missing. Pools and training rows that were read are
-    kept in the cache of `datasets`, until their file changes.
+    Nothing is read before it is asked for. All that is wrong with a file is reported at once, as an MBEIRFormatError,
+    or as a FileNotFoundError if only files are missing. Pools that were read are kept in the cache of `datasets`, until
+    their file changes.
 
     Args:
         root: The folder.
@@ -284,16 +214,19 @@ class MBEIR:
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
 
     def qrels_path(self, split: str, task: MBEIRTask) -> Path:
-        """File of the judgements of a task."""
+        """File of its judgements."""
         return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
 
-    def pool_path(self, name: str) -> Path:
-        """File of the candidates of a task, by its name."""
-        return self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl"
-
-    def union_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks."""
-        return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
+    def pool_path(self, task: MBEIRTask | None, split: str) -> Path:
+        """File of the candidates of a task, or of all: one of the split alone comes first."""
+        pools = self.root / "cand_pool"
+        if task is not None:
+            own = pools / "local" / f"mbeir_{task.name}_{split}_cand_pool.jsonl"
+            return own if own.is_file() else pools / "local" / f"mbeir_{task.name}_cand_pool.jsonl"
+        own = pools / "global" / f"mbeir_union_{split.removeprefix(_UNION)}_cand_pool.jsonl"
+        # M-BEIR's pools of "test" serve "val", too.
+        is_missing = split.endswith("val") and not own.is_file()
+        return pools / "global" / "mbeir_union_test_cand_pool.jsonl" if is_missing else own
 
     def tasks(self, split: str = "test") -> list[MBEIRTask]:
         """The tasks that have queries in a split, by task number and then by dataset; there must be one."""
@@ -306,8 +239,8 @@ class MBEIR:
     def query_files(self, split: str) -> dict[Path, MBEIRTask | None]:
         """The query files of a split with their tasks, in the order of the tasks; last those of several tasks.
 
-        M-BEIR's own "train" has a file a dataset, and "union_train" one for all. A dataset that also has files of its
-        tasks is left out of the former, for these hold the same.
+        M-BEIR's own "train" has a file a dataset (left out where a dataset has files of its tasks, which hold the
+        same), and "union_train" one for all.
         """
         folder = self.root / "query" / split
         if split.startswith(_UNION):
@@ -328,17 +261,14 @@ class MBEIR:
             return list(self.read_queries(path, problems, task))
 
     def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
-        """The good queries of a file as a stream.
-
-        In that of one task a qid may come once; in a union many times, as M-BEIR repeats its smaller datasets.
-        """
-        lines: dict[str, int] = {}
+        """The good queries of a file as a stream; in that of a task a qid may come once, in a union many times."""
+        places: dict[str, str] = {}
         for line in read_jsonl(path, problems):
             query = problems.attempt(parse_query, line, self._images)
             if query is None:
                 continue
-            if task is not None and lines.setdefault(query.id, query.line) != query.line:
-                problems.add(wrong(line.where, f"qid {query.id!r} is also on line {lines[query.id]}", "duplicated id"))
+            if task is not None and places.setdefault(query.id, query.where) != query.where:
+                problems.add(wrong(line.where, f"qid {query.id!r} is also at {places[query.id]}", "duplicated id"))
             elif task is not None and query.modality != task.query_modality:
                 what = f"query_modality is {query.modality!r} but task {task.task_id} has {task.query_modality!r}"
                 problems.add(wrong(line.where, f"{what} queries; move the line to the file of its own task"))
@@ -347,27 +277,13 @@ class MBEIR:
 
     def local_pool(self, task: MBEIRTask, split: str = "test") -> Pool:
         """The candidates of one task alone, of its split where that has its own (MSCOCO's val and test differ)."""
-        return self._read_pool(self.local_pool_path(task, split))
-
-    def local_pool_path(self, task: MBEIRTask, split: str) -> Path:
-        """File of the candidates of a task, see `local_pool`."""
-        own = self.pool_path(f"{task.name}_{split}")
-        return own if own.is_file() else self.pool_path(task.name)
+        return self._read_pool(self.pool_path(task, split))
 
     def global_pool(self, split: str = "test") -> Pool:
-        """The candidates of all tasks; "union_train" has those of "train".
-
-        Without a file of its own "val" has that of "test": M-BEIR's local pools serve both.
-        """
-        return self._read_pool(self.global_pool_path(split))
-
-    def global_pool_path(self, split: str) -> Path:
-        """File of the candidates of all tasks, see `global_pool`."""
-        path = self.union_pool_path(split.removeprefix(_UNION))
-        return path if path.is_file() or not split.endswith("val") else self.union_pool_path("test")
+        """The candidates of all tasks; "union_train" has those of "train", and "val" most often those of "test"."""
+        return self._read_pool(self.pool_path(None, split))
 
     def _read_pool(self, path: Path) -> Pool:
-        check_is_file(path)
         return Pool(on_disk(partial(self._pool_rows, path), _POOL, ["pool 1", file_state(path), str(self.image_root)]))
 
     def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -377,7 +293,7 @@ class MBEIR:
                 candidate = problems.attempt(parse_candidate, line, self._images)
                 if candidate is not None:
                     hashes.append(hash(candidate.id))
-                    lines.append(_number(line))
+                    lines.append(int(line.where.rpartition(" ")[2]))
                     yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
             # Duplicates are neighbours in the order of hashes. Of 5.6 M different dids two have the same 64 bits once
             # in a million pools.
@@ -389,8 +305,42 @@ class MBEIR:
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str] | None
     ) -> dict[str, dict[str, int]]:
-        """Relevance of the candidates of a pool to the queries of a task, see `read_qrels`."""
-        return read_qrels(self.qrels_path(split, task), {query.id for query in queries}, pool)
+        """Relevance of the candidates of a pool to the queries of a task: dids with a relevance above 0, by qid.
+
+        OVEN and InfoSeek judge each other's candidates, which a local pool does not hold: these are left out, and the
+        log says how many. Any other unknown did is an error. Without a pool all are kept.
+        """
+        path, qids = self.qrels_path(split, task), {query.id for query in queries}
+        check_is_file(path)
+        qrels: dict[str, dict[str, int]] = {}
+        foreign: set[str] = set()
+
+        def judge(line: bytes, where: str) -> None:
+            # As trec_eval does, fields are whatever stands between blanks.
+            cells = line.decode(errors="replace").split()
+            is_right = len(cells) == 5 and cells[3].isdecimal()
+            if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
+                what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
+                raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
+            qid, did, relevance = cells[0], cells[2], int(cells[3])
+            if qid not in qids:
+                raise wrong(where, f"qid {qid!r} is not in the query file of this task", "unknown qid")
+            is_here = pool is None or did in pool
+            if not is_here and did.partition(":")[0] == qid.partition(":")[0]:
+                raise wrong(where, f"did {did!r} is not in the candidate pool", "did that is in no pool")
+            if not is_here:
+                foreign.add(did)
+            elif (before := qrels.setdefault(qid, {}).setdefault(did, relevance)) != relevance:
+                raise wrong(where, f"{qid!r} and {did!r} were judged {before} before, now {relevance}")
+
+        with Problems(path) as problems, path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    problems.attempt(judge, line, location(path, number))
+        if foreign:
+            what = "%s: left out %d judged candidates of other datasets that this pool does not hold"
+            logger.info(what, path.name, len(foreign))
+        return {qid: {d: r for d, r in judged.items() if r > 0} for qid, judged in qrels.items()}
 
     def instruction(self, query: Query, candidate_modality: str, seed: int | None = None, *, row: int = 0) -> str:
         """The instruction that tells the model what this query looks for, word for word.
@@ -408,27 +358,40 @@ class MBEIR:
 
     def wordings(self, query: Query, candidate_modality: str) -> tuple[str, ...]:
         """All wordings of a query's instruction, in the table's order."""
-        key = (query.dataset_id, query.modality, candidate_modality)
+        key = (query.id.partition(":")[0], query.modality, candidate_modality)
         if key not in self._instructions[0]:
             what = f"no instruction for (dataset_id, query modality, candidate modality) = {key}; add the row"
             raise wrong(self.instruction_path, what)
         return self._instructions[0][key]
 
     def task_of(self, query: Query, candidate_modality: str) -> MBEIRTask:
-        """The task of a query from a file whose name does not say it, by the modality of its positive.
-
-        A dataset that is not one of M-BEIR's ten has its name from the table of instructions.
-        """
+        """The task of a query from a file whose name does not say it, by the modality of its positive."""
         task_id = TASK_OF_MODALITIES.get((query.modality, candidate_modality))
         if task_id is None:
             raise wrong(f"query {query.id}", f"M-BEIR has no task from {query.modality!r} to {candidate_modality!r}")
-        # M-BEIR's own ten are known by their numbers, any other by the table.
-        names = {**self._instructions[1], **{number: name for name, number in MBEIR_DATASET_IDS.items()}}
-        return MBEIRTask(task_id, names.get(query.dataset_id) or f"dataset{query.dataset_id}")
+        number = query.id.partition(":")[0]
+        return MBEIRTask(task_id, self._instructions[1].get(number, f"dataset{number}"))
 
     @cached_property
-    def _instructions(self) -> tuple[dict[tuple[int, str, str], tuple[str, ...]], dict[int, str]]:
-        return read_instructions(self.instruction_path)
+    def _instructions(self) -> tuple[dict[tuple[str, str, str], tuple[str, ...]], dict[str, str]]:
+        """M-BEIR's prompts by (dataset id, query modality, candidate modality), and the name of each dataset id."""
+        path = self.instruction_path
+        check_is_file(path)
+        prompts: dict[tuple[str, str, str], tuple[str, ...]] = {}
+        names: dict[str, str] = {}
+        # Read as lines of text, and not as a .tsv: rows have as many cells as wordings, and quotation marks at will.
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[1:], start=2):
+            if not line.strip():
+                continue
+            cells = [cell.strip().strip('"').strip() for cell in line.split("\t")]
+            wordings = tuple(cell for cell in cells[4:] if cell)
+            key = (cells[3], cells[0], cells[1]) if wordings and cells[3].isdecimal() else None
+            if key is None or key in prompts:
+                columns = "query modality, candidate modality, dataset name, a dataset id and at least one prompt"
+                raise wrong(location(path, number), f"expected {columns}, one row of each kind, got {shown(line)}")
+            prompts[key], names[key[0]] = wordings, cells[2].lower()
+        # M-BEIR's own ten are known by their numbers, any other by the table.
+        return prompts, names | {str(number): name for name, number in MBEIR_DATASET_IDS.items()}
 
 
 def seeded_random(seed: int, *key: object) -> random.Random:

@@ -21,7 +21,14 @@ from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
 from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
 from puma_hf.data.records import Line, Problems, read_lines, wrong
-from puma_hf.data.tasks import MBEIR_DATASET_IDS, MBEIR_INSTRUCTIONS, MBEIRTask, select_tasks, task_named
+from puma_hf.data.tasks import (
+    MBEIR_DATASET_IDS,
+    MBEIR_INSTRUCTIONS,
+    TASK_MODALITIES,
+    MBEIRTask,
+    select_tasks,
+    task_named,
+)
 from puma_hf.files import new_directory, write_whole
 
 # The folders of each part of a copy; the first that is there is taken.
@@ -29,7 +36,7 @@ _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qr
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(?:-\w+)?")
+_TOTAL = re.compile(r"-of-(\d{5})")
 _TABLE = "query_instructions.tsv"
 # What mteb puts before an id: the name of the table, and the split.
 _ID_PREFIX = re.compile(r"^(?:query|corpus)-(?:(?:train|val|test)-)?")
@@ -53,10 +60,9 @@ def open_mbeir(
     - a dataset of the Hub that is such a copy, as "mteb/mbeir_cirr_task7";
     - an organisation of the Hub that has copies of all 16 tasks: "mteb" or "MRBench".
 
-    Copies are imported once, into the cache: images as files with the bytes they have, queries, pools and
-    judgements in M-BEIR's layout. An import that was interrupted is gone on with, task by task. They have the first
-    wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and the global pool of
-    the tasks that are asked for alone.
+    Copies are imported once, into the cache, in M-BEIR's layout; an import that was interrupted goes on, task by task.
+    They have the first wording of each instruction (or a `query_instructions.tsv` beside them), no hard negatives, and
+    the global pool of the tasks that are asked for alone.
 
     Args:
         source: The source.
@@ -67,23 +73,16 @@ def open_mbeir(
 
     Raises:
         FileNotFoundError: If there is no such source, or it cannot be downloaded, or a part of it is missing.
-        ValueError: If a task is not among those of the source, or `revision` is given for a folder.
+        ValueError: If a task is not among those of the source.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data import open_mbeir
-
-    >>> len(open_mbeir("demo/emoji").tasks())
-    8
-    ```
+        >>> len(open_mbeir("demo/emoji").tasks())
+        8
     """
     if isinstance(source, MBEIR):
         return source
     folder = Path(source)
-    if folder.is_dir() and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {folder} is a folder: leave it out (--data-revision)")
-    if folder.is_dir() and is_mbeir(folder):
+    if is_mbeir(folder):
         return MBEIR(folder)
     # Found and chosen before anything is downloaded or written.
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
@@ -100,10 +99,8 @@ def _task_of(name: str) -> MBEIRTask | None:
 def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask, Path]:
     """The copies that a folder is or holds, by task."""
     found = {task: path for path in sorted(folder.iterdir()) if path.is_dir() and (task := _task_of(path.name))}
-    if not found and next(folder.rglob("*.parquet"), None):
-        # A snapshot in the Hub's cache has the name further up, as datasets--<organisation>--<name>.
-        names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
-        found = dict.fromkeys([task for name in names if (task := _task_of(name))][:1], folder)
+    if not found and (own := _task_of(folder.resolve().name)):
+        found = {own: folder}
     if not found:
         what = "has no query/ and cand_pool/, and neither it nor a folder in it is a copy named mbeir_<dataset>_task<n>"
         raise FileNotFoundError(f"{folder} is not M-BEIR: it {what}. Pairs become one by puma-hf pairs --mbeir.")
@@ -135,19 +132,17 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
 
 def copy_files(folder: Path, role: str, split: str) -> list[Path]:
     """The Parquet files of a copy's "corpus", "queries" or "qrels", in order; a FileNotFoundError if one is missing."""
-    splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
-    files = (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])
-    for file in next(filter(None, files), []):
-        name, total = match.groups() if (match := _SHARD.fullmatch(file.stem)) else (file.stem, 1)
-        splits[name].append((file, int(total)))
-    # A pool has a split of any name, but queries of another split are other queries.
-    found = next(iter(splits.values()), []) if role == "corpus" and len(splits) == 1 else splits.get(split, [])
+    files = next(filter(None, (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])), [])
+    found = [file for file in files if file.stem.partition("-")[0] == split]
+    if role == "corpus" and not found:
+        found = files  # a pool has a split of any name, but queries of another split are other queries
     # A file that is missing would be a smaller pool, and better figures.
-    if not found or len(found) != found[0][1]:
-        parts = f"{len(found)} of {found[0][1]} files" if found else f"no files, only {sorted(splits)}"
+    total = _TOTAL.search(found[0].stem) if found else None
+    if not found or (total and len(found) != int(total[1])):
+        parts = f"{len(found)} of {int(total[1])} files" if total else f"no files, only {[file.name for file in files]}"
         what = f"of the {role} of the split {split!r} there are {parts}"
         raise FileNotFoundError(f"{folder}: {what}. Ask for another split, or download it again.")
-    return [file for file, _ in found]
+    return found
 
 
 # --- the import
@@ -161,7 +156,8 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
         wording = MBEIR_INSTRUCTIONS.get(f"mbeir_{task.name}")
         if table is None and wording is None:
             raise FileNotFoundError(f"{folder}: the instruction of {task.name} is not known. Put a {_TABLE} beside it.")
-        rows.append([*task.modalities, task.dataset, str(MBEIR_DATASET_IDS.get(task.dataset)), str(wording)])
+        directions, number = TASK_MODALITIES[task.task_id], MBEIR_DATASET_IDS.get(task.dataset)
+        rows.append([*directions, task.dataset, str(number), str(wording)])
         files = {role: copy_files(folder, role, split) for role in _FOLDERS}
         # Size and time stand for the bytes: to hash them would cost a read of all images.
         states = [(file, file.stat()) for role in files.values() for file in role]
@@ -179,18 +175,19 @@ def _import(copies: Mapping[MBEIRTask, Path], cache: Path, split: str, table: Pa
             write_instructions(layout.instruction_path, rows)
             if table is not None:
                 shutil.copyfile(table, layout.instruction_path)
-            write_lines(layout.union_pool_path(split), _joined(parts))
+            pools = (MBEIR(part).pool_path(task, split) for task, part in parts.items())
+            write_lines(layout.pool_path(None, split), _joined(pools))
             for part in parts.values():
                 for path in filter(Path.is_file, part.rglob("*")):
                     link(path, draft / path.relative_to(part))
     return together
 
 
-def _joined(parts: Mapping[MBEIRTask, Path]) -> Iterator[str]:
-    """The pools of several tasks as one: a candidate of two tasks is in both local pools, and once in the global."""
+def _joined(pools: Iterable[Path]) -> Iterator[str]:
+    """The lines of several pools: a candidate of two tasks is in both local pools, and once in the global."""
     seen: set[int] = set()  # hashes: pools of millions need not be held
-    for task, part in parts.items():
-        with MBEIR(part).pool_path(task.name).open(encoding="utf-8") as lines:
+    for pool in pools:
+        with pool.open(encoding="utf-8") as lines:
             for line in lines:
                 if hash(line) not in seen:
                     seen.add(hash(line))
@@ -234,7 +231,7 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
     with Problems(files["corpus"][0].parents[1]) as problems:
         write_lines(layout.qrels_path(split, task), judgements())
         write_records(layout.query_path(split, task), starmap(query, records("queries")))
-        write_records(layout.pool_path(task.name), ({"did": did, **record} for did, record in records("corpus")))
+        write_records(layout.pool_path(task, split), ({"did": did, **record} for did, record in records("corpus")))
 
 
 def _plain_id(line: Line, name: str) -> str:

@@ -24,7 +24,7 @@ from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Query, seeded_random
 from puma_hf.data.pairs import Pair, PairIds, PairsReport, check_pairs, load_pairs, read_pairs
 from puma_hf.data.records import Record, wrong
-from puma_hf.data.tasks import TASK_OF_MODALITIES, MBEIRTask, select_tasks
+from puma_hf.data.tasks import TASK_MODALITIES, TASK_OF_MODALITIES, MBEIRTask, select_tasks
 from puma_hf.files import new_directory, write_json
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,9 @@ def build_nano(
     """A folder in M-BEIR's layout with some of the queries and candidates of each task.
 
     Of each task's queries with a relevant candidate in its local pool, `num_queries` are drawn. Its local pool then
-    holds every candidate that is relevant to one of them, their hard negatives (the first of each query, then the
-    second of each ...), and others drawn with the seed, in the source's order. The global pool is that of all local
-    pools. The same data, settings and seed give the same folder on every machine.
+    holds all that is relevant to one of them, their hard negatives (the first of each query, then the second of each
+    ...), and others drawn with the seed, in the source's order. The global pool is that of all local pools. The same
+    data, settings and seed give the same folder on every machine.
 
     Images are not copied: `nano.json` in the folder names the one they are in. It also has `content_hash`, the SHA-256
     of all that a figure depends on, wherever the data lies: report it with the figure, and edit nothing in the folder.
@@ -122,16 +122,9 @@ def build_nano(
         FileExistsError: If `output` holds anything else.
 
     Example:
-
-    ```python
-    >>> import tempfile
-    >>> from puma_hf.data import MBEIR, build_nano
-
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     nano = build_nano(MBEIR("demo/emoji"), f"{parent}/nano", tasks=["emoji_task1"], num_candidates=50)
-    ...     len(nano.queries(nano.tasks()[0])), len(nano.global_pool())
-    (167, 167)
-    ```
+        >>> nano = build_nano(MBEIR("demo/emoji"), "nano", tasks=["emoji_task1"], num_candidates=50)
+        >>> len(nano.queries(nano.tasks()[0])), len(nano.global_pool())
+        (167, 167)
     """
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
@@ -142,9 +135,8 @@ def build_nano(
     nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
     there = {**nano.nano_settings, "images": str(nano.image_root)}
-    for name in (name for name in wanted if there.get(name) != wanted[name]):
-        what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
-        raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
+    if there != wanted:
+        raise ValueError(f"{folder} was built with {there}, not {wanted}. Name another folder, or remove this one.")
     return nano
 
 
@@ -169,14 +161,14 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     for task, queries, pool, qrels in parts:
         records = [record_line(query, root, everything) for query in queries]
         write_records(layout.query_path(split, task), records)
-        write_records(layout.pool_path(task.name), (record_line(candidate, root) for candidate in pool))
+        write_records(layout.pool_path(task, split), (record_line(candidate, root) for candidate in pool))
         write_lines(layout.qrels_path(split, task), qrels)
         wordings = {data.wordings(query, task.candidate_modality): None for query in queries}
         contents += [task.name, list(wordings), qrels]
         lists = [[record["pos_cand_list"], record["neg_cand_list"]] for record in records]
         for one, others in zip([*queries, *pool], lists + [[]] * len(pool), strict=True):
             contents.append([one.id, one.modality, one.text, hash_of(one.image), *others])
-    write_records(layout.union_pool_path(split), (record_line(one, root) for one in everything.values()))
+    write_records(layout.pool_path(None, split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
     says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents)}
@@ -243,9 +235,8 @@ def write_mbeir(
 
     An anchor is one query for each modality it looks for, with all its positives as right answers; equal candidates
     are one (see `PairIds`). Pools hold the candidates of all splits. Queries that share an anchor or a positive,
-    directly or through others, come into one split: none of val or test is trained on. Instructions are those of the
-    rows; a task without any has a plain sentence. Images are hard links where the file system allows, else copies: the
-    folder holds all it needs, but do not edit an image in place.
+    directly or through others, come into one split: none of val or test is trained on. A task whose rows have no
+    instruction has a plain sentence. Images are hard links where the file system allows: do not edit one in place.
 
     Args:
         rows: As `load_pairs` makes them.
@@ -261,15 +252,10 @@ def write_mbeir(
         ValueError: If a row cannot be used, M-BEIR has no task between two modalities, or a split stays empty.
 
     Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from puma_hf.data import load_pairs, write_mbeir
-
-    >>> rows = load_pairs(Dataset.from_dict({"question": ["1 + 1?", "2 + 2?"], "answer": ["two", "four"]}))
-    >>> write_mbeir(rows, "sums", val_fraction=0, test_fraction=0.5).tasks("test")
-    [MBEIRTask(task_id=1, dataset='pairs')]
-    ```
+        >>> from datasets import Dataset
+        >>> rows = load_pairs(Dataset.from_dict({"question": ["1 + 1?", "2 + 2?"], "answer": ["two", "four"]}))
+        >>> write_mbeir(rows, "sums", val_fraction=0, test_fraction=0.5).tasks("test")
+        [MBEIRTask(task_id=1, dataset='pairs')]
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", dataset) or dataset_id < FIRST_FREE_ID:
         what = f"dataset={dataset!r} must be letters, digits and underscores, and dataset_id={dataset_id}"
@@ -279,7 +265,7 @@ def write_mbeir(
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
         if reading.offenders:
-            raise ValueError(reading.refusal())
+            raise ValueError(str(reading))
         ids, layout = PairIds(reading.pairs), MBEIR(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
 
@@ -300,9 +286,9 @@ def write_mbeir(
         lines = {k: record_line(Candidate(dids[k], one.text, place(one)), folder) for k, one in records.items()}
         for task in wordings:
             wanted = {key for anchor in anchors if anchor.task == task for key in anchor.positives | anchor.negatives}
-            write_records(layout.pool_path(task.name), (line for key, line in lines.items() if key in wanted))
+            write_records(layout.pool_path(task, "test"), (line for key, line in lines.items() if key in wanted))
         for split in ("train", "test"):  # val has that of test
-            write_records(layout.union_pool_path(split), lines.values())
+            write_records(layout.pool_path(None, split), lines.values())
         numbers, everything = count(len(lines) + 1), set(dids.values())
         for split, chosen in splits.items():
             queries = defaultdict[MBEIRTask, list[Query]](list)
@@ -314,7 +300,7 @@ def write_mbeir(
                 write_records(layout.query_path(split, task), (record_line(one, folder, everything) for one in found))
                 judged = (f"{query.id} 0 {did} 1 {task.task_id}" for query in found for did in query.positives)
                 write_lines(layout.qrels_path(split, task), judged)
-        table = [[*task.modalities, dataset, str(dataset_id), *found] for task, found in wordings.items()]
+        table = [[*TASK_MODALITIES[task.task_id], dataset, str(dataset_id), *found] for task, found in wordings.items()]
         write_instructions(layout.instruction_path, table)
     counts = ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items())
     logger.info("%s: %d candidates; queries: %s", output, len(lines), counts)
@@ -344,7 +330,7 @@ def _collect(
     for anchor in anchors.values():
         anchor.negatives = {key: None for key in anchor.negatives if key not in anchor.positives}
     for task in wordings:  # a task without any has a plain sentence
-        asks, answers = (modality.replace(",", " with ") for modality in task.modalities)
+        asks, answers = (modality.replace(",", " with ") for modality in TASK_MODALITIES[task.task_id])
         wordings[task] = wordings[task] or {f"Find the {answers} that matches the given {asks}.": None}
     return list(anchors.values()), records, {task: list(wordings[task]) for task in sorted(wordings)}
 
@@ -392,11 +378,7 @@ def _groups(anchors: list[_Anchor]) -> list[list[int]]:
 
 
 def pairs(config: PairsConfig) -> PairsReport:
-    """The dry run of `puma-hf pairs`.
-
-    The report is also written to `config.json` if that is given. With `config.mbeir` the pairs are written there in
-    M-BEIR's layout, unless rows cannot be used and are not to be dropped; errors are those of `load_pairs`.
-    """
+    """The dry run of `puma-hf pairs`; with `mbeir` it writes the pairs, too, unless there are rows that stop it."""
     arguments = {**config.pair_arguments(), "special_tokens": config.special_tokens}
     # Read twice, for the report must not depend on what is dropped.
     report = check_pairs(config.data, decode=config.decode, **arguments)

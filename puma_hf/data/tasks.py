@@ -70,24 +70,19 @@ class MBEIRTask:
         return f"{self.dataset}_task{self.task_id}"
 
     @property
-    def modalities(self) -> tuple[str, str]:
-        """Modality of the queries, and of the relevant candidates."""
-        return TASK_MODALITIES[self.task_id]
-
-    @property
     def query_modality(self) -> str:
         """Modality of the queries."""
-        return self.modalities[0]
+        return TASK_MODALITIES[self.task_id][0]
 
     @property
     def candidate_modality(self) -> str:
         """Modality of the relevant candidates."""
-        return self.modalities[1]
+        return TASK_MODALITIES[self.task_id][1]
 
     @property
     def arrow(self) -> str:
         """The direction as M-BEIR's tables print it, such as `t -> i`."""
-        return " -> ".join(_SHORT_NAMES[modality] for modality in self.modalities)
+        return " -> ".join(_SHORT_NAMES[modality] for modality in TASK_MODALITIES[self.task_id])
 
     @property
     def reported_k(self) -> int:

@@ -183,7 +183,7 @@ class SweepReport:
                 values = [math.nan if (value := getattr(row, name)) is None else value for row in model.rows]
                 right.plot(ks, values, style, color=colour, label=f"{name}, {model.name}")
         for share, style in ((1.0, "--"), (self.keep, ":")):
-            label = f"{share:.4g} of the full model's quality"
+            label = f"{share:.4g} x the full model's quality"
             left.axhline(100 * share * self.quality(self.full), color="gray", linestyle=style, label=label)
         left.set(xlabel=f"GFLOPs of one image ({self.image_tokens} visual tokens)", ylabel=f"{self.metric}, %")
         left.set_ylim(bottom=0)

@@ -34,22 +34,18 @@ ROWS_PER_FILE = 4096
 class PumaDistillationTrainer(PumaTrainer):
     """Trains a pruned model to reach after k layers the `[RET]` state that the full model reaches after all.
 
-    No labels are needed, and one column of inputs is enough. Give the model a LoRA adapter first (`add_lora`). The
-    features of each column hold `teacher_state` `(batch_size, hidden_size)`, where the losses look for it.
+    No labels are needed, and one column of inputs is enough. Give the model a LoRA adapter first (`add_lora`).
 
     Args:
-        args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`; the model is a pruned PUMA
-            `SentenceTransformer` with an adapter.
-        teacher: Path or Hub id of a checkpoint of the same hidden size, by default of the one that was pruned, as the
-            model's configuration names it. Or a `PumaModel` or `SentenceTransformer`, or a teacher such as
-            [`FrozenTeacher`].
+        args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`.
+        teacher: Path or Hub id of a checkpoint of the same hidden size, by default of the one that was pruned. Or a
+            `PumaModel` or `SentenceTransformer`, or a teacher such as [`FrozenTeacher`].
         teacher_revision: Branch, tag or commit of a teacher on the Hub.
         teacher_mode: How the teacher is asked.
 
             - `"frozen"`: at every step; it never moves. If the student still has the base weights of its teacher, one
               copy serves both, and the vision tower runs once. Any other teacher is held whole beside the student,
-              with a warning: another model, or the original checkpoint for a student that has been trained and merged
-              since, or is held in 4 bits.
+              with a warning; so is that of a student that was trained and merged since, or is held in 4 bits.
             - `"cached"`: once, over all rows, before training; then its layers are freed, and its states are a label
               column of the datasets, read from the disk. For several epochs, or little memory; not for streams, and
               not for rows with labels of their own.
@@ -69,8 +65,7 @@ class PumaDistillationTrainer(PumaTrainer):
         ... )  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; in the released code the teacher is
-    the frozen full model. Storing its states is this library's addition.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. Storing the states is our addition.
     """
 
     def __init__(
@@ -89,14 +84,15 @@ class PumaDistillationTrainer(PumaTrainer):
         if teacher_mode == "cached":
             folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else Path(teacher_cache)
             self._store_states(teacher, teacher_revision, folder)
+            # The layers went with the last reference to the teacher, except for what a cycle may hold.
+            gc.collect()
+            torch.cuda.empty_cache()
             return
         self.teacher = find_teacher(teacher, student, revision=teacher_revision)
         trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
         moving = [name for name in trained if not is_of_adapter(name)]
         if moving and isinstance(self.teacher, FrozenTeacher):
-            raise ValueError(
-                f"The frozen teacher shares {len(moving)} trainable base weights (first: {moving[0]}): take add_lora."
-            )
+            raise ValueError(f"The frozen teacher shares trained weights ({moving[0]} and others): take add_lora.")
 
     def get_default_loss(self, model: Any) -> nn.Module:
         """`SelfDistillationLoss`, where no loss is given."""
@@ -121,36 +117,30 @@ class PumaDistillationTrainer(PumaTrainer):
 
         A long computation needs a long `ddp_timeout` in the training arguments, or one run without a launcher before.
         """
-        datasets: dict[str, Any] = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        parts: list[Dataset] = []
-        for given in datasets.values():
-            parts += given.values() if isinstance(given, dict) else [] if given is None else [given]
-        teacher, names = None, [""] * len(parts)
+        teacher, key = None, ""
         if self.accelerator.is_main_process:
             teacher = find_teacher(source, puma_model(self.model), revision=revision)
             key = self._key(teacher)
-            names = [f"{key}-{_content_sha256(part)[:16]}" for part in parts]
             known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
             if known and key not in known:
                 logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
-        # The others are told the names, find the files that the main process has written, and load no teacher.
-        broadcast_object_list(names)
-        with self.accelerator.main_process_first():
-            stored = {
-                id(part): _with_states(part, folder, name, self.args.train_batch_size, self._compute(teacher))
-                for part, name in zip(parts, names, strict=True)
-            }
-        for name, given in datasets.items():
+        compute = self._compute(teacher)
+
+        def stored(dataset: Dataset) -> Dataset:
+            # The others are told the name, find the files that the main process has written, and load no teacher.
+            name = [f"{key}-{_content_sha256(dataset)[:16]}" if self.accelerator.is_main_process else ""]
+            broadcast_object_list(name)
+            with self.accelerator.main_process_first():
+                return _with_states(dataset, folder, name[0], self.args.train_batch_size, compute)
+
+        for which in ("train_dataset", "eval_dataset"):
+            given: Any = getattr(self, which)
             if isinstance(given, dict):
-                setattr(self, name, type(given)({key: stored[id(part)] for key, part in given.items()}))
+                setattr(self, which, type(given)({name: stored(part) for name, part in given.items()}))
             elif given is not None:
-                setattr(self, name, stored[id(given)])
+                setattr(self, which, stored(given))
         # Labels go past the collator as they are, and past the samplers that compare the rows.
         self.data_collator.valid_label_columns.insert(0, STATES)
-        # The layers go with the last reference to the teacher, except for what a cycle may hold.
-        del teacher, stored
-        gc.collect()
-        torch.cuda.empty_cache()
 
     def _key(self, teacher: Teacher) -> str:
         """What, besides the rows, decides the states: the teacher, what the model sees of a row, the data type."""
@@ -160,20 +150,14 @@ class PumaDistillationTrainer(PumaTrainer):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _compute(self, teacher: Teacher | None) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
-        student = puma_model(self.model)
-
         def compute(batch: dict[str, list[Any]]) -> dict[str, Any]:
             # Only the main process has a teacher: where others come here, they do not see its files.
             asked: Any = teacher
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            columns, _ = super(PumaDistillationTrainer, self).collect_features(self.data_collator(rows))
-            states = []
-            for column in columns:
-                features = {
-                    key: value.to(student.device) if torch.is_tensor(value) else value for key, value in column.items()
-                }
-                with self.accelerator.autocast():
-                    states.append(asked.states(features).float().cpu())
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            columns, _ = super(PumaDistillationTrainer, self).collect_features(inputs)
+            with self.accelerator.autocast():
+                states = [asked.states(column).float().cpu() for column in columns]
             return {STATES: torch.stack(states, dim=1).numpy()}
 
         return compute

@@ -19,16 +19,12 @@ from puma_hf.losses.cached_mac_puma import find_puma_model
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # Beside an adapter: the SHA-256 of the weights that it was trained on. `puma_hf.files` says the same, but stays here.
 BASE_FILE = "puma_base.json"
-# transformers 5.23 renamed arguments and methods and keeps the old names of the arguments as mirrors.
+# transformers 5.23 renamed arguments and methods of checkpointing, and warns of the old names.
 PREFIX = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
 
 
 def lora_config(
-    *,
-    r: int = 64,
-    alpha: int | None = None,
-    dropout: float = 0.05,
-    ret_token_id: int | None = None,
+    *, r: int = 64, alpha: int | None = None, dropout: float = 0.05, ret_token_id: int | None = None
 ) -> LoraConfig:
     """LoRA on every linear layer of the kept decoder layers; vision tower and merger stay as they are.
 
@@ -36,11 +32,7 @@ def lora_config(
         r: Rank. LamRA takes 64 for the stage on text pairs and 128 for M-BEIR.
         alpha: Scale, by default twice the rank, as in LamRA.
         dropout: Dropout before the adapter.
-        ret_token_id: Also train the embedding row of this token, which is `[RET]` in the distillation stage;
-            `model.config.ret_token_id` knows it.
-
-    Returns:
-        A configuration for `add_lora(model, ...)`.
+        ret_token_id: Also train the embedding row of this token, `model.config.ret_token_id`.
 
     Example:
         >>> lora_config(r=8).lora_alpha
@@ -60,9 +52,7 @@ def lora_config(
 def puma_model(model: SentenceTransformer) -> Any:
     """The `PumaModel` inside a SentenceTransformer, or a ValueError."""
     if (puma := find_puma_model(model)) is None:
-        raise ValueError(
-            f"A {type(model[0]).__name__} holds no model that puma_hf.prune (puma-hf prune) cut from a Qwen2-VL."
-        )
+        raise ValueError(f"A {type(model[0]).__name__} holds no model that puma-hf prune cut from a Qwen2-VL.")
     return puma
 
 
@@ -84,14 +74,11 @@ def add_lora(model: SentenceTransformer, config: LoraConfig) -> None:
 
 
 def quantization_config() -> BitsAndBytesConfig:
-    """QLoRA: how to load a model whose decoder is held in 4-bit NormalFloat, doubly quantised, computing in bfloat16.
+    """QLoRA: how `from_pretrained` holds the decoder in 4-bit NormalFloat, computing in bfloat16; needs bitsandbytes.
 
     Vision tower, merger, token embedding and norms are not quantised. `merge_adapter` always merges into the base as it
     is on disk, not quantised: its embeddings differ from those seen in training by the quantisation error. Measure the
     merged model. A frozen teacher is then held whole beside the student, with a warning; a cached one is not held.
-
-    Returns:
-        A configuration for `from_pretrained(..., quantization_config=...)`, which needs bitsandbytes and a GPU.
 
     Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Neither PUMA nor LamRA trains this way.
     """
@@ -139,14 +126,15 @@ def _files_sha256(files: tuple[tuple[str, int, int], ...]) -> str:
 # --- gradient checkpointing
 
 
-def spare_frozen_vision(model: Any) -> None:
-    """Undo what enabling checkpointing does to a `PumaModel` beyond its decoder layers.
+def checkpoint_decoder(model: Any, **options: Any) -> None:
+    """Enable the checkpointing of a `PumaModel`, in its decoder layers alone.
 
     `transformers` makes the outputs of every embedding require gradients once a model has an adapter, that of the image
     patches too. The frozen vision tower is then computed twice and propagated through to its first layer, for gradients
     that nobody wants: 41 % more time. Checkpointing that is not reentrant needs none of these hooks, and the gradients
     of the adapter stay the same. A vision tower with trainable weights stays checkpointed.
     """
+    getattr(model, f"{PREFIX}_checkpointing_enable")(**options)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.disable_input_require_grads()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from puma_hf.files import (
     DISTILL_RECIPE,
     TRAIN_RECIPE,
     is_hub_id,
+    is_puma_directory,
     named_base,
     new_directory,
     read_config,
@@ -71,13 +71,12 @@ def merge_adapter(
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).is_file():
             raise FileNotFoundError(f"{str(adapter)!r} has no {name}. Point to a directory that training saved.")
-    source = Path(base or named_base(adapter))
-    if not source.is_dir():
-        if not is_hub_id(str(source)):
-            raise FileNotFoundError(f"The adapter's base {str(source)!r} is no directory. Name it: base=... (--base).")
-        source = Path(snapshot_download(str(source)))
-    if adapter.resolve().is_relative_to(output.resolve()):
-        raise ValueError(f"output_dir {str(output)!r} is, or holds, the adapter itself. Choose another directory.")
+    name = str(base or named_base(adapter))
+    source = Path(name)
+    if not is_puma_directory(source):
+        if not is_hub_id(name):
+            raise FileNotFoundError(f"The adapter's base {name!r} is no PUMA directory. Name it: base=... (--base).")
+        source = Path(snapshot_download(name))
     with new_directory(output, overwrite=overwrite, forbidden=source) as folder:
         model = _load_adapter(adapter, source)
         probe = _probe(PumaProcessor.from_pretrained(source))
@@ -87,10 +86,8 @@ def merge_adapter(
         with torch.inference_mode():
             largest = float((merged(**probe).embeddings - before).norm(dim=1).max())
         if not largest <= MERGE_TOLERANCE:  # NaN is no success
-            raise ValueError(
-                f"Merging {str(adapter)!r} moved embeddings by up to {largest:.2e}, more than {MERGE_TOLERANCE:g}, "
-                "as with a damaged adapter: merge an earlier checkpoint, or train it again."
-            )
+            moved = f"Merging {str(adapter)!r} moved embeddings by up to {largest:.2e}, more than {MERGE_TOLERANCE:g}"
+            raise ValueError(f"{moved}, as with a damaged adapter: merge an earlier checkpoint, or train it again.")
         merged.to(PumaConfig.from_pretrained(source).dtype or torch.float32)
         _save_complete(merged, folder, source, adapter)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, source, largest, output)
@@ -102,19 +99,15 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
     if not (noted := read_config(adapter, BASE_FILE)):
         logger.warning("%s has no %s: whether it was trained on %s is not known.", adapter, BASE_FILE, base)
     elif (found := weights_sha256(base)) != noted["sha256"]:
-        raise ValueError(
-            f"{str(adapter)!r} was not trained on the weights in {str(base)!r} (SHA-256 {found[:12]} instead of "
-            f"{noted['sha256'][:12]}). Name the directory it was trained on, unchanged: base=... (--base)."
-        )
+        other = f"(SHA-256 {found[:12]} instead of {noted['sha256'][:12]}). Name the directory that it was: --base."
+        raise ValueError(f"{str(adapter)!r} was not trained on the weights in {str(base)!r} {other}")
     model = PeftModel.from_pretrained(PumaModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
         saved = set(weights.keys())
     # peft only warns about these, and fills the gap with an untrained adapter.
     if different := sorted(saved ^ set(get_peft_model_state_dict(model))):
-        raise ValueError(
-            f"{str(adapter)!r} does not fit {str(base)!r}: {len(different)} tensors, first: {different[0]}. Name its "
-            "base (--base)."
-        )
+        what = f"{len(different)} tensors, first: {different[0]}"
+        raise ValueError(f"{str(adapter)!r} does not fit {str(base)!r}: {what}. Name its base (--base).")
     return model
 
 
@@ -125,10 +118,9 @@ def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) ->
     set_limits(processor, **read_limits(adapter))
     processor.save_pretrained(folder)
     # Prompts belong to the base: training neither reads nor changes them.
-    settings = json.loads((base / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    write_sentence_transformers_files(folder, settings["prompts"])
+    write_sentence_transformers_files(folder, read_config(base, "config_sentence_transformers.json"))
     if (base / "README.md").is_file():
-        rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+        rank = read_config(adapter, ADAPTER_CONFIG)["r"]
         note = f"A LoRA adapter of rank {rank} was trained and merged into the weights."
         text = with_training_note((base / "README.md").read_text(encoding="utf-8"), note)
         if told := told_limits(base):

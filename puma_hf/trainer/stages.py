@@ -23,11 +23,11 @@ from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, Loss, MergeConf
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
-from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory
+from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
-from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
+from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY
 from puma_hf.pruning import read_limits, set_limits
-from puma_hf.settings import config_text, nearest, processing_of, save_config
+from puma_hf.settings import config_text, nearest, processing_of, shown
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora_puma import (
@@ -45,7 +45,11 @@ logger = logging.getLogger(__name__)
 
 # Columns of the training rows that the model is not to see.
 _ID_COLUMNS = ("qid", "did", "positives")
-_ROWS_AT_ONCE = 10_000
+# Settings that the Trainer calls the same.
+_SAME_NAMES = (
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "bf16", "seed", "dataloader_num_workers", "logging_steps"),
+)
 _UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
 # YAML 1.1 reads 1e-4, without a point, as text, which the Trainer would fail at much later.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
@@ -54,9 +58,8 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 def distill(config: DistillConfig) -> Path:
     """Distil the full model into the pruned one on single items, without labels: our stage 1.
 
-    Of a folder in M-BEIR's layout the items are the queries (with their instructions) and candidates of the train
-    split, each on its own: which query belongs to which candidate is never looked at. Any other corpus of texts and
-    images will do as well.
+    Of a folder in M-BEIR's layout the items are the queries (with their instructions) and candidates of the split, each
+    on its own. Any other corpus of texts and images will do as well.
 
     Returns:
         `config.output`, which holds the adapter and `distill.yaml`, the settings it was made with.
@@ -122,10 +125,7 @@ def merge(config: MergeConfig) -> float:
 
 
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
-    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not.
-
-    On one device nothing is gathered.
-    """
+    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not."""
     # InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
     # positives, `false_negative_margin` and the logs are the same.
     meaning: dict[Loss, dict[str, Any]] = {
@@ -133,8 +133,8 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
         "mac-split": {"objective": "split"},
         "infonce": {"hard_temperature": config.temperature, "schedule": "constant"},
     }
-    names = ("temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight")
-    names += ("false_negative_margin", *(("mini_batch_size", "mini_batch_num_tokens") if config.cached else ()))
+    names = ["temperature", "hard_temperature", "schedule", "schedule_end", "grouping", "split_weight"]
+    names += ["false_negative_margin", *(["mini_batch_size", "mini_batch_num_tokens"] if config.cached else [])]
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     gathers = config.gather_across_devices and num_devices > 1
     kind = CachedMultimodalMACLoss if config.cached else MultimodalMACLoss
@@ -146,12 +146,7 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
 
 
 def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArguments:
-    """The arguments of the Trainer that the settings of a stage mean, checked before anything is loaded.
-
-    Raises:
-        ValueError: If `training_arguments` has a name or value that the Trainer does not take, or the GPU does not
-            compute in bfloat16.
-    """
+    """The arguments of the Trainer that the settings of a stage mean; a ValueError if it does not take them."""
     known = {entry.name for entry in fields(SentenceTransformerTrainingArguments)}
     for name in config.training_arguments.keys() - known:
         raise ValueError(f"training_arguments has {name!r}, which the Trainer does not know.{nearest(name, known)}")
@@ -160,27 +155,17 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         for name, value in config.training_arguments.items()
     }
     arguments: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _SAME_NAMES},
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,  # below 1, a share of all steps
-        "bf16": config.bf16,
         "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # the Trainer asks that this be said
-        "seed": config.seed,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_num_workers": config.dataloader_num_workers,
         # Every weight of the adapter takes part in every step: nothing to look for.
         "ddp_find_unused_parameters": False,
         f"{PREFIX}_checkpointing": config.gradient_checkpointing,
-        "logging_steps": config.logging_steps,
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": 2,
@@ -202,9 +187,7 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
     pairs = config.pair_arguments()
     if is_mbeir(Path(config.data)):
         if pairs:
-            raise ValueError(
-                f"{', '.join(pairs)} is for pairs of one's own, and {config.data} is M-BEIR's. Leave it out."
-            )
+            raise ValueError(f"{', '.join(pairs)} is for pairs of one's own, not for M-BEIR's {config.data}.")
         rows = load_mbeir(
             config.data,
             config.split,
@@ -232,18 +215,17 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
 
 def _check_special_tokens(rows: Dataset, config: StageConfig) -> None:
     """Name the first row that training would stop at, before it begins."""
-    for number, batch in enumerate(rows.flatten().with_format("arrow").iter(_ROWS_AT_ONCE)):
-        for name in batch.column_names if config.special_tokens != "split" else ():
-            if not name.endswith((".text", ".instruction")):
-                continue
-            found = compute.match_substring_regex(batch[name], SPECIAL_TOKEN.pattern).fill_null(False)
-            for place in compute.indices_nonzero(found).to_pylist()[:1]:
-                row = number * _ROWS_AT_ONCE + place
-                qid = f", query {rows[row]['qid']!r}" if "qid" in rows.column_names else ""
-                raise ValueError(
-                    f"{config.data} holds a special token, which the model would not read as text, in row {row}{qid}: "
-                    f"{name} is {shown(batch[name][place].as_py())}. {SPECIAL_TOKEN_REMEDY}"
-                )
+    flat = rows.flatten().with_format("arrow")
+    texts = [name for name in flat.column_names if name.endswith((".text", ".instruction"))]
+    for name in texts if config.special_tokens != "split" else ():
+        column = flat.select_columns(name)[:][name]
+        row = compute.index(compute.match_substring_regex(column, SPECIAL_TOKEN.pattern), True).as_py()
+        if row >= 0:
+            place = f"row {row}" + (f", query {rows[row]['qid']!r}" if "qid" in rows.column_names else "")
+            raise ValueError(
+                f"{config.data} holds a special token, which the model would not read as text, in {place}: {name} is "
+                f"{shown(column[row].as_py())}. {SPECIAL_TOKEN_REMEDY}"
+            )
 
 
 # --- a run, from its beginning to its end
@@ -259,19 +241,15 @@ def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments,
         raise ValueError(f"output {str(output)!r} is, or holds, the model itself. Choose another directory.")
     sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached):
-        raise ValueError(
-            "A teacher, and gradient caching, call parts of the model, which FSDP holds in pieces. Launch plain DDP."
-        )
+        raise ValueError("A teacher, and gradient caching, call parts of the model, which FSDP shards. Launch DDP.")
     checkpoint = last_whole_checkpoint(output) if config.resume else None
     found = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
     # A run that was killed before its first checkpoint was whole begins again: there is nothing to lose but an adapter.
     at_stake = {ADAPTER_CONFIG} & found if config.resume else found
     # Other processes may come here after the first has begun to write.
     if at_stake and checkpoint is None and not config.overwrite and PartialState().is_main_process:
-        raise FileExistsError(
-            f"output {str(output)!r} is not empty. Take overwrite (--overwrite), or resume (--resume) from a whole "
-            "checkpoint in it."
-        )
+        remedy = "Take overwrite (--overwrite), or resume (--resume) from a whole checkpoint in it"
+        raise FileExistsError(f"output {str(output)!r} is not empty. {remedy}.")
     return arguments, checkpoint
 
 
@@ -314,7 +292,7 @@ def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> P
             logger.warning("Continuing with other settings than the run began with: %s", "; ".join(sorted(changed)))
         if config.resume and checkpoint is None:
             logger.warning("No whole checkpoint in %s: starting from the beginning.", output)
-        save_config(config, recipe)
+        write_whole(recipe, config_text(config).encode())
     devices = int(PartialState().num_processes)
     shape = (rows, devices, config.batch_size, config.gradient_accumulation_steps)
     logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
@@ -323,16 +301,11 @@ def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> P
     done, planned = trainer.state.global_step, trainer.state.max_steps
     if done == 0:
         # The trainer itself only logs this, and an untrained adapter looks like a trained one.
-        raise ValueError(
-            f"The {rows} rows fill no batch of {config.batch_size} on {devices} device(s), so nothing was trained. "
-            "Choose a smaller batch_size (--batch-size)."
-        )
+        no_batch = f"The {rows} rows fill no batch of {config.batch_size} on {devices} device(s)"
+        raise ValueError(f"{no_batch}, so nothing was trained. Choose a smaller batch_size (--batch-size).")
     if done < planned:
-        logger.warning(
-            "Training ended after %d of %d steps: too many rows share a right answer to fill every batch. Choose a "
-            "smaller batch_size (--batch-size).",
-            *(done, planned),
-        )
+        too_early = "Training ended after %d of %d steps: too many rows share a right answer to fill every batch."
+        logger.warning(f"{too_early} Choose a smaller batch_size (--batch-size).", done, planned)
     with whole_weights(trainer.model):
         if trainer.is_world_process_zero():
             _save_adapter(trainer.model, output)

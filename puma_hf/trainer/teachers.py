@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +29,19 @@ logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
 
 
-class Teacher:
+class Teacher(ABC):
     """Tells the student's trainer the `[RET]` states that the student is to reach.
 
     A teacher belongs to the trainer alone: never to the model, the loss, the optimizer or a checkpoint.
     """
 
+    @abstractmethod
     def states(self, features: dict[str, Any]) -> Tensor:
         """`[RET]` states of one column after the final norm, `(batch_size, hidden_size)`, without gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """A SHA-256 that changes when the states may, under which `teacher_mode="cached"` stores them."""
-        raise NotImplementedError
 
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` `(batch_size, hidden_size)` into the features of one column, before the student runs."""
@@ -65,16 +66,13 @@ class FrozenTeacher(Teacher):
         >>> teacher.states(features).shape  # doctest: +SKIP
         torch.Size([8, 1536])
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, whose released code has a frozen
-    teacher, too; there it is a second model.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064; in its released code the frozen teacher is a second model.
     """
 
     def __init__(self, student: PumaModel, dropped_layers: nn.ModuleList) -> None:
         kept, depth = len(student.language_model.layers), student.config.original_num_hidden_layers
         if kept + len(dropped_layers) != depth:
-            raise ValueError(
-                f"The student keeps {kept} of {depth} layers, but {len(dropped_layers)} dropped layers were given."
-            )
+            raise ValueError(f"The student keeps {kept} of {depth} layers, and {len(dropped_layers)} more were given.")
         self.student = student
         modules: list[Any] = list(dropped_layers)
         self._dropped_layer_types = [module.self_attn.layer_type for module in modules]
@@ -82,26 +80,18 @@ class FrozenTeacher(Teacher):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, student: PumaModel, *, revision: str | None = None) -> FrozenTeacher:
-        """Load what pruning dropped from the original checkpoint (or a PUMA directory with all its layers).
-
-        Args:
-            source: Folder or Hub id.
-            student: The pruned model.
-            revision: Branch, tag or commit on the Hub.
+        """Load what pruning dropped from a folder or the Hub: of the original, or a PUMA directory of all layers.
 
         Raises:
-            ValueError: If the checkpoint's weights, the dropped layers and the row of `[RET]` aside, are not
-                the student's.
+            ValueError: If its weights, the dropped layers and the row of `[RET]` aside, are not the student's.
         """
         full = StoredModel(source, student, revision=revision)
         if different := full.different_weights(student):
-            raise ValueError(
-                f"{str(source)!r} cannot share the student's weights: {len(different)} differ (first: {different[0]})."
-            )
+            raise ValueError(f"{len(different)} of the student's weights differ in {source}, first {different[0]}.")
         return cls(student, full.dropped_layers(student))
 
     def add_states(self, features: dict[str, Any]) -> None:
-        """Put `teacher_state` into the features, and run the vision tower once for student and teacher."""
+        """Put `teacher_state` into the features; the vision tower runs once for student and teacher."""
         share_image_features(self.student, features)
         super().add_states(features)
 
@@ -147,17 +137,10 @@ class FrozenTeacher(Teacher):
 
 
 class WholeTeacher(Teacher):
-    """A second model, such as a trained one of all layers, whose `[RET]` states the student is to reach.
+    """A second model, such as a trained one of all layers, which is frozen and held beside the student.
 
-    It is held beside the student, in evaluation mode and without gradients, and reads the student's own token ids.
-    PUMA distils from the model that was pruned; another teacher is this library's addition.
-
-    Args:
-        model: The teacher. It is frozen.
-        student: The pruned model.
-
-    Raises:
-        ValueError: If the two differ in hidden size, reading, or the ids of `[RET]` and of image tokens.
+    It reads the student's own token ids, so a ValueError refuses one of another hidden size or reading, or with other
+    ids of `[RET]` or of image tokens. PUMA distils from the model that was pruned; this is our addition.
     """
 
     def __init__(self, model: PumaModel, student: PumaModel) -> None:
@@ -188,17 +171,13 @@ TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
 def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None) -> Teacher:
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
-    Args:
-        teacher: Path or Hub id of a checkpoint, by default the one that was pruned, which the student's configuration
-            names: it shares its weights with the student where they are equal. A model is held whole beside the
-            student, and so is another checkpoint, with a warning. A teacher is returned.
-        student: The pruned model.
-        revision: Branch, tag or commit of a teacher on the Hub.
+    `teacher` is the path or Hub id of a checkpoint, by default of the one that was pruned, which the student's
+    configuration names: it shares its weights with the student where they are equal. A model is held whole beside the
+    student, and so is another checkpoint, with a warning. A teacher is returned.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If there is no teacher, it is the student, or its hidden size or token ids differ from the
-            student's.
+        ValueError: If there is no teacher, it is the student, or `WholeTeacher` refuses it.
     """
     if isinstance(teacher, Teacher):
         return teacher
@@ -236,12 +215,9 @@ def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision:
 
 
 class StoredModel:
-    """A checkpoint with all its layers, in the student's data type and with its kind of attention; read in parts.
+    """A checkpoint with all its layers, in the student's data type and with its kind of attention, read in parts.
 
-    A teacher that shares its student's weights takes the memory of its dropped layers and of one tensor besides.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
+    To share a student's weights takes the memory of the dropped layers, and of one tensor while comparing.
     """
 
     def __init__(self, source: str | Path, student: PumaModel, *, revision: str | None = None) -> None:
@@ -326,16 +302,11 @@ def _ret_states(model: PumaModel, features: dict[str, Any]) -> Tensor:
 def share_image_features(model: PumaModel, features: dict[str, Any]) -> None:
     """Run the vision tower once for student and teacher, where it is frozen and its output can be passed on.
 
-    `pixel_values` and `pixel_values_videos` `(num_patches, patch_dim)` in `features` give way to
-    `mm_encoder_outputs`.
+    `pixel_values` `(num_patches, patch_dim)` in `features` gives way to `mm_encoder_outputs`.
     """
-    visual = {"image": "pixel_values", "video": "pixel_values_videos"}
-    present = [kind for kind, key in visual.items() if features.get(key) is not None]
-    if not present or not runs_tower_once(model):
+    if features.get("pixel_values") is None or not runs_tower_once(model):
         return
-    encode: dict[str, Any] = {"image": model.get_image_features, "video": model.get_video_features}
+    encode: Any = model.get_image_features
     with torch.no_grad():
-        features["mm_encoder_outputs"] = {
-            kind: encode[kind](features.pop(visual[kind]), features[f"{kind}_grid_thw"], return_dict=True)
-            for kind in present
-        }
+        image = encode(features.pop("pixel_values"), features["image_grid_thw"], return_dict=True)
+    features["mm_encoder_outputs"] = {"image": image}

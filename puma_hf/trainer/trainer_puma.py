@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses.cached_mac_puma import find_puma_model
 from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses
 from puma_hf.trainer.checkpoints_puma import MARKER, last_whole_checkpoint, mark_whole, why_not_whole
-from puma_hf.trainer.lora_puma import PREFIX, puma_model, save_base_fingerprint, spare_frozen_vision
+from puma_hf.trainer.lora_puma import PREFIX, checkpoint_decoder, puma_model, save_base_fingerprint
 from puma_hf.trainer.statistics_puma import TrainingStatistics
 
 
@@ -33,18 +34,16 @@ class PumaTrainer(SentenceTransformerTrainer):
     - Gradients that are not finite, as of a loss that is not, stop the run before they reach the weights.
     - With `gradient_checkpointing` a frozen vision tower is neither computed twice nor propagated through.
     - Each log line tells, averaged since the last one and over all processes, where the loss knows it:
-      `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`,
-      `intra_similarity` and `inter_similarity`; `temperature` and `hard_temperature`; in self-distillation
-      `teacher_cosine`, of the student's states with the teacher's; the terms of a loss that has several;
-      `items_per_second` and, with images, `images_per_second`, over all processes. Of the last batch:
-      `effective_rank` and `uniformity` of the positives' embeddings, or of the states. A collapse is warned of.
-    - Batches that hold one modality each, which makes MAC-Loss plain InfoNCE, are warned of.
+      `intra_negatives`, `inter_negatives` and `masked_negatives` per query; `positive_similarity`, `intra_similarity`
+      and `inter_similarity`; `temperature` and `hard_temperature`; the `teacher_cosine` of the student's states; the
+      terms of a loss that has several; `items_per_second`, `images_per_second`. Of the last batch: `effective_rank` and
+      `uniformity` of the positives' embeddings, or of the states. A collapse is warned of, and so are batches of one
+      modality each, which make MAC-Loss plain InfoNCE.
 
     Args:
         args: Every argument of `SentenceTransformerTrainer`, and likewise in `kwargs`.
         positives: For each row of `train_dataset`, the ids of all its right answers, as
-            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step's batches then share one,
-            on one device or over several, so that no row's positive is a right answer of another.
+            `load_mbeir(..., with_ids=True)["positives"]` has them. No two rows of a step, over all devices, share one.
         kwargs: See `args`.
 
     Raises:
@@ -62,12 +61,14 @@ class PumaTrainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, positives: Sequence[Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs: run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-            )
+            remedy = "run `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            raise ValueError(f"One process sees {self.args.n_gpu} GPUs: {remedy}.")
         if positives is not None and not isinstance(self.train_dataset, Dataset):
             raise ValueError(f"positives need one Dataset, and train_dataset is a {type(self.train_dataset).__name__}.")
         self.positives = positives
+        if (puma := find_puma_model(self.model)) is not None:
+            # The method of SentenceTransformer is deprecated, and in 6.0 refuses what the Trainer passes.
+            setattr(self.model, f"{PREFIX}_checkpointing_enable", partial(checkpoint_decoder, puma))
         self._statistics = TrainingStatistics(self.loss)
         # After the flow control, which decides what a step is followed by, and before the reporters.
         self.callback_handler.callbacks[1:1] = [SafeSteps(), self._statistics]
@@ -75,7 +76,7 @@ class PumaTrainer(SentenceTransformerTrainer):
             add_temperature_schedule(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from a whole checkpoint; from one of the last step on, its weights are all there is to do.
+        """Train, or go on from a whole checkpoint; if it is of the last step, its weights are taken.
 
         Args:
             resume_from_checkpoint: Path of a checkpoint; True for the last whole one in `args.output_dir`.
@@ -120,8 +121,8 @@ class PumaTrainer(SentenceTransformerTrainer):
         """One batch forward and backward, counted."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         # With a loss scaler `SafeSteps` looks at no gradients, but no scale mends a loss.
-        if self.args.fp16 and not bool(loss.isfinite()):
-            raise _not_finite(f"The loss of optimizer step {self.state.global_step + 1} is {float(loss)}", self.args)
+        if self.args.fp16:
+            _require_finite([loss.detach()], f"The loss of optimizer step {self.state.global_step + 1} is", self.args)
         self._statistics.add(inputs)
         return loss
 
@@ -183,19 +184,10 @@ class PumaTrainer(SentenceTransformerTrainer):
 
 
 class SafeSteps(TrainerCallback):
-    """Stops a run before gradients that are not finite reach the weights, or such weights a result.
+    """Stops a run, by a ValueError, before gradients that are not finite reach the weights, or such weights a result.
 
     Each process looks at the same: gradients are reduced by then, and of sharded tensors the norm is that of all parts.
-
-    Raises:
-        ValueError: In the step itself. It names the last whole checkpoint to go on from.
     """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Spare the frozen vision tower, now that the trainer has enabled checkpointing."""
-        puma = find_puma_model(given["model"])
-        if puma is not None and getattr(args, f"{PREFIX}_checkpointing"):
-            spare_frozen_vision(puma)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Drop what an epoch that ended early, within an accumulation, has left: no checkpoint holds it."""
@@ -205,9 +197,8 @@ class SafeSteps(TrainerCallback):
         """Look at the gradients: the norm costs a pass over those of the adapter, and one wait for the device."""
         # With a loss scaler infinite gradients are part of the search for the scale, and it skips the step.
         weights = [] if args.fp16 else given["model"].parameters()
-        if not _is_finite([weight.grad for weight in weights if weight.grad is not None]):
-            place = f"optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}"
-            raise _not_finite(f"The gradients of {place}, are not finite", args)
+        what = f"The gradients of optimizer step {state.global_step + 1}, in epoch {state.epoch or 0:.2f}, are"
+        _require_finite([weight.grad for weight in weights if weight.grad is not None], what, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at the weights that the run has come to."""
@@ -215,20 +206,17 @@ class SafeSteps(TrainerCallback):
 
 
 def _check_weights(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
-    """Raise a ValueError if trained tensors are not finite, or so large that float32 cannot hold their squares."""
-    if not _is_finite([tensor.detach() for tensor in model.parameters() if tensor.requires_grad]):
-        raise _not_finite(f"The weights after optimizer step {state.global_step} are not finite, or too large", args)
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    _require_finite(trained, f"The weights after optimizer step {state.global_step} are", args)
 
 
-def _is_finite(tensors: list[Tensor]) -> bool:
-    # Of all tensors at once: a NaN or an infinity anywhere shows in the norm, for one number to wait for.
+def _require_finite(tensors: list[Tensor], what: str, args: TrainingArguments) -> None:
+    """Raise a ValueError if there is a NaN, an infinity, or a number whose square float32 cannot hold."""
+    # Of all tensors at once: each of these shows in the norm, for one number to wait for.
     norm = torch.nn.utils.get_total_norm(tensors)
-    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
-
-
-def _not_finite(what: str, args: TrainingArguments) -> ValueError:
-    last = _last(str(args.output_dir))
-    return ValueError(f"{what}{last}. Lower learning_rate, raise the temperatures, use bfloat16, clip gradients.")
+    if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
+        remedy = "Lower learning_rate, raise the temperatures, use bfloat16, clip gradients."
+        raise ValueError(f"{what} not finite, or too large{_last(str(args.output_dir))}. {remedy}")
 
 
 def _last(run: str | Path) -> str:

@@ -10,15 +10,9 @@ from PIL import Image
 
 DATASET, DATASET_ID = "toys", 11
 MODALITIES = {
-    0: ("text", "image"),
-    1: ("text", "text"),
-    2: ("text", "image,text"),
-    3: ("image", "text"),
-    4: ("image", "image"),
-    6: ("image,text", "text"),
-    7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
-}
+    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"), 4: ("image", "image"),
+    6: ("image,text", "text"), 7: ("image,text", "image"), 8: ("image,text", "image,text"),
+}  # fmt: skip
 NUM_CANDIDATES, NUM_QUERIES = 6, 4
 UNJUDGED_QUERY = 3  # the last query of every task has no line in the qrels
 

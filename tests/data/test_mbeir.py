@@ -16,7 +16,6 @@ from puma_hf.data import (
     MBEIRTask,
     Query,
 )
-from puma_hf.data.mbeir import read_instructions, read_qrels
 from tests.data import mbeir_builder as builder
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in builder.MODALITIES]
@@ -99,7 +98,7 @@ def test_wrong_queries(root: Path) -> None:
     with pytest.raises(MBEIRFormatError) as caught:
         MBEIR(root).queries(TASKS[1])
     for message in (
-        r"line 2: qid '11:1100' is also on line 1",
+        r"line 2: qid '11:1100' is also at .*, line 1",
         r"line 3: pos_cand_list must be a list of dids, got '9:1'",
         r"line 4: query_modality is 'image,text' but task 1 has 'text' queries",
     ):
@@ -161,15 +160,15 @@ def test_task_of_a_union_row(root: Path) -> None:
         data.task_of(Query("11:1", None, "i.png"), "image,text")
 
 
-def test_instructions(tmp_path: Path) -> None:
-    path = tmp_path / "table.tsv"
+def test_instructions(root: Path) -> None:
+    path, query = builder.instructions_path(root), Query("3:1", "a", None)
     path.write_text('q\tc\tname\tid\tp1\tp2\ntext\timage\tToys\t3\t"First."\t\tSecond. \r\n\n', encoding="utf-8")
-    assert read_instructions(path) == ({(3, "text", "image"): ("First.", "Second.")}, {3: "toys"})
+    assert MBEIR(root).wordings(query, "image") == ("First.", "Second.")
     row = "text\ttext\tToys\t3\tFind.\n"
     for wrong, message in (("text\timage", "expected query modality, .*"), (row, "expected .* one row of each kind")):
         path.write_text(f"header\n{row}{wrong}", encoding="utf-8")
-        with pytest.raises(MBEIRFormatError, match=rf"table\.tsv, line 3: {message}"):
-            read_instructions(path)
+        with pytest.raises(MBEIRFormatError, match=rf"instructions\.tsv, line 3: {message}"):
+            MBEIR(root).wordings(query, "text")
 
 
 def test_a_note_of_git_lfs_is_no_pool(root: Path) -> None:
@@ -181,34 +180,36 @@ def test_a_note_of_git_lfs_is_no_pool(root: Path) -> None:
 # --- judgements
 
 
+def read_qrels(root: Path, qids: str, dids: str, text: bytes) -> dict[str, dict[str, int]]:
+    path = builder.qrels_path(root, 6, "test")
+    path.write_bytes(text)
+    queries = [Query(qid, None, "a.png") for qid in qids.split()]
+    return MBEIR(root).qrels(MBEIRTask(6, builder.DATASET), "test", queries, dids.split())
+
+
 def test_qrels_keep_grades_and_leave_out_other_datasets_candidates(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    path = tmp_path / "qrels.txt"
-    path.write_text("5:1 0 5:7 2 6\n5:1 0 5:8 0 6\n5:1 0 6:9 1 6\n5:1 0 5:7 2 6\n\n5:2 0 6:9 1 6\n", encoding="utf-8")
-    assert read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8"}) == {"5:1": {"5:7": 2}}
+    text = b"5:1 0 5:7 2 6\n5:1 0 5:8 0 6\n5:1 0 6:9 1 6\n5:1 0 5:7 2 6\n\n5:2 0 6:9 1 6\n"
+    assert read_qrels(root, "5:1 5:2", "5:7 5:8", text) == {"5:1": {"5:7": 2}}
     left_out = "qrels.txt: left out 1 judged candidates of other datasets that this pool does not hold"
-    assert caplog.messages == [left_out]
-    found = read_qrels(path, {"5:1", "5:2"}, {"5:7", "5:8", "6:9"})
+    assert [message[-len(left_out) :] for message in caplog.messages] == [left_out]
+    found = read_qrels(root, "5:1 5:2", "5:7 5:8 6:9", text)
     assert found == {"5:1": {"5:7": 2, "6:9": 1}, "5:2": {"6:9": 1}}
-    assert caplog.messages == [left_out]  # none was left out of this one
+    assert len(caplog.messages) == 1  # none was left out of this one
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("5:1 0 5:7 1", "expected 'qid 0 did relevance task_id'"),
-        ("5:2 0 5:7 1 6", "qid '5:2' is not in the query file of this task"),
-        ("5:1 0 5:8 1 6", "did '5:8' is not in the candidate pool"),
-        ("5:1 0 5:7 3 6", "'5:1' and '5:7' were judged 1 before, now 3"),
+        (b"5:1 0 5:7 1\n", "expected 'qid 0 did relevance task_id'"),
+        (b"5:2 0 5:7 1 6\n", "qid '5:2' is not in the query file of this task"),
+        (b"5:1 0 5:8 1 6\n", "did '5:8' is not in the candidate pool"),
+        (b"5:1 0 5:7 3 6\n", "'5:1' and '5:7' were judged 1 before, now 3"),
+        (b"5:1 0 \xff", "expected 'qid 0 did .*; the file ends in the middle of this"),
     ],
 )
-def test_broken_qrels(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "qrels.txt"
-    path.write_text(f"5:1 0 5:7 1 6\n{line}\n", encoding="utf-8")
+def test_broken_qrels(root: Path, line: bytes, message: str) -> None:
     with pytest.raises(MBEIRFormatError, match=rf"qrels\.txt, line 2: {message}"):
-        read_qrels(path, {"5:1"}, {"5:7"})
-    path.write_bytes(b"5:1 0 5:7 1 6\n5:1 0 \xff")
-    with pytest.raises(MBEIRFormatError, match=r"line 2: expected 'qid 0 did .*; the file ends in the middle of this"):
-        read_qrels(path, {"5:1"}, {"5:7"})
+        read_qrels(root, "5:1", "5:7", b"5:1 0 5:7 1 6\n" + line)

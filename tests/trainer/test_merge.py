@@ -93,7 +93,7 @@ def test_merged_directory_is_complete(adapter: Path, base: Path, tmp_path: Path)
 
 def test_base_that_moved(adapter: Path, base: Path, tmp_path: Path) -> None:
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"base '.*base' is no directory\. .*--base"):
+    with pytest.raises(FileNotFoundError, match=r"base '.*base' is no PUMA directory\. .*--base"):
         merge_adapter(adapter, tmp_path / "merged")
     assert merge_adapter(adapter, tmp_path / "merged", base=tmp_path / "elsewhere") < 1e-6
 
@@ -128,7 +128,7 @@ def test_dora_is_not_blamed_on_the_base(make_student: MakeStudent, base: Path, t
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     expected = model.eval().encode("a red apple")
     model.save_pretrained(str(tmp_path / "dora"))
-    with pytest.raises(ValueError, match=r"^14 tensors of the adapter .* transformers cannot load DoRA: .*merge"):
+    with pytest.raises(ValueError, match=r"^14 tensors of the adapter .* if it is DoRA, run puma-hf merge"):
         SentenceTransformer(str(tmp_path / "dora"), trust_remote_code=True, device="cpu")
     assert merge_adapter(tmp_path / "dora", tmp_path / "merged") < 1e-5
     merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
@@ -181,33 +181,21 @@ def test_adapter_that_lacks_a_tensor(adapter: Path, tmp_path: Path) -> None:
         merge_adapter(adapter, tmp_path / "merged")
 
 
-def test_merge_that_goes_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["language_model.layers.0.mlp.up_proj.weight", "visual.merger.mlp.2.weight"])
+def test_merge_that_goes_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """For all inputs, or for images alone."""
     right = LoraModel.merge_and_unload
 
     def wrong(model: LoraModel) -> torch.nn.Module:
         merged = right(model)
         with torch.no_grad():
-            merged.language_model.layers[0].mlp.up_proj.weight.add_(0.1)
-        return merged
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
-    with pytest.raises(ValueError, match=r"moved embeddings by up to [1-9]\.\d+e-0[12], more than 0\.0001"):
-        merge_adapter(adapter, tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_merge_that_spoils_images_alone(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LoraModel.merge_and_unload
-
-    def wrong(model: LoraModel) -> torch.nn.Module:
-        merged = right(model)
-        with torch.no_grad():
-            merged.visual.merger.mlp[2].weight.mul_(-1)
+            merged.get_parameter(part).mul_(-1)
         return merged
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(ValueError, match=r"moved embeddings by up to \d\.\d+e[-+]0[012], more than 0\.0001"):
         merge_adapter(adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_base_on_the_hub(adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +213,7 @@ def test_base_on_the_hub(adapter: Path, base: Path, tmp_path: Path, monkeypatch:
         merge_adapter(adapter, tmp_path / "again", base="org/other")
     # A path is never looked for on the Hub.
     for path in ("nowhere/at/all", "../gone"):
-        with pytest.raises(FileNotFoundError, match=rf"{path}' is no directory\. Name it"):
+        with pytest.raises(FileNotFoundError, match=rf"{path}' is no PUMA directory\. Name it"):
             merge_adapter(adapter, tmp_path / "again", base=path)
     assert asked == ["org/puma", "org/other"]
 
@@ -241,10 +229,10 @@ def test_output_in_use(adapter: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "merged" / "config.json").write_text('{"model_type": "puma"}')
     merge_adapter(adapter, tmp_path / "merged", overwrite=True)
     assert not (tmp_path / "merged" / "note.txt").exists()
-    for folder in (adapter, tmp_path):
-        with pytest.raises(ValueError, match=r"is, or holds, the adapter itself"):
+    with pytest.raises(FileExistsError, match=r"holds files, but no PUMA model"):
+        merge_adapter(adapter, adapter, overwrite=True)
+    for folder in (base, tmp_path):
+        with pytest.raises(ValueError, match=r"is, or holds, the source itself"):
             merge_adapter(adapter, folder, overwrite=True)
-    with pytest.raises(ValueError, match=r"is, or holds, the source itself"):
-        merge_adapter(adapter, base, overwrite=True)
     assert (base / "model.safetensors").is_file()
     assert (adapter / "adapter_model.safetensors").is_file()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import math
 import time
 from types import SimpleNamespace
@@ -8,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
 from PIL import Image
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
-from puma_hf import MultimodalMACLoss, PumaDistillationTrainer, PumaTrainer
+from puma_hf import MultimodalMACLoss, PumaTrainer
 from puma_hf.trainer import statistics_puma as statistics
 from puma_hf.trainer.statistics_puma import LOSS_STATISTICS, TrainingStatistics, effective_rank, uniformity
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -237,33 +236,3 @@ def test_mac_loss_is_logged_in_full(
     assert entry["temperature"] == 0.03
     assert "teacher_cosine" not in entry
     assert not model._forward_hooks
-
-
-def test_distillation_logs_how_near_the_teacher_is(
-    make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset, full_dir: Any
-) -> None:
-    model = make_student()
-    arguments = make_arguments(max_steps=1)
-    trainer = PumaDistillationTrainer(model=model, teacher=full_dir, args=arguments, train_dataset=items)
-    trainer.train()
-    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert -1 <= entry["teacher_cosine"] <= 1
-    assert 1 <= entry["effective_rank"] <= 4
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_datasets_side_by_side_are_warned_of_and_joined_ones_are_not(
-    joined: bool,
-    make_student: MakeStudent,
-    make_arguments: MakeArguments,
-    image: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    parts = {"texts": mixed_rows(image, "t" * 8), "images": mixed_rows(image, "i" * 8)}
-    rows: Any = concatenate_datasets(list(parts.values())) if joined else DatasetDict(parts)
-    model = make_student()
-    trainer = PumaTrainer(model=model, args=make_arguments(), train_dataset=rows, loss=MultimodalMACLoss(model))
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="puma_hf"):
-        trainer.train()
-    assert caplog.text.count("MAC-Loss is InfoNCE at the hard temperature") == (not joined)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from puma_hf.losses import SelfDistillationLoss
-from puma_hf.trainer.lora_puma import PREFIX
 from puma_hf.trainer.teachers import FrozenTeacher, Teacher, WholeTeacher
 from tests.full_size import (
     HIDDEN_SIZE,
@@ -32,7 +31,7 @@ def step(mode: str, checkpointed: bool = False) -> StepFlops:
     student = build_model(KEPT).train()
     student.config.original_num_hidden_layers = 28
     if checkpointed:
-        getattr(student, f"{PREFIX}_checkpointing_enable")({"use_reentrant": False})
+        student.gradient_checkpointing_enable({"use_reentrant": False})
         student.disable_input_require_grads()
     model = sentence_transformer(student).train()
     features = image_item(student)

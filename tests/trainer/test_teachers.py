@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import (
     StoredModel,
     WholeTeacher,
-    base_tensors,
     find_teacher,
     share_image_features,
 )
@@ -108,15 +108,6 @@ def test_a_student_of_a_list_of_layers(
     fresh = FrozenTeacher.from_pretrained(qwen_dir, puma_model(make_student(tmp_path / "cut")))
     assert teacher.fingerprint() == fresh.fingerprint()
     assert teacher.fingerprint() != FrozenTeacher.from_pretrained(qwen_dir, puma_model(make_student())).fingerprint()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
-    before = model(dict(features))["pooler_output"].detach()
-    for _ in range(3):
-        loss = (model(dict(features))["pooler_output"] - teacher.states(features)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert torch.equal(teacher.states(features), expected)  # no drift
-    assert (model(dict(features))["pooler_output"] - before).abs().max() > 0.1
     with pytest.raises(ValueError, match="it is the student itself"):
         find_teacher(tmp_path / "cut", puma_model(model))
 
@@ -140,34 +131,6 @@ def test_the_teacher_counts_positions_as_the_student_does(
     # States that were stored for the one are not the other's.
     usual = puma_model(make_student())
     assert FrozenTeacher.from_pretrained(qwen_dir, usual).fingerprint() != teacher.fingerprint()
-
-
-def test_no_drift_and_an_untouched_student(
-    qwen_dir: Path, make_student: MakeStudent, images: list[Image.Image]
-) -> None:
-    model = make_student()
-    backbone = puma_model(model)
-    keys, layer_types = list(model.state_dict()), list(backbone.config.text_config.layer_types)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    teacher = FrozenTeacher.from_pretrained(qwen_dir, backbone)
-    features = model[0].preprocess(inputs_of("mixed", images))
-    start = teacher.states(features)
-    assert not any(parameter.requires_grad for parameter in teacher.dropped_layers.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
-    first = [parameter.detach().clone() for parameter in trained]
-    model.train()
-    for _ in range(3):
-        loss = (model(dict(features))["pooler_output"] - teacher.states(features)).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(first, trained, strict=True))
-    assert torch.equal(teacher.states(features), start)
-    assert list(model.state_dict()) == keys
-    assert backbone.config.text_config.layer_types == layer_types
-    assert len(backbone.language_model.layers) == 2
-    assert [p for p in model.parameters() if p.requires_grad] == trained
-    assert all(p.grad is None for p in teacher.dropped_layers.parameters())
 
 
 def modes(module: nn.Module) -> dict[str, bool]:
@@ -261,9 +224,7 @@ def test_shared_image_features_change_nothing(
     assert max(gradient.abs().max() for gradient in alone.values()) > 0
 
 
-def test_images_are_not_shared_where_that_would_be_wrong(
-    make_student: MakeStudent, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_not_shared_where_that_would_be_wrong(make_student: MakeStudent, images: list[Image.Image]) -> None:
     model = make_student()
     backbone = puma_model(model)
     text = model[0].preprocess(["a red apple"])
@@ -277,30 +238,8 @@ def test_images_are_not_shared_where_that_would_be_wrong(
     assert "pixel_values" in features
     backbone.visual.merger.requires_grad_(False)
 
-    def forward(input_ids: Tensor) -> None: ...
-
-    # Older releases of transformers compute image features inside the forward pass.
-    monkeypatch.setattr("transformers.Qwen2VLModel.forward", forward)
-    share_image_features(backbone, features)
-    assert "pixel_values" in features
-
-
-def test_a_dropped_layer_that_is_damaged(qwen_dir: Path, make_student: MakeStudent, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(qwen_dir, tmp_path / "source"))
-    tensors = load_file(source / "model.safetensors")
-    name = next(key for key in tensors if canonical_name(key) == "language_model.layers.3.mlp.up_proj.weight")
-    save_file(tensors | {name: tensors[name][1:].clone()}, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"(?s)size mismatch for 1\.mlp\.up_proj\.weight"):
-        FrozenTeacher.from_pretrained(source, puma_model(make_student()))
-
 
 # --- what is no teacher
-
-
-def test_teacher_with_other_weights(make_student: MakeStudent, tmp_path: Path) -> None:
-    other = build_qwen2_vl(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"cannot share the student's weights: \d\d differ \(first: visual\."):
-        FrozenTeacher.from_pretrained(other, puma_model(make_student()))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +252,7 @@ def test_every_shared_tensor_counts(qwen_dir: Path, make_student: MakeStudent, t
     full_name = next(key for key in tensors if name in canonical_name(key))
     tensors[full_name][0] += 1e-3
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"cannot share the student's weights: 1 differ \(first: .*{name}"):
+    with pytest.raises(ValueError, match=rf"^1 of the student's weights differ in .*, first .*{name}"):
         FrozenTeacher.from_pretrained(other, puma_model(make_student()))
 
 
@@ -322,7 +261,7 @@ def test_teacher_with_too_few_layers(
     qwen_dir: Path, make_student: MakeStudent, tmp_path: Path, depth: int, missing: int
 ) -> None:
     prune(qwen_dir, tmp_path / "shallow", num_kept_layers=depth)
-    with pytest.raises(ValueError, match=rf"keeps 2 of 4 layers, but {missing} dropped layers were given"):
+    with pytest.raises(ValueError, match=rf"keeps 2 of 4 layers, and {missing} more were given"):
         FrozenTeacher.from_pretrained(tmp_path / "shallow", puma_model(make_student()))
 
 
@@ -406,28 +345,17 @@ def test_a_model_is_held_whole(make_trainer: Any, full_dir: Path, wrapped: bool)
     assert all(p.grad is None for p in other.parameters())
 
 
-def mebibytes(model: torch.nn.Module) -> str:
-    return f"{sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20:.1f} MiB"
-
-
 def test_another_checkpoint_is_held_whole_with_a_warning(
     make_trainer: Any, other_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "puma_hf"):
         trainer = make_trainer(teacher=other_dir)
     (record,) = (r for r in caplog.records if r.name == "puma_hf.trainer.teachers")
-    other = PumaModel.from_pretrained(other_dir)
-    student = puma_model(trainer.model)
-    shared = [n for n, p in student.named_parameters() if ".lora_" not in n and "trainable_tokens" not in n]
-    theirs = dict(other.named_parameters())
-    different = [
-        name
-        for name in (n.replace(".base_layer.", ".").replace(".token_adapter.", ".") for n in shared)
-        if not torch.equal(theirs[name], base_tensors(student)[name])
-    ]
+    other, student = PumaModel.from_pretrained(other_dir), puma_model(trainer.model)
+    size = sum(weight.numel() * weight.element_size() for weight in other.parameters()) / 2**20
     message = record.getMessage()
-    assert f"{str(other_dir)!r}, is held whole beside the student and takes {mebibytes(other)} more" in message
-    assert f"in {len(different)} tensors (first: {different[0]})" in message
+    assert f"{str(other_dir)!r}, is held whole beside the student and takes {size:.1f} MiB more" in message
+    assert re.search(r"its weights are not the student's in \d\d tensors \(first: visual\.", message)
     assert type(trainer.teacher) is WholeTeacher
     probe = trainer.model[0].preprocess(trainer.train_dataset["item"][:6])
     expected = WholeTeacher(other, student).states(probe)
@@ -450,12 +378,6 @@ def test_a_checkpoint_of_another_depth_is_held_whole(
 
 
 # --- what is refused
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_teacher_that_is_nowhere(make_trainer: Any, mode: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'nowhere' is neither a folder nor a Hub id"):
-        make_trainer(mode, teacher="nowhere")
 
 
 @pytest.mark.parametrize(("mode", "as_object"), [("frozen", True), ("cached", False)])
@@ -494,10 +416,7 @@ def test_no_teacher_is_optimised_saved_or_kept_by_the_loss(
     assert trained
     assert all(".lora_" in name or "trainable_tokens" in name for name in trained)
     checkpoint = tmp_path / "run" / "checkpoint-4"
-    from safetensors import safe_open
-
-    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
+    names = load_file(checkpoint / "adapter_model.safetensors").keys()
     assert all("lora_" in name or "trainable_tokens" in name for name in names)
     assert not any("layers.2." in name or "layers.3." in name for name in names)
     assert not list(checkpoint.glob("model*.safetensors"))
@@ -519,6 +438,8 @@ def test_no_drift_after_fifty_steps(make_trainer: Any, items: Dataset) -> None:
 
 
 def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'nowhere' is neither a folder nor a Hub id"):
+        make_trainer(teacher="nowhere")
     with pytest.raises(ValueError, match=r"teacher_mode='ema' must be one of 'frozen', 'cached'"):
         make_trainer("ema")
     with pytest.raises(ValueError, match=r"teacher_mode='one_pass' must be one of 'frozen', 'cached'"):
@@ -526,7 +447,7 @@ def test_arguments_that_do_not_fit(make_trainer: Any, make_student: MakeStudent)
     model = make_student()
     puma_model(model).language_model.norm.weight.requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"shares 1 trainable base weights \(first: language_model\.norm\.weight\).*add_lora"
+        ValueError, match=r"shares trained weights \(language_model\.norm\.weight and others\): take add_lora"
     ):
         make_trainer(model=model)
 
