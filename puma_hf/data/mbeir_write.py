@@ -135,9 +135,8 @@ def build_nano(
     nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
     there = {**nano.nano_settings, "images": str(nano.image_root)}
-    for name in (name for name in wanted if there.get(name) != wanted[name]):
-        what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
-        raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
+    if there != wanted:
+        raise ValueError(f"{folder} was built with {there}, not {wanted}. Name another folder, or remove this one.")
     return nano
 
 
