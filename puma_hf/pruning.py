@@ -141,9 +141,8 @@ def prune(
     is_original = model_type not in PUMA_MODEL_TYPES
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     layers = chosen_layers(num_kept_layers, keep_layers, config.num_kept_layers or 0)
-    reading = _chosen_reading(reading, checkpoint, config, is_original)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        processor = _build_processor(checkpoint, config, reading)
+        processor = _build_processor(checkpoint, config, reading, is_original)
         images = processor.image_processor
         limit: Any = None if max_pixels == "source" else max_pixels
         if max_pixels is None and is_original:
@@ -154,7 +153,7 @@ def prune(
         set_limits(processor, max_pixels=limit)
         model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
-        model.config.positions = reading_of(reading).positions
+        model.config.positions = reading_of(processor.reading).positions
         model.config.custom_pipelines = PIPELINES
         # A local path says where the user keeps files; only its last part is worth publishing.
         own_name = checkpoint.name if checkpoint.revision else checkpoint.folder.resolve().name
@@ -180,35 +179,30 @@ def prune(
             bytes_after=model.num_parameters() * model.dtype.itemsize,
             max_pixels=images.size["longest_edge"],
             max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
-            reading=reading,
+            reading=processor.reading,
         )
         write_model_card(folder, model.config, report, is_original=is_original)
     logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), report.num_source_layers, output_dir)
     return report
 
 
-def _chosen_reading(asked: str | None, checkpoint: Checkpoint, config: Any, is_original: bool) -> str:
-    # An original reads as it is asked to; a PUMA directory's weights know one reading, the one of its processor.
-    own = None if is_original else read_config(checkpoint.folder, "processor_config.json").get("reading", "puma")
-    name = asked or own or "puma"
-    if own not in (None, name):
-        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
-    backbones = reading_of(name).backbones or (config.source_model_type,)
-    if config.source_model_type not in backbones:
-        made = f"reading={name!r} is made for {' and '.join(backbones)}"
-        raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
-    return name
-
-
-def _build_processor(checkpoint: Checkpoint, config: Any, name: str) -> PumaProcessor:
+def _build_processor(checkpoint: Checkpoint, config: Any, asked: str | None, is_original: bool) -> PumaProcessor:
     folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
-    reading = reading_of(name)
-    template = (_MODELING / reading.template).read_text(encoding="utf-8")
-    if reading.system is not None:
-        template = f"{{%- set system = {json.dumps(reading.system)} -%}}\n{template}"
     # Without tokenizer files transformers builds an empty tokenizer.
     if _IMAGE_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"{checkpoint.name!r} lacks its tokenizer, with {_IMAGE_TOKEN!r}. Download it again.")
+    # An original reads as it is asked to; a PUMA directory's weights know one reading, the one of its processor.
+    own = None if is_original else read_config(folder, "processor_config.json").get("reading", "puma")
+    name = asked or own or "puma"
+    reading = reading_of(name)
+    if own not in (None, name):
+        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
+    if reading.backbones is not None and config.source_model_type not in reading.backbones:
+        made = f"reading={name!r} is made for {' and '.join(reading.backbones)}"
+        raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
+    template = (_MODELING / reading.template).read_text(encoding="utf-8")
+    if reading.system is not None:
+        template = f"{{%- set system = {json.dumps(reading.system)} -%}}\n{template}"
     return (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(folder),
         tokenizer=tokenizer,
