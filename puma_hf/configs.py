@@ -407,10 +407,9 @@ class PushConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        datasets = [("datasets", one) for one in self.datasets]
-        for name, given in [("repo_id", self.repo_id), ("base_model", self.base_model), *datasets]:
-            if given is not None and not is_hub_id(given):
-                raise ValueError(f"{name}={given!r} must be a Hub id of the form organisation/name.")
+        for name in (self.repo_id, self.base_model or self.repo_id, *self.datasets):
+            if not is_hub_id(name):
+                raise ValueError(f"{name!r} must be a Hub id of the form organisation/name.")
 
 
 @dataclass(frozen=True, kw_only=True)

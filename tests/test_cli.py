@@ -207,5 +207,4 @@ def test_only_the_first_process_speaks(rank: str, level: int, monkeypatch: pytes
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
     assert not told  # peft asks for it, and nobody who merges can mend that
     assert logging.root.level == level
-    # Which modules it tried before one fitted the processor is no news.
     assert all((os.environ.get(name) == "1") == (rank == "1") for name in cli.BARS)

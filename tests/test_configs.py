@@ -131,7 +131,7 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
         (IndexConfig, {"precision": "int8"}, r"precision='int8' must be one of 'float32', 'float16'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),
         (AppConfig, {"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
-        (PushConfig, {"repo_id": "name"}, "repo_id='name' must be a Hub id of the form organisation/name"),
+        (PushConfig, {"repo_id": "name"}, "'name' must be a Hub id of the form organisation/name"),
     ],
 )
 def test_what_one_class_refuses(kind: Any, values: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
+from puma_hf.configs import DistillConfig, TrainConfig
 from puma_hf.settings import config_text, convert, cut, load_config, shown
 
 Colour = Literal["red", "blue"]
@@ -99,14 +99,6 @@ def test_a_file_that_is_not_there(recipe: Any, tmp_path: Path) -> None:
         load_config(TrainConfig, tmp_path / "recipes.yaml")
     with pytest.raises(FileNotFoundError, match=r"no file '.*zzz'\.$"):
         load_config(TrainConfig, tmp_path / "folder" / "zzz")
-
-
-def test_what_is_missing_is_named_with_key_and_flag(recipe: Any) -> None:
-    message = r"data is missing \(Folder .*\)\. Give it as --data, or as 'data' in a YAML file\."
-    with pytest.raises(ValueError, match=message):
-        load_config(TrainConfig, recipe("model: m\noutput: o\n"))
-    with pytest.raises(ValueError, match=r"adapter is missing .* as --adapter, or as .*\. output is"):
-        load_config(MergeConfig)
 
 
 def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:

@@ -56,22 +56,17 @@ class Images:
             # Folders are resolved once: a pool of millions costs two looks at the disk an image, and no more.
             folder, name = os.path.split(full)
             if folder not in self._folders:
-                self._folders[folder] = self._inside(folder, img_path, where)
+                self._folders[folder] = os.path.realpath(folder)
             full = os.path.join(self._folders[folder], name)
-            full = self._inside(full, img_path, where) if os.path.islink(full) else full
+            full = os.path.realpath(full) if os.path.islink(full) else full
+            if os.path.commonpath([self.root, full]) != self.root:
+                remedy = "keep it below (hf download --local-dir FOLDER writes no links), or use MBEIR(image_root=...)"
+                raise wrong(where, f"image path {shown(img_path)} leaves {self.root}; {remedy}", "image refused")
         is_good = os.path.isfile(full) or (may_be_missing and not os.path.exists(full))
         if not is_good:  # nor may it be a pipe: to open one may take for ever
             below = "" if self.root is None else f" below {self.root} (or elsewhere: MBEIR(image_root=...))"
             raise FileNotFoundError(f"{where}: image {shown(img_path)} is not a file{below}. Check the path.")
         return full
-
-    def _inside(self, path: str, img_path: str, where: str) -> str:
-        """A path without links, which must still be below the folder."""
-        real, root = os.path.realpath(path), str(self.root)
-        if os.path.commonpath([root, real]) != root:
-            remedy = "keep it below (hf download --local-dir FOLDER writes no links), or use MBEIR(image_root=...)"
-            raise wrong(where, f"image path {shown(img_path)} leaves {root}; {remedy}", "image refused")
-        return real
 
     def read(self, value: Any, where: str) -> str:
         """The absolute path of an image file that can be read.

@@ -27,7 +27,6 @@ from puma_hf.data.records import (
     Problems,
     Record,
     dataset_lines,
-    existing,
     file_state,
     item_lines,
     json_lines,
@@ -96,18 +95,18 @@ def load_mbeir(
     # The generator runs in one process of a machine, and only if the cache has no such rows yet.
     def rows() -> Iterator[dict[str, Any]]:
         pool, dropped = data.global_pool(split), 0
-        for query, row, where, _ in _queries(data, split, names, pool, seed, judged=True):
+        for query, chosen, row, _ in _queries(data, split, names, pool, seed, judged=True):
             # None is usable of a query without negatives, or one whose negatives are all right answers.
             usable = [did for did in query.negatives if did not in query.positives] if num_negatives else []
             if num_negatives and not usable:
                 if missing_negatives == "error":
                     what = f"query {query.id!r} has no negatives; pass num_negatives=0 or missing_negatives='drop'"
-                    raise wrong(where, what)
+                    raise wrong(query.where, what)
                 dropped += 1
                 continue
             seeded_random(seed, "negatives", query.id, row).shuffle(usable)
             negatives = [pool[usable[number % len(usable)]] for number in range(num_negatives)]
-            positive = pool[_choose_positive(query, row, seed)]
+            positive = pool[chosen]
             # The positive's own modality: a file of one task may hold another's, whose instruction is the right one.
             instruction = data.instruction(query, positive.modality, seed, row=row)
             values = training_row(replace(query, instruction=instruction), positive, negatives)
@@ -148,8 +147,8 @@ def _state(data: MBEIR, split: str) -> list[Any]:
 
 def _queries(
     data: MBEIR, split: str, names: Sequence[str] | None, pool: Pool, seed: int, *, judged: bool
-) -> Iterator[tuple[Query, int, str, MBEIRTask]]:
-    """Each query of the wanted tasks with its row number, its place and its task.
+) -> Iterator[tuple[Query, str, int, MBEIRTask]]:
+    """Each query of the wanted tasks with one of its positives, its row number and its task.
 
     Where the name of a file does not tell the task, the positive does. If they are `judged`, there must be one, and
     all candidates must be in the pool.
@@ -162,24 +161,21 @@ def _queries(
             continue
         with Problems(path) as problems:
             for row, query in enumerate(data.read_queries(path, problems, task)):
-                its, where = task, query.where
+                its = task
+                chosen = seeded_random(seed, "positive", query.id, row).choice(query.positives or ("",))
                 if judged or its is None:
                     unknown = [did for did in (*query.positives, *query.negatives) if did not in pool]
                     if unknown or not query.positives:
                         what = f"dids that are not in the global pool of the split: {shown(unknown[:3])}"
                         what = what if unknown else "no positive: pos_cand_list is empty. Leave it out"
-                        problems.add(wrong(where, f"query {shown(query.id)} has {what}", "no candidate"))
+                        problems.add(wrong(query.where, f"query {shown(query.id)} has {what}", "no candidate"))
                         continue
                 if its is None:
-                    its = data.task_of(query, pool[_choose_positive(query, row, seed)].modality)
+                    its = data.task_of(query, pool[chosen].modality)
                     found.add(its)
                 if names is None or its.name in names:
-                    yield query, row, where, its
+                    yield query, chosen, row, its
     select_tasks(sorted(found), names)  # a name that is none of these is an error
-
-
-def _choose_positive(query: Query, row: int, seed: int) -> str:
-    return seeded_random(seed, "positive", query.id, row).choice(query.positives)
 
 
 # --- single items to learn from
@@ -267,7 +263,7 @@ def _open_mbeir(data: MBEIR, split: str, tasks: Iterable[str] | None, seed: int)
 
     def records() -> Iterator[Record]:
         pool = data.global_pool(split)
-        for query, row, _, task in _queries(data, split, names, pool, seed, judged=False):
+        for query, _, row, task in _queries(data, split, names, pool, seed, judged=False):
             yield replace(query, instruction=data.instruction(query, task.candidate_modality, seed, row=row))
         yield from pool.values()
 
@@ -389,7 +385,7 @@ def open_corpus(
     anywhere = partial(_table_record, images=Images())
     if isinstance(data, datasets.Dataset):  # its images may have any path: who made it has chosen them
         return Corpus(Path("the dataset"), "", partial(dataset_lines, data), anywhere, on_error)
-    path = existing(data)
+    path = Path(data)
     if is_mbeir(path):
         mbeir = MBEIR(path)
         file = mbeir.pool_path(None, split)

@@ -214,6 +214,7 @@ class MBEIR:
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
 
     def qrels_path(self, split: str, task: MBEIRTask) -> Path:
+        """File of its judgements."""
         return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
 
     def pool_path(self, task: MBEIRTask | None, split: str) -> Path:

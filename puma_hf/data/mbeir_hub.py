@@ -36,7 +36,7 @@ _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qr
 # The one copy whose name does not say what it is.
 _OTHER_NAMES = {"InfoSeekIT2ITRetrieval": MBEIRTask(8, "infoseek")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(?:-\w+)?")
+_TOTAL = re.compile(r"-of-(\d{5})")
 _TABLE = "query_instructions.tsv"
 # What mteb puts before an id: the name of the table, and the split.
 _ID_PREFIX = re.compile(r"^(?:query|corpus)-(?:(?:train|val|test)-)?")
@@ -73,7 +73,7 @@ def open_mbeir(
 
     Raises:
         FileNotFoundError: If there is no such source, or it cannot be downloaded, or a part of it is missing.
-        ValueError: If a task is not among those of the source, or `revision` is given for a folder.
+        ValueError: If a task is not among those of the source.
 
     Example:
         >>> len(open_mbeir("demo/emoji").tasks())
@@ -82,9 +82,7 @@ def open_mbeir(
     if isinstance(source, MBEIR):
         return source
     folder = Path(source)
-    if folder.is_dir() and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {folder} is a folder: leave it out (--data-revision)")
-    if folder.is_dir() and is_mbeir(folder):
+    if is_mbeir(folder):
         return MBEIR(folder)
     # Found and chosen before anything is downloaded or written.
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
@@ -101,10 +99,8 @@ def _task_of(name: str) -> MBEIRTask | None:
 def _folder_copies(folder: Path, tasks: Iterable[str] | None) -> dict[MBEIRTask, Path]:
     """The copies that a folder is or holds, by task."""
     found = {task: path for path in sorted(folder.iterdir()) if path.is_dir() and (task := _task_of(path.name))}
-    if not found and next(folder.rglob("*.parquet"), None):
-        # A snapshot in the Hub's cache has the name further up, as datasets--<organisation>--<name>.
-        names = (part.rpartition("--")[2] for part in reversed(folder.resolve().parts))
-        found = dict.fromkeys([task for name in names if (task := _task_of(name))][:1], folder)
+    if not found and (own := _task_of(folder.resolve().name)):
+        found = {own: folder}
     if not found:
         what = "has no query/ and cand_pool/, and neither it nor a folder in it is a copy named mbeir_<dataset>_task<n>"
         raise FileNotFoundError(f"{folder} is not M-BEIR: it {what}. Pairs become one by puma-hf pairs --mbeir.")
@@ -136,19 +132,17 @@ def _hub_copies(name: str, tasks: Iterable[str] | None, revision: str | None) ->
 
 def copy_files(folder: Path, role: str, split: str) -> list[Path]:
     """The Parquet files of a copy's "corpus", "queries" or "qrels", in order; a FileNotFoundError if one is missing."""
-    splits: dict[str, list[tuple[Path, int]]] = defaultdict(list)
-    files = (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])
-    for file in next(filter(None, files), []):
-        name, total = match.groups() if (match := _SHARD.fullmatch(file.stem)) else (file.stem, 1)
-        splits[name].append((file, int(total)))
-    # A pool has a split of any name, but queries of another split are other queries.
-    found = next(iter(splits.values()), []) if role == "corpus" and len(splits) == 1 else splits.get(split, [])
+    files = next(filter(None, (sorted((folder / name).rglob("*.parquet")) for name in _FOLDERS[role])), [])
+    found = [file for file in files if file.stem.partition("-")[0] == split]
+    if role == "corpus" and not found:
+        found = files  # a pool has a split of any name, but queries of another split are other queries
     # A file that is missing would be a smaller pool, and better figures.
-    if not found or len(found) != found[0][1]:
-        parts = f"{len(found)} of {found[0][1]} files" if found else f"no files, only {sorted(splits)}"
+    total = _TOTAL.search(found[0].stem) if found else None
+    if not found or (total and len(found) != int(total[1])):
+        parts = f"{len(found)} of {int(total[1])} files" if total else f"no files, only {[file.name for file in files]}"
         what = f"of the {role} of the split {split!r} there are {parts}"
         raise FileNotFoundError(f"{folder}: {what}. Ask for another split, or download it again.")
-    return [file for file, _ in found]
+    return found
 
 
 # --- the import

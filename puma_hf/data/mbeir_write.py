@@ -135,9 +135,8 @@ def build_nano(
     nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
     there = {**nano.nano_settings, "images": str(nano.image_root)}
-    for name in (name for name in wanted if there.get(name) != wanted[name]):
-        what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
-        raise ValueError(f"{folder} was built with {what}. Name another folder, or remove this one.")
+    if there != wanted:
+        raise ValueError(f"{folder} was built with {there}, not {wanted}. Name another folder, or remove this one.")
     return nano
 
 
@@ -266,7 +265,7 @@ def write_mbeir(
     with new_directory(output, overwrite=False) as folder:
         reading = read_pairs(rows, special_tokens="split")
         if reading.offenders:
-            raise ValueError(reading.refusal())
+            raise ValueError(str(reading))
         ids, layout = PairIds(reading.pairs), MBEIR(folder)
         images = folder / "mbeir_images" / f"{dataset}_images"
 

@@ -18,7 +18,7 @@ import datasets
 from puma_hf.configs import PairDirection
 from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
-from puma_hf.data.records import Line, Problems, Record, dataset_lines, existing, read_lines, text_value, wrong
+from puma_hf.data.records import Line, Problems, Record, dataset_lines, read_lines, text_value, wrong
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, shown
 
@@ -106,7 +106,7 @@ def load_pairs(
     pairs, problems = report.pairs, report.offenders
     logger.info("%s: %d pairs; %s", report.source, len(pairs), report.columns)
     if problems and (on_error != "drop" or not pairs):
-        raise ValueError(report.refusal())
+        raise ValueError(str(report))
     if problems:
         counts = (problems.counts.total(), report.num_rows)
         logger.warning("%s: left out %d of %d rows: %s", report.source, *counts, problems)
@@ -230,12 +230,6 @@ class PairsReport:
         """Whether `load_pairs` takes the source as it is."""
         return not self.offenders and self.num_pairs > 0
 
-    def refusal(self) -> str:
-        """What an error says about the rows that cannot be used."""
-        share = f"{self.source}: {self.offenders.counts.total()} of {self.num_rows} rows cannot be used"
-        remedy = "Mend them, or leave them out (on_error='drop', --bad-pairs drop)."
-        return f"{share}: {self.offenders}:{self.offenders.quotes()}\n{remedy}"
-
     def to_dict(self) -> dict[str, Any]:
         """Its figures as plain dictionaries, lists and numbers."""
         figures = {"ok": self.ok, "source": self.source, "columns": str(self.columns)}
@@ -243,13 +237,12 @@ class PairsReport:
         return {**figures, "offenders": self.offenders.to_list(), "notes": self.notes.to_list()}
 
     def __str__(self) -> str:
-        lines = [f"Pairs of {self.source}", *(f"  column     {column}" for column in str(self.columns).split("; "))]
-        lines += [f"  rows       {self.num_rows:,}, of which {self.offenders.counts.total():,} cannot be used"]
-        lines += [f"  pairs      {self.num_pairs:,}"]
-        for title, problems in (("Cannot be used", self.offenders), ("Worth a look", self.notes)):
-            lines += ["", f"{title}: {problems}{problems.quotes()}"] if problems else []
-        verdict = "All rows can be trained on." if self.ok else "Mend these rows, or leave them out (--bad-pairs drop)."
-        return "\n".join([*lines, "", verdict if self.num_pairs else "No row can be trained on: mend them."])
+        lines = [f"{self.source}: {self.offenders.counts.total():,} of {self.num_rows:,} rows cannot be used"]
+        lines[0] += f": {self.offenders}:{self.offenders.quotes()}" if self.offenders else ""
+        lines += [f"{self.num_pairs:,} pairs; {self.columns}"]
+        lines += [f"Worth a look: {self.notes}:{self.notes.quotes()}"] if self.notes else []
+        remedy = "Mend these rows, or leave them out (on_error='drop', --bad-pairs drop)."
+        return "\n".join([*lines, "All rows can be trained on." if self.ok else remedy])
 
 
 def read_pairs(
@@ -295,7 +288,7 @@ def _open(source: PairSource) -> tuple[str, Path | None, Iterator[Line]]:
     """How errors call it, the folder that its images must be in, and its rows."""
     if isinstance(source, datasets.Dataset):
         return "the dataset", None, dataset_lines(source)
-    path = existing(source)
+    path = Path(source)
     if table := path if path.is_file() else image_table(path):
         return str(table), table.parent, read_lines(table)
     shards = sorted(path.glob("*.parquet"))

@@ -86,13 +86,6 @@ def wrong(where: object, what: str, kind: str = "") -> MBEIRFormatError:
     return MBEIRFormatError(f"{where}: {what}", kind)
 
 
-def existing(name: str | Path) -> Path:
-    """A path that must be there."""
-    if not Path(name).exists():
-        raise FileNotFoundError(f"{str(name)!r} is neither a file nor a folder. Check the path.")
-    return Path(name)
-
-
 def location(path: Path, line: int) -> str:
     """How errors name a line of a file: `<path>, line <n>`."""
     return f"{path}, line {line}"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import gradcache
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, has_static_embedding_input
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
-from transformers import Qwen2VLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .mac_puma import MultimodalMACLoss, read_ids
@@ -57,8 +54,7 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
 
     For PUMA models a frozen vision tower runs once: what it returns in the first pass, `num_visual_tokens *
     hidden_size` numbers per image, less than its pixels, is kept for the second. Mini-batches hold samples of like
-    length, so a text is not padded to the length of an image. Both passes run under the same autocast, so the cached
-    gradients fit the embeddings.
+    length, so a text is not padded to the length of an image.
 
     Args:
         model: A SentenceTransformer.
@@ -71,14 +67,6 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         keep_image_features: Run a frozen vision tower once. With False it runs in both passes, as a trainable one does.
         show_progress_bar: Show the progress over the mini-batches.
         options: See `arguments`.
-
-    Relations:
-        - Inside `MatryoshkaLoss` it embeds each mini-batch twice for all dimensions together.
-        - With equal temperatures it is `CachedMultipleNegativesRankingLoss(scale=1 / temperature)`.
-
-    Raises:
-        ValueError: As for [`MultimodalMACLoss`]; or if a mini-batch size or budget is not a positive integer, or the
-            model is a `StaticEmbedding`.
 
     Example:
         >>> CachedMultimodalMACLoss(nn.Identity(), mini_batch_size=16).get_config_dict()["mini_batch_size"]
@@ -98,12 +86,6 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         **options: Any,
     ) -> None:
         super().__init__(model, *arguments, **options)
-        if mini_batch_size < 1 or (mini_batch_num_tokens or 1) < 1:
-            raise ValueError(
-                f"mini_batch_size={mini_batch_size} and mini_batch_num_tokens={mini_batch_num_tokens} must be above 0."
-            )
-        if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
-            raise ValueError("a StaticEmbedding's features cannot be cut into mini-batches. Use MultimodalMACLoss.")
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.keep_image_features = keep_image_features
@@ -185,13 +167,12 @@ def find_puma_model(model: nn.Module) -> Any:
 
 
 def runs_tower_once(puma: Any) -> bool:
-    """Whether what the vision tower returns may be used twice: it is frozen, and the model takes it back."""
-    accepted = "mm_encoder_outputs" in inspect.signature(Qwen2VLModel.forward).parameters
-    return accepted and not any(parameter.requires_grad for parameter in puma.visual.parameters())
+    """Whether what the vision tower returns may be used twice: it is frozen."""
+    return not any(parameter.requires_grad for parameter in puma.visual.parameters())
 
 
 def can_keep_image_features(model: nn.Module) -> bool:
-    """Whether it may, and can be read, as the model is called: compiled code passes hooks by."""
+    """Whether they may be used twice, and are seen: compiled code passes hooks by."""
     compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
     return not compiled and runs_tower_once(find_puma_model(model))
 
@@ -201,20 +182,15 @@ class MiniBatches:
 
     Rows are sorted by length, so that a mini-batch holds little padding, and those with images come last:
     gradients are exchanged between devices in the last mini-batch, which must reach a trained vision tower too. A
-    single mini-batch keeps the order of the rows. A token budget counts what is computed: the samples of a
-    mini-batch times the tokens of its longest, visual ones among them.
-
-    Attributes:
-        order: The rows in the order of the mini-batches.
-        costs: `(batch_size, 1)`, such that a greedy packing of rows with a total cost of at most `num_tokens`
-            gives the mini-batches.
-        autocast: The autocast of the first pass; the second is usually called outside it, by `backward()`.
+    single mini-batch keeps the order of the rows, `order`. `costs`, `(batch_size, 1)`, are such that the mixin, which
+    packs rows up to a total of `num_tokens`, gets a budget of samples times the tokens of the longest of them.
     """
 
     def __init__(self, features: dict[str, Any], size: int, num_tokens: int | None, device_type: str) -> None:
         self._features = features
         self._media: dict[str, Sequence[Tensor]] = {}  # of each sample
         self._encoded: dict[int, list[Any]] = {}
+        # Of the first pass; the second is usually called outside it, by `backward()`.
         enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if enabled else None
         self.autocast: dict[str, Any] = {"device_type": device_type, "dtype": dtype, "enabled": enabled}
@@ -245,28 +221,27 @@ class MiniBatches:
     def take(self, begin: int, end: int) -> dict[str, Any]:
         """Features of one mini-batch, without padding that its rows do not need, with what was kept for it."""
         rows = self.order[begin:end]
-        features = dict(self._features) if len(rows) == len(self.order) else self._take(rows)
+        if len(rows) == len(self.order):
+            features = dict(self._features)
+        else:
+            index, features = torch.tensor(rows), {}
+            for key, value in self._features.items():
+                # Pixels of all samples are one long tensor, without a dimension for the batch: the grids cut them.
+                if key in self._media:
+                    parts = [self._media[key][row] for row in rows]
+                    features |= {key: torch.cat(parts)} if any(map(len, parts)) else {}
+                elif isinstance(value, Tensor) and value.ndim and len(value) == len(self.order):
+                    features[key] = value[index.to(value.device)]
+                else:
+                    features[key] = value
+            first, last = features["attention_mask"].any(dim=0).nonzero().flatten()[[0, -1]].tolist()
+            features |= {key: features[key][:, first : last + 1] for key in _TOKEN_KEYS if key in features}
         media = [medium for medium, (pixels, *_) in _MEDIA.items() if features.get(pixels) is not None]
         if media and len(self._encoded.get(begin, [])) == len(media):
             for medium in media:
                 del features[_MEDIA[medium][0]]
             features["mm_encoder_outputs"] = dict(zip(media, self._encoded[begin], strict=True))
         return features
-
-    def _take(self, rows: list[int]) -> dict[str, Any]:
-        # Pixels of all samples are one long tensor, without a dimension for the batch: they are cut by the grids.
-        index, taken = torch.tensor(rows), dict[str, Any]()
-        for key, value in self._features.items():
-            if key in self._media:
-                parts = [self._media[key][row] for row in rows]
-                taken |= {key: torch.cat(parts)} if any(map(len, parts)) else {}
-            elif isinstance(value, Tensor) and value.ndim and len(value) == len(self.order):
-                taken[key] = value[index.to(value.device)]
-            else:
-                taken[key] = value
-        tokens = taken["attention_mask"].any(dim=0).nonzero().flatten()
-        first, last = tokens[[0, -1]].tolist()
-        return {key: value[:, first : last + 1] if key in _TOKEN_KEYS else value for key, value in taken.items()}
 
     @contextmanager
     def keeping(self, tower: nn.Module, begin: int) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .mac_puma import PUMA_CITATION, read_ids, restore_ids
 from .progress_puma import is_scheduled
-from .schedule_puma import DistillationMetric, check_choice
+from .schedule_puma import DistillationMetric, check_choice, check_range
 
 STUDENT_KEY = "pooler_output"
 # Where a teacher puts its states among the features of a column.
@@ -41,17 +40,14 @@ def self_distillation_loss(student: Tensor, teacher: Tensor, metric: Distillatio
     """
     check_choice("metric", metric, DistillationMetric)
     if student.ndim != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            f"student states are {tuple(student.shape)} and teacher states {tuple(teacher.shape)}, but both must be "
-            "the same (batch_size, hidden_size). Take a teacher of the student's hidden size."
-        )
+        shapes = f"student states are {tuple(student.shape)} and teacher states {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes}, but both must be the same (batch_size, hidden_size).")
     dtype = torch.float64 if student.dtype == teacher.dtype == torch.float64 else torch.float32
     student, teacher = student.to(dtype), teacher.detach().to(device=student.device, dtype=dtype)
     if not torch.isfinite(teacher).all():
         broken = (~torch.isfinite(teacher)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
-            f"the teacher states of the samples {broken} of this batch are NaN or infinite. Run the teacher in "
-            "bfloat16 or float32 instead of float16."
+            f"the teacher states of the samples {broken} are NaN or infinite. Run it in bfloat16 or float32."
         )
     if metric == "cosine":
         return (1.0 - torch.nn.functional.cosine_similarity(student, teacher, dim=1)).mean()
@@ -71,8 +67,6 @@ class SelfDistillationLoss(nn.Module):
 
     Alone it needs no labels, and is this library's first stage; the authors' has a contrastive term besides, see
     `JointDistillationLoss`. Inside `MatryoshkaLoss` the first d dimensions of both states are compared.
-    `sentence_transformers.losses.MSELoss` compares the normalised `sentence_embedding` instead, averaged over the
-    hidden dimension.
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
@@ -109,41 +103,26 @@ class SelfDistillationLoss(nn.Module):
         """The same from what the model returned for each column: `pooler_output` and, as a rule, `teacher_state`."""
         teacher = [output[TEACHER_KEY] for output in outputs if output.get(TEACHER_KEY) is not None]
         if len(teacher) < len(outputs):
-            teacher = _teacher_columns(labels, len(outputs))
-        losses = [
-            self_distillation_loss(*_cut(output, theirs), self.metric)
-            for output, theirs in zip(outputs, teacher, strict=True)
-        ]
+            labels = labels.unsqueeze(1) if labels is not None and labels.ndim == 2 and len(outputs) == 1 else labels
+            if labels is None or labels.ndim != 3 or labels.shape[1] != len(outputs):
+                raise ValueError(
+                    f"the features have no {TEACHER_KEY!r} and labels are {None if labels is None else labels.shape}, "
+                    f"not states (batch_size, {len(outputs)}, hidden_size). Use PumaDistillationTrainer."
+                )
+            teacher = list(labels.unbind(1))
+        losses = []
+        for output, state in zip(outputs, teacher, strict=True):
+            student: Tensor = output[STUDENT_KEY]
+            # MatryoshkaLoss shortens the embedding; both states follow. Labels come shortened already, and a teacher
+            # of another hidden size stays as it is, to be refused.
+            width = output.get("sentence_embedding", student).shape[-1]
+            state = state[..., :width] if state.shape[-1] == student.shape[-1] else state
+            losses.append(self_distillation_loss(student[..., :width], state, self.metric))
         return torch.stack(losses).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
         return {"metric": self.metric}
-
-
-def _cut(output: dict[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's states, at the width of the embedding where `MatryoshkaLoss` has shortened it."""
-    student: Tensor | None = output.get(STUDENT_KEY)
-    if student is None:
-        raise ValueError(
-            f"the model returned {sorted(output)}, but self-distillation needs {STUDENT_KEY!r}: use a PUMA model."
-        )
-    width = output.get("sentence_embedding", student).shape[-1]
-    # States of another hidden size stay apart, to be refused; labels come shortened already.
-    fits = teacher.shape[-1] == student.shape[-1]
-    return student[..., :width], teacher[..., :width] if fits else teacher
-
-
-def _teacher_columns(labels: Tensor | None, num_columns: int) -> list[Tensor]:
-    if labels is not None and labels.ndim == 2 and num_columns == 1:
-        labels = labels.unsqueeze(1)
-    if labels is None or labels.ndim != 3 or labels.shape[1] != num_columns:
-        raise ValueError(
-            f"the features have no {TEACHER_KEY!r} and labels are {None if labels is None else tuple(labels.shape)}, "
-            f"but self-distillation needs states (batch_size, {num_columns}, hidden_size) of the teacher. Use "
-            "PumaDistillationTrainer, or add them as a label column."
-        )
-    return list(labels.unbind(1))
 
 
 class LossTerms(dict[str, Tensor]):
@@ -158,10 +137,10 @@ class LossTerms(dict[str, Tensor]):
     __rmul__ = __mul__
 
     def __add__(self, other: LossTerms | float) -> LossTerms:
-        if isinstance(other, LossTerms):
-            zero = torch.zeros(())
-            return LossTerms({name: self.get(name, zero) + other.get(name, zero) for name in {**self, **other}})
-        return self if other == 0 else NotImplemented  # what a sum starts from
+        # A sum starts from the number 0.
+        return LossTerms(
+            {name: value + (other[name] if isinstance(other, LossTerms) else other) for name, value in self.items()}
+        )
 
     __radd__ = __add__
 
@@ -176,19 +155,18 @@ class JointDistillationLoss(nn.Module):
     of the training that is done, from 0.5 to 0.9 and from 0.5 to 0.1. With MAC-Loss, which is this library's addition,
     the second stage need not forget what the full model knew.
 
-    On several devices the loss is the mean over all rows, and so is the gradient that DistributedDataParallel averages:
-    that of one device with the whole batch. The released code leaves each device the part of its own rows, and the
-    average of these is the same gradient divided by the number of devices.
+    On several devices the gradient is that of one device with the whole batch. The released code's is this one divided
+    by the number of devices.
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
-        contrastive: A `MultimodalMACLoss` or `MultipleNegativesRankingLoss` of the same model, whose labels are used.
+        contrastive: A `MultimodalMACLoss` of the same model; at equal temperatures it is InfoNCE.
         metric: See `self_distillation_loss`.
         contrastive_weight: Weight of the contrastive term. The two terms differ in size: the `"mse"` grows with the
             hidden size, so look at both in the log before choosing.
         distillation_weight: Weight of the distillation term.
         contrastive_weight_start: Where the weight begins, if it is to move in a straight line over the training to
-            `contrastive_weight`. It needs a contrastive loss that is told the progress: a `MultimodalMACLoss`.
+            `contrastive_weight`.
         distillation_weight_start: Likewise for `distillation_weight`.
 
     It takes (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples, and the teacher's
@@ -216,20 +194,9 @@ class JointDistillationLoss(nn.Module):
         self.weights = {"contrastive_weight": contrastive_weight, "distillation_weight": distillation_weight}
         starts = {"contrastive_weight": contrastive_weight_start, "distillation_weight": distillation_weight_start}
         self.weights |= {f"{name}_start": start for name, start in starts.items() if start is not None}
-        for name, weight in self.weights.items():
-            if not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"{name} is {weight}, but a weight must be 0 or more and finite.")
-        if uses_gradient_cache(contrastive) or not hasattr(contrastive, "compute_loss_from_embeddings"):
-            raise ValueError(
-                f"contrastive is a {type(contrastive).__name__}, but it must compute its loss from embeddings of one "
-                "forward pass. Pass a MultimodalMACLoss or a MultipleNegativesRankingLoss."
-            )
-        self._moves = len(self.weights) > 2
-        if self._moves and not is_scheduled(contrastive):
-            raise ValueError(
-                f"{', '.join(list(self.weights)[2:])} with a {type(contrastive).__name__}, which is not told how much "
-                "of the training is done. Pass a MultimodalMACLoss; at equal temperatures it is InfoNCE."
-            )
+        check_range(zero=True, **self.weights)
+        if uses_gradient_cache(contrastive) or not is_scheduled(contrastive):
+            raise ValueError(f"contrastive is a {type(contrastive).__name__}, but it must be a MultimodalMACLoss.")
         self.model = model
         self.contrastive: Any = contrastive
         self.distillation = SelfDistillationLoss(model, metric)
@@ -238,12 +205,10 @@ class JointDistillationLoss(nn.Module):
         """Embed every column once and compute `{"distillation": ..., "contrastive": ...}`, both weighted scalars."""
         # Input modules pop ids and teacher states from the features, so what is needed twice is read before.
         columns = list(sentence_features)
-        is_mac = is_scheduled(self.contrastive)
-        ids = read_ids(columns, labels) if is_mac else (labels,)
+        ids = read_ids(columns, labels)
         outputs = [self.model(features) for features in columns]
-        if is_mac:
-            restore_ids(columns, *ids)
-            self.contrastive.warn_if_schedule_idles(training=self.model.training, moves=self._moves)
+        restore_ids(columns, *ids)
+        self.contrastive.warn_if_schedule_idles(training=self.model.training, moves=len(self.weights) > 2)
         embeddings = [output["sentence_embedding"] for output in outputs]
         contrastive = self.contrastive.compute_loss_from_embeddings(embeddings, *ids)
         return LossTerms(
@@ -255,10 +220,9 @@ class JointDistillationLoss(nn.Module):
         """The weight `"contrastive_weight"` or `"distillation_weight"` at the present progress."""
         end = self.weights[name]
         start = self.weights.get(f"{name}_start", end)
-        return end if start == end else start + (end - start) * self.contrastive.progress
+        return end if start == end else start + (end - start) * (self.contrastive.progress or 0.0)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
-        config: dict[str, Any] = getattr(self.contrastive, "get_config_dict", dict)()
         own = {"metric": self.distillation.metric, **self.weights}
-        return {"contrastive": type(self.contrastive).__name__, **config, **own}
+        return {"contrastive": type(self.contrastive).__name__, **self.contrastive.get_config_dict(), **own}

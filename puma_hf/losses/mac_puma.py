@@ -22,8 +22,7 @@ from .schedule_puma import (
     ModalityGrouping,
     Schedule,
     check_choice,
-    check_share,
-    check_temperatures,
+    check_range,
 )
 
 MODALITY_KEY = "modality_ids"
@@ -77,7 +76,7 @@ def mac_loss(
         >>> round(mac_loss(similarities, torch.tensor([0]), same_modality, 0.05, 0.04).item(), 4)
         0.6931
     """
-    check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
+    check_range(temperature=temperature, hard_temperature=hard_temperature)
     _check_masks(similarities, same_modality, false_negatives)
     similarities = at_least_float32(similarities)
     # A matrix of its own, beside the similarities and the logits: two numbers a candidate would save it, and cost
@@ -109,8 +108,8 @@ def split_loss(
         >>> round(loss.item(), 4)  # (log 4 + log 2) / 2
         1.0397
     """
-    check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
-    check_share(split_weight=split_weight)
+    check_range(temperature=temperature, hard_temperature=hard_temperature)
+    check_range(most=1, zero=True, split_weight=split_weight)
     _check_masks(similarities, same_modality, false_negatives)
     similarities = at_least_float32(similarities)
     # The positive belongs to the group even where the grouping is by the query's modality and it has another.
@@ -173,16 +172,13 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
 
     `tau_ij = hard temperature if m(c_j) == m(p(i)) else temperature` and
     `loss = - mean_i log( exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij) )`, over all positives and explicit negatives of
-    the batch, and of the other devices' when gathered.
-
-    All defaults are those of the code that PUMA's authors released.
+    the batch, and of the other devices' when gathered. All defaults are those of the code that the authors released.
 
     Args:
         model: A SentenceTransformer.
         temperature: Temperature of the inter-modality candidates.
         hard_temperature: Temperature of the intra-modality candidates once the schedule has ended.
-        schedule: How the hard temperature goes from `temperature` to `hard_temperature`: `"exponential"` (as released),
-            `"cosine"`, `"linear"`, or `"constant"` (there from the start), see `TemperatureSchedule`.
+        schedule: How the hard temperature goes from `temperature` to `hard_temperature`, see `TemperatureSchedule`.
         grouping: `"target"` compares a candidate's modality with the positive's (the paper); `"query"` with the
             anchor's, in which case the positive of a cross-modal pair is inter-modality.
         similarity_fct: Similarity matrix of two sets of embeddings. It is called in float32 or float64, outside
@@ -208,12 +204,8 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
            an explicit negative, here or on another device. Without them use `BatchSamplers.NO_DUPLICATES`.
 
     Relations:
-        - With equal temperatures this is `MultipleNegativesRankingLoss(scale=1 / temperature)`, and takes about as much
-          memory: at most 5 float32 matrices of queries by candidates, 1.3 GB for 8,192 of both, before the backward
-          pass through the model has begun.
-        - With one modality in the batch it is the same at the hard temperature.
-        - `objective="split"` is `MultipleNegativesRankingLoss` at `split_weight=0`, and with one modality in the batch
-          also at `split_weight=1`, there at the hard temperature.
+        With equal temperatures, or one modality in the batch, this is `MultipleNegativesRankingLoss(scale=1 /
+        hard_temperature)`. It takes at most 5 float32 matrices of queries by candidates, 1.3 GB for 8,192 of both.
 
     Attributes:
         negative_counts: Intra- and inter-modality negatives of each query in the last forward pass, two integer tensors
@@ -251,9 +243,8 @@ class MultimodalMACLoss(ScheduledTemperatureLoss):
         super().__init__(temperature, hard_temperature, schedule, schedule_end)
         check_choice("grouping", grouping, ModalityGrouping)
         check_choice("objective", objective, MACObjective)
-        check_share(split_weight=split_weight)
-        if false_negative_margin is not None:
-            check_share(false_negative_margin=false_negative_margin, most=float("inf"))
+        check_range(most=1, zero=True, split_weight=split_weight)
+        check_range(zero=True, false_negative_margin=false_negative_margin or 0)
         self.model = model
         self.grouping = grouping
         self.similarity_fct = similarity_fct
@@ -367,17 +358,21 @@ def read_ids(columns: list[dict[str, Any]], labels: Tensor | None = None) -> tup
 
     Columns that have no modality ids take them from the labels, `(batch_size, num_columns)`.
     """
-    own, contents = _ids_of(columns, MODALITY_KEY), _ids_of(columns, CONTENT_KEY)
-    if own is not None:
-        return own, contents
-    if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) or labels.is_floating_point():
-        given = None if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
-        raise ValueError(
-            f"the {len(columns)} columns have no {MODALITY_KEY!r} feature and labels are {given}, but MAC-Loss needs "
-            "the modality of every input. Use a PUMA model, whose input module adds it, or a label column with one "
-            "integer per column, (batch_size, num_columns)."
-        )
-    return list(labels.unbind(1)), contents
+    found: list[list[Tensor]] = []
+    for key in (MODALITY_KEY, CONTENT_KEY):
+        found.append([features[key] for features in columns if features.get(key) is not None])
+        if len(found[-1]) not in (0, len(columns)):
+            raise ValueError(f"only {len(found[-1])} of {len(columns)} columns have the {key!r} feature, not all.")
+    modality_ids, content_ids = found
+    if not modality_ids:
+        if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) or labels.is_floating_point():
+            given = None if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(
+                f"the {len(columns)} columns have no {MODALITY_KEY!r} feature and labels are {given}, but MAC-Loss "
+                "needs the modality of every input. Use a PUMA model, or labels of one integer per column."
+            )
+        modality_ids = list(labels.unbind(1))
+    return modality_ids, content_ids or None
 
 
 def restore_ids(
@@ -387,13 +382,6 @@ def restore_ids(
     for key, values in ((MODALITY_KEY, modality_ids), (CONTENT_KEY, content_ids)):
         for features, ids in zip(columns, values or [], strict=values is not None):
             features.setdefault(key, ids)
-
-
-def _ids_of(columns: list[dict[str, Any]], key: str) -> list[Tensor] | None:
-    found = [features[key] for features in columns if features.get(key) is not None]
-    if found and len(found) < len(columns):
-        raise ValueError(f"only {len(found)} of {len(columns)} columns have the {key!r} feature, but all or none must.")
-    return found or None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from .schedule_puma import SCHEDULE_END, Schedule, TemperatureSchedule, check_temperatures, clamp_progress
+from .schedule_puma import SCHEDULE_END, Schedule, TemperatureSchedule, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +21,10 @@ IDLE_FORWARDS_BEFORE_WARNING = 32
 
 
 class ScheduledTemperatureLoss(nn.Module):
-    """Base of the losses with a fixed temperature and a second, scheduled one.
+    """Base of the losses with a fixed temperature and a second, scheduled one; see `MultimodalMACLoss` for both.
 
     A module cannot see the step count of the trainer that calls it, so the position on the schedule comes from outside:
     `TemperatureScheduleCallback` sets `progress`, and so does a hand-written training loop.
-
-    Args:
-        temperature: Temperature of the inter-modality candidates, and the start of the schedule.
-        hard_temperature: End of the schedule of the intra-modality candidates.
-        schedule: Its kind, see `TemperatureSchedule`, which also says what a ValueError refuses.
-        schedule_end: Share of the training after which the hard temperature stays, in (0, 1].
 
     Example:
         >>> loss = ScheduledTemperatureLoss(temperature=0.05, hard_temperature=0.04, schedule="linear")
@@ -44,41 +38,17 @@ class ScheduledTemperatureLoss(nn.Module):
     ) -> None:
         super().__init__()
         # Checked by these names first: the schedule would call them `start` and `end`.
-        check_temperatures(temperature=temperature, hard_temperature=hard_temperature)
+        check_range(temperature=temperature, hard_temperature=hard_temperature)
+        self.temperature, self.hard_temperature = temperature, hard_temperature
         self.temperature_schedule = TemperatureSchedule(temperature, hard_temperature, schedule, schedule_end)
-        self._progress: float | None = None
+        # Done training steps over all training steps, in [0, 1]; None until somebody says.
+        self.progress: float | None = None
         self._idle_forwards = 0
-        if hard_temperature > temperature:
-            # A legitimate ablation, hence no error, but the opposite of the method and what two swapped arguments
-            # look like.
-            logger.warning(
-                f"hard_temperature={hard_temperature:g} is above temperature={temperature:g}, so intra-modality "
-                "candidates get the softer distribution, the reverse of PUMA. Swap the two if this is not intended."
-            )
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the inter-modality candidates, the same during the whole run."""
-        return self.temperature_schedule.start
-
-    @property
-    def hard_temperature(self) -> float:
-        """Temperature of the intra-modality candidates once the schedule has ended."""
-        return self.temperature_schedule.end
 
     @property
     def current_hard_temperature(self) -> float:
         """Temperature of the intra-modality candidates at the present `progress`."""
-        return self.temperature_schedule.value(self.progress)
-
-    @property
-    def progress(self) -> float:
-        """Done training steps over all training steps, in [0, 1]."""
-        return self._progress or 0.0
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        self._progress = clamp_progress(value)
+        return self.temperature_schedule.value(self.progress or 0.0)
 
     def warn_if_schedule_idles(self, training: bool, moves: bool = False) -> None:
         """Warn once when the loss is trained and nobody moves its schedule, or whatever else `moves` with it.
@@ -87,16 +57,14 @@ class ScheduledTemperatureLoss(nn.Module):
         """
         schedule = self.temperature_schedule
         moves |= schedule.kind != "constant" and schedule.start != schedule.end
-        if self._progress is not None or not moves or not training or not torch.is_grad_enabled():
+        if self.progress is not None or not moves or not training or not torch.is_grad_enabled():
             return
         self._idle_forwards += 1
         if self._idle_forwards == IDLE_FORWARDS_BEFORE_WARNING:
             logger.warning(
-                f"{type(self).__name__} has been trained for {self._idle_forwards} forward passes, but its "
-                f"{schedule.kind!r} schedule never moved: hard_temperature is still {self.current_hard_temperature:g} "
-                f"instead of going to {schedule.end:g}, and a weight that moves is at its start. Call "
-                "add_temperature_schedule(trainer) before trainer.train(), set loss.progress in your own training "
-                "loop, or choose schedule='constant'."
+                f"{type(self).__name__} has been trained for {self._idle_forwards} forward passes, but its schedule "
+                f"never moved: hard_temperature is still {self.current_hard_temperature:g}. Call "
+                "add_temperature_schedule(trainer) before trainer.train(), or set loss.progress in your own loop."
             )
 
 
@@ -106,13 +74,11 @@ class TemperatureScheduleCallback(TrainerCallback):
     Before every optimizer step `progress = global_step / max_steps`. Both numbers belong to the trainer's restored
     state, so a run that resumes from a checkpoint continues at the temperature it stopped at, and gradient accumulation
     changes nothing. Training logs gain `temperature` and `hard_temperature` (the value of the last step); with several
-    scheduled losses each name is prefixed by the dataset's name and an underscore.
+    scheduled losses each name is prefixed by the dataset's name and an underscore. Prefer
+    `add_temperature_schedule(trainer)`, which places the callback before those that send the logs away.
 
     An evaluation loss uses the temperature of its step too, so `eval_loss` values of different steps are not on one
     scale: choose the best checkpoint by a retrieval metric.
-
-    Prefer `add_temperature_schedule(trainer)`: it also places the callback before the reporting ones (TensorBoard,
-    W&B), which otherwise send the logs before the temperatures are in them.
 
     Args:
         loss: A scheduled loss, a loss that wraps one, or a dict from dataset name to loss; a ValueError without one.
@@ -127,9 +93,7 @@ class TemperatureScheduleCallback(TrainerCallback):
         super().__init__()
         self.losses = find_scheduled_losses(loss)
         if not self.losses:
-            raise ValueError(
-                f"loss is {loss!r:.99}, but a temperature schedule needs a ScheduledTemperatureLoss in it."
-            )
+            raise ValueError(f"loss is {loss!r:.99}, but a temperature schedule needs a MultimodalMACLoss in it.")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the progress of this optimizer step."""
@@ -145,11 +109,9 @@ class TemperatureScheduleCallback(TrainerCallback):
     ) -> None:
         """Add the temperatures to a training record."""
         if logs is not None and "loss" in logs:
-            found = {f"{prefix}temperature": loss.temperature for prefix, loss in self.losses.items()}
-            found |= {
-                f"{prefix}hard_temperature": loss.current_hard_temperature for prefix, loss in self.losses.items()
-            }
-            add_to_logs(found, logs, state)
+            for prefix, loss in self.losses.items():
+                values = {"temperature": loss.temperature, "hard_temperature": loss.current_hard_temperature}
+                add_to_logs({f"{prefix}{name}": value for name, value in values.items()}, logs, state)
 
 
 def add_to_logs(values: Mapping[str, float], logs: dict[str, float], state: TrainerState) -> None:
@@ -192,18 +154,12 @@ def find_losses(loss: nn.Module | Mapping[str, Any] | None, attribute: str) -> d
 def add_temperature_schedule(trainer: Any) -> TemperatureScheduleCallback:
     """Give a sentence-transformers trainer the callback that moves its loss's temperature schedule.
 
-    A plain `SentenceTransformerTrainer` calls its loss with features and labels only and offers the loss no hook, so
-    one line is needed after building it: `add_temperature_schedule(trainer)`. Calling this twice does nothing more. Its
-    `loss` is, wraps, or is a dict with a `MultimodalMACLoss`, or a ValueError says so. The callback is placed right
-    after the trainer's flow control so that reporting callbacks see its values.
+    A plain `SentenceTransformerTrainer` offers its loss no hook, so one line is needed after building it. A ValueError
+    says if its loss is, wraps or holds no `MultimodalMACLoss`. Calling this twice does nothing more.
     """
     callback = TemperatureScheduleCallback(getattr(trainer, "loss", None))  # type: ignore[arg-type]
-    callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
-    for known in callbacks:
-        if isinstance(known, TemperatureScheduleCallback) and {*known.losses.values()} >= {*callback.losses.values()}:
-            callback = known
-            callbacks.remove(known)
-            break
+    handler = trainer.callback_handler
+    handler.callbacks = [known for known in handler.callbacks if not isinstance(known, TemperatureScheduleCallback)]
     # After the flow control, which comes first, and before all that reports: these send the logs as they find them.
-    callbacks.insert(1, callback)
+    handler.callbacks.insert(1, callback)
     return callback

@@ -34,8 +34,8 @@ class TemperatureSchedule:
     - `"constant"`: `end` from the first step on; `start` and `schedule_end` are never used.
 
     Args:
-        start: Temperature at progress 0. Positive and finite.
-        end: Temperature from progress `schedule_end` on. Positive and finite. It may be larger than `start`.
+        start: Temperature at progress 0.
+        end: Temperature from progress `schedule_end` on.
         kind: One of the above.
         schedule_end: Share of the training after which the temperature stays, in (0, 1].
 
@@ -54,17 +54,14 @@ class TemperatureSchedule:
     schedule_end: float = SCHEDULE_END
 
     def __post_init__(self) -> None:
-        check_temperatures(start=self.start, end=self.end)
+        check_range(start=self.start, end=self.end)
+        check_range(most=1, schedule_end=self.schedule_end)
         check_choice("schedule", self.kind, Schedule)
-        if not 0 < self.schedule_end <= 1:
-            raise ValueError(
-                f"schedule_end is {self.schedule_end}, but it must be above 0 and at most 1, a share of training."
-            )
 
     def value(self, progress: float) -> float:
         """Temperature after the share `progress` of the training steps; outside of [0, 1] that of the nearer end."""
         # The authors round to three decimals; here the temperature moves with every step.
-        done = clamp_progress(progress) / self.schedule_end
+        done = max(progress, 0.0) / self.schedule_end
         if self.kind == "constant" or done >= 1:
             return self.end
         if self.kind == "exponential":
@@ -74,31 +71,15 @@ class TemperatureSchedule:
         return self.end + (self.start - self.end) * math.cos(math.pi / 2 * done)
 
 
-def check_temperatures(**values: float) -> None:
-    """Raise a ValueError unless these arguments are positive, finite numbers."""
+def check_range(most: float = math.inf, *, zero: bool = False, **values: float) -> None:
+    """Raise a ValueError unless these arguments are finite, above 0 (with `zero` 0 or more) and at most `most`."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"{name} is {value}, but a temperature must be positive and finite. Use a value such as 0.05."
-            )
-
-
-def check_share(most: float = 1.0, **values: float) -> None:
-    """Raise a ValueError unless these arguments are at least 0 and at most so much."""
-    for name, value in values.items():
-        if not 0 <= value <= most:
-            bound = "" if most == math.inf else f" and at most {most:g}"
-            raise ValueError(f"{name} is {value}, but it must be at least 0{bound}.")
+        if not (math.isfinite(value) and value <= most and (value > 0 or (zero and value == 0))):
+            bounds = f"{'at least' if zero else 'above'} 0{'' if most == math.inf else f' and at most {most:g}'}"
+            raise ValueError(f"{name} is {value}, but it must be a finite number {bounds}.")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError unless the value of an argument is one of a `Literal`."""
     if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}, but it must be one of {get_args(choices)}. Choose one of these.")
-
-
-def clamp_progress(progress: float) -> float:
-    """Share of the training that is done, moved into [0, 1]; a ValueError for NaN."""
-    if math.isnan(progress):
-        raise ValueError("progress is nan, but it must be a number in [0, 1]. Pass the done steps over all steps.")
-    return min(max(float(progress), 0.0), 1.0)
+        raise ValueError(f"{name} is {value!r}, but it must be one of {get_args(choices)}.")

@@ -4,14 +4,11 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
 from .inputs_puma import MODALITY_IDS, MODALITY_NAMES
-from .modeling_puma import PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
+from .modeling_puma import MODEL_CLASSES, PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
 from .processing_puma import RET_TOKEN, PumaImageTextProcessor, PumaProcessor
 
-for _config, _model, _processor in (
-    (PumaConfig, PumaModel, PumaProcessor),
-    (PumaQwen25VLConfig, PumaQwen25VLModel, PumaImageTextProcessor),
-    (PumaQwen3VLConfig, PumaQwen3VLModel, PumaImageTextProcessor),
-):
+for _config, _model in MODEL_CLASSES.items():
+    _processor = PumaProcessor if _config.takes_video else PumaImageTextProcessor
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, _processor, exist_ok=True)

@@ -18,8 +18,6 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-# Older kernels take no scale, no window or no grouped queries.
-_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 T = TypeVar("T")
 
 
@@ -112,26 +110,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
 
     Args:
         query: `(num_queries, num_heads, head_dim)`, all sequences one after another.
-        key: `(num_keys, num_key_value_heads, head_dim)`.
-        value: `(num_keys, num_key_value_heads, head_dim)`.
+        key: `(num_keys, num_key_value_heads, head_dim)`, like `value`.
+        value: See `key`.
         sequences: Which queries look at which keys.
         scale: What products of queries and keys are multiplied with.
         causal: Whether a sequence's last query stands at its last key and none looks ahead.
 
     Returns:
         `(num_queries, num_heads, head_dim)`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from puma_hf.modeling.attention_puma import attend, blocks_of_lengths, sequences_of
-
-    >>> states = torch.randn(5, 1, 2)
-    >>> attended = attend(states, states, states, sequences_of(blocks_of_lengths([2, 3])), scale=1.0, causal=True)
-    >>> bool((attended[2] == states[2]).all())  # the first token of a sequence sees itself
-    True
-    ```
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen(query.device, query.shape[-1]):
         return _varlen(query, key, value, sequences, scale, causal)
@@ -139,10 +125,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, s
     for block in sequences.blocks:
         queries = _per_sequence(query, block.first_query, block.count, block.num_queries)
         keys, values = (_with_prefix(tensor, block) for tensor in (key, value))
-        causal_here = causal and block.num_queries > 1
-        # torch's own causal mask stands at the first key, so after a prefix a mask of num_queries x num_keys bytes
-        # is needed. It keeps the math of the kernel, but not its skipping of what is masked.
-        mask = _lower_right(block, query.device) if causal_here and block.num_prefix_keys else None
+        causal_here, mask = causal and block.num_queries > 1, None
+        if causal_here and block.num_prefix_keys:
+            # torch's own causal mask stands at the first key, so after a prefix a mask of num_queries x num_keys bytes
+            # is needed. It keeps the math of the kernel, but not its skipping of what is masked.
+            end = block.num_prefix_keys + block.num_queries
+            mask = _triangle(2 ** (end - 1).bit_length(), query.device)[block.num_prefix_keys : end, :end]
         part = scaled_dot_product_attention(
             queries,
             keys,
@@ -171,22 +159,18 @@ def _with_prefix(tensor: Tensor, block: Block) -> Tensor:
     return torch.cat([prefix.expand(block.count, -1, -1, -1), own], dim=2)
 
 
-def _lower_right(block: Block, device: torch.device) -> Tensor:
-    """Which keys, those of the prefix first, each query of a sequence may see."""
-    end = block.num_prefix_keys + block.num_queries
-    return _triangle(2 ** (end - 1).bit_length(), device)[block.num_prefix_keys : end, :end]
-
-
 @lru_cache(maxsize=16)
 def _triangle(size: int, device: torch.device) -> Tensor:
-    """Of which every such mask is a part, so that few of them serve all lengths and layers."""
+    """Which keys each query may see; every such mask is a part of few of them, for all lengths and layers."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
 @lru_cache(maxsize=16)
 def _has_varlen(device: torch.device, head_dim: int) -> bool:
     """Whether the kernel for sequences of any length is there and takes such heads."""
-    if torch.version.hip is not None or not {"scale", "window_size", "enable_gqa"} <= _VARLEN_OPTIONS:
+    if varlen_attn is None or torch.version.hip is not None:
+        return False
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # before torch 2.12
         return False
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256

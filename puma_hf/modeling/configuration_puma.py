@@ -24,7 +24,7 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
 
     Raises:
         ValueError: If both are given, or neither, or `num_kept_layers` is no number of layers, or `keep_layers` no
-            rising numbers of layers, the first being 0, as a list or as text such as "0-10,27".
+            rising numbers of layers, as a list or as text such as "0-10,27".
     """
     if (num_kept_layers is None) == (keep_layers is None):
         given = f"num_kept_layers={num_kept_layers!r} and keep_layers={keep_layers!r}"
@@ -33,7 +33,11 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
         if type(num_kept_layers) is not int or not 1 <= num_kept_layers <= num_hidden_layers:
             raise ValueError(f"num_kept_layers={num_kept_layers!r} must be an integer from 1 to {num_hidden_layers}.")
         return list(range(num_kept_layers))
-    layers = _numbers_in(keep_layers)
+    layers = list(keep_layers) if isinstance(keep_layers, Iterable) else []
+    if isinstance(keep_layers, str):
+        parts = [re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part) for part in keep_layers.split(",")]
+        ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
+        layers = [layer for numbers in ranges for layer in numbers] if all(parts) and all(ranges) else []
     are_layers = bool(layers) and all(type(layer) is int and 0 <= layer < num_hidden_layers for layer in layers)
     if not are_layers or layers != sorted(set(layers)):
         known = f"rising numbers from 0 to {num_hidden_layers - 1}, each once, like '0-3,7' or [0, 1, 2, 3, 7]"
@@ -41,30 +45,8 @@ def chosen_layers(num_kept_layers: Any, keep_layers: Any, num_hidden_layers: int
     return layers
 
 
-def _numbers_in(keep_layers: Any) -> list[Any]:
-    """The numbers in a list, or in text; none if anything else is in it."""
-    if not isinstance(keep_layers, str):
-        return list(keep_layers) if isinstance(keep_layers, Iterable) else []
-    layers: list[Any] = []
-    for part in keep_layers.split(","):
-        if not (ends := re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)):
-            return []
-        layers += range(int(ends[1]), int(ends[2] or ends[1]) + 1) or [-1]
-    return layers
-
-
 def named_layers(layers: Sequence[int]) -> str:
-    """Layers in words, runs of them by their ends.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.configuration_puma import named_layers
-
-    >>> named_layers([0, 1, 2, 27]), named_layers([5])
-    ('decoder layers 0 to 2 and 27', 'decoder layer 5')
-    ```
-    """
+    """Layers in words, runs of them by their ends, such as "decoder layers 0 to 2 and 27"."""
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
     runs = [str(start) if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]
@@ -75,10 +57,11 @@ def named_layers(layers: Sequence[int]) -> str:
 class PumaConfigMixin(_MixinBase):
     """What pruning adds to a backbone's configuration; see [`PumaConfig`] for the fields."""
 
-    # A row of the table of backbones: how messages call the family, its model_type, an original checkpoint of it.
-    source_name = ""
+    # The row of a family in the table of backbones.
+    source_name = ""  # how messages call it
     source_model_type = ""
-    source_example = ""
+    source_example = ""  # an original checkpoint
+    takes_video = False
 
     num_kept_layers: int | None = None
     original_num_hidden_layers: int | None = None
@@ -93,9 +76,6 @@ class PumaConfigMixin(_MixinBase):
         super().__post_init__(**kwargs)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions={self.positions!r} must be one of {POSITIONS}. Restore it in config.json.")
-        self._cut_decoder_layers(keep_layers)
-
-    def _cut_decoder_layers(self, keep_layers: Any) -> None:
         text_config: Any = self.text_config
         available = text_config.num_hidden_layers
         if self.original_num_hidden_layers is None:
@@ -103,11 +83,9 @@ class PumaConfigMixin(_MixinBase):
         number = available if self.num_kept_layers is None else self.num_kept_layers
         layers = chosen_layers(number if keep_layers is None else None, keep_layers, available)
         there = list(range(available)) if self.kept_layers is None else self.kept_layers
-        if len(there) != available:
-            told = f"kept_layers={self.kept_layers} tells which layers are left of the original"
-            raise ValueError(f"{told}, but the configuration has {available}: to cut layers pass keep_layers.")
-        kept, first, deepest = [there[layer] for layer in layers], list(range(len(layers))), self.num_deepstack_layers
+        kept, first = [there[layer] for layer in layers], list(range(len(layers)))
         # Features of the vision tower must be added after the same layers as in the original.
+        deepest = len(getattr(self.vision_config, "deepstack_visual_indexes", None) or ())
         if kept[:deepest] != first[:deepest]:
             raise ValueError(
                 f"A cut to {named_layers(kept)} lacks some of {named_layers(range(deepest))}; after these "
@@ -124,19 +102,13 @@ class PumaConfigMixin(_MixinBase):
                 text_config.max_window_layers = text_config.layer_types.index("sliding_attention")
 
     @property
-    def num_deepstack_layers(self) -> int:
-        """After how many of the first decoder layers features of the vision tower are added."""
-        return len(getattr(self.vision_config, "deepstack_visual_indexes", None) or ())
-
-    @property
     def layers_of_original(self) -> list[int]:
         """Which decoder layer of the original each of the model's is."""
         return list(range(self.num_kept_layers or 0)) if self.kept_layers is None else list(self.kept_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the numbers of a checkpoint's layers, and what is as in every older file."""
-        usual = {"_loaded_layers": self._loaded_layers, "kept_layers": None, "positions": "mrope"}
-        return {key: value for key, value in super().to_dict().items() if key not in usual or value != usual[key]}
+        """As in transformers, without the numbers of a checkpoint's layers."""
+        return {name: value for name, value in super().to_dict().items() if name != "_loaded_layers"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -145,14 +117,11 @@ class PumaConfigMixin(_MixinBase):
         transformers would set keyword arguments as attributes after the configuration is complete, where
         cutting has already happened; here they are part of the construction.
         """
-        config_class_of(config_dict.get("model_type", cls.model_type), (cls,))
-        if "kept_layers" in kwargs:
-            raise ValueError("kept_layers tells which layers are left of the original: to cut layers pass keep_layers.")
         cuts = {name: kwargs.pop(name, None) for name in ("num_kept_layers", "keep_layers")}
-        if None not in cuts.values():
-            chosen_layers(**cuts, num_hidden_layers=0)  # which raises: they contradict each other
         given = {name: value for name, value in cuts.items() if value is not None}
-        return super().from_dict({**config_dict, "model_type": cls.model_type, **given}, **kwargs)
+        if len(given) > 1 or "kept_layers" in kwargs:
+            raise ValueError(f"{given or kwargs['kept_layers']}: to cut layers pass num_kept_layers or keep_layers.")
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
@@ -161,17 +130,13 @@ class PumaConfigMixin(_MixinBase):
         config_class_of(config_dict.get("model_type"), (cls,))
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
-    @classmethod
-    def readable_model_types(cls) -> tuple[str, ...]:
-        """The `model_type` of an original checkpoint and of a PUMA directory, both of which it reads."""
-        return (cls.source_model_type, cls.model_type)
-
 
 class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
     r"""Configuration of a [`PumaModel`].
 
     Every field of `Qwen2VLConfig` is kept. A plain Qwen2-VL `config.json` loads too: with `num_kept_layers=k`
-    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types` together).
+    its text configuration is cut to the first k decoder layers (`num_hidden_layers` and `layer_types` together), with
+    `keep_layers`, a list such as `[0, 1, 27]` or text such as "0-10,27", to others.
 
     Args:
         num_kept_layers (`int`, *optional*):
@@ -179,8 +144,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
         original_num_hidden_layers (`int`, *optional*):
             Number of decoder layers of the checkpoint that was pruned. Filled in when the layers are cut.
         kept_layers (`list[int]`, *optional*):
-            Which layers of that checkpoint remain, where they are not its first ones. Filled in when the layers are cut
-            with `keep_layers`, which takes a list such as `[0, 1, 27]` or text such as "0-10,27".
+            Which layers of that checkpoint remain, where they are not its first ones. Filled in likewise.
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
             too: part of how the model reads, see `READINGS` in `processing_puma`.
@@ -192,8 +156,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Token id of `[RET]`, the last token of every prompt, at which the embedding is read.
 
     Raises:
-        ValueError: If `num_kept_layers` is not an integer from 1 to the number of decoder layers, `keep_layers` is not
-            a rising list of them, or the loaded configuration does not describe a Qwen2-VL model.
+        ValueError: If the layers to keep are none that the checkpoint has, or it is no Qwen2-VL model.
 
     Example:
 
@@ -213,6 +176,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
     source_name = "Qwen2-VL"
     source_model_type = "qwen2_vl"
     source_example = "Qwen/Qwen2-VL-2B-Instruct"
+    takes_video = True  # the later families tell the time of frames in other ways
 
 
 class PumaQwen25VLConfig(PumaConfigMixin, Qwen2_5_VLConfig):
@@ -233,26 +197,15 @@ class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
     source_example = "Qwen/Qwen3-VL-2B-Instruct"
 
 
-# The table of backbones. A new one is a class above, one in modeling_puma, and a line in this folder's __init__.
+# The table of backbones. A new family is a configuration above and a model in modeling_puma; the rest reads it here.
 CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLConfig)
 
 
 def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:
-    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.configuration_puma import config_class_of
-
-    >>> config_class_of("qwen3_vl").__name__
-    'PumaQwen3VLConfig'
-    ```
-    """
+    """The one of these classes that reads a checkpoint of this `model_type`, original or pruned, or a ValueError."""
     for config_class in classes:
-        if model_type in config_class.readable_model_types():
+        if model_type in (config_class.source_model_type, config_class.model_type):
             return config_class
-    names = ", ".join(config_class.source_name for config_class in classes)
-    readable = ", ".join(name for config_class in classes for name in config_class.readable_model_types())
-    message = f"The checkpoint has model_type={model_type!r}, but PUMA prunes {names} checkpoints ({readable}) here."
+    names = ", ".join(f"{config_class.source_name} ({config_class.source_model_type})" for config_class in classes)
+    message = f"The checkpoint has model_type={model_type!r}, but PUMA prunes {names} here."
     raise ValueError(f"{message} Choose one of these, such as {classes[0].source_example!r}.")

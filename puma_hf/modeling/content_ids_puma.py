@@ -32,9 +32,6 @@ def content_ids(features: Mapping[str, Any]) -> Tensor:
     Returns:
         Integers of shape `(batch_size,)`, int64, on the CPU.
 
-    Raises:
-        ValueError: If there are pixels but not how many items each sample has.
-
     Example:
 
     ```python
@@ -52,9 +49,6 @@ def content_ids(features: Mapping[str, Any]) -> Tensor:
     for pixel_key, grid_key, count_key in _MEDIA:
         if features.get(pixel_key) is None:
             continue
-        if features.get(count_key) is None:
-            message = f"the features hold {pixel_key!r} but not {count_key!r}, which says whose they are"
-            raise ValueError(f"{message}. Make them with PumaProcessor.process_inputs.")
         grid, pixels = _array(features[grid_key]), _array(features[pixel_key])
         items = [0, *_array(features[count_key]).cumsum().tolist()]
         ends = [0, *grid.prod(axis=1).cumsum().tolist()]

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_window_index
 
-from .attention_puma import Sequences, attend, blocks_of_lengths, sequences_of
+from .attention_puma import attend, blocks_of_lengths, sequences_of
 from .packing_puma import PackedImages, PackedPart
 
 # "flash" in a name makes the vision towers pass all images in one call, with the ends of each.
@@ -79,39 +79,29 @@ def packed_states(model: Any, part: PackedPart) -> Tensor:
         features, added = _image_features(model.visual, images)
         hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
     # One position's cosines and sines serve all heads.
-    cos, sin = (angles[0].unsqueeze(1) for angles in decoder.rotary_emb(hidden[None], part.position_ids))
+    angles = tuple(angle[0].unsqueeze(1) for angle in decoder.rotary_emb(hidden[None], part.position_ids))
     *inner_layers, last_layer = decoder.layers
     for number, layer in enumerate(inner_layers):
-        hidden = decoder_layer(layer, hidden, (cos, sin), part.sequences)
+        query, key, value, residual = before_attention(layer, hidden, angles)
+        attended = attend(query, key, value, part.sequences, scale=layer.self_attn.scaling, causal=True)
+        hidden = after_attention(layer, attended, residual)
         if images is not None and number < len(added):  # DeepStack
             hidden = hidden.index_add(0, images.token_index, added[number].to(hidden.dtype))
     # [RET] sees every key and value of the last layer, but nothing reads that layer's other outputs.
-    states = decoder_layer(last_layer, hidden, (cos, sin), part.last_sequences, part.last_index)
-    normed: Tensor = decoder.norm(states)
+    query, key, value, residual = before_attention(last_layer, hidden, angles, part.last_index)
+    attended = attend(query, key, value, part.last_sequences, scale=last_layer.self_attn.scaling, causal=False)
+    normed: Tensor = decoder.norm(after_attention(last_layer, attended, residual))
     return normed
 
 
-def decoder_layer(
-    layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences, wanted: Tensor | None = None
-) -> Tensor:
-    """One decoder layer on tokens that lie one after another: `(num_wanted, hidden_size)`.
-
-    Args:
-        layer: A decoder layer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        hidden: `(num_tokens, hidden_size)`.
-        angles: Cosines and sines of the positions, `(num_tokens, 1, head_dim)` each.
-        sequences: Which queries look at which keys.
-        wanted: `(num_wanted,)` the tokens whose states are wanted, whose queries `sequences` has; `None` for all.
-    """
-    query, key, value, residual = before_attention(layer, hidden, angles, wanted)
-    attended = attend(query, key, value, sequences, scale=layer.self_attn.scaling, causal=wanted is None)
-    return after_attention(layer, attended, residual)
-
-
 def before_attention(
-    layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], wanted: Tensor | None
+    layer: Any, hidden: Tensor, angles: tuple[Tensor, ...], wanted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values, `(num_tokens, num_heads, head_dim)`, and what the layer's output is added to."""
+    """Queries, keys and values, `(num_tokens, num_heads, head_dim)`, and what the layer's output is added to.
+
+    Queries are those of the tokens `wanted`, `(num_wanted,)`, or of all; `angles` are the cosines and sines of the
+    positions, `(num_tokens, 1, head_dim)` each.
+    """
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     shape = (-1, attention.head_dim)
     cos, sin = angles
@@ -139,31 +129,24 @@ def after_attention(layer: Any, attended: Tensor, residual: Tensor) -> Tensor:
 
 def _image_features(visual: Any, images: PackedImages) -> tuple[Tensor, list[Tensor]]:
     """`(num_visual_tokens, hidden_size)`, and as much again for each of DeepStack's layers."""
-    device = images.pixel_values.device
-    grid = images.grid_thw if device.type == "meta" else images.grid_thw.to(device)
-    with fast_vision(visual):
-        output = visual(images.pixel_values, grid_thw=grid, **_known_layout(visual, images))
-    return output.pooler_output, list(getattr(output, "deepstack_features", None) or [])
-
-
-def _known_layout(visual: Any, images: PackedImages) -> dict[str, Any]:
+    device, sequences = images.pixel_values.device, [images.sequences]
     known: dict[str, Any] = {
         "position_ids": images.patch_positions,
         "cu_seqlens": images.sequences.query_ends,
         "max_seqlen": images.sequences.max_queries,
-        "sequences": (images.sequences,),
+        "sequences": sequences,
     }
     if hasattr(visual, "window_size"):  # Qwen2.5-VL's, most of whose blocks see windows of an image
-        device, sizes = images.pixel_values.device, (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+        sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
         index, ends = get_vision_window_index(images.grid_thw, *sizes)
         windows = sequences_of(blocks_of_lengths(ends.diff().tolist())).to(device)
-        known |= {
-            "window_index": index.to(device),
-            "cu_window_seqlens": windows.query_ends,
-            "max_window_seqlen": windows.max_queries,
-            "sequences": (images.sequences, windows),
-        }
-    return known
+        known |= {"window_index": index.to(device), "cu_window_seqlens": windows.query_ends}
+        known["max_window_seqlen"] = windows.max_queries
+        sequences.append(windows)
+    grid = images.grid_thw if device.type == "meta" else images.grid_thw.to(device)
+    with fast_vision(visual):
+        output = visual(images.pixel_values, grid_thw=grid, **known)
+    return output.pooler_output, list(getattr(output, "deepstack_features", None) or [])
 
 
 @contextmanager
@@ -177,19 +160,16 @@ def fast_vision(visual: Any) -> Iterator[None]:
         # Hooks may put the weights together, or bring them to the device, when the projection itself is called.
         as_made = _is_as_made(projection) and "forward" not in vars(visual.patch_embed)
         if as_made and isinstance(projection, nn.Conv3d) and not hasattr(projection, "_hf_hook"):
-            # An attribute of the instance goes before the method of its class.
-            visual.patch_embed.forward = lambda patches: _embed_patches(projection, patches)
+
+            def embed(patches: Tensor) -> Tensor:
+                weight = projection.weight.flatten(1)  # which FSDP puts together only now
+                return linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
+
+            # A convolution whose kernel covers a patch and whose step is a patch is a product; torch's Conv3d was ten
+            # times slower in some releases. An attribute of the instance goes before the method of its class.
+            visual.patch_embed.forward = embed
             undo.callback(delattr, visual.patch_embed, "forward")
         yield
-
-
-def _embed_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:
-    """A convolution whose kernel covers a patch and whose step is a patch, as the product that it is.
-
-    torch's Conv3d was ten times slower in some releases.
-    """
-    weight = projection.weight.flatten(1)
-    return linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
 
 
 def _vision_attention(
@@ -209,7 +189,6 @@ __all__ = [
     "after_attention",
     "before_attention",
     "can_pack",
-    "decoder_layer",
     "fast_vision",
     "packed_states",
 ]

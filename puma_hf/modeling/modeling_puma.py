@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
@@ -81,30 +77,13 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
+# Whether a model that is made has the numbers that its layers have in the checkpoint that is read, so that dropped
+# ones are never read, whichever they are. No argument of the model, as a subclass may take a configuration alone.
 _of_checkpoint = ContextVar("of_checkpoint", default=False)
-
-
-@contextmanager
-def _numbered_as_in_checkpoint(yes: bool = True) -> Iterator[None]:
-    """Give the layers of models that are made meanwhile the numbers that they have in the checkpoint that is read.
-
-    So dropped layers are never read, whichever they are. It is no argument of the model, as a subclass may take a
-    configuration alone.
-    """
-    before = _of_checkpoint.set(yes)
-    try:
-        yield
-    finally:
-        _of_checkpoint.reset(before)
 
 
 class PumaModelMixin(_MixinBase):
     """What makes a backbone a PUMA model: loading without the dropped layers, and the `[RET]` embedding."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Not inherited: a class of the user's may be in a notebook, whose code no save can copy.
-        cls._auto_class = None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -130,23 +109,19 @@ class PumaModelMixin(_MixinBase):
         # AutoModel has read the configuration already, and passes that.
         cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
         return_loading_info = kwargs.pop("output_loading_info", False)
-        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        # Mismatches that are found are reported below, with a reason and a remedy.
-        always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        always = {"use_safetensors": True, "output_loading_info": True}
+        before = _of_checkpoint.set(cuts)
         try:
-            with _numbered_as_in_checkpoint(cuts):
-                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs | always)
-        except ImportError as error:
-            # AutoModel passes it within the configuration.
-            wanted = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
-            if not str(wanted).startswith("flash"):
-                raise
-            raise ImportError(
-                f"attn_implementation={wanted!r} needs flash-attn, which is not installed. "
-                "Run `pip install 'puma-hf[flash-attn]'`, or choose attn_implementation='sdpa'."
-            ) from error
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs | always)
+        finally:
+            _of_checkpoint.reset(before)
         model, info = loaded
-        _check_loaded(model, info, allow_mismatch, pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {})
+        # With an adapter the information is about its tensors, those of the base having been checked before.
+        if model._hf_peft_config_loaded and (missing := info["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} tensors of the adapter for {model.name_or_path!r} were not loaded (first: "
+                f"{min(missing)}). It is incomplete or of another base; if it is DoRA, run puma-hf merge."
+            )
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
         if cuts:
@@ -156,25 +131,25 @@ class PumaModelMixin(_MixinBase):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """That of transformers, which then tells of an adapter's tensors alone, and not of its base's."""
-        loading_info = super()._finalize_model_loading(model, load_config, loading_info)
-        model.__dict__.setdefault("_info_of_base", loading_info.to_dict())
-        return loading_info
+        """As in transformers, but a ValueError for tensors it would initialise at random, and tell of in a log.
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model as `PreTrainedModel.save_pretrained` does, with the code that opens it.
-
-        A subclass that was not given to `register_for_auto_class` is saved with the code of the class it is made
-        from, and `AutoModel` opens it as that; its own tensors are saved too.
+        Those that a subclass adds, such as a head, may be new.
         """
-        if self._auto_class is None:
-            source_class = _source_class(self)
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(source_class, save_directory)
-            name = f"{source_class.__module__.rpartition('.')[2]}.{source_class.__name__}"
-            config: Any = self.config
-            config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoModel": name}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if (wrong := sorted(loading_info.mismatched_keys)) and not load_config.ignore_mismatched_sizes:
+            name, found, needed = wrong[0]
+            first = f"{name}, {tuple(found)} instead of {tuple(needed)}"
+            has = f"{len(wrong)} tensors of another shape than its config.json says (first: {first})"
+            raise ValueError(f"{model.name_or_path!r} has {has}. Download it again.")
+        loading_info = super()._finalize_model_loading(model, load_config, loading_info)
+        if missing := set(loading_info.missing_keys):
+            source_class = next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
+            with torch.device("meta"):
+                missing &= set(source_class(model.config).state_dict())
+        if missing:
+            needed = f"tensors that a {model.config.source_name} with {model.config.num_kept_layers} layers needs"
+            found = f"{model.name_or_path!r} lacks {len(missing)} of the {needed} (first: {min(missing)})"
+            raise ValueError(f"{found}. Download it again, or choose another checkpoint.")
+        return loading_info
 
     def forward(
         self,
@@ -255,8 +230,7 @@ class PumaModel(PumaModelMixin, Qwen2VLModel):
     never read. `attn_implementation` takes "eager", "sdpa" or "flash_attention_2" as in any transformers model.
 
     Raises (from `from_pretrained`):
-        ValueError: If the checkpoint is not a Qwen2-VL, lacks a tensor, or has one of another shape.
-        ImportError: If "flash_attention_2" is asked for and flash-attn is not installed.
+        ValueError: If the checkpoint is not a Qwen2-VL, or lacks a tensor.
 
     Example:
 
@@ -297,45 +271,6 @@ class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
 MODEL_CLASSES: dict[Any, Any] = {
     model_class.config_class: model_class for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel)
 }
-
-
-def _source_class(model: Any) -> Any:
-    """The class of this file that a model is of, or that its class is made from."""
-    return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
-
-
-def _check_loaded(model: Any, info: dict[str, Any], allow_mismatch: bool, source: Any, adapter: dict[str, Any]) -> None:
-    """Raise a ValueError if tensors of the model, of the base below an adapter, or of the adapter were not loaded.
-
-    transformers would initialise them at random, and tell of it in a log. Those that a subclass adds may be new.
-    """
-    of_base = model.__dict__.pop("_info_of_base", info)
-    base, family = model.name_or_path, model.config_class.source_name  # what was asked for, or an adapter's base
-    if of_base["mismatched_keys"] and not allow_mismatch:
-        name, found, needed = sorted(of_base["mismatched_keys"])[0]
-        first = f"{name}, {tuple(found)} instead of {tuple(needed)}"
-        message = f"{base!r} has {len(of_base['mismatched_keys'])} tensors of another shape than its config.json says"
-        raise ValueError(f"{message} (first: {first}). Download the checkpoint again.")
-    if missing := set(of_base["missing_keys"]):
-        with torch.device("meta"), _numbered_as_in_checkpoint():
-            missing &= set(_source_class(model)(model.config).state_dict())
-    if missing:
-        needed = f"the tensors that a {family} with {model.config.num_kept_layers} layers needs"
-        message = f"{base!r} lacks {len(missing)} of {needed} (first: {', '.join(sorted(missing)[:3])})"
-        raise ValueError(f"{message}. Download the checkpoint again, or choose a {family} checkpoint.")
-    if info == of_base:
-        return
-    wrong = set(info["missing_keys"]) - set(of_base["missing_keys"])
-    wrong |= set() if allow_mismatch else {name for name, *_ in info["mismatched_keys"]}
-    if wrong:
-        # AutoModel passes the base, and the adapter's own place among the options.
-        place = str(adapter.get("_adapter_model_path") or source)
-        remedy = "It is incomplete or belongs to another base: copy it again, or train it again."
-        if any("lora_magnitude_vector" in name for name in wrong):
-            remedy = "transformers cannot load DoRA: use peft.PeftModel.from_pretrained, or puma-hf merge."
-        raise ValueError(
-            f"{len(wrong)} tensors of the adapter {place!r} were not loaded (first: {min(wrong)}). {remedy}"
-        )
 
 
 __all__ = ["PumaModel", "PumaModelOutput", "PumaQwen3VLModel", "PumaQwen25VLModel", "last_token_state"]

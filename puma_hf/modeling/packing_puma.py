@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -51,21 +51,14 @@ class PackedBatch:
 
     parts: tuple[PackedPart, ...]
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that the decoder computes."""
-        return sum(len(part.input_ids) for part in self.parts)
-
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on a device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        parts = (mapped(part, lambda tensor: tensor.to(device, non_blocking=non_blocking)) for part in self.parts)
+        return PackedBatch(tuple(parts))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory, from where a GPU copies it while it computes."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        return PackedBatch(tuple(mapped(part, change) for part in self.parts))
+        return PackedBatch(tuple(mapped(part, Tensor.pin_memory) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -76,26 +69,11 @@ class Packer:
         processor: A `PumaProcessor`.
         options: How it is called: `prompt`, `max_length`, `split_special_tokens`, `images_kwargs`.
         layout: Options of `pack`; `None` leaves the padding in.
-
-    Example:
-
-    ```python
-    >>> model = SentenceTransformer("puma-demo", trust_remote_code=True)  # doctest: +SKIP
-    >>> batch = model[0].packer("Find the drawing.")(["a red apple", "a green one"])  # doctest: +SKIP
-    >>> with torch.inference_mode():  # doctest: +SKIP
-    ...     model[0].embed_batch(batch)["sentence_embedding"].shape
-    torch.Size([2, 1536])
-    ```
     """
 
     processor: Any
     options: Mapping[str, Any]
     layout: Mapping[str, Any] | None
-
-    @property
-    def packing(self) -> bool:
-        """Whether it takes the padding out."""
-        return self.layout is not None
 
     def __call__(self, inputs: Sequence[Any]) -> PackedBatch | dict[str, Any]:
         """What `embed_batch` takes; see `PumaProcessor.process_inputs` for the inputs, and for errors."""
@@ -110,17 +88,13 @@ class Packer:
         if self.layout is None or features.get("pixel_values_videos") is not None:
             return features
         mask = features.get("attention_mask")
-        mask = None if mask is None else mask.cpu()  # read twice, and brought from the device once
-        if mask is not None and _has_holes(mask):
-            return features
+        if mask is not None:
+            mask = mask.cpu()  # read twice, and brought from the device once
+            kept = mask.bool()
+            runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(dim=1)
+            if (runs != 1).any():  # positions count what is masked between tokens, packing would not
+                return features
         return pack({**features, "attention_mask": mask}, **self.layout)
-
-
-def _has_holes(mask: Tensor) -> bool:
-    """Whether tokens are masked between others, or all of an input's: positions count those, packing would not."""
-    kept = mask.bool()
-    runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(dim=1)
-    return bool((runs != 1).any())
 
 
 def pack(
@@ -168,9 +142,15 @@ def pack(
     lengths = [len(row) for row in rows]
     grids = features.get("image_grid_thw")
     grids = torch.empty((0, 3), dtype=torch.long) if grids is None else grids.cpu()
-    positions, first_images = _all_positions(rows, grids, image_token_id, merge_size)
-    if sequential:
-        positions = [_counted(length) for length in lengths]
+    merged = (grids // torch.tensor([1, merge_size, merge_size])).tolist()
+    positions, first_images = [], [0]
+    for row in rows:
+        found, count = mrope_positions(row == image_token_id, merged[first_images[-1] :])
+        positions.append(np.broadcast_to(np.arange(len(row)), (3, len(row))) if sequential else found)
+        first_images.append(first_images[-1] + count)
+    if first_images[-1] != len(merged):
+        message = f"The inputs' tokens belong to {first_images[-1]} images, but image_grid_thw has {len(merged)}."
+        raise ValueError(f"{message} Make the features with PumaProcessor.process_inputs.")
     groups = group_by_prefix(rows, [_head_length(row, image_token_id) for row in rows])
     pixels = features["pixel_values"].split(grids.prod(dim=1).tolist()) if len(grids) else ()
     parts = []
@@ -185,9 +165,15 @@ def pack(
         wanted = [image for row in order for image in range(first_images[row], first_images[row + 1])]
         images = None
         if wanted:
-            pixel_values = torch.cat([pixels[image] for image in wanted]).to(dtype)
-            token_index = (input_ids == image_token_id).nonzero().flatten()
-            images = _images(pixel_values, grids[wanted], token_index, merge_size)
+            own = grids[wanted]
+            frames = [height * width for time, height, width in own.tolist() for _ in range(time)]
+            images = PackedImages(
+                pixel_values=torch.cat([pixels[image] for image in wanted]).to(dtype),
+                grid_thw=own,
+                patch_positions=get_vision_position_ids(own, merge_size),
+                token_index=(input_ids == image_token_id).nonzero().flatten(),
+                sequences=sequences_of(blocks_of_lengths(frames)),
+            )
         parts.append(
             PackedPart(
                 rows=tuple(order),
@@ -200,12 +186,6 @@ def pack(
             )
         )
     return PackedBatch(tuple(parts))
-
-
-def _images(pixel_values: Tensor, grids: Tensor, token_index: Tensor, merge_size: int) -> PackedImages:
-    frames = [height * width for time, height, width in grids.tolist() for _ in range(time)]
-    places = get_vision_position_ids(grids, merge_size)
-    return PackedImages(pixel_values, grids, places, token_index, sequences_of(blocks_of_lengths(frames)))
 
 
 # --- shared prefixes
@@ -228,25 +208,15 @@ def group_by_prefix(rows: Sequence[np.ndarray], head_lengths: Sequence[int]) -> 
 
     Returns:
         Groups that hold every sequence once.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from puma_hf.modeling.packing_puma import group_by_prefix
-
-    >>> instruction = list(range(20))
-    >>> rows = [np.array([*instruction, 50 + number, 99]) for number in range(3)]
-    >>> group_by_prefix(rows, [len(row) - 1 for row in rows])
-    [Group(rows=[0, 1, 2], prefix_length=20)]
-    ```
     """
     # Big-endian bytes sort as the tokens do, so sequences with a common beginning become neighbours.
     heads = [row[:length] for row, length in zip(rows, head_lengths, strict=True)]
     groups: list[Group] = []
     for row in sorted(range(len(rows)), key=lambda number: heads[number].astype(">i8").tobytes()):
         members, length = groups[-1] if groups else ([], 0)
-        common = min(length, _common_length(heads[members[0]], heads[row])) if members else 0
+        common = min(length, len(heads[row]))
+        if members and not (equal := heads[members[0]][:common] == heads[row][:common]).all():
+            common = int(equal.argmin())
         # A neighbour joins unless what it saves is less than what the others lose by a shorter prefix.
         if common >= _SHORTEST_PREFIX and len(members) * common >= (len(members) - 1) * length:
             members.append(row)
@@ -257,12 +227,6 @@ def group_by_prefix(rows: Sequence[np.ndarray], head_lengths: Sequence[int]) -> 
     shared = [group for group in groups if (len(group.rows) - 1) * group.prefix_length > _LEAST_SAVED]
     alone = sorted(set(range(len(rows))).difference(*(group.rows for group in shared)))
     return ([Group(alone, 0)] if alone else []) + [Group(sorted(members), length) for members, length in shared]
-
-
-def _common_length(first: np.ndarray, second: np.ndarray) -> int:
-    shorter = min(len(first), len(second))
-    differs = np.flatnonzero(first[:shorter] != second[:shorter])
-    return int(differs[0]) if len(differs) else shorter
 
 
 def _head_length(row: np.ndarray, image_token_id: int) -> int:
@@ -312,28 +276,6 @@ def _lay_out(groups: Sequence[Group], lengths: Sequence[int]) -> tuple[Sequences
     return sequences_of(blocks), sequences_of(last)
 
 
-def _all_positions(
-    rows: Sequence[np.ndarray], grids: Tensor, image_token_id: int, merge_size: int
-) -> tuple[list[np.ndarray], list[int]]:
-    """M-RoPE positions `(3, sequence_length)` of each input, and which is its first image, with the end of all."""
-    merged = (grids // torch.tensor([1, merge_size, merge_size])).tolist()
-    positions: list[np.ndarray] = []
-    firsts = [0]
-    for row in rows:
-        found, count = mrope_positions(row == image_token_id, merged[firsts[-1] :])
-        positions.append(found)
-        firsts.append(firsts[-1] + count)
-    if firsts[-1] != len(merged):
-        message = f"The inputs' tokens belong to {firsts[-1]} images, but image_grid_thw has {len(merged)}."
-        raise ValueError(f"{message} Make the features with PumaProcessor.process_inputs.")
-    return positions, firsts
-
-
-def _counted(length: int) -> np.ndarray:
-    """Positions that count every token."""
-    return np.broadcast_to(np.arange(length), (3, length))
-
-
 def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
     """Positions in time, height and width of an input's tokens, as transformers' `get_rope_index` has them.
 
@@ -361,7 +303,7 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
     Source: M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
     if not is_image.any():
-        return _counted(len(is_image)), 0
+        return np.broadcast_to(np.arange(len(is_image)), (3, len(is_image))), 0
     positions = np.empty((3, len(is_image)), dtype=np.int64)
     place, start, count = 0, 0, 0
     while place < len(is_image):

@@ -7,14 +7,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
+from PIL import Image
+from transformers import BatchFeature, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import cached_file
 
@@ -22,12 +21,9 @@ from .inputs_puma import (
     MODALITY_IDS,
     ROLES,
     SPECIAL_TOKEN_REMEDY,
-    holds_inputs,
-    media_of,
-    modality_of_messages,
+    items_of,
+    modality_of,
     read_frames,
-    shown,
-    text_items,
     to_messages,
     video_part,
 )
@@ -41,9 +37,9 @@ RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
 _LENGTH_REMEDY = (
-    "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels (distill, train), "
+    "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
-    "(encode; pixels), max_length and images_kwargs (process_inputs)."
+    "in encode."
 )
 
 
@@ -105,18 +101,6 @@ def reading_of(name: str) -> Reading:
     return READINGS[name]
 
 
-def _one_text(messages: list[dict[str, Any]], to_sentence: Callable[[str], str]) -> list[dict[str, Any]]:
-    """The messages whose instruction stands before the first text, without a system turn, as sentences."""
-    instruction = to_sentence(" ".join(item["text"] for item in text_items(messages, ("system",))))
-    turns = [message for message in messages if message["role"] != "system"]
-    if instruction and not text_items(turns):
-        turns[-1]["content"].append({"type": "text", "text": ""})
-    for number, item in enumerate(text_items(turns)):
-        joined = f"{instruction}\n{item['text']}" if instruction and number == 0 else item["text"]
-        item["text"] = to_sentence(joined)
-    return turns
-
-
 # --- the processor
 
 
@@ -175,21 +159,20 @@ class PumaProcessor(Qwen2VLProcessor):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a processor, with the prompts of its directory, which a save writes again."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        processor.sentence_transformers_settings = _read_settings(pretrained_model_name_or_path, kwargs)
-        return loaded
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        place: dict[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        place |= {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
+        path = cached_file(pretrained_model_name_or_path, SETTINGS_FILE, **place)
+        if path is not None:
+            processor.sentence_transformers_settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        return processor
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it.
-
-        Raises:
-            FileNotFoundError: If the code of the SentenceTransformer module is not beside the processor's.
-        """
+        """Save the processor, and what makes its directory a SentenceTransformer once a model joins it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = self.sentence_transformers_settings
-        write_sentence_transformers_files(folder, None, settings=settings, overwrite=False)
+        write_sentence_transformers_files(folder, self.sentence_transformers_settings, overwrite=False)
         saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         if push_to_hub:  # transformers would upload what it wrote itself, and mean pooling would be read from the rest
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -204,7 +187,7 @@ class PumaProcessor(Qwen2VLProcessor):
         for prompt in [text] if isinstance(text, str) else text or ():
             if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
                 raise ValueError(
-                    f"The prompt {shown(prompt)} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
+                    f"The prompt {prompt!r:.80} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
                     "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
                 )
         batch: BatchFeature = super().__call__(images=images, text=text, videos=videos, **kwargs)
@@ -252,25 +235,32 @@ class PumaProcessor(Qwen2VLProcessor):
                 token, or if its images alone exceed `max_length`.
             ImportError: If a video is passed and torchvision is not installed, or a video file without PyAV.
         """
-        if not holds_inputs(inputs):
+        # A table of pandas would yield the names of its columns.
+        is_one = isinstance(inputs, str | bytes | Mapping | set | Image.Image) or hasattr(inputs, "columns")
+        if is_one or not isinstance(inputs, Iterable):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         images_kwargs = self._image_options(images_kwargs)
-        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        pattern = _pattern_of(tuple(special))
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        pattern = re.compile("|".join(map(re.escape, special)))
         texts, images, videos, modalities, counts = [], [], [], [], []
         for index, item in enumerate(inputs):
-            where = f"inputs[{index}]"
-            messages = to_messages(item, prompt, where)
-            _check_special_tokens(messages, pattern, split_special_tokens, where)
-            modalities.append(MODALITY_IDS[modality_of_messages(messages)])
-            messages, media = self._as_read(messages), media_of(messages)
-            videos += [self._read_video(video, where) for video in media["video"]]
-            texts.append(self._render(messages, media["image"], limit, images_kwargs, where))
-            images += media["image"]
-            counts.append((len(media["image"]), len(media["video"])))
+            try:
+                messages = to_messages(item, prompt)
+                _check_special_tokens(messages, pattern, split_special_tokens)
+                own_images = [part["image"] for part in items_of(messages, "image")]
+                own_videos = [part["video"] for part in items_of(messages, "video")]
+                has_text = bool(items_of(messages, "text", ROLES[1:]))
+                modalities.append(MODALITY_IDS[modality_of(has_text, bool(own_images), bool(own_videos))])
+                videos += [self._read_video(video) for video in own_videos]
+                texts.append(self._render(self._as_read(messages), own_images, limit, images_kwargs))
+            except (ValueError, FileNotFoundError, ImportError) as error:
+                kind = next(kind for kind in (FileNotFoundError, ImportError, ValueError) if isinstance(error, kind))
+                raise kind(f"inputs[{index}]: {error}") from error
+            images += own_images
+            counts.append((len(own_images), len(own_videos)))
         facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
         batch = self(
             text=texts,
@@ -302,62 +292,62 @@ class PumaProcessor(Qwen2VLProcessor):
         reading = reading_of(self.reading)
         if reading.to_sentence is None:
             return messages
-        messages, most = _one_text(messages, reading.to_sentence), reading.max_text_tokens
-        for item in text_items(messages):
+        # The instruction stands before the first text, in the user's turn.
+        said = [item["text"] for item in items_of(messages, "text", ("system",))]
+        instruction = reading.to_sentence(" ".join(said))
+        turns = [message for message in messages if message["role"] != "system"]
+        if instruction and not items_of(turns, "text"):
+            turns[-1]["content"].append({"type": "text", "text": ""})
+        most = reading.max_text_tokens
+        for number, item in enumerate(items_of(turns, "text")):
+            joined = f"{instruction}\n{item['text']}" if instruction and number == 0 else item["text"]
+            item["text"] = reading.to_sentence(joined)
             # A byte is at most one token: what fits in bytes needs no counting, here and in `_render`.
             if most is not None and len(item["text"].encode()) > most:
                 excess = self._num_text_tokens(item["text"]) - most
                 item["text"] = self._drop_last_tokens(item["text"], excess) if excess > 0 else item["text"]
-        return messages
+        return turns
 
-    def _read_video(self, video: Any, where: str) -> tuple[np.ndarray, float | None]:
+    def _read_video(self, video: Any) -> tuple[np.ndarray, float | None]:
         if not self._takes_video:
-            message = "of PUMA's models only those cut from Qwen2-VL take videos. Pass some frames as {'image': [...]}."
-            raise ValueError(f"{where}: {message}")
+            raise ValueError("only PUMA models cut from Qwen2-VL take videos. Pass some frames as {'image': [...]}.")
         if isinstance(self.video_processor, Mapping):
-            raise ImportError(f"{where}: video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
-        return read_frames(video, where)
+            raise ImportError("video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
+        return read_frames(video)
 
     def _render(
-        self, messages: list[dict[str, Any]], images: list[Any], limit: int, images_kwargs: dict[str, Any], where: str
+        self, messages: list[dict[str, Any]], images: list[Any], limit: int, images_kwargs: dict[str, Any]
     ) -> str:
         """The prompt of one conversation, its last text shortened until the whole fits into `limit` tokens."""
-        visual = self._num_visual_tokens(images, images_kwargs)
+        size, count_patches = images_kwargs["size"], self.image_processor.get_number_of_image_patches
+        options = {**images_kwargs, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        patches = sum(count_patches(image.height, image.width, options) for image in images)
+        visual = int(patches // self.image_processor.merge_size**2)
         rendered = str(self.apply_chat_template(messages, tokenize=False))
         if visual + len(rendered.encode()) <= limit:
             return rendered
-        texts = text_items(messages, ROLES[1:])
+        texts = items_of(messages, "text", ROLES[1:])
         while (excess := visual + self._num_text_tokens(rendered) - limit) > 0:
             shortened = self._drop_last_tokens(texts[-1]["text"], excess) if texts else ""
             if not shortened:
                 needs = f"it needs more than max_length={limit} tokens ({visual} of them for images)"
-                raise ValueError(f"{where}: without the text that may be cut {needs}. {_LENGTH_REMEDY}")
+                raise ValueError(f"without the text that may be cut {needs}. {_LENGTH_REMEDY}")
             texts[-1]["text"] = shortened
             rendered = str(self.apply_chat_template(messages, tokenize=False))
         return rendered
 
     def _image_options(self, images_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         """Complete `size` with the image processor's own, so that tokens are counted as images are cut."""
-        options = dict(images_kwargs or {})
-        default = self.image_processor.size
-        size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.pop("size", {})
-        for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            size[edge] = options.pop(old_name, size[edge])
+        options, default = images_kwargs or {}, self.image_processor.size
+        size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.get("size", {})
         if size["longest_edge"] < size["shortest_edge"]:
-            edges = f"longest_edge={size['longest_edge']} (max_pixels), less than shortest_edge={size['shortest_edge']}"
-            raise ValueError(f"The image size has {edges} (min_pixels). Pass both, or a larger longest_edge.")
+            edges = f"longest_edge={size['longest_edge']}, less than shortest_edge={size['shortest_edge']}"
+            raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge.")
         return {**options, "size": size}
 
     def _num_text_tokens(self, rendered: str) -> int:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return len(ids) - ids.count(self.image_token_id)
-
-    def _num_visual_tokens(self, images: list[Any], images_kwargs: dict[str, Any]) -> int:
-        size = images_kwargs["size"]
-        pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        count_patches = self.image_processor.get_number_of_image_patches
-        patches = (count_patches(image.height, image.width, {**images_kwargs, **pixels}) for image in images)
-        return int(sum(patches) // self.image_processor.merge_size**2)
 
     def _drop_last_tokens(self, text: str, count: int) -> str:
         # Not verbose: a warning about a text that is too long would be wrong for one that is about to be cut.
@@ -373,65 +363,21 @@ class PumaImageTextProcessor(PumaProcessor):
     _takes_video = False
 
 
-@lru_cache(maxsize=8)
-def _pattern_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-
-
-def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool, where: str) -> None:
+def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool) -> None:
     """Refuse, or with `split` break up in place, special tokens inside the user's text."""
-    for item in text_items(messages):
-        if (found := pattern.search(item["text"])) and not split:
-            token, text = found.group(), shown(item["text"])
-            raise ValueError(f"{where}: the text contains the special token {token!r}: {text}. {SPECIAL_TOKEN_REMEDY}")
-        item["text"] = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], item["text"])
-
-
-class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
-    """What `pipeline("feature-extraction", model=directory, trust_remote_code=True)` runs; `config.json` names it.
-
-    transformers' own reads a text without the chat template, and gives the states of all tokens. This one takes what
-    [`~PumaProcessor.process_inputs`] takes, and gives the embedding, `(1, embedding_dim)`, of each input; options of
-    `process_inputs` go into `tokenize_kwargs`.
-    """
-
-    _load_tokenizer = False
-    _load_processor = True
-
-    # The signatures of transformers' own classes differ from each other.
-    def preprocess(self, inputs: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        return dict(self.processor.process_inputs([inputs], **options))  # type: ignore[union-attr]
-
-    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:  # type: ignore[override]
-        embeddings = model_outputs["embeddings"]
-        return embeddings if return_tensors else embeddings.tolist()
-
-
-PIPELINES = {
-    "feature-extraction": {"impl": f"processing_puma.{PumaFeatureExtractionPipeline.__name__}", "pt": ["AutoModel"]}
-}
+    for part in items_of(messages, "text"):
+        text = part["text"]
+        if (found := pattern.search(text)) and not split:
+            raise ValueError(
+                f"the text contains the special token {found.group()!r}: {text!r:.80}. {SPECIAL_TOKEN_REMEDY}"
+            )
+        part["text"] = pattern.sub(lambda token: token.group()[0] + " " + token.group()[1:], text)
 
 
 # --- the files that make a directory a SentenceTransformer
 
 
-def _read_settings(source: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Prompts and other settings that a directory or Hub repository has for SentenceTransformer, or `None`."""
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    place = {name: options[name] for name in names if options.get(name) is not None}
-    # cached_file then answers None, not with an error.
-    quiet = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors", "gated_repo")}
-    path = cached_file(source, SETTINGS_FILE, **place, **quiet)
-    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def write_sentence_transformers_files(
-    folder: Path,
-    prompts: Mapping[str, str] | None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    overwrite: bool = True,
-) -> None:
+def write_sentence_transformers_files(folder: Path, settings: Mapping[str, Any] | None, overwrite: bool = True) -> None:
     """Write what `SentenceTransformer(folder, trust_remote_code=True)` needs beside transformers' files.
 
     Without these files SentenceTransformer opens a directory too, but averages all tokens instead of reading
@@ -439,17 +385,13 @@ def write_sentence_transformers_files(
 
     Args:
         folder: The directory.
-        prompts: Named instructions for `encode(prompt_name=...)`; with `None` those of `settings`.
-        settings: What the directory that the processor came from has in `config_sentence_transformers.json`. Without
-            prompts and settings that file is not written.
+        settings: Of SentenceTransformer, such as `prompts`, the named instructions for `encode(prompt_name=...)`;
+            `None` writes no file of them.
         overwrite: Whether to replace files that are there already.
     """
     module_file = Path(__file__).with_name(MODULE_FILE)
-    if not module_file.is_file():
-        raise FileNotFoundError(f"{module_file} is missing, without which {folder} is no SentenceTransformer. Copy it.")
     output = {"method": "forward", "method_output_name": "embeddings"}
     kinds = ("text", "image", "image+text", "video", "video+text")
-    packages = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
     files: dict[str, Any] = {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": f"{module_file.stem}.PumaTransformer"}],
         "sentence_bert_config.json": {
@@ -459,26 +401,12 @@ def write_sentence_transformers_files(
             "unpad_inputs": False,
         },
     }
-    if prompts is not None or settings is not None:
-        files[SETTINGS_FILE] = {
-            "model_type": "SentenceTransformer",
-            "prompts": {},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-            **(settings or {}),
-            "__version__": {name: _version(package) for name, package in packages.items()},
-            **({} if prompts is None else {"prompts": dict(prompts)}),
-        }
+    if settings is not None:
+        usual: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        files[SETTINGS_FILE] = {"model_type": "SentenceTransformer", **usual, **settings}
     for name, content in files.items():
         if overwrite or not (folder / name).exists():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for source in (module_file, *map(Path, get_relative_import_files(module_file))):
         if overwrite or not (folder / source.name).exists():
             shutil.copyfile(source, folder / source.name)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -118,7 +118,7 @@ def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) ->
     set_limits(processor, **read_limits(adapter))
     processor.save_pretrained(folder)
     # Prompts belong to the base: training neither reads nor changes them.
-    write_sentence_transformers_files(folder, read_config(base, "config_sentence_transformers.json")["prompts"])
+    write_sentence_transformers_files(folder, read_config(base, "config_sentence_transformers.json"))
     if (base / "README.md").is_file():
         rank = read_config(adapter, ADAPTER_CONFIG)["r"]
         note = f"A LoRA adapter of rank {rank} was trained and merged into the weights."

@@ -25,9 +25,9 @@ from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
 from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
-from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY, shown
+from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY
 from puma_hf.pruning import read_limits, set_limits
-from puma_hf.settings import config_text, nearest, processing_of
+from puma_hf.settings import config_text, nearest, processing_of, shown
 from puma_hf.trainer.checkpoints_puma import CHECKPOINT_NAME, last_whole_checkpoint
 from puma_hf.trainer.distillation import PumaDistillationTrainer
 from puma_hf.trainer.lora_puma import (

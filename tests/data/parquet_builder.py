@@ -43,8 +43,8 @@ def write_copy(
     """The copy of a task.
 
     - mrbench: query, corpus (split "corpus") and qrels; images as datasets.Image; two files of the corpus; "_id".
-    - mteb: queries, corpus and default (in data/), all with the split "test", as its card says; images as structs
-      of bytes; "id"; no modality, and texts that are "" instead of null.
+    - mteb: queries, corpus and default (in data/), all with the split "test"; images as structs of bytes; "id"; no
+      modality, and texts that are "" instead of null.
     """
     folder = parent / f"mbeir_{MBEIRTask(task, builder.DATASET).name}"
     corpus, queries, qrels = read_tables(root, task)
@@ -70,7 +70,6 @@ def write_copy(
         for name, rows in (("corpus", corpus), ("queries", queries)):
             write_table(folder / name / "test-00000-of-00001.parquet", rows, content)
         write_table(folder / "data" / "test-00000-of-00001.parquet", qrels, _qrels(datasets.Value("float64")))
-        (folder / "README.md").write_text(_CARD, encoding="utf-8")
     return folder
 
 
@@ -86,9 +85,3 @@ def _qrels(score: Any) -> dict[str, Any]:
 
 def _image(root: Path, img_path: str | None) -> Row | None:
     return None if img_path is None else {"bytes": (root / img_path).read_bytes(), "path": None}
-
-
-_CARD = "---\nconfigs:\n"
-for _name, _folder in (("corpus", "corpus"), ("default", "data"), ("queries", "queries")):
-    _CARD += f"- config_name: {_name}\n  data_files:\n  - split: test\n    path: {_folder}/test-*\n"
-_CARD += "---\n# A copy\n"

@@ -155,7 +155,7 @@ def task(number: int) -> MBEIRTask:
 
 def test_splits_and_files_that_are_missing(root: Path, tmp_path: Path) -> None:
     folder = write_copy(root, tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match=r"of the split 'val' there are no files, only \['test'\]\. Ask"):
+    with pytest.raises(FileNotFoundError, match=r"of the split 'val' there are no files, only .*\. Ask"):
         mbeir_hub.copy_files(folder, "queries", "val")
     (folder / "corpus" / "corpus-00001-of-00002.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"of the corpus .* there are 1 of 2 files\. .* download it again"):

@@ -101,9 +101,7 @@ def varlen_by_its_documentation(
 
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = frozenset(inspect.signature(varlen_by_its_documentation).parameters)
     monkeypatch.setattr(attention_puma, "varlen_attn", varlen_by_its_documentation)
-    monkeypatch.setattr(attention_puma, "_VARLEN_OPTIONS", options)
 
 
 LAST = (Block(2, 1, 4, 0, 3, 0, 3), Block(1, 1, 2, 2, 11))  # one query of each sequence
@@ -153,7 +151,7 @@ class OnCuda:
         ({}, 128, torch.float32, False),
         ({"capability": (7, 5)}, 128, torch.bfloat16, False),
         ({"built": False}, 128, torch.bfloat16, False),
-        ({"options": {"scale", "window_size"}}, 128, torch.bfloat16, False),  # torch 2.11
+        ({"kernel": lambda scale, window_size: None}, 128, torch.bfloat16, False),  # torch 2.11
         ({}, 12, torch.bfloat16, False),
     ],
 )
@@ -163,8 +161,8 @@ def test_gpus_and_heads_that_take_the_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said.get("capability", (8, 0)))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: said.get("built", True))
     monkeypatch.setattr(torch.version, "hip", None)
-    if "options" in said:
-        monkeypatch.setattr(attention_puma, "_VARLEN_OPTIONS", said["options"])
+    if "kernel" in said:
+        monkeypatch.setattr(attention_puma, "varlen_attn", said["kernel"])
     taken = object()
     monkeypatch.setattr(attention_puma, "_varlen", lambda *args: taken)
     attention_puma._has_varlen.cache_clear()

@@ -23,9 +23,8 @@ from puma_hf.modeling import inputs_puma
 from puma_hf.modeling.inputs_puma import (
     is_image_name,
     is_image_reference,
+    items_of,
     load_rgb_image,
-    media_of,
-    modality_of_messages,
     read_frames,
     to_messages,
 )
@@ -50,8 +49,7 @@ def test_a_dict_and_a_chat_become_the_same_messages() -> None:
         {"role": "system", "content": [{"type": "text", "text": "Find it."}]},
         {"role": "user", "content": [{"type": "text", "text": "in green"}]},
     ]
-    assert to_messages(said, None, "x") == to_messages(chat, "ignored", "x") == expected
-    assert modality_of_messages(expected) == "text"  # the instruction is no part of it
+    assert to_messages(said) == to_messages(chat, "ignored") == expected
 
 
 PNG = encoded(BASE)
@@ -61,19 +59,19 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 @pytest.mark.parametrize(
     "item",
     [
-        {"type": "image", "image": io.BytesIO(PNG), "text": None},
+        {"type": "image", "image": PNG, "text": None},
         {"type": "image", "url": URI},
         {"type": "image", "base64": base64.b64encode(PNG).decode()},
         {"type": "image", "base64": URI},
         {"type": "image_url", "image_url": URI},
-        {"type": "image_url", "image_url": {"url": URI, "detail": "auto"}},
+        {"type": "image_url", "image_url": {"url": URI, "detail": "low"}},
     ],
 )
 def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
-    messages = to_messages([{"role": "user", "content": [item, {"type": "text", "text": "apple"}]}], None, "x")
-    (image,) = media_of(messages)["image"]
-    assert np.array_equal(np.asarray(image), np.asarray(BASE))
-    assert modality_of_messages(messages) == "image,text"
+    messages = to_messages([{"role": "user", "content": [item, {"type": "text", "text": "apple"}]}])
+    (image,) = items_of(messages, "image")
+    assert np.array_equal(np.asarray(image["image"]), np.asarray(BASE))
+    assert [text["text"] for text in items_of(messages, "text")] == ["apple"]
 
 
 # --- where an image may come from
@@ -87,7 +85,6 @@ def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
         lambda path: path,
         lambda path: path.as_uri().replace("file://", "file://localhost"),
         lambda path: path.read_bytes(),
-        lambda path: io.BytesIO(path.read_bytes()),
         lambda path: URI,
         lambda path: {"bytes": path.read_bytes(), "path": None},
         lambda path: {"bytes": None, "path": str(path)},
@@ -226,24 +223,22 @@ def test_odd_exif_is_no_reason_to_refuse_an_image(kind: str, entry: bytes | None
 # --- what is refused
 
 
-NO_IMAGE = r"is not an image. Pass a PIL image, a path, a URL, bytes or a uint8"
-NOT_RGB = r"an object of type (ndarray|Tensor) of .* is not an image\. Pass .* a uint8 array \(height, width, 3\)"
+NO_IMAGE = r"it is no PIL image, path, URL, bytes or uint8 array \(height, width, 3\)"
+ARRAYS = [np.zeros(shape, np.uint8) for shape in ((4, 4), (3, 4, 4), (0, 4, 3))]
 REFUSED: list[tuple[Any, str]] = [
-    (Image.new("RGB", (201, 1)), r"cell: an image of 201 x 1 pixels is 201 times .*at most 200. Crop it or pad"),
-    (Image.new("RGB", (0, 5)), r"is empty \(0 x 5 pixels\). .*replace it or leave"),
-    (Image.new("I", (2, 2)), r"mode 'I' has no known value range. Scale it to 0-255"),
-    (b"no image", "a bytes object of length 8 cannot be read as an image .*replace it or leave it out"),
-    ("a\0.png", r"cell: .* cannot be read as an image .*null byte"),
-    ("data:image/png;base64,AAAA", "cannot be read as an image"),
-    *((value, NO_IMAGE) for value in (None, object(), {"path": None, "bytes": None})),
-    *((np.zeros(shape, np.uint8), NOT_RGB) for shape in ((4, 4), (3, 4, 4), (0, 4, 3))),
-    (torch.zeros((4, 4, 3)), NOT_RGB),
+    (Image.new("RGB", (201, 1)), r"it has 201 x 1 pixels, neither side may be 0, or more than 200 times the other"),
+    (Image.new("RGB", (0, 5)), r"it has 0 x 5 pixels"),
+    (Image.new("I", (2, 2)), r"mode 'I' has no known range of values: scale it to 0-255"),
+    (b"no image", "cannot identify image file"),
+    ("a\0.png", "embedded null byte"),
+    ("data:image/png;base64,AAAA", "cannot identify"),
+    *((value, NO_IMAGE) for value in (None, object(), {"path": None, "bytes": None}, torch.zeros((4, 4, 3)), *ARRAYS)),
 ]
 
 
 @pytest.mark.parametrize(("image", "message"), REFUSED)
 def test_what_cannot_be_read_is_refused(image: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=rf"cell: .* cannot be read as an image \({message}.*Replace it or") as caught:
         load_rgb_image(image, "cell")
     assert "object at 0x" not in str(caught.value)
 
@@ -251,19 +246,10 @@ def test_what_cannot_be_read_is_refused(image: Any, message: str) -> None:
 def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     (tmp_path / "cut.png").write_bytes(encoded(Image.fromarray(noise))[:1500])
-    with pytest.raises(ValueError, match=r"input: '.*cut.png' cannot be read .*cut off .*replace it"):
+    with pytest.raises(ValueError, match=r"^'.*cut.png' cannot be read .*truncated"):
         load_rgb_image(tmp_path / "cut.png")
     with pytest.raises(FileNotFoundError, match=r"inputs\[2\]: no image file at '.*gone.png'. Check the path"):
         load_rgb_image(str(tmp_path / "gone.png"), "inputs[2]")
-
-
-def test_whatever_a_decoder_raises_names_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any) -> None:
-        raise SyntaxError("broken")
-
-    monkeypatch.setattr(Image.Image, "load", fail)
-    with pytest.raises(ValueError, match=r"row 5: an object of type Image cannot be read .*broken"):
-        load_rgb_image(BASE, "row 5")
 
 
 # --- videos; what runs them is where torchvision and PyAV are installed (bash .ci/torchvision)
@@ -288,34 +274,33 @@ def video_file(path: Path, container: str) -> Path:
 def test_all_frames_of_a_file_are_read(tmp_path: Path, container: str) -> None:
     path = video_file(tmp_path / "clip", container)
     for video in (path, str(path), path.read_bytes()):
-        frames, fps = read_frames(video, "it")
+        frames, fps = read_frames(video)
         assert (frames.shape, fps) == (FRAMES.shape, 2)
         assert np.abs(frames.mean(axis=(1, 2, 3)) - FRAMES.mean(axis=(1, 2, 3))).max() < 5
-    with pytest.raises(ValueError, match=r"inputs\[2\]: the video 'missing.mp4' cannot be read \(.+\)\. Pass a file"):
-        read_frames("missing.mp4", "inputs[2]")
+    with pytest.raises(ValueError, match=r"the video 'missing.mp4' cannot be read \(.+\)\. Pass a file"):
+        read_frames("missing.mp4")
 
 
 def test_frames_are_taken_as_they_are() -> None:
     pictures = [Image.fromarray(frame) for frame in FRAMES]
     for video in (FRAMES, torch.from_numpy(FRAMES), pictures, list(FRAMES)):
-        frames, fps = read_frames(video, "it")
+        frames, fps = read_frames(video)
         assert (frames == FRAMES).all()
         assert fps is None
-        messages = to_messages({"video": video}, None, "it")  # a list of pictures is one video
-        assert len(media_of(messages)["video"]) == 1
+        assert len(items_of(to_messages({"video": video}), "video")) == 1  # a list of images is one video
 
 
 def test_a_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_puma, "is_av_available", lambda: False)
-    with pytest.raises(ImportError, match=r"inputs\[2\]: a video file needs PyAV.*pip install 'puma-hf\[video\]'"):
-        read_frames("clip.mp4", "inputs[2]")
+    with pytest.raises(ImportError, match=r"a video file needs PyAV.*pip install 'puma-hf\[video\]'"):
+        read_frames("clip.mp4")
 
 
 @needs_av
 @pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision: bash .ci/torchvision")
 def test_videos_are_embedded(sentence_transformer: Any, processor: PumaProcessor, tmp_path: Path) -> None:
     path = video_file(tmp_path / "clip.mp4", "mp4")
-    frames, _ = read_frames(path, "it")
+    frames, _ = read_frames(path)
     ways = [path, str(path), path.read_bytes(), frames, [Image.fromarray(frame) for frame in frames]]
     batch = processor.process_inputs([{"video": str(path)}, {"video": frames[:4], "text": "a red apple"}, "text"])
     # 6 and 4 frames, two of them a patch
