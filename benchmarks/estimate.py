@@ -82,7 +82,7 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
     print(expected.to_markdown(), flush=True)
     before = _resident()
 
-    def load(config: TrainConfig, loading: Any) -> SentenceTransformer:
+    def load(config: TrainConfig, rows: Any) -> SentenceTransformer:
         model = SentenceTransformer(str(config.model), trust_remote_code=True)
         first: Any = model[0]
         first.processor.tokenizer.model_max_length = tokens
@@ -104,7 +104,7 @@ def measure(full: bool, batch_size: int, tokens: int, checkpointing: bool, folde
         }
 
     made: list[Any] = []
-    stages._load_with_lora = lambda config, loading: made.append(load(config, loading)) or made[0]  # type: ignore
+    stages._load = lambda config, rows: made.append(load(config, rows)) or made[0]  # type: ignore
     stages._teacher_arguments = teacher  # type: ignore[assignment]
     stages.train(load_config(TrainConfig, recipe))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

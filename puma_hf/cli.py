@@ -126,9 +126,10 @@ def show_page(config: configs.AppConfig) -> str:
 
         launch(config, started=lambda url: click.echo(f"serving {config.index} at {url}; Ctrl-C ends it"))
         return "ended"
-    from puma_hf.search.space import write_configured
+    from puma_hf.search import open_index, write_space
 
-    place, run = write_configured(config), "GRADIO_SERVER_NAME=127.0.0.1 python"
+    settings = {name: getattr(config, name) for name in ("model", "instruction", "trust_remote_code")}
+    place, run = write_space(open_index(config.index), config.space, **settings), "GRADIO_SERVER_NAME=127.0.0.1 python"
     return f"saved the Space to {place}; look at it first with: {run} {place}/app.py"
 
 

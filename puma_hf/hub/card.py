@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
 from puma_hf.configs_training import RECIPES
-from puma_hf.evaluation.layer_sweep import layer_costs
+from puma_hf.estimate import count_parameters
+from puma_hf.evaluation.layer_sweep import decoder_of
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
-from puma_hf.evaluation.sweep_report import si
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -35,11 +35,12 @@ _UNTRAINED = "No training after the cut is on record."
 _MERGED = "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand."
 # What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
 _STAGES = r"(?m)^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without)"
-# What is told of a recipe: of labelled pairs, of MAC-Loss, of a teacher beside them, and of every stage.
-_OF_PAIRS = ("temperature", "num_negatives", "matryoshka_dims")
-_OF_MAC = ("hard_temperature", "schedule", "schedule_end", "grouping")
-_OF_TEACHER = tuple(f"{term}_weight{when}" for term in ("contrastive", "distillation") for when in ("", "_start"))
-_OF_ALL = ("max_steps", "batch_size", "learning_rate", "lora_r", "seed")
+# What is told of a recipe; InfoNCE has one temperature, and without a teacher there are no two terms.
+_OF_MAC = ["hard_temperature", "schedule", "schedule_end", "grouping"]
+_OF_TEACHER = ["teacher", "metric", "distillation_weight", "distillation_weight_start"]
+_OF_TEACHER += ["contrastive_weight", "contrastive_weight_start"]
+_TOLD = ["data", "split", "temperature", *_OF_MAC, "num_negatives", "matryoshka_dims", *_OF_TEACHER]
+_TOLD += ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 
@@ -126,7 +127,7 @@ def make_card(
     values |= _usage(folder, found, values["embedding_dim"] or 0)
     values["backbone"] = config_class_of(config["model_type"]).source_name if config else None
     values["results"] = "\n\n".join(_table(*evaluation) for evaluation in found.evaluations) or None
-    values["not_measured"] = _not_measured(found, is_adapter)
+    values["not_measured"] = _not_measured(found)
     return fill_template(ModelCardData(**metadata), **values), found.files
 
 
@@ -144,29 +145,15 @@ def load_model(folder: Path) -> Any:
 
 
 def count_facts(model: Any) -> dict[str, Any]:
-    """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
-    # A forward pass of a text and one of an image: seconds, as the model is loaded for its fingerprint anyway.
-    counted, config = layer_costs(model), model[0].model.config
-    dropped: int = config.original_num_hidden_layers - config.num_kept_layers
-
-    def before(by_depth: Sequence[int], head: int = 0) -> int | None:
-        """With the dropped layers, as all are of one size; of one layer alone its share is not known."""
-        return by_depth[-1] + head + dropped * (by_depth[-1] - by_depth[-2]) if len(by_depth) > 1 else None
-
-    # The head, which is not counted in operations, has the shape of the token embedding.
-    text = config.text_config
+    """Parameters and bytes after the cut and before it, by the names of `hub_card.md`."""
+    config, text = model[0].model.config, model[0].model.config.text_config
+    after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
+    # Dropped layers are as large as kept ones, and the head has the shape of the token embedding.
     head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
-    kinds = {f"operations, text of {counted.text_tokens} tokens": counted.flops_text}
-    kinds[f"operations, image of {counted.image_tokens} visual tokens"] = counted.flops_image
-    costs = [(kind, f"{si(by[-1])}FLOP", (whole := before(by)) and f"{si(whole)}FLOP") for kind, by in kinds.items()]
-    return {
-        "parameters_after": counted.parameters[-1],
-        "parameters_before": before(counted.parameters, head),
-        "bytes_after": counted.bytes[-1],
-        "bytes_before": before(counted.bytes, head * model.dtype.itemsize),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "costs": costs,
-    }
+    before = after + head + layer * (config.original_num_hidden_layers - config.num_kept_layers)
+    sizes = {"bytes_after": after * model.dtype.itemsize, "bytes_before": before * model.dtype.itemsize}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"parameters_after": after, "parameters_before": before, **sizes, "dtype": dtype}
 
 
 # --- result files
@@ -265,15 +252,12 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
     for cited, recipe in found.recipes:
         loss = recipe.get("loss")
         what = f"Trained with the loss `{loss}`" if loss else "Distilled without labels"
-        names = [*_OF_PAIRS, *([] if loss == "infonce" else _OF_MAC), *_OF_ALL]  # InfoNCE has one temperature
-        if not loss or recipe.get("distillation_weight") or recipe.get("distillation_weight_start"):
-            teacher = short_name(str(recipe["teacher"])) if recipe.get("teacher") else "the model with all its layers"
-            what += f"; teacher: `{teacher}`, metric `{recipe.get('metric')}`"
-            names = [*_OF_TEACHER, *names]
+        has_teacher = not loss or recipe.get("distillation_weight") or recipe.get("distillation_weight_start")
+        unused = [*(_OF_MAC if loss == "infonce" else []), *([] if has_teacher else _OF_TEACHER)]
+        told = {name: recipe[name] for name in _TOLD if name not in unused and recipe.get(name) not in (None, [])}
         # Of paths the last part: where they lie here is nobody else's business.
-        data = short_name(str(recipe["data"])) if recipe.get("data") else "unknown data"
-        told = ", ".join(f"{name} {recipe[name]}" for name in ("split", *names) if recipe.get(name) not in (None, []))
-        lines.append(f"- {what}, on `{data}`: {told}. From {cited}.")
+        told |= {name: short_name(str(told[name])) for name in ("data", "teacher") if name in told}
+        lines.append(f"- {what}: {', '.join(f'{name} {value}' for name, value in told.items())}. From {cited}.")
     # A card is written from nothing, so that a merge without its recipe is known from the card of before alone.
     card = folder / "README.md"
     merges = len(re.findall(_STAGES, card.read_text(encoding="utf-8"))) if card.is_file() else 0
@@ -295,17 +279,12 @@ def _usage(folder: Path, found: CardResults, embedding_dim: int) -> dict[str, An
     }
 
 
-def _not_measured(found: CardResults, is_adapter: bool) -> list[str]:
+def _not_measured(found: CardResults) -> list[str]:
     """What the result files do not hold."""
     # A subset is another benchmark, and so is another split.
     whole = [one for _, one in found.evaluations if one.split == "test" and "content_hash" not in one.made_from]
-    rows = {(row.task.name, row.pool) for one in whole for row in one.rows}
-    lines = []
-    for pool in ("local", "global"):
-        absent = [name for name in PUBLISHED if (name, pool) not in rows]
-        if absent:
-            named = "all 16 rows" if len(absent) == len(PUBLISHED) else ", ".join(absent)
-            lines.append(f"M-BEIR, {pool} pools: {named}.")
+    there = {row.task.name for one in whole for row in one.rows}
+    absent = [name for name in PUBLISHED if name not in there]
+    lines = [f"Of M-BEIR's {len(PUBLISHED)} rows: {', '.join(absent) if there else 'all'}."] if absent else []
     lines += ["How much the figures would vary with another seed of the training."] if found.evaluations else []
-    lines += ["Operations per text and image."] if is_adapter else []
-    return [*lines, "Speed and memory, other data types than that of the weights, video."]
+    return [*lines, "Speed, memory and operations, other data types than that of the weights, video."]

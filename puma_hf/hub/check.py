@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ from puma_hf.hub.load_check import (
 )
 from puma_hf.modeling import PumaModel
 from puma_hf.modeling.modeling_puma import last_token_state
-
-logger = logging.getLogger(__name__)
 
 # Largest difference of a number of an embedding, which is of length 1, in float32.
 TOLERANCE = 1e-5
@@ -92,11 +89,9 @@ def check(
 ) -> ParityReport:
     """Compare all forms of a model on a few drawn pictures and texts.
 
-    The plain forward pass of AutoModel, in float32, is what the others are measured by: SentenceTransformer, with its
-    fast path and without; padding on the other side; the model saved and loaded again; bfloat16; and an export by the
-    stock classes. Of an adapter the merged model is checked so, and the adapter on its base is compared with it. The
-    weights of an export and of a merge are compared one by one, too, as no inputs reach all of them. Copies are made in
-    a temporary directory and removed.
+    The plain forward pass of AutoModel, in float32, is what most are measured by. Of an adapter the merged model is
+    checked, and the adapter on its base is compared with it. The weights of an export and of a merge are compared one
+    by one, too, as no inputs reach all of them. Copies are made in a temporary directory and removed.
 
     Args:
         directory: PUMA directory, or one that training saved with `adapter_config.json`. Its code is run.
@@ -123,12 +118,10 @@ def check(
     ```
     """
     adapter, is_adapter = Path(directory), is_adapter_directory(directory)
-    if not is_adapter and (merged is not None or base is not None):
+    if not is_adapter and (merged or base):
         raise ValueError(f"merged or base is given, but {str(directory)!r} is no adapter. Leave it out.")
-    if merged is not None and not is_puma_directory(Path(merged)):
-        raise ValueError(
-            f"merged={str(merged)!r} holds no PUMA model, by its config.json. Name what merge has written."
-        )
+    if merged and not is_puma_directory(Path(merged)):
+        raise ValueError(f"merged={str(merged)!r} holds no PUMA model. Name what puma-hf merge has written.")
     with TemporaryDirectory(prefix="puma-hf-") as temporary:
         scratch, folder = Path(temporary), Path(merged or directory)
         if is_adapter and merged is None:
@@ -136,11 +129,9 @@ def check(
 
             merge_adapter(adapter, folder := scratch / "merged", base=base)
         forms = Forms(folder, scratch, check_inputs(seed), device)
-        rows = [*forms.of_model(), *forms.of_export(None if exported is None else Path(exported))]
+        rows = [*forms.of_model(), *forms.of_export(exported)]
         rows += forms.of_adapter(adapter, base or named_base(adapter)) if is_adapter else []
-    report = ParityReport(str(directory), len(forms.inputs), tuple(rows))
-    logger.info("Checked %s: %s", directory, "ok" if report.ok else "a form differs")
-    return report
+    return ParityReport(str(directory), len(forms.inputs), tuple(rows))
 
 
 class Forms:
@@ -174,16 +165,16 @@ class Forms:
         rounded = embed_features(open_model(self.folder, torch.bfloat16, self.device), self.features)
         yield self._row("in bfloat16", "AutoModel", rounded, measure="1 - cosine")
 
-    def of_export(self, folder: Path | None) -> Iterator[ParityRow]:
-        if folder is None and read_config(self.folder).get("positions", "mrope") != "mrope":
-            logger.info("%s is not compared with an export: stock classes do not have its positions.", self.folder)
-            return
-        if folder is None:
-            export(self.folder, folder := self.scratch / "exported")
+    def of_export(self, exported: str | Path | None) -> Iterator[ParityRow]:
+        folder = Path(exported or self.scratch / "exported")
+        if not exported:
+            if read_config(self.folder).get("positions", "mrope") != "mrope":
+                return  # stock classes do not have its positions
+            export(self.folder, folder)
         model = open_model(folder, torch.float32, self.device, stock=True)
         yield self._row("exported, stock classes", "AutoModel", embed_stock(model, self.features))
-        of_stock = embed_stock(model, stock_features(folder, self.inputs))
-        yield self._row("exported, stock inputs too", "AutoModel", of_stock)
+        by_stock = embed_stock(model, stock_features(folder, self.inputs))
+        yield self._row("exported, stock inputs too", "AutoModel", by_stock)
         found, expected = (open_checkpoint(one) for one in (folder, self.folder))
         yield compare_weights("exported, weights", "the model", found, expected, bound=0)
 
@@ -219,7 +210,7 @@ class Forms:
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, stock: bool = False) -> Any:
-    """A PUMA directory by AutoModel, with the code that lies in it; or an export by the stock class, without any."""
+    """A PUMA directory by AutoModel, with its own code; or an export by the stock class, without any."""
     auto: Any = AutoModelForImageTextToText if stock else AutoModel
     return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=not stock).to(device).eval()
 

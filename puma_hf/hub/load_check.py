@@ -56,25 +56,14 @@ def check_loads(directory: Path, *, shown_as: str | Path, offline: bool = True, 
         # -P and an empty current directory: nothing lies there that an import could find instead.
         command = [sys.executable, "-P", str(_SCRIPT), source, str(work / "found.json")]
         process = subprocess.run(command, cwd=work, env=environment, capture_output=True, check=False)
-        found: dict[str, Any] = {"error": f"the process ended with {process.returncode}"}
+        found = {"error": f"the process ended with {process.returncode}"}
         if process.returncode == 0:
             found = json.loads((work / "found.json").read_text(encoding="utf-8"))
     if problem := found.get("error"):
-        problem = problem.replace(source, str(shown_as))
-    elif found["unread"]:
-        problem = f"it holds {len(found['unread'])} tensors that no loader reads, first {found['unread'][0]}"
-    else:
-        is_exact = found["dtype"] in ("float32", "float64")
-        measure, bound = ("difference", _TOLERANCE) if is_exact else ("1 - cosine", COSINE_TOLERANCE)
-        if not found[measure] <= bound:  # NaN, too
-            problem = (
-                f"AutoModel and SentenceTransformer read it differently, {measure} {found[measure]}, not {bound:g}"
-            )
-    if problem:
-        problem = f"{str(shown_as)!r} does not load where puma_hf is not installed ({problem})."
-        raise ValueError(f"{problem} Write the directory again with puma-hf prune or merge.")
-    told = f"{found['dim']} dimensions in {found['dtype']}, largest difference {found['difference']:.1e}"
-    return f"loads without puma_hf by AutoModel and SentenceTransformer: {told}"
+        problem = f"{source!r} does not load where puma_hf is not installed ({problem})."
+        remedy = "Write the directory again with puma-hf prune or merge."
+        raise ValueError(f"{problem.replace(source, str(shown_as))} {remedy}")
+    return f"loads without puma_hf by AutoModel and SentenceTransformer: {found['told']}"
 
 
 # --- inputs, embeddings, differences
@@ -149,25 +138,34 @@ def differences(found: Tensor, expected: Tensor, measure: Measure = "difference"
 # --- the script
 
 
-def _load_both(directory: str) -> dict[str, Any]:
+def _load_both(directory: str) -> str:
+    """What both loaders agree on; ValueError if they do not."""
     inputs = check_inputs()
     model = SentenceTransformer(directory, trust_remote_code=True, device="cpu")
     encoded = encode(model, inputs)
     model.to("meta")  # it holds itself in a cycle; its weights go before they are loaded again
     backbone: Any
     backbone, info = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
-    embeddings = embed_features(backbone.eval(), features_of(directory, inputs))
-    measures: tuple[Measure, ...] = ("difference", "1 - cosine")
-    found: dict[str, Any] = {measure: float(differences(embeddings, encoded, measure).max()) for measure in measures}
-    found |= {"dim": embeddings.shape[1], "dtype": str(backbone.dtype).removeprefix("torch.")}
-    return {**found, "unread": sorted(info["unexpected_keys"])}
+    if unread := sorted(info["unexpected_keys"]):
+        raise ValueError(f"it holds {len(unread)} tensors that no loader reads, first {unread[0]}")
+    return compare_loaders(embed_features(backbone.eval(), features_of(directory, inputs)), encoded, backbone.dtype)
+
+
+def compare_loaders(embeddings: Tensor, encoded: Tensor, dtype: torch.dtype) -> str:
+    """A line about the embeddings that AutoModel and SentenceTransformer make of the same inputs in a data type."""
+    measure: Measure = "difference" if dtype in (torch.float32, torch.float64) else "1 - cosine"
+    largest = float(differences(embeddings, encoded, measure).max())
+    bound = _TOLERANCE if measure == "difference" else COSINE_TOLERANCE
+    if not largest <= bound:  # NaN, too
+        raise ValueError(f"AutoModel and SentenceTransformer read it differently, {measure} {largest}, not {bound:g}")
+    return f"{embeddings.shape[1]} dimensions in {dtype}, largest {measure} {largest:.1e}"
 
 
 def _main(directory: str, output: str) -> None:
     # An import of puma_hf now fails as it does where the package is not installed.
     sys.modules["puma_hf"] = None  # type: ignore[assignment]
     try:
-        found = _load_both(directory)
+        found = {"told": _load_both(directory)}
     except Exception as error:  # the parent tells it in its own words
         found = {"error": f"{type(error).__name__}: {error}"}
     Path(output).write_text(json.dumps(found), encoding="utf-8")

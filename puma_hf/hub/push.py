@@ -78,8 +78,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         directory: A PUMA directory, or that of a LoRA adapter.
         repo_id: Repository, such as "org/name"; it is made if need be.
         token: Hub token; by default that of `hf auth login` or of HF_TOKEN.
-        settings: private, revision, create_pr, dry_run, message, results, base_model, license, base_license,
-            data_license and datasets, as in `PushConfig`.
+        settings: The other fields of `PushConfig`, such as `private` and `dry_run`.
 
     Returns:
         What was uploaded; `print` shows it.
@@ -87,8 +86,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     Raises:
         FileNotFoundError: If the directory is none of ours.
         ValueError: If it does not load, or the repository holds something else.
-        OSError: If there is no token, it may not write there, or the Hub refuses what was sent or cannot be reached;
-            huggingface_hub's own errors are among them.
+        OSError: If the Hub refuses the token or what was sent, or cannot be reached; most are huggingface_hub's own.
 
     Example:
 
@@ -199,9 +197,8 @@ def _look_up(hub: HfApi, config: PushConfig, is_adapter: bool) -> str | None:
     except RepositoryNotFoundError:
         return None
     if config.private is not None and bool(info.private) != config.private:
-        there, wanted = ("private", "public") if info.private else ("public", "private")
-        problem = f"{config.repo_id!r} exists and is {there}, asked for was {wanted}."
-        raise ValueError(f"{problem} Change it in its settings.")
+        there = f"{config.repo_id!r} is {'private' if info.private else 'public'}"
+        raise ValueError(f"{there}, and private={config.private} was asked for. Change it in its settings.")
     with suppress(RevisionNotFoundError):  # then it is made from main, whose files it has
         info = hub.repo_info(config.repo_id, revision=config.revision)
     files = tuple(entry.rfilename for entry in info.siblings or [])

@@ -31,17 +31,8 @@ _HEADERS = ["rank", "score", "id", "text"]
 def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -> None:
     """Serve the page of an index until Ctrl-C or SIGTERM.
 
-    An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
-
-    Args:
-        config: Which index, and where; see `AppConfig`.
-        started: Called with the page's address, once it is there.
-
-    Raises:
-        FileNotFoundError: If the index or its model is missing.
-        ImportError: If Gradio or LanceDB is missing.
-        ValueError: If the index is empty, unfinished, damaged or of another model.
-        OSError: If the port is in use.
+    `started` is called with the page's address, once it is there. The errors are those of `open_searcher`; ImportError
+    if Gradio is missing, and OSError if the port is in use.
     """
     load_gradio()  # what is missing is told before the model is loaded
     names = ("model", "backend", "trust_remote_code")

@@ -107,10 +107,10 @@ class Searcher:
         return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
 
     def search(self, query: Query | str, *, target: Target = "any", top_k: int = 10) -> Answers:
-        """Compare a query with all candidates, or with those that approximate search proposes.
+        """Compare a query, a string of words or more, with all candidates, or with those that the backend proposes.
 
         Args:
-            query: What to look for; a string is words.
+            query: What to look for.
             target: What answers may be: "text", "image", or "any".
             top_k: Answers to give, at most all candidates.
 
@@ -136,13 +136,7 @@ class Searcher:
 def search(config: SearchConfig) -> Answers:
     """Open an index and its model, ask one question, and write a page of the answers if one is wanted.
 
-    An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
-
-    Raises:
-        FileNotFoundError: If the index, its model or the picture is missing.
-        ImportError: If LanceDB is missing.
-        ValueError: If the index is empty, unfinished, damaged, of another model, or has nothing of the kind asked for;
-            or if the query cannot be embedded.
+    The errors are those of `open_index`, `Searcher` and `Searcher.search`; ImportError if LanceDB is missing.
     """
     names = ("model", "backend", "rescore_multiplier", "trust_remote_code")
     searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
@@ -155,14 +149,10 @@ def search(config: SearchConfig) -> Answers:
 
 
 def open_searcher(index: str | Path | Index, *, model: str | None = None, **options: Any) -> Searcher:
-    """Open an index and its model, in the data type that it was made with; ask the searcher as often as is wanted.
+    """Open an index, or its directory, and its model; ask the searcher as often as is wanted.
 
     An index names its model, and the code of a model in a local directory is run: open only indexes that you trust.
-
-    Args:
-        index: The index, or its directory.
-        model: Where its model is, if it is no longer where the index says.
-        options: backend, rescore_multiplier and trust_remote_code, as in `Searcher`, which raises the same errors.
+    `model` says where it is if it has moved; the other options and the errors are those of `Searcher`.
 
     Example:
         >>> from puma_hf.search import Query, open_searcher

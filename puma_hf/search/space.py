@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from puma_hf import __version__
-from puma_hf.configs import FIRST_PORT, AppConfig
+from puma_hf.configs import FIRST_PORT
 from puma_hf.files import model_files, new_directory
 from puma_hf.search.build import create_table, keep_picture, tag_complete
-from puma_hf.search.index import Index, open_index
+from puma_hf.search.index import Index
 from puma_hf.search.page import TITLE, count_line, load_gradio
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
@@ -48,12 +47,6 @@ run it here with `GRADIO_SERVER_NAME=127.0.0.1 python app.py`.
 """
 
 
-def write_configured(config: AppConfig) -> Path:
-    """`write_space` with the settings of `puma-hf app --space`."""
-    loading: Any = {name: getattr(config, name) for name in ("model", "instruction", "trust_remote_code")}
-    return write_space(open_index(config.index), str(config.space), **loading)
-
-
 def write_space(
     index: Index,
     folder: str | Path,
@@ -70,9 +63,8 @@ def write_space(
         index: The index.
         folder: Where to, a new or empty directory. It is written whole or not at all.
         model: Name of the index's model on the Hub. By default a model in a local directory is copied.
-        instruction: What queries ask for, in the words that the model was trained with; can be changed on the page.
-        trust_remote_code: Whether the Space may run the code of a model's repository, which a PUMA model needs unless
-            it is copied.
+        instruction: What queries ask for; can be changed on the page.
+        trust_remote_code: Let the Space run the code of a model's repository, as a PUMA model needs unless copied.
 
     Raises:
         FileExistsError: If the folder is not empty.

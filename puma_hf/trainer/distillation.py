@@ -65,8 +65,7 @@ class PumaDistillationTrainer(PumaTrainer):
         ... )  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; in the released code the teacher is
-    the frozen full model. Storing its states is this library's addition.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation. Storing the states is our addition.
     """
 
     def __init__(

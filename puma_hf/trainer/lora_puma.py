@@ -34,9 +34,6 @@ def lora_config(
         dropout: Dropout before the adapter.
         ret_token_id: Also train the embedding row of this token, `model.config.ret_token_id`.
 
-    Returns:
-        A configuration for `add_lora(model, ...)`.
-
     Example:
         >>> lora_config(r=8).lora_alpha
         16

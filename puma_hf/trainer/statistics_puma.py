@@ -69,11 +69,8 @@ def uniformity(embeddings: Tensor) -> float:
 class TrainingStatistics(TrainerCallback):
     """Adds to each training record what `PumaTrainer` names, without waiting for the device before a record is due.
 
-    A callback sees neither the batches nor the losses, so the trainer calls `add` after each batch.
-
-    Args:
-        loss: The loss of a trainer, or its dict from dataset name to loss. Those of ours are found inside wrappers
-            too, each by its prefix; of one in `MatryoshkaLoss` the last dimension's are taken.
+    A callback sees neither the batches nor the losses, so the trainer calls `add` after each batch. `loss` is what a
+    trainer holds: losses of ours are found inside wrappers too; of one in `MatryoshkaLoss` the last dimension's count.
     """
 
     def __init__(self, loss: nn.Module | Mapping[str, Any]) -> None:

@@ -66,8 +66,7 @@ class FrozenTeacher(Teacher):
         >>> teacher.states(features).shape  # doctest: +SKIP
         torch.Size([8, 1536])
 
-    Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation, whose released code has a frozen
-    teacher, too; there it is a second model.
+    Source: PUMA, ACM MM 2025, arXiv 2507.08064; in its released code the frozen teacher is a second model.
     """
 
     def __init__(self, student: PumaModel, dropped_layers: nn.ModuleList) -> None:
@@ -216,9 +215,9 @@ def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision:
 
 
 class StoredModel:
-    """A checkpoint with all its layers, in the student's data type and with its kind of attention; read in parts.
+    """A checkpoint with all its layers, in the student's data type and with its kind of attention, read in parts.
 
-    A teacher that shares its student's weights takes the memory of its dropped layers and of one tensor besides.
+    To share a student's weights takes the memory of the dropped layers, and of one tensor while comparing.
     """
 
     def __init__(self, source: str | Path, student: PumaModel, *, revision: str | None = None) -> None:

@@ -26,10 +26,7 @@ class Repository:
         self.messages: list[str] = []
 
     def sha(self, branch: str) -> str:
-        names = json.dumps(
-            sorted((name, hashlib.sha1(data).hexdigest()) for name, data in self.branches[branch].items())
-        )
-        return hashlib.sha1(names.encode()).hexdigest()
+        return hashlib.sha1(repr(sorted(self.branches[branch].items())).encode()).hexdigest()
 
     def find(self, revision: str) -> str | None:
         return next((name for name in self.branches if revision in (name, self.sha(name))), None)
@@ -47,7 +44,6 @@ class HubServer:
 
     def reset(self) -> None:
         """A new Hub at the same address."""
-        self.user: dict[str, Any] = {"name": "me", "type": "user", "orgs": [{"name": "org"}], "auth": {}}
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.large: dict[str, bytes] = {}
@@ -83,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         if needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}" and "lfs/" not in path:
             return self.answer({"error": "Invalid user token."}, 401)
         if path == "api/whoami-v2":
-            return self.answer(self.hub.user)
+            return self.answer({"name": "me", "type": "user"})
         if path == "api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if path == "api/repos/create":
@@ -108,11 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"url": f"{self.hub.url}/{name}"})
 
     def batch(self, asked: dict[str, Any]) -> None:
-        objects = [
-            {**entry, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}}
-            for entry in asked["objects"]
-        ]
-        self.answer({"transfer": "basic", "objects": objects})
+        for entry in asked["objects"]:
+            entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+        self.answer({"transfer": "basic", "objects": asked["objects"]})
 
     def repository(self, name: str, repository: Repository, rest: list[str], query: dict[str, list[str]]) -> None:
         kind = rest[0] if rest else "revision"
@@ -141,9 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = files[one["rfilename"]]
             if "blobs" in query and one["rfilename"].endswith(".safetensors"):
                 one["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}
-        return self.answer(
-            {"id": name, "sha": repository.sha(branch), "private": repository.private, "siblings": siblings}
-        )
+        about = {"id": name, "sha": repository.sha(branch), "private": repository.private}
+        return self.answer({**about, "siblings": siblings})
 
     def commit(self, name: str, repository: Repository, branch: str, *, is_pull_request: bool) -> None:
         target = "refs/pr/1" if is_pull_request else branch

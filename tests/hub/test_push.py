@@ -89,9 +89,8 @@ def test_a_dry_run_asks_nobody_and_lists_files_and_card(folder: Path, hub: HubSe
     for stray in (".env", "results.md", "training_args.bin", "optimizer.pt", "notes.txt", "id_rsa"):
         (folder / stray).write_text("x")
     (folder / "checkpoint-60").mkdir()
-    report = push(folder, "org/puma", dry_run=True, license="mit", base_license="apache-2.0", data_license="cc-by-4.0")
-    for line in ("- This model: mit", "- Base: apache-2.0, of", "- Data: cc-by-4.0"):
-        assert line in report.card
+    report = push(folder, "org/puma", dry_run=True, license="mit")
+    assert "- This model: mit" in report.card
     assert hub.requests == []
     assert report.url is None
     shown = str(report)
@@ -120,8 +119,7 @@ def test_shards_are_those_that_the_index_names(folder: Path) -> None:
 def test_visibility(folder: Path, hub: HubServer, loads: list[Any], private: bool) -> None:
     push(folder, "me/puma", token=TOKEN, private=private)
     assert hub.repositories["me/puma"].private == private
-    there = "private" if private else "public"
-    with pytest.raises(ValueError, match=f"exists and is {there}, asked for was"):
+    with pytest.raises(ValueError, match=f"is {'private' if private else 'public'}, and private={not private} was"):
         push(folder, "me/puma", token=TOKEN, private=not private)
     assert len(loads) == 1
 
@@ -203,9 +201,7 @@ def test_the_network_goes_in_the_middle(
     assert "model.safetensors" in hub.repositories["org/puma"].branches["main"]
 
 
-@pytest.mark.parametrize(
-    ("part", "status"), [("repos/create", 403), ("/commit/", 400), ("/commit/", 500), ("lfs/", 403)]
-)
+@pytest.mark.parametrize(("part", "status"), [("repos/create", 403), ("/commit/", 500), ("lfs/", 403)])
 def test_the_hub_refuses(folder: Path, hub: HubServer, loads: list[Any], part: str, status: int) -> None:
     hub.fail = {part: status}
     with pytest.raises(OSError, match=rf"refused by the test|{status}"):
@@ -275,24 +271,16 @@ def test_the_results_that_the_card_cites_travel_with_it(folder: Path, hub: HubSe
 
 
 def test_a_recipe_is_told_in_the_card_and_stays_here(folder: Path, hub: HubServer, loads: list[Any]) -> None:
-    """A merge copies it from the adapter; it holds paths of this machine."""
     recipe = {"loss": "mac", "split": "train", "seed": 3, "data": "/home/somebody/M-BEIR", "lora_r": 8}
     recipe |= dict.fromkeys(("model", "output", "teacher", "image_root", "instructions"), "/home/somebody/x")
     (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
     assert "train.yaml" in push(folder, "org/puma", token=TOKEN).left_out
     pushed = hub.repositories["org/puma"].branches["main"]
-    assert b"Trained with the loss `mac`, on `M-BEIR`: split train" in pushed["README.md"]
-    assert [name for name, content in pushed.items() if name == "train.yaml" or b"somebody" in content] == []
+    assert b"Trained with the loss `mac`: data M-BEIR, split train" in pushed["README.md"]
+    assert [name for name, content in pushed.items() if name == "train.yaml" or b"/home/somebody" in content] == []
 
 
 # --- the base of an adapter
-
-
-@pytest.fixture
-def base_on_hub(puma_dir: Path, hub: HubServer) -> Repository:
-    hub.repositories["org/puma"] = Repository()
-    hub.repositories["org/puma"].branches["main"] = {path.name: path.read_bytes() for path in puma_dir.iterdir()}
-    return hub.repositories["org/puma"]
 
 
 def test_an_adapter_needs_a_base_that_others_have(adapter: Path, hub: HubServer, loads: list[Any]) -> None:
@@ -300,22 +288,18 @@ def test_an_adapter_needs_a_base_that_others_have(adapter: Path, hub: HubServer,
         push(adapter, "org/puma-lora", token=TOKEN)
     with pytest.raises(OSError, match=r"Repository Not Found .*models/org/puma"):
         push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
-    assert (loads, hub.repositories) == ([], {})
-
-
-def test_a_base_of_other_weights_is_refused(
-    adapter: Path, hub: HubServer, loads: list[Any], base_on_hub: Repository
-) -> None:
-    base_on_hub.branches["main"]["model.safetensors"] += b"x"
+    hub.repositories["org/puma"] = Repository()
+    hub.repositories["org/puma"].branches["main"] = {"model.safetensors": b"x"}
     with pytest.raises(ValueError, match=r"not trained on the weights in 'org/puma' on the Hub"):
         push(adapter, "org/puma-lora", token=TOKEN, base_model="org/puma")
     assert (loads, list(hub.repositories)) == ([], ["org/puma"])
 
 
-@pytest.mark.usefixtures("base_on_hub")
 def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
-    adapter: Path, hub: HubServer, loads: list[Any], tmp_path: Path
+    adapter: Path, puma_dir: Path, hub: HubServer, loads: list[Any], tmp_path: Path
 ) -> None:
+    hub.repositories["org/puma"] = Repository()
+    hub.repositories["org/puma"].branches["main"] = {path.name: path.read_bytes() for path in puma_dir.iterdir()}
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/puma"}))
@@ -367,14 +351,11 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     card = ModelCard(report.card)
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
-    assert all(one["difference"] < 1e-4 for one in found.values())
-    assert found["org/puma-lora"]["dim"] == found["org/puma"]["dim"]
+    assert all(told.startswith("32 dimensions in torch.float32") for told in found.values())
 
 
-def _load(name: str, warm: WarmProcess, folder: Path) -> dict[str, Any]:
+def _load(name: str, warm: WarmProcess, folder: Path) -> str:
     output = folder / "found.json"
     process = warm.run([sys.executable, "-P", str(load_check.__file__), name, str(output)], cwd=folder)
     assert process.returncode == 0, process.stderr
-    found: dict[str, Any] = json.loads(output.read_text())
-    assert "error" not in found, found
-    return found
+    return str(json.loads(output.read_text())["told"])

@@ -29,15 +29,9 @@ def test_lines() -> None:
 def test_json_has_everything_in_full() -> None:
     text = "x" * 10_000
     answers = Answers("red", "q.png", "Find it.", "text", 7, (Answer(1, 0.5, "a", "text", text, None),))
-    found = json.loads(json.dumps(answers.to_dict()))
-    assert found == {
-        "query": "red",
-        "image": "q.png",
-        "instruction": "Find it.",
-        "target": "text",
-        "num_candidates": 7,
-        "answers": [{"rank": 1, "score": 0.5, "id": "a", "modality": "text", "text": text, "image": None}],
-    }
+    answer = {"rank": 1, "score": 0.5, "id": "a", "modality": "text", "text": text, "image": None}
+    of_query = {"query": "red", "image": "q.png", "instruction": "Find it.", "target": "text", "num_candidates": 7}
+    assert json.loads(json.dumps(answers.to_dict())) == {**of_query, "answers": [answer]}
 
 
 def test_a_terminal_is_not_steered() -> None:
@@ -75,15 +69,9 @@ class Page(HTMLParser):
         return [str(values["src"]) for tag, values in self.tags if tag == "img"]
 
 
-def answers(
-    *found: Answer, query: str | None = "red", image: str | None = None, instruction: str | None = None
-) -> Answers:
-    return Answers(query, image, instruction, "any", 9, found)
-
-
 def test_every_text_is_escaped() -> None:
-    page = to_html(answers(Answer(1, 0.5, EVIL, "text", EVIL, None), query=EVIL, instruction=EVIL))
-    parsed = Page(page)
+    answers = Answers(EVIL, None, EVIL, "any", 9, (Answer(1, 0.5, EVIL, "text", EVIL, None),))
+    parsed = Page(to_html(answers))
     assert "script" not in [tag for tag, _ in parsed.tags]
     assert parsed.text.count(EVIL) == 5  # title, heading, instruction, text, id
     assert not [name for _, values in parsed.tags for name in values if name.startswith("on")]
@@ -92,8 +80,8 @@ def test_every_text_is_escaped() -> None:
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     for name, size in (("a.png", (4, 4)), ("q.png", (400, 4))):
         Image.new("RGB", size, "red").save(tmp_path / name)
-    found = answers(Answer(1, 0.5, "a", "image", None, str(tmp_path / "a.png")), image="q.png")
-    page = to_html(found, picture=tmp_path / "q.png")
+    found = (Answer(1, 0.5, "a", "image", None, str(tmp_path / "a.png")),)
+    page = to_html(Answers("red", "q.png", None, "any", 9, found), picture=tmp_path / "q.png")
     parsed = Page(page)
     assert [source.partition(",")[0] for source in parsed.sources()] == ["data:image/webp;base64"] * 2
     assert "default-src 'none'" in page
@@ -103,11 +91,11 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
 
 def test_a_picture_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"no picture")
-    gone, broken = (Answer(1, 0.5, name, "image", None, str(tmp_path / f"{name}.png")) for name in ("<a>", "b"))
-    parsed = Page(to_html(answers(gone, broken)))
+    found = tuple(Answer(1, 0.5, name, "image", None, str(tmp_path / f"{name}.png")) for name in ("<a>", "b"))
+    parsed = Page(to_html(Answers("red", None, None, "any", 9, found)))
     assert parsed.sources() == []
-    assert f"This picture cannot be read: {tmp_path / '<a>.png'}" in parsed.text
-    assert f"This picture cannot be read: {tmp_path / 'b.png'}" in parsed.text
+    for name in ("<a>.png", "b.png"):
+        assert f"This picture cannot be read: {tmp_path / name}" in parsed.text
 
 
 @pytest.mark.parametrize(("size", "expected"), [((640, 320), (100, 50)), ((10, 20), (10, 20))])

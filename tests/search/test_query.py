@@ -68,17 +68,6 @@ def test_an_index_without_approximate_search(searcher: Searcher) -> None:
         Searcher(searcher.index, searcher.model, backend="ann")
 
 
-def test_a_query_costs_an_encode_and_a_search(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    for owner, name in ((searcher.model, "encode"), (searcher.index, "nearest")):
-        plain = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *a, plain=plain, name=name, **k: (calls.append(name), plain(*a, **k))[1]
-        )
-    searcher.search("a table")
-    assert calls == ["encode", "nearest"]
-
-
 # --- bad queries
 
 
@@ -129,8 +118,3 @@ def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path, cor
     ):
         search(SearchConfig(index=index, query="a"))
     assert search(SearchConfig(index=index, query="a", model=str(tmp_path / "elsewhere"), top=1)).answers
-
-
-def test_no_index(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no index"):
-        search(SearchConfig(index=tmp_path, query="a"))

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from puma_hf import MultimodalMACLoss, PumaTrainer
-from puma_hf.losses import TemperatureScheduleCallback
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.trainer_puma import whole_weights
 from tests.trainer.conftest import MakeArguments, MakeStudent
@@ -36,19 +35,6 @@ def pairs() -> Dataset:
     return Dataset.from_dict(
         {"anchor": [f"query {row}" for row in range(ROWS)], "positive": [f"apple {row % 4}" for row in range(ROWS)]}
     )
-
-
-def test_schedule_is_added_and_logged(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
-    model = make_student()
-    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.04, schedule="linear", schedule_end=1.0)
-    trainer = PumaTrainer(model=model, args=make_arguments(max_steps=4), train_dataset=pairs, loss=loss)
-    callbacks = trainer.callback_handler.callbacks
-    assert sum(isinstance(callback, TemperatureScheduleCallback) for callback in callbacks) == 1
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["temperature"] for entry in logs] == [0.05] * 4
-    assert [entry["hard_temperature"] for entry in logs] == pytest.approx([0.05, 0.0475, 0.045, 0.0425])
-    assert loss.current_hard_temperature == 0.04
 
 
 def test_no_process_encodes_alone_for_the_card_under_fsdp(
