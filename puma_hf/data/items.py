@@ -398,13 +398,11 @@ def open_corpus(
     if table is None:
         # One more walk, so that what is left out is told before hours of embedding and not after.
         left_out = Counter[str]()
-        is_empty = not sum(1 for _ in image_files(path, left_out))
+        num_images = sum(1 for _ in image_files(path, left_out))
         rest = ", ".join(f"{count} x {kind}" for kind, count in left_out.most_common())
-        if is_empty:
-            what = "holds no image (such as .jpg or .png), and is no M-BEIR folder with query/ and cand_pool/"
-            raise ValueError(f"{path} {what}. Left out: {rest or 'none'}. Name a folder of images, or a file.")
-        if rest:
-            logger.info("%s: left out what is no image here: %s", path, rest)
+        if not num_images:
+            raise ValueError(f"{path} holds no image, nor is it M-BEIR. Left out: {rest or 'none'}. Name another.")
+        logger.info("%s: %d images; left out %s", path, num_images, rest or "nothing")
         root = os.path.realpath(path)
         return Corpus(path, root, partial(_folder_lines, root), anywhere, on_error)
     below = partial(_table_record, images=Images(table.parent))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from puma_hf.data.images import image_header
 from puma_hf.data.mbeir import MBEIR, is_mbeir
@@ -88,7 +89,9 @@ def open_mbeir(
     copies = _folder_copies(folder, tasks) if folder.is_dir() else _hub_copies(str(source), tasks, revision)
     cache = Path(constants.HF_HOME, "puma_hf", "mbeir") if cache_dir is None else Path(cache_dir)
     places = [place / name for place in (folder, *copies.values()) for name in (_TABLE, f"instructions/{_TABLE}")]
-    return MBEIR(_import(copies, cache, split, next(filter(Path.is_file, places), None)), image_root=cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(cache / ".lock"):  # one process of a machine imports, the others wait and find it done
+        return MBEIR(_import(copies, cache, split, next(filter(Path.is_file, places), None)), image_root=cache)
 
 
 def _task_of(name: str) -> MBEIRTask | None:

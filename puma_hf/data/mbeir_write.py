@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from puma_hf.configs import PairsConfig
 from puma_hf.data.mbeir import MBEIR, NANO_FILE, Candidate, Query, seeded_random
@@ -129,9 +130,11 @@ def build_nano(
     chosen, folder = select_tasks(data.tasks(split), tasks), Path(output)
     settings: dict[str, Any] = {"version": _NANO_VERSION, "split": split, "tasks": [task.name for task in chosen]}
     settings |= {"num_queries": num_queries, "num_candidates": num_candidates, "seed": seed}
-    if not (folder / NANO_FILE).is_file():
-        with new_directory(folder, overwrite=False) as draft:
-            _write_nano(data, draft, settings, chosen)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.parent / f".{folder.name}.lock"):  # one process of a machine writes, the others wait
+        if not (folder / NANO_FILE).is_file():
+            with new_directory(folder, overwrite=False) as draft:
+                _write_nano(data, draft, settings, chosen)
     nano = MBEIR(folder)
     wanted = {**settings, "images": str(data.image_root)}
     there = {**nano.nano_settings, "images": str(nano.image_root)}

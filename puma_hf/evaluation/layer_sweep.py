@@ -32,7 +32,6 @@ from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
-from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
@@ -267,17 +266,10 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         held = HeldInputs(read_searches(data, config.split, config.tasks or None, config.pool))
         for source in sources:  # what is wrong with the last model shows before the first is embedded
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
-        options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-        options |= {"processing_kwargs": processing_of(config.special_tokens), "show_progress_bar": show_progress_bar}
         for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                costs, embeddings = layer_costs(model), embed_all_depths(held, model, **options)
-                joined = keep_last_depths(model) if config.keep_last else range(0)
+                costs, full, rows = _measure_depths(held, model, config, full, show_progress_bar)
             counted, num_layers = [*counted, costs], len(costs.parameters)
-            full = embeddings[num_layers - 1].clone() if full is None else full  # not a view of all depths
-            depths = zip([*range(1, num_layers + 1), *joined], embeddings, strict=True)
-            rows = [_row(k, depth, full, costs, held.results(depth, config.split)) for k, depth in depths]
-            del depths, embeddings  # two models' would not fit into memory
             swept.append(SweptModel(name, tuple(rows[:num_layers])))
             if config.keep_last:  # the full model ends that curve, too
                 kept = (*rows[num_layers:], rows[num_layers - 1])
@@ -307,22 +299,29 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
-def _row(k: int, depth: Tensor, full: Tensor, costs: LayerCosts, results: MBEIRResults) -> SweepRow:
+def _measure_depths(
+    held: HeldInputs, model: SentenceTransformer, config: SweepConfig, full: Tensor | None, show_progress_bar: bool
+) -> tuple[LayerCosts, Tensor, list[SweepRow]]:
+    """Its costs, the full model's embeddings, which are its own if it is the first, and one row for each depth."""
+    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+    options |= {"processing_kwargs": processing_of(config.special_tokens), "show_progress_bar": show_progress_bar}
+    costs, embeddings = layer_costs(model), embed_all_depths(held, model, **options)
+    num_layers, joined = len(costs.parameters), keep_last_depths(model) if config.keep_last else range(0)
     # On a GPU, if there is one: CKA is products of all inputs, in float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    depth, full = depth.to(device), full.to(device)
-    cka = linear_cka(depth, full)
-    same = depth.shape == full.shape
-    # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-    spent: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
-    return SweepRow(
-        k=k,
-        **spent,
-        cka=None if math.isnan(cka) else cka,
-        cosine=float(torch.cosine_similarity(depth.double(), full.double()).mean()) if same else None,
-        quality={pool: results.mean(pool) for pool in results.pools},
-        scores={pool: {row.task.name: row.score for row in results.rows if row.pool == pool} for pool in results.pools},
-    )
+    full = embeddings[num_layers - 1].to(device, copy=True) if full is None else full  # not a view of all depths
+    rows = []
+    for k, depth in zip([*range(1, num_layers + 1), *joined], embeddings, strict=True):
+        results, depth = held.results(depth, config.split), depth.to(device)
+        cka, is_same_size = linear_cka(depth, full), depth.shape == full.shape
+        cosine = float(torch.cosine_similarity(depth.double(), full.double()).mean()) if is_same_size else None
+        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+        told: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
+        told |= {"k": k, "cka": None if math.isnan(cka) else cka, "cosine": cosine, "scores": {}}
+        for row in results.rows:
+            told["scores"].setdefault(row.pool, {})[row.task.name] = row.score
+        rows.append(SweepRow(quality={pool: results.mean(pool) for pool in results.pools}, **told))
+    return costs, full, rows
 
 
 @contextmanager

@@ -188,13 +188,7 @@ def evaluate_mbeir(
     """
     with main_process_first():  # it imports copies of the Hub, the others read what it made
         opened = open_mbeir(data, split=split, tasks=tasks)
-    encoding, options = settings_of_encode(encode_kwargs), {"batch_size": batch_size, **(encode_kwargs or {})}
-    made_from: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
-    made_from |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
-    made_from["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
-    made_from |= {"encode_kwargs": encoding} if encoding else {}
-    made_from["data"] = data_name or opened.root.resolve().name
-    made_from |= {"content_hash": opened.content_hash} if opened.content_hash else {}
+    made_from = _made_from(model, opened, settings_of_encode(encode_kwargs), model_name, data_name)
     made_from["instructions"] = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
     made_from |= {"pool": pool, "embedding_dtype": embedding_dtype}
     made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
@@ -205,8 +199,8 @@ def evaluate_mbeir(
         store = _open_store(folder / "embeddings", made_from)
         # Every file is read and checked before anything is encoded.
         searches = read_searches(opened, split, tasks, pool, instruction_seed)
-        options |= {"root": opened.image_root, "shard_size": shard_size, "show_progress_bar": show_progress_bar}
-        embed = partial(embed_into, store, model, **options)
+        options = {"shard_size": shard_size, "show_progress_bar": show_progress_bar, "batch_size": batch_size}
+        embed = partial(embed_into, store, model, root=opened.image_root, **options | dict(encode_kwargs or {}))
 
         def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
@@ -239,6 +233,17 @@ def evaluate_mbeir(
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
     return results
+
+
+def _made_from(
+    model: Encoder, data: MBEIR, encoding: dict[str, Any], model_name: str | None, data_name: str | None
+) -> dict[str, Any]:
+    values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
+    values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
+    values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
+    values |= {"encode_kwargs": encoding} if encoding else {}
+    values["data"] = data_name or data.root.resolve().name
+    return values | ({"content_hash": data.content_hash} if data.content_hash else {})
 
 
 def _open_store(folder: Path, made_from: Mapping[str, Any]) -> EmbeddingStore:

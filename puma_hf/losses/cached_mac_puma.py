@@ -44,13 +44,12 @@ class _Batch(NamedTuple):
 class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
     """[`MultimodalMACLoss`] whose batch may be far larger than what fits into memory at once.
 
-    Contrastive learning lives on negatives, so on large batches, whose samples cannot be embedded one mini-batch after
-    the other as usual: each needs all others. Gradient caching (Gao et al. 2021, arXiv 2101.06983), as
-    sentence-transformers has it, embeds them twice: first without gradients, which gives the loss and its gradient with
-    respect to every embedding, then once more, mini-batch by mini-batch, to carry these gradients into the model. Value
-    and gradients are those of the plain loss but for the random numbers of dropout; memory is that of one mini-batch.
-    The time of the first pass is added, so take the plain loss while the batch fits, and a large
-    `per_device_train_batch_size` here: gradient accumulation gives no further negatives.
+    Gradient caching (Gao et al. 2021, arXiv 2101.06983), as sentence-transformers has it, embeds a batch twice: first
+    without gradients, which gives the loss and its gradient with respect to every embedding, then once more, mini-batch
+    by mini-batch, to carry these gradients into the model. Value and gradients are those of the plain loss but for the
+    random numbers of dropout; memory is that of one mini-batch. The time of the first pass is added, so take the plain
+    loss while the batch fits, and a large `per_device_train_batch_size` here: gradient accumulation gives no further
+    negatives.
 
     For PUMA models a frozen vision tower runs once: what it returns in the first pass, `num_visual_tokens *
     hidden_size` numbers per image, less than its pixels, is kept for the second. Mini-batches hold samples of like

@@ -85,7 +85,7 @@ class PumaConfigMixin(_MixinBase):
         there = list(range(available)) if self.kept_layers is None else self.kept_layers
         kept, first = [there[layer] for layer in layers], list(range(len(layers)))
         # Features of the vision tower must be added after the same layers as in the original.
-        deepest = len(getattr(self.vision_config, "deepstack_visual_indexes", None) or ())
+        deepest = self.num_deepstack_layers
         if kept[:deepest] != first[:deepest]:
             raise ValueError(
                 f"A cut to {named_layers(kept)} lacks some of {named_layers(range(deepest))}; after these "
@@ -100,6 +100,11 @@ class PumaConfigMixin(_MixinBase):
             text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
             if self.kept_layers is not None and "sliding_attention" in text_config.layer_types:
                 text_config.max_window_layers = text_config.layer_types.index("sliding_attention")
+
+    @property
+    def num_deepstack_layers(self) -> int:
+        """After how many of the first decoder layers features of the vision tower are added."""
+        return len(getattr(self.vision_config, "deepstack_visual_indexes", None) or ())
 
     @property
     def layers_of_original(self) -> list[int]:

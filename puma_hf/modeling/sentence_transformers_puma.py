@@ -70,8 +70,7 @@ class PumaTransformer(Transformer):
             kwargs: `max_length` in tokens; the rest of what trainers pass is unused.
 
         Returns:
-            The processor's batch as a dict, with `modality_ids` and `content_ids`, both `(batch_size,)`; equal
-            inputs have equal content ids, which `encode` leaves out.
+            The processor's batch as a dict, with `content_ids`, `(batch_size,)`, which `encode` leaves out.
         """
         if not inputs:
             return {}

@@ -232,13 +232,13 @@ def test_a_folder_of_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (tmp_path / "link.png").symlink_to("b/c.jpg")
     with caplog.at_level(logging.INFO, logger="puma_hf"):
         corpus = open_corpus(tmp_path)
-    assert caplog.messages == [f"{tmp_path}: left out what is no image here: 2 x .heix, 1 x no ending"]
+    assert caplog.messages == [f"{tmp_path}: 4 images; left out 2 x .heix, 1 x no ending"]
     assert [(record.row, record.id, record.image) for record in records(corpus)] == [
         (row, name, str(tmp_path / name)) for row, name in enumerate(["a.webp", "link.png", "b/a.PNG", "b/c.jpg"])
     ]
     assert len(load_items(tmp_path)) == 4
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"holds no image \(.*\), and is no M-BEIR folder"):
+    with pytest.raises(ValueError, match=r"none holds no image, nor is it M-BEIR\. Left out: none"):
         open_corpus(tmp_path / "none")
 
 
