@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, get_args
+from itertools import islice
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
+from sentence_transformers.util import batch_to_device, quantize_embeddings
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
@@ -25,7 +26,6 @@ from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepar
 from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _MOST_WORKERS = 8
 _INPUTS_PER_WORKER = 64  # below this a worker takes longer to start than it saves
@@ -221,22 +221,28 @@ def iterate_embeddings(
     )
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     model.eval()
-    # Lazily: a chunk is started when it is asked for. However it ends, so do the worker processes.
-    started = ((chunk, *_start(model, chunk, keep)) for chunk in chunks)
-    late = _late(started, _IN_FLIGHT if on_cuda else 0)
-    return _rows(late, closing(chunks), progress, on_error, report, dim)
+    start = partial(_start, model, truncate_dim=keep)
+    return _rows(chunks, start, _IN_FLIGHT if on_cuda else 0, progress, on_error, report, dim)
 
 
 def _rows(
-    chunks: Iterator[tuple[Prepared, Tensor | None, Any]],
-    workers: AbstractContextManager[Any],
+    chunks: Generator[Prepared, None, None],
+    start: Callable[[Prepared], tuple[Tensor | None, Any]],
+    in_flight: int,
     new_progress: Callable[[], Any],
     on_error: OnError,
     report: Callable[[BrokenInput], object] | None,
     dim: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    with workers, new_progress() as progress:
-        for chunk, rows, event in chunks:
+    started: deque[tuple[Prepared, Tensor | None, Any]] = deque()
+    # However it ends, so do the worker processes.
+    with closing(chunks), new_progress() as progress:
+        while True:
+            # On CUDA a chunk is asked for when two more have been started: the device never waits for the host.
+            started.extend((chunk, *start(chunk)) for chunk in islice(chunks, in_flight + 1 - len(started)))
+            if not started:
+                return
+            chunk, rows, event = started.popleft()
             if event is not None:
                 event.synchronize()
             if rows is not None:
@@ -253,25 +259,19 @@ def _rows(
                 yield torch.tensor([one.index for one in chunk.broken]), torch.zeros(len(chunk.broken), dim)
 
 
-# On CUDA a chunk is asked for when two more have been started: the device never waits for the host.
-def _late(started: Iterator[T], count: int) -> Iterator[T]:
-    waiting: deque[T] = deque()
-    for one in started:
-        waiting.append(one)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
-
-
-# The float32 rows of a chunk on the CPU; on CUDA they are there when the event has happened.
 @torch.inference_mode()
 def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tensor | None, Any]:
+    """The float32 rows of a chunk on the CPU; on CUDA they are there when the event has happened."""
     if chunk.batch is None:
         return None, None
     if isinstance(chunk.batch, Tensor):  # rows that `encode` has made
         return chunk.batch.float().cpu(), None
     try:
-        features = model[0].embed_batch(chunk.on(model.device))
+        if isinstance(chunk.batch, dict):
+            batch: Any = batch_to_device(chunk.batch, model.device)
+        else:  # from pinned memory, which is copied while the device computes
+            batch = chunk.batch.to(model.device, non_blocking=True)
+        features = model[0].embed_batch(batch)
         for module in list(model)[1:]:
             features = module(features)
     except torch.OutOfMemoryError as error:

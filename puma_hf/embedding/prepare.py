@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -172,27 +172,12 @@ def _held_bytes(item: Any) -> int:
 # --- the work
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What became of a chunk."""
+class Prepared(NamedTuple):
+    """What became of a chunk; `DataLoader` makes lists of tuples in it, and pins what it finds there."""
 
-    indices: tuple[int, ...]  # its good inputs
+    indices: Sequence[int]  # its good inputs
     batch: Any  # what the packer made of them; None if there are none
-    broken: tuple[BrokenInput, ...]  # those that cannot be embedded, by index
-
-    def pin_memory(self) -> Prepared:
-        """The same in pinned memory; `DataLoader` calls it."""
-        return Prepared(self.indices, _map_batch(self.batch, lambda part: part.pin_memory()), self.broken)
-
-    def on(self, device: torch.device) -> Any:
-        """The batch on a device; from pinned memory it is copied while the device computes."""
-        return _map_batch(self.batch, lambda part: part.to(device, non_blocking=True))
-
-
-def _map_batch(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if not isinstance(batch, dict):  # packed, or nothing
-        return batch and change(batch)
-    return {name: change(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    broken: Sequence[BrokenInput]  # those that cannot be embedded, by index
 
 
 @dataclass(frozen=True)
@@ -216,8 +201,8 @@ class _Preparer(Dataset[Prepared]):
             if isinstance(items[index], Unreadable):
                 broken[index] = f"inputs[{index}]: {items.pop(index).reason}"
         batch = self._packed(items, broken)
-        errors = tuple(BrokenInput(*one) for one in sorted(broken.items()))
-        return Prepared(tuple(index for index in items if index not in broken), batch, errors)
+        errors = [BrokenInput(*one) for one in sorted(broken.items())]
+        return Prepared([index for index in items if index not in broken], batch, errors)
 
     def _packed(self, items: Mapping[int, Any], broken: dict[int, str]) -> Any:
         if not items:

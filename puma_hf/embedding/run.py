@@ -208,11 +208,12 @@ def disk_full_explained(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # LanceDB raises a RuntimeError for all that goes wrong, so the disk is asked.
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, RuntimeError):
-            place = Path(folder)
-            is_full = shutil.disk_usage(place if place.is_dir() else place.resolve().parent).free < _LEAST_FREE
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else:  # LanceDB raises a RuntimeError for all that goes wrong, so the disk is asked
+            place = Path(folder).resolve()
+            there = next(part for part in (place, *place.parents) if part.is_dir())
+            is_full = shutil.disk_usage(there).free < _LEAST_FREE
         if not is_full:
             raise
         problem = f"{str(folder)!r} could not be written, the disk is full ({error})"

@@ -113,9 +113,9 @@ def work(*chunks: Chunk, num_workers: int = 0, load: Any = None) -> list[Any]:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_is_broken_is_named_and_stops_nothing_else(num_workers: int) -> None:
     first, second = work(Chunk((4, 0, 7), ("a", "bad", "b")), Chunk((3,), ("bad",)), num_workers=num_workers)
-    assert (first.indices, first.batch) == ((4, 7), {"packed": ["a", "b"]})
+    assert (first.indices, first.batch) == ([4, 7], {"packed": ["a", "b"]})
     assert [(one.index, one.message) for one in first.broken] == [(0, "inputs[0]: it is bad")]
-    assert (second.indices, second.batch) == ((), None)
+    assert (second.indices, second.batch) == ([], None)
     assert second.broken[0].message == "inputs[3]: it is bad"
 
 
@@ -128,7 +128,7 @@ def test_an_error_that_is_no_inputs_own_is_raised() -> None:
 def test_chunks_come_in_order_and_are_read_a_little_ahead(num_workers: int) -> None:
     chunks = iter([Chunk((number,), ("a",)) for number in range(100)])
     found = prepared(chunks, packer, None, num_workers=num_workers, pin_memory=False)
-    assert [next(found).indices for _ in range(10)] == [(number,) for number in range(10)]
+    assert [next(found).indices for _ in range(10)] == [[number] for number in range(10)]
     assert len([*chunks]) >= 90 - 2 * num_workers
     found.close()
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_sent_to_a_worker_is_broken_there_alone() -> None:
     items = ("a", unreadable, lambda: 0)
     chunk = pickle.loads(pickle.dumps(Chunk((5, 6, 7), items)))
     (found,) = work(chunk)
-    assert found.indices == (5,)
+    assert found.indices == [5]
     assert [one.index for one in found.broken] == [6, 7]
     assert "cannot be sent to a worker process" in found.broken[0].message
     assert "num_workers=0" in found.broken[1].message

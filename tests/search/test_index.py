@@ -346,7 +346,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("lance error: LanceError(IO)")
 
     (tmp_path / "t.csv").write_text("text\na\n")
-    config = IndexConfig(data=tmp_path / "t.csv", model="none", output=tmp_path / "index")
+    config = IndexConfig(data=tmp_path / "t.csv", model="none", output=tmp_path / "new" / "deep" / "index")
     monkeypatch.setattr("puma_hf.search.build.open_table", fail)
     with pytest.raises(RuntimeError, match="lance"):
         build_index(config)
