@@ -294,7 +294,7 @@ class TrainConfig(PairSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Without a teacher the contrastive loss is trained by itself, whatever its weight: at 0 nothing was meant to be.
+        # Without a teacher the contrastive loss is trained alone, whatever its weight: at 0 nothing was meant to be.
         if not self.joint and not (self.contrastive_weight or self.contrastive_weight_start):
             raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
