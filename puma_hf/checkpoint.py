@@ -152,10 +152,6 @@ def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype:
 
     transformers is given a folder of links to the needed shards, with an index of the kept tensors: a 7B cut to 12 of
     28 layers takes 8 GB of memory in bfloat16, not 15.5, and as much less of a download.
-
-    Raises:
-        FileNotFoundError: If a needed shard is missing.
-        ValueError: If one is cut off, or the checkpoint lacks a tensor or has one of another shape.
     """
     kept = {name: file for name, file in checkpoint.weight_files.items() if is_kept(name, layers)}
     with TemporaryDirectory(prefix="puma-hf-") as folder:
@@ -179,15 +175,7 @@ def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype:
 def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     """A model from a directory or from the Hub; the code that lies in a local directory is run.
 
-    Args:
-        name: A directory or a Hub id.
-        loading: Arguments of `SentenceTransformer`, such as `device`, `revision` and `trust_remote_code`.
-
-    Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub, or an adapter's base is not where it says.
-
-    Example:
-        >>> model = open_sentence_transformer("puma-k4-mac", device="cpu")  # doctest: +SKIP
+    A FileNotFoundError says that there is no such model, here or on the Hub, or that an adapter's base is gone.
     """
     # A local directory was put there by the user, and its code is what `puma-hf prune` wrote. A repository may change.
     is_folder = Path(name).is_dir()

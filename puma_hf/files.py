@@ -140,16 +140,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """A hidden sibling of `output_dir` to write into, renamed into place when the block ends without error.
 
-    Args:
-        output_dir: The directory to make.
-        overwrite: Whether to replace it if it is not empty.
-        forbidden: A folder that is being read.
-        is_ours: Tells what may be replaced.
-
-    Raises:
-        FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is not ours.
-        ValueError: If it is, or holds, the folder that is being read.
-        OSError: If it is a file, or its parent cannot be written.
+    What is there is replaced only with `overwrite`, and only if `is_ours` knows it: else a FileExistsError. A
+    ValueError is raised if it is, or holds, the `forbidden` folder, from which the block reads.
     """
     target, name = Path(output_dir).resolve(), f"output_dir {str(output_dir)!r}"
     if forbidden is not None and forbidden.resolve().is_relative_to(target):
