@@ -294,6 +294,9 @@ class TrainConfig(PairSettings, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Without a teacher the contrastive loss is trained alone, whatever its weight: at 0 nothing was meant to be.
+        if not self.joint and not (self.contrastive_weight or self.contrastive_weight_start):
+            raise ValueError("contrastive_weight=0.0 and distillation_weight=0.0 leave no loss. Raise one above 0.")
         if self.cached and self.joint:
             caching = f"mini_batch_size={self.mini_batch_size} and mini_batch_num_tokens={self.mini_batch_num_tokens}"
             raise ValueError(f"{caching} need distillation_weight=0, as caching has no joint form. Leave one out.")

@@ -90,6 +90,7 @@ def test_values_that_both_stages_refuse(kind: Any, values: dict[str, Any], messa
     [
         (TrainConfig, {"schedule_end": 1.1}, r"schedule_end=1\.1 must be above 0 and at most 1\."),
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, .*Leave"),
+        (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
         (IndexConfig, {"on_error": "zero"}, r"on_error='zero' must be one of 'raise', 'skip'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -112,3 +114,22 @@ def test_no_edit_of_val_or_test_is_in_training() -> None:
     assert len(edits("train")) > 500
     assert not edits("train") & (edits("val") | edits("test"))
     assert not edits("val") & edits("test")
+
+
+def test_keywords_and_captions_do_not_give_the_answer_away() -> None:
+    with (ROOT / "concepts.tsv").open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        names = {row["emoji"]: row["name"] for row in rows}
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[a-z0-9]+", text.lower().replace("’", ""))) - {"a", "an", "at", "in", "of", "or", "the"}
+
+    for split in ("val", "test"):
+        for task, found in queries(split).items():
+            for query in found if task.task_id in (1, 2, 8) else ():
+                for did in query.positives:
+                    name = words(names[emoji_of(did)])
+                    if task.task_id == 1:  # keywords, of which no set names the whole answer
+                        assert not name <= words(str(query.text))
+                    else:  # the caption beside an image, which others share
+                        assert not name & words(str(candidates()[did].text))

@@ -354,8 +354,9 @@ def test_the_released_first_stage(
     assert load_config(TrainConfig, saved / "train.yaml").contrastive_weight_start == 0.5
     merge(MergeConfig(adapter=saved, output=tmp_path / "merged"))
     card = make_card(tmp_path / "merged")[0]
-    told = "Trained with the loss `infonce`; teacher: `tiny-qwen2-vl`, metric `mse-mean`, on `nli.csv`: split train"
-    assert f"{told}, contrastive_weight 0.9, contrastive_weight_start 0.5, distillation_weight 0.01" in card
+    assert "Trained with the loss `infonce`: data nli.csv, split train" in card
+    weights = "distillation_weight 0.01, distillation_weight_start 0.05, contrastive_weight 0.9"
+    assert f"teacher tiny-qwen2-vl, metric mse-mean, {weights}, contrastive_weight_start 0.5" in card
     assert "temperature 0.05, num_negatives" in card
     assert "hard_temperature" not in card
 
