@@ -205,13 +205,8 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
         ValueError: If a source holds nothing, or lines of it are wrong; all are counted, and the first named.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data import load_items
-
-    >>> load_items(["demo/emoji/mbeir_images", "demo/emoji"]).column_names
-    ['item']
-    ```
+        >>> load_items(["demo/emoji/mbeir_images", "demo/emoji"]).column_names
+        ['item']
     """
     # A comma may be part of a name.
     if isinstance(source, str) and "," in source and not Path(source).exists():
@@ -369,13 +364,8 @@ def open_corpus(
         ValueError: If it is of no such kind, holds nothing, or there is no such task.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data.items import open_corpus
-
-    >>> next(open_corpus("demo/emoji").lines()).columns["did"]
-    '10:7'
-    ```
+        >>> next(open_corpus("demo/emoji").lines()).columns["did"]
+        '10:7'
     """
     anywhere = partial(_table_record, images=Images())
     if isinstance(data, datasets.Dataset):  # its images may have any path: who made it has chosen them
