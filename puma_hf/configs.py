@@ -147,11 +147,6 @@ class EmbedConfig(CheckedConfig):
     revision: str | None = None
     trust_remote_code: bool = False
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether the precision needs the range of every dimension."""
-        return self.precision in ("int8", "uint8")
-
 
 @dataclass(frozen=True, kw_only=True)
 class _BenchmarkSettings(CheckedConfig):
