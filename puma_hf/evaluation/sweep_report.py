@@ -150,7 +150,10 @@ class SweepReport:
             lines: list[dict[str, object]] = []
             for row in model.rows:
                 line: dict[str, object] = {"k": row.k, "parameters": row.parameters, "bytes": row.bytes}
-                line |= {"GFLOPs, text": f"{row.flops_text / 1e9:,.2f}", "image": f"{row.flops_image / 1e9:,.2f}"}
+                line |= {
+                    "GFLOPs, text": f"{row.flops_text / 1e9:,.2f}",
+                    "GFLOPs, image": f"{row.flops_image / 1e9:,.2f}",
+                }
                 line |= {"of full": f"{row.flops_image / self.full.flops_image:.0%}"}
                 line |= {name: 100 * row.quality[self.pool][name] for name in shown}
                 line["kept"] = 100 * self.quality(row) / full if full else None
