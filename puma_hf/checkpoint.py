@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from puma_hf.files import ADAPTER_CONFIG, is_hub_id, named_base
+from puma_hf.files import ADAPTER_CONFIG, is_hub_id, named_base, read_config
 from puma_hf.modeling import PumaModel
 from puma_hf.modeling.modeling_puma import CHECKPOINT_KEY_MAPPING, MODEL_CLASSES
 from puma_hf.settings import cut
@@ -40,17 +40,23 @@ class Checkpoint(Mapping[str, Tensor]):
         name: Hub id or local path, as given by the user.
         folder: Folder with the configuration, index, tokenizer and image processor files.
         revision: Hub commit, or `None` for a local folder; weights of the Hub are fetched file by file.
+        token: Hub token; by default the one that huggingface_hub has stored.
 
     Example:
         >>> open_checkpoint("puma-k14")["language_model.norm.weight"].shape  # doctest: +SKIP
         torch.Size([1536])
     """
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
-        self.name, self.folder, self.revision = name, folder, revision
+    def __init__(self, name: str, folder: Path, revision: str | None = None, token: str | None = None) -> None:
+        self.name, self.folder, self.revision, self.token = name, folder, revision, token
         self.weight_files = self._find_weights()  # file of each tensor, by the checkpoint's own names
-        stored = [name for name in self.weight_files if not name.startswith("lm_head.")]
-        self._stored_names = {own_name(name): name for name in stored}
+        self._stored_names: dict[str, str] = {}  # by what PUMA's classes call them, whichever layout this is
+        for stored in self.weight_files:
+            own = stored
+            for pattern, replacement in CHECKPOINT_KEY_MAPPING.items():
+                own = re.sub(pattern, replacement, own)
+            if not stored.startswith("lm_head."):
+                self._stored_names[own] = stored
 
     def _find_weights(self) -> dict[str, str]:
         """The file of each tensor, from the index or from the only file."""
@@ -74,7 +80,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def fetch(self, file_name: str) -> Path:
         """Local path of one weight file, downloaded first if the checkpoint is on the Hub."""
         if self.revision is not None:
-            return Path(hf_hub_download(self.name, file_name, revision=self.revision))
+            return Path(hf_hub_download(self.name, file_name, revision=self.revision, token=self.token))
         path = self.folder / file_name
         if not path.is_file():
             raise FileNotFoundError(f"{self.name!r} lacks {file_name!r}. Download the checkpoint again.")
@@ -99,12 +105,13 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._stored_names)
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
     """Locate a checkpoint without reading its weights; those of the Hub are fetched later, shard by shard.
 
     Args:
-        source: Local folder, or Hub id such as "Qwen/Qwen2-VL-2B-Instruct"; the token is that of huggingface_hub.
+        source: Local folder, or Hub id such as "Qwen/Qwen2-VL-2B-Instruct".
         revision: Branch, tag or commit on the Hub.
+        token: Hub token; by default the one that huggingface_hub has stored.
 
     Raises:
         FileNotFoundError: If the folder, the Hub repository, its configuration or its safetensors do not exist.
@@ -115,14 +122,14 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         if not is_hub_id(name):
             raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id of the form 'organisation/name'.")
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=_METADATA_PATTERNS))
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_METADATA_PATTERNS))
         except Exception as error:  # the HTTP client's own errors differ between versions of huggingface_hub
             raise FileNotFoundError(_NOWHERE.format(name=name, reason=f"{type(error).__name__}: {error}")) from error
         # The folder of a snapshot is named by its commit. All else asks for that, so that files are of one version.
         commit = folder.name
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name!r} has no config.json. Point to a transformers checkpoint.")
-    return Checkpoint(name, folder, commit)
+    if not read_config(folder):
+        raise FileNotFoundError(f"{name!r} has no config.json, or a damaged one. Point to a transformers checkpoint.")
+    return Checkpoint(name, folder, commit, token)
 
 
 def _tensor_names(path: Path) -> set[str]:
@@ -140,22 +147,11 @@ def is_kept(tensor_name: str, layers: Container[int]) -> bool:
     return not tensor_name.startswith("lm_head.") and (layer is None or int(layer[1]) in layers)
 
 
-def own_name(name: str) -> str:
-    """What PUMA's classes call a tensor, whichever of the published layouts its checkpoint has."""
-    for pattern, own in CHECKPOINT_KEY_MAPPING.items():
-        name = re.sub(pattern, own, name)
-    return name
-
-
 def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype: str | torch.dtype) -> PumaModel:
     """The model of these decoder layers; no shard that they do not need is fetched, no other tensor read.
 
     transformers is given a folder of links to the needed shards, with an index of the kept tensors: a 7B cut to 12 of
     28 layers takes 8 GB of memory in bfloat16, not 15.5, and as much less of a download.
-
-    Raises:
-        FileNotFoundError: If a needed shard is missing.
-        ValueError: If one is cut off, or the checkpoint lacks a tensor or has one of another shape.
     """
     kept = {name: file for name, file in checkpoint.weight_files.items() if is_kept(name, layers)}
     with TemporaryDirectory(prefix="puma-hf-") as folder:
@@ -179,15 +175,7 @@ def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype:
 def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
     """A model from a directory or from the Hub; the code that lies in a local directory is run.
 
-    Args:
-        name: A directory or a Hub id.
-        loading: Arguments of `SentenceTransformer`, such as `device`, `revision` and `trust_remote_code`.
-
-    Raises:
-        FileNotFoundError: If there is no such model, here or on the Hub, or an adapter's base is not where it says.
-
-    Example:
-        >>> model = open_sentence_transformer("puma-k4-mac", device="cpu")  # doctest: +SKIP
+    A FileNotFoundError says that there is no such model, here or on the Hub, or that an adapter's base is gone.
     """
     # A local directory was put there by the user, and its code is what `puma-hf prune` wrote. A repository may change.
     is_folder = Path(name).is_dir()
@@ -202,14 +190,6 @@ def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
         if is_folder:
             raise
         raise FileNotFoundError("model=" + _NOWHERE.format(name=name, reason=reason)) from error
-
-
-def check_truncate_dim(model: SentenceTransformer, name: str, truncate_dim: int | None) -> None:
-    """Raise a ValueError if a model's embeddings are shorter than what is to be kept of them."""
-    dim = model.get_embedding_dimension()
-    if truncate_dim is not None and dim is not None and dim < truncate_dim:
-        problem = f"truncate_dim={truncate_dim}, but the embeddings of {name!r} have {dim} dimensions"
-        raise ValueError(f"{problem}. Choose fewer, or leave it out.")
 
 
 @contextmanager

@@ -152,7 +152,8 @@ def estimate(
         >>> estimate("configs/qwen2_vl_7b_stage2.yaml", num_gpus=4).fits("A100 80GB")  # doctest: +SKIP
         True
     """
-    for name, value in (("num_gpus", num_gpus), ("tokens", tokens), ("rows", rows)):
+    given = {"num_gpus": num_gpus, "tokens": tokens, "rows": rows, "num_kept_layers": num_kept_layers}
+    for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1. Leave out what you do not know.")
     if gpu is not None and gpu not in GPUS:
@@ -214,10 +215,9 @@ class _Step:
         if self.config.load_in_4bit:
             base -= int((2 - _BITS4) * self.depth * self.layer)
             dropped += self.parameters  # a teacher that cannot share four-bit weights is held whole
+        vision = self.vision
         # The whole batch in float32; gradient caching keeps what the tower makes of it as well.
-        pixels = (
-            4 * self.patches * self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
-        )
+        pixels = 4 * self.patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         if getattr(self.config, "cached", False):
             pixels += 2 * self.text.hidden_size * self.patches // self.merged
         return {
@@ -287,7 +287,7 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     file = Path(name) if name.endswith(".json") else Path(name, "config.json")
     if file.is_file():
         shape = PumaConfig.from_pretrained(file, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
-        return shape, f"Shapes are those of {file}."
+        return shape, f"Shapes: those of {file}."
     # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.
     size, depth = re.search(r"(?:qwen2-vl|puma)-([27]b)\b", name.lower()), re.search(r"\bk(\d+)\b", name.lower())
     kept = num_kept_layers or (int(depth[1]) if depth else None if model is None else _NUM_LAYERS)
@@ -296,7 +296,4 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
         raise ValueError(f"{problem}. Give --model (such as Qwen/Qwen2-VL-7B-Instruct) and --num-kept-layers.")
     text = dict(zip(_NAMES, _SHAPES[size[1]], strict=True), num_hidden_layers=_NUM_LAYERS)
     shape = PumaConfig(text_config=text, vision_config={"hidden_size": text["hidden_size"]}, num_kept_layers=kept)
-    return (
-        shape,
-        f"Shapes are those of Qwen2-VL-{size[1].upper()} with {kept} of {_NUM_LAYERS} layers, as {name!r} says.",
-    )
+    return shape, f"Shapes: Qwen2-VL-{size[1].upper()} with {kept} of {_NUM_LAYERS} layers, as {name!r} says."

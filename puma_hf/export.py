@@ -59,6 +59,7 @@ def export(
     *,
     format: ExportFormat = "stock",
     revision: str | None = None,
+    token: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
@@ -75,6 +76,7 @@ def export(
         output: New or empty directory; written whole or not at all.
         format: "stock" or "onnx".
         revision: Branch, tag or commit on the Hub.
+        token: Hub token; by default the one that huggingface_hub has stored.
         overwrite: Replace `output` if it holds an export.
 
     Returns:
@@ -95,7 +97,7 @@ def export(
     missing = [name for name in _NEEDED_FOR_ONNX if find_spec(name) is None]
     if convert("format", format, ExportFormat) == "onnx" and missing:
         raise ImportError(f"format='onnx' needs {', '.join(missing)}, not installed here: pip install 'puma-hf[onnx]'.")
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type = read_config(checkpoint.folder).get("model_type", "")
     if model_type not in PUMA_MODEL_TYPES:
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
@@ -103,22 +105,29 @@ def export(
     if puma_config.positions != "mrope" and format == "stock":
         problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
         raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
-    config = _stock_config(puma_config)
+    config, layers = _stock_config(puma_config), puma_config.num_kept_layers
+    reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
+
+    def is_export(folder: Path) -> bool:
+        return LINEAGE_KEY in read_config(folder)
+
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=is_export) as folder:
         num_bytes = _write_weights(checkpoint, config, folder)
         _write_processor(checkpoint.folder, type(config).__name__.replace("Config", "Processor"), folder)
         if format == "onnx":
             num_bytes = _write_onnx(folder)
-        reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
-        _write_card(folder, config, format, reading.told)
-    layers = config.text_config.num_hidden_layers
+        card = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+            onnx=format == "onnx",
+            name="path/to/this/directory",
+            config=config,
+            kept=named_layers(puma_config.kept_layers or range(layers)),
+            source=puma_config.source_name_or_path,
+            total=puma_config.original_num_hidden_layers,
+            told=reading.told,  # what the reading makes of inputs, to be done before the template
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
     logger.info("Exported %s as %s of %d layers: %s", source, config.model_type, layers, output)
     return ExportReport(str(output), config.model_type, layers, num_bytes, format)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds what `export` wrote, judged by its `config.json`."""
-    return LINEAGE_KEY in read_config(folder)
 
 
 def _stock_config(puma_config: Any) -> Any:
@@ -165,21 +174,6 @@ def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
         written["video_preprocessor_config.json"] = video  # of the first release only where torchvision could make one
     for name, settings in written.items():
         write_json(folder / name, {key: value for key, value in settings.items() if key not in _NOT_STOCK})
-
-
-def _write_card(folder: Path, config: Any, format: ExportFormat, told: str) -> None:
-    """Write the `README.md`; `told` is what the reading makes of inputs, to be done before the template."""
-    lineage = getattr(config, LINEAGE_KEY)
-    text = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
-        onnx=format == "onnx",
-        name="path/to/this/directory",
-        config=config,
-        kept=named_layers(lineage.get("kept_layers") or range(lineage["num_kept_layers"])),
-        source=lineage["source_name_or_path"],
-        total=lineage["original_num_hidden_layers"],
-        told=told,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX

@@ -140,16 +140,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """A hidden sibling of `output_dir` to write into, renamed into place when the block ends without error.
 
-    Args:
-        output_dir: The directory to make.
-        overwrite: Whether to replace it if it is not empty.
-        forbidden: A folder that is being read.
-        is_ours: Tells what may be replaced.
-
-    Raises:
-        FileExistsError: If `output_dir` is not empty and `overwrite` is false, or if it is not ours.
-        ValueError: If it is, or holds, the folder that is being read.
-        OSError: If it is a file, or its parent cannot be written.
+    What is there is replaced only with `overwrite`, and only if `is_ours` knows it: else a FileExistsError. A
+    ValueError is raised if it is, or holds, the `forbidden` folder, from which the block reads.
     """
     target, name = Path(output_dir).resolve(), f"output_dir {str(output_dir)!r}"
     if forbidden is not None and forbidden.resolve().is_relative_to(target):
@@ -181,9 +173,9 @@ def new_directory(
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep every other run out of a directory as long as the block lasts; who only reads is not kept out.
 
-    The directory is made if need be. In it lies a hidden file, removed at the end; one that a killed run has left locks
-    nothing, as the lock is the operating system's. Inside of the block the same thread may lock it again, which does
-    nothing. On a file system that has no locks a warning is all that happens.
+    The directory is made if need be, and removed at the end if it is empty then. In it lies a hidden file, removed at
+    the end; one that a killed run has left locks nothing, as the lock is the operating system's. Inside of the block
+    the same thread may lock it again, which does nothing. On a file system without locks a warning is all that happens.
 
     Raises:
         DirectoryInUseError: At once, if another run has it, in this process or in another.
@@ -192,6 +184,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # 50 ms, which --help need not wait for
 
     directory = Path(folder).resolve()  # a link may have another end later
+    is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     # One object for the path, which counts per thread. Not a lock by a file alone: that outlives a killed process.
     lock = FileLock(directory / LOCK_FILE, timeout=_PATIENCE, is_singleton=True, fallback_to_soft=False)
@@ -208,5 +201,6 @@ def locked(folder: str | Path) -> Iterator[None]:
         if not is_inside:  # while it is locked: who waits for it finds out that it is gone, and makes another
             (directory / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # of a run that has failed nothing is left; what holds something stays
-            directory.rmdir()
+        if is_new:
+            with suppress(OSError):  # of a run that has failed nothing is left; what holds something stays
+                directory.rmdir()

@@ -36,11 +36,7 @@ def _state() -> Any:
 
 
 def connect() -> tuple[int, int]:
-    """Join the other processes, if a launcher started several.
-
-    Returns:
-        The number of this process, 0 for the main one, and how many there are.
-    """
+    """The number of this process, 0 for the main one, and how many there are; the first call joins them."""
     if int(os.environ.get("LOCAL_RANK", -1)) < 0:  # no launcher started it, so accelerate need not be imported
         return 0, 1
     return _state().process_index, _state().num_processes
@@ -74,11 +70,7 @@ def main_process_first() -> AbstractContextManager[None]:
 
 @contextmanager
 def locked_for_all(folder: str | Path | None) -> Iterator[None]:
-    """Lock a folder, if one is given, for the processes of this run: the main process holds the lock.
-
-    Raises:
-        OSError: In every process, if another run has it (`DirectoryInUseError`), it is a file, or it cannot be made.
-    """
+    """Lock a folder, if one is given, for all processes of this run; the OSError of `locked` is raised in each."""
     with ExitStack() as stack:
         refused: OSError | None = None
         if folder is not None and connect()[0] == 0:
@@ -94,12 +86,7 @@ def locked_for_all(folder: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def shared_folder(folder: str | Path | None) -> Iterator[Path]:
-    """A folder that all processes use: the given one, locked, or a temporary one that ends with the block.
-
-    Raises:
-        OSError: If another run has it (`DirectoryInUseError`), or it is a file.
-        ValueError: If another process, on another machine, does not see it.
-    """
+    """A folder that all processes use: the given one, locked, or a temporary one that ends with the block."""
     with locked_for_all(folder):
         temporary = tempfile.mkdtemp(prefix="puma-hf-") if folder is None and connect()[0] == 0 else None
         shared = Path(broadcast(temporary) or str(folder))
@@ -116,12 +103,9 @@ def shared_folder(folder: str | Path | None) -> Iterator[Path]:
 
 @contextmanager
 def ends_well_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send before they kill, end the block by `SystemExit`, so that `finally` is run.
+    """Let SIGTERM, which schedulers send before they kill, end the block by `SystemExit(143)`: `finally` is run.
 
     A handler that is already there stays, and outside of the main thread, which alone gets signals, this does nothing.
-
-    Raises:
-        SystemExit: With status 143, if the signal came.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -57,10 +57,6 @@ class PruneReport:
     max_visual_tokens: int
     reading: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as a dictionary."""
-        return asdict(self)
-
     def __str__(self) -> str:
         dropped = [layer for layer in range(self.num_source_layers) if layer not in self.kept_layers]
         return (
@@ -87,6 +83,7 @@ def prune(
     reading: str | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
+    token: str | None = None,
     overwrite: bool = False,
 ) -> PruneReport:
     """Keep the first decoder layers, or a list of them, of a Qwen2-VL, 2.5 or 3 and save a complete directory.
@@ -113,6 +110,7 @@ def prune(
             positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
         prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
         revision: Branch, tag or commit on the Hub.
+        token: Hub token; by default the one that huggingface_hub has stored.
         overwrite: Replace `output_dir` if it is not empty.
 
     Returns:
@@ -136,7 +134,7 @@ def prune(
 
     Source: PUMA, ACM MM 2025, arXiv 2507.08064, layer-pruned self-distillation; its released code for a list of layers.
     """
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision, token=token)
     model_type = read_config(checkpoint.folder).get("model_type", "")
     is_original = model_type not in PUMA_MODEL_TYPES
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)
@@ -302,7 +300,7 @@ def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_origi
         base_model=source if source and is_hub_id(source) else None,
         tags=list(TAGS),
     )
-    values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
+    values = asdict(report) | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
     values |= {"kept_layers": config.kept_layers, "embedding_dim": config.text_config.hidden_size}
     if not is_original:
         values |= {"parameters_before": None, "bytes_before": None}

@@ -51,7 +51,8 @@ def test_shards_of_dropped_layers_are_never_read(sharded: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda d: (d / "config.json").unlink(), FileNotFoundError, "has no config.json. Point to a"),
+        (lambda d: (d / "config.json").unlink(), FileNotFoundError, "has no config.json, or a"),
+        (lambda d: (d / "config.json").write_text("{"), FileNotFoundError, "or a damaged one. Point to a"),
         (lambda d: (d / INDEX_NAME).unlink(), FileNotFoundError, f"neither {SINGLE_NAME} nor {INDEX_NAME}. Only"),
         (lambda d: (d / INDEX_NAME).write_text("{}"), ValueError, r"KeyError\('weight_map'\)"),
         (lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"a": "../b"}}'), ValueError, "outside of the folder"),
@@ -94,19 +95,21 @@ class FakeHub:
         self.folder, self.cache = folder, cache / "c0ffee"  # as snapshots lie in huggingface_hub's cache
         self.cache.mkdir(parents=True)
         self.fetched: list[str] = []
-        self.asked: list[str | None] = []
+        self.asked: list[tuple[str | None, str | None]] = []
         monkeypatch.setattr(checkpoint, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(checkpoint, "hf_hub_download", self.hf_hub_download)
 
-    def snapshot_download(self, repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        self.asked.append(revision)
+    def snapshot_download(
+        self, repo_id: str, revision: str | None, token: str | None, allow_patterns: list[str]
+    ) -> str:
+        self.asked.append((revision, token))
         assert not any(pattern.endswith("safetensors") for pattern in allow_patterns)
         for path in [path for pattern in allow_patterns for path in self.folder.glob(pattern)]:
             shutil.copyfile(path, self.cache / path.name)
         return str(self.cache)
 
-    def hf_hub_download(self, repo_id: str, name: str, revision: str | None) -> str:
-        self.asked.append(revision)
+    def hf_hub_download(self, repo_id: str, name: str, revision: str | None, token: str | None) -> str:
+        self.asked.append((revision, token))
         if not (self.folder / name).is_file():
             raise EntryNotFoundError.__new__(EntryNotFoundError)
         self.fetched.append(name)
@@ -117,13 +120,13 @@ def test_only_shards_with_kept_tensors_are_downloaded(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub(sharded, tmp_path / "cache", monkeypatch)
-    prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main")
+    prune(REPOSITORY, tmp_path / "hub", num_kept_layers=2, revision="main", token="hf_secret")
     needed = {file for name, file in weight_map(sharded).items() if is_kept(name, range(2))}
     assert len(needed) < 4
     assert sorted(hub.fetched) == sorted(needed)
     # The branch is resolved once; all else asks for the commit, so that files are of one version.
-    assert hub.asked[0] == "main"
-    assert set(hub.asked[1:]) == {"c0ffee"}
+    assert hub.asked[0] == ("main", "hf_secret")
+    assert set(hub.asked[1:]) == {("c0ffee", "hf_secret")}
     prune(sharded, tmp_path / "local", num_kept_layers=2)
     weights = [(tmp_path / name / SINGLE_NAME).read_bytes() for name in ("local", "hub")]
     assert weights[0] == weights[1]

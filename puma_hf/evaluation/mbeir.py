@@ -16,13 +16,14 @@ from uuid import uuid4
 import torch
 
 from puma_hf import __version__
-from puma_hf.checkpoint import check_truncate_dim, open_sentence_transformer
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import EvaluateConfig, Pool, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import MBEIRTask, select_tasks
+from puma_hf.embedding.embed import embedding_dim
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
@@ -306,7 +307,8 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
                 data = draw_nano(data, config.nano_folder or folder / "nano", config)
         loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
         model = open_sentence_transformer(config.model, device=own_device(), **loading)
-        check_truncate_dim(model, config.model, config.truncate_dim)
+        if config.truncate_dim is not None:
+            embedding_dim(model, config.truncate_dim)  # so many there must be
         return evaluate_mbeir(model, data, **options)
 
 
