@@ -124,10 +124,11 @@ class EmbeddingRun:
             except BrokenInputError as error:
                 record, reason = self.sent[error.index].record, _without_place(error.broken.message.rstrip("."))
                 remedy = "Mend it and run the same command again, which goes on where this one ended"
-                if self.errors_file is not None:
+                place = ""
+                if self.errors_file is not None:  # a corpus, whose rows a user knows
                     remedy += "; or pass on_error='skip' (--on-error skip) to leave out what is broken"
-                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}"
-                raise ValueError(f"{what}. {remedy}.") from error
+                    place = f" (row {record.row})"
+                raise ValueError(f"Input {shown(record.id)}{place} cannot be embedded: {reason}. {remedy}.") from error
             finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
                 self._write(len(self.rows))
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
