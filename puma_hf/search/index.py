@@ -113,10 +113,8 @@ def open_table(folder: Path) -> Any:
         return lancedb.connect(str(folder)).open_table(TABLE)
     for name in ("index.json", "manifest.json"):
         if (folder / name).is_file():
-            said = json.loads((folder / name).read_text(encoding="utf-8"))
             problem = f"{str(folder)!r} was made by puma-hf embed, or by an older puma-hf index: it has {name}."
-            command = f"puma-hf index {said.get('data', 'DATA')} --model {said.get('model', 'MODEL')} --output NEW"
-            raise ValueError(f"{problem} Make it anew: {command}")
+            raise ValueError(f"{problem} Make the index anew, in another folder.")
     return None
 
 

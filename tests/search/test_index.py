@@ -275,10 +275,10 @@ def test_who_has_an_index_open_goes_on_with_it(
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
-def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
+def test_what_an_older_version_made_is_refused(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text('{"data": "photos", "model": "org/puma"}')
-    message = rf"older puma-hf index: it has {name}.* Make it anew: puma-hf index photos --model org/puma --output NEW"
+    (tmp_path / "out" / name).write_text("{}")
+    message = rf"older puma-hf index: it has {name}\. Make the index anew, in another folder"
     for action in (lambda: open_index(tmp_path / "out"), lambda: make(corpus)):
         with pytest.raises(ValueError, match=message):
             action()
@@ -336,20 +336,22 @@ def test_without_lancedb(make: Make, corpus: Path, index_dir: Path, monkeypatch:
             action()
 
 
-if __name__ == "__main__":  # by `run_worker`
-    model, data, output = sys.argv[1:]
-    in_two_processes(lambda rank: build_index(IndexConfig(data=data, model=model, output=output, shard_size=3)))
-
-
 def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "lance error: LanceError(IO)"
+
     def fail(_: Path) -> None:
-        raise RuntimeError("lance error: LanceError(IO)")
+        raise RuntimeError(said)
 
     (tmp_path / "t.csv").write_text("text\na\n")
     config = IndexConfig(data=tmp_path / "t.csv", model="none", output=tmp_path / "new" / "deep" / "index")
     monkeypatch.setattr("puma_hf.search.build.open_table", fail)
     with pytest.raises(RuntimeError, match="lance"):
         build_index(config)
-    monkeypatch.setattr("puma_hf.embedding.run._LEAST_FREE", float("inf"))
+    said += ": No space left on device (os error 28)"
     with pytest.raises(OSError, match=r"index' could not be written, the disk is full"):
         build_index(config)
+
+
+if __name__ == "__main__":  # by `run_worker`
+    model, data, output = sys.argv[1:]
+    in_two_processes(lambda rank: build_index(IndexConfig(data=data, model=model, output=output, shard_size=3)))
