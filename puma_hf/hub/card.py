@@ -19,9 +19,8 @@ from sentence_transformers import SentenceTransformer
 from puma_hf import __version__
 from puma_hf.configs_training import RECIPES
 from puma_hf.estimate import count_parameters
-from puma_hf.evaluation.layer_sweep import decoder_of, layer_costs
+from puma_hf.evaluation.layer_sweep import TEXT_TOKENS, decoder_of, layer_costs
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
-from puma_hf.evaluation.sweep_report import si
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -147,24 +146,21 @@ def load_model(folder: Path) -> Any:
 
 def count_facts(model: Any) -> dict[str, Any]:
     """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
-    costs, config, text = layer_costs(model), model[0].model.config, model[0].model.config.text_config
+    config, text = model[0].model.config, model[0].model.config.text_config
+    after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
     # Dropped layers are as large as kept ones, and the head has the shape of the token embedding.
     head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
     dropped = config.original_num_hidden_layers - config.num_kept_layers
-    after, layer = costs.parameters[-1], count_parameters(decoder_of(model).layers[-1])
-    before, width = after + head + layer * dropped, model.dtype.itemsize
-    operations = []
-    for kind, flops in (
-        (f"text of {costs.text_tokens} tokens", costs.flops_text),
-        (f"image of {costs.image_tokens} visual tokens", costs.flops_image),
-    ):  # of one layer alone its share is not known
-        uncut = f"{si(flops[-1] + dropped * (flops[-1] - flops[-2]))}FLOP" if len(flops) > 1 else None
-        operations.append((kind, f"{si(flops[-1])}FLOP", uncut))
-    return {
-        **{"parameters_after": after, "parameters_before": before, "operations": operations},
-        **{"bytes_after": after * width, "bytes_before": before * width},
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    before, width, operations = after + head + layer * dropped, model.dtype.itemsize, {}
+    costs, image_tokens = layer_costs(model)
+    kinds = {"flops_text": f"text of {TEXT_TOKENS} tokens", "flops_image": f"image of {image_tokens} visual tokens"}
+    for name, kind in kinds.items():
+        flops = [cost[name] for cost in costs]
+        # Of one layer alone its share of the operations is not known.
+        operations[kind] = (flops[-1], flops[-1] + dropped * (flops[-1] - flops[-2]) if len(flops) > 1 else None)
+    facts = {"parameters_after": after, "parameters_before": before, "operations": operations}
+    facts |= {"bytes_after": after * width, "bytes_before": before * width}
+    return facts | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
 # --- result files
