@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
@@ -39,7 +40,7 @@ def held_inputs(data: MBEIR) -> HeldInputs:
 def embed(model: SentenceTransformer, inputs: HeldInputs, batch_size: int) -> Tensor:
     """The embeddings of one model, `(len(row_of), hidden_size)`, in the sweep's order and with its groups."""
     options = {"batch_size": batch_size, "show_progress_bar": False}
-    return inputs.embed(lambda part, prompt: model.encode([one.model_input for one in part], prompt=prompt, **options))
+    return inputs.embed(partial(model.encode, **options))
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
-import numpy as np
 
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
@@ -35,6 +33,7 @@ from puma_hf.data.records import (
 )
 from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.fingerprint import image_content
+from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import cut, is_unicode, shown
 
 logger = logging.getLogger(__name__)
@@ -302,9 +301,9 @@ class Survey(NamedTuple):
 class Corpus:
     """A corpus that is read from its first line to its last, as often as is wanted; see `open_corpus`.
 
-    Memory does not grow with it, but for a .json, the names of the files of one folder, and eight bytes for every id.
-    Texts are kept as they are, and a missing image is the trouble of who embeds it. `lines` makes its lines, not
-    checked yet, and `read` a record of one. A row that has no id has its number, from 0, as one.
+    Memory does not grow with it, but for a .json and the names of the files of one folder. Texts are kept as they are,
+    and a missing image is the trouble of who embeds it. `lines` makes its lines, not checked yet, and `read` a record
+    of one. A row that has no id has its number, from 0, as one.
     """
 
     path: Path
@@ -330,12 +329,11 @@ class Corpus:
         cannot be read to its end.
         """
         generator, sample = random.Random(seed), list[Record | None]()
-        num_items, ids, problems = 0, array("q"), Problems(self.path)
+        num_items, problems = 0, Problems(self.path)
         read = replace(self, on_error="raise").record
         for row, line in enumerate(self.lines()):
             record = problems.attempt(read, row, line)
             num_items += 1
-            ids.append(hash(row if record is None else record.id))
             # A reservoir: every set of so many rows is drawn with the same probability, and only those are kept.
             place = row if row < sample_size else generator.randint(0, row)
             sample[place : place + 1] = [record] if place < sample_size else []
@@ -345,9 +343,6 @@ class Corpus:
             if self.on_error == "raise" or problems.counts.total() == num_items:
                 raise problems.report()
             logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
-        if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
-            what = "Answers are told apart, but a database that replaces items by their ids keeps one of each"
-            logger.warning("%s: %d rows repeat the id of another. %s.", self.path, repeated, what)
         return Survey(num_items, sorted(filter(None, sample), key=lambda record: record.row))
 
     def content_hash(self, record: Record) -> str:
@@ -424,6 +419,10 @@ def _table_record(line: Line, images: Images) -> Record:
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str | bytes | None) or (isinstance(image, str) and "://" in image):
         raise wrong(line.where, f"image is {shown(image)}, must be a file below {images.root}. Download images first.")
+    # A table of documents with a column `file_name` is known here, and not after each of them was broken.
+    if isinstance(image, str) and os.path.splitext(image)[1] and not is_image_name(image):
+        what = f"image is {shown(image)}, whose ending is that of no image. Convert it, or rename the column."
+        raise wrong(line.where, what, "image of no known kind")
     if text is None and not image:
         here = cut(", ".join(map(str, line.columns)))
         what = f"text and image are both empty, or no columns: these are {here}. Fill or rename one of them."

@@ -18,7 +18,6 @@ import json
 import logging
 import random
 import re
-from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,7 +28,7 @@ import datasets
 import numpy as np
 
 from puma_hf.data.images import Images
-from puma_hf.data.records import Line, Problems, Record, cut_off, file_state, json_lines, location, on_disk, wrong
+from puma_hf.data.records import Line, Problems, Record, broken_line, file_state, json_lines, location, on_disk, wrong
 from puma_hf.data.tasks import MBEIR_DATASET_IDS, MODALITIES, TASK_OF_MODALITIES, MBEIRTask, task_named
 from puma_hf.settings import shown
 
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 NANO_FILE = "nano.json"  # how a nano folder was made, and where its images are
 _RECORD_ID = re.compile(r"(\d+):\S+")
-_LFS_POINTER = b"version https://git-lfs.github.com/"
 _UNION = "union_"
 _POOL = datasets.Features({name: datasets.Value("string") for name in ("did", "text", "image")})
 
@@ -111,7 +109,7 @@ class Pool(Mapping[str, Candidate]):
     rows at a time.
     """
 
-    def __init__(self, rows: datasets.Dataset) -> None:
+    def __init__(self, rows: datasets.Dataset, path: Path) -> None:
         self._table = rows.with_format("arrow")[:]
         self._columns = [self._table[name] for name in _POOL]
         # Hashes of the dids in ascending order, and the row of each. Two dids may have one hash, so a row is always
@@ -119,6 +117,11 @@ class Pool(Mapping[str, Candidate]):
         hashes = np.fromiter((hash(did) for did in self), np.int64, len(self))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         self._hashes, self._rows = hashes[order], order
+        # A candidate that comes twice would take two places in every answer.
+        places = np.flatnonzero(np.diff(self._hashes) == 0)
+        dids = [[self._columns[0][row].as_py() for row in order[place : place + 2].tolist()] for place in places]
+        if twice := [first for first, second in dids if first == second]:
+            raise wrong(path, f"{len(twice)} dids come twice, as {shown(twice[0])}. Remove one of each")
 
     def _row(self, did: object) -> int | None:
         first, last = (int(np.searchsorted(self._hashes, hash(did), side)) for side in ("left", "right"))
@@ -154,22 +157,19 @@ def is_mbeir(folder: Path) -> bool:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse a file that is not there, or of which a clone without Git LFS left a pointer."""
+    """Refuse a file that is not there."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise FileNotFoundError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
 
 
-def read_jsonl(path: Path, problems: Problems) -> Iterator[Line]:
-    """The lines of a JSON Lines file that must not be empty; broken ones are counted and left out."""
+def read_jsonl(path: Path) -> Iterator[Line]:
+    """The lines of a file of the layout, which must not be empty."""
     check_is_file(path)
     line = None
-    for line in json_lines(path, problems):
+    for line in json_lines(path):
         yield line
-    if line is None and not problems:
-        raise wrong(location(path, 1), "the file is empty; download it again or remove it", "empty file")
+    if line is None:
+        raise wrong(path, "the file is empty; download it again or remove it")
 
 
 class MBEIR:
@@ -263,7 +263,7 @@ class MBEIR:
     def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
         """The good queries of a file as a stream; in that of a task a qid may come once, in a union many times."""
         places: dict[str, str] = {}
-        for line in read_jsonl(path, problems):
+        for line in read_jsonl(path):
             query = problems.attempt(parse_query, line, self._images)
             if query is None:
                 continue
@@ -284,23 +284,14 @@ class MBEIR:
         return self._read_pool(self.pool_path(None, split))
 
     def _read_pool(self, path: Path) -> Pool:
-        return Pool(on_disk(partial(self._pool_rows, path), _POOL, ["pool 1", file_state(path), str(self.image_root)]))
+        key = ["pool 1", file_state(path), str(self.image_root)]
+        return Pool(on_disk(partial(self._pool_rows, path), _POOL, key), path)
 
     def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        hashes, lines = array("q"), array("q")  # 16 bytes a did, where a set of texts would take 100
         with Problems(path) as problems:
-            for line in read_jsonl(path, problems):
-                candidate = problems.attempt(parse_candidate, line, self._images)
-                if candidate is not None:
-                    hashes.append(hash(candidate.id))
-                    lines.append(int(line.where.rpartition(" ")[2]))
-                    yield {"did": candidate.id, "text": candidate.text, "image": candidate.image}
-            # Duplicates are neighbours in the order of hashes. Of 5.6 M different dids two have the same 64 bits once
-            # in a million pools.
-            values = np.frombuffer(hashes, np.int64)
-            order = np.argsort(values, kind="stable")
-            for row in sorted(order[1:][np.diff(values[order]) == 0].tolist()):
-                problems.add(wrong(location(path, lines[row]), "its did was already given", "duplicated id"))
+            for line in read_jsonl(path):
+                if (one := problems.attempt(parse_candidate, line, self._images)) is not None:
+                    yield {"did": one.id, "text": one.text, "image": one.image}
 
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str] | None
@@ -321,7 +312,7 @@ class MBEIR:
             is_right = len(cells) == 5 and cells[3].isdecimal()
             if not is_right or not (_RECORD_ID.fullmatch(cells[0]) and _RECORD_ID.fullmatch(cells[2])):
                 what = f"expected 'qid 0 did relevance task_id' as 9:12 0 9:7 1 6, got {shown(line)}"
-                raise wrong(where, what, "malformed line") if line.endswith(b"\n") else cut_off(where, what)
+                raise broken_line(where, line, what)
             qid, did, relevance = cells[0], cells[2], int(cells[3])
             if qid not in qids:
                 raise wrong(where, f"qid {qid!r} is not in the query file of this task", "unknown qid")

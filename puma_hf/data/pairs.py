@@ -18,7 +18,7 @@ import datasets
 from puma_hf.configs import PairDirection
 from puma_hf.data.images import TABLE_STEMS, Images, image_table
 from puma_hf.data.items import training_features, training_row
-from puma_hf.data.records import Line, Problems, Record, dataset_lines, read_lines, text_value, wrong
+from puma_hf.data.records import Line, Problems, Record, dataset_lines, on_disk, read_lines, text_value, wrong
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, is_image_name
 from puma_hf.settings import SpecialTokens, cut, shown
 
@@ -36,6 +36,7 @@ _NAMES = {
     "positive": ("positive", "answer", "sent1", "image", "file_name", "caption", "text"),
 }
 _NEGATIVE = re.compile(r"((?:negative|hard_neg)(?:_(\d+))?)(?:_(?:text|image))?")
+_SCORES = ("label", "score", "relevance")  # these may say which rows are no right pairs
 _NUM_ROWS_LOOKED_AT = 1000  # to tell what the columns hold
 
 
@@ -110,13 +111,21 @@ def load_pairs(
     if problems:
         counts = (problems.counts.total(), report.num_rows)
         logger.warning("%s: left out %d of %d rows: %s", report.source, *counts, problems)
-    rows = [training_row(pair.anchor, pair.positive, pair.negatives) for pair in pairs]
-    if with_ids:
-        ids = PairIds(pairs)
-        for row, pair in zip(rows, pairs, strict=True):
-            telling = ids.telling_positives(pair)
-            row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
-    return datasets.Dataset.from_list(rows, features=training_features(len(report.columns.negatives), with_ids))
+    ids = PairIds(pairs) if with_ids else None
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for pair in pairs:
+            row = training_row(pair.anchor, pair.positive, pair.negatives)
+            if ids is not None:
+                telling = ids.telling_positives(pair)
+                row |= {"qid": ids.of(pair.anchor), "did": telling[0], "positives": telling}
+            yield row
+
+    # Known again by what was read, and not by the file: an image may have been mended that a former run left out.
+    digest = hashlib.blake2b()
+    for row in rows():
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    return on_disk(rows, training_features(len(report.columns.negatives), with_ids), ["pairs 1", digest.hexdigest()])
 
 
 # --- columns
@@ -168,7 +177,7 @@ def find_columns(
     ignored = [name for name in kinds if name not in used and name != instruction]
     # Half of a composed query, as in image, caption, target_image, must not be lost in silence.
     for name in ignored if is_guessed else ():
-        if name == "label" or (kinds[name] == "image" and not _NEGATIVE.fullmatch(name)):
+        if name in _SCORES or (kinds[name] == "image" and not _NEGATIVE.fullmatch(name)):
             what = f"The column {shown(name)} may belong to either side, or say which rows are no right pairs"
             raise ValueError(f"{what}. Name the columns (anchor=..., positive=..., --anchor, --positive).")
     return PairColumns(sides["anchor"], sides["positive"], tuple(bad), instruction, tuple(ignored))
@@ -413,7 +422,8 @@ class PairIds:
 def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     """Look at everything that `load_pairs` would read, without stopping at what is wrong.
 
-    Equal texts are those that differ in case and blanks at most, equal images copies of a file.
+    Nothing is written but images for which `images_to` names a folder. Equal texts are those that differ in case and
+    blanks at most, equal images copies of a file.
 
     The arguments are those of `load_pairs`; to `decode` takes as long as an epoch of reading the images. Raises a
     FileNotFoundError if the source is missing, a ValueError if it has no rows or lacks a column.

@@ -201,16 +201,13 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
         else:
             raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(TABLE_SUFFIXES)}; convert it.")
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException, OSError) as error:
-        raise wrong(
-            path, f"cannot be read ({cut(str(error))}). Mend it, or download it again", "broken file"
-        ) from error
+        hint = "name it .jsonl if each line is an object" if kind == ".json" else "save it as UTF-8 if it is text"
+        what = f"cannot be read ({cut(str(error))}). Mend it, download it again, or {hint}"
+        raise wrong(path, what, "broken file") from error
 
 
-def json_lines(path: Path, problems: Problems | None = None) -> Iterator[Line]:
-    """The objects of a file of JSON Lines; the first broken line is raised.
-
-    With `problems` broken lines are counted there and left out, so that one report tells all faults of a file.
-    """
+def json_lines(path: Path) -> Iterator[Line]:
+    """The objects of a file of JSON Lines; the first broken line is raised, as those behind it are seldom better."""
     # Read as bytes: a line that is no UTF-8 is then an error of its own, and not of the rest of the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -219,22 +216,18 @@ def json_lines(path: Path, problems: Problems | None = None) -> Iterator[Line]:
             where = location(path, number)
             try:
                 row = json.loads(line)  # which takes a BOM in bytes, and tells UTF-8 from UTF-16
-                what = "" if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}."
             except ValueError as error:
-                what = f"broken JSON ({error}), each line must be one JSON object in UTF-8."
-            if not what:
-                yield Line(where, row)
-                continue
-            # Nothing else tells a download that was interrupted: each line before its end is whole.
-            broken = wrong(where, what, "broken line") if line.endswith(b"\n") else cut_off(where, what[:-1])
-            if problems is None:
-                raise broken
-            problems.add(broken)
+                raise broken_line(where, line, f"broken JSON ({error}), must be one JSON object in UTF-8") from error
+            if not isinstance(row, dict):
+                raise broken_line(where, line, f"must be a JSON object, is {shown(row)}")
+            yield Line(where, row)
 
 
-def cut_off(where: str, what: str) -> MBEIRFormatError:
-    """The error of a last line that does not end as lines do."""
-    return wrong(where, f"{what}; the file ends in the middle of this line: download it again", "cut last line")
+def broken_line(where: str, line: bytes, what: str) -> MBEIRFormatError:
+    """The error of a line of a file."""
+    # Nothing else tells a download that was interrupted: each line before its end is whole.
+    end = "" if line.endswith(b"\n") else "; the file ends in the middle of this line: download it again"
+    return wrong(where, what + end, "broken line")
 
 
 # `csv`, and neither pandas nor Arrow: these fill up or cut short a row with cells too few or too many.

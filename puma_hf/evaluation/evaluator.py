@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from puma_hf.configs import Pool
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.data.mbeir_hub import open_mbeir
-from puma_hf.evaluation.encoding import Pair, float_rows, settings_of_encode
-from puma_hf.evaluation.mbeir import POOLS, Search, measure, read_searches
+from puma_hf.evaluation.encoding import Pair, encode_named, float_rows, settings_of_encode
+from puma_hf.evaluation.mbeir import POOLS, Search, check_ks, measure, read_searches
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.evaluation.topk import SearchResult, exact_search
 
 logger = logging.getLogger(__name__)
+
+# Inputs of a call of `encode`: enough to sort by length, few enough for the bar to move and for what a call returns.
+_PART = 512
 
 
 class MBEIREvaluator(BaseEvaluator):
@@ -43,11 +48,11 @@ class MBEIREvaluator(BaseEvaluator):
     Args:
         data: Folder in M-BEIR's layout, a nano folder, an id on the Hub (see `open_mbeir`), or an `MBEIR`.
         name: Put before the names of the metrics.
-        show_progress_bar: Whether `encode` shows its progress.
+        show_progress_bar: Whether to show how many inputs are embedded.
         encode_kwargs: Further arguments of `encode`, such as `{"truncate_dim": 256}`.
 
     Raises:
-        ValueError: If there is no such task, or `encode_kwargs` has what the evaluation sets itself.
+        ValueError: If a k is below 1, there is no such task, or `encode_kwargs` has what the evaluation sets itself.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
 
@@ -76,11 +81,14 @@ class MBEIREvaluator(BaseEvaluator):
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        settings_of_encode(encode_kwargs)  # which refuses some
+        # What is wrong shows before the training.
+        check_ks(ks)
+        settings_of_encode(encode_kwargs)
         self.name, self.split, self.pool, self.ks = name, split, pool, tuple(ks)
         self.instruction_seed = instruction_seed
         self.primary_metric = f"{f'{name}_' if name else ''}{POOLS[pool][0]}_score"
-        self._options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **(encode_kwargs or {})}
+        self.show_progress_bar = show_progress_bar
+        self._options = {"batch_size": batch_size, "show_progress_bar": False, **(encode_kwargs or {})}
         self._searches = read_searches(open_mbeir(data, split=split, tasks=tasks), split, tasks, pool, instruction_seed)
         self.tasks = [search.task for search in self._searches if search.pool_name == POOLS[pool][0]]
 
@@ -98,9 +106,7 @@ class MBEIREvaluator(BaseEvaluator):
         # The trainer may call this on one process alone: nothing here may wait for the others. Nor does it use
         # InformationRetrievalEvaluator, which has one instruction for all queries and embeds every pool anew.
         held = HeldInputs(self._searches)
-        embeddings = held.embed(
-            lambda records, prompt: model.encode([one.model_input for one in records], prompt=prompt, **self._options)
-        )
+        embeddings = held.embed(partial(model.encode, **self._options), show_progress_bar=self.show_progress_bar)
         results = held.results(embeddings, self.split, self.ks)
         figures = {f"{pool}_{name}": value for pool in results.pools for name, value in results.mean(pool).items()}
         figures |= {f"{row.pool}_{row.task.name}_score": row.score for row in results.rows}
@@ -127,16 +133,23 @@ class HeldInputs:
         pairs |= {pair: None for search in searches for pair in search.queries}
         self.row_of = {pair: row for row, pair in enumerate(pairs)}
 
-    def embed(self, encode: Callable[[list[Any], str], Any]) -> Tensor:
-        """Embeddings `(len(row_of), embedding_dim)`; `encode` gets records of one modality, and their prompt."""
+    def embed(self, encode: Callable[..., Any], *, show_progress_bar: bool = False) -> Tensor:
+        """Embeddings `(len(row_of), embedding_dim)`; a call `encode(inputs, prompt=...)` has inputs of one modality.
+
+        ValueError or FileNotFoundError if one cannot be read, with its id; ValueError if a shape is wrong.
+        """
         groups: dict[tuple[str, str], list[Any]] = {}
         for record, prompt in self.row_of:
             groups.setdefault((prompt, record.modality), []).append(record)
         embeddings = torch.empty(len(self.row_of), 0)  # the first rows tell how long all are
-        for (prompt, _), records in groups.items():
-            encoded = float_rows(encode(records, prompt), records, embeddings.shape[1] or None)
-            embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.row_of), encoded.shape[1])
-            embeddings[[self.row_of[record, prompt] for record in records]] = encoded
+        with tqdm(total=len(self.row_of), desc="Embedding", unit="item", disable=not show_progress_bar) as progress:
+            for (prompt, _), records in groups.items():
+                for part in (records[start : start + _PART] for start in range(0, len(records), _PART)):
+                    found = encode_named(partial(encode, prompt=prompt), [one.model_input for one in part], part)
+                    rows = float_rows(found, part, embeddings.shape[1] or None)
+                    embeddings = embeddings if embeddings.shape[1] else torch.empty(len(self.row_of), rows.shape[1])
+                    embeddings[[self.row_of[record, prompt] for record in part]] = rows
+                    progress.update(len(part))
         return embeddings
 
     def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:

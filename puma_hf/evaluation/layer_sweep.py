@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +28,6 @@ from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain
 from puma_hf.configs import SweepConfig, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.estimate import count_parameters, counted_pass
-from puma_hf.evaluation.encoding import encode_named
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
@@ -37,12 +35,13 @@ from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import last_token_state
+from puma_hf.processes import connect
 from puma_hf.pruning import prune
 from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
-_TEXT_TOKENS = 64
+TEXT_TOKENS = 64
 _IMAGE_SIDE = 16  # tokens along each side of a square image
 
 
@@ -106,7 +105,6 @@ def encode_all_layers(
     batch_size: int = 32,
     processing_kwargs: Mapping[str, Any] | None = None,
     keep_last: bool = False,
-    show_progress_bar: bool = False,
 ) -> Tensor:
     """Embed inputs as every model pruned to k = 1 .. L layers would, in one forward pass of all L.
 
@@ -132,7 +130,7 @@ def encode_all_layers(
             prompt=prompt or "",  # unlike None, it keeps a SentenceTransformer's default prompt away
             batch_size=batch_size,
             processing_kwargs=processing_kwargs,
-            show_progress_bar=show_progress_bar,
+            show_progress_bar=False,
             truncate_dim=depths * hidden_size,  # the model's own would cut off depths, which lie side by side
         )
     embeddings: Tensor = torch.as_tensor(encoded).unflatten(1, (depths, hidden_size))
@@ -168,39 +166,30 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 # --- What each depth costs ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerCosts:
-    """What the models pruned to k = 1 .. L layers cost; entry k - 1 of each is that of k layers.
+def layer_costs(model: SentenceTransformer) -> tuple[list[dict[str, int]], int]:
+    """What the models pruned to k = 1 .. L layers cost, counted on the whole one, and an image's visual tokens.
 
-    Operations are those of a text whose whole prompt has `text_tokens` tokens (64), and of an image of `image_tokens`
-    visual tokens (256, or as many as the model's own limits leave of them), vision tower included.
+    Entry k - 1 has the `parameters`, `bytes`, `flops_text` and `flops_image` of k layers. A text has `TEXT_TOKENS` with
+    its prompt; an image 256, or as many as the model's own limits leave of them.
     """
-
-    parameters: tuple[int, ...]
-    bytes: tuple[int, ...]
-    flops_text: tuple[int, ...]
-    flops_image: tuple[int, ...]
-    text_tokens: int
-    image_tokens: int
-
-
-def layer_costs(model: SentenceTransformer) -> LayerCosts:
-    """Count what each depth costs, on the real model; each count equals that of the model pruned to it."""
-    layers, puma = decoder_of(model).layers, cast(Any, model[0])
+    puma = cast(Any, model[0])
     images = puma.processor.image_processor
     side = _IMAGE_SIDE * images.patch_size * images.merge_size
-    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * _TEXT_TOKENS)], max_length=_TEXT_TOKENS)
+    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=TEXT_TOKENS)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (side, side), "white")}
     image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
-    parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in layers])
-    sizes = tuple(count * puma.model.dtype.itemsize for count in parameters)
-    image_tokens = int((image["input_ids"] == puma.model.config.image_token_id).sum())
-    flops = flops_by_depth(model, text), flops_by_depth(model, image)
-    return LayerCosts(parameters, sizes, *flops, int(text["attention_mask"].sum()), image_tokens)
+    parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in decoder_of(model).layers])
+    costs = [
+        {"parameters": count, "bytes": count * puma.model.dtype.itemsize, "flops_text": short, "flops_image": long}
+        for count, short, long in zip(
+            parameters, flops_by_depth(model, text), flops_by_depth(model, image), strict=True
+        )
+    ]
+    return costs, int((image["input_ids"] == puma.model.config.image_token_id).sum())
 
 
-def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> tuple[int, ...]:
+def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> list[int]:
     """Operations of one batch of `preprocess` at every depth, as `count_flops` counts them, from one forward pass."""
     counter = counted_pass(model, features)
     spent = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
@@ -209,27 +198,29 @@ def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> t
     return _cut(int(counter.get_total_flops()), by_layer)
 
 
-def _cut(total: int, by_layer: Sequence[int]) -> tuple[int, ...]:
+def _cut(total: int, by_layer: Sequence[int]) -> list[int]:
     # `total` without the layers from k on, for k = 1 .. L.
-    return tuple(total - sum(by_layer[kept:]) for kept in range(1, len(by_layer) + 1))
+    return [total - sum(by_layer[kept:]) for kept in range(1, len(by_layer) + 1)]
 
 
 # --- The sweep ------------------------------------------------------------------------------------------------------
 
 
-def embed_all_depths(held: HeldInputs, model: SentenceTransformer, **options: Any) -> Tensor:
+def embed_all_depths(
+    held: HeldInputs, model: SentenceTransformer, *, show_progress_bar: bool = False, **options: Any
+) -> Tensor:
     """The embeddings of what an evaluation holds, as `encode_all_layers` orders them; `options` are its own.
 
-    All of them are in memory: 4 bytes x depths x inputs x hidden size.
+    All of them are in memory: 4 bytes x depths x inputs x hidden size, 12 GB for 32,000 inputs of a 7B model.
     """
 
-    def encode(records: list[Any], prompt: str) -> Tensor:
-        run = partial(encode_all_layers, model, prompt=prompt, **options)
-        found: Tensor = encode_named(run, [record.model_input for record in records], records)
-        return found.transpose(0, 1).flatten(start_dim=1)
+    def encode(inputs: list[Any], prompt: str) -> Tensor:
+        # All depths of an input side by side, as one long embedding.
+        return encode_all_layers(model, inputs, prompt=prompt, **options).transpose(0, 1).flatten(start_dim=1)
 
-    embeddings: Tensor = held.embed(encode).unflatten(1, (-1, decoder_of(model).config.hidden_size))
-    return embeddings.transpose(0, 1)
+    embeddings = held.embed(encode, show_progress_bar=show_progress_bar)
+    by_depth: Tensor = embeddings.unflatten(1, (-1, decoder_of(model).config.hidden_size))
+    return by_depth.transpose(0, 1)
 
 
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
@@ -240,7 +231,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         show_progress_bar: Whether to show the progress.
 
     Raises:
-        ValueError: If a model is no Qwen2-VL, 2.5 or 3.
+        ValueError: If a model is no Qwen2-VL, 2.5 or 3, or a launcher started this as one of several processes.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed, as by `pip install 'puma-hf[plot]'`.
@@ -250,6 +241,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         >>> report = sweep(SweepConfig(model="demo/backbone", data="demo/emoji"))  # doctest: +SKIP
         >>> print(report.recommendation.reason)  # doctest: +SKIP
     """
+    if (count := connect()[1]) > 1:  # each would embed everything, and write the same files
+        raise ValueError(f"A sweep is the work of one process, not {count}. Start it without torchrun or accelerate.")
     if config.output is not None:  # better now than after an hour
         import_module("matplotlib.figure")
         Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -257,7 +250,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     names = [short_name(source) for source in sources]
     names = names if len(set(names)) == len(names) else sources
     swept: list[SweptModel] = []
-    counted: list[LayerCosts] = []
+    image_tokens: list[int] = []
     full: Tensor | None = None
     with TemporaryDirectory(prefix="puma-hf-") as folder:
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
@@ -268,11 +261,12 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                costs, full, rows = _measure_depths(held, model, config, full, show_progress_bar)
-            counted, num_layers = [*counted, costs], len(costs.parameters)
-            swept.append(SweptModel(name, tuple(rows[:num_layers])))
+                costs, tokens = layer_costs(model)
+                full, rows = _measure_depths(held, model, config, costs, full, show_progress_bar)
+            image_tokens.append(tokens)
+            swept.append(SweptModel(name, tuple(rows[: len(costs)])))
             if config.keep_last:  # the full model ends that curve, too
-                kept = (*rows[num_layers:], rows[num_layers - 1])
+                kept = (*rows[len(costs) :], rows[len(costs) - 1])
                 swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
         measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
@@ -285,8 +279,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             num_candidates=held.num_candidates,
             pool=decides,
             metric=config.metric,
-            text_tokens=counted[0].text_tokens,
-            image_tokens=counted[0].image_tokens,
+            text_tokens=TEXT_TOKENS,
+            image_tokens=image_tokens[0],
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )
@@ -300,13 +294,18 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
 
 
 def _measure_depths(
-    held: HeldInputs, model: SentenceTransformer, config: SweepConfig, full: Tensor | None, show_progress_bar: bool
-) -> tuple[LayerCosts, Tensor, list[SweepRow]]:
-    """Its costs, the full model's embeddings, which are its own if it is the first, and one row for each depth."""
+    held: HeldInputs,
+    model: SentenceTransformer,
+    config: SweepConfig,
+    costs: Sequence[Mapping[str, int]],
+    full: Tensor | None,
+    show_progress_bar: bool,
+) -> tuple[Tensor, list[SweepRow]]:
+    """The full model's embeddings, which are this one's if it is the first, and one row for each depth."""
     options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
     options |= {"processing_kwargs": processing_of(config.special_tokens), "show_progress_bar": show_progress_bar}
-    costs, embeddings = layer_costs(model), embed_all_depths(held, model, **options)
-    num_layers, joined = len(costs.parameters), keep_last_depths(model) if config.keep_last else range(0)
+    embeddings, num_layers = embed_all_depths(held, model, **options), len(costs)
+    joined = keep_last_depths(model) if config.keep_last else range(0)
     # On a GPU, if there is one: CKA is products of all inputs, in float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     full = embeddings[num_layers - 1].to(device, copy=True) if full is None else full  # not a view of all depths
@@ -315,13 +314,14 @@ def _measure_depths(
         results, depth = held.results(depth, config.split), depth.to(device)
         cka, is_same_size = linear_cka(depth, full), depth.shape == full.shape
         cosine = float(torch.cosine_similarity(depth.double(), full.double()).mean()) if is_same_size else None
-        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
-        told: Any = {name: getattr(costs, name)[k - 1] for name in ("parameters", "bytes", "flops_text", "flops_image")}
-        told |= {"k": k, "cka": None if math.isnan(cka) else cka, "cosine": cosine, "scores": {}}
+        quality = {pool: results.mean(pool) for pool in results.pools}
+        scores: dict[str, dict[str, float]] = {pool: {} for pool in results.pools}
         for row in results.rows:
-            told["scores"].setdefault(row.pool, {})[row.task.name] = row.score
-        rows.append(SweepRow(quality={pool: results.mean(pool) for pool in results.pools}, **told))
-    return costs, full, rows
+            scores[row.pool][row.task.name] = row.score
+        # All layers cost the same, so it is k that tells the costs, whichever layers are kept.
+        told: dict[str, Any] = {**costs[k - 1], "cka": None if math.isnan(cka) else cka, "cosine": cosine}
+        rows.append(SweepRow(k=k, quality=quality, scores=scores, **told))
+    return full, rows
 
 
 @contextmanager

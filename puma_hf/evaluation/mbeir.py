@@ -125,6 +125,12 @@ def task_result(search: Search, rankings: Ranking, ks: Sequence[int]) -> MBEIRTa
     return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, *counts, score, metrics)
 
 
+def check_ks(ks: Sequence[int]) -> None:
+    """ValueError for a wrong k, which the metrics would find only after everything is embedded."""
+    if min(ks, default=0) < 1:
+        raise ValueError(f"ks is {list(ks)}, must be numbers of 1 or more, such as (1, 5, 10).")
+
+
 # --- the evaluation
 
 
@@ -162,7 +168,7 @@ def evaluate_mbeir(
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Inputs of one forward pass.
+        batch_size: Inputs of one call of `encode`'s forward pass; a PUMA fills its batches by tokens.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
@@ -179,7 +185,8 @@ def evaluate_mbeir(
         One row a task and pool, the rankings, and what they were made from.
 
     Raises:
-        ValueError: If an embedding is not finite, or `output_dir` holds embeddings of another model or setting.
+        ValueError: If `ks` or `popularity_penalty` is out of range, an embedding is not finite, or `output_dir` holds
+            embeddings of another model or setting.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
 
@@ -187,8 +194,10 @@ def evaluate_mbeir(
         >>> results = evaluate_mbeir(model, "demo/emoji", pool="both")  # doctest: +SKIP
         >>> print(results.to_markdown())  # doctest: +SKIP
     """
-    with main_process_first():  # it imports copies of the Hub, the others read what it made
-        opened = open_mbeir(data, split=split, tasks=tasks)
+    check_ks(ks)
+    if not 0 <= (popularity_penalty or 0) <= 1:
+        raise ValueError(f"popularity_penalty is {popularity_penalty}, must be from 0 to 1, such as 0.2, or None.")
+    opened = open_mbeir(data, split=split, tasks=tasks)
     made_from = _made_from(model, opened, settings_of_encode(encode_kwargs), model_name, data_name)
     made_from["instructions"] = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
     made_from |= {"pool": pool, "embedding_dtype": embedding_dtype}

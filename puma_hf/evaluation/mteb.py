@@ -51,7 +51,7 @@ def puma_model_meta(
         trust_remote_code: Whether code from the Hub may run, which a PUMA model there needs. A directory's does.
 
     Raises:
-        ImportError: If mteb is not installed.
+        ImportError: If mteb is not installed, as by `pip install 'puma-hf[mteb]'`.
         FileNotFoundError: If the name is neither a directory nor an id on the Hub.
 
     Example:
@@ -59,10 +59,7 @@ def puma_model_meta(
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
     """
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("mteb is not installed; run `pip install 'puma-hf[mteb]'`") from error
+    import mteb
 
     class PumaModelMeta(mteb.models.ModelMeta):
         # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.

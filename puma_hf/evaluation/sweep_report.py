@@ -14,7 +14,6 @@ from puma_hf.evaluation.results import markdown_table
 from puma_hf.files import write_json, write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one
-_UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class SweepReport:
         parts = [
             f"Layer sweep on {self.data}, {self.split} split, {tasks}, {self.num_queries:,} queries, "
             f'{self.num_candidates:,} candidates, {self.pool} pools. Quality in percent; "kept" is the share of the '
-            f"full model's {self.metric}. FLOPs of a text of {self.text_tokens} tokens and of an image of "
+            f"full model's {self.metric}. Operations of a text of {self.text_tokens} tokens and of an image of "
             f"{self.image_tokens} visual tokens. CKA and cosine are to the full model's embeddings."
         ]
         best, full = self.recommendation, self.quality(self.full)
@@ -151,7 +150,10 @@ class SweepReport:
             lines: list[dict[str, object]] = []
             for row in model.rows:
                 line: dict[str, object] = {"k": row.k, "parameters": row.parameters, "bytes": row.bytes}
-                line |= {"FLOPs, text": si(row.flops_text), "FLOPs, image": si(row.flops_image)}
+                line |= {
+                    "GFLOPs, text": f"{row.flops_text / 1e9:,.2f}",
+                    "GFLOPs, image": f"{row.flops_image / 1e9:,.2f}",
+                }
                 line |= {"of full": f"{row.flops_image / self.full.flops_image:.0%}"}
                 line |= {name: 100 * row.quality[self.pool][name] for name in shown}
                 line["kept"] = 100 * self.quality(row) / full if full else None
@@ -202,15 +204,3 @@ class SweepReport:
         write_json(Path(folder, "sweep.json"), self.to_dict())
         write_whole(Path(folder, "sweep.md"), self.to_markdown().encode())
         self.plot(Path(folder, "sweep.png"))
-
-
-def si(number: float) -> str:
-    """A number with three digits and a unit, such as "1.54 G".
-
-    Example:
-        >>> si(1_543_714_304), si(870), si(93_000_000)
-        ('1.54 G', '870', '93 M')
-    """
-    # Three digits of 999,700 would be 1e+03: it is 1 M.
-    unit, size = next((one for one in _UNITS if number >= 0.9995 * one[1]), _UNITS[-1])
-    return f"{number / size:.3g} {unit}".rstrip()

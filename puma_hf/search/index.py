@@ -20,7 +20,7 @@ from puma_hf.settings import cut
 TABLE = "items"
 ABOUT = "puma_hf"  # metadata of the column of vectors: what the index says of itself
 COMPLETE = "complete"  # tag of the version that the last whole run has made
-FORMAT = 2  # 1 was a directory of shards with an index.json
+FORMAT = 2
 ANN_TYPES = {"hnsw": "IvfHnswSq", "int8": "IvfSq", "binary": "IvfRq"}
 
 _SHOWN = ("id", "text", "image", "modality")
@@ -109,15 +109,8 @@ def open_table(folder: Path) -> Any:
         import lancedb
     except ImportError as error:
         raise ImportError(f"An index needs LanceDB ({error}). Run: pip install 'puma-hf[search]'") from error
-    if (folder / f"{TABLE}.lance").is_dir():
-        return lancedb.connect(str(folder)).open_table(TABLE)
-    for name in ("index.json", "manifest.json"):
-        if (folder / name).is_file():
-            said = json.loads((folder / name).read_text(encoding="utf-8"))
-            problem = f"{str(folder)!r} was made by puma-hf embed, or by an older puma-hf index: it has {name}."
-            command = f"puma-hf index {said.get('data', 'DATA')} --model {said.get('model', 'MODEL')} --output NEW"
-            raise ValueError(f"{problem} Make it anew: {command}")
-    return None
+    is_there = (folder / f"{TABLE}.lance").is_dir()
+    return lancedb.connect(str(folder)).open_table(TABLE) if is_there else None
 
 
 def about(folder: Path, table: Any) -> dict[str, Any]:

@@ -259,6 +259,10 @@ def test_a_pool(root: Path, pool: str) -> None:
         ({"id": None, "text": "a"}, r"line 2: id is None, must be a text or number"),
         ({"id": "b", "image": "https://a.org/a.png"}, r"line 2: image is 'https.*Download images first"),
         ({"id": "b", "image": "/etc/a.png"}, r"line 2: image path '/etc/a\.png' leaves "),
+        (
+            {"id": "b", "file_name": "a.pdf", "text": "c"},
+            r"line 2: image is 'a\.pdf', whose ending is that of no image",
+        ),
     ],
 )
 def test_a_wrong_row_is_found_by_the_survey(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -196,7 +196,7 @@ def set_row(table: int, row: int, **values: Any) -> Change:
 @pytest.mark.parametrize(
     ("number", "change", "message"),
     [
-        (1, set_row(0, 1, id="11:100"), r"line 2: its did was already given"),
+        (1, set_row(0, 1, id="11:100"), "1 dids come twice, as '11:100'"),
         (4, set_row(0, 1, image={"bytes": b"no image", "path": None}), "row 2: the image cannot be read"),
         (1, set_row(2, 1, score=-1), "line 2: expected 'qid 0 did relevance task_id' .*, got .* -1 1"),
         (1, lambda *t: t[2].append({**t[2][0], "score": 3}), "'11:1100' and '11:100' were judged 1 before, now 3"),

@@ -64,11 +64,8 @@ def test_what_is_given_wins() -> None:
     [
         (["caption", "id"], {}, r"No column for the positive: the columns are caption, id\. Name another \(positive="),
         (["a", "b"], {"anchor": "c", "positive": "b"}, r"anchor='c' must be a column, .* The columns are a, b\."),
-        (
-            ["question", "answer", "label"],
-            {},
-            r"column 'label' may .* are no right pairs\. Name the columns",
-        ),
+        (["question", "answer", "label"], {}, r"column 'label' may .* are no right pairs\. Name the columns"),
+        (["query", "positive", "score"], {}, r"column 'score' may .* are no right pairs"),
     ],
 )
 def test_what_does_not_fit(columns: list[str], given: dict[str, Any], message: str) -> None:
@@ -211,6 +208,7 @@ def test_directions(folder: Path) -> None:
 def test_rows_are_those_of_mbeir(folder: Path, root: Path) -> None:
     write_captions(folder, {"a.png": "red", "deep/b.png": "green"})
     rows = load_pairs(folder, instruction="Find the photo.")
+    assert rows.cache_files  # mapped by every process, and in the memory of none
     assert rows[1] == {
         "anchor": {"text": "green", "image": None, "instruction": "Find the photo."},
         "positive": {"text": None, "image": str(folder / "deep/b.png")},

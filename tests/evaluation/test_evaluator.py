@@ -21,7 +21,10 @@ from tests.evaluation.fake_encoder import FakeEncoder
 
 @pytest.mark.parametrize("pool", ["local", "global", "both"])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_figures_are_those_of_the_evaluation(root: Path, pool: Any, seed: int | None) -> None:
+def test_figures_are_those_of_the_evaluation(
+    root: Path, pool: Any, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puma_hf.evaluation.evaluator._PART", 4)
     evaluator = MBEIREvaluator(root, split="test", pool=pool, ks=(1, 2), instruction_seed=seed)
     encoder = FakeEncoder()
     metrics = evaluator(encoder)
@@ -65,6 +68,8 @@ def test_it_waits_for_no_other_process(root: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_mistakes_are_found_before_the_training(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"ks is \[0\], must be numbers of 1 or more"):
+        MBEIREvaluator(root, split="test", ks=(0,))
     with pytest.raises(ValueError, match=r"encode_kwargs has \['precision'\]"):
         MBEIREvaluator(root, split="test", encode_kwargs={"precision": "int8"})
     with pytest.raises(FileNotFoundError):

@@ -141,16 +141,16 @@ def test_cka() -> None:
 def test_costs_equal_those_of_each_pruned_model(models: list[SentenceTransformer], images: list[Image.Image]) -> None:
     for item in ("a red apple", {"image": images[1], "text": "red"}):
         features = models[-1].preprocess([item])
-        assert flops_by_depth(models[-1], features) == tuple(count_flops(model, item) for model in models)
-    costs = layer_costs(models[-1])
-    assert costs.parameters == tuple(count_parameters(model) for model in models)
-    assert costs.bytes == tuple(4 * number for number in costs.parameters)
+        assert flops_by_depth(models[-1], features) == [count_flops(model, item) for model in models]
+    costs, image_tokens = layer_costs(models[-1])
+    assert [cost["parameters"] for cost in costs] == [count_parameters(model) for model in models]
+    assert [cost["bytes"] for cost in costs] == [4 * cost["parameters"] for cost in costs]
     # 256 visual tokens are 16 x 16, of 2 x 2 patches of 8 x 8 pixels each.
-    assert (costs.text_tokens, costs.image_tokens) == (64, 256)
+    assert image_tokens == 256
     image = {"image": Image.new("RGB", (256, 256))}
-    assert costs.flops_image == tuple(count_flops(model, image) for model in models)
+    assert [cost["flops_image"] for cost in costs] == [count_flops(model, image) for model in models]
     # A text has nothing but layers: 64 tokens through each.
-    assert costs.flops_text[3] == 4 * costs.flops_text[0]
+    assert costs[3]["flops_text"] == 4 * costs[0]["flops_text"]
 
 
 # --- The sweep
@@ -236,6 +236,10 @@ def test_errors_before_a_model_is_opened(
     config = SweepConfig(model=qwen_dir, data=data, compare=("nowhere",), **ALL)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sweep(config)
+    monkeypatch.setattr(layer_sweep, "connect", lambda: (0, 2))
+    with pytest.raises(ValueError, match="one process, not 2"):
+        sweep(config)
+    monkeypatch.setattr(layer_sweep, "connect", lambda: (0, 1))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="matplotlib"):
         sweep(replace(config, output=tmp_path / "out"))

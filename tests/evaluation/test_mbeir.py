@@ -133,8 +133,15 @@ def test_broken_qrels_are_found_before_anything_is_encoded(root: Path) -> None:
     path.write_text("")
     with pytest.raises(MBEIRFormatError, match=r"no query of toys_task8 \(test\) has a relevant candidate in its"):
         evaluate_mbeir(model, root)
-    with pytest.raises(ValueError, match=r"tasks is \['toys_task5'\], must be some of"):
-        evaluate_mbeir(model, root, tasks=["toys_task5"])
+    wrong: tuple[tuple[str, Any], ...] = (
+        ("tasks", ["toys_task5"]),
+        ("ks", (5, 0)),
+        ("ks", ()),
+        ("popularity_penalty", 20),
+    )
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"{name} is .*, must be "):
+            evaluate_mbeir(model, root, **{name: value})
     assert not model.calls
 
 

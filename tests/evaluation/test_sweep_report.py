@@ -91,10 +91,10 @@ def test_a_full_model_that_finds_nothing() -> None:
 def test_markdown() -> None:
     text = make_report().to_markdown()
     assert text.startswith("Layer sweep on toys, val split, toys_task0, 400 queries, 2,000 candidates, local pools.")
-    assert "FLOPs of a text of 64 tokens and of an image of 256 visual tokens" in text
+    assert "Operations of a text of 64 tokens and of an image of 256 visual tokens" in text
     lines = text.splitlines()
     assert lines[7] == (
-        "| 2 | 1,200,000,000 | 2,400,000,000 | 2 G | 18 G | 60% | 70.0 | 35.0 | 17.5 | 87.5 | 0.200 | 0.100 |  |"
+        "| 2 | 1,200,000,000 | 2,400,000,000 | 2.00 | 18.00 | 60% | 70.0 | 35.0 | 17.5 | 87.5 | 0.200 | 0.100 |  |"
     )
     assert lines[8].endswith("| 97.5 | 0.300 | 0.150 | **recommended** |")
     assert text.endswith(f"**Recommended: k = 3.** {make_report().recommendation.reason}\n")
