@@ -117,7 +117,7 @@ def test_shards_are_those_that_the_index_names(folder: Path) -> None:
 
 @pytest.mark.parametrize("private", [True, False])
 def test_visibility(folder: Path, hub: HubServer, loads: list[Any], private: bool) -> None:
-    push(folder, "me/puma", token=TOKEN, private=private)
+    push(folder, "me/puma", token=f"{TOKEN}\n", private=private)  # the end of a line does not belong to a token
     assert hub.repositories["me/puma"].private == private
     with pytest.raises(ValueError, match=f"is {'private' if private else 'public'}, and private={not private} was"):
         push(folder, "me/puma", token=TOKEN, private=not private)
@@ -216,6 +216,9 @@ def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pyt
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match=r"The push to the Hub failed \("):
         push(folder, "org/puma", token=TOKEN)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {}["a fault of a program"])
+    with pytest.raises(KeyError):  # which is no trouble of the network
+        push(folder, "org/puma", token=TOKEN)
 
 
 # --- what changes meanwhile
@@ -232,10 +235,14 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 def test_what_was_checked_is_uploaded(folder: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = (folder / "chat_template.jinja").read_bytes()
+    template, weights = (folder / "chat_template.jinja").read_bytes(), folder / "model.safetensors"
     changing(monkeypatch, lambda: (folder / "chat_template.jinja").write_text("other"))
     push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"]["chat_template.jinja"] == template
+    changing(monkeypatch, lambda: save_file({name: 2 * one for name, one in load_file(weights).items()}, weights))
+    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Push again"):
+        push(folder, "org/other", token=TOKEN)
+    assert "org/other" not in hub.repositories
 
 
 def test_a_repository_that_changes_is_left_alone(
