@@ -109,8 +109,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         if not is_hub_id(base) or Path(base).is_dir():
             problem = f"The adapter {str(folder)!r} belongs to {base!r}, which nobody else has."
             raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
-    if not config.dry_run:  # which asks nobody, so it works without a token and without a network
-        # Before the slow part: a token is soon mended.
+    if not config.dry_run:  # before the slow part, for a token is soon mended; a dry run of a model needs none
         parent = _look_up(hub, config, is_adapter)
         if is_adapter:
             _check_base(hub, folder, str(base))
@@ -124,8 +123,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         if is_adapter:
             _name_base(folder, staged, str(base))
         code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
-        options = replace(config, base_model=base)
-        card, cited = make_card(folder, results=config.results or None, options=options, code=code)
+        said = replace(config, base_model=base)
+        card, cited = make_card(folder, results=config.results or None, options=said, code=code)
         for name, path in cited.items():
             shutil.copyfile(path, staged / name)
         (staged / CARD).write_bytes(card.encode())  # the same bytes on every system
