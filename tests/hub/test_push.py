@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from puma_hf.hub.push import push_to_hub as push
 from puma_hf.hub.push import travelling_files
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
 from tests.hub.test_card import measure_nothing, write_results
-from tests.warm_process import WarmProcess, warm_process
+from tests.warm_process import WarmProcess
 
 LOADED = "loads without puma_hf"
 
@@ -38,7 +39,7 @@ def warm(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Imports while the first tests run. Its caches are new, and it knows no Hub but the double."""
     folder = tmp_path_factory.mktemp("warm")
     variables = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    with warm_process(folder, **variables, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0") as process:
+    with closing(WarmProcess(folder, **variables, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0")) as process:
         yield process
 
 
