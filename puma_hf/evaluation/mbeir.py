@@ -168,7 +168,7 @@ def evaluate_mbeir(
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Inputs of one call of `encode`'s forward pass; a PUMA fills its batches by tokens.
+        batch_size: Inputs of one forward pass. A PUMA fills its batches by tokens: below 32, by 512 for each input.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
