@@ -60,8 +60,6 @@ class PruneConfig(CheckedConfig):
         max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
             300 visual tokens.
         reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
-        revision: Branch, tag or commit on the Hub.
-        overwrite: Replace the output if it is not empty.
     """
 
     source: str = positional()
@@ -148,11 +146,6 @@ class EmbedConfig(CheckedConfig):
     fast: bool = True
     revision: str | None = None
     trust_remote_code: bool = False
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether the precision needs the range of every dimension."""
-        return self.precision in ("int8", "uint8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,8 +349,6 @@ class ExportConfig(CheckedConfig):
         source: PUMA directory, here or on the Hub.
         output: New directory for the plain checkpoint.
         format: stock: a Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
-        revision: Branch, tag or commit on the Hub.
-        overwrite: Replace the output if it is not empty.
     """
 
     source: str = positional()
@@ -407,8 +398,8 @@ class PushConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (self.repo_id, self.base_model or self.repo_id, *self.datasets):
-            if not is_hub_id(name):
+        for name in (self.repo_id, self.base_model, *self.datasets):
+            if name is not None and not is_hub_id(name):
                 raise ValueError(f"{name!r} must be a Hub id of the form organisation/name.")
 
 

@@ -312,7 +312,6 @@ class MergeConfig(CheckedConfig):
         adapter: Directory that training saved.
         output: New directory for the complete model.
         base: PUMA directory it was trained on; default: the one it names.
-        overwrite: Replace the output if it is not empty.
     """
 
     adapter: str | Path = positional()

@@ -57,6 +57,10 @@ class PruneReport:
     max_visual_tokens: int
     reading: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dictionary."""
+        return asdict(self)
+
     def __str__(self) -> str:
         dropped = [layer for layer in range(self.num_source_layers) if layer not in self.kept_layers]
         return (
@@ -300,7 +304,7 @@ def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_origi
         base_model=source if source and is_hub_id(source) else None,
         tags=list(TAGS),
     )
-    values = asdict(report) | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
+    values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
     values |= {"kept_layers": config.kept_layers, "embedding_dim": config.text_config.hidden_size}
     if not is_original:
         values |= {"parameters_before": None, "bytes_before": None}

@@ -69,6 +69,7 @@ class CheckedConfig:
         revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: Run the code of a Hub repository; a local directory's is run.
         truncate_dim: Keep only the first so many dimensions of an embedding.
+        overwrite: Replace the output if it is not empty.
     """
 
     def __post_init__(self) -> None:
@@ -216,8 +217,7 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         ValueError: If it cannot be read as YAML, is no mapping, or has a key twice.
     """
     if not Path(path).is_file():
-        found = [other.name for other in Path(path).parent.glob("*.y*ml")]
-        raise FileNotFoundError(f"There is no file {str(path)!r}.{nearest(Path(path).name, found)}")
+        raise FileNotFoundError(f"There is no file {str(path)!r}. Name a YAML file of settings (--config).")
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     try:

@@ -299,10 +299,11 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
     with disk_full_explained(config.output), shared_folder(config.output) as folder:
         corpus = open_corpus(config.data, split=config.split, pool=config.pool, on_error=config.on_error)
         # The whole corpus is read once before: so wrong lines are known before the model is loaded.
-        num_items, sample = corpus.survey(config.calibration_size if config.is_scaled else 0, _SEED)
+        is_scaled = config.precision in ("int8", "uint8")  # by the range of every dimension
+        num_items, sample = corpus.survey(config.calibration_size if is_scaled else 0, _SEED)
         model = open_model(config)
         settings, is_main = settings_of(config, model), connect()[0] == 0
-        if config.is_scaled:
+        if is_scaled:
             ranges = broadcast(_ranges(folder, model, sample, config) if is_main else None)
             settings |= {"calibration_size": config.calibration_size, "ranges": ranges}
         dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
