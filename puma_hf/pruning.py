@@ -21,7 +21,7 @@ from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
-from puma_hf.modeling.processing_puma import reading_of, write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, reading_of, write_sentence_transformers_files
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ def prune(
         model = load_kept(checkpoint, config, layers, dtype)
         place_ret_token(model, processor.tokenizer)
         model.config.positions = reading_of(processor.reading).positions
+        model.config.custom_pipelines = PIPELINES
         # A local path says where the user keeps files; only its last part is worth publishing.
         own_name = checkpoint.name if checkpoint.revision else checkpoint.folder.resolve().name
         model.config.source_name_or_path = config.source_name_or_path or own_name

@@ -156,6 +156,9 @@ def test_steps_and_hours(recipe: Any) -> None:
     unknown = estimate(recipe(loss="mac", data="mine.csv", max_steps=-1, model="puma-2b-k12"))
     assert unknown.hours("H100") is None
     assert "unknown (--rows)" in unknown.to_markdown()
+    for given in ({"num_kept_layers": 0}, {"tokens": 0}):  # not taken for "not given"
+        with pytest.raises(ValueError, match="=0 must be at least 1"):
+            estimate(path, **given)
 
 
 def test_what_we_would_run_fits_24_gb_and_what_was_released_the_gpus_it_was_run_on() -> None:

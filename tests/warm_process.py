@@ -9,8 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +45,6 @@ class WarmProcess:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-
-
-@contextmanager
-def warm_process(folder: Path, **variables: str) -> Iterator[WarmProcess]:
-    """One that ends with the block."""
-    process = WarmProcess(folder, **variables)
-    try:
-        yield process
-    finally:
-        process.close()
 
 
 def _serve() -> None:

@@ -80,11 +80,7 @@ class Images:
             if self._save_to is None:
                 what = "the image is inside the dataset. Save it to a folder (images_to=FOLDER, --images-to)."
                 raise wrong(where, what, "image inside of the dataset")
-            kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", self._decode)
-            name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind.lower()}"
-            full = os.path.abspath(self._save_to / name)
-            if not os.path.isfile(full):
-                write_whole(Path(full), content, sync=False)
+            full = os.path.abspath(save_image(content, self._save_to, where, self._decode))
         elif isinstance(path, str):
             full = self.find(path, where)
             if full not in self.read_paths:  # five captions of an image cost one look at it
@@ -93,6 +89,18 @@ class Images:
             raise wrong(where, f"image is {shown(value)}, must be the path of a file, or null.", "image refused")
         self.read_paths.add(full)
         return full
+
+
+def save_image(content: bytes, folder: Path, where: str, decode: bool = False) -> Path:
+    """Write an image under a hash of its bytes, so that none is there twice; an MBEIRFormatError if it is none."""
+    kind = image_header(content, f"{where}: the image inside ({len(content)} bytes)", decode)
+    digest = hashlib.sha256(content).hexdigest()
+    suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
+    path = folder / digest[:2] / f"{digest[2:]}.{suffix}"
+    # Written whole, but without a wait for the disk; a file that lost its end in a power cut is written again.
+    if not path.is_file() or path.stat().st_size != len(content):
+        write_whole(path, content, sync=False)
+    return path
 
 
 def image_header(source: str | bytes, name: str, decode: bool = False) -> str:

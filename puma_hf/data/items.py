@@ -18,7 +18,7 @@ import datasets
 
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
-from puma_hf.data.mbeir import MBEIR, Pool, Query, check_is_file, is_mbeir, parse_candidate, seeded_random
+from puma_hf.data.mbeir import MBEIR, Pool, Query, is_mbeir, parse_candidate, seeded_random
 from puma_hf.data.records import (
     COLUMNS,
     Line,
@@ -205,13 +205,8 @@ def load_items(source: Source | Sequence[Source], *, split: str = "train", seed:
         ValueError: If a source holds nothing, or lines of it are wrong; all are counted, and the first named.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data import load_items
-
-    >>> load_items(["demo/emoji/mbeir_images", "demo/emoji"]).column_names
-    ['item']
-    ```
+        >>> load_items(["demo/emoji/mbeir_images", "demo/emoji"]).column_names
+        ['item']
     """
     # A comma may be part of a name.
     if isinstance(source, str) and "," in source and not Path(source).exists():
@@ -365,17 +360,12 @@ def open_corpus(
         on_error: What to do about wrong rows: raise, or make records of them that say what is wrong.
 
     Raises:
-        FileNotFoundError: If it, or the pool, is not there.
+        FileNotFoundError: If it is not there; if it is the pool, then when the lines are read.
         ValueError: If it is of no such kind, holds nothing, or there is no such task.
 
     Example:
-
-    ```python
-    >>> from puma_hf.data.items import open_corpus
-
-    >>> next(open_corpus("demo/emoji").lines()).columns["did"]
-    '10:7'
-    ```
+        >>> next(open_corpus("demo/emoji").lines()).columns["did"]
+        '10:7'
     """
     anywhere = partial(_table_record, images=Images())
     if isinstance(data, datasets.Dataset):  # its images may have any path: who made it has chosen them
@@ -386,7 +376,6 @@ def open_corpus(
         file = mbeir.pool_path(None, split)
         if pool != GLOBAL_POOL:
             file = mbeir.pool_path(select_tasks(mbeir.tasks(split), [pool])[0], split)
-        check_is_file(file)
         candidate = partial(parse_candidate, images=Images(mbeir.image_root), may_be_missing=True)
         return Corpus(file, str(mbeir.image_root), partial(json_lines, file), candidate, on_error)
     table = path if path.is_file() else image_table(path)

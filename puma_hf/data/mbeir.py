@@ -156,22 +156,6 @@ def is_mbeir(folder: Path) -> bool:
     return any(any(folder.glob(f"{part}/*/mbeir_*.jsonl")) for part in ("query", "cand_pool"))
 
 
-def check_is_file(path: Path) -> None:
-    """Refuse a file that is not there."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; M-BEIR's layout needs it (TIGER-Lab/M-BEIR on the Hub)")
-
-
-def read_jsonl(path: Path) -> Iterator[Line]:
-    """The lines of a file of the layout, which must not be empty."""
-    check_is_file(path)
-    line = None
-    for line in json_lines(path):
-        yield line
-    if line is None:
-        raise wrong(path, "the file is empty; download it again or remove it")
-
-
 class MBEIR:
     """A folder in M-BEIR's layout; tasks are found from file names, so any dataset may be added to it.
 
@@ -263,7 +247,7 @@ class MBEIR:
     def read_queries(self, path: Path, problems: Problems, task: MBEIRTask | None = None) -> Iterator[Query]:
         """The good queries of a file as a stream; in that of a task a qid may come once, in a union many times."""
         places: dict[str, str] = {}
-        for line in read_jsonl(path):
+        for line in json_lines(path):
             query = problems.attempt(parse_query, line, self._images)
             if query is None:
                 continue
@@ -289,7 +273,7 @@ class MBEIR:
 
     def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         with Problems(path) as problems:
-            for line in read_jsonl(path):
+            for line in json_lines(path):
                 if (one := problems.attempt(parse_candidate, line, self._images)) is not None:
                     yield {"did": one.id, "text": one.text, "image": one.image}
 
@@ -302,7 +286,6 @@ class MBEIR:
         log says how many. Any other unknown did is an error. Without a pool all are kept.
         """
         path, qids = self.qrels_path(split, task), {query.id for query in queries}
-        check_is_file(path)
         qrels: dict[str, dict[str, int]] = {}
         foreign: set[str] = set()
 
@@ -367,7 +350,6 @@ class MBEIR:
     def _instructions(self) -> tuple[dict[tuple[str, str, str], tuple[str, ...]], dict[str, str]]:
         """M-BEIR's prompts by (dataset id, query modality, candidate modality), and the name of each dataset id."""
         path = self.instruction_path
-        check_is_file(path)
         prompts: dict[tuple[str, str, str], tuple[str, ...]] = {}
         names: dict[str, str] = {}
         # Read as lines of text, and not as a .tsv: rows have as many cells as wordings, and quotation marks at will.

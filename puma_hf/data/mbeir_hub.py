@@ -6,7 +6,6 @@ with the configurations `corpus`, `query` or `queries`, and `qrels`, or `default
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections import defaultdict
@@ -18,7 +17,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from puma_hf.data.images import image_header
+from puma_hf.data.images import save_image
 from puma_hf.data.mbeir import MBEIR, is_mbeir
 from puma_hf.data.mbeir_write import link, text_hash, write_instructions, write_lines, write_records
 from puma_hf.data.records import Line, Problems, read_lines, wrong
@@ -30,7 +29,7 @@ from puma_hf.data.tasks import (
     select_tasks,
     task_named,
 )
-from puma_hf.files import new_directory, write_whole
+from puma_hf.files import new_directory
 
 # The folders of each part of a copy; the first that is there is taken.
 _FOLDERS = {"corpus": ["corpus"], "queries": ["query", "queries"], "qrels": ["qrels", "data"]}
@@ -216,12 +215,18 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
                 positives[qid].append(did)
             yield f"{qid} 0 {did} {score:g} {task.task_id}"
 
+    def store(cell: Any, where: str) -> str:
+        content = cell.get("bytes") if isinstance(cell, Mapping) else cell
+        if not isinstance(content, bytes):
+            raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
+        return save_image(content, images / "images", where).relative_to(images).as_posix()
+
     def records(role: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for line in rows(role):
             row, cell, text = line.columns, line.columns.get("image"), line.columns.get("text") or None
             if isinstance(cell, Mapping) and not any(value is not None for value in cell.values()):
                 cell = None  # some writers have a struct of nothing for a row without an image
-            image = None if cell is None else problems.attempt(_store_image, cell, images, line.where)
+            image = None if cell is None else problems.attempt(store, cell, line.where)
             # Without a label, that of what is there; some copies have "text,image".
             label = row.get("modality") or ",".join(["image"] * (cell is not None) + ["text"] * (text is not None))
             label = ",".join(sorted(part.strip() for part in str(label).split(",")))
@@ -239,18 +244,3 @@ def import_copy(files: Mapping[str, Sequence[Path]], task: MBEIRTask, split: str
 
 def _plain_id(line: Line, name: str) -> str:
     return _ID_PREFIX.sub("", str(line.columns[name]).strip())
-
-
-def _store_image(cell: Any, root: Path, where: str) -> str:
-    """Write an image under a hash of its bytes, so that none is there twice; returns its path below the root."""
-    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
-    if not isinstance(data, bytes) or not data:
-        raise wrong(where, "the image holds no bytes; a copy must have its images inside", "image missing")
-    kind = image_header(data, f"{where}: the image")
-    suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
-    digest = hashlib.sha256(data).hexdigest()
-    path = root / f"images/{digest[:2]}/{digest[2:]}.{suffix}"
-    # Written whole, but without a wait for the disk; a file that lost its end in a power cut is written again.
-    if not path.is_file() or path.stat().st_size != len(data):
-        write_whole(path, data, sync=False)
-    return path.relative_to(root).as_posix()

@@ -92,16 +92,11 @@ def load_pairs(
             message has counts by kind, and the first five of each.
 
     Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from puma_hf.data import load_pairs
-
-    >>> image = "demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp"
-    >>> rows = load_pairs(Dataset.from_dict({"image": [image], "caption": ["a red apple"]}))
-    >>> rows["anchor"][0]["text"]
-    'a red apple'
-    ```
+        >>> from datasets import Dataset
+        >>> image = "demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp"
+        >>> rows = load_pairs(Dataset.from_dict({"image": [image], "caption": ["a red apple"]}))
+        >>> rows["anchor"][0]["text"]
+        'a red apple'
     """
     report = read_pairs(source, **options)
     pairs, problems = report.pairs, report.offenders
@@ -429,16 +424,11 @@ def check_pairs(source: PairSource, **options: Any) -> PairsReport:
     FileNotFoundError if the source is missing, a ValueError if it has no rows or lacks a column.
 
     Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from puma_hf.data import check_pairs
-
-    >>> images = ["demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp", "none.png"]
-    >>> report = check_pairs(Dataset.from_dict({"image": images, "caption": ["an apple", "a pear"]}))
-    >>> report.ok, str(report.offenders)
-    (False, 'image missing: 1')
-    ```
+        >>> from datasets import Dataset
+        >>> images = ["demo/emoji/mbeir_images/emoji_images/noto/1f34e.webp", "none.png"]
+        >>> report = check_pairs(Dataset.from_dict({"image": images, "caption": ["an apple", "a pear"]}))
+        >>> report.ok, str(report.offenders)
+        (False, 'image missing: 1')
     """
     report = read_pairs(source, **options)
     ids, notes = PairIds(report.pairs), report.notes

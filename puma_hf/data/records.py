@@ -207,7 +207,11 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
 
 
 def json_lines(path: Path) -> Iterator[Line]:
-    """The objects of a file of JSON Lines; the first broken line is raised, as those behind it are seldom better."""
+    """The objects of a file of JSON Lines; the first broken line is raised, as those behind it are seldom better.
+
+    A file without any object is an error, too: it is what an interrupted download may leave.
+    """
+    row = None
     # Read as bytes: a line that is no UTF-8 is then an error of its own, and not of the rest of the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -221,6 +225,8 @@ def json_lines(path: Path) -> Iterator[Line]:
             if not isinstance(row, dict):
                 raise broken_line(where, line, f"must be a JSON object, is {shown(row)}")
             yield Line(where, row)
+    if row is None:
+        raise wrong(path, "the file is empty; download it again or remove it")
 
 
 def broken_line(where: str, line: bytes, what: str) -> MBEIRFormatError:

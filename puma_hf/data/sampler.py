@@ -36,17 +36,12 @@ class DistinctPositivesBatchSampler(DefaultBatchSampler):
         kwargs: What the trainer passes: batch_size, drop_last, generator, seed.
 
     Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from puma_hf.data import DistinctPositivesBatchSampler
-
-    >>> dataset = Dataset.from_dict({"anchor": ["a", "b", "c", "d"]})
-    >>> positives = [["x"], ["x"], ["y"], ["z"]]
-    >>> sampler = DistinctPositivesBatchSampler(dataset, positives, batch_size=2, drop_last=False, seed=0)
-    >>> all(set(batch) != {0, 1} for batch in sampler)
-    True
-    ```
+        >>> from datasets import Dataset
+        >>> dataset = Dataset.from_dict({"anchor": ["a", "b", "c", "d"]})
+        >>> positives = [["x"], ["x"], ["y"], ["z"]]
+        >>> sampler = DistinctPositivesBatchSampler(dataset, positives, batch_size=2, drop_last=False, seed=0)
+        >>> all(set(batch) != {0, 1} for batch in sampler)
+        True
     """
 
     def __init__(

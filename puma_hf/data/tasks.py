@@ -1,4 +1,4 @@
-"""M-BEIR's constants: its tasks, its datasets, and the instruction of each row. Nothing heavy is imported here.
+"""M-BEIR's constants: its tasks, its datasets, and the instruction of each row.
 
 Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR on the Hub).
 """

@@ -114,7 +114,7 @@ def embed(
     batches = iterate_embeddings(model, inputs, report=errors.append, **options)
     # What needs no range over all rows is stored small at once.
     at_once: Precision = "float32" if precision in ("int8", "uint8") and ranges is None else precision
-    empty = quantize(np.zeros((0, embedding_dim(model, options.get("truncate_dim"))), np.float32), at_once)
+    empty = quantize(np.zeros((0, embedding_dim(model, options.get("truncate_dim"))), np.float32), at_once, ranges)
     rows, is_there = np.zeros((len(inputs), empty.shape[1]), empty.dtype), np.zeros(len(inputs), dtype=bool)
     try:
         for indices, embeddings in batches:
@@ -333,6 +333,9 @@ def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> ND
     if precision in ("float32", "float16"):
         return rows.astype(precision, copy=False)
     given = None if ranges is None else np.asarray(ranges, np.float32)
+    # Of more rows, such as embeddings to calibrate by, sentence-transformers would take the first two for the limits.
+    if given is not None and given.shape != (2, rows.shape[1]):
+        raise ValueError(f"ranges is of shape {given.shape}, must be (2, {rows.shape[1]}): lowest and highest values.")
     quantized: Any = quantize_embeddings(rows, precision=precision, ranges=given)  # type: ignore[arg-type]
     return np.asarray(quantized)
 

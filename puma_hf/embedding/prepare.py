@@ -129,7 +129,17 @@ def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, pa
         sort: Whether to sort inside a window; otherwise chunks are consecutive.
         padded: Whether every input of a chunk costs as much as its longest.
     """
-    for start, items in _windows(inputs):
+    stream, start = iter(inputs), 0
+    is_list = isinstance(inputs, list | tuple)  # which holds its inputs anyway
+    while True:
+        items, held = [], 0
+        for item in islice(stream, WINDOW):
+            items.append(item)
+            held += 0 if is_list else _held_bytes(item)
+            if held >= _HELD_BYTES:  # a window of large images is shorter
+                break
+        if not items:
+            return
         sizes = [guess.tokens(item) for item in items]
         # The longest first: what does not fit into memory fails at the start, not after hours.
         order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else [*range(len(items))]
@@ -141,22 +151,6 @@ def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, pa
                 places = order[first:end]
                 yield Chunk(tuple(start + place for place in places), tuple(items[place] for place in places))
                 first, total, longest = end, size, size
-
-
-def _windows(inputs: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Consecutive inputs with the position of the first; fewer of a stream whose images are large."""
-    stream, start = iter(inputs), 0
-    is_list = isinstance(inputs, list | tuple)  # which holds its inputs anyway
-    while True:
-        items, held = [], 0
-        for item in islice(stream, WINDOW):
-            items.append(item)
-            held += 0 if is_list else _held_bytes(item)
-            if held >= _HELD_BYTES:
-                break
-        if not items:
-            return
-        yield start, items
         start += len(items)
 
 

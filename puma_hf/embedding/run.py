@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
-import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 ERRORS = "errors.jsonl"
 # What is embedded is written at least so often: a run that is killed loses no more than this.
 _SECONDS = 60.0
-_LEAST_FREE = 32 * 2**20  # bytes of a disk that is not full; a write of 4,096 vectors takes about as many
 _SHOWN = 3
 _SEED = 0  # of the inputs that int8 and uint8 are scaled by
 _STORED_AS = {"binary": torch.int8, "ubinary": torch.uint8}
@@ -91,14 +90,13 @@ class EmbeddingRun:
     # Rows arrive by length inside of a window: with one more than a shard in memory, its first rows are all there.
     in_order: bool = False
 
-    def __post_init__(self) -> None:
-        self.rank, self.num_processes = connect()
-        self.sent: dict[int, Item] = {}  # what the model has, by its number
-        self.pending: set[int] = set()  # the keys of what is not written, so that nothing is embedded twice in a row
-        self.rows: list[tuple[Item, Tensor]] = []  # what is to be written
-        self.errors: list[dict[str, Any]] = []
-        self.num_new = 0
-        self.progress: Any = None
+    sent: dict[int, Item] = field(default_factory=dict, init=False)  # what the model has, by its number
+    # The keys of what is not written, so that nothing is embedded twice in a row.
+    pending: set[int] = field(default_factory=set, init=False)
+    rows: list[tuple[Item, Tensor]] = field(default_factory=list, init=False)  # what is to be written
+    errors: list[dict[str, Any]] = field(default_factory=list, init=False)
+    num_new: int = field(default=0, init=False)
+    progress: Any = field(default=None, init=False)
 
     def run(self, items: Iterable[Item], total: int, *, show_progress_bar: bool = True) -> tuple[int, int, float]:
         """Embed what the sink lacks; all processes give the same items, and wait for all.
@@ -107,10 +105,11 @@ class EmbeddingRun:
             How many inputs all processes have embedded, how many of them are broken, and the seconds.
         """
         start = written = time.monotonic()
+        rank, num_processes = connect()
         most = self.shard_size + (WINDOW if self.in_order else 0)
         bar = {"desc": "Embedding", "unit": "item", "smoothing": 0.1}
-        bar["disable"] = self.rank > 0 or not show_progress_bar
-        with tqdm(total=total // self.num_processes, **bar) as self.progress:
+        bar["disable"] = rank > 0 or not show_progress_bar
+        with tqdm(total=total // num_processes, **bar) as self.progress:
             try:
                 for numbers, rows in self.embedder(self._missing(items, total), self._broken):
                     done = [self.sent.pop(number) for number in numbers.tolist()]
@@ -124,14 +123,15 @@ class EmbeddingRun:
             except BrokenInputError as error:
                 record, reason = self.sent[error.index].record, _without_place(error.broken.message.rstrip("."))
                 remedy = "Mend it and run the same command again, which goes on where this one ended"
-                if self.errors_file is not None:
+                place = ""
+                if self.errors_file is not None:  # a corpus, whose rows a user knows
                     remedy += "; or pass on_error='skip' (--on-error skip) to leave out what is broken"
-                what = f"Input {shown(record.id)} (row {record.row}) cannot be embedded: {reason}"
-                raise ValueError(f"{what}. {remedy}.") from error
+                    place = f" (row {record.row})"
+                raise ValueError(f"Input {shown(record.id)}{place} cannot be embedded: {reason}. {remedy}.") from error
             finally:  # whatever ends the run, SIGTERM and Ctrl-C too, what is done is kept
                 self._write(len(self.rows))
         errors = sorted((error for part in gather(self.errors) for error in part), key=lambda error: error["row"])
-        if self.rank == 0 and self.errors_file is not None:
+        if rank == 0 and self.errors_file is not None:
             self.errors_file.unlink(missing_ok=True)
             if errors:
                 text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
@@ -139,11 +139,12 @@ class EmbeddingRun:
         return sum(gather(self.num_new)), len(errors), max(gather(time.monotonic() - start))
 
     def _missing(self, items: Iterable[Item], total: int) -> Iterator[Record]:
+        rank, num_processes = connect()
         numbers, num_read = count(), 0
         for item in items:
             num_read += 1
             # By its key, not by its row: an item that comes twice falls to one process, which sees that it is the same.
-            if item.key % self.num_processes != self.rank:
+            if item.key % num_processes != rank:
                 continue
             if item.key in self.pending or self.sink.has(item):
                 # Not counted as done: so the rate, and the time left, are those of the work.
@@ -208,24 +209,20 @@ def disk_full_explained(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else:  # LanceDB raises a RuntimeError for all that goes wrong, so the disk is asked
-            place = Path(folder).resolve()
-            there = next(part for part in (place, *place.parents) if part.is_dir())
-            is_full = shutil.disk_usage(there).free < _LEAST_FREE
-        if not is_full:
+        # LanceDB raises a RuntimeError for all that goes wrong, with the words of the system in it.
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
         problem = f"{str(folder)!r} could not be written, the disk is full ({error})"
         remedy = "What was written before is kept: make room, and run the same command again"
         raise OSError(errno.ENOSPC, f"{problem}. {remedy}") from error
 
 
+@dataclass
 class StoreSink:
-    """An `EmbeddingStore` to embed into; `keys` are those of all items of this process, 8 bytes each."""
+    """An `EmbeddingStore` to embed into."""
 
-    def __init__(self, store: EmbeddingStore) -> None:
-        self.store, self.keys = store, array("q")
+    store: EmbeddingStore
+    keys: array[int] = field(default_factory=lambda: array("q"))  # of all items of this process, 8 bytes each
 
     def has(self, item: Item) -> bool:
         """Whether the store had it when it was opened."""

@@ -17,9 +17,8 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +39,6 @@ MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "puma_hf embeddings", 2
 _KEY = b"puma_hf"  # where a shard says what it is
 _SHARD = re.compile(r"(shard-\d{5,}-[0-9a-f]{24})\.(?:parquet|safetensors)")
-_STALE_SECONDS = 3600.0  # a draft that is so old is that of a process that died
 _DAMAGES = (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError, IndexError)
 
 
@@ -88,15 +86,27 @@ class EmbeddingStore:
     ) -> None:
         self.folder = Path(folder)
         self.embedding_dim: int | None = None
-        kind = {"embedding_dtype": str(dtype).removeprefix("torch."), "file_format": file_format}
-        # Through JSON, as what is read from the manifest went.
-        wanted = None if settings is None else json.loads(json.dumps({**settings, **kind}))
-        self.manifest = self._settle(wanted)
+        wanted: dict[str, Any] | None = None
+        if settings is not None:
+            kind = {"embedding_dtype": str(dtype).removeprefix("torch."), "file_format": file_format}
+            # Through JSON, as what is read from the manifest went.
+            wanted = json.loads(json.dumps({**settings, **kind}))
+            if not (self.folder / MANIFEST).exists():
+                head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+                content = json.dumps({**head, "settings": wanted, "complete": False}, indent=2)
+                write_whole(self.folder / MANIFEST, content.encode())
+        # Read in any case: another process may have written another one meanwhile.
+        self.manifest = read_manifest(self.folder)
         self.settings: dict[str, Any] = self.manifest["settings"]
+        found, wanted = self.settings, self.settings if wanted is None else wanted
+        if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+            pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
+            problem = f"The embeddings in {str(self.folder)!r} were made with other settings: {'; '.join(pairs)}."
+            raise ValueError(f"{problem} Choose another directory, or delete this one to make them again.")
         self.dtype: torch.dtype = getattr(torch, self.settings["embedding_dtype"])
         self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True).encode()}
         self._shards: dict[str, Tensor] = {}  # the keys of each, in the order in which they were seen
-        self._refused: set[str] = set()
+        self._refused: set[str] = set()  # shards that count as absent, which is said once of each
         self.refresh()
 
     def __len__(self) -> int:
@@ -113,8 +123,25 @@ class EmbeddingStore:
         names = sorted(path.stem for path in self.folder.glob("shard-*.parquet") if _SHARD.fullmatch(path.name))
         if not self._shards.keys() <= set(names):  # `keep`, or a user, has removed some
             self._shards = {}
-        new = {name: keys for name in names if name not in self._shards and (keys := self._keys_of(name)) is not None}
-        self._shards |= new
+        for name in names:
+            if name in self._shards:
+                continue
+            path, reason = self.folder / f"{name}.{self.settings['file_format']}", "is not of these settings"
+            try:
+                file = parquet.ParquetFile(self.folder / f"{name}.parquet")
+                if path.suffix == ".parquet":
+                    dim = file.schema_arrow.field("embedding").type.list_size
+                else:
+                    dim = self._read(name, torch.tensor([], dtype=torch.int64)).shape[1]
+                if file.schema_arrow.metadata == self._metadata and dim == (self.embedding_dim or dim):
+                    self.embedding_dim = dim
+                    self._shards[name] = torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
+                    continue
+            except _DAMAGES as error:
+                reason = f"is cut or spoiled ({error.__cause__ or error})"
+            if name not in self._refused:
+                self._refused.add(name)
+                logger.warning("%s %s: it counts as absent, and its embeddings are made anew", path, reason)
         # Rows are numbered over all shards as they came; of equal keys the one that came first stays first.
         self._starts = torch.tensor([0, *map(len, self._shards.values())]).cumsum(0)
         empty = torch.empty(0, dtype=torch.int64)
@@ -215,14 +242,16 @@ class EmbeddingStore:
             if (match := _SHARD.fullmatch(path.name)) and match[1] not in kept:
                 self.say(complete=False)
                 path.unlink()
-        self._remove_drafts(0.0)
+        for draft in self.folder.glob(".*.tmp"):  # of writers that were killed
+            draft.unlink(missing_ok=True)
         self.refresh()
 
     def say(self, **about: Any) -> None:
         """Change what `manifest.json` says besides the settings; `complete` tells readers that a run has finished."""
         self.manifest = read_manifest(self.folder)  # another process may have changed it
         if (said := {**self.manifest, **about}) != self.manifest:
-            self._write_manifest(said)
+            self.manifest = said
+            write_whole(self.folder / MANIFEST, json.dumps(said, indent=2).encode())
 
     def _find(self, keys: Tensor) -> Tensor:
         """The number of each key's row, counted over all shards; -1 where there is none."""
@@ -231,26 +260,6 @@ class EmbeddingStore:
             return torch.full_like(keys, -1)
         at = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
         return torch.where(self._keys[at] == keys, self._order[at], -1)
-
-    def _keys_of(self, name: str) -> Tensor | None:
-        """The keys of a shard; None if it is cut off, or not of these settings, which is said once."""
-        reason = "is not of these settings"
-        try:
-            file = parquet.ParquetFile(self.folder / f"{name}.parquet")
-            if self.settings["file_format"] == "parquet":
-                dim = file.schema_arrow.field("embedding").type.list_size
-            else:
-                dim = self._read(name, torch.tensor([], dtype=torch.int64)).shape[1]
-            if file.schema_arrow.metadata == self._metadata and dim == (self.embedding_dim or dim):
-                self.embedding_dim = dim
-                return torch.from_numpy(file.read(columns=["key"])["key"].to_numpy().copy())
-        except _DAMAGES as error:
-            reason = f"is cut or spoiled ({error.__cause__ or error})"
-        if name not in self._refused:
-            self._refused.add(name)
-            path = self.folder / f"{name}.{self.settings['file_format']}"
-            logger.warning("%s %s: it counts as absent, and its embeddings are made anew", path, reason)
-        return None
 
     def _read(self, name: str, places: Tensor) -> Tensor:
         path = self.folder / f"{name}.{self.settings['file_format']}"
@@ -269,35 +278,6 @@ class EmbeddingStore:
             file = parquet.ParquetFile(path, page_checksum_verification=True)
             return file.read(columns=["id"])["id"].to_pylist() if "id" in file.schema_arrow.names else []
 
-    def _settle(self, wanted: dict[str, Any] | None) -> dict[str, Any]:
-        """The manifest of the directory, a new one if there is none. Its settings must be those that are wanted."""
-        if wanted is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_drafts(_STALE_SECONDS)
-            if not (self.folder / MANIFEST).exists():
-                head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-                self._write_manifest({**head, "settings": wanted, "complete": False})
-        # Read in any case: another process may have written another one meanwhile.
-        manifest = read_manifest(self.folder)
-        found = manifest["settings"]
-        wanted = found if wanted is None else wanted
-        if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-            pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
-            problem = f"The embeddings in {str(self.folder)!r} were made with other settings: {'; '.join(pairs)}."
-            raise ValueError(f"{problem} Choose another directory, or delete this one to make them again.")
-        return manifest
-
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        self.manifest = dict(manifest)
-        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-
-    def _remove_drafts(self, age: float) -> None:
-        """Remove what writers that were killed have left, if it is older than so many seconds."""
-        for draft in self.folder.glob(".*.tmp"):
-            with suppress(FileNotFoundError):
-                if time.time() - draft.stat().st_mtime >= age:
-                    draft.unlink()
-
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a store's manifest says; a FileNotFoundError if there is none, a ValueError if it is of another version."""
@@ -310,11 +290,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         manifest, is_ours = {}, False
     if not is_ours:
-        command = "run the command that made it again"
-        if {"model", "data"} <= manifest.keys():
-            command += f": puma-hf embed {manifest['data']} --model {manifest['model']} --output {folder}"
         problem = f"{str(path)!r} is no manifest of this version of puma-hf (version {FORMAT_VERSION} of {FORMAT!r})"
-        raise ValueError(f"{problem}. To make the embeddings anew, delete the directory and {command}")
+        raise ValueError(f"{problem}. Delete the directory, and make the embeddings anew.")
     return dict(manifest)
 
 

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from puma_hf import __version__
 from puma_hf.configs_training import RECIPES
 from puma_hf.estimate import count_parameters
-from puma_hf.evaluation.layer_sweep import decoder_of
+from puma_hf.evaluation.layer_sweep import TEXT_TOKENS, decoder_of, layer_costs
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
@@ -145,15 +145,22 @@ def load_model(folder: Path) -> Any:
 
 
 def count_facts(model: Any) -> dict[str, Any]:
-    """Parameters and bytes after the cut and before it, by the names of `hub_card.md`."""
+    """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
     config, text = model[0].model.config, model[0].model.config.text_config
     after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
     # Dropped layers are as large as kept ones, and the head has the shape of the token embedding.
     head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
-    before = after + head + layer * (config.original_num_hidden_layers - config.num_kept_layers)
-    sizes = {"bytes_after": after * model.dtype.itemsize, "bytes_before": before * model.dtype.itemsize}
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"parameters_after": after, "parameters_before": before, **sizes, "dtype": dtype}
+    dropped = config.original_num_hidden_layers - config.num_kept_layers
+    before, width, operations = after + head + layer * dropped, model.dtype.itemsize, {}
+    costs, image_tokens = layer_costs(model)
+    kinds = {"flops_text": f"text of {TEXT_TOKENS} tokens", "flops_image": f"image of {image_tokens} visual tokens"}
+    for name, kind in kinds.items():
+        flops = [cost[name] for cost in costs]
+        # Of one layer alone its share of the operations is not known.
+        operations[kind] = (flops[-1], flops[-1] + dropped * (flops[-1] - flops[-2]) if len(flops) > 1 else None)
+    facts = {"parameters_after": after, "parameters_before": before, "operations": operations}
+    facts |= {"bytes_after": after * width, "bytes_before": before * width}
+    return facts | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
 # --- result files
@@ -287,4 +294,4 @@ def _not_measured(found: CardResults) -> list[str]:
     absent = [name for name in PUBLISHED if name not in there]
     lines = [f"Of M-BEIR's {len(PUBLISHED)} rows: {', '.join(absent) if there else 'all'}."] if absent else []
     lines += ["How much the figures would vary with another seed of the training."] if found.evaluations else []
-    return [*lines, "Speed, memory and operations, other data types than that of the weights, video."]
+    return [*lines, "Speed and memory, other data types than that of the weights, video."]

@@ -30,6 +30,8 @@ FEATURES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", 
 COSINE_TOLERANCE = 1e-2
 # One loader packs inputs and the other pads them, which changes a number by less than this in float32.
 _TOLERANCE = 1e-4
+# None of the inputs is cut: a model of texts alone may have a limit below the tokens of two pictures.
+_MAX_LENGTH = 1024
 _WORDS = ["a red apple", "on the", "table", "of", "two", "who painted", "7", "windows?"]
 _WORDS += ["é", "苹果", "1998,", "(north)"]
 _FIND, _ANSWER = "Find an image that matches the sentence.", "Retrieve a passage that answers the question."
@@ -109,7 +111,7 @@ def features_of(folder: str | Path, inputs: Sequence[Any], *, padding_side: str 
     """One batch by a PUMA directory's own processor."""
     processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     processor.tokenizer.padding_side = padding_side
-    batch = processor.process_inputs(list(inputs))
+    batch = processor.process_inputs(list(inputs), max_length=_MAX_LENGTH)
     return {name: batch[name] for name in FEATURES if name in batch}
 
 
@@ -122,7 +124,8 @@ def embed_features(model: Any, features: Mapping[str, Tensor]) -> Tensor:
 
 def encode(model: SentenceTransformer, inputs: Sequence[Any]) -> Tensor:
     """Embeddings of a SentenceTransformer, `(num_inputs, embedding_dim)`."""
-    found: Any = model.encode(list(inputs), convert_to_tensor=True, show_progress_bar=False)
+    how: Any = {"convert_to_tensor": True, "show_progress_bar": False}
+    found = model.encode(list(inputs), processing_kwargs={"text": {"max_length": _MAX_LENGTH}}, **how)
     return torch.as_tensor(found.float().cpu())
 
 

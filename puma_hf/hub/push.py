@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from puma_hf.configs import PushConfig
 from puma_hf.files import (
@@ -39,6 +39,8 @@ CARD = "README.md"
 _NEUTRAL = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "NOTICE"})
 # What is removed of an older push unless this one has it: a loader might take its settings or weights with ours.
 _REPLACED = ("model*.safetensors", "results*.json", "sweep*.json", *(name for name in LOADED if name not in _NEUTRAL))
+# `HTTPError` of the HTTP client, which is httpx or httpx2, by the version of huggingface_hub.
+_CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]
 _OTHERS_CODE = re.compile(r'"auto_map"\s*:\s*\{[^}]*--')
 # What the card shows of the code that travels, by the name that the lines give it.
 _SHOWN = {"MultimodalMACLoss": "mac_puma.MultimodalMACLoss", "PumaTrainer": "trainer_puma.PumaTrainer"}
@@ -85,7 +87,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
 
     Raises:
         FileNotFoundError: If the directory is none of ours.
-        ValueError: If it does not load, or the repository holds something else.
+        ValueError: If it does not load or changes meanwhile, or the repository holds something else.
         OSError: If the Hub refuses the token or what was sent, or cannot be reached; most are huggingface_hub's own.
 
     Example:
@@ -97,7 +99,9 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     ```
     """
     config = PushConfig(directory=directory, repo_id=repo_id, **settings)
-    folder, hub, base, parent, url = Path(directory), HfApi(token=token), config.base_model, None, None
+    folder, base, parent, url = Path(directory), config.base_model, None, None
+    token = token and token.strip()  # the end of a line does not belong to it, and no header may hold one
+    hub = HfApi(token=token)
     is_adapter = is_adapter_directory(folder)
     local_base = named_base(folder) if is_adapter else ""
     if is_adapter and base is None:  # whoever downloads the adapter will need it
@@ -113,6 +117,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     with TemporaryDirectory(prefix="puma-hf-push-") as temporary:
         staged, is_local = Path(temporary), Path(local_base).is_dir()
         _stage(folder, staged)
+        weights = _when_written(staged)
         if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
             _name_base(folder, staged, str(Path(local_base).resolve()) if is_local else local_base)
         loaded = check_loads(staged, shown_as=folder, offline=is_local or not is_adapter, token=token)
@@ -127,6 +132,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         (staged / CARD).write_bytes(card.encode())  # the same bytes on every system
         names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
         sizes = tuple((name, (staged / name).stat().st_size) for name in names)
+        if _when_written(staged) != weights:
+            raise ValueError(f"The weights in {str(folder)!r} changed while they were checked. Push again.")
         if not config.dry_run:
             url = _upload(hub, config, staged, parent)
             logger.info("Pushed %s to %s", folder, url)
@@ -166,6 +173,10 @@ def _stage(folder: Path, staged: Path) -> None:
             (staged / name).write_text(code, encoding="utf-8")
 
 
+def _when_written(staged: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in staged.glob("*.safetensors")}
+
+
 def _name_base(folder: Path, staged: Path, base: str) -> None:
     settings = {**read_config(folder, ADAPTER_CONFIG), "base_model_name_or_path": base}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -179,11 +190,10 @@ def _network_told() -> Iterator[None]:
     """Make an OSError of those of the network, as the Hub's own answers are, and say that nothing was half written."""
     try:
         yield
-    except (OSError, ValueError):
+    except OSError:
         raise
-    # The HTTP client, whose errors these are, differs between versions of huggingface_hub. Of large files an upload
-    # wraps them, and the Hub's answers, in a RuntimeError.
-    except Exception as error:
+    # Of large files an upload wraps the client's errors, and the Hub's answers, in a RuntimeError.
+    except (_CLIENT_ERROR, RuntimeError) as error:
         problem = f"The push to the Hub failed ({error.__cause__ or error})."
         raise ConnectionError(f"{problem} Run it again: a commit is whole or not there.") from error
 

@@ -91,6 +91,8 @@ def to_messages(item: Any, prompt: str | None = None) -> list[dict[str, Any]]:
         if any(message["role"] == "system" for message in messages):
             prompt = None  # the chat brings its own instruction
     else:
+        if isinstance(item, list | tuple):  # within a dict several images are one input, here they may be meant as many
+            raise ValueError(f"got {item!r:.80}, which is neither text nor image. {_ACCEPTED}")
         if not isinstance(item, dict) or "bytes" in item:
             item = {"text" if isinstance(item, str) and not is_image_reference(item) else "image": item}
         if unknown := set(item) - set(_KEYS):
@@ -131,12 +133,13 @@ def _chat_item(entry: Any) -> tuple[str, Any]:
     given = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
     kind, keys = _CHAT_ITEMS.get(str(given.pop("type", None)), ("", ()))
     key, value = next(iter(given.items()), ("", None))
-    if len(given) != 1 or key not in keys:
+    if key.endswith("_url") and isinstance(value, dict):
+        is_plain = set(value) <= {"url", "detail"} and value.get("detail", "auto") == "auto"
+        value = value.get("url") if is_plain else None
+    if len(given) != 1 or key not in keys or value is None:
         # Some write the size of one image here; it is one for all of a call, and to ignore it would be no better.
         sizes = "Sizes go into processing_kwargs={'image': {'size': {...}}} in encode, images_kwargs in process_inputs."
         raise ValueError(f"chat content must be items like {_CHAT_EXAMPLES}, got {entry!r:.80}. {sizes}")
-    if key.endswith("_url") and isinstance(value, dict):
-        value = value.get("url")
     is_bare = key == "base64" and not str(value).startswith("data:")
     return kind, f"data:;base64,{value}" if is_bare else value
 
@@ -203,7 +206,7 @@ def load_rgb_image(image: Any, where: str = "") -> Image.Image:
     turned it may have left the tag.
 
     Args:
-        image: A PIL image, a file path, an http(s), file or data URL, encoded `bytes`, an Arrow image
+        image: A PIL image, a file path, an http(s), file or data URL, encoded `bytes` or `BytesIO`, an Arrow image
             (`{"bytes": ..., "path": ...}`), or an `(height, width, 3)` uint8 array or tensor.
         where: How error messages call the input.
 
@@ -244,6 +247,8 @@ def reason_of(error: Exception) -> str:
 def _opened(image: Any) -> Image.Image:
     if isinstance(image, dict) and ("bytes" in image or "path" in image):
         image = image.get("bytes") or image.get("path")
+    if isinstance(image, BytesIO):
+        image = image.getvalue()
     if isinstance(image, str) and image.startswith("data:"):
         image = base64.b64decode(image.partition(",")[2], validate=True)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
@@ -267,8 +272,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"it has {image.width} x {image.height} pixels, {limit}")
     # A PNG or PNM of 16 bits a pixel opens in mode "I" with older versions of Pillow.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.int32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.int32)
+        # A TIFF of 12 bits a pixel has the same mode.
+        top = 4095 if getattr(image, "tag_v2", {}).get(258) == (12,) else 65535
+        grey = ((values * 255 + top // 2) // top).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode!r} has no known range of values: scale it to 0-255 and convert it to RGB")
     if image.has_transparency_data:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
@@ -85,6 +87,11 @@ _of_checkpoint = ContextVar("of_checkpoint", default=False)
 class PumaModelMixin(_MixinBase):
     """What makes a backbone a PUMA model: loading without the dropped layers, and the `[RET]` embedding."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Not inherited: a class of the user's may be in a notebook, whose code no save can copy.
+        cls._auto_class = None
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         layers = config._loaded_layers if _of_checkpoint.get() else None
@@ -118,9 +125,12 @@ class PumaModelMixin(_MixinBase):
         model, info = loaded
         # With an adapter the information is about its tensors, those of the base having been checked before.
         if model._hf_peft_config_loaded and (missing := info["missing_keys"]):
+            # AutoModel passes the base, and the adapter's own place among the options.
+            options = kwargs.get("adapter_kwargs") or {}
+            adapter = str(options.get("_adapter_model_path") or pretrained_model_name_or_path)
             raise ValueError(
-                f"{len(missing)} tensors of the adapter for {model.name_or_path!r} were not loaded (first: "
-                f"{min(missing)}). It is incomplete or of another base; if it is DoRA, run puma-hf merge."
+                f"{len(missing)} tensors of the adapter {adapter!r} were not loaded (first: {min(missing)}). It is "
+                "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
             )
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
@@ -142,14 +152,28 @@ class PumaModelMixin(_MixinBase):
             raise ValueError(f"{model.name_or_path!r} has {has}. Download it again.")
         loading_info = super()._finalize_model_loading(model, load_config, loading_info)
         if missing := set(loading_info.missing_keys):
-            source_class = next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
             with torch.device("meta"):
-                missing &= set(source_class(model.config).state_dict())
+                missing &= set(_source_class(model)(model.config).state_dict())
         if missing:
             needed = f"tensors that a {model.config.source_name} with {model.config.num_kept_layers} layers needs"
             found = f"{model.name_or_path!r} lacks {len(missing)} of the {needed} (first: {min(missing)})"
             raise ValueError(f"{found}. Download it again, or choose another checkpoint.")
         return loading_info
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as `PreTrainedModel.save_pretrained` does, with the code that opens it.
+
+        A subclass that was not given to `register_for_auto_class` is saved with the code of the class it is made
+        from, and `AutoModel` opens it as that; its own tensors are saved too.
+        """
+        if self._auto_class is None:
+            source_class = _source_class(self)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(source_class, save_directory)
+            name = f"{source_class.__module__.rpartition('.')[2]}.{source_class.__name__}"
+            config: Any = self.config
+            config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoModel": name}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,
@@ -271,6 +295,11 @@ class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
 MODEL_CLASSES: dict[Any, Any] = {
     model_class.config_class: model_class for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel)
 }
+
+
+def _source_class(model: Any) -> Any:
+    """The class of this file that a model is of, or that its class is made from."""
+    return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
 
 
 __all__ = ["PumaModel", "PumaModelOutput", "PumaQwen3VLModel", "PumaQwen25VLModel", "last_token_state"]

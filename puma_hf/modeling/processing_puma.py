@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, Qwen2VLProcessor
+from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import cached_file
 
@@ -235,8 +235,11 @@ class PumaProcessor(Qwen2VLProcessor):
                 token, or if its images alone exceed `max_length`.
             ImportError: If a video is passed and torchvision is not installed, or a video file without PyAV.
         """
-        # A table of pandas would yield the names of its columns.
-        is_one = isinstance(inputs, str | bytes | Mapping | set | Image.Image) or hasattr(inputs, "columns")
+        # A set has no order, a table of pandas would yield the names of its columns, a file its lines.
+        is_one = isinstance(inputs, str | bytes | bytearray | Mapping | set | frozenset | Image.Image | torch.Tensor)
+        is_one = is_one or hasattr(inputs, "columns") or hasattr(inputs, "read")
+        if isinstance(inputs, np.ndarray):
+            is_one = inputs.ndim == 0 or inputs.dtype.kind not in "OUT"  # of numbers it is one image
         if is_one or not isinstance(inputs, Iterable):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
         if not (inputs := list(inputs)):
@@ -338,8 +341,10 @@ class PumaProcessor(Qwen2VLProcessor):
 
     def _image_options(self, images_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         """Complete `size` with the image processor's own, so that tokens are counted as images are cut."""
-        options, default = images_kwargs or {}, self.image_processor.size
-        size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.get("size", {})
+        options, default = dict(images_kwargs or {}), self.image_processor.size
+        size = {name: default[name] for name in ("shortest_edge", "longest_edge")} | options.pop("size", {})
+        for old_name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            size[edge] = options.pop(old_name, size[edge])
         if size["longest_edge"] < size["shortest_edge"]:
             edges = f"longest_edge={size['longest_edge']}, less than shortest_edge={size['shortest_edge']}"
             raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge.")
@@ -372,6 +377,29 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
                 f"the text contains the special token {found.group()!r}: {text!r:.80}. {SPECIAL_TOKEN_REMEDY}"
             )
         part["text"] = pattern.sub(lambda token: token.group()[0] + " " + token.group()[1:], text)
+
+
+class PumaFeatureExtractionPipeline(FeatureExtractionPipeline):
+    """What `pipeline("feature-extraction", model=directory, trust_remote_code=True)` runs; `config.json` names it.
+
+    transformers' own reads a text without the chat template, and gives the states of all tokens. This one takes what
+    [`~PumaProcessor.process_inputs`] takes, and gives the embedding, `(1, embedding_dim)`, of each input; options of
+    `process_inputs` go into `tokenize_kwargs`.
+    """
+
+    _load_tokenizer = False
+    _load_processor = True
+
+    # The signatures of transformers' own classes differ from each other.
+    def preprocess(self, inputs: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self.processor.process_inputs([inputs], **options))  # type: ignore[union-attr]
+
+    def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:  # type: ignore[override]
+        embeddings = model_outputs["embeddings"]
+        return embeddings if return_tensors else embeddings.tolist()
+
+
+PIPELINES = {"feature-extraction": {"impl": "processing_puma.PumaFeatureExtractionPipeline", "pt": ["AutoModel"]}}
 
 
 # --- the files that make a directory a SentenceTransformer

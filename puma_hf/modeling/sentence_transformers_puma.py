@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .content_ids_puma import content_ids
 from .fast_path_puma import FastPath, can_pack, packed_states
+from .modeling_puma import last_token_state
 from .packing_puma import PackedBatch, Packer
 
 try:  # transformers asks of a processor's code that all it imports is installed, but for what stands in a try
@@ -38,7 +40,12 @@ class PumaTransformer(Transformer):
 
     - `sentence_embedding` `(batch_size, embedding_dim)`: the L2-normalised `[RET]` state;
     - `pooler_output` `(batch_size, embedding_dim)`: the `[RET]` state after the final norm, before
-      normalisation, which self-distillation compares.
+      normalisation, which self-distillation compares;
+    - `all_layer_embeddings`, for each kept layer `(batch_size, sequence_length, hidden_size)`, if the model's
+      configuration has `output_hidden_states`, as AdaptiveLayerLoss and Matryoshka2dLoss set it.
+
+    `encode(..., output_value="token_embeddings")` gives the states of an input's tokens after the final norm,
+    `(num_tokens, hidden_size)`, in a second pass.
 
     Attributes:
         fast_path (`FastPath`, *optional*): The savings made in evaluation mode without gradients, as in `encode`: no
@@ -109,10 +116,21 @@ class PumaTransformer(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, to `features`."""
         is_plain = self.fast_path is None or self.model.training or torch.is_grad_enabled() or bool(kwargs)
+        is_plain = is_plain or self._unwrapped().config.output_hidden_states
         if is_plain or not _MODEL_INPUTS.isdisjoint(features):
             features.update(self._plain(features, **kwargs))
         else:
             features.update(self._packed(features))
+        return features if torch.is_grad_enabled() else _Features(features, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module; after AdaptiveLayerLoss the embedding is that of the layer whose states it has put there."""
+        features = super().__call__(*args, **kwargs)
+        if "all_layer_embeddings" in features and "token_embeddings" in features:
+            # Elsewhere a pooling module would come after this one.
+            state = last_token_state(features["token_embeddings"], features.get("attention_mask"))
+            pooled = self._unwrapped().language_model.norm(state)
+            features.update(sentence_embedding=normalize(pooled.float(), dim=-1), pooler_output=pooled)
         return features
 
     @torch.compiler.disable  # NumPy lays a batch out, which cannot be traced; compiled code would serve one layout only
@@ -134,10 +152,16 @@ class PumaTransformer(Transformer):
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
 
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        options = {"output_hidden_states": True} if self._unwrapped().config.output_hidden_states else {}
+        outputs = self._run({**features, **kwargs}, **options)
+        found = {"sentence_embedding": outputs.embeddings, "pooler_output": outputs.pooler_output}
+        # Without the first, which is [RET]'s own row of the vocabulary whatever the input.
+        return {**found, "all_layer_embeddings": outputs.hidden_states[1:]} if options else found
+
+    def _run(self, features: dict[str, Any], **options: Any) -> Any:
         accepted = inspect.signature(self._unwrapped().forward).parameters
-        inputs = {name: value for name, value in {**features, **kwargs}.items() if name in accepted}
-        outputs = self.model(**inputs, return_dict=True)
-        return {"sentence_embedding": outputs.embeddings, "pooler_output": outputs.pooler_output}
+        inputs = {name: value for name, value in features.items() if name in accepted}
+        return self.model(**inputs, **options, return_dict=True)
 
     def _unwrapped(self) -> Any:
         """The model within what torch.compile, or PEFT's `get_peft_model`, put around it."""
@@ -153,3 +177,22 @@ class PumaTransformer(Transformer):
             self.__class__ = get_class_from_dynamic_module(
                 f"{__name__.rsplit('.', 1)[-1]}.PumaTransformer", output_path
             )
+
+
+class _Features(dict[str, Any]):
+    """What `forward` returns; `encode` asks it for the states of all tokens, and does not say so before."""
+
+    def __init__(self, features: dict[str, Any], module: PumaTransformer | None = None) -> None:
+        # In mixed precision accelerate makes a copy of what a model returns, by the features alone.
+        super().__init__(features)
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        if name != "token_embeddings" or self._module is None:
+            raise KeyError(name)
+        masks = self["attention_mask"].bool()
+        states = zip(self._module._run(self).last_hidden_state, masks, strict=True)
+        # `encode` cuts each row after its last token: padding must not stand before the first.
+        self["attention_mask"] = pad_sequence([mask[mask].long() for mask in masks], batch_first=True)
+        self[name] = pad_sequence([row[mask] for row, mask in states], batch_first=True)
+        return self[name]

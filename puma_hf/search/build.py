@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from puma_hf.configs import AnnKind, IndexConfig
 from puma_hf.data.items import open_corpus
-from puma_hf.data.records import Record
 from puma_hf.embedding.embed import embedding_dim
 from puma_hf.embedding.run import (
     ERRORS,
@@ -110,7 +109,11 @@ def build_index(config: IndexConfig) -> IndexReport:
         gather(None)  # all have looked before anyone writes
         embedder = partial(embed_records, model, **options_of(config))
         run = EmbeddingRun(sink, embedder, config.shard_size, folder / ERRORS)
-        num_new, num_errors, seconds = run.run(items_of(corpus, _key_of), num_items)
+        # An item is its id, the place of its picture and its content.
+        items = items_of(
+            corpus, lambda one, seen: content_key(one.id, None if isinstance(one.image, bytes) else one.image, seen)
+        )
+        num_new, num_errors, seconds = run.run(items, num_items)
         sink.add_moved()
         wanted = set().union(*gather(sink.wanted))
         if is_main:
@@ -118,11 +121,6 @@ def build_index(config: IndexConfig) -> IndexReport:
         gather(None)
         counts = open_index(folder).counts
         return IndexReport(str(folder), num_new, sum(counts.values()) - num_new, num_errors, seconds, counts)
-
-
-def _key_of(record: Record, seen: str) -> int:
-    """An item is its id, the place of its picture and its content."""
-    return content_key(record.id, record.image if isinstance(record.image, str) else None, seen)
 
 
 class _TableSink:
@@ -164,14 +162,10 @@ class _TableSink:
         place = {seen: number for number, seen in enumerate(found["seen"].to_pylist())}
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(place), -1)
         moved, self.moved = self.moved, []
-        self._append(moved, vectors[[place[item.seen] for item in moved]])
+        self.add(moved, torch.from_numpy(vectors[[place[item.seen] for item in moved]]))
 
     def add(self, items: list[Item], rows: Tensor) -> None:
-        """Append new rows; an item that comes again later is there."""
-        self._append(items, rows.numpy())
-        self.there |= {str(item.key) for item in items}
-
-    def _append(self, items: list[Item], vectors: NDArray[Any]) -> None:
+        """Append rows; an item that comes again later is there."""
         schema, columns = self.table.schema, []
         for record, key, seen in items:
             columns.append((str(key), seen, record.id, record.text, record.image, record.modality))
@@ -182,9 +176,10 @@ class _TableSink:
             pa.array([value and value.encode("utf-8", "backslashreplace").decode() for value in column], pa.string())
             for column in zip(*columns, strict=True)
         ]
-        values = pa.array(vectors.astype(kind.value_type.to_pandas_dtype()).ravel())
+        values = pa.array(rows.numpy().astype(kind.value_type.to_pandas_dtype()).ravel())
         vector = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
         self.table.add(pa.Table.from_arrays([*texts, vector], schema=schema))
+        self.there |= {str(item.key) for item in items}
 
 
 def _finish(

@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.data.mbeir_builder import build_mbeir
+from tests.data.photos import make_photos
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return build_mbeir(tmp_path / "mbeir")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos")

@@ -11,12 +11,6 @@ from PIL import Image
 
 from puma_hf.data import MBEIRFormatError
 from puma_hf.data.images import Images, image_files
-from tests.data.photos import make_photos
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_photos(tmp_path / "photos")
 
 
 def png(size: tuple[int, int] = (3, 2)) -> bytes:
@@ -78,7 +72,7 @@ def test_images_inside_are_saved_as_they_are(tmp_path: Path) -> None:
     first = images.read({"bytes": png(), "path": "../../x.exe"}, "row 1")
     assert images.read(png(), "row 2") == first
     other = images.read({"bytes": png((5, 5)), "path": None}, "row 3")
-    assert sorted(map(str, (tmp_path / "saved").iterdir())) == sorted([first, other])
+    assert sorted(map(str, (tmp_path / "saved").rglob("*.png"))) == sorted([first, other])
     assert (Path(first).read_bytes(), Path(first).suffix) == (png(), ".png")
     for content in (b"abc", png((60, 60))[:60]):
         with pytest.raises(MBEIRFormatError, match=r"row 4: the image inside \(\d+ bytes\).* cannot be read as an"):

@@ -249,8 +249,8 @@ def test_a_pool(root: Path, pool: str) -> None:
     assert records(open_corpus(root, pool=pool)) == list(expected.values())
     with pytest.raises(ValueError, match=r"\['toys_task9'\], must be some of \['toys_task0', "):
         open_corpus(root, pool="toys_task9")
-    with pytest.raises(FileNotFoundError, match=r"mbeir_union_dev_cand_pool\.jsonl is missing"):
-        open_corpus(root, split="dev")
+    with pytest.raises(FileNotFoundError, match=r"No such file .*mbeir_union_dev_cand_pool\.jsonl"):
+        open_corpus(root, split="dev").survey()
 
 
 @pytest.mark.parametrize(

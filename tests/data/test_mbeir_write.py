@@ -19,7 +19,7 @@ from puma_hf.data import (
     write_mbeir,
 )
 from tests.data import mbeir_builder as builder
-from tests.data.photos import make_photos, write_captions
+from tests.data.photos import write_captions
 
 EMOJI = Path(__file__).parents[2] / "demo" / "emoji"
 TEXTS = MBEIRTask(1, builder.DATASET)
@@ -117,11 +117,6 @@ def test_one_did_with_two_meanings(root: Path, tmp_path: Path) -> None:
 
 
 # --- pairs of one's own
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_photos(tmp_path / "photos")
 
 
 def texts(pairs: list[tuple[str, str]], **columns: Any) -> Dataset:

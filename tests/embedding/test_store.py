@@ -189,14 +189,10 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], op
         EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
 
 
-V1 = '{"format": "puma_hf embeddings of a corpus", "format_version": 1, "model": "m", "data": "d"}'
-
-
-@pytest.mark.parametrize("content", ["{", "[]", V1, '{"format": "puma_hf embeddings", "format_version": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "puma_hf embeddings", "format_version": 3}'])
 def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
-    command = "puma-hf embed d --model m --output" if content == V1 else "run the command that made it again"
-    with pytest.raises(ValueError, match=f"no manifest of this version .* delete the directory and .*{command}"):
+    with pytest.raises(ValueError, match=r"no manifest of this version .* Delete the directory, and make the emb"):
         EmbeddingStore(tmp_path, SETTINGS)
 
 

@@ -227,6 +227,10 @@ def test_parameters_and_bytes_are_those_that_pruning_counted(tmp_path: Path, fam
     facts = count_facts(load_model(folder))
     assert f"| parameters | {report.parameters_after:,} | {report.parameters_before:,} |" in card
     assert (facts["bytes_after"], facts["bytes_before"]) == (report.bytes_after, report.bytes_before)
+    # What the dropped layers would cost is worked out, not measured; the model with all its layers measures it.
+    prune(tmp_path / "original", tmp_path / "full", num_kept_layers=4)
+    full = count_facts(load_model(tmp_path / "full"))["operations"]
+    assert [before for _, before in facts["operations"].values()] == [after for after, _ in full.values()]
     assert str(tmp_path) not in card
 
 
@@ -312,6 +316,7 @@ def trained(tmp_path: Path) -> Path:
 
 def test_every_number_has_a_source_and_the_model_index_survives(trained: Path, tmp_path: Path) -> None:
     sources = {"16", "0"}  # half of 32, the first layer
+    sources |= {"64", "256"}  # the lengths that operations are counted at
     sources |= {"2", "2.0", "0.1.0", f"{len(PUBLISHED)}"}  # names: of the base, of the licence, of this version
     results = trained.with_name("puma-test") / "results.json"
     names = ("config", "config_sentence_transformers", "processor_config", "tokenizer_config")
@@ -324,7 +329,7 @@ def test_every_number_has_a_source_and_the_model_index_survives(trained: Path, t
     card = ModelCard.load(trained / "README.md")
     assert numbers_without_source(card.text, sources) == []
     # What the card must show is there, and a number that nobody measured would be found.
-    for shown in ("| 601 | 290 | 5 | 60.1 |", "68.3", "hard_temperature", "lora_r", "seed 7"):
+    for shown in ("| 601 | 290 | 5 | 60.1 |", "68.3", "hard_temperature", "lora_r", "seed 7", "operations, text of 64"):
         assert shown in card.text
     for wrong in ("99.9 %", "1,234,567 pairs", "12 hours"):
         assert numbers_without_source(f"{card.text}\n{wrong}", sources) != []

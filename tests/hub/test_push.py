@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from puma_hf.hub.push import push_to_hub as push
 from puma_hf.hub.push import travelling_files
 from tests.hub.hub_server import TOKEN, HubServer, Repository, hub_server
 from tests.hub.test_card import measure_nothing, write_results
-from tests.warm_process import WarmProcess, warm_process
+from tests.warm_process import WarmProcess
 
 LOADED = "loads without puma_hf"
 
@@ -38,7 +39,7 @@ def warm(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Imports while the first tests run. Its caches are new, and it knows no Hub but the double."""
     folder = tmp_path_factory.mktemp("warm")
     variables = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    with warm_process(folder, **variables, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0") as process:
+    with closing(WarmProcess(folder, **variables, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0")) as process:
         yield process
 
 
@@ -117,7 +118,7 @@ def test_shards_are_those_that_the_index_names(folder: Path) -> None:
 
 @pytest.mark.parametrize("private", [True, False])
 def test_visibility(folder: Path, hub: HubServer, loads: list[Any], private: bool) -> None:
-    push(folder, "me/puma", token=TOKEN, private=private)
+    push(folder, "me/puma", token=f"{TOKEN}\n", private=private)  # the end of a line does not belong to a token
     assert hub.repositories["me/puma"].private == private
     with pytest.raises(ValueError, match=f"is {'private' if private else 'public'}, and private={not private} was"):
         push(folder, "me/puma", token=TOKEN, private=not private)
@@ -216,6 +217,9 @@ def test_no_network_and_offline(folder: Path, loads: list[Any], monkeypatch: pyt
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match=r"The push to the Hub failed \("):
         push(folder, "org/puma", token=TOKEN)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {}["a fault of a program"])
+    with pytest.raises(KeyError):  # which is no trouble of the network
+        push(folder, "org/puma", token=TOKEN)
 
 
 # --- what changes meanwhile
@@ -232,10 +236,14 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 def test_what_was_checked_is_uploaded(folder: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = (folder / "chat_template.jinja").read_bytes()
+    template, weights = (folder / "chat_template.jinja").read_bytes(), folder / "model.safetensors"
     changing(monkeypatch, lambda: (folder / "chat_template.jinja").write_text("other"))
     push(folder, "org/puma", token=TOKEN)
     assert hub.repositories["org/puma"].branches["main"]["chat_template.jinja"] == template
+    changing(monkeypatch, lambda: save_file({name: 2 * one for name, one in load_file(weights).items()}, weights))
+    with pytest.raises(ValueError, match=r"The weights in '.*puma' changed while they were checked\. Push again"):
+        push(folder, "org/other", token=TOKEN)
+    assert "org/other" not in hub.repositories
 
 
 def test_a_repository_that_changes_is_left_alone(

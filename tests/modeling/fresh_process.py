@@ -55,6 +55,15 @@ def save_with_transformers(folder: str, parts: str, trained: str) -> None:
     Trainer(model, arguments, processing_class=processor).save_model(trained)  # as in each of its checkpoints
 
 
+def embed_with_pipeline(folder: str, inputs: list[Any]) -> list[list[list[list[float]]]]:
+    """One after another, and in batches; each input has a list of one vector."""
+    from transformers import pipeline
+
+    extract = pipeline("feature-extraction", model=folder, trust_remote_code=True, device="cpu")
+    same = [item for item in inputs if isinstance(item, str) and not Path(item).is_file()] * 2
+    return [[extract(item) for item in inputs], extract([*same, "a"], batch_size=2)[:2]]
+
+
 def watch(module: Any, batches: list[str]) -> None:
     """Keep what kinds of batches a module embeds: packed ones, if it takes the fast path."""
     embed_batch = module.embed_batch
@@ -94,6 +103,7 @@ def main(job: dict[str, Any]) -> None:
         again = SentenceTransformer(saved, trust_remote_code=True, device="cpu")
         results[f"{name}: saved again"] = again.encode(inputs).tolist()
         results[f"{name}: saved again, transformers"] = embed_with_transformers(saved, inputs)
+        results[f"{name}: pipeline"] = embed_with_pipeline(saved, inputs)
     results["puma_hf modules"] = [name for name in sys.modules if name.partition(".")[0] == "puma_hf"]
     results["cached modules"] = [path.name for path in Path(job["modules"]).rglob("*.py")]
     Path(job["output"]).write_text(json.dumps(results))

@@ -123,6 +123,9 @@ def test_both_loaders_give_the_same_vectors(fresh_vectors: Any, expected: dict[s
     ways = ("transformers", "sentence-transformers", "one by one", "saved again", "saved again, transformers")
     for way in ways:
         np.testing.assert_allclose(fresh_vectors[f"{name}: {way}"], expected[name], rtol=0, atol=1e-5, err_msg=way)
+    single, batched = (np.array(found)[:, 0] for found in fresh_vectors[f"{name}: pipeline"])
+    np.testing.assert_allclose(single, expected[name], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(batched, expected[name][[0, 0]], rtol=0, atol=1e-5)
     # The fast path is taken there, for all inputs at once and one by one.
     assert fresh_vectors[f"{name}: batches"] == ["PackedBatch"] * 6
 

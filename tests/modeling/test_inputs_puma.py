@@ -59,12 +59,12 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 @pytest.mark.parametrize(
     "item",
     [
-        {"type": "image", "image": PNG, "text": None},
+        {"type": "image", "image": io.BytesIO(PNG), "text": None},
         {"type": "image", "url": URI},
         {"type": "image", "base64": base64.b64encode(PNG).decode()},
         {"type": "image", "base64": URI},
         {"type": "image_url", "image_url": URI},
-        {"type": "image_url", "image_url": {"url": URI, "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": URI, "detail": "auto"}},
     ],
 )
 def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
@@ -85,6 +85,7 @@ def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
         lambda path: path,
         lambda path: path.as_uri().replace("file://", "file://localhost"),
         lambda path: path.read_bytes(),
+        lambda path: io.BytesIO(path.read_bytes()),
         lambda path: URI,
         lambda path: {"bytes": path.read_bytes(), "path": None},
         lambda path: {"bytes": None, "path": str(path)},

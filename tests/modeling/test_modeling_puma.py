@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,24 @@ def test_a_tensor_that_an_adapter_or_its_base_lacks_is_an_error(opens: Any, puma
     model.add_adapter(LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}))
     model.save_pretrained(adapter)
 
-    def message(weights: Path, name: str) -> str:
-        """What opening the adapter says where a file lacks a tensor."""
+    def message(weights: Path, name: str, rows: int) -> str:
+        """What opening the adapter says where a file has only so many rows of a tensor."""
         tensors = load_file(weights)
-        save_file({k: v for k, v in tensors.items() if not k.endswith(name)}, weights, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match="tensors") as caught:
+        (key,) = (key for key in tensors if key.endswith(name))
+        cut = {key: tensors[key][:rows].contiguous()} if rows else {}
+        save_file({k: v for k, v in tensors.items() if k != key} | cut, weights, metadata={"format": "pt"})
+        with pytest.raises((ValueError, RuntimeError)) as caught:
             opens.from_pretrained(adapter, trust_remote_code=True)
         save_file(tensors, weights, metadata={"format": "pt"})
         return str(caught.value)
 
-    needed = "language_model.layers.0.mlp.up_proj.weight"
-    assert f"{str(base)!r} lacks 1 of the tensors" in message(base / "model.safetensors", needed)
-    for name in ("layers.1.self_attn.q_proj.lora_A.weight", "embed_tokens.token_adapter.trainable_tokens_delta"):
-        assert "1 tensors of the adapter for" in message(adapter / "adapter_model.safetensors", name)
+    needed, lora = "language_model.layers.0.mlp.up_proj.weight", "layers.1.self_attn.q_proj.lora_A.weight"
+    assert f"{str(base)!r} lacks 1 of the tensors" in message(base / "model.safetensors", needed, 0)
+    assert f"{str(base)!r} has 1 tensors of another shape" in message(base / "model.safetensors", needed, 8)
+    for name in (lora, "embed_tokens.token_adapter.trainable_tokens_delta"):
+        found = message(adapter / "adapter_model.safetensors", name, 0)
+        assert found.startswith(f"1 tensors of the adapter {str(adapter)!r} were not loaded")
+    assert "ignore_mismatched_sizes" in message(adapter / "adapter_model.safetensors", lora, 2)  # transformers' own
     assert opens.from_pretrained(adapter, trust_remote_code=True)
 
 
@@ -133,6 +139,15 @@ def test_a_subclass_with_a_new_head_loads_and_saves(puma_dir: Path, tmp_path: Pa
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in with_head.state_dict().items())
     (cut,) = PumaWithHead.from_pretrained(puma_dir, keep_layers=[1]).language_model.layers
     assert torch.equal(cut.mlp.up_proj.weight, with_head.language_model.layers[1].mlp.up_proj.weight)
+    # Others open it as what it is made from, whose code lies beside it.
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_puma.PumaConfig",
+        "AutoModel": "modeling_puma.PumaModel",
+    }
+    code = {path.name for path in puma_dir.glob("*_puma.py")}
+    assert "modeling_puma.py" in code & {path.name for path in (tmp_path / "saved").glob("*_puma.py")}
+    plain = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert plain.state_dict().keys() == with_head.state_dict().keys() - {"head.weight", "head.bias"}
 
 
 def test_pickles_are_not_opened(puma_dir: Path, tmp_path: Path) -> None:

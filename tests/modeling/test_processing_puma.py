@@ -275,6 +275,8 @@ def user(*content: Any) -> list[dict[str, Any]]:
         ([{"role": "user"}], "'content': a string or a list} without other keys, got {'role': 'user'}"),
         (user({"type": "audio"}), NO_ITEM),
         (user({"type": "image", "image": "a", "max_pixels": 50_000}), "max_pixels.* in encode"),
+        (user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}), "detail"),
+        (["a.png", "b.png"], r"inputs\[0\]: got \['a.png', 'b.png'\], which is neither text nor image"),
         ([{"role": "user", "content": "a", "image": "b"}], r"a chat message must be .* Images and videos are content"),
         ("a \ud83d", r"inputs\[0\]: .*surrogates not allowed"),
         ([{"role": "tool", "content": "a"}], "'role': one of 'system', 'user', 'assistant', .* got {'role': 'tool'"),
@@ -291,6 +293,8 @@ def test_bad_inputs_are_refused(processor: PumaProcessor, item: Any, message: st
     [
         ("a red apple", r"inputs must be a list of inputs, got str. Wrap a single one in \[ \]"),
         (pd.DataFrame({"text": ["a"]}), "must be a list of inputs, got DataFrame"),
+        (frozenset({"a", "b"}), "must be a list of inputs, got frozenset"),  # which has no order
+        (np.zeros((8, 8, 3), np.uint8), "must be a list of inputs, got ndarray"),
         ([], "inputs is empty: pass at least one input"),
     ],
 )
@@ -305,6 +309,14 @@ def test_other_collections_are_read_as_lists(processor: PumaProcessor) -> None:
     rows = Dataset.from_dict({"text": texts, "image": [None, None]})
     for inputs in (iter(texts), np.array(texts, dtype=object), pd.Series(texts), rows["text"], rows):
         assert torch.equal(processor.process_inputs(inputs)["input_ids"], expected)
+
+
+def test_older_names_of_the_image_size_count(processor: PumaProcessor, images: list[Image.Image]) -> None:
+    """Counted and cut alike, whether transformers still knows them or not."""
+    sizes: list[dict[str, Any]] = [{"size": {"shortest_edge": 12544, "longest_edge": 25088}}]
+    sizes += [{"min_pixels": 12544, "max_pixels": 25088}, {}]
+    found = [processor.process_inputs(images[:1], images_kwargs=size)["image_grid_thw"].tolist() for size in sizes]
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, qwen_dir: Path) -> None:

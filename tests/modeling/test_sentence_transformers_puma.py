@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    AdaptiveLayerLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from transformers import AutoModel, AutoProcessor
 
+from puma_hf import PumaModel
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.modeling import sentence_transformers_puma
 from puma_hf.modeling.fast_path_puma import FastPath, packed_states
@@ -75,6 +83,62 @@ def test_processing_options_reach_the_processor(sentence_transformer: SentenceTr
     sentence_transformer.max_seq_length = 80
     assert module.preprocess(["apple " * 50])["input_ids"].shape[1] in range(75, 81)
     sentence_transformer.max_seq_length = 512
+
+
+@pytest.mark.parametrize(
+    ("item", "options"), [("a <|im_end|> b", {}), ("apple " * 9, {"text": {"max_length": 40}})], ids=["special", "long"]
+)
+def test_the_remedy_of_an_error_is_an_argument_of_encode(
+    sentence_transformer: SentenceTransformer, item: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="processing_kwargs=") as caught:
+        sentence_transformer.encode([item], processing_kwargs=options)
+    written = str(caught.value).partition("processing_kwargs=")[2]
+    remedy = ast.literal_eval(re.sub(r"\.\.\.", "4096", written[: written.index("}}") + 2 + ("edge" in written)]))
+    assert sentence_transformer.encode([item], processing_kwargs=remedy).shape == (1, 32)
+
+
+# --- states of tokens and of layers
+
+
+@pytest.mark.parametrize(("side", "fast_path"), [("left", FastPath()), ("right", FastPath()), ("left", None)])
+def test_token_embeddings_are_the_states_of_the_tokens(
+    sentence_transformer: SentenceTransformer, fast_path: FastPath | None, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = sentence_transformer[0]
+    monkeypatch.setattr(module, "fast_path", fast_path)
+    monkeypatch.setattr(module.processor.tokenizer, "padding_side", side)
+    texts = ["a", "a red apple on a table"]
+    states = sentence_transformer.encode(texts, output_value="token_embeddings")
+    for text, found in zip(texts, states, strict=True):
+        features = sentence_transformer.preprocess([text])
+        with torch.inference_mode():
+            expected = module.model(features["input_ids"]).last_hidden_state[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert_close(torch.nn.functional.normalize(found[-1], dim=-1), sentence_transformer.encode(text))
+
+
+@pytest.mark.parametrize("dims", [(), (32, 8)], ids=["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_losses_over_layers_see_what_models_of_fewer_layers_embed(puma_dir: Path, dims: tuple[int, ...]) -> None:
+    model = SentenceTransformer(str(puma_dir), trust_remote_code=True)
+    base = MultipleNegativesRankingLoss(model)
+    inner: Any = MatryoshkaLoss(model, base, list(dims)) if dims else base
+    columns = [model.preprocess(texts) for texts in (["a red apple", "two cats"], ["an apple", "cats"])]
+    expected = []
+    for depth in (1, 2):
+        cut = PumaModel.from_pretrained(puma_dir, num_kept_layers=depth).eval()
+        given = [{name: column[name] for name in ("input_ids", "attention_mask")} for column in columns]
+        queries, answers = (cut(**features).embeddings for features in given)
+        for dim in dims or (32,):
+            first, second = (torch.nn.functional.normalize(rows[:, :dim], dim=-1) for rows in (queries, answers))
+            expected.append(torch.nn.functional.cross_entropy(20 * first @ second.T, torch.arange(2)))
+    adaptive = AdaptiveLayerLoss(model.eval(), inner, n_layers_per_step=-1, kl_temperature=0)
+    with torch.no_grad():  # as an evaluation
+        evaluated = adaptive([dict(column) for column in columns], None)
+    loss = adaptive(columns, None)
+    for found in (evaluated, loss):
+        torch.testing.assert_close(found, torch.stack(expected).sum(), rtol=0, atol=1e-4)
+    loss.backward()
 
 
 # --- the fast path
