@@ -403,6 +403,7 @@ def _table_record(line: Line, images: Images) -> Record:
     if isinstance(item := line.columns.get("item"), dict):
         line = Line(line.where, item)
     record_id, image, text = _id_of(line), line.columns.get("image"), line.text("text")
+    # Row numbers in its place could meet the ids of other rows.
     if "id" in line.columns and not record_id:
         raise wrong(line.where, f"id is {shown(line.columns['id'])}, must be a text or number.", "wrong id")
     image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image

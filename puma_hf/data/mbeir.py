@@ -20,7 +20,7 @@ import random
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -268,14 +268,13 @@ class MBEIR:
         return self._read_pool(self.pool_path(None, split))
 
     def _read_pool(self, path: Path) -> Pool:
-        key = ["pool 1", file_state(path), str(self.image_root)]
-        return Pool(on_disk(partial(self._pool_rows, path), _POOL, key), path)
+        def rows() -> Iterator[dict[str, Any]]:
+            with Problems(path) as problems:
+                for line in json_lines(path):
+                    if (one := problems.attempt(parse_candidate, line, self._images)) is not None:
+                        yield {"did": one.id, "text": one.text, "image": one.image}
 
-    def _pool_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        with Problems(path) as problems:
-            for line in json_lines(path):
-                if (one := problems.attempt(parse_candidate, line, self._images)) is not None:
-                    yield {"did": one.id, "text": one.text, "image": one.image}
+        return Pool(on_disk(rows, _POOL, ["pool 1", file_state(path), str(self.image_root)]), path)
 
     def qrels(
         self, task: MBEIRTask, split: str, queries: Iterable[Query], pool: Container[str] | None

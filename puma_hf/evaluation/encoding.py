@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +34,9 @@ Pair = tuple[Query | Candidate, str]
 """A record, and the prompt that it is embedded with."""
 
 
-class Encoder(Protocol):
-    """What is asked of a model: `encode(inputs, prompt=..., batch_size=..., show_progress_bar=...)`."""
-
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed inputs as rows: a tensor or array `(len(inputs), embedding_dim)`."""
-
-
 def embed_into(
     store: EmbeddingStore,
-    model: Encoder,
+    model: Any,
     pairs: Iterable[Pair],
     *,
     root: str | Path,
@@ -56,7 +49,7 @@ def embed_into(
 
     Args:
         store: Where embeddings go.
-        model: The model.
+        model: A `SentenceTransformer` or anything with its `encode`, as the evaluation takes it.
         pairs: Records with their prompts, the same in every process.
         root: Folder of the images: a dataset that was moved keeps its embeddings.
         total: Number of pairs.
@@ -80,8 +73,12 @@ def embed_into(
 
     what = {name: value for name, value in options.items() if name not in _HOW_IT_RUNS}
     if is_puma(model) and what.keys() <= {"truncate_dim", "processing_kwargs"}:
+        # It fills its batches by tokens: so that a smaller batch takes less memory, each of its inputs stands for 512,
+        # as 32 of them do for the 16,384 that a GPU takes by default.
+        size = options.get("batch_size", 32)
+        budget = 512 * size if size < 32 else None
         # The empty prompt, unlike None, keeps a SentenceTransformer's default prompt away.
-        embedder = partial(embed_records, model, prompt="", **what)
+        embedder = partial(embed_records, model, prompt="", max_batch_tokens=budget, **what)
     else:
         embedder = partial(_encode_groups, model, options, shard_size)
     with disk_full_explained(store.folder):
@@ -92,7 +89,7 @@ def embed_into(
 
 
 def _encode_groups(
-    model: Encoder, options: Mapping[str, Any], size: int, records: Iterator[Record], report: object
+    model: Any, options: Mapping[str, Any], size: int, records: Iterator[Record], report: object
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The `Embedder` of any model: a call of its `encode` is of one prompt and one modality."""
     first = 0

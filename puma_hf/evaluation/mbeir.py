@@ -25,7 +25,7 @@ from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.embed import embedding_dim
 from puma_hf.embedding.store import EmbeddingStore
-from puma_hf.evaluation.encoding import SHARD_SIZE, Encoder, embed_into, settings_of_encode
+from puma_hf.evaluation.encoding import SHARD_SIZE, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, Ranking, write_qrels, write_run
 from puma_hf.evaluation.topk import SearchResult, exact_search, less_popular, merge_results
@@ -135,7 +135,7 @@ def check_ks(ks: Sequence[int]) -> None:
 
 
 def evaluate_mbeir(
-    model: Encoder,
+    model: Any,
     data: str | Path | MBEIR,
     *,
     split: str = "test",
@@ -168,7 +168,7 @@ def evaluate_mbeir(
         tasks: Names such as "webqa_task1"; None for all of the split.
         pool: "local" for each task's own pool, "global" for the pool of all tasks, or "both".
         ks: The k of hit@k, recall@k and wrong_modality@k.
-        batch_size: Inputs of one call of `encode`'s forward pass; a PUMA fills its batches by tokens.
+        batch_size: Inputs of one forward pass. A PUMA fills its batches by tokens: below 32, by 512 for each input.
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
@@ -246,7 +246,7 @@ def evaluate_mbeir(
 
 
 def _made_from(
-    model: Encoder, data: MBEIR, encoding: dict[str, Any], model_name: str | None, data_name: str | None
+    model: Any, data: MBEIR, encoding: dict[str, Any], model_name: str | None, data_name: str | None
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}

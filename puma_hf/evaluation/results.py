@@ -160,26 +160,25 @@ class MBEIRResults:
         published = {name: figures for name, figures in PUBLISHED.items() if is_whole and name in there}
         names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN]
         has_corrected = any(row.corrected for row in self.rows)
-        nothing = (None,) * len(PUBLISHED_MODELS)
-
-        def line(labels: Sequence[object], values: Mapping[str, float], theirs: _Figures) -> dict[str, object]:
-            percent = {name: 100 * value for name, value in values.items()}
-            cells: dict[str, object] = dict(zip(_LABELS, labels, strict=True)) | {"hit@k": percent["score"]}
-            cells |= {"corrected": percent.get("corrected_score")} if has_corrected else {}
-            cells |= dict(zip(PUBLISHED_MODELS, theirs, strict=True)) if published else {}
-            return cells | {name: percent[name] for name in names}
-
         lines = []
         for pool in self.pools:
             rows = [row for row in self.rows if row.pool == pool]
+            table: list[tuple[Sequence[object], Mapping[str, float], _Figures | None]] = []
             for row in rows:
                 labels = row.task.arrow, row.dataset, pool, row.pool_size, row.num_queries, row.task.reported_k
-                theirs = published.get(row.task.name, nothing) if pool == "local" else nothing
-                lines.append(line(labels, row.values, theirs))
+                table.append((labels, row.values, published.get(row.task.name) if pool == "local" else None))
             # Of fewer or other rows, the published mean would be of another benchmark.
             is_theirs = len(published) == len(PUBLISHED) == len(rows)
             total = "", "**mean**", pool, None, sum(row.num_queries for row in rows), None
-            lines.append(line(total, self.mean(pool), _PUBLISHED_MEANS[pool] if is_theirs else nothing))
+            table.append((total, self.mean(pool), _PUBLISHED_MEANS[pool] if is_theirs else None))
+            for cells, values, theirs in table:
+                percent = {name: 100 * value for name, value in values.items()}
+                line: dict[str, object] = dict(zip(_LABELS, cells, strict=True)) | {"hit@k": percent["score"]}
+                if has_corrected:
+                    line["corrected"] = percent.get("corrected_score")
+                if published:
+                    line |= zip(PUBLISHED_MODELS, theirs or [None] * len(PUBLISHED_MODELS), strict=True)
+                lines.append(line | {name: percent[name] for name in names})
         return "\n\n".join([markdown_table(lines, num_left=3), *self._remarks(bool(published))]) + "\n"
 
     def _remarks(self, published: bool) -> list[str]:

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
-from puma_hf.configs_training import RECIPES
+from puma_hf.configs import RECIPES, PushConfig
 from puma_hf.estimate import count_parameters
 from puma_hf.evaluation.layer_sweep import TEXT_TOKENS, decoder_of, layer_costs
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
@@ -29,9 +30,6 @@ from puma_hf.pruning import TAGS, fill_template, told_limits
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-# What a file may raise that is no result, or a damaged one.
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError)
-_UNTRAINED = "No training after the cut is on record."
 _MERGED = "- A LoRA adapter was trained and merged into the weights; its recipe is not at hand."
 # What a merge notes in the card, and what this module makes of that: a card is written anew more than once.
 _STAGES = r"(?m)^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without)"
@@ -91,7 +89,7 @@ def make_card(
     directory: str | Path,
     *,
     results: Iterable[str | Path] | None = None,
-    options: CardOptions | None = None,
+    options: CardOptions | PushConfig | None = None,
     code: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Path]]:
     """The card that `write_card` writes, and the result files that it cites by the names it calls them.
@@ -183,7 +181,15 @@ def read_results(
 
     ValueError if a file that was named cannot be read, or is of another model; others are passed by.
     """
-    found, fingerprints = CardResults(), dict[int | None, str | None]()
+    found = CardResults()
+
+    @cache  # all weights are read for it
+    def own_fingerprint(truncate_dim: int | None) -> str | None:
+        if model is None:
+            return None
+        model.truncate_dim = truncate_dim
+        return model_fingerprint(model)
+
     for path in find_results(folder) if paths is None else map(Path, paths):
         try:
             content, name = path.read_bytes(), f"{path.resolve().parent.name}/{path.name}"
@@ -194,14 +200,10 @@ def read_results(
                 continue
             results = MBEIRResults.from_dict(json.loads(content))
             # Dimensions may be chosen when a model is loaded, or for a call of `encode`, which no fingerprint covers.
-            dims = {results.made_from.get("truncate_dim"), None}
-            for dim in dims - fingerprints.keys() if model is not None else ():
-                model.truncate_dim = dim
-                fingerprints[dim] = model_fingerprint(model)
-            fingerprint = results.made_from.get("model_fingerprint")
-            if fingerprint is None or all(fingerprints.get(dim) != fingerprint for dim in dims):
+            own = {own_fingerprint(results.made_from.get("truncate_dim")), own_fingerprint(None)}
+            if results.made_from.get("model_fingerprint") not in own - {None}:
                 raise ValueError("it is of another model, by its fingerprint")
-        except _UNREADABLE as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:  # or it is damaged
             if paths is not None:
                 problem = f"results {str(path)!r} is no result of {str(folder)!r} ({error})."
                 raise ValueError(f"{problem} Measure this model again: puma-hf evaluate.") from error
@@ -268,7 +270,8 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
     # A card is written from nothing, so that a merge without its recipe is known from the card of before alone.
     card = folder / "README.md"
     merges = len(re.findall(_STAGES, card.read_text(encoding="utf-8"))) if card.is_file() else 0
-    return "\n".join([_MERGED] * (merges - len(lines)) + lines) or (None if is_adapter else _UNTRAINED)
+    lines[:0] = [_MERGED] * (merges - len(lines))
+    return "\n".join(lines) or (None if is_adapter else "No training after the cut is on record.")
 
 
 def _usage(folder: Path, found: CardResults, embedding_dim: int) -> dict[str, Any]:

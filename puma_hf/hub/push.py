@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ from puma_hf.files import (
     named_base,
     read_config,
 )
-from puma_hf.hub.card import CardOptions, make_card
+from puma_hf.hub.card import make_card
 from puma_hf.hub.load_check import check_loads
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         if not is_hub_id(base) or Path(base).is_dir():
             problem = f"The adapter {str(folder)!r} belongs to {base!r}, which nobody else has."
             raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
-    if not config.dry_run:  # which asks nobody, so it works without a token and without a network
-        # Before the slow part: a token is soon mended.
+    if not config.dry_run:  # before the slow part, for a token is soon mended; a dry run of a model needs none
         parent = _look_up(hub, config, is_adapter)
         if is_adapter:
             _check_base(hub, folder, str(base))
@@ -123,10 +122,9 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
         loaded = check_loads(staged, shown_as=folder, offline=is_local or not is_adapter, token=token)
         if is_adapter:
             _name_base(folder, staged, str(base))
-        said = {entry.name: getattr(config, entry.name) for entry in fields(CardOptions)}
         code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
-        options = CardOptions(**{**said, "base_model": base})
-        card, cited = make_card(folder, results=config.results or None, options=options, code=code)
+        said = replace(config, base_model=base)
+        card, cited = make_card(folder, results=config.results or None, options=said, code=code)
         for name, path in cited.items():
             shutil.copyfile(path, staged / name)
         (staged / CARD).write_bytes(card.encode())  # the same bytes on every system

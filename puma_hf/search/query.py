@@ -17,10 +17,9 @@ from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
+from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
-
-_SPECIAL_TOKENS = {"text": {"split_special_tokens": True}}  # what a person asks is text, whatever it looks like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,9 @@ class Searcher:
     def embed(self, query: Query | str) -> NDArray[np.float32]:
         """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1."""
         dim = self.index.description["truncate_dim"]
-        options: Any = {"processing_kwargs": _SPECIAL_TOKENS, "truncate_dim": dim, "normalize_embeddings": bool(dim)}
+        # What a person asks is text, whatever it looks like.
+        options: Any = {"processing_kwargs": processing_of("split"), "truncate_dim": dim}
+        options["normalize_embeddings"] = bool(dim)
         # One query is one call of `encode`: what a search costs besides is the comparison.
         model_input = (Query(text=query) if isinstance(query, str) else query).model_input()
         return np.asarray(self.model.encode([model_input], show_progress_bar=False, **options), np.float32)
@@ -128,9 +129,9 @@ class Searcher:
         if len(found) < min(top_k, num_candidates):
             found = self.index.nearest(row, target, top_k)
         answers = tuple(Answer(rank=rank, **values) for rank, values in enumerate(found, 1))
-        image = str(query.image) if isinstance(query.image, str | Path) else type(query.image).__name__
-        image_name = None if query.image is None else image
-        return Answers(query.text, image_name, query.instruction, target, num_candidates, answers)
+        is_name = query.image is None or isinstance(query.image, str | Path)
+        image = query.image and str(query.image) if is_name else type(query.image).__name__
+        return Answers(query.text, image, query.instruction, target, num_candidates, answers)
 
 
 def search(config: SearchConfig) -> Answers:

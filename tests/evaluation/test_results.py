@@ -107,20 +107,11 @@ def test_corrected_figures_stand_beside_the_plain_ones() -> None:
 
 
 def test_remarks() -> None:
-    made_from = {
-        "model": "org/model",
-        "model_fingerprint": "0123456789abcdef",
-        "truncate_dim": 64,
-        "data": "M-BEIR (nano)",
-        "content_hash": "fedcba9876543210",
-        "instructions": "drawn with seed 5",
-        "puma_hf": "0.1.0",
-    }
+    made_from = {"model": "org/model", "model_fingerprint": "0123456789abcdef", "truncate_dim": None, "torch": "2"}
     rows = [row("toys_task1", num_skipped=3), row("toys_task7"), row("toys_task1", "global")]
-    assert MBEIRResults("test", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
+    assert MBEIRResults("val", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
         "Left out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).",
-        "Made from: model org/model, model-fingerprint 0123456789ab, truncate-dim 64, data M-BEIR (nano), content-hash "
-        "fedcba987654, split test, instructions drawn with seed 5, puma-hf 0.1.0.\n",
+        "Made from: model org/model, model-fingerprint 0123456789ab, split val.\n",
     ]
 
 

@@ -30,19 +30,10 @@ def test_what_is_in_it(space: Path, page_index: Path) -> None:
     card = SpaceCard.load(space / "README.md")
     settings = {"title": "Search by words and pictures", "sdk": "gradio", "sdk_version": version("gradio")}
     assert card.data.to_dict() == {**settings, "app_file": "app.py", "tags": ["puma", "multimodal-retrieval"]}
+    assert "trust_remote_code" not in (space / "app.py").read_text()
     assert "7 items (2 of image, 1 of image,text, 4 of text) · tiny-puma." in card.text
     here = str(page_index.parent.parent).encode()  # no file names this machine
     assert not [path for path in space.rglob("*") if path.is_file() and here in path.read_bytes()]
-
-
-def test_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
-    written = write_space(open_index(page_index), tmp_path / "space", model="org/name")
-    assert not (written / "index" / "model").exists()
-    assert open_index(written / "index").model == "org/name"
-    card = SpaceCard.load(written / "README.md")
-    assert card.data.models == ["org/name"]
-    assert "· org/name." in card.text
-    assert "trust_remote_code" not in (written / "app.py").read_text()
 
 
 def test_it_answers_elsewhere(space: Path, page_index: Path, tmp_path: Path, page_searcher: Searcher) -> None:
@@ -69,7 +60,13 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "space").exists()
 
 
-def test_by_the_command(page_index: Path, tmp_path: Path) -> None:
-    config = AppConfig(index=page_index, space=tmp_path / "space", model="org/name", trust_remote_code=True, port=1)
-    assert show_page(config).startswith(f"saved the Space to {tmp_path / 'space'};")
-    assert "trust_remote_code=True" in (tmp_path / "space" / "app.py").read_text()
+def test_by_the_command_with_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space"
+    config = AppConfig(index=page_index, space=space, model="org/name", trust_remote_code=True, port=1)
+    assert show_page(config).startswith(f"saved the Space to {space};")
+    assert "trust_remote_code=True" in (space / "app.py").read_text()
+    assert not (space / "index" / "model").exists()
+    assert open_index(space / "index").model == "org/name"
+    card = SpaceCard.load(space / "README.md")
+    assert card.data.models == ["org/name"]
+    assert "· org/name." in card.text
