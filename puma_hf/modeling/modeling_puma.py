@@ -124,7 +124,7 @@ class PumaModelMixin(_MixinBase):
             _of_checkpoint.reset(before)
         model, info = loaded
         # With an adapter the information is about its tensors, those of the base having been checked before.
-        wrong = info["missing_keys"] | {name for name in info["unexpected_keys"] if "lora_" in name}
+        wrong = info["missing_keys"] or {name for name in info["unexpected_keys"] if "lora_" in name}
         if model._hf_peft_config_loaded and wrong:
             # AutoModel passes the base, and the adapter's own place among the options.
             options = kwargs.get("adapter_kwargs") or {}
