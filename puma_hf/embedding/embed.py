@@ -332,6 +332,9 @@ def quantize(rows: NDArray[Any], precision: Precision, ranges: Any = None) -> ND
     """
     if precision in ("float32", "float16"):
         return rows.astype(precision, copy=False)
+    if not np.isfinite(rows).all():  # which no integer shows
+        remedy = "Load the weights as bfloat16 or float32, and look at the inputs."
+        raise ValueError(f"Embeddings have NaN or infinity, which {precision} cannot hold. {remedy}")
     given = None if ranges is None else np.asarray(ranges, np.float32)
     # Of more rows, such as embeddings to calibrate by, sentence-transformers would take the first two for the limits.
     if given is not None and given.shape != (2, rows.shape[1]):

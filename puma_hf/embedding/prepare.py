@@ -60,20 +60,19 @@ class Guess:
     # With a loader of the user's own an input says nothing of what it will be: each counts as an image.
     has_loader: bool = False
 
-    def tokens(self, item: Any) -> float:
+    def tokens(self, item: Any, is_text: bool = False) -> float:
         """About how many tokens an input has, as `PumaProcessor.process_inputs` reads it; never an error."""
-        return _TOKENS_PER_INPUT + (self._image(None) if self.has_loader else self._content(item))
-
-    def _content(self, item: Any, is_text: bool = False) -> float:
+        if self.has_loader:
+            return self._image(None)
         if item is None:
             return 0.0
         if isinstance(item, str) and (is_text or not is_image_reference(item)):
             return len(item.encode(errors="replace")) / _BYTES_PER_TOKEN
         if isinstance(item, list | tuple):
-            return sum(map(self._content, item))
+            return sum(map(self.tokens, item))
         if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
             # A text may be what a file is called: nobody looks at the disk for it.
-            return sum(self._content(part, name in ("text", "instruction", "content")) for name, part in item.items())
+            return sum(self.tokens(part, name in ("text", "instruction", "content")) for name, part in item.items())
         return self._image(item)
 
     def _image(self, image: Any) -> float:
@@ -140,7 +139,7 @@ def plan(inputs: Iterable[Any], guess: Guess, max_tokens: int, *, sort: bool, pa
                 break
         if not items:
             return
-        sizes = [guess.tokens(item) for item in items]
+        sizes = [_TOKENS_PER_INPUT + guess.tokens(item) for item in items]
         # The longest first: what does not fit into memory fails at the start, not after hours.
         order = sorted(range(len(items)), key=lambda place: -sizes[place]) if sort else [*range(len(items))]
         first, total, longest = 0, 0.0, 0.0

@@ -98,7 +98,7 @@ class EmbeddingStore:
         # Read in any case: another process may have written another one meanwhile.
         self.manifest = read_manifest(self.folder)
         self.settings: dict[str, Any] = self.manifest["settings"]
-        found, wanted = self.settings, self.settings if wanted is None else wanted
+        found, wanted = self.settings, wanted or self.settings
         if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
             pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
             problem = f"The embeddings in {str(self.folder)!r} were made with other settings: {'; '.join(pairs)}."

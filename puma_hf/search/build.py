@@ -150,8 +150,9 @@ class _TableSink:
     def kept(self, item: Item) -> Item:
         """An item whose picture is a file: one inside of a Parquet file is copied into the index."""
         image = item.record.image
-        is_inside = isinstance(image, bytes)
-        return item._replace(record=replace(item.record, image=keep_picture(self.folder, image))) if is_inside else item
+        if not isinstance(image, bytes):
+            return item
+        return item._replace(record=replace(item.record, image=keep_picture(self.folder, image)))
 
     def add_moved(self) -> None:
         """Append what was moved, with its vectors."""

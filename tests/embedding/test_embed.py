@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from puma_hf.embedding import prepare
-from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings
+from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings, quantize
 from puma_hf.embedding.prepare import BrokenInput
 
 PROMPT = "Find an image that matches."
@@ -126,6 +126,12 @@ def test_ranges_make_calls_comparable(sentence_transformer: Any) -> None:
     both = embed(sentence_transformer, ["a", "bb"], precision="int8", ranges=ranges).embeddings
     one = embed(sentence_transformer, ["bb"], precision="int8", ranges=ranges).embeddings
     assert np.abs(both[1].astype(int) - one[0].astype(int)).max() <= 1  # a value on the edge of a step
+
+
+@pytest.mark.parametrize("precision", ["int8", "ubinary"])
+def test_integers_do_not_hide_what_is_not_a_number(precision: Any) -> None:
+    with pytest.raises(ValueError, match=f"NaN or infinity, which {precision} cannot hold. Load the weights as"):
+        quantize(np.array([[0.5, np.nan]], np.float32), precision, [[0, 0], [1, 1]])
 
 
 def test_any_sequence_will_do(sentence_transformer: Any) -> None:
