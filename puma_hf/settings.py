@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
@@ -154,6 +155,15 @@ def cut(text: str) -> str:
     """A text that an error shows, cut to a line of 200 characters."""
     line = text[:200].partition("\n")[0]
     return text if line == text else f"{line}..."
+
+
+def from_extra(module: str, extra: str) -> Any:
+    """A module of a package that an extra brings, or an ImportError with the line that installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{package} is missing ({error}). Run: pip install 'puma-hf[{extra}]'") from error
 
 
 def is_unicode(text: str) -> bool:

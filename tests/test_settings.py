@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from puma_hf.configs import TrainConfig
-from puma_hf.settings import config_text, convert, cut, load_config, shown
+from puma_hf.settings import config_text, convert, cut, from_extra, load_config, shown
 
 Colour = Literal["red", "blue"]
 PATHS = "model: pruned\noutput: out\ndata: mbeir\n"
@@ -102,3 +102,9 @@ def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
     assert read.overwrite is False  # how the run was started is not kept
     assert load_config(TrainConfig, tmp_path / "train.yaml", overwrite=True) == config
     assert "resume" not in config_text(config)
+
+
+def test_what_an_extra_brings_is_named_with_the_line_that_installs_it() -> None:
+    assert from_extra("json.decoder", "none").JSONDecoder
+    with pytest.raises(ImportError, match=r"nosuch is missing .*\. Run: pip install 'puma-hf\[plot\]'"):
+        from_extra("nosuch.figure", "plot")

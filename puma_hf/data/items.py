@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
+import numpy as np
 
 from puma_hf.configs import OnError
 from puma_hf.data.images import Images, image_files, image_table
@@ -324,11 +326,12 @@ class Corpus:
         cannot be read to its end.
         """
         generator, sample = random.Random(seed), list[Record | None]()
-        num_items, problems = 0, Problems(self.path)
+        num_items, problems, ids = 0, Problems(self.path), array("q")  # 8 bytes a row
         read = replace(self, on_error="raise").record
         for row, line in enumerate(self.lines()):
             record = problems.attempt(read, row, line)
             num_items += 1
+            ids.append(hash(row if record is None else record.id))
             # A reservoir: every set of so many rows is drawn with the same probability, and only those are kept.
             place = row if row < sample_size else generator.randint(0, row)
             sample[place : place + 1] = [record] if place < sample_size else []
@@ -338,6 +341,9 @@ class Corpus:
             if self.on_error == "raise" or problems.counts.total() == num_items:
                 raise problems.report()
             logger.warning("%s\nThe run goes on without them (on_error=%r).", problems.report(), self.on_error)
+        if repeated := num_items - len(np.unique(np.frombuffer(ids, np.int64))):
+            what = "repeat the id of another. A database that replaces items by their ids keeps one of each"
+            logger.warning("%s: %d rows %s.", self.path, repeated, what)
         return Survey(num_items, sorted(filter(None, sample), key=lambda record: record.row))
 
     def content_hash(self, record: Record) -> str:

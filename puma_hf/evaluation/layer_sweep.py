@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -37,7 +36,7 @@ from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import last_token_state
 from puma_hf.processes import connect
 from puma_hf.pruning import prune
-from puma_hf.settings import processing_of
+from puma_hf.settings import from_extra, processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +243,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     if (count := connect()[1]) > 1:  # each would embed everything, and write the same files
         raise ValueError(f"A sweep is the work of one process, not {count}. Start it without torchrun or accelerate.")
     if config.output is not None:  # better now than after an hour
-        import_module("matplotlib.figure")
+        from_extra("matplotlib.figure", "plot")
         Path(config.output).mkdir(parents=True, exist_ok=True)
     sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS, MBEIRTask, task_named
 from puma_hf.evaluation.results import PUBLISHED
 from puma_hf.files import is_hub_id, model_files
+from puma_hf.settings import from_extra
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -59,9 +60,9 @@ def puma_model_meta(
         >>> result = mteb.evaluate(meta, mteb.get_tasks(["CIRRIT2IRetrieval"]))  # doctest: +SKIP
         >>> hit_at_5 = mbeir_scores(result)["cirr_task7"]  # doctest: +SKIP
     """
-    import mteb
+    mteb = from_extra("mteb", "mteb")
 
-    class PumaModelMeta(mteb.models.ModelMeta):
+    class PumaModelMeta(mteb.models.ModelMeta):  # type: ignore[name-defined]
         # mteb asks for torchvision wherever a model takes images; ours are read by Pillow.
         def _resolve_extras_groups(self) -> list[str]:
             return [group for group in super()._resolve_extras_groups() if group != "image"]

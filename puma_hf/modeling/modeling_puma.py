@@ -124,12 +124,13 @@ class PumaModelMixin(_MixinBase):
             _of_checkpoint.reset(before)
         model, info = loaded
         # With an adapter the information is about its tensors, those of the base having been checked before.
-        if model._hf_peft_config_loaded and (missing := info["missing_keys"]):
+        wrong = info["missing_keys"] or {name for name in info["unexpected_keys"] if "lora_" in name}
+        if model._hf_peft_config_loaded and wrong:
             # AutoModel passes the base, and the adapter's own place among the options.
             options = kwargs.get("adapter_kwargs") or {}
             adapter = str(options.get("_adapter_model_path") or pretrained_model_name_or_path)
             raise ValueError(
-                f"{len(missing)} tensors of the adapter {adapter!r} were not loaded (first: {min(missing)}). It is "
+                f"{len(wrong)} tensors of the adapter {adapter!r} were not loaded (first: {min(wrong)}). It is "
                 "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
             )
         # Saved files carry this model's own names and numbers, whatever layout was read.

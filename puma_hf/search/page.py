@@ -19,6 +19,7 @@ from puma_hf.processes import ends_well_on_sigterm
 from puma_hf.search.answers import KINDS, Answers, shorten, small_copy
 from puma_hf.search.index import Index
 from puma_hf.search.query import Query, Searcher, open_searcher
+from puma_hf.settings import from_extra
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
     `started` is called with the page's address, once it is there. The errors are those of `open_searcher`; ImportError
     if Gradio is missing, and OSError if the port is in use.
     """
-    load_gradio()  # what is missing is told before the model is loaded
+    from_extra("gradio", "app")  # what is missing is told before the model is loaded
     names = ("model", "backend", "trust_remote_code")
     searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
     with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
@@ -54,7 +55,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
         ...     print(url)
         http://127.0.0.1:7860
     """
-    gr, page = load_gradio(), make_page(searcher, config)
+    gr, page = from_extra("gradio", "app"), make_page(searcher, config)
     # Of the visitor's own system: Gradio's fonts would be fetched from elsewhere, which tells who looks at the page.
     fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     options: Any = {"theme": gr.themes.Base(primary_hue="indigo", neutral_hue="slate", **fonts), "footer_links": []}
@@ -69,7 +70,7 @@ def serving(searcher: Searcher, config: AppConfig) -> Iterator[str]:
 
 def make_page(searcher: Searcher, config: AppConfig) -> Any:
     """Build the page, `gr.Blocks`, that asks a searcher."""
-    gr = load_gradio()
+    gr = from_extra("gradio", "app")
     searcher.index.num_candidates()  # an index that is empty has no page
     # Uploads are removed after an hour: a page that is open to all would fill the disk.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_UPLOADS_LIVE // 4, _UPLOADS_LIVE)) as page:
@@ -150,12 +151,3 @@ def count_line(index: Index, model: str) -> str:
     """One line of an index: how many of what it has, and the model that made it."""
     counts = ", ".join(f"{count:,} of {name}" for name, count in index.counts.items())
     return f"{len(index):,} items ({counts}) · {Path(model).name if Path(model).is_absolute() else model}"
-
-
-def load_gradio() -> Any:
-    """The package that the page is made with, or an ImportError that says how to get it."""
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError(f"The page needs Gradio ({error}). Run: pip install 'puma-hf[app]'") from error
-    return gradio

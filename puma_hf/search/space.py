@@ -12,7 +12,8 @@ from puma_hf.configs import FIRST_PORT
 from puma_hf.files import model_files, new_directory
 from puma_hf.search.build import create_table, keep_picture, tag_complete
 from puma_hf.search.index import Index
-from puma_hf.search.page import TITLE, count_line, load_gradio
+from puma_hf.search.page import TITLE, count_line
+from puma_hf.settings import from_extra
 
 _APP = '''"""Search the index beside this file by words, by a picture, or by both."""
 
@@ -72,7 +73,7 @@ def write_space(
         ValueError: If the index is empty.
     """
     index.num_candidates()  # an empty one is refused
-    sdk = load_gradio().__version__
+    sdk = from_extra("gradio", "app").__version__
     is_copied = model is None and Path(index.model).is_absolute()
     name = "./model" if is_copied else model or index.model
     more = "" if instruction is None else f", instruction={instruction!r}"

@@ -241,6 +241,6 @@ def test_errors_before_a_model_is_opened(
         sweep(config)
     monkeypatch.setattr(layer_sweep, "connect", lambda: (0, 1))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib is missing .*puma-hf\[plot\]"):
         sweep(replace(config, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

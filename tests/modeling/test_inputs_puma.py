@@ -169,6 +169,17 @@ def test_grey_of_16_bits_is_scaled_by_its_own_range(kind: str, largest: int) -> 
     assert found[0].tolist() == [[value] * 3 for value in expected]
 
 
+def test_rare_grey_images_are_scaled_and_laid_on_white() -> None:
+    """A TIFF of 12 bits a pixel opens in the mode of 16 bits; a PNG of 16 bits may name a value that is transparent."""
+    pixels = b"\xff\xf8\x00\x00"  # 4,095 and 2,048
+    entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    twelve = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + table + bytes(4)
+    sixteen = encoded(Image.fromarray(np.array([[5, 128 * 257]], np.uint16)), transparency=5)
+    for content in (twelve, sixteen):
+        assert np.asarray(load_rgb_image(content))[0, :, 0].tolist() == [255, 128]
+
+
 # --- EXIF
 
 TURNS: dict[int, Any] = {

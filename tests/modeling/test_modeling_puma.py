@@ -124,6 +124,11 @@ def test_a_tensor_that_an_adapter_or_its_base_lacks_is_an_error(opens: Any, puma
     for name in (lora, "embed_tokens.token_adapter.trainable_tokens_delta"):
         found = message(adapter / "adapter_model.safetensors", name, 0)
         assert found.startswith(f"1 tensors of the adapter {str(adapter)!r} were not loaded")
+    # An adapter of more layers than its base has: what is too much would be left out in silence.
+    PumaModel.from_pretrained(puma_dir, num_kept_layers=1).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"^2 tensors of the adapter .*layers\.1\.self_attn\.q_proj\.lora_A"):
+        opens.from_pretrained(adapter, trust_remote_code=True)
+    PumaModel.from_pretrained(puma_dir).save_pretrained(base)
     assert "ignore_mismatched_sizes" in message(adapter / "adapter_model.safetensors", lora, 2)  # transformers' own
     assert opens.from_pretrained(adapter, trust_remote_code=True)
 
