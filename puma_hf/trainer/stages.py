@@ -51,6 +51,8 @@ _SAME_NAMES = (
     *("adam_epsilon", "bf16", "seed", "dataloader_num_workers", "logging_steps"),
 )
 _UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
+# What a killed run leaves besides checkpoints; "runs" is a reporter's.
+_LEFTOVERS = {*RECIPES.values(), "teacher_cache", "runs", _UNFINISHED}
 # YAML 1.1 reads 1e-4, without a point, as text, which the Trainer would fail at much later.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 
@@ -243,9 +245,10 @@ def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments,
     if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached):
         raise ValueError("A teacher, and gradient caching, call parts of the model, which FSDP shards. Launch DDP.")
     checkpoint = last_whole_checkpoint(output) if config.resume else None
-    found = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
-    # A run that was killed before its first checkpoint was whole begins again: there is nothing to lose but an adapter.
-    at_stake = {ADAPTER_CONFIG} & found if config.resume else found
+    at_stake = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
+    if config.resume:
+        # A run that was killed before its first checkpoint was whole begins again: all that it left may go.
+        at_stake = {name for name in at_stake - _LEFTOVERS if not CHECKPOINT_NAME.fullmatch(name)}
     # Other processes may come here after the first has begun to write.
     if at_stake and checkpoint is None and not config.overwrite and PartialState().is_main_process:
         remedy = "Take overwrite (--overwrite), or resume (--resume) from a whole checkpoint in it"

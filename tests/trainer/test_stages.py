@@ -287,8 +287,12 @@ def test_resume_where_nothing_was_saved(
     train(train_config(output=begun, save_steps=0, resume=True))
     assert "starting from the beginning" in caplog.text
     assert not (begun / "checkpoint-2").exists()
-    with pytest.raises(FileExistsError, match=r"begun' is not empty\. Take overwrite .*whole checkpoint in it"):
-        train(train_config(output=begun, resume=True))  # its adapter would be lost
+    (tmp_path / "mine" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "mine" / "notes.txt").touch()
+    for folder in (begun, tmp_path / "mine"):  # its adapter, or files of somebody else, would be lost
+        with pytest.raises(FileExistsError, match=r"' is not empty\. Take overwrite .*whole checkpoint in it"):
+            train(train_config(output=folder, resume=True))
+    assert (tmp_path / "mine" / "checkpoint-2").is_dir()
 
 
 def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Path) -> None:
