@@ -94,10 +94,10 @@ class PumaTrainer(SentenceTransformerTrainer):
         elif resume_from_checkpoint and (reason := why_not_whole(resume_from_checkpoint)):
             last = _last(Path(resume_from_checkpoint).parent)
             raise ValueError(f"The checkpoint {resume_from_checkpoint!r} is not whole: {reason}{last}.")
-        self._check_negatives()
+        self.check_negatives()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_negatives(self) -> None:
+    def check_negatives(self) -> None:
         """Raise a ValueError if MAC-Loss or InfoNCE has one candidate a query: it is always 0, and trains nothing."""
         losses = find_losses(self.loss, "negative_counts").values()
         given: Any = self.train_dataset

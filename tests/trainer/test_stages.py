@@ -302,6 +302,10 @@ def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Pa
     (tmp_path / "out" / "checkpoint-notes").mkdir()
     with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Take overwrite .*--overwrite.*--resume"):
         train(train_config())
+    for batch_size, message in ((33, "fill no batch of 33"), (1, "Nothing is a negative in 32 row")):
+        with pytest.raises(ValueError, match=message):
+            train(train_config(batch_size=batch_size, overwrite=True))
+    assert stale.is_dir()  # nothing is removed for a run that cannot be
     output = train(train_config(save_steps=3, overwrite=True))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-notes"]
 
