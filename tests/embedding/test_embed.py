@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from puma_hf.embedding import prepare
-from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings, quantize
+from puma_hf.embedding.embed import BrokenInputError, embed, iterate_embeddings, quantize
 from puma_hf.embedding.prepare import BrokenInput
 
 PROMPT = "Find an image that matches."
@@ -280,23 +280,6 @@ def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inpu
     assert (zeros == 0).all()
 
 
-# --- progress
-
-
-@pytest.mark.parametrize("is_shown", [True, False])
-def test_progress(sentence_transformer: Any, capsys: Any, is_shown: bool) -> None:
-    embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=is_shown)
-    text = capsys.readouterr().err
-    assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == is_shown
-
-
-def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, num_inputs, num_workers in ((64, None, 8), (4, None, 3), (1, None, 0), (64, 63, 0), (64, 200, 3)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
-        assert default_num_workers(True, num_inputs) == num_workers
-        assert default_num_workers(False, num_inputs) == 0
-
-
 # --- errors
 
 
@@ -305,14 +288,11 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"model": nn.Linear(2, 2)}, "model is a Linear, must be a SentenceTransformer"),
         ({"inputs": "a red apple"}, r"inputs must be a list of inputs, got str. Wrap a single input in \[ \]"),
-        ({"inputs": {"text": "a"}}, "inputs must be a list of inputs, got dict"),
         ({"inputs": pd.DataFrame({"text": ["a"]})}, "inputs must be a list of inputs, got DataFrame"),
         ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
-        ({"num_workers": -1}, "num_workers"),
         ({"on_error": "ignore"}, "on_error is 'ignore', must be one of 'raise', 'skip', 'zero'"),
         ({"truncate_dim": 33}, "truncate_dim is 33, must be 1 to 32"),
         ({"truncate_dim": 0}, "truncate_dim is 0, must be 1 to 32"),
-        ({"precision": "int4"}, "'int4' is not supported"),
         ({"precision": "int8", "ranges": np.zeros((2, 3))}, r"ranges is of shape \(2, 3\), must be \(2, 32\)"),
         ({"precision": "uint8", "ranges": np.zeros((5, 32)), "inputs": []}, r"shape \(5, 32\), must be \(2, 32\)"),
         ({"max_length": 8}, r"inputs\[\d\].*max_length=8"),

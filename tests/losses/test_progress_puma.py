@@ -120,11 +120,7 @@ def train_for_long(loss: ScheduledTemperatureLoss) -> None:
 def test_an_idle_schedule_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     moved = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
     moved.progress = 0.0
-    for fine in (
-        moved,
-        ScheduledTemperatureLoss(0.05, 0.04, "constant"),
-        ScheduledTemperatureLoss(0.05, 0.05, "cosine"),
-    ):
+    for fine in (moved, ScheduledTemperatureLoss(0.05, 0.04, "constant")):
         train_for_long(fine)
     idle = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
     with torch.no_grad():
@@ -225,9 +221,6 @@ def test_losses_without_a_schedule_are_refused(make_model: MakeModel, tmp_path: 
             TemperatureScheduleCallback(loss)
     trainer: Any = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="loss is None, but a temperature schedule needs a MultimodalMACLoss"):
-        add_temperature_schedule(trainer)
-    trainer.loss = other
-    with pytest.raises(ValueError, match="needs a MultimodalMACLoss"):
         add_temperature_schedule(trainer)
 
 
