@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,9 @@ from tests.data.mbeir_builder import build_mbeir
 CONFIGS: dict[str, Any] = {name: kind for name, kind, _ in cli._COMMANDS}
 QUICK = ["--batch-size", "4", "--max-steps", "2", "--logging-steps", "1", "--lora-r", "2"]
 
-Invoke = Callable[..., Result]
 
-
-@pytest.fixture
-def invoke() -> Invoke:
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
-
-    return run
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +43,7 @@ def restored_logging() -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
-def test_the_whole_way(
-    invoke: Invoke, qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_way(qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2, "--max-pixels", 4096)
     assert result.exit_code == 0
@@ -85,7 +77,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Path) -> None:
+def test_a_file_and_flags_that_win(seen: list[Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: pruned\noutput: out\ndata: mbeir\nbf16: true\nseed: 3\nmatryoshka_dims: [8]\n")
     result = invoke("train", "--config", recipe)
@@ -101,7 +93,7 @@ def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", CONFIGS)
-def test_every_field_is_an_option(invoke: Invoke, command: str) -> None:
+def test_every_field_is_an_option(command: str) -> None:
     help_text = " ".join(invoke(command, "--help").output.replace("-\n", "-").split())
     names = {parameter.name for parameter in cli.app.commands[command].params}
     for entry in fields(CONFIGS[command]):

@@ -125,10 +125,9 @@ def test_third_party_imports_are_declared() -> None:
 def test_files_that_travel_are_flat() -> None:
     modeling = {Path(name).name: (PACKAGE / name).read_text(encoding="utf-8") for name in MODELING}
     assert all((PACKAGE / "modeling" / name).is_file() for name in modeling)
-    for name, text in {**modeling, **travelling_files()}.items():
-        siblings = {
-            Path(other).stem for other in (modeling if name in modeling else {**modeling, **travelling_files()})
-        }
+    travelling = {**modeling, **travelling_files()}
+    for name, text in travelling.items():
+        siblings = {Path(other).stem for other in (modeling if name in modeling else travelling)}
         of_trainer = not (name in modeling or (PACKAGE / "losses" / name).is_file())
         allowed = TRAINER_MAY_IMPORT if of_trainer else MODELING_MAY_IMPORT
         assert flat_import_errors(ast.parse(text), siblings, allowed) == [], name

@@ -47,16 +47,6 @@ def test_values_that_do_not_fit(value: object, hint: Any, message: str) -> None:
         convert("x", value, hint)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Any:
-    def write(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -68,9 +58,10 @@ def recipe(tmp_path: Path) -> Any:
         ("model: !!python/object/apply:os.getcwd []\n", r"is not YAML: could not determine .* line 1"),
     ],
 )
-def test_mistakes_in_a_recipe(recipe: Any, text: str, message: str) -> None:
+def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_config(TrainConfig, recipe(text))
+        load_config(TrainConfig, tmp_path / "recipe.yaml")
 
 
 def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:

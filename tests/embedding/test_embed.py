@@ -224,13 +224,8 @@ def test_what_was_done_before_a_broken_input_is_not_lost(
 def test_the_users_loader(sentence_transformer: Any, images: list[Any]) -> None:
     store = {f"s3://{number}": jpeg(image) for number, image in enumerate(images)}
     for num_workers in (0, 2):
-        result = embed(
-            sentence_transformer,
-            [*store, "s3://gone"],
-            load=store.__getitem__,
-            num_workers=num_workers,
-            on_error="skip",
-        )
+        options: Any = {"load": store.__getitem__, "num_workers": num_workers, "on_error": "skip"}
+        result = embed(sentence_transformer, [*store, "s3://gone"], **options)
         np.testing.assert_allclose(result.embeddings, sentence_transformer.encode([*store.values()]), atol=1e-5)
         assert result.errors == (BrokenInput(3, "inputs[3]: load failed with KeyError: 's3://gone'"),)
 
@@ -264,14 +259,9 @@ def test_a_stream_is_not_read_to_its_end(sentence_transformer: Any, monkeypatch:
 
 def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inputs: list[Any]) -> None:
     broken: list[BrokenInput] = []
-    batches = iterate_embeddings(
-        sentence_transformer,
-        iter([*inputs[:5], "", *inputs[5:9]]),
-        sort=False,
-        max_batch_tokens=60,
-        on_error="zero",
-        report=broken.append,
-    )
+    stream = iter([*inputs[:5], "", *inputs[5:9]])
+    options: Any = {"sort": False, "max_batch_tokens": 60, "on_error": "zero", "report": broken.append}
+    batches = iterate_embeddings(sentence_transformer, stream, **options)
     parts = [(indices.tolist(), rows) for indices, rows in batches]
     assert [index for indices, _ in parts for index in indices if index != 5] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert len(parts) > 3

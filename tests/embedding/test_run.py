@@ -225,20 +225,15 @@ def test_another_run_in_the_directory_is_refused_before_the_corpus_is_read(confi
 # --- broken inputs
 
 
-def broken_image(table: Path, name: str) -> bytes:
-    """Cut an image off; what it was."""
-    whole = (table.parent / name).read_bytes()
-    (table.parent / name).write_bytes(whole[: len(whole) // 2])
-    return whole
-
-
 def test_a_broken_input_is_raised_by_its_id_and_the_run_goes_on_when_it_is_mended(config: Any, table: Path) -> None:
-    whole = broken_image(table, "2.png")
+    image = table.parent / "2.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"Input 'i2' \(row 4\) cannot be embedded: '.*2\.png'.*\(--on-error skip\)"):
         embed_corpus(config())
     done = len(EmbeddingStore(config().output, None))
     assert done > 0
-    (table.parent / "2.png").write_bytes(whole)
+    image.write_bytes(whole)
     report = embed_corpus(config())
     assert (report.num_new_items, report.num_rows) == (10 - done, 10)
 

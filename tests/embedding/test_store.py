@@ -189,10 +189,7 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], op
         EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["{", "[]", '{"format": "puma_hf embeddings", "format_version": 3}'],
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "puma_hf embeddings", "format_version": 3}'])
 def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(ValueError, match="no manifest of this version"):
