@@ -189,10 +189,21 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], op
         EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "puma_hf embeddings", "format_version": 3}'])
-def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "command"),
+    [
+        ("{", "run the command that made it again"),
+        ("[]", "run the command that made it again"),
+        (
+            '{"format": "puma_hf embeddings of a corpus", "format_version": 1, "model": "m", "data": "d"}',
+            "puma-hf embed d --model m --output",
+        ),
+        ('{"format": "puma_hf embeddings", "format_version": 3}', "run the command"),
+    ],
+)
+def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str, command: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(ValueError, match=r"no manifest of this version .* Delete the directory, and make the emb"):
+    with pytest.raises(ValueError, match=f"no manifest of this version .* delete the directory and .*{command}"):
         EmbeddingStore(tmp_path, SETTINGS)
 
 

@@ -274,6 +274,16 @@ def test_who_has_an_index_open_goes_on_with_it(
 # --- what is refused
 
 
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"data": "photos", "model": "org/puma"}')
+    message = rf"older puma-hf index: it has {name}.* Make it anew: puma-hf index photos --model org/puma --output NEW"
+    for action in (lambda: open_index(tmp_path / "out"), lambda: make(corpus)):
+        with pytest.raises(ValueError, match=message):
+            action()
+
+
 @pytest.mark.parametrize("version", [3, None])
 def test_another_format(make: Make, corpus: Path, copy: Path, version: int | None) -> None:
     table = open_index(copy).table
@@ -322,7 +332,7 @@ def test_damaged_files(copy: Path, sentence_transformer: SentenceTransformer) ->
 def test_without_lancedb(make: Make, corpus: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lancedb", None)
     for action in (lambda: open_index(index_dir), lambda: make(corpus)):
-        with pytest.raises(ImportError, match=r"needs LanceDB .* Run: pip install 'puma-hf\[search\]'"):
+        with pytest.raises(ImportError, match=r"lancedb is missing .* Run: pip install 'puma-hf\[search\]'"):
             action()
 
 
