@@ -225,3 +225,9 @@ def test_files_of_a_subset_and_repetition(qwen_dir: Path, data: Path, tmp_path: 
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert SweepReport.from_dict(json.loads((tmp_path / "one" / "sweep.json").read_text())) == reports[0]
+
+
+def test_two_processes_are_refused(qwen_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puma_hf.evaluation.layer_sweep.connect", lambda: (0, 2))
+    with pytest.raises(ValueError, match="one process, not 2"):
+        sweep(SweepConfig(model=qwen_dir, data=data, **ALL))

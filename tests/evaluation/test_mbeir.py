@@ -200,6 +200,7 @@ def test_what_is_written(root: Path, tmp_path: Path) -> None:
     assert sorted(written["qrels/local/toys_task8.txt"].decode().splitlines()) == sorted(official)
     assert set(written) == expected | {"results.json", "results.md"}
     assert MBEIRResults.from_dict(json.loads(written["results.json"])).rows == results.rows
+    assert json.loads(written["results.json"])["made_from"]["model_fingerprint"] == "fake"
     assert written["results.md"].decode() == results.to_markdown()
     assert not any(str(tmp_path).encode() in content for content in written.values())  # nothing of this machine
 
