@@ -3,8 +3,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from PIL import Image as Pillow
+from pyarrow import parquet
 
 from puma_hf.data.records import Record, item_lines, read_lines
 from puma_hf.modeling.inputs_puma import is_image_name
@@ -91,6 +93,7 @@ def test_cells_are_texts_and_may_be_long(tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"}, 3, {"text": "c"}]', r"a\.json: object 2 is 3, must be a JSON object"),
         ("a.jsonl", '{"text": "a"}\n{"text"\n', r"a\.jsonl, line 2: broken JSON .*, must be one JSON object"),
         ("a.jsonl", '{"text": "a"}\n{"text"', r"a\.jsonl, line 2: .* in the middle of this line: download it again"),
+        ("a.jsonl", '{"a": ' + "[" * 200_000, r"a\.jsonl, line 1: broken JSON \(maximum recursion"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read \(.*magic bytes"),
         ("a.pdf", b"", r"a\.pdf ends in '\.pdf', must be one of \.txt, \.jsonl, "),
     ],
@@ -98,6 +101,14 @@ def test_cells_are_texts_and_may_be_long(tmp_path: Path) -> None:
 def test_files_that_are_broken(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path, name, content))
+
+
+def test_parquet_columns_of_one_name(tmp_path: Path) -> None:
+    """A row is a dict: one of the two would be read, and nobody told."""
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has a name twice: text, text"):
+        read(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
