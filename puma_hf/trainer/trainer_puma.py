@@ -97,14 +97,22 @@ class PumaTrainer(SentenceTransformerTrainer):
         self.check_negatives()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def check_negatives(self) -> None:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; a ValueError if no row has a negative: `eval_loss` would be 0, whatever the model."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is not None and not isinstance(given, str):  # the name of one that was looked at before
+            self.check_negatives(given, self.args.eval_batch_size)
+        figures: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return figures
+
+    def check_negatives(self, given: Any = None, batch_size: int | None = None) -> None:
         """Raise a ValueError if MAC-Loss or InfoNCE has one candidate a query: it is always 0, and trains nothing."""
         losses = find_losses(self.loss, "negative_counts").values()
-        given: Any = self.train_dataset
+        given = self.train_dataset if given is None else given
         if not losses or given is None:
             return
         gathers = any(loss.gather_across_devices for loss in losses)
-        batch_size = self.args.train_batch_size * (self.args.world_size if gathers else 1)
+        batch_size = (batch_size or self.args.train_batch_size) * (self.args.world_size if gathers else 1)
         for dataset in given.values() if isinstance(given, dict) else [given]:
             columns = {*(dataset.column_names or ())} - {*self.data_collator.valid_label_columns, "dataset_name"}
             num_rows = len(dataset) if isinstance(dataset, Dataset) else batch_size
