@@ -37,6 +37,8 @@ _BUFFER = 1 << 20  # bytes of a column read at a time; of a row group's images n
 _MOST_CHARACTERS = 2**24  # of a cell; Python's own limit is 131,072
 
 _MISSING = "image missing"
+# What readers raise of a file that is broken; the last of brackets in brackets without end.
+_BROKEN = (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException, OSError, RecursionError)
 
 Result = TypeVar("Result")
 
@@ -200,7 +202,7 @@ def read_lines(path: Path, only: Container[str] | None = None) -> Iterator[Line]
                 yield from (Line(location(path, number), {"text": text}) for number, text in lines if text)
         else:
             raise ValueError(f"{path} ends in {path.suffix!r}, must be one of {', '.join(TABLE_SUFFIXES)}; convert it.")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException, OSError) as error:
+    except _BROKEN as error:
         hint = "name it .jsonl if each line is an object" if kind == ".json" else "save it as UTF-8 if it is text"
         what = f"cannot be read ({cut(str(error))}). Mend it, download it again, or {hint}"
         raise wrong(path, what, "broken file") from error
@@ -220,7 +222,7 @@ def json_lines(path: Path) -> Iterator[Line]:
             where = location(path, number)
             try:
                 row = json.loads(line)  # which takes a BOM in bytes, and tells UTF-8 from UTF-16
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise broken_line(where, line, f"broken JSON ({error}), must be one JSON object in UTF-8") from error
             if not isinstance(row, dict):
                 raise broken_line(where, line, f"must be a JSON object, is {shown(row)}")
@@ -245,9 +247,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Line]:
         # Strict: else a quotation mark that is never closed swallows the rest of the file.
         reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
         # Columns without a name may come twice, as spreadsheets write them.
-        names = [name for name in reader.fieldnames or () if name]
-        if len(set(names)) < len(names):
-            raise wrong(path, f"the header has a name twice: {cut(', '.join(names))}. Rename one of the columns.")
+        _refuse_repeated(path, [name for name in reader.fieldnames or () if name])
         for row in reader:
             where = location(path, reader.line_num)
             if None in row or None in row.values():
@@ -255,10 +255,16 @@ def _separated(path: Path, delimiter: str) -> Iterator[Line]:
             yield Line(where, row)
 
 
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise wrong(path, f"the header has a name twice: {cut(', '.join(names))}. Rename one of the columns.")
+
+
 def _parquet(path: Path, only: Container[str] | None) -> Iterator[Line]:
     # Without these Arrow reads a whole row group ahead, with all images inside of it.
     with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         wanted = [name for name in file.schema_arrow.names if only is None or name in only]
+        _refuse_repeated(path, wanted)  # a row is a dict, which would hold the last of them alone
         batches = file.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from (Line(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from puma_hf.files import write_whole
+from puma_hf.files import read_config, write_whole
 from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
@@ -284,15 +284,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST}. Name a directory that puma-hf embed has written.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        is_ours = (manifest["format"], manifest["format_version"]) == (FORMAT, FORMAT_VERSION)
-    except (ValueError, TypeError, KeyError):
-        manifest, is_ours = {}, False
-    if not is_ours:
+    manifest = read_config(folder, MANIFEST)
+    if (manifest.get("format"), manifest.get("format_version")) != (FORMAT, FORMAT_VERSION):
         problem = f"{str(path)!r} is no manifest of this version of puma-hf (version {FORMAT_VERSION} of {FORMAT!r})"
-        raise ValueError(f"{problem}. Delete the directory, and make the embeddings anew.")
-    return dict(manifest)
+        command = "run the command that made it again"
+        if {"model", "data"} <= manifest.keys():
+            command += f": puma-hf embed {manifest['data']} --model {manifest['model']} --output {folder}"
+        raise ValueError(f"{problem}. To make the embeddings anew, delete the directory and {command}")
+    return manifest
 
 
 def open_embeddings(folder: str | Path) -> EmbeddingStore:

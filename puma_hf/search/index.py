@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puma_hf.configs import Target
-from puma_hf.settings import cut
+from puma_hf.files import read_config
+from puma_hf.settings import cut, from_extra
 
 TABLE = "items"
 ABOUT = "puma_hf"  # metadata of the column of vectors: what the index says of itself
@@ -105,12 +106,15 @@ def open_index(folder: str | Path) -> Index:
 def open_table(folder: Path) -> Any:
     """The table of an index at its newest version, or None if there is none."""
     # 180 MB, and more than a second to import: only what opens an index pays for it.
-    try:
-        import lancedb
-    except ImportError as error:
-        raise ImportError(f"An index needs LanceDB ({error}). Run: pip install 'puma-hf[search]'") from error
-    is_there = (folder / f"{TABLE}.lance").is_dir()
-    return lancedb.connect(str(folder)).open_table(TABLE) if is_there else None
+    lancedb = from_extra("lancedb", "search")
+    if (folder / f"{TABLE}.lance").is_dir():
+        return lancedb.connect(str(folder)).open_table(TABLE)
+    for name in ("index.json", "manifest.json"):  # whose files a table must not lie beside
+        if made := read_config(folder, name):
+            problem = f"{str(folder)!r} was made by puma-hf embed, or by an older puma-hf index: it has {name}."
+            command = f"puma-hf index {made.get('data', 'DATA')} --model {made.get('model', 'MODEL')} --output NEW"
+            raise ValueError(f"{problem} Make it anew: {command}")
+    return None
 
 
 def about(folder: Path, table: Any) -> dict[str, Any]:

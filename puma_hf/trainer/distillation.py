@@ -56,7 +56,8 @@ class PumaDistillationTrainer(PumaTrainer):
 
     Raises:
         FileNotFoundError: If the teacher's checkpoint is not there.
-        ValueError: If there is no teacher that fits, or base weights that it shares are trainable.
+        ValueError: If there is no teacher that fits, base weights that it shares are trainable, or states are to be
+            stored of a stream, of no rows, or of rows with labels.
 
     Example:
         >>> add_lora(model, lora_config(r=64))  # doctest: +SKIP
@@ -117,6 +118,13 @@ class PumaDistillationTrainer(PumaTrainer):
 
         A long computation needs a long `ddp_timeout` in the training arguments, or one run without a launcher before.
         """
+        both: tuple[Any, ...] = (self.train_dataset, self.eval_dataset)
+        for rows in both:
+            for dataset in rows.values() if isinstance(rows, dict) else [] if rows is None else [rows]:
+                labels = {*(dataset.column_names or ())} & {*self.data_collator.valid_label_columns}
+                if labels or not isinstance(dataset, Dataset) or not len(dataset):
+                    what = f"labels {labels}" if labels else f"a {type(dataset).__name__} without rows that are known"
+                    raise ValueError(f"A cached teacher cannot store states for {what}. Take teacher_mode='frozen'.")
         teacher, key = None, ""
         if self.accelerator.is_main_process:
             teacher = find_teacher(source, puma_model(self.model), revision=revision)

@@ -134,6 +134,9 @@ def checkpoint_decoder(model: Any, **options: Any) -> None:
     that nobody wants: 41 % more time. Checkpointing that is not reentrant needs none of these hooks, and the gradients
     of the adapter stay the same. A vision tower with trainable weights stays checkpointed.
     """
+    # The reentrant kind, which is torch's default, needs the hooks: without them no gradient would reach an adapter.
+    name = f"{PREFIX}_checkpointing_kwargs"
+    options[name] = {**(options.get(name) or {}), "use_reentrant": False}
     getattr(model, f"{PREFIX}_checkpointing_enable")(**options)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

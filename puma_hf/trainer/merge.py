@@ -60,7 +60,8 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError: If there is no adapter, or its base cannot be found.
-        ValueError: If the adapter was not trained on `base`, does not fit it, or moved an embedding by above 1e-4.
+        ValueError: If the adapter was not trained on `base`, does not fit it, lies in `output_dir`, or moved an
+            embedding by above 1e-4.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
     Example:
@@ -77,6 +78,8 @@ def merge_adapter(
         if not is_hub_id(name):
             raise FileNotFoundError(f"The adapter's base {name!r} is no PUMA directory. Name it: base=... (--base).")
         source = Path(snapshot_download(name))
+    if adapter.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"output_dir {str(output)!r} is, or holds, the adapter itself. Choose another directory.")
     with new_directory(output, overwrite=overwrite, forbidden=source) as folder:
         model = _load_adapter(adapter, source)
         probe = _probe(PumaProcessor.from_pretrained(source))
@@ -101,7 +104,11 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
     elif (found := weights_sha256(base)) != noted["sha256"]:
         other = f"(SHA-256 {found[:12]} instead of {noted['sha256'][:12]}). Name the directory that it was: --base."
         raise ValueError(f"{str(adapter)!r} was not trained on the weights in {str(base)!r} {other}")
-    model = PeftModel.from_pretrained(PumaModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    try:
+        model = PeftModel.from_pretrained(PumaModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    except RuntimeError as error:  # of tensors of other shapes, each on a line of its own
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(f"{str(adapter)!r} does not fit {str(base)!r}: {first} Name its base (--base).") from error
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
         saved = set(weights.keys())
     # peft only warns about these, and fills the gap with an untrained adapter.

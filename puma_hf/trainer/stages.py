@@ -51,6 +51,8 @@ _SAME_NAMES = (
     *("adam_epsilon", "bf16", "seed", "dataloader_num_workers", "logging_steps"),
 )
 _UNFINISHED = ".unfinished"  # where an adapter is written before it goes to its place
+# What a killed run leaves besides checkpoints; "runs" is a reporter's.
+_LEFTOVERS = {*RECIPES.values(), "teacher_cache", "runs", _UNFINISHED}
 # YAML 1.1 reads 1e-4, without a point, as text, which the Trainer would fail at much later.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 
@@ -243,9 +245,10 @@ def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments,
     if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached):
         raise ValueError("A teacher, and gradient caching, call parts of the model, which FSDP shards. Launch DDP.")
     checkpoint = last_whole_checkpoint(output) if config.resume else None
-    found = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
-    # A run that was killed before its first checkpoint was whole begins again: there is nothing to lose but an adapter.
-    at_stake = {ADAPTER_CONFIG} & found if config.resume else found
+    at_stake = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
+    if config.resume:
+        # A run that was killed before its first checkpoint was whole begins again: all that it left may go.
+        at_stake = {name for name in at_stake - _LEFTOVERS if not CHECKPOINT_NAME.fullmatch(name)}
     # Other processes may come here after the first has begun to write.
     if at_stake and checkpoint is None and not config.overwrite and PartialState().is_main_process:
         remedy = "Take overwrite (--overwrite), or resume (--resume) from a whole checkpoint in it"
@@ -280,6 +283,13 @@ def _load(config: StageConfig, rows: Dataset) -> SentenceTransformer:
 def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> Path:
     """Train, or go on from a checkpoint, and save the adapter and its recipe, whole or not at all."""
     output, rows = Path(config.output), len(trainer.train_dataset)  # type: ignore[arg-type]
+    devices = int(PartialState().num_processes)
+    # The trainer itself only logs this, and an untrained adapter looks like a trained one.
+    no_batch = f"The {rows} rows fill no batch of {config.batch_size} on {devices} device(s), so nothing was trained."
+    no_batch += " Choose a smaller batch_size (--batch-size)."
+    if rows < devices * config.batch_size:
+        raise ValueError(no_batch)
+    trainer.check_negatives()  # before checkpoints of an earlier run are removed
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe, text = output / RECIPES[type(config)], config_text(config)
@@ -293,16 +303,12 @@ def _run(trainer: PumaTrainer, config: StageConfig, checkpoint: str | None) -> P
         if config.resume and checkpoint is None:
             logger.warning("No whole checkpoint in %s: starting from the beginning.", output)
         write_whole(recipe, config_text(config).encode())
-    devices = int(PartialState().num_processes)
     shape = (rows, devices, config.batch_size, config.gradient_accumulation_steps)
     logger.info("Training on %d rows; a step is %d device(s) x %d rows x %d batch(es)", *shape)
-    if rows >= devices * config.batch_size:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     done, planned = trainer.state.global_step, trainer.state.max_steps
-    if done == 0:
-        # The trainer itself only logs this, and an untrained adapter looks like a trained one.
-        no_batch = f"The {rows} rows fill no batch of {config.batch_size} on {devices} device(s)"
-        raise ValueError(f"{no_batch}, so nothing was trained. Choose a smaller batch_size (--batch-size).")
+    if done == 0:  # too many rows share a right answer
+        raise ValueError(no_batch)
     if done < planned:
         too_early = "Training ended after %d of %d steps: too many rows share a right answer to fill every batch."
         logger.warning(f"{too_early} Choose a smaller batch_size (--batch-size).", done, planned)

@@ -20,7 +20,7 @@ from transformers.training_args import TrainingArguments
 
 from puma_hf.data.sampler import DistinctPositivesBatchSampler
 from puma_hf.losses.cached_mac_puma import find_puma_model
-from puma_hf.losses.progress_puma import add_temperature_schedule, find_scheduled_losses
+from puma_hf.losses.progress_puma import add_temperature_schedule, find_losses, find_scheduled_losses
 from puma_hf.trainer.checkpoints_puma import MARKER, last_whole_checkpoint, mark_whole, why_not_whole
 from puma_hf.trainer.lora_puma import PREFIX, checkpoint_decoder, puma_model, save_base_fingerprint
 from puma_hf.trainer.statistics_puma import TrainingStatistics
@@ -83,7 +83,8 @@ class PumaTrainer(SentenceTransformerTrainer):
             args: What the base class takes besides, and likewise in `kwargs`.
 
         Raises:
-            ValueError: If there is no such whole checkpoint, or gradients or weights are not finite.
+            ValueError: If there is no such whole checkpoint, no row has a negative, or gradients or weights are not
+                finite.
             OSError: If a checkpoint cannot be written. The last whole one stays.
         """
         if resume_from_checkpoint is True:
@@ -93,7 +94,31 @@ class PumaTrainer(SentenceTransformerTrainer):
         elif resume_from_checkpoint and (reason := why_not_whole(resume_from_checkpoint)):
             last = _last(Path(resume_from_checkpoint).parent)
             raise ValueError(f"The checkpoint {resume_from_checkpoint!r} is not whole: {reason}{last}.")
+        self.check_negatives()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; a ValueError if no row has a negative: `eval_loss` would be 0, whatever the model."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is not None and not isinstance(given, str):  # the name of one that was looked at before
+            self.check_negatives(given, self.args.eval_batch_size)
+        figures: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return figures
+
+    def check_negatives(self, given: Any = None, batch_size: int | None = None) -> None:
+        """Raise a ValueError if MAC-Loss or InfoNCE has one candidate a query: it is always 0, and trains nothing."""
+        losses = find_losses(self.loss, "negative_counts").values()
+        given = self.train_dataset if given is None else given
+        if not losses or given is None:
+            return
+        gathers = any(loss.gather_across_devices for loss in losses)
+        batch_size = (batch_size or self.args.train_batch_size) * (self.args.world_size if gathers else 1)
+        for dataset in given.values() if isinstance(given, dict) else [given]:
+            columns = {*(dataset.column_names or ())} - {*self.data_collator.valid_label_columns, "dataset_name"}
+            num_rows = len(dataset) if isinstance(dataset, Dataset) else batch_size
+            if len(columns) == 2 and min(batch_size, num_rows) == 1:
+                rows = f"{num_rows} row(s) in batches of {batch_size}"
+                raise ValueError(f"Nothing is a negative in {rows}: take a larger batch, or columns of negatives.")
 
     def add_model_card_callback(self, *args: Any, **kwargs: Any) -> None:
         """That of the base class, without rows as examples: it expects plain texts, and ours are structs."""

@@ -131,13 +131,6 @@ def test_the_one_copy_with_another_name(
     assert set(hub.calls) == {f"{organisation}/{name}"}
 
 
-def test_no_such_source(cache: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'photoz' is no folder here, and photoz/mbeir_.* not be downloaded"):
-        open_mbeir("photoz", cache_dir=cache)
-    with pytest.raises(FileNotFoundError, match="is no folder here, and no organisation or copy of a task on the Hub"):
-        open_mbeir("TIGER-Lab/M-BEIR", cache_dir=cache)
-
-
 # --- files and rows of a copy
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import random
@@ -14,7 +13,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from puma_hf.configs import PairsConfig, PairSettings
+from puma_hf.configs import PairsConfig
 from puma_hf.data import MBEIR, DistinctPositivesBatchSampler, check_pairs, load_mbeir, load_pairs
 from puma_hf.data.mbeir_write import pairs
 from puma_hf.data.pairs import Pair, PairIds, find_columns, read_pairs
@@ -228,16 +227,6 @@ def test_one_image_with_five_captions(folder: Path) -> None:
     assert turned["qid"] == rows["did"]
 
 
-def test_offenders_are_counted_in_one_error(folder: Path) -> None:
-    captions = [("a.png", "red"), ("none.png", "x"), ("broken.png", "x"), ("../outside.png", "x"), ("a.png", "")]
-    table = write_captions(folder, [*captions, ("none.png", "y"), ("deep/b.png", "green")])
-    with pytest.raises(ValueError, match=r"captions\.csv: 5 of 7 rows cannot be used: ") as caught:
-        load_pairs(table)
-    counts = "image missing: 2, image broken: 1, image refused: 1, anchor missing: 1:\n- "
-    assert counts in str(caught.value)
-    assert str(caught.value).endswith("(on_error='drop', --bad-pairs drop).")
-
-
 def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (3, 2)).save(stream, format="PNG")
@@ -254,16 +243,6 @@ def test_images_inside_of_parquet_are_saved(tmp_path: Path) -> None:
 
 
 # --- the dry run
-
-
-def test_a_clean_source(folder: Path) -> None:
-    write_captions(folder, {"a.png": "red", "deep/b.png": "a green one"})
-    report = check_pairs(folder)
-    assert (report.ok, report.num_rows, report.num_pairs) == (True, 2, 2)
-    assert not report.offenders
-    assert not report.notes
-    says = "0 of 2 rows cannot be used\n2 pairs; anchor: text=caption; positive: image=file_name\nAll rows can be"
-    assert says in str(report)
 
 
 def test_what_is_worth_a_look(tmp_path: Path) -> None:
@@ -315,14 +294,3 @@ def test_special_tokens_are_found_before_training(tmp_path: Path) -> None:
     assert pairs(PairsConfig(**config, val_fraction=0, test_fraction=0)).ok
     written = [path.read_text(encoding="utf-8") for path in (tmp_path / "mbeir").rglob("*.jsonl")]
     assert any("<|im_end|>" in text for text in written)
-
-
-# --- settings
-
-
-def test_settings_are_the_arguments_of_load_pairs() -> None:
-    names = set(PairSettings.__dataclass_fields__) - {"bad_pairs"}
-    assert names <= set(inspect.signature(read_pairs).parameters)
-    given: dict[str, Any] = {"anchor": "caption", "negatives": ("a", "b"), "direction": "both", "images_to": "out"}
-    assert PairsConfig(data="photos").pair_arguments() == {}
-    assert PairsConfig(data="photos", bad_pairs="drop", decode=True, **given).pair_arguments() == given

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from puma_hf.data.mbeir import Candidate, Query
-from puma_hf.embedding.embed import iterate_embeddings
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import embed_into, settings_of_encode
 from tests.evaluation.fake_encoder import FakeEncoder
@@ -109,21 +108,6 @@ def test_a_puma_embeds_as_by_encode(
         (ValueError, FileNotFoundError), match=r"'9:7'(?! \(row).* no image file at '.*gone\.png'\. Check the path"
     ):
         embed(store, sentence_transformer, [(Query("9:7", None, str(tmp_path / "gone.png")), "")], **options)
-
-
-@pytest.mark.parametrize(("size", "budget"), [(2, 1024), (32, None), (64, None)])
-def test_a_smaller_batch_takes_less_memory(
-    store: EmbeddingStore, sentence_transformer: Any, size: int, budget: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    def record(*args: Any, max_batch_tokens: int | None, **options: Any) -> Any:
-        seen.append(max_batch_tokens)
-        return iterate_embeddings(*args, max_batch_tokens=max_batch_tokens, **options)
-
-    monkeypatch.setattr("puma_hf.embedding.run.iterate_embeddings", record)
-    embed(store, sentence_transformer, texts(3), batch_size=size)
-    assert seen == [budget]
 
 
 def test_an_input_that_cannot_be_read_is_named(store: EmbeddingStore) -> None:

@@ -106,15 +106,6 @@ def test_corrected_figures_stand_beside_the_plain_ones() -> None:
     assert results.mean("local")["corrected_score"] == 0.5
 
 
-def test_remarks() -> None:
-    made_from = {"model": "org/model", "model_fingerprint": "0123456789abcdef", "truncate_dim": None, "torch": "2"}
-    rows = [row("toys_task1", num_skipped=3), row("toys_task7"), row("toys_task1", "global")]
-    assert MBEIRResults("val", rows, made_from=made_from).to_markdown().split("\n\n")[-2:] == [
-        "Left out, as nothing in the pool is relevant to them: 3 of toys_task1 (local).",
-        "Made from: model org/model, model-fingerprint 0123456789ab, split val.\n",
-    ]
-
-
 # --- JSON
 
 

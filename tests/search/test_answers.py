@@ -12,19 +12,6 @@ from PIL import Image
 from puma_hf.search.answers import Answer, Answers, shorten, small_copy, to_html
 
 
-def test_lines() -> None:
-    found = (
-        Answer(1, 0.91234, "b", "image", None, "/p/b.png"),
-        Answer(2, -0.5, "a", "text", "red\nand blue", None),
-        Answer(10, 0.25, "c", "image,text", "both", "/p/c.png"),
-    )
-    assert str(Answers("red", None, None, "any", 3, found)).splitlines() == [
-        "  1  0.9123  image       b  /p/b.png",
-        "  2  -0.5000  text        a  red and blue",
-        " 10  0.2500  image,text  c  both  /p/c.png",
-    ]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("abcde", "abcde"), ("abcdef", "abcd…"), ("a" * 10**6, "aaaa…"), ("a \x1b\r\n\u202ed", "a d")],

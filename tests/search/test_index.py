@@ -197,17 +197,6 @@ def test_again_nothing_is_embedded_and_the_model_is_remembered(make: Make, corpu
         make(corpus, model="", output=copy.parent / "new")
 
 
-def test_another_corpus_is_told(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name, ids in (("one", ("a", "b")), ("two", ("a", "a"))):
-        lines = [json.dumps({"id": id, "text": f"text {number}"}) for number, id in enumerate(ids)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    make(tmp_path / "one.jsonl")
-    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
-    assert make(tmp_path / "two.jsonl").counts == {"text": 2}
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any(f"out was of {tmp_path.resolve() / 'one.jsonl'}, becomes one of " in text for text in warnings)
-
-
 @pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
 def test_approximate_search_is_added_kept_up_to_date_and_removed(
     make: Make, tmp_path: Path, kind: str, sentence_transformer: SentenceTransformer
@@ -284,6 +273,16 @@ def test_another_format(make: Make, corpus: Path, copy: Path, version: int | Non
         make(corpus)
 
 
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"data": "photos", "model": "org/puma"}')
+    message = rf"older puma-hf index: it has {name}.* Make it anew: puma-hf index photos --model org/puma --output NEW"
+    for action in (lambda: open_index(tmp_path / "out"), lambda: make(corpus)):
+        with pytest.raises(ValueError, match=message):
+            action()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -317,29 +316,6 @@ def test_damaged_files(copy: Path, sentence_transformer: SentenceTransformer) ->
         file.unlink()
     with pytest.raises(ValueError, match=r"The index '.*out' cannot be read \(.*delete it and run puma-hf index again"):
         searcher.search("a table")
-
-
-def test_without_lancedb(make: Make, corpus: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lancedb", None)
-    for action in (lambda: open_index(index_dir), lambda: make(corpus)):
-        with pytest.raises(ImportError, match=r"needs LanceDB .* Run: pip install 'puma-hf\[search\]'"):
-            action()
-
-
-def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "lance error: LanceError(IO)"
-
-    def fail(_: Path) -> None:
-        raise RuntimeError(said)
-
-    (tmp_path / "t.csv").write_text("text\na\n")
-    config = IndexConfig(data=tmp_path / "t.csv", model="none", output=tmp_path / "new" / "deep" / "index")
-    monkeypatch.setattr("puma_hf.search.build.open_table", fail)
-    with pytest.raises(RuntimeError, match="lance"):
-        build_index(config)
-    said += ": No space left on device (os error 28)"
-    with pytest.raises(OSError, match=r"index' could not be written, the disk is full"):
-        build_index(config)
 
 
 if __name__ == "__main__":  # by `run_worker`

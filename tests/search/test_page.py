@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from puma_hf.search import AppConfig, Searcher
-from puma_hf.search.page import launch, make_page, serving
+from puma_hf.search.page import launch, make_page
 from tests.search.conftest import SCRIPT
 from tests.search.visitor import Visitor, request, upload
 
@@ -58,12 +58,6 @@ def test_a_picture_that_was_uploaded_then_an_answer_as_the_next_query(url: str, 
     assert shown(chosen)[2][0] == ["1", "1.000", "t1", "a table"]
 
 
-def test_a_question_that_is_none(url: str) -> None:
-    answer = Visitor(url).ask("")
-    assert "nothing to look for. Give words, a picture, or both." in answer["output"]["error"]
-    assert not answer["success"]
-
-
 def test_pictures_that_cannot_be_read_name_no_path_of_the_server(url: str) -> None:
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"  # Pillow would start Ghostscript
     message = Visitor(url).ask(image=json.loads(upload(url, "a.png", content)[1])[0])
@@ -98,7 +92,6 @@ def test_only_this_machine_is_answered(url: str) -> None:
 @pytest.mark.parametrize(
     ("counts", "choices"),
     [
-        ({"text": 3}, ["any"]),
         ({"image": 2, "image,text": 1}, ["any"]),
         ({"image,text": 3, "text": 1}, ["any", "image", "text"]),
     ],
@@ -107,31 +100,14 @@ def test_only_what_the_index_has_can_be_chosen(
     page_searcher: Searcher, counts: dict[str, int], choices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_searcher.index, "counts", counts)
-    page = make_page(page_searcher, AppConfig(index="index", instruction="Find it."))
+    page = make_page(page_searcher, AppConfig(index="index"))
     (radio,) = (block for block in page.blocks.values() if isinstance(block, gr.Radio))
     assert [value for _, value in radio.choices] == choices
     assert (radio.visible, radio.value) == (len(choices) > 1, "image" if len(choices) > 1 else "any")
-    (field,) = (one for one in page.blocks.values() if isinstance(one, gr.Textbox) and one.label == "Instruction")
-    assert field.value == "Find it."
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in page.fns.values()} == {("model", 1)}
-    assert page.delete_cache == (900, 3600)
 
 
 # --- the command
-
-
-def test_what_is_wrong_is_told_before_the_model_is_loaded() -> None:
-    with pytest.raises(FileNotFoundError, match="'gone' is no index"):
-        launch(AppConfig(index="gone", port=0))
-
-
-def test_a_port_that_is_taken(page_searcher: Searcher) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        config = AppConfig(index="index", port=other.getsockname()[1])
-        with pytest.raises(OSError, match="port"), serving(page_searcher, config):
-            pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.configs import IndexConfig, SearchConfig
-from puma_hf.search.build import build_index
+from puma_hf.configs import SearchConfig
 from puma_hf.search.index import open_index
 from puma_hf.search.query import Query, Searcher, search
 
@@ -61,13 +60,6 @@ def test_an_item_finds_itself(searcher: Searcher, corpus: Path) -> None:
     assert best.score == pytest.approx(1, abs=1e-5)
 
 
-def test_an_index_without_approximate_search(searcher: Searcher) -> None:
-    with pytest.raises(
-        ValueError, match=r"has nothing for approximate search. Run puma-hf index again with --ann hnsw"
-    ):
-        Searcher(searcher.index, searcher.model, backend="ann")
-
-
 # --- bad queries
 
 
@@ -107,14 +99,3 @@ def test_vectors_of_another_model_are_refused(index_dir: Path, puma_dir: Path, t
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"was made by another model than 'other', and vectors of two models cannot"):
         search(SearchConfig(index=index_dir, query="a", model=str(other)))
-
-
-def test_a_model_that_moved(index_dir: Path, puma_dir: Path, tmp_path: Path, corpus: Path) -> None:
-    index, moved = (Path(shutil.copytree(old, tmp_path / old.name)) for old in (index_dir, puma_dir))
-    build_index(IndexConfig(data=corpus, model=str(moved), output=index))
-    shutil.move(moved, tmp_path / "elsewhere")
-    with pytest.raises(
-        FileNotFoundError, match=r"The model .*tiny-puma' of the index .* is gone. Pass model \(--model\)"
-    ):
-        search(SearchConfig(index=index, query="a"))
-    assert search(SearchConfig(index=index, query="a", model=str(tmp_path / "elsewhere"), top=1)).answers

@@ -28,10 +28,8 @@ def test_what_is_in_it(space: Path, page_index: Path) -> None:
     assert (space / "index" / "model" / "model.safetensors").is_file()
     assert len(list((space / "index" / "images").iterdir())) == 3
     card = SpaceCard.load(space / "README.md")
-    settings = {"title": "Search by words and pictures", "sdk": "gradio", "sdk_version": version("gradio")}
-    assert card.data.to_dict() == {**settings, "app_file": "app.py", "tags": ["puma", "multimodal-retrieval"]}
+    assert (card.data.sdk, card.data.sdk_version, card.data.app_file) == ("gradio", version("gradio"), "app.py")
     assert "trust_remote_code" not in (space / "app.py").read_text()
-    assert "7 items (2 of image, 1 of image,text, 4 of text) · tiny-puma." in card.text
     here = str(page_index.parent.parent).encode()  # no file names this machine
     assert not [path for path in space.rglob("*") if path.is_file() and here in path.read_bytes()]
 
@@ -67,6 +65,4 @@ def test_by_the_command_with_a_model_on_the_hub(page_index: Path, tmp_path: Path
     assert "trust_remote_code=True" in (space / "app.py").read_text()
     assert not (space / "index" / "model").exists()
     assert open_index(space / "index").model == "org/name"
-    card = SpaceCard.load(space / "README.md")
-    assert card.data.models == ["org/name"]
-    assert "· org/name." in card.text
+    assert SpaceCard.load(space / "README.md").data.models == ["org/name"]

@@ -31,11 +31,7 @@ def upload(url: str, name: str, content: bytes) -> tuple[int, bytes]:
 
 
 class Visitor:
-    """Somebody who has the page open.
-
-    Args:
-        url: The page.
-    """
+    """Somebody who has the page open."""
 
     def __init__(self, url: str) -> None:
         self.url, self.session = url, uuid4().hex

@@ -194,6 +194,13 @@ def test_stored_states_are_those_of_the_frozen_teacher(
     assert len(files_of(tmp_path / "cache")) == 6
 
 
+def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dataset) -> None:
+    rows = {"labels {'label'}": items.add_column("label", [1.0] * len(items)), "a Dataset": items.select([])}
+    for what, dataset in {**rows, "a IterableDataset": items.to_iterable_dataset()}.items():
+        with pytest.raises(ValueError, match=f"cannot store states for {what}.*teacher_mode='frozen'"):
+            make_cached(train_dataset=dataset)
+
+
 @pytest.mark.parametrize("columns", [1, 2])
 def test_steps_with_stored_states_are_those_with_the_teacher(
     make_cached: MakeTrainer, make_arguments: MakeArguments, items: Dataset, columns: int

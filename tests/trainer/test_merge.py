@@ -151,6 +151,11 @@ def test_adapter_without_fingerprint(adapter: Path, tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING, logger="puma_hf"):
         merge_adapter(adapter, tmp_path / "merged")
     assert "has no puma_base.json: whether it was trained on" in caplog.text
+    file = adapter / "adapter_model.safetensors"
+    wider = {name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in load_file(file).items()}
+    save_file(wider, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit .*size mismatch.*Name its base"):
+        merge_adapter(adapter, tmp_path / "again")
 
 
 def test_nothing_to_fingerprint(make_student: MakeStudent, tmp_path: Path) -> None:
@@ -229,10 +234,8 @@ def test_output_in_use(adapter: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "merged" / "config.json").write_text('{"model_type": "puma"}')
     merge_adapter(adapter, tmp_path / "merged", overwrite=True)
     assert not (tmp_path / "merged" / "note.txt").exists()
-    with pytest.raises(FileExistsError, match=r"holds files, but no PUMA model"):
-        merge_adapter(adapter, adapter, overwrite=True)
-    for folder in (base, tmp_path):
-        with pytest.raises(ValueError, match=r"is, or holds, the source itself"):
+    for folder in (base, tmp_path, adapter):
+        with pytest.raises(ValueError, match=r"is, or holds, the (source|adapter) itself"):
             merge_adapter(adapter, folder, overwrite=True)
     assert (base / "model.safetensors").is_file()
     assert (adapter / "adapter_model.safetensors").is_file()

@@ -287,8 +287,12 @@ def test_resume_where_nothing_was_saved(
     train(train_config(output=begun, save_steps=0, resume=True))
     assert "starting from the beginning" in caplog.text
     assert not (begun / "checkpoint-2").exists()
-    with pytest.raises(FileExistsError, match=r"begun' is not empty\. Take overwrite .*whole checkpoint in it"):
-        train(train_config(output=begun, resume=True))  # its adapter would be lost
+    (tmp_path / "mine" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "mine" / "notes.txt").touch()
+    for folder in (begun, tmp_path / "mine"):  # its adapter, or files of somebody else, would be lost
+        with pytest.raises(FileExistsError, match=r"' is not empty\. Take overwrite .*whole checkpoint in it"):
+            train(train_config(output=folder, resume=True))
+    assert (tmp_path / "mine" / "checkpoint-2").is_dir()
 
 
 def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Path) -> None:
@@ -298,6 +302,10 @@ def test_overwrite_forgets_an_earlier_run(train_config: MakeConfig, tmp_path: Pa
     (tmp_path / "out" / "checkpoint-notes").mkdir()
     with pytest.raises(FileExistsError, match=r"'.*out' is not empty\. Take overwrite .*--overwrite.*--resume"):
         train(train_config())
+    for batch_size, message in ((33, "fill no batch of 33"), (1, "Nothing is a negative in 32 row")):
+        with pytest.raises(ValueError, match=message):
+            train(train_config(batch_size=batch_size, overwrite=True))
+    assert stale.is_dir()  # nothing is removed for a run that cannot be
     output = train(train_config(save_steps=3, overwrite=True))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-notes"]
 

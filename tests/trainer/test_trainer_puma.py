@@ -68,6 +68,25 @@ def test_positives_must_fit(make_student: MakeStudent, make_arguments: MakeArgum
         PumaTrainer(**arguments, train_dataset=several, positives=POSITIVES)
 
 
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(16, 1), (1, 4)])
+def test_rows_without_a_negative_are_refused(
+    make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset, num_rows: int, batch_size: int
+) -> None:
+    """Each loss would be 0, and the adapter stay as it was, without a word."""
+    model, few = make_student(), pairs.select(range(num_rows))
+    arguments = {"model": model, "args": make_arguments(per_device_train_batch_size=batch_size, max_steps=1)}
+    arguments["args"].per_device_eval_batch_size = batch_size
+    loss, what = MultimodalMACLoss(model), rf"{num_rows} row\(s\) in batches of {batch_size}:"
+    for dataset in (few, DatasetDict(one=few)):
+        trainer = PumaTrainer(**arguments, train_dataset=dataset, loss=loss)
+        with pytest.raises(ValueError, match=f"Nothing is a negative in {what}"):
+            trainer.train()
+        with pytest.raises(ValueError, match=f"Nothing is a negative in {what}"):  # eval_loss would be 0, too
+            trainer.evaluate(dataset)
+    with_negatives = few.add_column("negative_1", few["anchor"])
+    assert PumaTrainer(**arguments, train_dataset=with_negatives, loss=loss).train().global_step == 1
+
+
 def test_one_process_takes_one_gpu(make_student: MakeStudent, make_arguments: MakeArguments, pairs: Dataset) -> None:
     arguments = make_arguments()
     arguments._n_gpu = 2
