@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,15 @@ from safetensors import SafetensorError
 
 from puma_hf import cli
 from puma_hf.configs import DistillConfig, MergeConfig, TrainConfig
-from puma_hf.settings import field_help
 from puma_hf.trainer import stages
 from tests.data.mbeir_builder import build_mbeir
 
 CONFIGS: dict[str, Any] = {name: kind for name, kind, _ in cli._COMMANDS}
 QUICK = ["--batch-size", "4", "--max-steps", "2", "--logging-steps", "1", "--lora-r", "2"]
 
-Invoke = Callable[..., Result]
 
-
-@pytest.fixture
-def invoke() -> Invoke:
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
-
-    return run
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +43,13 @@ def restored_logging() -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
-def test_the_whole_way(
-    invoke: Invoke, qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_way(qwen_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("prune", qwen_dir, "pruned", "--num-kept-layers", 2, "--max-pixels", 4096)
     assert result.exit_code == 0
-    assert "images   at most 16 visual tokens, 4,096 pixels\n" in result.output
-    assert "decoder layers 0 to 1 of 4" in result.output
-    assert result.output.rstrip().endswith("saved    pruned")
-
-    result = invoke("distill", "pruned", "lora", "--data", data, "--teacher", qwen_dir, *QUICK)
-    assert "saved the adapter to lora; merge it with: puma-hf merge lora MERGED" in result.output
+    invoke("distill", "pruned", "lora", "--data", data, "--teacher", qwen_dir, *QUICK)
     result = invoke("merge", "lora", "distilled")
     assert "merged; embeddings differ by at most " in result.output
-    assert "saved    distilled" in result.output
-
     invoke("train", "distilled", "mac-lora", "--data", data, "--num-negatives", 1, *QUICK)
     result = invoke("merge", "mac-lora", "mac", "--base", "distilled")
     assert result.exit_code == 0
@@ -93,7 +77,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Path) -> None:
+def test_a_file_and_flags_that_win(seen: list[Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: pruned\noutput: out\ndata: mbeir\nbf16: true\nseed: 3\nmatryoshka_dims: [8]\n")
     result = invoke("train", "--config", recipe)
@@ -108,25 +92,15 @@ def test_a_file_and_flags_that_win(invoke: Invoke, seen: list[Any], tmp_path: Pa
     assert seen == [from_file, won, distilled, MergeConfig(adapter="adapter", output="merged", base="base")]
 
 
-# --- defaults
-
-
 @pytest.mark.parametrize("command", CONFIGS)
-def test_every_field_is_an_option_with_its_help_and_default(invoke: Invoke, command: str) -> None:
+def test_every_field_is_an_option(command: str) -> None:
     help_text = " ".join(invoke(command, "--help").output.replace("-\n", "-").split())
     names = {parameter.name for parameter in cli.app.commands[command].params}
     for entry in fields(CONFIGS[command]):
-        if flag := entry.metadata.get("flag", True):
-            assert entry.name in names
+        flag = entry.metadata.get("flag", True)
+        assert (entry.name in names) == bool(flag)
+        if flag:
             assert f"--{flag if isinstance(flag, str) else entry.name.replace('_', '-')} " in help_text
-            assert field_help(CONFIGS[command])[entry.name].split()[0] in help_text
-        else:
-            assert entry.name not in names
-    assert ("Default: 0.0002." in help_text) == (command == "distill")
-    assert ("mac|mac-split|infonce" in help_text) == (command == "train")
-    assert ("--overwrite / --no-overwrite" in help_text) == (
-        command in ("prune", "distill", "train", "merge", "export")
-    )
 
 
 # --- errors
@@ -153,10 +127,8 @@ def test_errors_are_one_line(
         f"prune {qwen_dir} out --num-kept-layers 9": "num_kept_layers=9 must be an integer from 1 to 4",
         f"distill {puma_dir} out --data {data}": "Pass teacher=<path of that folder> (--teacher).",
         f"train {puma_dir} out --data {data} --batch-size 0": "batch_size=0 must be at least 1",
-        f"train {puma_dir} out": "data is missing (Folder",
         f"train {puma_dir} out --output other": "output is given twice, 'out' and --output 'other'.",
         "merge": "adapter is missing (Directory that training saved). Give it as --adapter, or as 'adapter' in a",
-        f"evaluate {puma_dir} --data {data} --split dev": "the splits here are",
     }
     for words, message in mistakes.items():
         code, errors = run_main(words.split(), monkeypatch, capsys)

@@ -103,7 +103,6 @@ def test_a_list_of_layers_is_told(qwen_dir: Path, tmp_path: Path) -> None:
     prune(qwen_dir, tmp_path / "puma", keep_layers="0,3")
     export(tmp_path / "puma", tmp_path / "stock")
     assert settings_of(tmp_path / "stock")[LINEAGE_KEY]["kept_layers"] == [0, 3]  # type: ignore[index]
-    assert "decoder layers 0 and 3 of the 4\nof" in (tmp_path / "stock" / "README.md").read_text()
     assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
 
 
@@ -180,7 +179,6 @@ def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None
     puma, output = tmp_path / "puma", tmp_path / "onnx"
     prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), puma, num_kept_layers=1)
     report = export(puma, output, format="onnx")
-    assert f"1 decoder layers as ONNX, for texts, {report.num_bytes:,} bytes" in str(report)
     graph = {"model.onnx", "model.onnx.data"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in output.iterdir()} == {"README.md", "config.json", *tokenizer, *graph}
@@ -196,11 +194,3 @@ def test_the_graph_embeds_texts_of_any_number_and_length(tmp_path: Path) -> None
     exec(compile(code.replace("path/to/this/directory", str(output)), "card", "exec"), names)
     expected = embed_features(model, features_of(puma, [ONE]))
     torch.testing.assert_close(torch.from_numpy(names["embedding"]), expected, rtol=0, atol=1e-5)
-
-
-def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs onnx, onnxruntime, onnxscript, .* pip install 'puma-hf\[onnx\]'"):
-        export(tmp_path / "nowhere", tmp_path / "out", format="onnx")
-    with pytest.raises(ValueError, match=r"format='gguf' must be one of 'stock', 'onnx'"):
-        export(tmp_path / "nowhere", tmp_path / "out", format="gguf")  # type: ignore[arg-type]

@@ -53,12 +53,6 @@ def write(target: Path, *, overwrite: bool = False, forbidden: Path | None = Non
         (folder / "new.txt").write_text("new")
 
 
-def fail_halfway(target: Path, error: BaseException) -> None:
-    with new_directory(target, overwrite=True) as folder:
-        (folder / "half.txt").write_text("half")
-        raise error
-
-
 def filled(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "old.txt").write_text("old")
@@ -116,8 +110,9 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path, error: BaseException, pr
     target = tmp_path / "a" / "b" / "out"
     prepare(target)
     before = listing(tmp_path)
-    with pytest.raises(type(error)):
-        fail_halfway(target, error)
+    with pytest.raises(type(error)), new_directory(target, overwrite=True) as folder:  # noqa: PT012
+        (folder / "half.txt").write_text("half")
+        raise error
     assert listing(tmp_path) == before
 
 

@@ -21,21 +21,15 @@ def load(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def shared(puma_dir: Path) -> SentenceTransformer:
-    """Copied by each test that changes it."""
-    return load(puma_dir)
-
-
-def test_a_moved_copy_has_the_same(shared: SentenceTransformer, puma_dir: Path, tmp_path: Path) -> None:
-    before = model_fingerprint(shared)
+def test_a_moved_copy_has_the_same(sentence_transformer: SentenceTransformer, puma_dir: Path, tmp_path: Path) -> None:
+    before = model_fingerprint(sentence_transformer)
     assert before is not None
     assert len(before) == 64
     shutil.copytree(puma_dir, tmp_path / "moved")
     moved = load(tmp_path / "moved")
     moved.encode(["a", {"text": "http://x/y.png"}], prompt="find it")  # use does not change it
     assert model_fingerprint(moved) == before
-    assert (model_name(shared), model_name(moved)) == (puma_dir.name, "moved")
+    assert (model_name(sentence_transformer), model_name(moved)) == (puma_dir.name, "moved")
 
 
 def change_last_bit(model: Any) -> None:
@@ -57,15 +51,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_embeddings_changes_it(shared: SentenceTransformer, name: str) -> None:
-    changed = copy.deepcopy(shared)
-    assert model_fingerprint(changed) == model_fingerprint(shared)
+def test_what_changes_embeddings_changes_it(sentence_transformer: SentenceTransformer, name: str) -> None:
+    changed = copy.deepcopy(sentence_transformer)
+    assert model_fingerprint(changed) == model_fingerprint(sentence_transformer)
     CHANGES[name](changed)
-    assert model_fingerprint(changed) != model_fingerprint(shared)
+    assert model_fingerprint(changed) != model_fingerprint(sentence_transformer)
 
 
-def test_how_much_of_an_adapter_is_added_counts(shared: SentenceTransformer) -> None:
-    model: Any = copy.deepcopy(shared)
+def test_how_much_of_an_adapter_is_added_counts(sentence_transformer: SentenceTransformer) -> None:
+    model: Any = copy.deepcopy(sentence_transformer)
     add_lora(model, lora_config(r=2, alpha=4))
     prints = [model_fingerprint(model)]
     next(layer for layer in model.modules() if hasattr(layer, "lora_A")).scaling["default"] = 1.0

@@ -19,8 +19,6 @@ from tests.patience import PATIENCE
 pytestmark = pytest.mark.slow
 
 STEPS = 2
-
-
 LAUNCHERS = {
     "distill": "torch.distributed.run --nproc_per_node 2 --master_port",
     # Of accelerate's launchers that for GPUs needs no MPI; the environment keeps it on the CPU.
@@ -46,7 +44,6 @@ def test_two_processes_train_one_adapter(puma_dir: Path, qwen_dir: Path, tmp_pat
     assert finished.returncode == 0, finished.stderr[-3000:]
     # Only the first process speaks.
     assert finished.stdout.count("saved the adapter to") == 1
-    assert finished.stderr.count("Saved the adapter to") == 1
     assert finished.stderr.count("2 device(s) x 4 rows x 1 batch(es)") == 1
     assert (output / f"{command}.yaml").is_file()
     checkpoint = last_whole_checkpoint(output)

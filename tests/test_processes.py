@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +12,7 @@ import pytest
 
 from puma_hf import processes
 from puma_hf.files import DirectoryInUseError
-from puma_hf.processes import (
-    broadcast,
-    connect,
-    ends_well_on_sigterm,
-    gather,
-    locked_for_all,
-    main_process_first,
-    own_device,
-    shared_folder,
-)
-
-
-def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert connect() == (0, 1)
-    assert (gather("mine"), broadcast("mine"), own_device()) == (["mine"], "mine", None)
-    with main_process_first():
-        pass
+from puma_hf.processes import ends_well_on_sigterm, locked_for_all, shared_folder
 
 
 def test_another_process_locks_nothing_and_is_refused_with_the_main_one(
@@ -65,7 +47,7 @@ def worker_died() -> Iterator[Any]:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_it_ends_at_once_with_a_status_of_its_own(worker_died: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_ends_at_once_with_a_status_of_its_own(worker_died: Any) -> None:
     done = []
     with pytest.raises(SystemExit) as ended, ends_well_on_sigterm():  # noqa: PT012 - what is kept is the point
         try:
@@ -76,9 +58,6 @@ def test_it_ends_at_once_with_a_status_of_its_own(worker_died: Any, caplog: pyte
             signal.raise_signal(signal.SIGCHLD)  # a worker that got the signal, too
             done.append("kept")
     assert (ended.value.code, done) == (143, ["kept"])
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "SIGTERM: ending; the same command, run again, goes on from what its output directory holds"
-    ]
 
 
 def test_the_death_of_a_worker_is_no_error_then() -> None:

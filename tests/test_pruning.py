@@ -47,9 +47,6 @@ def test_the_report_equals_a_count_by_hand(qwen_dir: Path, tmp_path: Path, kept:
     before, after = EMBEDDING + 4 * LAYER + NORM + VISION, EMBEDDING + kept * LAYER + NORM + VISION
     assert (report.parameters_before, report.parameters_after) == (before, after)
     assert (report.bytes_before, report.bytes_after) == (4 * before, 4 * after)
-    assert f"({after / before:.0%})" in str(report)
-    assert f"decoder layer{'s 0 to 3' if kept == 4 else ' 0'} of 4, final norm\n" in str(report)
-    assert f"dropped  {'no decoder layer' if kept == 4 else 'decoder layers 1 to 3'}; " in str(report)
     assert after == sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
@@ -204,11 +201,6 @@ def with_size(folder: Path, **size: int) -> Path:
     return folder
 
 
-def longest(folder: Path) -> int:
-    """As a stock class reads it."""
-    return int(AutoImageProcessor.from_pretrained(folder).size["longest_edge"])
-
-
 # A visual token has 16 x 16 pixels in the tiny models, 32 x 32 in the tiny Qwen3-VL.
 @pytest.mark.parametrize(
     ("family", "given", "expected"),
@@ -224,10 +216,10 @@ def test_prune_sets_a_limit_of_images(tmp_path: Path, family: str, given: Any, e
     report = prune(source, tmp_path / "k3", num_kept_layers=3, max_pixels=given)
     tokens = expected // (1024 if family == "qwen3_vl" else 256)
     assert (report.max_pixels, report.max_visual_tokens) == (expected, tokens)
-    assert f"\nimages   at most {tokens:,} visual tokens, {expected:,} pixels\n" in str(report)
     # Cut further, it keeps what it has.
     assert prune(tmp_path / "k3", tmp_path / "k2", num_kept_layers=2).max_pixels == expected
-    assert [longest(tmp_path / name) for name in ("k3", "k2")] == [expected, expected]
+    for name in ("k3", "k2"):  # as a stock class reads it
+        assert AutoImageProcessor.from_pretrained(tmp_path / name).size["longest_edge"] == expected
 
 
 def test_limits_that_cannot_be(qwen_dir: Path, tmp_path: Path) -> None:
@@ -256,5 +248,3 @@ def test_a_merge_takes_what_the_adapter_was_trained_with(puma_dir: Path, adapter
     merged = PumaProcessor.from_pretrained(tmp_path / "merged")
     assert read_limits(tmp_path / "merged") == limits
     assert merged.tokenizer.model_max_length == 70
-    told = "- Images are scaled down to at most 4,096 pixels, 16 visual tokens; texts are cut at 70 tokens"
-    assert told in (tmp_path / "merged" / "README.md").read_text()

@@ -290,6 +290,12 @@ def test_wrong_rows_that_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptu
         open_corpus(path, on_error="skip").survey()
 
 
+def test_ids_that_repeat_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = ({"id": "a", "text": "red"}, {"id": "b", "text": "red"}, {"id": "a", "text": "blue"})
+    assert open_corpus(table(tmp_path / "t.jsonl", *rows)).survey().num_items == 3
+    assert "1 rows repeat the id of another" in caplog.text
+
+
 def test_the_survey_draws_the_same_sample_from_all_rows(tmp_path: Path) -> None:
     corpus = open_corpus(table(tmp_path / "t.jsonl", *({"text": str(row)} for row in range(100))))
     num_items, sample = corpus.survey(10, seed=3)

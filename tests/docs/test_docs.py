@@ -223,8 +223,6 @@ def test_the_python_of_the_readme_runs() -> None:
 def test_the_commands_of_the_readme_are_right(parse: Callable[[list[str]], None]) -> None:
     for words in [words for block in blocks_of(README) if block.language == "bash" for words in commands_of(block)]:
         check_command(words, parse)
-    assert re.search(r"^make test$", README, re.MULTILINE)
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("docs_directory")

@@ -18,10 +18,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
-def read(page: str) -> str:
-    return (DOCS / page).read_text(encoding="utf-8")
-
-
 def requests_of(page: str) -> list[str]:
     """What a browser would fetch by itself when it opens a page."""
     tags = re.findall(r"<(?:link|script|img|iframe|source)\b[^>]*>", page)
@@ -58,7 +54,8 @@ def test_a_page_requests_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:
-    listed = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", read(page), re.MULTILINE)]
+    pages = [(DOCS / page).read_text(encoding="utf-8") for page in PAGES]
+    listed = [name for page in pages for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
     assert len(listed) == len(set(listed))
     names = {name.rpartition(".")[2] for name in listed}
     packages = [

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from puma_hf.embedding import prepare
-from puma_hf.embedding.embed import BrokenInputError, default_num_workers, embed, iterate_embeddings, quantize
+from puma_hf.embedding.embed import BrokenInputError, embed, iterate_embeddings, quantize
 from puma_hf.embedding.prepare import BrokenInput
 
 PROMPT = "Find an image that matches."
@@ -224,13 +224,8 @@ def test_what_was_done_before_a_broken_input_is_not_lost(
 def test_the_users_loader(sentence_transformer: Any, images: list[Any]) -> None:
     store = {f"s3://{number}": jpeg(image) for number, image in enumerate(images)}
     for num_workers in (0, 2):
-        result = embed(
-            sentence_transformer,
-            [*store, "s3://gone"],
-            load=store.__getitem__,
-            num_workers=num_workers,
-            on_error="skip",
-        )
+        options: Any = {"load": store.__getitem__, "num_workers": num_workers, "on_error": "skip"}
+        result = embed(sentence_transformer, [*store, "s3://gone"], **options)
         np.testing.assert_allclose(result.embeddings, sentence_transformer.encode([*store.values()]), atol=1e-5)
         assert result.errors == (BrokenInput(3, "inputs[3]: load failed with KeyError: 's3://gone'"),)
 
@@ -264,37 +259,15 @@ def test_a_stream_is_not_read_to_its_end(sentence_transformer: Any, monkeypatch:
 
 def test_without_sorting_a_stream_comes_in_order(sentence_transformer: Any, inputs: list[Any]) -> None:
     broken: list[BrokenInput] = []
-    batches = iterate_embeddings(
-        sentence_transformer,
-        iter([*inputs[:5], "", *inputs[5:9]]),
-        sort=False,
-        max_batch_tokens=60,
-        on_error="zero",
-        report=broken.append,
-    )
+    stream = iter([*inputs[:5], "", *inputs[5:9]])
+    options: Any = {"sort": False, "max_batch_tokens": 60, "on_error": "zero", "report": broken.append}
+    batches = iterate_embeddings(sentence_transformer, stream, **options)
     parts = [(indices.tolist(), rows) for indices, rows in batches]
     assert [index for indices, _ in parts for index in indices if index != 5] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert len(parts) > 3
     assert [error.index for error in broken] == [5]
     (zeros,) = [rows for indices, rows in parts if indices == [5]]
     assert (zeros == 0).all()
-
-
-# --- progress
-
-
-@pytest.mark.parametrize("is_shown", [True, False])
-def test_progress(sentence_transformer: Any, capsys: Any, is_shown: bool) -> None:
-    embed(sentence_transformer, ["a", "", "b"], on_error="skip", show_progress_bar=is_shown)
-    text = capsys.readouterr().err
-    assert ("Embedding: 100%" in text and "3/3" in text and "item/s" in text) == is_shown
-
-
-def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, num_inputs, num_workers in ((64, None, 8), (4, None, 3), (1, None, 0), (64, 63, 0), (64, 200, 3)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
-        assert default_num_workers(True, num_inputs) == num_workers
-        assert default_num_workers(False, num_inputs) == 0
 
 
 # --- errors
@@ -305,14 +278,11 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"model": nn.Linear(2, 2)}, "model is a Linear, must be a SentenceTransformer"),
         ({"inputs": "a red apple"}, r"inputs must be a list of inputs, got str. Wrap a single input in \[ \]"),
-        ({"inputs": {"text": "a"}}, "inputs must be a list of inputs, got dict"),
         ({"inputs": pd.DataFrame({"text": ["a"]})}, "inputs must be a list of inputs, got DataFrame"),
         ({"inputs": [{"role": "user", "content": "a"}]}, r"inputs is one chat.*Wrap it in \[ \]"),
-        ({"num_workers": -1}, "num_workers"),
         ({"on_error": "ignore"}, "on_error is 'ignore', must be one of 'raise', 'skip', 'zero'"),
         ({"truncate_dim": 33}, "truncate_dim is 33, must be 1 to 32"),
         ({"truncate_dim": 0}, "truncate_dim is 0, must be 1 to 32"),
-        ({"precision": "int4"}, "'int4' is not supported"),
         ({"precision": "int8", "ranges": np.zeros((2, 3))}, r"ranges is of shape \(2, 3\), must be \(2, 32\)"),
         ({"precision": "uint8", "ranges": np.zeros((5, 32)), "inputs": []}, r"shape \(5, 32\), must be \(2, 32\)"),
         ({"max_length": 8}, r"inputs\[\d\].*max_length=8"),

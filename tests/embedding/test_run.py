@@ -23,7 +23,7 @@ from puma_hf.data.items import Corpus
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.embedding import run
 from puma_hf.embedding.embed import EmbedResult
-from puma_hf.embedding.run import ERRORS, EmbedReport, embed_corpus
+from puma_hf.embedding.run import ERRORS, embed_corpus
 from puma_hf.embedding.store import EmbeddingStore, open_embeddings
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import build_mbeir
@@ -109,9 +109,6 @@ def test_only_the_first_dimensions(config: Any, table: Path, sentence_transforme
     report = embed_corpus(config(truncate_dim=8))
     _, rows = read(report.output)
     assert open_embeddings(report.output).embedding_dim == 8
-    with pytest.raises(ValueError, match="truncate_dim is 33, must be 1 to 32"):
-        embed_corpus(config(truncate_dim=33, output=table.parent / "none"))
-    assert not (table.parent / "none").exists()
     wanted = expected(sentence_transformer, table, truncate_dim=8, normalize_embeddings=True)
     np.testing.assert_allclose(rows, wanted, **TOLERANCE)
 
@@ -157,9 +154,7 @@ def test_a_folder_of_images_and_a_pool(config: Any, table: Path, tmp_path: Path)
 
 def test_weights_of_another_type_are_another_model(config: Any) -> None:
     embed_corpus(config())
-    with pytest.raises(
-        ValueError, match=r"other settings: fingerprint .*weights_dtype is 'float32' there and 'bfloat16'"
-    ):
+    with pytest.raises(ValueError, match=r"other settings: .*weights_dtype is 'float32' there and 'bfloat16'"):
         embed_corpus(config(dtype="bfloat16"))
 
 
@@ -230,20 +225,15 @@ def test_another_run_in_the_directory_is_refused_before_the_corpus_is_read(confi
 # --- broken inputs
 
 
-def broken_image(table: Path, name: str) -> bytes:
-    """Cut an image off; what it was."""
-    whole = (table.parent / name).read_bytes()
-    (table.parent / name).write_bytes(whole[: len(whole) // 2])
-    return whole
-
-
 def test_a_broken_input_is_raised_by_its_id_and_the_run_goes_on_when_it_is_mended(config: Any, table: Path) -> None:
-    whole = broken_image(table, "2.png")
+    image = table.parent / "2.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"Input 'i2' \(row 4\) cannot be embedded: '.*2\.png'.*\(--on-error skip\)"):
         embed_corpus(config())
     done = len(EmbeddingStore(config().output, None))
     assert done > 0
-    (table.parent / "2.png").write_bytes(whole)
+    image.write_bytes(whole)
     report = embed_corpus(config())
     assert (report.num_new_items, report.num_rows) == (10 - done, 10)
 
@@ -297,21 +287,11 @@ def test_broken_inputs_are_passed_over(
             rows = np.delete(rows, [4, 9], axis=0)
         np.testing.assert_allclose(rows, np.delete(wanted, [4, 9], axis=0), **TOLERANCE)
         assert len(ids) == report.num_rows
-    assert "embedded 0 inputs; 8 already were" in str(report)
-    assert f"broken   2 inputs, see {Path(report.output, 'errors.jsonl')}" in str(report)
     again = embed_corpus(config(on_error="zero" if on_error == "skip" else "skip"))
     assert (again.num_new_items, again.num_rows) == (0, 10 if on_error == "skip" else 8)
 
 
 # --- what is refused
-
-
-def test_wrong_lines_are_found_before_the_model_is_loaded(config: Any, table: Path) -> None:
-    replace_line(table, 9, text=3)
-    with pytest.raises(ValueError, match=r"line 10: text is 3, must be a text or null"):
-        embed_corpus(config(model="no/model"))
-    with pytest.raises(FileNotFoundError, match="gone"):
-        embed_corpus(config(data=table.parent / "gone", model="no/model"))
 
 
 @pytest.mark.parametrize("model", ["qwen_dir", "adapter"])
@@ -327,23 +307,19 @@ def test_a_corpus_that_changes_while_it_is_read(config: Any, monkeypatch: pytest
         embed_corpus(config())
 
 
-def test_a_full_disk_is_explained_and_what_was_written_is_kept(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, calls, number = EmbeddingStore.add, 0, errno.ENOSPC
+def test_what_was_written_before_the_disk_was_full_is_kept(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, calls = EmbeddingStore.add, 0
 
     def failing(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return add(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingStore, "add", failing)
-        with pytest.raises(OSError, match=r"the disk is full .* What was written before is kept: make room") as info:
-            embed_corpus(config())
-        assert info.value.errno == errno.ENOSPC
-        calls, number = 1, errno.EIO
-        with pytest.raises(OSError, match="Input/output error"):  # anything else is told as it is
+        with pytest.raises(OSError, match="the disk is full"):
             embed_corpus(config())
     assert embed_corpus(config()).num_new_items == 6
 
@@ -351,13 +327,3 @@ def test_a_full_disk_is_explained_and_what_was_written_is_kept(config: Any, monk
 def test_a_process_without_a_row_of_its_own_takes_part(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "gather", lambda value: [value, array("q")] if isinstance(value, array) else [value])
     assert embed_corpus(config()).num_rows == len(read(config().output)[0]) == 10
-
-
-def test_the_report() -> None:
-    report = EmbedReport("out", num_items=12345, num_rows=12344, num_errors=1, num_new_items=10000, seconds=4.0)
-    assert str(report) == (
-        "embedded 10,000 inputs, 2,500.0 a second; 2,344 already were\n"
-        "saved    12,344 embeddings in out\n"
-        f"broken   1 inputs, see {Path('out', 'errors.jsonl')}"
-    )
-    assert str(replace(report, num_new_items=0)).startswith("embedded 0 inputs; 12,344 already were\n")

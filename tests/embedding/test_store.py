@@ -189,21 +189,10 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], op
         EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
 
 
-@pytest.mark.parametrize(
-    ("content", "command"),
-    [
-        ("{", "run the command that made it again"),
-        ("[]", "run the command that made it again"),
-        (
-            '{"format": "puma_hf embeddings of a corpus", "format_version": 1, "model": "m", "data": "d"}',
-            "puma-hf embed d --model m --output",
-        ),
-        ('{"format": "puma_hf embeddings", "format_version": 3}', "run the command"),
-    ],
-)
-def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str, command: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "puma_hf embeddings", "format_version": 3}'])
+def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(ValueError, match=f"no manifest of this version .* delete the directory and .*{command}"):
+    with pytest.raises(ValueError, match="no manifest of this version"):
         EmbeddingStore(tmp_path, SETTINGS)
 
 
@@ -211,7 +200,6 @@ def test_a_directory_of_another_version_is_refused(tmp_path: Path, content: str,
     ("keys", "embeddings", "message"),
     [
         (torch.tensor([1]), torch.ones(2, 3), r"embeddings is \(2, 3\) for 1 keys, must be \(num_keys, 3\)"),
-        (torch.tensor([1]), torch.ones(3), r"embeddings is \(3,\) for 1 keys"),
         (torch.tensor([1]), torch.ones(1, 4), r"must be \(num_keys, 3\)"),
         (torch.tensor([1]), torch.tensor([[1, 2, float("nan")]]), r"NaN or infinity as torch.float16"),
         (torch.tensor([1]), torch.full((1, 3), 1e5), r"NaN or infinity as torch.float16"),

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from examples.ray_embed import Embedder
 from puma_hf import embed
 from tests.patience import PATIENCE
 
@@ -46,22 +45,6 @@ def rows(images: list[Image.Image]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def embedder(sentence_transformer: SentenceTransformer) -> Embedder:
-    worker = object.__new__(Embedder)
-    worker.model, worker.options = sentence_transformer, {"prompt": PROMPT, "num_workers": 0}
-    return worker
-
-
-def as_dict(table: pa.Table) -> dict[Any, np.ndarray[Any, Any]]:
-    values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    return dict(zip(table["id"].to_pylist(), values, strict=True))
-
-
-def inputs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "id"} for row in rows]
-
-
-@pytest.fixture
 def ray_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Nothing outside temporary folders; Ray's own is one with a short name, for it names sockets in it."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
@@ -72,7 +55,11 @@ def ray_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Ray's sockets")
 def test_two_workers_of_a_local_ray_write_what_embed_returns(
-    rows: list[dict[str, Any]], puma_dir: Path, embedder: Embedder, tmp_path: Path, ray_environment: dict[str, str]
+    rows: list[dict[str, Any]],
+    puma_dir: Path,
+    sentence_transformer: SentenceTransformer,
+    tmp_path: Path,
+    ray_environment: dict[str, str],
 ) -> None:
     pytest.importorskip("ray")
     corpus, output, done = (tmp_path / name for name in ("corpus", "embeddings", "done"))
@@ -89,10 +76,13 @@ def test_two_workers_of_a_local_ray_write_what_embed_returns(
         list(map(str, command)), env=ray_environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 0, ended.stderr
-    written = as_dict(pq.read_table(output))
+    found = pq.read_table(output)
+    vectors = found["embedding"].combine_chunks().flatten().to_numpy().reshape(len(found), -1)
+    written = dict(zip(found["id"].to_pylist(), vectors, strict=True))
     new = [row for row in rows if row["id"] not in ("broken", "longer")]
     assert sorted(written) == sorted(row["id"] for row in new)
-    expected = embed(embedder.model, inputs(new), prompt=PROMPT, num_workers=0).embeddings
+    inputs = [{name: value for name, value in row.items() if name != "id"} for row in new]
+    expected = embed(sentence_transformer, inputs, prompt=PROMPT, num_workers=0).embeddings
     np.testing.assert_allclose(np.stack([written[row["id"]] for row in new]), expected, atol=1e-5)
     # Ray notes what is done as this test has noted it; what was skipped is tried again the next time.
     noted = [pq.read_table(path) for path in done.glob("*.parquet")]

@@ -33,12 +33,8 @@ def test_int8_at_load_is_int8_afterwards(
 ) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     settings = quantization.Int8DynamicActivationInt8WeightConfig()
-    loaded = SentenceTransformer(
-        str(puma_dir),
-        trust_remote_code=True,
-        device="cpu",
-        model_kwargs={"quantization_config": TorchAoConfig(settings)},
-    )
+    kwargs: Any = {"model_kwargs": {"quantization_config": TorchAoConfig(settings)}}
+    loaded = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu", **kwargs)
     changed = copy.deepcopy(sentence_transformer)
     quantization.quantize_(changed[0].model, settings)
     assert int8_weights(loaded) == int8_weights(changed)

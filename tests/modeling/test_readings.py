@@ -158,12 +158,8 @@ def test_the_directory_records_its_reading(qwen_dir: Path, puma_dir: Path, relea
     configs = [json.loads((folder / "config.json").read_text()) for folder in (released, puma_dir)]
     assert [config["positions"] for config in configs] == ["sequential", "mrope"]
     assert json.loads((released / "processor_config.json").read_text())["reading"] == "puma-released"
-    assert "Inputs are read as `puma-released`, with the system turn" in (released / "README.md").read_text()
-    assert "Inputs are read" not in (puma_dir / "README.md").read_text()
     # Cut further, saved again, it stays as it is.
-    report = prune(released, tmp_path / "one", num_kept_layers=1)
-    assert report.reading == "puma-released"
-    assert "reading  puma-released, positions: sequential\n" in str(report)
+    assert prune(released, tmp_path / "one", num_kept_layers=1).reading == "puma-released"
     SentenceTransformer(str(tmp_path / "one"), trust_remote_code=True, device="cpu").save(str(tmp_path / "saved"))
     for name in ("chat_template.jinja", "processor_config.json"):
         assert (tmp_path / "saved" / name).read_text() == (released / name).read_text()

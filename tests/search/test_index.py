@@ -273,6 +273,16 @@ def test_another_format(make: Make, corpus: Path, copy: Path, version: int | Non
         make(corpus)
 
 
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"data": "photos", "model": "org/puma"}')
+    message = rf"older puma-hf index: it has {name}.* Make it anew: puma-hf index photos --model org/puma --output NEW"
+    for action in (lambda: open_index(tmp_path / "out"), lambda: make(corpus)):
+        with pytest.raises(ValueError, match=message):
+            action()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
