@@ -14,6 +14,7 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136; TIGER-Lab/M-BEIR
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -183,15 +184,22 @@ class MBEIR:
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder; pass the root of a dataset in M-BEIR's layout")
         nano = self.root / NANO_FILE
-        says = json.loads(nano.read_bytes()) if nano.is_file() else {}
-        self.nano_settings: dict[str, Any] = says.get("settings", {})
-        # SHA-256 of all that a figure on a nano folder depends on, see `build_nano`; None for any other folder.
-        self.content_hash: str | None = says.get("content_hash")
-        self.image_root = Path(says.get("image_root", self.root) if image_root is None else image_root).resolve()
+        self._nano: dict[str, Any] = json.loads(nano.read_bytes()) if nano.is_file() else {}
+        self.nano_settings: dict[str, Any] = self._nano.get("settings", {})
+        self.image_root = Path(self._nano.get("image_root", self.root) if image_root is None else image_root).resolve()
         if not self.image_root.is_dir():
-            by = f", which {nano} names," if says else ""
+            by = f", which {nano} names," if self._nano else ""
             raise FileNotFoundError(f"The images' folder {self.image_root}{by} is not there; use MBEIR(image_root=...)")
         self._images = Images(self.image_root)
+
+    @cached_property
+    def content_hash(self) -> str | None:
+        """SHA-256 of all that a figure on a nano folder depends on, see `build_nano`; None for any other folder."""
+        for name, digest in self._nano.get("files", {}).items():
+            file = self.root / name
+            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise wrong(file, f"it was changed or removed after {NANO_FILE}; remove the folder and build it anew")
+        return self._nano.get("content_hash")
 
     def query_path(self, split: str, task: MBEIRTask) -> Path:
         """File of the queries of a task."""

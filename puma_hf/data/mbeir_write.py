@@ -174,7 +174,9 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
     write_records(layout.pool_path(None, split), (record_line(one, root) for one in everything.values()))
     layout.instruction_path.parent.mkdir()
     shutil.copyfile(data.instruction_path, layout.instruction_path)
-    says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents)}
+    files = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    digests = {file.relative_to(folder).as_posix(): hashlib.sha256(text).hexdigest() for file, text in files.items()}
+    says = {"image_root": str(root), "settings": settings, "content_hash": text_hash(contents), "files": digests}
     write_json(folder / NANO_FILE, says)
 
 

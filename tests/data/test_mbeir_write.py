@@ -110,6 +110,14 @@ def test_moved_images(root: Path, tmp_path: Path) -> None:
     assert len(moved.global_pool()) == len(builder.MODALITIES) * builder.NUM_CANDIDATES
 
 
+def test_a_nano_that_was_changed_has_no_hash(root: Path, tmp_path: Path) -> None:
+    nano = build_nano(MBEIR(root), tmp_path / "nano", num_queries=2)
+    path = builder.qrels_path(nano.root, 1, "test")
+    path.write_text(path.read_text().replace(" 1 1", " 2 1"))
+    with pytest.raises(MBEIRFormatError, match=r"task1_test_qrels\.txt: it was changed or removed"):
+        _ = MBEIR(nano.root).content_hash
+
+
 def test_one_did_with_two_meanings(root: Path, tmp_path: Path) -> None:
     builder.change_record(builder.local_pool_path(root, 3), 6, did=builder.did(1, 0))
     with pytest.raises(MBEIRFormatError, match=r"did '11:100' of toys_task3 is something else in another task's pool"):
