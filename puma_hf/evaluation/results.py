@@ -50,7 +50,7 @@ PUBLISHED_NOTE = (
     "63.7 / 61.4, U-MARVEL 7B with re-ranker 64.8 / 61.8 (U-MARVEL, arXiv 2507.14902; ELVA; ?: not known)."
 )
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
-_SHOWN = {"hit", "ndcg", "wrong_modality@1"}
+_SHOWN_METRICS = {"hit", "ndcg", "wrong_modality@1"}
 # What a result was made from, in the order that Markdown shows it in; of a hash it shows the first digits.
 _MADE_FROM = ("model", "model_fingerprint", "truncate_dim", "data", "content_hash", "split", "instructions", "puma_hf")
 _DIGITS = {"model_fingerprint": 12, "content_hash": 12}
@@ -158,7 +158,7 @@ class MBEIRResults:
         # A subset is another benchmark.
         is_whole = self.split == "test" and "content_hash" not in self.made_from
         published = {name: figures for name, figures in PUBLISHED.items() if is_whole and name in there}
-        names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN]
+        names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN_METRICS]
         has_corrected = any(row.corrected for row in self.rows)
         lines = []
         for pool in self.pools:

@@ -202,7 +202,7 @@ class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
     source_example = "Qwen/Qwen3-VL-2B-Instruct"
 
 
-# The table of backbones. A new family is a configuration above and a model in modeling_puma; the rest reads it here.
+# The table of backbones. A new family is a configuration above and a model in MODEL_CLASSES of modeling_puma.
 CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLConfig)
 
 
