@@ -11,10 +11,12 @@ _MODULES = {
     "cached_mac_puma": ["CachedMultimodalMACLoss"],
     "distillation_puma": ["JointDistillationLoss", "SelfDistillationLoss", "self_distillation_loss"],
     "mac_puma": ["MultimodalMACLoss", "mac_loss", "split_loss"],
-    "progress_puma": ["ScheduledTemperatureLoss", "TemperatureScheduleCallback"],
+    "progress_puma": [
+        *("ScheduledTemperatureLoss", "TemperatureScheduleCallback"),
+        *("add_temperature_schedule", "find_scheduled_losses"),
+    ],
     "schedule_puma": ["TemperatureSchedule"],
 }
-_MODULES["progress_puma"] += ["add_temperature_schedule", "find_scheduled_losses"]
 _NAMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_NAMES)
 __getattr__ = resolver(__name__, _NAMES)
