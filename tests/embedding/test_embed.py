@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ from puma_hf.embedding.embed import (
     quantize,
 )
 from puma_hf.embedding.prepare import BrokenInput
+from puma_hf.modeling.processing_puma import DECODE
+from puma_hf.settings import Decode
 
 PROMPT = "Find an image that matches."
 
@@ -107,6 +109,7 @@ def test_what_other_models_cannot_do_is_refused(sentence_transformer: Any) -> No
     """Qwen-VL's processors of images have a limit in pixels, those of other models have none."""
     qwen, other = nn.Linear(1, 1), nn.Linear(1, 1)
     qwen.processor = SimpleNamespace(image_processor=sentence_transformer[0].processor.image_processor)  # type: ignore
+    assert get_args(Decode) == DECODE
     for one in (nn.Sequential(qwen), nn.Sequential(other)):
         assert processing_for(one, "split", None, "exact") == {"text": {"split_special_tokens": True}}
         with pytest.raises(ValueError, match=r"decode='fast' is for PUMA models alone: .*Leave it out \(--decode\)"):
