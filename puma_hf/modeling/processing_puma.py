@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
@@ -22,6 +26,7 @@ from .inputs_puma import (
     ROLES,
     SPECIAL_TOKEN_REMEDY,
     items_of,
+    load_rgb_image,
     modality_of,
     read_frames,
     to_messages,
@@ -33,9 +38,13 @@ if TYPE_CHECKING:
     # file is, the module is beside it, and every save has it.
     from .sentence_transformers_puma import PumaTransformer  # noqa: F401
 
+logger = logging.get_logger(__name__)
+
 RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
+DECODE = ("fast", "exact")
+_MOST_THREADS = 8
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
@@ -185,13 +194,16 @@ class PumaProcessor(Qwen2VLProcessor):
             ValueError: If a prompt does not end in `[RET]`: the embedding would be that of another token.
         """
         for prompt in [text] if isinstance(text, str) else text or ():
-            if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
-                raise ValueError(
-                    f"The prompt {prompt!r:.80} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
-                    "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
-                )
+            self._check_end(prompt)
         batch: BatchFeature = super().__call__(images=images, text=text, videos=videos, **kwargs)
         return batch
+
+    def _check_end(self, prompt: Any) -> None:
+        if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
+            raise ValueError(
+                f"The prompt {prompt!r:.80} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
+                "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
+            )
 
     @property
     def ret_token_id(self) -> int:
@@ -222,7 +234,9 @@ class PumaProcessor(Qwen2VLProcessor):
             split_special_tokens: Special tokens such as `<|image_pad|>` inside a user's text raise an error
                 by default; with `True` they are broken up and read as plain text.
             images_kwargs: Overrides for the image processor, for example
-                `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels.
+                `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels; and `{"decode": "exact"}`, which
+                decodes every pixel of a photo, where by default ("fast") a JPEG is decoded no larger than is needed
+                for the size that is kept, and other large images are averaged in blocks first.
 
         Returns:
             A batch with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape
@@ -245,39 +259,28 @@ class PumaProcessor(Qwen2VLProcessor):
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
         limit = self.tokenizer.model_max_length if max_length is None else max_length
-        images_kwargs = self._image_options(images_kwargs)
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         pattern = re.compile("|".join(map(re.escape, special)))
-        texts, images, videos, modalities, counts = [], [], [], [], []
+        conversations = []
         for index, item in enumerate(inputs):
-            try:
-                messages = to_messages(item, prompt)
-                _check_special_tokens(messages, pattern, split_special_tokens)
-                own_images = [part["image"] for part in items_of(messages, "image")]
+            with _named(index):
+                conversations.append(to_messages(item, prompt))
+                _check_special_tokens(conversations[-1], pattern, split_special_tokens)
+        sources = [part["image"] for messages in conversations for part in items_of(messages, "image")]
+        images: list[BatchFeature] = []
+        videos, texts, modalities, counts = [], [], [], []
+        with self._processed(sources, self._image_options(images_kwargs)) as processed:
+            for index, messages in enumerate(conversations):
                 own_videos = [part["video"] for part in items_of(messages, "video")]
                 has_text = bool(items_of(messages, "text", ROLES[1:]))
+                with _named(index):
+                    own_images = [processed(part["image"]) for part in items_of(messages, "image")]
+                    videos += [self._read_video(video) for video in own_videos]
+                    texts.append(self._render(self._as_read(messages), own_images, limit))
                 modalities.append(MODALITY_IDS[modality_of(has_text, bool(own_images), bool(own_videos))])
-                videos += [self._read_video(video) for video in own_videos]
-                texts.append(self._render(self._as_read(messages), own_images, limit, images_kwargs))
-            except (ValueError, FileNotFoundError, ImportError) as error:
-                kind = next(kind for kind in (FileNotFoundError, ImportError, ValueError) if isinstance(error, kind))
-                raise kind(f"inputs[{index}]: {error}") from error
-            images += own_images
-            counts.append((len(own_images), len(own_videos)))
-        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
-        batch = self(
-            text=texts,
-            # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
-            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. Copies, as
-            # PyTorch warns of what it may not write to.
-            images=[np.array(image) for image in images] or None,
-            videos=[frames for frames, _ in videos] or None,
-            text_kwargs={"padding": True},
-            images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
-            **({"videos_kwargs": {"video_metadata": facts}} if facts else {}),  # asked for where frames are sampled
-            return_mm_token_type_ids=False,  # all at once below, row by row there
-            return_tensors="pt",
-        )
+                images += own_images
+                counts.append((len(own_images), len(own_videos)))
+        batch = self._batch(texts, images, videos)
         ids = batch["input_ids"]
         last = (batch["attention_mask"] * torch.arange(ids.shape[1])).argmax(dim=1, keepdim=True)
         if not (ids.gather(1, last) == self.ret_token_id).all():
@@ -289,6 +292,64 @@ class PumaProcessor(Qwen2VLProcessor):
             if any(per_sample):
                 batch[f"num_{name}_per_sample"] = torch.tensor(per_sample)
         return batch
+
+    @contextmanager
+    def _processed(self, sources: list[Any], options: dict[str, Any]) -> Iterator[Callable[[Any], BatchFeature]]:
+        """From an image as it came to what the image processor makes of it; in threads, ahead of who asks.
+
+        Pillow and NumPy leave the interpreter to the other threads while they work. Each thread has one decoded image
+        in memory; what waits is no larger than the pixels that the model takes.
+        """
+        decode = options.pop("decode", "fast")
+        if decode not in DECODE:
+            raise ValueError(f"decode={decode!r} must be one of {', '.join(map(repr, DECODE))}.")
+        images, size = self.image_processor, options["size"]
+        if sources and (here := size["longest_edge"]) != (own_limit := images.size["longest_edge"]):
+            limits = f"{here:,} pixels, and the model was saved with {own_limit:,}"
+            logger.warning_once(f"Images are scaled down to {limits}: embeddings at two limits differ.")
+        # Only what shrinks images as we do can be helped by smaller ones.
+        do_resize, resample = (options.get(name, getattr(images, name)) for name in ("do_resize", "resample"))
+        is_fast = decode == "fast" and do_resize and resample == Image.Resampling.BICUBIC
+        factor = options.get("patch_size", images.patch_size) * options.get("merge_size", images.merge_size)
+
+        def kept_size(width: int, height: int) -> tuple[int, int]:
+            kept: tuple[int, int] = smart_resize(width, height, factor, size["shortest_edge"], size["longest_edge"])
+            return kept
+
+        def process(source: Any) -> BatchFeature:
+            # An array with a stated layout: whether Pillow images are read right with one depends on the version of
+            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. A copy, as
+            # PyTorch warns of what it may not write to.
+            pixels = np.array(load_rgb_image(source, kept_size=kept_size if is_fast else None))
+            layout = {"input_data_format": "channels_last", "do_convert_rgb": False, **options}
+            processed: BatchFeature = images(pixels, return_tensors="pt", **layout)
+            return processed
+
+        # torch has one thread in a worker of a DataLoader, and under torchrun by default: the other processes have the
+        # other cores. An image that comes twice is read once, as two threads cannot read from one file.
+        own = {id(source): source for source in sources}
+        pool = ThreadPoolExecutor(max(1, min(torch.get_num_threads(), _MOST_THREADS, len(own))), "puma-images")
+        try:
+            found = {key: pool.submit(process, source) for key, source in own.items()}
+            yield lambda source: found[id(source)].result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # one that lived on would be dead in a process that is forked later
+
+    def _batch(self, texts: list[str], images: list[BatchFeature], videos: list[Any]) -> BatchFeature:
+        """What `__call__` makes of prompts, frames, and images that are processed already."""
+        data: dict[str, Any] = {}
+        if images:
+            data = {name: torch.cat([image[name] for image in images]) for name in ("pixel_values", "image_grid_thw")}
+        tokens: list[list[str]] = [[self.replace_image_token(dict(image), 0) for image in images], []]
+        if videos:
+            facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
+            frames = [frames for frames, _ in videos]  # metadata is asked for where frames are sampled
+            found, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
+            data |= {name: value for name, value in found.items() if name != "video_metadata"}
+        for text in texts:
+            self._check_end(text)
+        expanded, _ = self.get_text_with_replacements(texts, *tokens)
+        return BatchFeature({**self.tokenizer(expanded, padding=True, return_tensors="pt"), **data})
 
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
@@ -318,14 +379,9 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ImportError("video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
         return read_frames(video)
 
-    def _render(
-        self, messages: list[dict[str, Any]], images: list[Any], limit: int, images_kwargs: dict[str, Any]
-    ) -> str:
+    def _render(self, messages: list[dict[str, Any]], images: list[BatchFeature], limit: int) -> str:
         """The prompt of one conversation, its last text shortened until the whole fits into `limit` tokens."""
-        size, count_patches = images_kwargs["size"], self.image_processor.get_number_of_image_patches
-        options = {**images_kwargs, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        patches = sum(count_patches(image.height, image.width, options) for image in images)
-        visual = int(patches // self.image_processor.merge_size**2)
+        visual = sum(int(image["image_grid_thw"].prod()) for image in images) // self.image_processor.merge_size**2
         rendered = str(self.apply_chat_template(messages, tokenize=False))
         if visual + len(rendered.encode()) <= limit:
             return rendered
@@ -348,6 +404,11 @@ class PumaProcessor(Qwen2VLProcessor):
         if size["longest_edge"] < size["shortest_edge"]:
             edges = f"longest_edge={size['longest_edge']}, less than shortest_edge={size['shortest_edge']}"
             raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge.")
+        if size["longest_edge"] != default["longest_edge"]:
+            limits = (
+                f"{size['longest_edge']:,} pixels here, and to {default['longest_edge']:,} where the model was saved"
+            )
+            logger.warning_once(f"Images are scaled down to {limits}: its embeddings differ.")
         return {**options, "size": size}
 
     def _num_text_tokens(self, rendered: str) -> int:
@@ -366,6 +427,16 @@ class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
 
     _takes_video = False
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Say of an error which input it is about."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        kind = next(kind for kind in (FileNotFoundError, ImportError, ValueError) if isinstance(error, kind))
+        raise kind(f"inputs[{index}]: {error}") from error
 
 
 def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool) -> None:

@@ -70,7 +70,7 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
     messages = to_messages([{"role": "user", "content": [item, {"type": "text", "text": "apple"}]}])
     (image,) = items_of(messages, "image")
-    assert np.array_equal(np.asarray(image["image"]), np.asarray(BASE))
+    assert np.array_equal(np.asarray(load_rgb_image(image["image"])), np.asarray(BASE))
     assert [text["text"] for text in items_of(messages, "text")] == ["apple"]
 
 
