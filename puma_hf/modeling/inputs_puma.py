@@ -57,9 +57,10 @@ IMAGE_FORMATS = frozenset((
 ))  # fmt: skip
 # Qwen2-VL's own limit: beyond it a resized image keeps no usable short side.
 MAX_ASPECT_RATIO = 200
-# A photo is decoded to at least so many times the size that is kept of it. Closer, its pixels would differ more from
-# those of a whole decoding; further, one of 12 megapixels costs twice the time (benchmarks/photos.py).
-DECODED_GAP = 1.75
+# A JPEG is decoded to at least so many times the size that is kept of it. Closer, pixels would differ more from those
+# of a whole decoding; further, a photo of 12 megapixels costs twice the time (benchmarks/photos.py). Averaging blocks
+# costs little and blurs more, so it leaves more.
+DECODED_GAP, AVERAGED_GAP = 1.75, 3.0
 DOWNLOAD_TIMEOUT = 30.0  # seconds
 # By EXIF's orientation.
 _TURNS: dict[Any, Image.Transpose] = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
@@ -237,7 +238,7 @@ def load_rgb_image(
         rgb = _to_rgb(opened)
         if is_large:
             box = None if drafted is None else drafted[1]  # without the part of a block that rounds a side up
-            rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=DECODED_GAP)
+            rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=AVERAGED_GAP)
         turn = _turn_of(opened)
         return rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError as error:
