@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
+    MAX_ASPECT_RATIO,
     MODALITY_IDS,
     ROLES,
     SPECIAL_TOKEN_REMEDY,
@@ -318,7 +319,9 @@ class PumaProcessor(Qwen2VLProcessor):
             if is_exact:
                 return width, height
             kept: tuple[int, int] = smart_resize(width, height, factor, size["shortest_edge"], size["longest_edge"])
-            return kept
+            # A side of less than a token is rounded up: such a strip would be resized, or refused, once more.
+            is_strip = kept[0] * kept[1] > size["longest_edge"] or max(kept) > MAX_ASPECT_RATIO * min(kept)
+            return (width, height) if is_strip else kept
 
         def process(source: Any) -> BatchFeature:
             # An array with a stated layout: whether Pillow images are read right with one depends on the version of

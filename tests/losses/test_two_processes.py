@@ -43,12 +43,13 @@ RELEASED: dict[str, dict[str, Any]] = {
         "stage 2": {},
     }.items()
 }
+RELATIONAL = {"relational": {"settings": {"metric": "relational", "distillation_weight": 1.0}, "progress": 1 / 3}}
 
 
 @pytest.fixture(scope="module")
 def results(puma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """Of both processes, for all cases: starting them takes longer than what they compute."""
-    return run(CASES | RELEASED, puma_dir, tmp_path_factory.mktemp("processes"))
+    return run(CASES | RELEASED | RELATIONAL, puma_dir, tmp_path_factory.mktemp("processes"))
 
 
 def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -112,6 +113,14 @@ def test_without_gathering_each_device_has_its_own_candidates(
         average = {name: mean([half["gradients"][name] for half in halves]) for name in halves[0]["gradients"]}
         assert_same_gradients(result["apart"]["gradients"], average)
     assert mean([half["loss"] for half in halves]) < mean([result["mac"]["loss"] for result in results]) - 0.1
+
+
+def test_relations_reach_over_processes(puma_dir: Path, results: list[dict[str, dict[str, Any]]]) -> None:
+    whole = compute(RELATIONAL["relational"], str(puma_dir), slice(ROWS))
+    halves = [result["relational"] for result in results]
+    torch.testing.assert_close(mean([half["loss"] for half in halves]), whole["loss"], rtol=0, atol=1e-9)
+    for half in halves:
+        assert_same_gradients(half["gradients"], whole["gradients"], 1e-9)
 
 
 @pytest.mark.parametrize("name", RELEASED)
