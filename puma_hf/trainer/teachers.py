@@ -164,7 +164,8 @@ class WholeTeacher(Teacher):
     """
 
     def __init__(self, model: PumaModel, student: PumaModel, *, any_width: bool = False) -> None:
-        for name in ("hidden_size", "ret_token_id", "image_token_id", "video_token_id", "positions")[any_width:]:
+        names = ("hidden_size", "source_model_type", "ret_token_id", "image_token_id", "video_token_id", "positions")
+        for name in names[any_width:]:
             ours, theirs = (
                 getattr(config.text_config if name == "hidden_size" else config, name)
                 for config in (student.config, model.config)
