@@ -108,7 +108,7 @@ def prune(
             such as "0-10,27". A Qwen3-VL keeps those after which DeepStack adds features: the first three.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
         max_pixels: Pixels that images are scaled down to; "source" keeps the source's own limit. By default 300 visual
-            tokens (235,200 pixels, of later families 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
+            tokens (235,200 pixels, later 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
             a PUMA directory keeps its own.
         reading: "puma", this library's prompt with M-RoPE positions, or "puma-released", the prompt and the sequential
             positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
