@@ -8,13 +8,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageFile
 from transformers.utils.import_utils import is_av_available, is_torchvision_available
 from transformers.video_utils import load_video, read_video_pyav
@@ -250,6 +253,27 @@ def load_rgb_image(
         name = repr(str(image)[:120]) if is_name else f"an object of type {type(image).__name__}"
         message = f"{prefix}{name} cannot be read as an image ({reason_of(error)}). Replace it or leave it out."
         raise ValueError(message) from error
+
+
+def decoded_by_torchvision(image: Any, device: Any) -> Any:
+    """The pixels of a JPEG that is stored upright, uint8 `(3, height, width)` on `device`; None of any other image.
+
+    Raises:
+        ImportError: If torchvision is not installed.
+    """
+    if not is_torchvision_available():
+        raise ImportError("decode='torchvision' needs torchvision. Run `pip install 'puma-hf[video]'`.")
+    read = import_module("torchvision.io")  # what stands in an import statement has to be installed where this travels
+    # Whatever is wrong with an image, Pillow says it better; and CMYK is read by it alone.
+    with suppress(Exception):
+        opened: Any = None if isinstance(image, Image.Image) else _opened(image)
+        if opened.format == "JPEG" and opened.mode in ("RGB", "L") and _turn_of(opened) is None:
+            _check_size(opened.size)
+            opened.fp.seek(0)
+            data = np.frombuffer(opened.fp.read(), np.uint8).copy()
+            if data[-2:].tobytes() == b"\xff\xd9":  # a GPU decodes what is cut off, too
+                return read.decode_jpeg(torch.from_numpy(data), mode=read.ImageReadMode.RGB, device=device)
+    return None
 
 
 def reason_of(error: Exception) -> str:

@@ -164,7 +164,8 @@ class WholeTeacher(Teacher):
     """
 
     def __init__(self, model: PumaModel, student: PumaModel, *, any_width: bool = False) -> None:
-        for name in ("hidden_size", "ret_token_id", "image_token_id", "video_token_id", "positions")[any_width:]:
+        names = ("hidden_size", "source_model_type", "ret_token_id", "image_token_id", "video_token_id", "positions")
+        for name in names[any_width:]:
             ours, theirs = (
                 getattr(config.text_config if name == "hidden_size" else config, name)
                 for config in (student.config, model.config)
@@ -224,8 +225,8 @@ class EmbeddingTeacher(Teacher):
             if not isinstance(embedded, Tensor) or embedded.ndim != 2:
                 what = f"The teacher's encode gave {type(embedded).__name__} of {getattr(embedded, 'shape', '?')}"
                 raise ValueError(f"{what}, not one vector an input. Take a model of single vectors.")
-            # Autograd takes no tensor of the inference mode, in which `encode` runs; a clone is one like any other.
-            found.update(zip(places, embedded.clone(), strict=True))
+            found.update(zip(places, embedded, strict=True))
+        # Autograd takes no tensor of the inference mode, in which `encode` runs; that of `stack` is one like any other.
         return torch.stack([found[place] for place in range(len(found))])
 
     def fingerprint(self) -> str:
