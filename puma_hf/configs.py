@@ -52,14 +52,16 @@ class PruneConfig(CheckedConfig):
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
 
     Args:
-        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further.
+        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, of an embedder made from one, or of a PUMA
+            directory to cut further.
         output_dir: New directory for the model.
         num_kept_layers: Decoder layers to keep, from the input.
         keep_layers: Instead, which layers to keep, such as 0-10,27.
         dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
-        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
-            300 visual tokens.
-        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but of a
+            generative model at most 300 visual tokens.
+        reading: How inputs are read: as the source reads them, if it is an embedder, or with [RET] and this library's
+            prompt, or that of PUMA's authors with its plain positions. Found out and told by default.
     """
 
     source: str = positional()
@@ -68,7 +70,7 @@ class PruneConfig(CheckedConfig):
     keep_layers: str | None = None
     dtype: str = "auto"
     max_pixels: str | None = None  # a number, or a word
-    reading: Literal["puma", "puma-released"] | None = None
+    reading: Literal["source", "puma", "puma-released", "qwen3-vl-embedding", "gme", "lamra"] | None = None
     revision: str | None = None
     overwrite: bool = False
 

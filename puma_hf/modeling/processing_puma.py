@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
+_ANSWER = "<|im_start|>assistant\n"  # what templates ask for an answer with
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
@@ -48,17 +50,28 @@ _LENGTH_REMEDY = (
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read an input: template, text, positions. A model keeps the one that it was trained with.
+    """One way to read an input: template, text, limits, positions. A model keeps the one that it was trained with.
 
-    The embedding is read at the last token, where every template ends.
+    The embedding is read at the last token, where every template ends: what a model's authors let follow it, such as a
+    full stop after `[RET]` or the `<emb>` after the state that is read, cannot be seen from there.
     """
 
-    template: str  # the file of the chat template beside this one
-    system: str | None = None  # what the template calls so: the text of a system turn that every input has
+    template: str | None  # the file of the chat template beside this one; None for the one that the source brings
+    system: str | None = None  # what the template calls so: the text of the system turn, if no instruction is it
+    end: str | None = (
+        RET_TOKEN  # what the template ends in, and calls so, after "assistant"; None where the source says
+    )
     positions: str = "mrope"  # in time, height and width; "sequential", one after another, those of images too
+    to_instruction: Callable[[str], str] | None = str.strip
     to_sentence: Callable[[str], str] | None = None  # for the instruction, then for both, it and the text
     max_text_tokens: int | None = None  # of that text
+    empty_text: str | None = None  # what an input without any part is read as; None refuses it
+    # What an embedder's own code sets, and not its files: visual tokens of an image, at least and at most; tokens.
+    visual_tokens: tuple[int, int] | None = None
+    max_length: int | None = None
+    padding_side: str | None = None
     backbones: tuple[str, ...] | None = None  # the model_type of originals that can be read so; None for all
+    known_by: str | None = None  # a pattern of the names that its checkpoints have
     told: str = ""  # the rest of the sentence "Inputs are read as ..." on a card
 
 
@@ -78,18 +91,80 @@ def released_sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) or not text else ".")
 
 
+def with_full_stop(instruction: str) -> str:
+    """An instruction as Qwen3-VL-Embedding's authors have it: with a full stop if it ends in no punctuation.
+
+    Example:
+
+    ```python
+    >>> from puma_hf.modeling.processing_puma import with_full_stop
+
+    >>> with_full_stop(" Find it "), with_full_stop("Find it\u3002")
+    ('Find it.', 'Find it\u3002')
+    ```
+    """
+    instruction = instruction.strip()
+    is_whole = not instruction or unicodedata.category(instruction[-1]).startswith("P")
+    return instruction if is_whole else f"{instruction}."
+
+
+# As in the code that PUMA's authors have released, which is built on Qwen2-VL's own template.
+_RELEASED = Reading(
+    "chat_template_released.jinja",
+    system="You are a helpful assistant.",
+    positions="sequential",
+    to_sentence=released_sentence,
+    max_text_tokens=450,
+    backbones=("qwen2_vl", "qwen2_5_vl"),
+    told="with the system turn of Qwen2-VL and positions that count every token (no M-RoPE); instruction and text "
+    "begin with a capital, end in a full stop, and are cut at 450 tokens",
+)
+# How a model reads, by name. Another embedder is another entry: what its authors' inference code does.
 READINGS = {
     "puma": Reading("chat_template.jinja"),
-    # As in the code that PUMA's authors have released, which is built on Qwen2-VL's own template.
-    "puma-released": Reading(
-        "chat_template_released.jinja",
+    "puma-released": _RELEASED,
+    # What a sentence-transformers directory says of itself.
+    "source": Reading(
+        None,
+        end=None,
+        to_instruction=None,
+        told="with the chat template, the prompts and the limits of the embedder that was cut; an instruction is the "
+        "system message",
+    ),
+    "qwen3-vl-embedding": Reading(
+        "chat_template_instructed.jinja",
+        system="Represent the user's input.",
+        end="",
+        to_instruction=with_full_stop,
+        empty_text="NULL",
+        visual_tokens=(4, 1800),
+        max_length=8192,
+        padding_side="right",
+        backbones=("qwen3_vl",),
+        known_by="qwen3-?vl-?embedding",
+        told="by Qwen3-VL-Embedding's own code: the instruction is the system turn, and without one \"Represent the "
+        "user's input.\"",
+    ),
+    "gme": Reading(
+        "chat_template_instructed.jinja",
         system="You are a helpful assistant.",
+        end="<|endoftext|>",
         positions="sequential",
-        to_sentence=released_sentence,
-        max_text_tokens=450,
-        backbones=("qwen2_vl", "qwen2_5_vl"),
-        told="with the system turn of Qwen2-VL and positions that count every token (no M-RoPE); instruction and text "
-        "begin with a capital, end in a full stop, and are cut at 450 tokens",
+        visual_tokens=(256, 1280),
+        max_length=1800,
+        padding_side="left",
+        backbones=("qwen2_vl",),
+        known_by="gme-?qwen2",
+        told='by GME\'s own code: the instruction is the system turn, and without one "You are a helpful assistant."; '
+        "`<|endoftext|>` ends the prompt, and positions count every token (no M-RoPE)",
+    ),
+    # The user turn that PUMA's authors have taken over; the state before `<emb>` is the last of the prompt.
+    "lamra": replace(
+        _RELEASED,
+        end="",
+        visual_tokens=(4, 300),
+        known_by="lamra",
+        told=f"by LamRA's own code, up to the token before `<emb>`, {_RELEASED.told}",
     ),
 }
 
@@ -113,7 +188,7 @@ class PumaProcessor(Qwen2VLProcessor):
 
     Args:
         image_processor: A Qwen2-VL image processor.
-        tokenizer: A Qwen2 tokenizer that holds `[RET]`.
+        tokenizer: A Qwen2 tokenizer that holds `[RET]`, if the reading ends in it.
         video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
             torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
@@ -182,12 +257,15 @@ class PumaProcessor(Qwen2VLProcessor):
         """As in transformers, for prompts that are rendered already; [`~PumaProcessor.process_inputs`] renders them.
 
         Raises:
-            ValueError: If a prompt does not end in `[RET]`: the embedding would be that of another token.
+            ValueError: If a prompt does not end in `[RET]`, or as its reading has it: the embedding would be that of
+                another token.
         """
+        end = reading_of(self.reading).end
+        end = _ANSWER if end == "" else end  # None: only the source knows
         for prompt in [text] if isinstance(text, str) else text or ():
-            if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
+            if isinstance(prompt, str) and end and not prompt.endswith(end):
                 raise ValueError(
-                    f"The prompt {prompt!r:.80} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
+                    f"The prompt {prompt!r:.80} does not end in {end}, where the embedding is read. Pass inputs "
                     "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
                 )
         batch: BatchFeature = super().__call__(images=images, text=text, videos=videos, **kwargs)
@@ -244,6 +322,8 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
+        reading = reading_of(self.reading)
+        prompt = self._default_prompt() if prompt is None and reading.template is None else prompt
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         images_kwargs = self._image_options(images_kwargs)
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -251,6 +331,7 @@ class PumaProcessor(Qwen2VLProcessor):
         texts, images, videos, modalities, counts = [], [], [], [], []
         for index, item in enumerate(inputs):
             try:
+                item = item if reading.empty_text is None else _filled(item, reading.empty_text)
                 messages = to_messages(item, prompt)
                 _check_special_tokens(messages, pattern, split_special_tokens)
                 own_images = [part["image"] for part in items_of(messages, "image")]
@@ -280,8 +361,8 @@ class PumaProcessor(Qwen2VLProcessor):
         )
         ids = batch["input_ids"]
         last = (batch["attention_mask"] * torch.arange(ids.shape[1])).argmax(dim=1, keepdim=True)
-        if not (ids.gather(1, last) == self.ret_token_id).all():
-            raise ValueError(f"{RET_TOKEN} is no token of this tokenizer. Open the one in the model's directory.")
+        if reading.end and not (ids.gather(1, last) == self.tokenizer.convert_tokens_to_ids(reading.end)).all():
+            raise ValueError(f"{reading.end} is no token of this tokenizer. Open the one in the model's directory.")
         batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
         batch["modality_ids"] = torch.tensor(modalities)
         # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
@@ -290,9 +371,17 @@ class PumaProcessor(Qwen2VLProcessor):
                 batch[f"num_{name}_per_sample"] = torch.tensor(per_sample)
         return batch
 
+    def _default_prompt(self) -> str | None:
+        """The instruction that sentence-transformers gives to every input without one, for a model of its own."""
+        settings = self.sentence_transformers_settings or {}
+        prompt: str | None = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
+        return prompt
+
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
         reading = reading_of(self.reading)
+        for item in items_of(messages, "text", ("system",)) if reading.to_instruction else ():
+            item["text"] = reading.to_instruction(item["text"])
         if reading.to_sentence is None:
             return messages
         # The instruction stands before the first text, in the user's turn.
@@ -366,6 +455,15 @@ class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
 
     _takes_video = False
+
+
+def _filled(item: Any, text: str) -> Any:
+    """An input with `text` for its text if it has no part, and without an empty text."""
+    if isinstance(item, dict) and "role" not in item and "bytes" not in item:
+        parts = {key: value for key, value in item.items() if value is not None and not isinstance(value, str | list)}
+        parts |= {key: value for key, value in item.items() if isinstance(value, str | list) and value}
+        return parts if parts.keys() - {"instruction"} else {**parts, "text": text}
+    return {"text": text} if isinstance(item, str) and not item else item
 
 
 def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool) -> None:
