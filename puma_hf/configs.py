@@ -416,6 +416,7 @@ class CheckConfig(CheckedConfig):
         merged: PUMA directory that the adapter was merged into; default: it is merged for the check.
         base: PUMA directory that the adapter was trained on; default: the one it names.
         exported: Directory that puma-hf export wrote; default: the model is exported for the check.
+        source: Embedder that this is a copy of with all layers; both are compared by stock classes.
         seed: Draws the texts and pictures.
         device: Device that the model runs on, such as cuda; bounds are for float32 on it.
     """
@@ -424,5 +425,6 @@ class CheckConfig(CheckedConfig):
     merged: str | Path | None = None
     base: str | Path | None = None
     exported: str | Path | None = None
+    source: str | Path | None = None
     seed: int = option(0, at_least=0)
     device: str = "cpu"

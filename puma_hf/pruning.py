@@ -206,7 +206,8 @@ def _build_processor(checkpoint: Checkpoint, config: Any, asked: str | None) -> 
         made = f"reading={origin.reading!r} is made for {' and '.join(reading.backbones)}"
         raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
     if origin.padding_side is not None:
-        tokenizer.padding_side = origin.padding_side
+        # The second is what a save writes.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = origin.padding_side
     processor = (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(folder),
         tokenizer=tokenizer,
@@ -327,7 +328,11 @@ def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_origi
         tags=list(TAGS),
     )
     values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
-    values |= {"kept_layers": config.kept_layers, "embedding_dim": config.text_config.hidden_size}
+    values |= {
+        "no_ret": config.ret_token_id is None,
+        "kept_layers": config.kept_layers,
+        "embedding_dim": config.text_config.hidden_size,
+    }
     if not is_original:
         values |= {"parameters_before": None, "bytes_before": None}
     (folder / "README.md").write_text(fill_template(card_data, **values), encoding="utf-8")

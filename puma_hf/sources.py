@@ -76,7 +76,7 @@ def find_source(checkpoint: Checkpoint, tokenizer: Any, asked: str | None = None
     modules: Any = _read(folder / "modules.json") or []
     problem = _problem(folder, modules) if modules else "has no modules.json, which would say how it is read"
     code: dict[str, Any] = config.get("auto_map") or {}
-    names = [checkpoint.name, *(config.get("architectures") or ()), *map(str, code.values())]
+    names = [Path(checkpoint.name).name, *(config.get("architectures") or ()), *map(str, code.values())]
     known = [name for name, reading in READINGS.items() if reading.known_by and _is_known(reading.known_by, names)]
     if asked is not None:
         name, found = asked, "asked for"
@@ -169,10 +169,10 @@ def check_template(processor: PumaProcessor, name: str) -> None:
     Raises:
         ValueError: In these cases, or if the template cannot be rendered.
     """
-    image, words = {"type": "image"}, [{"type": "text", "text": text} for text in ("0", "1 2 3")]
+    image, *words = {"type": "image"}, *({"type": "text", "text": text} for text in ("0", "1 2 3"))
     contents = [[words[0]], [words[1]], [image], [image, words[1]]]
     try:
-        chats = [[{"role": "user", "content": content}] for content in contents]
+        chats: list[Any] = [[{"role": "user", "content": content}] for content in contents]
         prompts = [str(processor.apply_chat_template(chat, tokenize=False)) for chat in chats]
     except TemplateError as error:
         raise ValueError(f"The chat template of {name!r} cannot be rendered ({error}). {_REMEDY}") from error

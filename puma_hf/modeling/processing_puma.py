@@ -380,8 +380,9 @@ class PumaProcessor(Qwen2VLProcessor):
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
         reading = reading_of(self.reading)
-        for item in items_of(messages, "text", ("system",)) if reading.to_instruction else ():
-            item["text"] = reading.to_instruction(item["text"])
+        if reading.to_instruction is not None:
+            for item in items_of(messages, "text", ("system",)):
+                item["text"] = reading.to_instruction(item["text"])
         if reading.to_sentence is None:
             return messages
         # The instruction stands before the first text, in the user's turn.

@@ -227,6 +227,7 @@ class StoredModel:
             "attn_implementation": student.config._attn_implementation,
         }
         self._source, self._positions = source, student.config.positions
+        self._has_ret = student.config.ret_token_id is not None  # an embedder's cut copy goes on without
         self._checkpoint = open_checkpoint(source, revision=revision)
         self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
         text_config: Any = self.config.text_config
@@ -265,11 +266,12 @@ class StoredModel:
         return layers
 
     def load(self) -> PumaModel:
-        """The whole model; if its tokenizer has no `[RET]`, that gets the row that pruning would give it."""
+        """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has it."""
         revision = self._checkpoint.revision or "main"
         full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
         if full.config.ret_token_id is None:
-            place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+            if self._has_ret:
+                place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
             full.config.positions = self._positions
         return full
 
