@@ -19,7 +19,7 @@ from puma_hf.configs import ExportFormat
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, new_directory, read_config, write_json
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.modeling.processing_puma import reading_of
+from puma_hf.modeling.readings_puma import reading_of
 from puma_hf.settings import convert
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
-from puma_hf.modeling.processing_puma import PIPELINES, reading_of, write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, write_sentence_transformers_files
+from puma_hf.modeling.readings_puma import reading_of
 from puma_hf.sources import TRANSFORMER_FILE, Source, check_template, find_source
 
 logger = logging.getLogger(__name__)

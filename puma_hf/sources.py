@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 from puma_hf.checkpoint import Checkpoint
 from puma_hf.files import PUMA_MODEL_TYPES, read_config
 from puma_hf.modeling import PumaProcessor
-from puma_hf.modeling.processing_puma import READINGS, SETTINGS_FILE, reading_of
+from puma_hf.modeling.processing_puma import SETTINGS_FILE
+from puma_hf.modeling.readings_puma import READINGS, reading_of
 
 _TEMPLATES = Path(__file__).parent / "modeling"
 TRANSFORMER_FILE = "sentence_bert_config.json"

@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
 from .inputs_puma import MODALITY_IDS, MODALITY_NAMES
 from .modeling_puma import MODEL_CLASSES, PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
-from .processing_puma import RET_TOKEN, PumaImageTextProcessor, PumaProcessor
+from .processing_puma import PumaImageTextProcessor, PumaProcessor
+from .readings_puma import RET_TOKEN
 
 for _config, _model in MODEL_CLASSES.items():
     _processor = PumaProcessor if _config.takes_video else PumaImageTextProcessor

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import re
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -57,6 +57,9 @@ IMAGE_FORMATS = frozenset((
 ))  # fmt: skip
 # Qwen2-VL's own limit: beyond it a resized image keeps no usable short side.
 MAX_ASPECT_RATIO = 200
+# A photo is decoded to at least so many times the size that is kept of it. Closer, its pixels would differ more from
+# those of a whole decoding; further, one of 12 megapixels costs twice the time (benchmarks/photos.py).
+DECODED_GAP = 1.75
 DOWNLOAD_TIMEOUT = 30.0  # seconds
 # By EXIF's orientation.
 _TURNS: dict[Any, Image.Transpose] = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
@@ -78,11 +81,10 @@ def items_of(messages: list[dict[str, Any]], kind: str, roles: tuple[str, ...] =
 
 
 def to_messages(item: Any, prompt: str | None = None) -> list[dict[str, Any]]:
-    """One input of `PumaProcessor.process_inputs` as chat messages: lists of typed items with loaded images.
+    """One input of `PumaProcessor.process_inputs` as chat messages: lists of typed items, with images as they came.
 
     Raises:
-        ValueError: If it is of an unknown kind, empty, or holds an image that cannot be read.
-        FileNotFoundError: If an image's file is missing.
+        ValueError: If it is of an unknown kind, or empty.
     """
     if isinstance(item, dict) and "role" in item:
         item = [item]
@@ -108,8 +110,6 @@ def to_messages(item: Any, prompt: str | None = None) -> list[dict[str, Any]]:
         raise ValueError(f"an instruction must be a string, got {prompt!r:.80}. Leave it out for none.")
     if prompt and prompt.strip():
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt}]})
-    for part in items_of(messages, "image"):
-        part["image"] = load_rgb_image(part["image"])
     return messages
 
 
@@ -197,7 +197,9 @@ def open_image(source: Any) -> Image.Image:
     return Image.open(source, formats=[kind for kind in Image.ID if kind in IMAGE_FORMATS])
 
 
-def load_rgb_image(image: Any, where: str = "") -> Image.Image:
+def load_rgb_image(
+    image: Any, where: str = "", kept_size: Callable[[int, int], tuple[int, int]] | None = None
+) -> Image.Image:
     """Load `image` as an upright 8-bit RGB image.
 
     Transparent pixels are laid on white, and palette, grey and CMYK images are converted. 16-bit grey is divided by
@@ -209,6 +211,9 @@ def load_rgb_image(image: Any, where: str = "") -> Image.Image:
         image: A PIL image, a file path, an http(s), file or data URL, encoded `bytes` or `BytesIO`, an Arrow image
             (`{"bytes": ..., "path": ...}`), or an `(height, width, 3)` uint8 array or tensor.
         where: How error messages call the input.
+        kept_size: From width and height of an image to those that the model keeps. A much larger image comes in that
+            size: a JPEG is decoded no larger than is needed for it, which libjpeg does by leaving out frequencies, and
+            any other is averaged in blocks first. All other images are the same with it as without.
 
     Returns:
         The image in mode RGB.
@@ -220,14 +225,21 @@ def load_rgb_image(image: Any, where: str = "") -> Image.Image:
     """
     prefix = f"{where}: " if where else ""
     try:
-        with warnings.catch_warnings():
-            # Between one and two times Pillow's limit it only warns; a corpus has no use for either.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = image if isinstance(image, Image.Image) else _opened(image)
-            opened.load()
-            rgb = _to_rgb(opened)
-            turn = _turn_of(opened)
-            return rgb if turn is None else rgb.transpose(turn)
+        opened = image if isinstance(image, Image.Image) else _opened(image)
+        _check_size(opened.size)
+        kept = opened.size if kept_size is None else kept_size(*opened.size)
+        width, height = (math.ceil(DECODED_GAP * side) for side in kept)
+        is_large = min(opened.width // width, opened.height // height) >= 2
+        drafted = None
+        if is_large and opened is not image:  # what a user has opened keeps its size
+            drafted = opened.draft(None, (width, height))
+        opened.load()
+        rgb = _to_rgb(opened)
+        if is_large:
+            box = None if drafted is None else drafted[1]  # without the part of a block that rounds a side up
+            rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=DECODED_GAP)
+        turn = _turn_of(opened)
+        return rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{prefix}no image file at {image!r}. Check the path.") from error
     except MemoryError:
@@ -265,11 +277,18 @@ def _opened(image: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    longer, shorter = max(image.size), min(image.size)
+def _check_size(size: tuple[int, int]) -> None:
+    longer, shorter, most = max(size), min(size), Image.MAX_IMAGE_PIXELS
     if not shorter or longer > MAX_ASPECT_RATIO * shorter:
         limit = f"neither side may be 0, or more than {MAX_ASPECT_RATIO} times the other"
-        raise ValueError(f"it has {image.width} x {image.height} pixels, {limit}")
+        raise ValueError(f"it has {size[0]} x {size[1]} pixels, {limit}")
+    # Up to twice its limit Pillow only warns of a decompression bomb; a corpus has no use for either.
+    if most is not None and longer * shorter > most:
+        raise ValueError(f"it has {size[0]} x {size[1]} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    _check_size(image.size)  # some formats tell their size only when they are decoded
     # A PNG or PNM of 16 bits a pixel opens in mode "I" with older versions of Pillow.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int32)

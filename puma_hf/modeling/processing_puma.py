@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
@@ -23,157 +25,30 @@ from .inputs_puma import (
     ROLES,
     SPECIAL_TOKEN_REMEDY,
     items_of,
+    load_rgb_image,
     modality_of,
     read_frames,
     to_messages,
     video_part,
 )
+from .readings_puma import ANSWER, RET_TOKEN, reading_of
 
 if TYPE_CHECKING:
     # Never run, but read by transformers, which copies and downloads what a processor's code imports: wherever this
     # file is, the module is beside it, and every save has it.
     from .sentence_transformers_puma import PumaTransformer  # noqa: F401
 
-RET_TOKEN = "[RET]"
+logger = logging.get_logger(__name__)
+
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
-_ANSWER = "<|im_start|>assistant\n"  # what templates ask for an answer with
+DECODE = ("fast", "exact")
+_MOST_THREADS = 8
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
     "in encode."
 )
-
-
-# --- readings
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read an input: template, text, limits, positions. A model keeps the one that it was trained with.
-
-    The embedding is read at the last token, where every template ends: what a model's authors let follow it, such as a
-    full stop after `[RET]` or the `<emb>` after the state that is read, cannot be seen from there.
-    """
-
-    template: str | None  # the file of the chat template beside this one; None for the one that the source brings
-    system: str | None = None  # what the template calls so: the text of the system turn, if no instruction is it
-    end: str | None = (
-        RET_TOKEN  # what the template ends in, and calls so, after "assistant"; None where the source says
-    )
-    positions: str = "mrope"  # in time, height and width; "sequential", one after another, those of images too
-    to_instruction: Callable[[str], str] | None = str.strip
-    to_sentence: Callable[[str], str] | None = None  # for the instruction, then for both, it and the text
-    max_text_tokens: int | None = None  # of that text
-    empty_text: str | None = None  # what an input without any part is read as; None refuses it
-    # What an embedder's own code sets, and not its files: visual tokens of an image, at least and at most; tokens.
-    visual_tokens: tuple[int, int] | None = None
-    max_length: int | None = None
-    padding_side: str | None = None
-    backbones: tuple[str, ...] | None = None  # the model_type of originals that can be read so; None for all
-    known_by: str | None = None  # a pattern of the names that its checkpoints have
-    told: str = ""  # the rest of the sentence "Inputs are read as ..." on a card
-
-
-def released_sentence(text: str) -> str:
-    """A text as the authors' code has it: without space or quotation marks around it, as a sentence.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.processing_puma import released_sentence
-
-    >>> released_sentence(" a red apple\\n"), released_sentence("Which one?")
-    ('A red apple.', 'Which one?')
-    ```
-    """
-    text = text.replace("\r", "").strip().strip('"')
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) or not text else ".")
-
-
-def with_full_stop(instruction: str) -> str:
-    """An instruction as Qwen3-VL-Embedding's authors have it: with a full stop if it ends in no punctuation.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.processing_puma import with_full_stop
-
-    >>> with_full_stop(" Find it "), with_full_stop("Find it\u3002")
-    ('Find it.', 'Find it\u3002')
-    ```
-    """
-    instruction = instruction.strip()
-    is_whole = not instruction or unicodedata.category(instruction[-1]).startswith("P")
-    return instruction if is_whole else f"{instruction}."
-
-
-# As in the code that PUMA's authors have released, which is built on Qwen2-VL's own template.
-_RELEASED = Reading(
-    "chat_template_released.jinja",
-    system="You are a helpful assistant.",
-    positions="sequential",
-    to_sentence=released_sentence,
-    max_text_tokens=450,
-    backbones=("qwen2_vl", "qwen2_5_vl"),
-    told="with the system turn of Qwen2-VL and positions that count every token (no M-RoPE); instruction and text "
-    "begin with a capital, end in a full stop, and are cut at 450 tokens",
-)
-# How a model reads, by name. Another embedder is another entry: what its authors' inference code does.
-READINGS = {
-    "puma": Reading("chat_template.jinja"),
-    "puma-released": _RELEASED,
-    # What a sentence-transformers directory says of itself.
-    "source": Reading(
-        None,
-        end=None,
-        to_instruction=None,
-        told="with the chat template, the prompts and the limits of the embedder that was cut; an instruction is the "
-        "system message",
-    ),
-    "qwen3-vl-embedding": Reading(
-        "chat_template_instructed.jinja",
-        system="Represent the user's input.",
-        end="",
-        to_instruction=with_full_stop,
-        empty_text="NULL",
-        visual_tokens=(4, 1800),
-        max_length=8192,
-        padding_side="right",
-        backbones=("qwen3_vl",),
-        known_by="qwen3-?vl-?embedding",
-        told="by Qwen3-VL-Embedding's own code: the instruction is the system turn, and without one \"Represent the "
-        "user's input.\"",
-    ),
-    "gme": Reading(
-        "chat_template_instructed.jinja",
-        system="You are a helpful assistant.",
-        end="<|endoftext|>",
-        positions="sequential",
-        visual_tokens=(256, 1280),
-        max_length=1800,
-        padding_side="left",
-        backbones=("qwen2_vl",),
-        known_by="gme-?qwen2",
-        told='by GME\'s own code: the instruction is the system turn, and without one "You are a helpful assistant."; '
-        "`<|endoftext|>` ends the prompt, and positions count every token (no M-RoPE)",
-    ),
-    # The user turn that PUMA's authors have taken over; the state before `<emb>` is the last of the prompt.
-    "lamra": replace(
-        _RELEASED,
-        end="",
-        visual_tokens=(4, 300),
-        known_by="lamra",
-        told=f"by LamRA's own code, up to the token before `<emb>`, {_RELEASED.told}",
-    ),
-}
-
-
-def reading_of(name: str) -> Reading:
-    """The reading of this name, or a ValueError that tells the known ones."""
-    if name not in READINGS:
-        raise ValueError(f"reading={name!r} is not known here. Choose one of {', '.join(map(repr, READINGS))}.")
-    return READINGS[name]
 
 
 # --- the processor
@@ -260,21 +135,27 @@ class PumaProcessor(Qwen2VLProcessor):
             ValueError: If a prompt does not end in `[RET]`, or as its reading has it: the embedding would be that of
                 another token.
         """
-        end = reading_of(self.reading).end
-        end = _ANSWER if end == "" else end  # None: only the source knows
         for prompt in [text] if isinstance(text, str) else text or ():
-            if isinstance(prompt, str) and end and not prompt.endswith(end):
-                raise ValueError(
-                    f"The prompt {prompt!r:.80} does not end in {end}, where the embedding is read. Pass inputs "
-                    "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
-                )
+            self._check_end(prompt)
         batch: BatchFeature = super().__call__(images=images, text=text, videos=videos, **kwargs)
         return batch
+
+    def _check_end(self, prompt: Any) -> None:
+        end = reading_of(self.reading).end
+        end = ANSWER if end == "" else end  # None: only the source knows
+        if isinstance(prompt, str) and end and not prompt.endswith(end):
+            raise ValueError(
+                f"The prompt {prompt!r:.80} does not end in {end}, where the embedding is read. Pass inputs "
+                "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
+            )
 
     @property
     def ret_token_id(self) -> int:
         """Token id of `[RET]`, or -1 where the tokenizer has no such token."""
-        found = self.tokenizer.convert_tokens_to_ids(RET_TOKEN)
+        return self._token_id(RET_TOKEN)
+
+    def _token_id(self, token: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(token)
         return -1 if found is None else int(found)
 
     def process_inputs(
@@ -300,7 +181,9 @@ class PumaProcessor(Qwen2VLProcessor):
             split_special_tokens: Special tokens such as `<|image_pad|>` inside a user's text raise an error
                 by default; with `True` they are broken up and read as plain text.
             images_kwargs: Overrides for the image processor, for example
-                `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels.
+                `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels; and `{"decode": "exact"}`, which
+                decodes every pixel of a photo, where by default ("fast") a JPEG is decoded no larger than is needed
+                for the size that is kept, and other large images are averaged in blocks first.
 
         Returns:
             A batch with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape
@@ -325,43 +208,32 @@ class PumaProcessor(Qwen2VLProcessor):
         reading = reading_of(self.reading)
         prompt = self._default_prompt() if prompt is None and reading.template is None else prompt
         limit = self.tokenizer.model_max_length if max_length is None else max_length
-        images_kwargs = self._image_options(images_kwargs)
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         pattern = re.compile("|".join(map(re.escape, special)))
-        texts, images, videos, modalities, counts = [], [], [], [], []
+        conversations = []
         for index, item in enumerate(inputs):
-            try:
+            with _named(index):
                 item = item if reading.empty_text is None else _filled(item, reading.empty_text)
-                messages = to_messages(item, prompt)
-                _check_special_tokens(messages, pattern, split_special_tokens)
-                own_images = [part["image"] for part in items_of(messages, "image")]
+                conversations.append(to_messages(item, prompt))
+                _check_special_tokens(conversations[-1], pattern, split_special_tokens)
+        sources = [part["image"] for messages in conversations for part in items_of(messages, "image")]
+        images: list[BatchFeature] = []
+        videos, texts, modalities, counts = [], [], [], []
+        with self._processed(sources, self._image_options(images_kwargs)) as processed:
+            for index, messages in enumerate(conversations):
                 own_videos = [part["video"] for part in items_of(messages, "video")]
                 has_text = bool(items_of(messages, "text", ROLES[1:]))
+                with _named(index):
+                    own_images = [processed(part["image"]) for part in items_of(messages, "image")]
+                    videos += [self._read_video(video) for video in own_videos]
+                    texts.append(self._render(self._as_read(messages), own_images, limit))
                 modalities.append(MODALITY_IDS[modality_of(has_text, bool(own_images), bool(own_videos))])
-                videos += [self._read_video(video) for video in own_videos]
-                texts.append(self._render(self._as_read(messages), own_images, limit, images_kwargs))
-            except (ValueError, FileNotFoundError, ImportError) as error:
-                kind = next(kind for kind in (FileNotFoundError, ImportError, ValueError) if isinstance(error, kind))
-                raise kind(f"inputs[{index}]: {error}") from error
-            images += own_images
-            counts.append((len(own_images), len(own_videos)))
-        facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
-        batch = self(
-            text=texts,
-            # Arrays with a stated layout: whether Pillow images are read right with one depends on the version of
-            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. Copies, as
-            # PyTorch warns of what it may not write to.
-            images=[np.array(image) for image in images] or None,
-            videos=[frames for frames, _ in videos] or None,
-            text_kwargs={"padding": True},
-            images_kwargs={"input_data_format": "channels_last", "do_convert_rgb": False, **images_kwargs},
-            **({"videos_kwargs": {"video_metadata": facts}} if facts else {}),  # asked for where frames are sampled
-            return_mm_token_type_ids=False,  # all at once below, row by row there
-            return_tensors="pt",
-        )
+                images += own_images
+                counts.append((len(own_images), len(own_videos)))
+        batch = self._batch(texts, images, videos)
         ids = batch["input_ids"]
         last = (batch["attention_mask"] * torch.arange(ids.shape[1])).argmax(dim=1, keepdim=True)
-        if reading.end and not (ids.gather(1, last) == self.tokenizer.convert_tokens_to_ids(reading.end)).all():
+        if reading.end and not (ids.gather(1, last) == self._token_id(reading.end)).all():
             raise ValueError(f"{reading.end} is no token of this tokenizer. Open the one in the model's directory.")
         batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
         batch["modality_ids"] = torch.tensor(modalities)
@@ -376,6 +248,64 @@ class PumaProcessor(Qwen2VLProcessor):
         settings = self.sentence_transformers_settings or {}
         prompt: str | None = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
         return prompt
+
+    @contextmanager
+    def _processed(self, sources: list[Any], options: dict[str, Any]) -> Iterator[Callable[[Any], BatchFeature]]:
+        """From an image as it came to what the image processor makes of it; in threads, ahead of who asks.
+
+        Pillow and NumPy leave the interpreter to the other threads while they work. Each thread has one decoded image
+        in memory; what waits is no larger than the pixels that the model takes.
+        """
+        decode = options.pop("decode", "fast")
+        if decode not in DECODE:
+            raise ValueError(f"decode={decode!r} must be one of {', '.join(map(repr, DECODE))}.")
+        images, size = self.image_processor, options["size"]
+        if sources and (here := size["longest_edge"]) != (own_limit := images.size["longest_edge"]):
+            limits = f"{here:,} pixels, and the model was saved with {own_limit:,}"
+            logger.warning_once(f"Images are scaled down to {limits}: embeddings at two limits differ.")
+        # Only what shrinks images as we do can be helped by smaller ones.
+        do_resize, resample = (options.get(name, getattr(images, name)) for name in ("do_resize", "resample"))
+        is_fast = decode == "fast" and do_resize and resample == Image.Resampling.BICUBIC
+        factor = options.get("patch_size", images.patch_size) * options.get("merge_size", images.merge_size)
+
+        def kept_size(width: int, height: int) -> tuple[int, int]:
+            kept: tuple[int, int] = smart_resize(width, height, factor, size["shortest_edge"], size["longest_edge"])
+            return kept
+
+        def process(source: Any) -> BatchFeature:
+            # An array with a stated layout: whether Pillow images are read right with one depends on the version of
+            # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. A copy, as
+            # PyTorch warns of what it may not write to.
+            pixels = np.array(load_rgb_image(source, kept_size=kept_size if is_fast else None))
+            layout = {"input_data_format": "channels_last", "do_convert_rgb": False, **options}
+            processed: BatchFeature = images(pixels, return_tensors="pt", **layout)
+            return processed
+
+        # torch has one thread in a worker of a DataLoader, and under torchrun by default: the other processes have the
+        # other cores. An image that comes twice is read once, as two threads cannot read from one file.
+        own = {id(source): source for source in sources}
+        pool = ThreadPoolExecutor(max(1, min(torch.get_num_threads(), _MOST_THREADS, len(own))), "puma-images")
+        try:
+            found = {key: pool.submit(process, source) for key, source in own.items()}
+            yield lambda source: found[id(source)].result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # one that lived on would be dead in a process that is forked later
+
+    def _batch(self, texts: list[str], images: list[BatchFeature], videos: list[Any]) -> BatchFeature:
+        """What `__call__` makes of prompts, frames, and images that are processed already."""
+        data: dict[str, Any] = {}
+        if images:
+            data = {name: torch.cat([image[name] for image in images]) for name in ("pixel_values", "image_grid_thw")}
+        tokens: list[list[str]] = [[self.replace_image_token(dict(image), 0) for image in images], []]
+        if videos:
+            facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
+            frames = [frames for frames, _ in videos]  # metadata is asked for where frames are sampled
+            found, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
+            data |= {name: value for name, value in found.items() if name != "video_metadata"}
+        for text in texts:
+            self._check_end(text)
+        expanded, _ = self.get_text_with_replacements(texts, *tokens)
+        return BatchFeature({**self.tokenizer(expanded, padding=True, return_tensors="pt"), **data})
 
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
@@ -408,14 +338,9 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ImportError("video input needs torchvision. Run `pip install 'puma-hf[video]'`.")
         return read_frames(video)
 
-    def _render(
-        self, messages: list[dict[str, Any]], images: list[Any], limit: int, images_kwargs: dict[str, Any]
-    ) -> str:
+    def _render(self, messages: list[dict[str, Any]], images: list[BatchFeature], limit: int) -> str:
         """The prompt of one conversation, its last text shortened until the whole fits into `limit` tokens."""
-        size, count_patches = images_kwargs["size"], self.image_processor.get_number_of_image_patches
-        options = {**images_kwargs, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        patches = sum(count_patches(image.height, image.width, options) for image in images)
-        visual = int(patches // self.image_processor.merge_size**2)
+        visual = sum(int(image["image_grid_thw"].prod()) for image in images) // self.image_processor.merge_size**2
         rendered = str(self.apply_chat_template(messages, tokenize=False))
         if visual + len(rendered.encode()) <= limit:
             return rendered
@@ -438,6 +363,11 @@ class PumaProcessor(Qwen2VLProcessor):
         if size["longest_edge"] < size["shortest_edge"]:
             edges = f"longest_edge={size['longest_edge']}, less than shortest_edge={size['shortest_edge']}"
             raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge.")
+        if size["longest_edge"] != default["longest_edge"]:
+            limits = (
+                f"{size['longest_edge']:,} pixels here, and to {default['longest_edge']:,} where the model was saved"
+            )
+            logger.warning_once(f"Images are scaled down to {limits}: its embeddings differ.")
         return {**options, "size": size}
 
     def _num_text_tokens(self, rendered: str) -> int:
@@ -465,6 +395,16 @@ def _filled(item: Any, text: str) -> Any:
         parts |= {key: value for key, value in item.items() if isinstance(value, str | list) and value}
         return parts if parts.keys() - {"instruction"} else {**parts, "text": text}
     return {"text": text} if isinstance(item, str) and not item else item
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Say of an error which input it is about."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        kind = next(kind for kind in (FileNotFoundError, ImportError, ValueError) if isinstance(error, kind))
+        raise kind(f"inputs[{index}]: {error}") from error
 
 
 def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[str], split: bool) -> None:

@@ -43,7 +43,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def test_a_dict_and_a_chat_become_the_same_messages() -> None:
-    said: dict[str, Any] = {"text": "in green", "instruction": " Find it. "}
+    said: dict[str, Any] = {"text": "in green", "instruction": "Find it."}
     chat = [{"role": "system", "content": "Find it."}, {"role": "user", "content": "in green"}]
     expected = [
         {"role": "system", "content": [{"type": "text", "text": "Find it."}]},
@@ -70,7 +70,7 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 def test_how_a_chat_names_an_image(item: dict[str, Any]) -> None:
     messages = to_messages([{"role": "user", "content": [item, {"type": "text", "text": "apple"}]}])
     (image,) = items_of(messages, "image")
-    assert np.array_equal(np.asarray(image["image"]), np.asarray(BASE))
+    assert np.array_equal(np.asarray(load_rgb_image(image["image"])), np.asarray(BASE))
     assert [text["text"] for text in items_of(messages, "text")] == ["apple"]
 
 

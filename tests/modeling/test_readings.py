@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, Qwen2VLForConditionalGenerati
 
 from puma_hf import PumaProcessor, prune
 from puma_hf.modeling.fast_path_puma import FastPath
-from puma_hf.modeling.processing_puma import released_sentence
+from puma_hf.modeling.readings_puma import released_sentence
 from tests.tiny import build_checkpoint
 
 # Of the published Qwen2-VL checkpoints, without its counting of pictures and its videos.
@@ -167,8 +167,8 @@ def test_the_directory_records_its_reading(qwen_dir: Path, puma_dir: Path, relea
 
 
 def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, released: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reading='gme' is not known here\. Choose one of 'puma', 'puma-released'"):
-        prune(qwen_dir, tmp_path / "out", num_kept_layers=1, reading="gme")
+    with pytest.raises(ValueError, match=r"reading='clip' is not known here\. Choose one of 'puma', 'puma-released'"):
+        prune(qwen_dir, tmp_path / "out", num_kept_layers=1, reading="clip")
     with pytest.raises(ValueError, match=r"was made for 'puma'\. Leave it out"):
         prune(puma_dir, tmp_path / "out", num_kept_layers=1, reading="puma-released")
     source = build_checkpoint(tmp_path / "source", "qwen3_vl")
