@@ -27,6 +27,8 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 # Everything small beside the weights: configuration, index, tokenizer, image processor.
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model"]
 _DECODER_LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
+# What a generative checkpoint has and an embedder does not: the head, and Qwen3.5's for several tokens.
+_HEADS = ("lm_head.", "mtp.")
 _NOWHERE = (
     "{name!r} is no folder here, and the Hub has no such model, or needs a token for it, or cannot be reached "
     "({reason}). Check the name, and the network unless HF_HUB_OFFLINE is meant."
@@ -55,7 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
             own = stored
             for pattern, replacement in CHECKPOINT_KEY_MAPPING.items():
                 own = re.sub(pattern, replacement, own)
-            if not stored.startswith("lm_head."):
+            if not stored.startswith(_HEADS):
                 self._stored_names[own] = stored
 
     def _find_weights(self) -> dict[str, str]:
@@ -144,7 +146,7 @@ def _tensor_names(path: Path) -> set[str]:
 def is_kept(tensor_name: str, layers: Container[int]) -> bool:
     """Whether a tensor of a checkpoint belongs to the model pruned to these of its decoder layers."""
     layer = _DECODER_LAYER.match(tensor_name)
-    return not tensor_name.startswith("lm_head.") and (layer is None or int(layer[1]) in layers)
+    return not tensor_name.startswith(_HEADS) and (layer is None or int(layer[1]) in layers)
 
 
 def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype: str | torch.dtype) -> PumaModel:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from puma_hf.configs_training import *  # noqa: F403 - the settings of training, which are exported from here
 from puma_hf.files import is_hub_id
-from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
+from puma_hf.settings import CheckedConfig, Decode, SpecialTokens, option, positional
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 OnError = Literal["raise", "skip", "zero"]
@@ -139,6 +139,8 @@ class EmbedConfig(CheckedConfig):
     calibration_size: int = option(1024, at_least=2)
     on_error: OnError = "raise"
     special_tokens: SpecialTokens = "raise"
+    max_pixels: int | None = option(None, at_least=28 * 28)
+    decode: Decode | None = None
     format: Literal["parquet", "safetensors"] = "parquet"
     # Memory: a killed run loses a minute at most, whatever the size.
     shard_size: int = option(10_000, at_least=1)
@@ -173,6 +175,7 @@ class _BenchmarkSettings(CheckedConfig):
     nano_candidates: int = option(2000, at_least=0)
     nano_seed: int = option(0, at_least=0)
     special_tokens: SpecialTokens = "raise"
+    decode: Decode | None = None
     trust_remote_code: bool = False
 
 
@@ -208,6 +211,7 @@ class EvaluateConfig(_BenchmarkSettings):
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     search_backend: Literal["torch", "faiss"] = "torch"
     truncate_dim: int | None = option(None, at_least=1)
+    max_pixels: int | None = option(None, at_least=28 * 28)
     revision: str | None = None
     data_revision: str | None = None
 

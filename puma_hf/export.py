@@ -61,7 +61,7 @@ def export(
     token: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`) checkpoint of k layers, without code.
+    """Write a PUMA model as a plain `qwen2_vl` (or `qwen2_5_vl`, `qwen3_vl`, `qwen3_5`) checkpoint, without code.
 
     The weights are the same, bit for bit, under the names of the published checkpoints; the language-model head is
     tied to the token embedding. The last hidden state at the last token, scaled to unit length, is the embedding.
@@ -83,7 +83,8 @@ def export(
 
     Raises:
         FileNotFoundError: If the source, or one of its files, is missing.
-        ValueError: If it is no PUMA model, is damaged, or has positions that stock classes do not give to images.
+        ValueError: If it is no PUMA model, is damaged, has positions that stock classes do not give to images, or is to
+            be ONNX and has linear attention.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
         RuntimeError: If onnxruntime computes other embeddings than PyTorch.
@@ -104,6 +105,9 @@ def export(
     if puma_config.positions != "mrope" and format == "stock":
         problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
         raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
+    if format == "onnx" and "linear_attention" in (getattr(puma_config.text_config, "layer_types", None) or ()):
+        problem = f"{str(source)!r} has linear attention, whose loop over a text would be written out for one length"
+        raise ValueError(f"{problem}. Export a stock checkpoint (--format stock), or serve the PUMA directory itself.")
     config, layers = _stock_config(puma_config), puma_config.num_kept_layers
     reading = reading_of(read_config(checkpoint.folder, "processor_config.json").get("reading", "puma"))
 
@@ -141,6 +145,7 @@ def _stock_config(puma_config: Any) -> Any:
     config = CONFIG_MAPPING[puma_config.source_model_type].from_dict(settings)
     # transformers reads the first of the two, vLLM the one of the text tower.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    config.text_config.use_cache = False  # no embedder reads one, and of linear attention alone none can be made
     setattr(config, LINEAGE_KEY, lineage)
     return config
 

@@ -22,7 +22,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "puma_base.json"
 DISTILL_RECIPE, TRAIN_RECIPE = "distill.yaml", "train.yaml"
 # As the classes of `puma_hf.modeling` call themselves; those are heavy to import, and a test holds the two equal.
-PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl")
+PUMA_MODEL_TYPES = ("puma", "puma_qwen2_5_vl", "puma_qwen3_vl", "puma_qwen3_5")
 LOCK_FILE = ".puma-hf.lock"
 
 # What a loader reads of a directory: the list of what may be published. Whatever else lies there stays.

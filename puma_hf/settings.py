@@ -24,6 +24,7 @@ import yaml  # type: ignore[import-untyped]
 
 Config = TypeVar("Config", bound="CheckedConfig")
 SpecialTokens = Literal["raise", "split"]
+Decode = Literal["fast", "exact"]
 
 _BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
@@ -56,9 +57,18 @@ def field_help(kind: type) -> dict[str, str]:
     return found
 
 
-def processing_of(special_tokens: SpecialTokens) -> dict[str, dict[str, Any]]:
-    """What that field means as `processing_kwargs`; what is not asked for is the model's own choice."""
-    return {"text": {"split_special_tokens": True}} if special_tokens == "split" else {}
+def processing_of(
+    special_tokens: SpecialTokens, max_pixels: int | None = None, decode: Decode | None = None
+) -> dict[str, dict[str, Any]]:
+    """What these fields mean as `processing_kwargs`; what is not asked for is the model's own choice.
+
+    Example:
+        >>> processing_of("raise", max_pixels=50_000), processing_of("split")
+        ({'image': {'max_pixels': 50000}}, {'text': {'split_special_tokens': True}})
+    """
+    image = {name: value for name, value in (("max_pixels", max_pixels), ("decode", decode)) if value is not None}
+    text = {"split_special_tokens": True} if special_tokens == "split" else {}
+    return {kind: options for kind, options in (("text", text), ("image", image)) if options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,9 @@ class CheckedConfig:
 
     Args:
         special_tokens: On a special token in a text, such as <|im_end|>: raise; or split, which reads it as text.
+        max_pixels: Images are scaled down to so many pixels: fewer are quicker. Default: as the model says.
+        decode: How images are decoded: exact, every pixel; or fast, photos only at the scale that is needed. Default:
+            as the model says, which is fast.
         revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: Run the code of a Hub repository; a local directory's is run.
         truncate_dim: Keep only the first so many dimensions of an embedding.

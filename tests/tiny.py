@@ -16,6 +16,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -92,6 +94,30 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
         },
         {"mrope_section": [2, 1, 1], "mrope_interleaved": True},
     ),
+    "qwen3_5": (
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        {
+            "hidden_size": 32,
+            "out_hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+        },
+        # Of a head's 32 dimensions a quarter is turned. Three layers of four have linear attention, with other heads.
+        {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+    ),
+}
+# What else the text towers of some families are told.
+_TEXT = {
+    "qwen3_vl": {"head_dim": 8},
+    "qwen3_5": {
+        "head_dim": 32,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 
 
@@ -114,8 +140,7 @@ def tiny_config(
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
     }
-    if family == "qwen3_vl":
-        text["head_dim"] = HIDDEN_SIZE // 4
+    text |= _TEXT.get(family, {})
     return config_class(
         text_config=text,
         vision_config={"depth": 2, "num_heads": 2, **vision},

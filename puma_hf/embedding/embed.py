@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 
 from puma_hf.configs import OnError, Precision
 from puma_hf.embedding.prepare import BrokenInput, Guess, Prepared, plan, prepared
+from puma_hf.fingerprint import model_name
 from puma_hf.modeling.sentence_transformers_puma import CPU_TOKENS, CUDA_TOKENS
+from puma_hf.settings import Decode, SpecialTokens, processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +164,7 @@ def iterate_embeddings(
         report: Called with each broken input that "skip" and "zero" pass over.
         load: Your own loader, such as from a URL to bytes; called in a worker on every input.
         truncate_dim: Keep the first so many dimensions, scaled to unit length; by default the model's own.
-        processing_kwargs: As in `encode`: `{"image": {"size": ...}, "text": {"max_length": ...}}`.
+        processing_kwargs: As in `encode`: `{"image": {"max_pixels": ...}, "text": {"max_length": ...}}`.
         max_length: Longest sequence in tokens; texts are cut.
         sort: Whether to sort by length, inside of a window; otherwise rows come in the order of the inputs, but for
             broken ones.
@@ -201,7 +203,7 @@ def iterate_embeddings(
         if not padded:
             packer = replace(packer, layout={**packer.layout, "max_tokens": budget})
         images = packer.processor.image_processor
-        size = {**dict(images.size), **((packer.options["images_kwargs"] or {}).get("size") or {})}
+        size = packer.processor._image_options(packer.options["images_kwargs"])["size"]
         limits = size["shortest_edge"], size["longest_edge"]
         guess = Guess((images.patch_size * images.merge_size) ** 2, limits, has_loader=load is not None)
         num_workers = default_num_workers(on_cuda, total) if num_workers is None else num_workers
@@ -314,6 +316,40 @@ def is_puma(model: Any) -> bool:
     """Whether a model is a PUMA as a `SentenceTransformer`, with the code of this version."""
     is_ours = isinstance(model, torch.nn.Sequential) and len(model) > 0 and hasattr(model[0], "packer")
     return is_ours and hasattr(model[0].packer(), "layout")
+
+
+def processing_for(
+    model: Any, special_tokens: SpecialTokens, max_pixels: int | None, decode: Decode | None
+) -> dict[str, dict[str, Any]]:
+    """`processing_of` these settings, as far as a model takes them; ValueError if it cannot do what is asked for."""
+    processor = _processor_of(model)
+    if not hasattr(processor, "process_inputs"):
+        name = model_name(model)
+        if decode == "fast":
+            problem = f"decode='fast' is for PUMA models alone: {name!r} is none, and decodes every pixel."
+            raise ValueError(f"{problem} Leave it out (--decode).")
+        # Processors whose limit is a number of pixels, such as Qwen-VL's, have it among the types of what they take.
+        kinds = getattr(getattr(processor, "image_processor", None), "valid_kwargs", None)
+        if max_pixels is not None and "max_pixels" not in getattr(kinds, "__annotations__", ()):
+            problem = f"max_pixels={max_pixels} cannot be passed on to {name!r}: it has no such limit for images."
+            raise ValueError(f"{problem} Leave it out (--max-pixels).")
+        decode = None  # of "exact" it knows nothing, and need not
+    return processing_of(special_tokens, max_pixels, decode)
+
+
+def image_settings(model: Any, processing_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What embeddings of images depend on besides the model: `max_pixels`, None for its own limit, and `decode`."""
+    processor, given = _processor_of(model), (processing_kwargs or {}).get("image", {})
+    if not hasattr(processor, "process_inputs"):
+        return {"max_pixels": given.get("max_pixels"), "decode": "exact"}
+    saved = model[0].processing_kwargs.get("image", {})
+    own, now = (processor._image_options(one)["size"]["longest_edge"] for one in (saved, {**saved, **given}))
+    return {"max_pixels": None if now == own else now, "decode": {"decode": "fast", **saved, **given}["decode"]}
+
+
+def _processor_of(model: Any) -> Any:
+    is_ours = isinstance(model, torch.nn.Sequential) and len(model) > 0
+    return getattr(model[0], "processor", None) if is_ours else None
 
 
 def embedding_dim(model: Any, truncate_dim: int | None = None) -> int:

@@ -30,13 +30,22 @@ from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import EmbedConfig
 from puma_hf.data.items import Corpus, open_corpus
 from puma_hf.data.records import Record
-from puma_hf.embedding.embed import BrokenInputError, embed, embedding_dim, iterate_embeddings, quantize, ranges_of
+from puma_hf.embedding.embed import (
+    BrokenInputError,
+    embed,
+    embedding_dim,
+    image_settings,
+    iterate_embeddings,
+    processing_for,
+    quantize,
+    ranges_of,
+)
 from puma_hf.embedding.prepare import WINDOW, BrokenInput, Unreadable
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, read_manifest
 from puma_hf.files import ADAPTER_CONFIG, write_whole
 from puma_hf.fingerprint import content_key, model_fingerprint, short_name
 from puma_hf.processes import broadcast, connect, gather, own_device, shared_folder
-from puma_hf.settings import processing_of, shown
+from puma_hf.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +194,12 @@ def embed_records(
     return iterate_embeddings(model, inputs, report=report, show_progress_bar=False, **options)
 
 
-def options_of(config: EmbedConfig) -> dict[str, Any]:
-    """What a configuration says to `iterate_embeddings`."""
+def options_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
+    """What a configuration says to `iterate_embeddings`; ValueError if the model cannot do it."""
     names = ("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
     options = {name: getattr(config, name) for name in names}
-    return {**options, "processing_kwargs": processing_of(config.special_tokens)}
+    processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)
+    return {**options, "processing_kwargs": processing}
 
 
 def _check_finite(records: list[Record], rows: Tensor) -> None:
@@ -306,7 +316,7 @@ def embed_corpus(config: EmbedConfig) -> EmbedReport:
         dtype = _STORED_AS.get(config.precision) or getattr(torch, config.precision)
         store = EmbeddingStore(folder, settings, dtype=dtype, file_format=config.format)
         gather(None)  # all have looked before anyone writes
-        sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config))
+        sink, embedder = StoreSink(store), partial(embed_records, model, **options_of(config, model))
         zeros = config.on_error == "zero"
         run = EmbeddingRun(sink, embedder, config.shard_size, folder / ERRORS, zeros=zeros, in_order=True)
         items = items_of(corpus, lambda record, seen: content_key(record.id, seen))
@@ -332,6 +342,7 @@ def items_of(corpus: Corpus, key_of: Callable[[Record, str], int]) -> Iterator[I
 def settings_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
     """What embeddings depend on besides the inputs: those of another value cannot be compared."""
     settings = {"fingerprint": model_fingerprint(model), "weights_dtype": str(model.dtype).removeprefix("torch.")}
+    settings |= image_settings(model, options_of(config, model)["processing_kwargs"])
     return {**settings, **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision")}}
 
 
@@ -342,7 +353,7 @@ def _ranges(
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)["settings"].get("ranges")  # type: ignore[no-any-return]
     logger.info("Scaling %s by %d inputs", config.precision, len(sample))
-    options = {**options_of(config), "on_error": "skip"}  # what is broken is told when its turn comes
+    options = {**options_of(config, model), "on_error": "skip"}  # what is broken is told when its turn comes
     found = embed(model, [record.model_input for record in sample], **options)
     _check_finite([sample[place] for place in found.indices], torch.from_numpy(found.embeddings))
     return ranges_of(found.embeddings, config.precision)

@@ -98,11 +98,7 @@ class EmbeddingStore:
         # Read in any case: another process may have written another one meanwhile.
         self.manifest = read_manifest(self.folder)
         self.settings: dict[str, Any] = self.manifest["settings"]
-        found, wanted = self.settings, wanted or self.settings
-        if names := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-            pairs = [f"{name} is {shown(found.get(name))} there and {shown(wanted.get(name))} here" for name in names]
-            problem = f"The embeddings in {str(self.folder)!r} were made with other settings: {'; '.join(pairs)}."
-            raise ValueError(f"{problem} Choose another directory, or delete this one to make them again.")
+        check_settings(self.folder, self.settings, wanted or self.settings)
         self.dtype: torch.dtype = getattr(torch, self.settings["embedding_dtype"])
         self._metadata = {_KEY: json.dumps(self.settings, sort_keys=True).encode()}
         self._shards: dict[str, Tensor] = {}  # the keys of each, in the order in which they were seen
@@ -277,6 +273,21 @@ class EmbeddingStore:
         with _damage_explained(path):
             file = parquet.ParquetFile(path, page_checksum_verification=True)
             return file.read(columns=["id"])["id"].to_pylist() if "id" in file.schema_arrow.names else []
+
+
+def check_settings(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """A ValueError that names the settings that differ, and how to go on, if embeddings cannot be compared."""
+    # Those that do not say how images were decoded are older than the choice.
+    there, here = {"decode": "exact", **there}, {"decode": "exact", **here}
+    if names := sorted(name for name in {*there, *here} if there.get(name) != here.get(name)):
+        pairs = [f"{name} is {shown(there.get(name))} there and {shown(here.get(name))} here" for name in names]
+        problem = f"The embeddings in {str(folder)!r} were made with other settings: {'; '.join(pairs)}."
+        remedy = "Choose another directory, or delete this one to make them again."
+        if {*names} <= {"decode", "max_pixels"}:
+            flags = [(f"--{name.replace('_', '-')}", there.get(name)) for name in names]
+            told = [f"with {flag} {value}" if value else f"without {flag}" for flag, value in flags]
+            remedy = f"Go on {' and '.join(told)}, as they were made. {remedy}"
+        raise ValueError(f"{problem} {remedy}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -304,7 +304,8 @@ def _measure_depths(
 ) -> tuple[Tensor, list[SweepRow]]:
     """The full model's embeddings, which are this one's if it is the first, and one row for each depth."""
     options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-    options |= {"processing_kwargs": processing_of(config.special_tokens), "show_progress_bar": show_progress_bar}
+    processing = processing_of(config.special_tokens, decode=config.decode)
+    options |= {"processing_kwargs": processing, "show_progress_bar": show_progress_bar}
     embeddings, num_layers = embed_all_depths(held, model, **options), len(costs)
     joined = keep_last_depths(model) if config.keep_last else range(0)
     # On a GPU, if there is one: CKA is products of all inputs, in float64.

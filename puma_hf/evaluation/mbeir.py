@@ -23,7 +23,7 @@ from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.data.mbeir_write import build_nano
 from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import MBEIRTask, select_tasks
-from puma_hf.embedding.embed import embedding_dim
+from puma_hf.embedding.embed import embedding_dim, image_settings, processing_for
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, embed_into, settings_of_encode
 from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
@@ -251,6 +251,13 @@ def _made_from(
     values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
     values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
+    processing: dict[str, Any] = encoding.pop("processing_kwargs", None) or {}
+    # How images are read is told for every result, whoever has decided it.
+    images = image_settings(model, processing)
+    values |= {name: value for name, value in images.items() if value is not None}
+    image = {name: value for name, value in processing.pop("image", {}).items() if name not in images}
+    processing |= {"image": image} if image else {}
+    encoding |= {"processing_kwargs": processing} if processing else {}
     values |= {"encode_kwargs": encoding} if encoding else {}
     values["data"] = data_name or data.root.resolve().name
     return values | ({"content_hash": data.content_hash} if data.content_hash else {})
@@ -264,6 +271,7 @@ def _open_store(folder: Path, made_from: Mapping[str, Any]) -> EmbeddingStore:
     options = made_from.get("encode_kwargs", {})
     options = {} if options == {"processing_kwargs": processing_of("split")} else options
     settings = {"model": fingerprint, "truncate_dim": made_from["truncate_dim"], "encode_kwargs": options}
+    settings |= {"max_pixels": made_from.get("max_pixels"), "decode": made_from["decode"]}
     with main_process_first():
         dtype = _DTYPES[made_from["embedding_dtype"]]
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
@@ -297,8 +305,6 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
     options["data_name"] = short_name(config.data) + (" (nano)" if config.benchmark == "nano" else "")
-    processing = processing_of(config.special_tokens)
-    options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
     with shared_folder(config.output) as folder:
         with main_process_first():  # it imports and draws, the others read what it made
             where: dict[str, Any] = {"split": config.split, "tasks": config.tasks or None}
@@ -309,6 +315,8 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         model = open_sentence_transformer(config.model, device=own_device(), **loading)
         if config.truncate_dim is not None:
             embedding_dim(model, config.truncate_dim)  # so many there must be
+        processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)
+        options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
         return evaluate_mbeir(model, data, **options)
 
 

@@ -52,7 +52,10 @@ PUBLISHED_NOTE = (
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
 _SHOWN_METRICS = {"hit", "ndcg", "wrong_modality@1"}
 # What a result was made from, in the order that Markdown shows it in; of a hash it shows the first digits.
-_MADE_FROM = ("model", "model_fingerprint", "truncate_dim", "data", "content_hash", "split", "instructions", "puma_hf")
+_MADE_FROM = (
+    *("model", "model_fingerprint", "truncate_dim", "max_pixels", "data", "content_hash", "split"),
+    *("instructions", "puma_hf"),
+)
 _DIGITS = {"model_fingerprint": 12, "content_hash": 12}
 _LABELS = ("task", "dataset", "pool", "candidates", "queries", "k")
 _Figures = tuple[float | None, ...]

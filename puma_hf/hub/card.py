@@ -234,6 +234,7 @@ def _eval_results(found: CardResults) -> Iterator[EvalResult]:
     for cited, results in found.evaluations:
         data, dim = str(results.made_from.get("data") or "unknown"), results.made_from.get("truncate_dim")
         dims = "" if dim is None else f", first {dim} dimensions"
+        dims += f", at most {pixels:,} pixels" if (pixels := results.made_from.get("max_pixels")) else ""
         for row in results.rows:
             yield EvalResult(
                 task_type="retrieval",

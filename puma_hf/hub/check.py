@@ -29,7 +29,6 @@ from puma_hf.hub.load_check import (
     encode,
     features_of,
 )
-from puma_hf.modeling import PumaModel
 from puma_hf.modeling.modeling_puma import last_token_state
 from puma_hf.modeling.processing_puma import SETTINGS_FILE
 from puma_hf.sources import find_source
@@ -207,7 +206,7 @@ class Forms:
     def of_adapter(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
         from peft import PeftModel
 
-        plain = PumaModel.from_pretrained(base, dtype=torch.float32)
+        plain = AutoModel.from_pretrained(base, dtype=torch.float32)
         model = PeftModel.from_pretrained(plain, str(adapter)).to(self.device).eval()
         # A merged model is saved in its base's data type, which may round the adapter's part away.
         is_exact = read_config(self.folder).get("dtype") in (None, "float32")

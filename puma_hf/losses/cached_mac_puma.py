@@ -10,7 +10,6 @@ import torch
 from sentence_transformers.base.losses import gradcache
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .mac_puma import MultimodalMACLoss, read_ids
 
@@ -162,7 +161,7 @@ def find_puma_model(model: nn.Module) -> Any:
         inner = wrapped
     first = inner[0] if isinstance(inner, nn.Sequential) and len(inner) else None
     backbone = getattr(first, "model", None)
-    return backbone if getattr(getattr(backbone, "config", None), "model_type", None) == "puma" else None
+    return backbone if str(getattr(getattr(backbone, "config", None), "model_type", "")).startswith("puma") else None
 
 
 def runs_tower_once(puma: Any) -> bool:
@@ -248,10 +247,13 @@ class MiniBatches:
         kept = self._encoded[begin] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            pooled: Any = output.pooler_output
-            pooled = (pooled,) if isinstance(pooled, Tensor) else pooled
+            def whole(part: Any) -> Any:  # the model puts together what it may have cut by images
+                return (part,) if isinstance(part, Tensor) else part
+
             # Without the states of all patches, which are as large and which nobody reads.
-            kept.append(BaseModelOutputWithPooling(pooler_output=pooled))
+            deep = [whole(part) for part in getattr(output, "deepstack_features", None) or ()]  # Qwen3-VL's
+            more = {"deepstack_features": deep} if deep else {}
+            kept.append(type(output)(pooler_output=whole(output.pooler_output), **more))
 
         # The model runs its tower itself, under whatever wraps it: autocast, another device's shards.
         handle = tower.register_forward_hook(keep)

@@ -2,9 +2,16 @@
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
+from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig, PumaQwen35Config
 from .inputs_puma import MODALITY_IDS, MODALITY_NAMES
-from .modeling_puma import MODEL_CLASSES, PumaModel, PumaModelOutput, PumaQwen3VLModel, PumaQwen25VLModel
+from .modeling_puma import (
+    MODEL_CLASSES,
+    PumaModel,
+    PumaModelOutput,
+    PumaQwen3VLModel,
+    PumaQwen25VLModel,
+    PumaQwen35Model,
+)
 from .processing_puma import PumaImageTextProcessor, PumaProcessor
 from .readings_puma import RET_TOKEN
 
@@ -21,5 +28,5 @@ for _config, _model in MODEL_CLASSES.items():
 __all__ = [
     "MODALITY_IDS", "MODALITY_NAMES", "RET_TOKEN", "PumaConfig", "PumaImageTextProcessor", "PumaModel",
     "PumaModelOutput", "PumaProcessor", "PumaQwen3VLConfig", "PumaQwen3VLModel", "PumaQwen25VLConfig",
-    "PumaQwen25VLModel",
+    "PumaQwen25VLModel", "PumaQwen35Config", "PumaQwen35Model",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
 
 # To mypy the mixin is a configuration. If it really were one, the fields of PreTrainedConfig would come with it, and
 # their defaults would win over a backbone's own.
@@ -62,6 +62,7 @@ class PumaConfigMixin(_MixinBase):
     source_model_type = ""
     source_example = ""  # an original checkpoint
     takes_video = False
+    has_fast_path = True  # whether `packed_states` knows its decoder layers
 
     num_kept_layers: int | None = None
     original_num_hidden_layers: int | None = None
@@ -202,8 +203,18 @@ class PumaQwen3VLConfig(PumaConfigMixin, Qwen3VLConfig):
     source_example = "Qwen/Qwen3-VL-2B-Instruct"
 
 
+class PumaQwen35Config(PumaConfigMixin, Qwen3_5Config):
+    """Configuration of a [`PumaQwen35Model`]: `Qwen3_5Config` with the fields of [`PumaConfig`]."""
+
+    model_type = "puma_qwen3_5"
+    source_name = "Qwen3.5"
+    source_model_type = "qwen3_5"
+    source_example = "Qwen/Qwen3.5-4B"
+    has_fast_path = False  # linear attention goes from token to token, with kernels of its own
+
+
 # The table of backbones. A new family is a configuration above and a model in MODEL_CLASSES of modeling_puma.
-CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLConfig)
+CONFIG_CLASSES: tuple[Any, ...] = (PumaConfig, PumaQwen25VLConfig, PumaQwen3VLConfig, PumaQwen35Config)
 
 
 def config_class_of(model_type: Any, classes: tuple[Any, ...] = CONFIG_CLASSES) -> Any:

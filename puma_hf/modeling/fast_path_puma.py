@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from .attention_puma import attend, blocks_of_lengths, sequences_of
 from .packing_puma import PackedImages, PackedPart
+
+logger: Any = logging.getLogger(__name__)  # transformers gives every logger `info_once`
 
 # "flash" in a name makes the vision towers pass all images in one call, with the ends of each.
 _ATTENTION_NAME = "puma_flash_blocks"
@@ -50,6 +53,10 @@ class FastPath:
 
 def can_pack(model: Any) -> bool:
     """Whether the decoder is one that `packed_states` knows: on one device, without sliding windows, as it was made."""
+    if not model.config.has_fast_path:
+        name = model.config.source_name
+        logger.info_once("%s has linear attention: batches are padded, and no fast path is taken", name)
+        return False
     decoder = model.language_model
     sliding = any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in decoder.layers)
     # Each part that would not be called, and what it calls itself.

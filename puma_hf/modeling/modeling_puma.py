@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3_5Model, Qwen3VLModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
 
-from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig
+from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig, PumaQwen35Config
 
 # To mypy the mixin is a model; methods that it does not define are the backbone's.
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class PumaModelMixin(_MixinBase):
         # What pruning drops is expected in an original checkpoint: neither read nor reported.
         kept, end = layers or range(config.num_kept_layers), config.original_num_hidden_layers
         dropped = "|".join(str(layer) for layer in range(end) if layer not in kept)
-        self._keys_to_ignore_on_load_unexpected = {r"lm_head\."} | ({rf"layers\.({dropped})\."} if dropped else set())
+        self._keys_to_ignore_on_load_unexpected = {r"lm_head\.", r"^mtp\."}
+        self._keys_to_ignore_on_load_unexpected |= {rf"layers\.({dropped})\."} if dropped else set()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -293,8 +294,20 @@ class PumaQwen3VLModel(PumaModelMixin, Qwen3VLModel):
     config: PumaQwen3VLConfig
 
 
+class PumaQwen35Model(PumaModelMixin, Qwen3_5Model):
+    """A [`PumaModel`] whose backbone is a Qwen3.5: three decoder layers of four have linear attention.
+
+    Linear attention would carry padding on to what follows it, so the attention mask, which silences it, must be given;
+    with it a padded row is the row alone, on either side. A checkpoint's heads for several tokens (`mtp`) are dropped.
+    """
+
+    config_class = PumaQwen35Config
+    config: PumaQwen35Config
+
+
 MODEL_CLASSES: dict[Any, Any] = {
-    model_class.config_class: model_class for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel)
+    model_class.config_class: model_class
+    for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel, PumaQwen35Model)
 }
 
 
@@ -303,4 +316,11 @@ def _source_class(model: Any) -> Any:
     return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
 
 
-__all__ = ["PumaModel", "PumaModelOutput", "PumaQwen3VLModel", "PumaQwen25VLModel", "last_token_state"]
+__all__ = [
+    "PumaModel",
+    "PumaModelOutput",
+    "PumaQwen3VLModel",
+    "PumaQwen25VLModel",
+    "PumaQwen35Model",
+    "last_token_state",
+]

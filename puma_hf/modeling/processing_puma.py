@@ -362,12 +362,7 @@ class PumaProcessor(Qwen2VLProcessor):
             size[edge] = options.pop(old_name, size[edge])
         if size["longest_edge"] < size["shortest_edge"]:
             edges = f"longest_edge={size['longest_edge']}, less than shortest_edge={size['shortest_edge']}"
-            raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge.")
-        if size["longest_edge"] != default["longest_edge"]:
-            limits = (
-                f"{size['longest_edge']:,} pixels here, and to {default['longest_edge']:,} where the model was saved"
-            )
-            logger.warning_once(f"Images are scaled down to {limits}: its embeddings differ.")
+            raise ValueError(f"The image size has {edges}. Pass both, or a larger longest_edge (--max-pixels).")
         return {**options, "size": size}
 
     def _num_text_tokens(self, rendered: str) -> int:

@@ -34,6 +34,7 @@ from puma_hf.embedding.run import (
     options_of,
     settings_of,
 )
+from puma_hf.embedding.store import check_settings
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import content_key
 from puma_hf.modeling.inputs_puma import open_image
@@ -101,13 +102,16 @@ def build_index(config: IndexConfig) -> IndexReport:
             "data": str(Path(config.data).resolve()),
         }
         if before is not None:
-            _compare(folder, before, description, settings)
+            check_settings(folder, {name: before[name] for name in settings if name in before}, settings)
+            if before["data"] != description["data"]:
+                said = "%s was of %s, becomes one of %s: what is not there goes."
+                logger.warning(said, folder, before["data"], description["data"])
         elif is_main:
             create_table(folder, description, embedding_dim(model, config.truncate_dim))
         gather(None)
         sink = _TableSink(folder, open_table(folder), config.shard_size)
         gather(None)  # all have looked before anyone writes
-        embedder = partial(embed_records, model, **options_of(config))
+        embedder = partial(embed_records, model, **options_of(config, model))
         run = EmbeddingRun(sink, embedder, config.shard_size, folder / ERRORS)
         # An item is its id, the place of its picture and its content.
         items = items_of(
@@ -240,13 +244,3 @@ def update_ann(table: Any, kind: AnnKind | None) -> None:
     is_behind = wanted in there and there[wanted].num_unindexed_rows > 0
     if is_behind or table.stats()["fragment_stats"]["num_fragments"] > _MOST_FRAGMENTS:
         table.optimize()
-
-
-def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse vectors that cannot be compared, and say that a corpus takes another's place."""
-    other = [f"{name} is {before[name]!r} there, {now[name]!r} here" for name in settings if before[name] != now[name]]
-    if other:
-        problem = f"The embeddings in {str(folder)!r} are of another model or setting: {'; '.join(other)}."
-        raise ValueError(f"{problem} Choose another directory, or delete this one.")
-    if before["data"] != now["data"]:
-        logger.warning("%s was of %s, becomes one of %s: what is not there goes.", folder, before["data"], now["data"])

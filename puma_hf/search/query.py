@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 
 from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
+from puma_hf.embedding.embed import processing_for
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
-from puma_hf.settings import processing_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,11 @@ class Searcher:
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
         """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1."""
-        dim = self.index.description["truncate_dim"]
-        # What a person asks is text, whatever it looks like.
-        options: Any = {"processing_kwargs": processing_of("split"), "truncate_dim": dim}
+        about = self.index.description
+        dim = about["truncate_dim"]
+        # What a person asks is text, whatever it looks like. A picture is read as those of the index were.
+        processing = processing_for(self.model, "split", about.get("max_pixels"), about.get("decode", "exact"))
+        options: Any = {"processing_kwargs": processing, "truncate_dim": dim}
         options["normalize_embeddings"] = bool(dim)
         # One query is one call of `encode`: what a search costs besides is the comparison.
         model_input = (Query(text=query) if isinstance(query, str) else query).model_input()

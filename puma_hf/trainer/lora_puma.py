@@ -15,8 +15,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from puma_hf.losses.cached_mac_puma import find_puma_model
 
-# All linear layers of the decoder. Unlike peft's "all-linear" this leaves the vision tower and the merger be.
-DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# All linear layers of every family's decoder. Unlike peft's "all-linear" this leaves vision tower and merger be, and of
+# Qwen3.5's linear attention the two gates with a number for each head (in_proj_a, in_proj_b): an adapter is larger.
+DECODER_LINEARS = (
+    r".*language_model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
+)
 # Beside an adapter: the SHA-256 of the weights that it was trained on. `puma_hf.files` says the same, but stays here.
 BASE_FILE = "puma_base.json"
 # transformers 5.23 renamed arguments and methods of checkpointing, and warns of the old names.
@@ -52,7 +56,7 @@ def lora_config(
 def puma_model(model: SentenceTransformer) -> Any:
     """The `PumaModel` inside a SentenceTransformer, or a ValueError."""
     if (puma := find_puma_model(model)) is None:
-        raise ValueError(f"A {type(model[0]).__name__} holds no model that puma-hf prune cut from a Qwen2-VL.")
+        raise ValueError(f"A {type(model[0]).__name__} holds no model that puma-hf prune has cut.")
     return puma
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from puma_hf.files import (
     ADAPTER_CONFIG,
@@ -26,7 +27,7 @@ from puma_hf.files import (
     new_directory,
     read_config,
 )
-from puma_hf.modeling import PumaConfig, PumaModel, PumaProcessor
+from puma_hf.modeling import PumaModel, PumaProcessor
 from puma_hf.modeling.processing_puma import write_sentence_transformers_files
 from puma_hf.pruning import read_limits, set_limits, told_limits, with_training_note
 from puma_hf.trainer.lora_puma import weights_sha256
@@ -82,7 +83,7 @@ def merge_adapter(
         raise ValueError(f"output_dir {str(output)!r} is, or holds, the adapter itself. Choose another directory.")
     with new_directory(output, overwrite=overwrite, forbidden=source) as folder:
         model = _load_adapter(adapter, source)
-        probe = _probe(PumaProcessor.from_pretrained(source))
+        probe = _probe(AutoProcessor.from_pretrained(source))
         with torch.inference_mode():
             before = model(**probe).embeddings
         merged: Any = model.merge_and_unload()
@@ -91,7 +92,7 @@ def merge_adapter(
         if not largest <= MERGE_TOLERANCE:  # NaN is no success
             moved = f"Merging {str(adapter)!r} moved embeddings by up to {largest:.2e}, more than {MERGE_TOLERANCE:g}"
             raise ValueError(f"{moved}, as with a damaged adapter: merge an earlier checkpoint, or train it again.")
-        merged.to(PumaConfig.from_pretrained(source).dtype or torch.float32)
+        merged.to(AutoConfig.from_pretrained(source).dtype or torch.float32)
         _save_complete(merged, folder, source, adapter)
     logger.info("Merged %s into %s (largest distance %.1e): %s", adapter, source, largest, output)
     return largest
@@ -105,7 +106,7 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
         other = f"(SHA-256 {found[:12]} instead of {noted['sha256'][:12]}). Name the directory that it was: --base."
         raise ValueError(f"{str(adapter)!r} was not trained on the weights in {str(base)!r} {other}")
     try:
-        model = PeftModel.from_pretrained(PumaModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
     except RuntimeError as error:  # of tensors of other shapes, each on a line of its own
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(f"{str(adapter)!r} does not fit {str(base)!r}: {first} Name its base (--base).") from error
@@ -121,7 +122,7 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
 def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) -> None:
     """Save a model so that both loaders open it, with the base's prompts and card, and the adapter's limits."""
     model.save_pretrained(folder)
-    processor = PumaProcessor.from_pretrained(base)  # a fresh one: the one that was used would save its padding
+    processor = AutoProcessor.from_pretrained(base)  # a fresh one: the one that was used would save its padding
     set_limits(processor, **read_limits(adapter))
     processor.save_pretrained(folder)
     # Prompts belong to the base: training neither reads nor changes them.

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from puma_hf.checkpoint import open_checkpoint
+from puma_hf.files import read_config
 from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
-from puma_hf.modeling import PumaConfig, PumaModel
+from puma_hf.modeling import PumaModel
+from puma_hf.modeling.configuration_puma import config_class_of
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES, PumaModelMixin
 from puma_hf.pruning import place_ret_token
 from puma_hf.trainer.lora_puma import puma_model
 
@@ -74,8 +77,6 @@ class FrozenTeacher(Teacher):
         if kept + len(dropped_layers) != depth:
             raise ValueError(f"The student keeps {kept} of {depth} layers, and {len(dropped_layers)} more were given.")
         self.student = student
-        modules: list[Any] = list(dropped_layers)
-        self._dropped_layer_types = [module.self_attn.layer_type for module in modules]
         self.dropped_layers = dropped_layers.requires_grad_(False).eval()
 
     @classmethod
@@ -118,22 +119,33 @@ class FrozenTeacher(Teacher):
         student, decoder = self.student, cast(Any, self.student.language_model)
         training = [module for module in student.modules() if module.training]
         self.dropped_layers.to(student.device)
-        before = decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers
+        # What a decoder goes by, where its family has it: Qwen3-VL has one kind of attention, and no types.
+        parts = [(decoder, "layers"), (decoder, "has_sliding_layers")]
+        parts += [(decoder.config, "layer_types"), (decoder.config, "num_hidden_layers")]
+        before = [(part, name, getattr(part, name)) for part, name in parts if hasattr(part, name)]
         try:
             student.eval()
             if student._hf_peft_config_loaded:
                 student.disable_adapters()
             decoder.layers = nn.ModuleList(self._in_order(decoder.layers, self.dropped_layers))
-            # Each layer is told its kind of attention here, not by itself.
-            decoder.config.layer_types = self._in_order(decoder.config.layer_types, self._dropped_layer_types)
-            decoder.has_sliding_layers = "sliding_attention" in decoder.config.layer_types
+            decoder.config.num_hidden_layers = len(decoder.layers)
+            if hasattr(decoder.config, "layer_types"):
+                # Each layer is told its kind of attention here, though it knows it.
+                decoder.config.layer_types = types = [_layer_type(layer) for layer in decoder.layers]
+                decoder.has_sliding_layers = "sliding_attention" in types
             yield
         finally:
-            decoder.layers, decoder.config.layer_types, decoder.has_sliding_layers = before
+            for part, name, value in before:
+                setattr(part, name, value)
             if student._hf_peft_config_loaded:
                 student.enable_adapters()
             for module in training:
                 module.training = True
+
+
+def _layer_type(layer: Any) -> str:
+    """What kind of attention a decoder layer has; in Qwen3.5 the layer says so, elsewhere its attention."""
+    return str(getattr(layer, "block_type", None) or layer.self_attn.layer_type)
 
 
 class WholeTeacher(Teacher):
@@ -181,8 +193,9 @@ def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision:
     """
     if isinstance(teacher, Teacher):
         return teacher
-    if isinstance(teacher, PumaModel | SentenceTransformer):
-        return WholeTeacher(teacher if isinstance(teacher, PumaModel) else puma_model(teacher), student)
+    if isinstance(teacher, PumaModelMixin | SentenceTransformer):
+        model: Any = teacher if isinstance(teacher, PumaModelMixin) else puma_model(teacher)
+        return WholeTeacher(model, student)
     if teacher is None:
         teacher, revision = student.config.source_name_or_path, revision or student.config.source_revision
         # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
@@ -229,7 +242,9 @@ class StoredModel:
         self._source, self._positions = source, student.config.positions
         self._has_ret = student.config.ret_token_id is not None  # an embedder's cut copy goes on without
         self._checkpoint = open_checkpoint(source, revision=revision)
-        self.config = PumaConfig.from_pretrained(self._checkpoint.folder, **self._loading)
+        family = config_class_of(read_config(self._checkpoint.folder).get("model_type"))
+        self.config: Any = family.from_pretrained(self._checkpoint.folder, **self._loading)
+        self._class = MODEL_CLASSES[family]
         text_config: Any = self.config.text_config
         self.num_layers: int = text_config.num_hidden_layers
 
@@ -255,7 +270,7 @@ class StoredModel:
         numbers = [number for number in range(self.num_layers) if number not in student.config.layers_of_original]
         # Without memory: only the layers that are wanted are given tensors.
         with torch.device("meta"):
-            every = PumaModel(self.config).language_model.layers
+            every = self._class(self.config).language_model.layers
         layers = nn.ModuleList(every[number] for number in numbers)
         stored, tensors = self._checkpoint, {}
         for name, _ in layers.named_parameters():
@@ -268,7 +283,7 @@ class StoredModel:
     def load(self) -> PumaModel:
         """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has it."""
         revision = self._checkpoint.revision or "main"
-        full: PumaModel = PumaModel.from_pretrained(self._source, revision=revision, **self._loading)
+        full: PumaModel = self._class.from_pretrained(self._source, revision=revision, **self._loading)
         if full.config.ret_token_id is None:
             if self._has_ret:
                 place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))

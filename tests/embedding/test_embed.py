@@ -4,7 +4,8 @@ import io
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,17 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from puma_hf.embedding import prepare
-from puma_hf.embedding.embed import BrokenInputError, embed, iterate_embeddings, quantize
+from puma_hf.embedding.embed import (
+    BrokenInputError,
+    embed,
+    image_settings,
+    iterate_embeddings,
+    processing_for,
+    quantize,
+)
 from puma_hf.embedding.prepare import BrokenInput
+from puma_hf.modeling.processing_puma import DECODE
+from puma_hf.settings import Decode
 
 PROMPT = "Find an image that matches."
 
@@ -83,15 +93,32 @@ def test_without_the_fast_path_rows_are_the_same(
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [{"shortest_edge": 256, "longest_edge": 1024}, {"longest_edge": 1024}])
-def test_settings_of_the_processor_are_passed_on(sentence_transformer: Any, inputs: list[Any], size: Any) -> None:
-    settings = {"image": {"size": size}, "text": {"max_length": 120}}
-    expected = sentence_transformer.encode(inputs, processing_kwargs=settings)
+@pytest.mark.parametrize("limits", [{"size": {"longest_edge": 1024}}, {"max_pixels": 1024, "decode": "exact"}])
+def test_settings_of_the_processor_are_passed_on(sentence_transformer: Any, inputs: list[Any], limits: Any) -> None:
+    settings = {"image": limits, "text": {"max_length": 120}}
+    size = {"shortest_edge": 256, "longest_edge": 1024}
+    expected = sentence_transformer.encode(inputs, processing_kwargs={**settings, "image": {"size": size}})
     result = embed(sentence_transformer, inputs, processing_kwargs=settings)
     np.testing.assert_allclose(result.embeddings, expected, atol=1e-5)
     short = embed(sentence_transformer, ["x" * 300], max_length=100).embeddings
     expected = sentence_transformer.encode(["x" * 300], processing_kwargs={"text": {"max_length": 100}})
     np.testing.assert_allclose(short, expected, atol=1e-5)
+
+
+def test_what_other_models_cannot_do_is_refused(sentence_transformer: Any) -> None:
+    """Qwen-VL's processors of images have a limit in pixels, those of other models have none."""
+    qwen, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    qwen.processor = SimpleNamespace(image_processor=sentence_transformer[0].processor.image_processor)  # type: ignore
+    assert get_args(Decode) == DECODE
+    for one in (nn.Sequential(qwen), nn.Sequential(other)):
+        assert processing_for(one, "split", None, "exact") == {"text": {"split_special_tokens": True}}
+        with pytest.raises(ValueError, match=r"decode='fast' is for PUMA models alone: .*Leave it out \(--decode\)"):
+            processing_for(one, "raise", None, "fast")
+    limit = processing_for(nn.Sequential(qwen), "raise", 1024, "exact")
+    assert limit == {"image": {"max_pixels": 1024}}
+    assert image_settings(nn.Sequential(qwen), limit) == {"max_pixels": 1024, "decode": "exact"}
+    with pytest.raises(ValueError, match=r"max_pixels=1024 cannot be passed on .*Leave it out \(--max-pixels\)"):
+        processing_for(nn.Sequential(other), "raise", 1024, None)
 
 
 def test_the_models_default_prompt_holds(sentence_transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

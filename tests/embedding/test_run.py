@@ -251,6 +251,32 @@ def test_special_tokens_are_read_as_text_when_the_run_goes_on(config: Any, table
     assert embed_corpus(config(on_error=on_error)).num_new_items == 0
 
 
+def test_embeddings_of_another_limit_or_decoding_are_refused(
+    config: Any, table: Path, sentence_transformer: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.effect_noise((900, 700), 90).save(table.parent / "0.png")
+    own = sentence_transformer[0].processor.image_processor.size["longest_edge"]
+    embed_corpus(config(max_pixels=1024, decode="exact"))
+    options = {"image": {"size": {"longest_edge": 1024}, "decode": "exact"}}
+    wanted = expected(sentence_transformer, table, processing_kwargs=options)
+    np.testing.assert_allclose(read(config().output)[1], wanted, **TOLERANCE)
+    assert np.abs(wanted - expected(sentence_transformer, table))[0].max() > 1e-3
+    remedy = r"Go on with --decode exact and with --max-pixels 1024, as they were made\. Choose another directory"
+    with pytest.raises(ValueError, match=rf"max_pixels is 1024 there and None here\. {remedy}"):
+        embed_corpus(config())
+    # A version without the choice decoded every pixel, and said nothing of it.
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "image_settings", lambda *_: {})
+        embed_corpus(config(output=table.parent / "older", decode="exact"))
+    with pytest.raises(
+        ValueError, match=r"settings: decode is 'exact' there and 'fast' here\. Go on with --decode exact,"
+    ):
+        embed_corpus(config(output=table.parent / "older", max_pixels=own))  # which is the model's own
+    with pytest.raises(ValueError, match=r"max_pixels is None there and 1024 here\. Go on without --max-pixels,"):
+        embed_corpus(config(output=table.parent / "older", decode="exact", max_pixels=1024))
+    assert embed_corpus(config(output=table.parent / "older", decode="exact")).num_new_items == 0
+
+
 def test_embeddings_that_are_not_finite_are_an_error(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for precision, name in (("int8", "embed"), ("float32", "iterate_embeddings")):
         plain = getattr(run, name)

@@ -181,12 +181,18 @@ def test_shards_of_other_settings_are_never_mixed_in(tmp_path: Path, caplog: pyt
         ({"new": 1, "truncate_dim": 64}, {}, "new is None there and 1 here; truncate_dim is None there and 64 here"),
         ({}, {"dtype": torch.float16}, "embedding_dtype is 'float32' there and 'float16' here"),
         ({}, {"file_format": "safetensors"}, "file_format is 'parquet' there"),
+        (
+            {"decode": "fast"},
+            {},
+            "decode is 'exact' there and 'fast' here. Go on with --decode exact, as they were made",
+        ),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], options: Any, message: str) -> None:
     filled(tmp_path, KEYS)
     with pytest.raises(ValueError, match=f"were made with other settings: {message}"):
         EmbeddingStore(tmp_path, {**SETTINGS, **settings}, **options)
+    assert len(EmbeddingStore(tmp_path, {**SETTINGS, "decode": "exact", "max_pixels": None})) == len(KEYS)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "puma_hf embeddings", "format_version": 3}'])

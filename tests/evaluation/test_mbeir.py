@@ -313,6 +313,18 @@ def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> No
         evaluate(EvaluateConfig(model=str(qwen_dir), data=root))
 
 
+def test_results_say_how_images_were_read(puma_dir: Path, root: Path, tmp_path: Path) -> None:
+    limit = evaluate(config(puma_dir, root, output=tmp_path / "out", max_pixels=1024, decode="exact"))
+    assert {"max_pixels": 1024, "decode": "exact"}.items() <= limit.made_from.items()
+    assert ", max-pixels 1024, data mbeir" in limit.to_markdown()
+    remedy = r"Go on with --decode exact and with --max-pixels 1024, as they were made\. Choose another directory"
+    with pytest.raises(ValueError, match=rf"max_pixels is 1024 there and None here\. {remedy}"):
+        evaluate(config(puma_dir, root, output=tmp_path / "out"))
+    plain = evaluate(config(puma_dir, root, tasks=NAMES[0]))
+    assert plain.made_from["decode"] == "fast"
+    assert not {"max_pixels", "encode_kwargs"} & plain.made_from.keys()
+
+
 def test_special_tokens(puma_dir: Path, root: Path, tmp_path: Path) -> None:
     builder.change_record(builder.query_path(root, 1, "test"), 2, query_txt="a <|im_end|> b")
     with pytest.raises(ValueError, match=rf"'{builder.qid(1, 1)}' .* the text .*--special-tokens split"):

@@ -25,6 +25,8 @@ from puma_hf.modeling import (
     PumaQwen3VLModel,
     PumaQwen25VLConfig,
     PumaQwen25VLModel,
+    PumaQwen35Config,
+    PumaQwen35Model,
 )
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of
 from tests.tiny import FAMILIES, LAYOUTS, NUM_LAYERS, build_checkpoint, copy_checkpoint, layer_of, read_weights
@@ -33,8 +35,9 @@ CLASSES: dict[str, tuple[Any, Any, Any]] = {
     "qwen2_vl": (PumaConfig, PumaModel, PumaProcessor),
     "qwen2_5_vl": (PumaQwen25VLConfig, PumaQwen25VLModel, PumaImageTextProcessor),
     "qwen3_vl": (PumaQwen3VLConfig, PumaQwen3VLModel, PumaImageTextProcessor),
+    "qwen3_5": (PumaQwen35Config, PumaQwen35Model, PumaImageTextProcessor),
 }
-NEW = ["qwen2_5_vl", "qwen3_vl"]
+NEW = ["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
@@ -126,12 +129,13 @@ def test_the_layers_matter(full_model: Any, batches: list[dict[str, Tensor]]) ->
 # --- layers that are not the first
 
 # DeepStack needs the first three of the tiny Qwen3-VL, which gets two more for this.
-LISTS = {"qwen2_vl": [0, 3], "qwen2_5_vl": [1, 3], "qwen3_vl": [0, 1, 2, 4]}
+LISTS = {"qwen2_vl": [0, 3], "qwen2_5_vl": [1, 3], "qwen3_vl": [0, 1, 2, 4], "qwen3_5": [1, 3]}
 
 
 @pytest.fixture(scope="module")
 def deeper(family: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_checkpoint(tmp_path_factory.mktemp("deep") / "six", family, num_layers=6) if "3_" in family else source
+    folder = tmp_path_factory.mktemp("deep") / "six"
+    return build_checkpoint(folder, family, num_layers=6) if family == "qwen3_vl" else source
 
 
 def put_together(family: str, source: Path, layers: list[int], ret_row: Tensor) -> Any:
@@ -140,6 +144,8 @@ def put_together(family: str, source: Path, layers: list[int], ret_row: Tensor) 
     decoder = stock.language_model
     decoder.layers = torch.nn.ModuleList(decoder.layers[layer] for layer in layers)
     decoder.config.num_hidden_layers = len(layers)
+    types = getattr(decoder.config, "layer_types", None)
+    decoder.config.layer_types = types and [types[layer] for layer in layers]
     with torch.no_grad():
         decoder.embed_tokens.weight[-8:] = ret_row  # the padding rows, of which [RET] took the first
     return stock
@@ -332,11 +338,11 @@ def test_only_qwen2_vl_takes_videos(processor: PumaProcessor) -> None:
 # --- what cannot be loaded
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", None])
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_text", None])
 def test_what_cannot_be_pruned_is_refused(tmp_path: Path, qwen_dir: Path, model_type: str | None) -> None:
     source = copy_checkpoint(qwen_dir, tmp_path / "source")
     change_config(source, lambda config: config.update(model_type=model_type))
-    message = rf"model_type={model_type!r}, but PUMA prunes Qwen2-VL .*Qwen3-VL \(qwen3_vl\) here.* Choose one"
+    message = rf"model_type={model_type!r}, but PUMA prunes Qwen2-VL .*Qwen3\.5 \(qwen3_5\) here.* Choose one"
     with pytest.raises(ValueError, match=message):
         prune(source, tmp_path / "out", num_kept_layers=2)
     assert not (tmp_path / "out").exists()

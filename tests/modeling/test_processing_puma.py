@@ -311,12 +311,17 @@ def test_other_collections_are_read_as_lists(processor: PumaProcessor) -> None:
         assert torch.equal(processor.process_inputs(inputs)["input_ids"], expected)
 
 
-def test_older_names_of_the_image_size_count(processor: PumaProcessor, images: list[Image.Image]) -> None:
-    """Counted and cut alike, whether transformers still knows them or not."""
+def test_older_names_of_the_image_size_count(
+    processor: PumaProcessor, images: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted and cut alike, whether transformers still knows them or not; another limit is said once."""
     sizes: list[dict[str, Any]] = [{"size": {"shortest_edge": 12544, "longest_edge": 25088}}]
     sizes += [{"min_pixels": 12544, "max_pixels": 25088}, {}]
     found = [processor.process_inputs(images[:1], images_kwargs=size)["image_grid_thw"].tolist() for size in sizes]
     assert found[0] == found[1] != found[2]
+    assert [one.partition(":")[0] for one in caplog.messages] == [
+        "Images are scaled down to 25,088 pixels, and the model was saved with 65,536"
+    ]
 
 
 def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, qwen_dir: Path) -> None:

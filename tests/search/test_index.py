@@ -23,7 +23,7 @@ from puma_hf.configs import IndexConfig
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from puma_hf.search.build import IndexReport, build_index
 from puma_hf.search.index import Index, open_index
-from puma_hf.search.query import Searcher
+from puma_hf.search.query import Query, Searcher, open_searcher
 from tests.data.mbeir_builder import build_mbeir
 from tests.forks import in_two_processes, run_worker
 from tests.search.small_corpus import write_corpus, write_picture
@@ -120,10 +120,25 @@ def test_pictures_inside_of_a_parquet_file_go_with_a_copied_folder(
     assert picture.read_bytes() == buffer.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("values", "is_older"),
+    [({}, False), ({"max_pixels": 1024}, False), ({"decode": "exact"}, False), ({"decode": "exact"}, True)],
+)
+def test_a_photo_finds_itself_however_the_index_read_it(
+    make: Make, tmp_path: Path, values: Any, is_older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.effect_noise((1200, 900), 30 * number + 30).save(tmp_path / "photos" / f"{number}.jpg")
+    if is_older:  # as by a version that decoded every pixel, and said nothing of it
+        monkeypatch.setattr("puma_hf.embedding.run.image_settings", lambda *_: {})
+    make(tmp_path / "photos", **values)
+    best = open_searcher(tmp_path / "out").search(Query(image=tmp_path / "photos" / "1.jpg"), top_k=1).answers[0]
+    assert (best.id, best.score) == ("1.jpg", pytest.approx(1, abs=1e-5))
+
+
 @pytest.mark.parametrize("values", [{"precision": "float16"}, {"truncate_dim": 8}])
 def test_small_vectors(make: Make, corpus: Path, tmp_path: Path, values: dict[str, Any], puma_dir: Path) -> None:
-    from puma_hf.search.query import open_searcher
-
     make(corpus, **values)
     kind = open_index(tmp_path / "out").table.schema.field("vector").type
     assert str(kind.value_type) == ("halffloat" if "precision" in values else "float")
@@ -286,10 +301,15 @@ def test_what_an_older_version_made_names_the_command(make: Make, corpus: Path, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dtype": "bfloat16"}, r"fingerprint is .* weights_dtype is 'float32' there, 'bfloat16' here"),
-        ({"precision": "float16"}, "precision is 'float32' there, 'float16' here. Choose another directory, or delete"),
-        ({"truncate_dim": 8}, "truncate_dim is None there, 8 here"),
-        ({"prompt": "Find it."}, "prompt is None there, 'Find it.' here"),
+        ({"dtype": "bfloat16"}, r"fingerprint is .* weights_dtype is 'float32' there and 'bfloat16' here"),
+        (
+            {"precision": "float16"},
+            "precision is 'float32' there and 'float16' here. Choose another directory, or delete",
+        ),
+        ({"truncate_dim": 8}, "truncate_dim is None there and 8 here"),
+        ({"prompt": "Find it."}, "prompt is None there and 'Find it.' here"),
+        ({"max_pixels": 1024}, r"max_pixels is None there and 1024 here. Go on without --max-pixels, as"),
+        ({"decode": "exact"}, r"decode is 'fast' there and 'exact' here. Go on with --decode fast, as"),
     ],
 )
 def test_vectors_that_cannot_be_compared(make: Make, corpus: Path, copy: Path, values: Any, message: str) -> None:

@@ -70,7 +70,7 @@ def test_second_adapter_and_other_models_are_refused(make_student: MakeStudent) 
     with pytest.raises(ValueError, match=r"Adapter .* already exists"):
         add_lora(model, lora_config())
     other = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
-    with pytest.raises(ValueError, match=r"A Identity holds no model that puma-hf prune cut from a Qwen2-VL"):
+    with pytest.raises(ValueError, match=r"A Identity holds no model that puma-hf prune has cut"):
         add_lora(other, lora_config())
 
 
