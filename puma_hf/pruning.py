@@ -169,8 +169,11 @@ def prune(
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        settings = {"prompts": MBEIR_INSTRUCTIONS} if origin.settings is None else origin.settings
-        write_sentence_transformers_files(folder, settings if prompts is None else {**settings, "prompts": prompts})
+        settings = origin.settings or {"prompts": MBEIR_INSTRUCTIONS}
+        if prompts is not None:
+            default = settings.get("default_prompt_name")
+            settings |= {"prompts": prompts, "default_prompt_name": default if default in prompts else None}
+        write_sentence_transformers_files(folder, settings)
         with torch.device("meta"):  # where a tensor has a shape and takes no memory
             make: Any = AutoModelForImageTextToText if "lm_head.weight" in checkpoint.weight_files else AutoModel
             before = make.from_config(AutoConfig.from_pretrained(checkpoint.folder)).num_parameters()

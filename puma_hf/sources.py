@@ -26,6 +26,7 @@ _PASSED = {
     "common": {"return_tensors"},
 }
 _OPENED = {"min_pixels", "max_pixels", "model_max_length", "padding_side", "use_fast", "trust_remote_code"}
+_TEXT_ALONE = ("do_lower_case", "query_length", "document_length", "query_expansion")
 _REMEDY = (
     "To cut its layers as those of a generative model, which has to be trained then, pass --reading puma; an embedder "
     f"that reads as one of {', '.join(name for name, reading in READINGS.items() if reading.known_by)} can be named so."
@@ -158,7 +159,7 @@ def _problem(folder: Path, modules: Sequence[Mapping[str, Any]]) -> str | None:
     unknown = [
         f"{kind}.{key}" for kind, options in passed.items() for key in options or () if key not in known.get(kind, ())
     ]
-    unknown += sorted(opened.keys() - _OPENED)
+    unknown += [*sorted(opened.keys() - _OPENED), *(key for key in _TEXT_ALONE if transformer.get(key))]
     if transformer.get("transformer_task", "feature-extraction") != "feature-extraction":
         unknown.append(f"transformer_task {transformer['transformer_task']}")
     return f"sets {unknown[0]} in {TRANSFORMER_FILE}, which a cut copy does not know" if unknown else None

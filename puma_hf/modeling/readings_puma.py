@@ -125,7 +125,7 @@ READINGS = {
         _RELEASED,
         end="",
         visual_tokens=(4, 300),
-        known_by="lamra",
+        known_by="lamra-?ret",
         told=f"by LamRA's own code, up to the token before `<emb>`, {_RELEASED.told}",
     ),
 }

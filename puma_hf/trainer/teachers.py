@@ -21,7 +21,7 @@ from puma_hf.files import read_config
 from puma_hf.fingerprint import model_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import runs_tower_once
 from puma_hf.losses.distillation_puma import TEACHER_KEY
-from puma_hf.modeling import PumaModel
+from puma_hf.modeling import RET_TOKEN, PumaModel
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES, PumaModelMixin
 from puma_hf.pruning import place_ret_token
@@ -214,6 +214,7 @@ def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision:
         raise ValueError(f"The teacher {str(teacher)!r} has the student's weights: it is the student itself.")
     else:
         reason = f"it has {full.num_layers} layers, and the student was cut from {original}"
+    full.check_vocabulary(student)
     whole = WholeTeacher(full.load(), student)
     size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
     logger.warning(
@@ -242,11 +243,24 @@ class StoredModel:
         self._source, self._positions = source, student.config.positions
         self._has_ret = student.config.ret_token_id is not None  # an embedder's cut copy goes on without
         self._checkpoint = open_checkpoint(source, revision=revision)
-        family = config_class_of(read_config(self._checkpoint.folder).get("model_type"))
+        self._model_type = read_config(self._checkpoint.folder).get("model_type")
+        family = config_class_of(self._model_type)
         self.config: Any = family.from_pretrained(self._checkpoint.folder, **self._loading)
         self._class = MODEL_CLASSES[family]
         text_config: Any = self.config.text_config
         self.num_layers: int = text_config.num_hidden_layers
+
+    def check_vocabulary(self, student: PumaModel) -> None:
+        """Refuse a checkpoint to which the student's tokens mean something else; `[RET]` may be the student's alone."""
+        own = Path(str(student.config.name_or_path))
+        if not (own / "tokenizer_config.json").is_file():
+            return  # it was made in memory, or comes from the Hub
+        both = (own, self._checkpoint.folder)
+        ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in both)
+        other = (token for token, number in ours.items() if theirs.get(token) != number and token != RET_TOKEN)
+        if token := next(other, None):
+            reads = f"The teacher {str(self._source)!r} has another vocabulary than the student, first in {token!r}"
+            raise ValueError(f"{reads}: it cannot read the student's tokens. Choose one of the same family.")
 
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
@@ -284,7 +298,7 @@ class StoredModel:
         """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has it."""
         revision = self._checkpoint.revision or "main"
         full: PumaModel = self._class.from_pretrained(self._source, revision=revision, **self._loading)
-        if full.config.ret_token_id is None:
+        if type(full.config).source_model_type == self._model_type:  # an original
             if self._has_ret:
                 place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
             full.config.positions = self._positions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from puma_hf import PumaProcessor, prune
+from puma_hf.configs import PruneConfig
 from puma_hf.modeling.fast_path_puma import FastPath
-from puma_hf.modeling.readings_puma import released_sentence
+from puma_hf.modeling.readings_puma import READINGS, released_sentence
 from tests.tiny import build_checkpoint
 
 # Of the published Qwen2-VL checkpoints, without its counting of pictures and its videos.
@@ -164,6 +165,11 @@ def test_the_directory_records_its_reading(qwen_dir: Path, puma_dir: Path, relea
     for name in ("chat_template.jinja", "processor_config.json"):
         assert (tmp_path / "saved" / name).read_text() == (released / name).read_text()
     assert AutoModel.from_pretrained(tmp_path / "saved").config.positions == "sequential"
+
+
+def test_the_command_offers_every_reading() -> None:
+    offered = get_args(get_type_hints(PruneConfig)["reading"])
+    assert {name for one in offered for name in get_args(one)} == set(READINGS)
 
 
 def test_a_reading_that_the_source_cannot_have(qwen_dir: Path, puma_dir: Path, released: Path, tmp_path: Path) -> None:
