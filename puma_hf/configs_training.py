@@ -11,6 +11,7 @@ from typing import Any, Literal
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 from puma_hf.losses.schedule_puma import (
     HARD_TEMPERATURE,
+    RELATIONAL_TEMPERATURE,
     SCHEDULE,
     SCHEDULE_END,
     SPLIT_WEIGHT,
@@ -134,11 +135,14 @@ class StageConfig(CheckedConfig):
         resume: Continue from the last whole checkpoint in the output.
         overwrite: Use an output that is not empty; checkpoints in it are removed.
         training_arguments: More SentenceTransformerTrainingArguments, by name (YAML and Python only).
-        teacher: Checkpoint that was pruned, or another model of its hidden size; default: the one the model names.
+        teacher: Checkpoint that was pruned, or another of its hidden size, or with metric relational any embedder;
+            default: the one the model names.
         teacher_mode: frozen: the untouched full model, asked at every step; cached: its states, computed once and
             stored.
         teacher_cache: Where cached states are stored; default: teacher_cache in the output.
-        metric: Distance of student and teacher; mse: the paper's, a sum; mse-mean: released, averaged over dimensions.
+        metric: Distance of student and teacher; mse: the paper's, a sum; mse-mean: released, averaged over dimensions;
+            cosine: of their embeddings; relational: of their similarities within a batch, for a teacher of any width.
+        relational_temperature: Temperature of these similarities; metric relational only.
     """
 
     model: str | Path = positional()
@@ -188,6 +192,7 @@ class StageConfig(CheckedConfig):
     teacher_mode: TeacherMode = "frozen"
     teacher_cache: str | Path | None = None
     metric: DistillationMetric = "mse"
+    relational_temperature: float = option(RELATIONAL_TEMPERATURE, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.masking_utils import create_masks_for_generate
 
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
 from puma_hf.configs import SweepConfig, parse_parameters
@@ -57,9 +58,6 @@ def decoder_of(model: SentenceTransformer) -> Any:
 def keep_last_depths(model: SentenceTransformer) -> range:
     """Each k below L at which a model may keep its first k - 1 layers and the last; DeepStack's layers stay."""
     decoder, puma = decoder_of(model), cast(Any, model[0])
-    # A state goes into the last layer with the mask of the layer that it was made for.
-    if len(types := set(getattr(decoder.config, "layer_types", None) or ())) > 1:
-        raise ValueError(f"keep_last needs one kind of attention, the layers have {sorted(types)}. Leave it out.")
     return range(puma.model.config.num_deepstack_layers + 1, len(decoder.layers))
 
 
@@ -67,6 +65,7 @@ def keep_last_depths(model: SentenceTransformer) -> range:
 def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[None]:
     """Within the block, the embeddings of all depths of an input lie side by side in the one that `model` returns."""
     decoder, layers = decoder_of(model), decoder_of(model).layers
+    types = getattr(decoder.config, "layer_types", None) or [""] * len(layers)
     masks: list[Any] = []
     found: dict[int, Tensor] = {}  # by depth; each batch writes over the last one's
 
@@ -75,7 +74,10 @@ def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[N
         # input, not by the length of the sequence.
         found[depth] = last_token_state(output[0] if isinstance(output, tuple) else output, masks[-1])
 
-    def join(depth: int, layer: nn.Module, args: Any, options: dict[str, Any]) -> None:
+    def join(depth: int, kind: str, layer: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        if kind != types[-1]:  # the last layer has another kind of attention, and so another mask
+            made = create_masks_for_generate(decoder.config, args[0], masks[-1], None, options.get("position_ids"))
+            options = {**options, "attention_mask": made[types[-1]]}
         # `forward`, not a call, which would run the last layer's own hook.
         keep(depth, layer, args, layers[-1].forward(*args, **options))
 
@@ -87,7 +89,7 @@ def _all_depths(model: SentenceTransformer, joined: Sequence[int]) -> Iterator[N
     hooks = [model[0].register_forward_pre_hook(lambda _, args: masks.append(args[0].get("attention_mask")))]
     hooks += [layer.register_forward_hook(partial(keep, depth)) for depth, layer in enumerate(layers)]
     for depth, k in enumerate(joined, start=len(layers)):
-        hooks += [layers[k - 1].register_forward_pre_hook(partial(join, depth), with_kwargs=True)]
+        hooks += [layers[k - 1].register_forward_pre_hook(partial(join, depth, types[k - 1]), with_kwargs=True)]
     hooks += [model[0].register_forward_hook(finish)]
     with ExitStack() as stack:
         for hook in hooks:
@@ -115,7 +117,7 @@ def encode_all_layers(
         `keep_last` a row for each of `keep_last_depths` comes after these.
 
     Raises:
-        ValueError: If the model has further modules, or `keep_last` does not go with its layers.
+        ValueError: If the model has further modules.
 
     Example:
         >>> encode_all_layers(model, ["a red apple", {"image": "apple.png"}]).shape  # doctest: +SKIP

@@ -35,7 +35,7 @@ _MERGED = "- A LoRA adapter was trained and merged into the weights; its recipe 
 _STAGES = r"(?m)^- (A LoRA adapter .*was trained and merged into the weights|Trained with the loss|Distilled without)"
 # What is told of a recipe; InfoNCE has one temperature, and without a teacher there are no two terms.
 _OF_MAC = ["hard_temperature", "schedule", "schedule_end", "grouping"]
-_OF_TEACHER = ["teacher", "metric", "distillation_weight", "distillation_weight_start"]
+_OF_TEACHER = ["teacher", "metric", "relational_temperature", "distillation_weight", "distillation_weight_start"]
 _OF_TEACHER += ["contrastive_weight", "contrastive_weight_start"]
 _TOLD = ["data", "split", "temperature", *_OF_MAC, "split_weight", "num_negatives", "matryoshka_dims", *_OF_TEACHER]
 _TOLD += ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
@@ -266,6 +266,7 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
         has_teacher = not loss or recipe.get("distillation_weight") or recipe.get("distillation_weight_start")
         unused = [*(_OF_MAC if loss == "infonce" else []), *([] if has_teacher else _OF_TEACHER)]
         unused += [] if loss == "mac-split" else ["split_weight"]
+        unused += [] if recipe.get("metric") == "relational" else ["relational_temperature"]
         told = {name: recipe[name] for name in _TOLD if name not in unused and recipe.get(name) not in (None, [])}
         # Of paths the last part: where they lie here is nobody else's business.
         told |= {name: short_name(str(told[name])) for name in ("data", "teacher") if name in told}

@@ -7,29 +7,46 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
+from sentence_transformers.util import all_gather, all_gather_with_grad, cos_sim, get_rank, get_world_size
 from torch import Tensor, nn
 
 from .mac_puma import PUMA_CITATION, read_ids, restore_ids
 from .progress_puma import is_scheduled
-from .schedule_puma import DistillationMetric, check_choice, check_range
+from .schedule_puma import RELATIONAL_TEMPERATURE, DistillationMetric, check_choice, check_range
 
 STUDENT_KEY = "pooler_output"
 # Where a teacher puts its states among the features of a column.
 TEACHER_KEY = "teacher_state"
+OTHER_WIDTH = "A teacher of another width or family needs metric='relational' (--metric relational)."
 
 
-def self_distillation_loss(student: Tensor, teacher: Tensor, metric: DistillationMetric = "mse") -> Tensor:
+def self_distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    metric: DistillationMetric = "mse",
+    temperature: float = RELATIONAL_TEMPERATURE,
+    *,
+    gather_across_devices: bool = False,
+) -> Tensor:
     """Distance between the student's and the teacher's [RET] states, averaged over the batch.
 
     - `"mse"`: `mean_i ||h_t,i - h_s,i||^2`, L_distill as PUMA's paper writes it (ACM MM 2025, arXiv 2507.08064).
       The squared differences are summed, not averaged, over the hidden dimension.
     - `"mse-mean"`: the same averaged over the hidden dimension, as in the code that its authors released.
     - `"cosine"`: `mean_i (1 - cos(h_t,i, h_s,i))`, which ignores lengths, as retrieval does.
+    - `"relational"`: `mean_i KL(p_t,i || p_s,i)` of the distributions `p_i = softmax_j(cos(h_i, h_j) / temperature)`
+      over the other rows j of the batch. Only similarities are compared, so the teacher may have another width; the
+      student then has a vector space of its own. Relational distillation is of Park et al. (CVPR 2019, arXiv
+      1904.05068) and Tung and Mori (ICCV 2019, arXiv 1907.09682), who compare distances, angles and similarities
+      themselves; KL divergence of softmaxed in-batch scores of Lin et al. (TCT-ColBERT, arXiv 2010.11386).
 
     Args:
         student: States of the pruned model after its final norm, `(batch_size, hidden_size)`.
-        teacher: States of the full model after its final norm, likewise; finite. Detached here.
+        teacher: States of the full model after its final norm, likewise; finite. Detached here. For `"relational"`
+            and `"cosine"` they may be embeddings, for `"relational"` `(batch_size, any_width)`.
         metric: One of the above.
+        temperature: Of `"relational"`, for teacher and student alike.
+        gather_across_devices: In `"relational"`, j also runs over the rows of the other devices, of equally many each.
 
     Returns:
         The loss, a scalar in float32 (float64 if both states are).
@@ -39,9 +56,11 @@ def self_distillation_loss(student: Tensor, teacher: Tensor, metric: Distillatio
         3.0
     """
     check_choice("metric", metric, DistillationMetric)
-    if student.ndim != 2 or student.shape != teacher.shape:
+    check_range(temperature=temperature)
+    same = student.shape[:1] == teacher.shape[:1] if metric == "relational" else student.shape == teacher.shape
+    if student.ndim != 2 or teacher.ndim != 2 or not same:
         shapes = f"student states are {tuple(student.shape)} and teacher states {tuple(teacher.shape)}"
-        raise ValueError(f"{shapes}, but both must be the same (batch_size, hidden_size).")
+        raise ValueError(f"{shapes}, but both must be the same (batch_size, hidden_size). {OTHER_WIDTH}")
     dtype = torch.float64 if student.dtype == teacher.dtype == torch.float64 else torch.float32
     student, teacher = student.to(dtype), teacher.detach().to(device=student.device, dtype=dtype)
     if not torch.isfinite(teacher).all():
@@ -49,11 +68,31 @@ def self_distillation_loss(student: Tensor, teacher: Tensor, metric: Distillatio
         raise ValueError(
             f"the teacher states of the samples {broken} are NaN or infinite. Run it in bfloat16 or float32."
         )
+    if metric == "relational":
+        return _relational_loss(student, teacher, temperature, gather_across_devices)
     if metric == "cosine":
         return (1.0 - torch.nn.functional.cosine_similarity(student, teacher, dim=1)).mean()
     # Summed over the dimensions, as the paper has it, the loss grows with the hidden size: 1,536 times the mean at 2B.
     squares = (teacher - student).square()
     return squares.mean() if metric == "mse-mean" else squares.sum(dim=1).mean()
+
+
+def _relational_loss(student: Tensor, teacher: Tensor, temperature: float, gather_across_devices: bool) -> Tensor:
+    # Own rows against everyone's, as in MAC-Loss; gradients flow back to the devices that embedded them.
+    students = all_gather_with_grad(student) if gather_across_devices else student
+    teachers = all_gather(teacher) if gather_across_devices else teacher
+    if len(students) < 3:  # one other row has all of both distributions: nothing to learn
+        return 0.0 * student.sum()
+    first = get_rank() * len(student) if gather_across_devices else 0
+    own = torch.eye(len(students), dtype=torch.bool, device=student.device)[first : first + len(student)]
+    # A row is as similar to itself in every model, and at low temperatures nothing else would count. Its logarithm
+    # becomes 0 in both, which adds nothing to the sum. Under autocast the cosines would be bfloat16: too coarse.
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        log_p = [
+            (cos_sim(rows, everyone) / temperature).masked_fill(own, -torch.inf).log_softmax(dim=1).masked_fill(own, 0)
+            for rows, everyone in ((student, students), (teacher, teachers))
+        ]
+    return torch.nn.functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="batchmean")
 
 
 class SelfDistillationLoss(nn.Module):
@@ -66,11 +105,14 @@ class SelfDistillationLoss(nn.Module):
     after its final norm and before L2 normalisation.
 
     Alone it needs no labels, and is this library's first stage; the authors' has a contrastive term besides, see
-    `JointDistillationLoss`. Inside `MatryoshkaLoss` the first d dimensions of both states are compared.
+    `JointDistillationLoss`. Inside `MatryoshkaLoss` the first d dimensions of both states are compared. The rows that
+    `"relational"` compares are those of all columns and, in a distributed run, of all devices.
 
     Args:
         model: A SentenceTransformer whose input module returns `pooler_output`, `(batch_size, hidden_size)`.
-        metric: `"mse"` (the paper), `"mse-mean"` (its released code) or `"cosine"`, see `self_distillation_loss`.
+        metric: `"mse"` (the paper), `"mse-mean"` (its released code), `"cosine"`, or `"relational"`, for a teacher of
+            another width; see `self_distillation_loss`.
+        relational_temperature: Its `temperature`.
 
     Requirements:
         1. One or more columns of inputs.
@@ -89,11 +131,19 @@ class SelfDistillationLoss(nn.Module):
 
     citation = PUMA_CITATION
 
-    def __init__(self, model: nn.Module, metric: DistillationMetric = "mse") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        metric: DistillationMetric = "mse",
+        *,
+        relational_temperature: float = RELATIONAL_TEMPERATURE,
+    ) -> None:
         super().__init__()
         check_choice("metric", metric, DistillationMetric)
+        check_range(relational_temperature=relational_temperature)
         self.model = model
         self.metric: DistillationMetric = metric
+        self.relational_temperature = relational_temperature
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Embed every column, a dict of model inputs, and compare its [RET] states with the teacher's: a scalar."""
@@ -110,19 +160,27 @@ class SelfDistillationLoss(nn.Module):
                     f"not states (batch_size, {len(outputs)}, hidden_size). Use PumaDistillationTrainer."
                 )
             teacher = list(labels.unbind(1))
-        losses = []
+        pairs = []
         for output, state in zip(outputs, teacher, strict=True):
             student: Tensor = output[STUDENT_KEY]
             # MatryoshkaLoss shortens the embedding; both states follow. Labels come shortened already, and a teacher
-            # of another hidden size stays as it is, to be refused.
+            # of another hidden size stays as it is, to be refused, or whole, if similarities are compared.
             width = output.get("sentence_embedding", student).shape[-1]
-            state = state[..., :width] if state.shape[-1] == student.shape[-1] else state
-            losses.append(self_distillation_loss(student[..., :width], state, self.metric))
-        return torch.stack(losses).mean()
+            follows = self.metric != "relational" and state.shape[-1] == student.shape[-1]
+            pairs.append((student[..., :width], state[..., :width] if follows else state))
+        if self.metric == "relational":  # the similarities of queries and candidates are those that rank
+            students, states = zip(*pairs, strict=True)
+            pairs = [(torch.cat(students), torch.cat([state.to(student.device) for state in states]))]
+        options = self.metric, self.relational_temperature
+        gathers = get_world_size() > 1
+        return torch.stack(
+            [self_distillation_loss(*pair, *options, gather_across_devices=gathers) for pair in pairs]
+        ).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
-        return {"metric": self.metric}
+        more = {"relational_temperature": self.relational_temperature} if self.metric == "relational" else {}
+        return {"metric": self.metric, **more}
 
 
 class LossTerms(dict[str, Tensor]):
@@ -168,6 +226,7 @@ class JointDistillationLoss(nn.Module):
         contrastive_weight_start: Where the weight begins, if it is to move in a straight line over the training to
             `contrastive_weight`.
         distillation_weight_start: Likewise for `distillation_weight`.
+        relational_temperature: See `SelfDistillationLoss`.
 
     It takes (anchor, positive) pairs or (anchor, positive, negative_1, ..., negative_n) tuples, and the teacher's
     states as `teacher_state` features, where `PumaDistillationTrainer` puts them.
@@ -189,6 +248,7 @@ class JointDistillationLoss(nn.Module):
         *,
         contrastive_weight_start: float | None = None,
         distillation_weight_start: float | None = None,
+        relational_temperature: float = RELATIONAL_TEMPERATURE,
     ) -> None:
         super().__init__()
         self.weights = {"contrastive_weight": contrastive_weight, "distillation_weight": distillation_weight}
@@ -199,7 +259,7 @@ class JointDistillationLoss(nn.Module):
             raise ValueError(f"contrastive is a {type(contrastive).__name__}, but it must be a MultimodalMACLoss.")
         self.model = model
         self.contrastive: Any = contrastive
-        self.distillation = SelfDistillationLoss(model, metric)
+        self.distillation = SelfDistillationLoss(model, metric, relational_temperature=relational_temperature)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossTerms:
         """Embed every column once and compute `{"distillation": ..., "contrastive": ...}`, both weighted scalars."""
@@ -224,5 +284,5 @@ class JointDistillationLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
-        own = {"metric": self.distillation.metric, **self.weights}
+        own = {**self.distillation.get_config_dict(), **self.weights}
         return {"contrastive": type(self.contrastive).__name__, **self.contrastive.get_config_dict(), **own}

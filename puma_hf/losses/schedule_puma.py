@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Schedule = Literal["exponential", "cosine", "linear", "constant"]
 ModalityGrouping = Literal["target", "query"]
 MACObjective = Literal["mac", "split"]
-DistillationMetric = Literal["mse", "mse-mean", "cosine"]
+DistillationMetric = Literal["mse", "mse-mean", "cosine", "relational"]
 
 # MAC-Loss as its authors released it: 0.03 falls to 0.03 * exp(-0.5), rounded, over the first half of training.
 TEMPERATURE, HARD_TEMPERATURE = 0.03, 0.018
@@ -17,6 +17,8 @@ SCHEDULE: Schedule = "exponential"
 SCHEDULE_END = 0.5
 # Share of the second sum in the split objective: chosen on the emoji's validation split, with tiny models.
 SPLIT_WEIGHT = 0.2
+# Of both softmaxes over a batch's similarities, student's and teacher's: ours.
+RELATIONAL_TEMPERATURE = 0.05
 
 
 @dataclass(frozen=True)

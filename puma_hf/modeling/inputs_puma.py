@@ -8,13 +8,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageFile
 from transformers.utils.import_utils import is_av_available, is_torchvision_available
 from transformers.video_utils import load_video, read_video_pyav
@@ -57,9 +60,10 @@ IMAGE_FORMATS = frozenset((
 ))  # fmt: skip
 # Qwen2-VL's own limit: beyond it a resized image keeps no usable short side.
 MAX_ASPECT_RATIO = 200
-# A photo is decoded to at least so many times the size that is kept of it. Closer, its pixels would differ more from
-# those of a whole decoding; further, one of 12 megapixels costs twice the time (benchmarks/photos.py).
-DECODED_GAP = 1.75
+# A JPEG is decoded to at least so many times the size that is kept of it. Closer, pixels would differ more from those
+# of a whole decoding; further, a photo of 12 megapixels costs twice the time (benchmarks/photos.py). Averaging blocks
+# costs little and blurs more, so it leaves more.
+DECODED_GAP, AVERAGED_GAP = 1.75, 3.0
 DOWNLOAD_TIMEOUT = 30.0  # seconds
 # By EXIF's orientation.
 _TURNS: dict[Any, Image.Transpose] = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
@@ -237,7 +241,7 @@ def load_rgb_image(
         rgb = _to_rgb(opened)
         if is_large:
             box = None if drafted is None else drafted[1]  # without the part of a block that rounds a side up
-            rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=DECODED_GAP)
+            rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=AVERAGED_GAP)
         turn = _turn_of(opened)
         return rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError as error:
@@ -249,6 +253,27 @@ def load_rgb_image(
         name = repr(str(image)[:120]) if is_name else f"an object of type {type(image).__name__}"
         message = f"{prefix}{name} cannot be read as an image ({reason_of(error)}). Replace it or leave it out."
         raise ValueError(message) from error
+
+
+def decoded_by_torchvision(image: Any, device: Any) -> Any:
+    """The pixels of a JPEG that is stored upright, uint8 `(3, height, width)` on `device`; None of any other image.
+
+    Raises:
+        ImportError: If torchvision is not installed.
+    """
+    if not is_torchvision_available():
+        raise ImportError("decode='torchvision' needs torchvision. Run `pip install 'puma-hf[video]'`.")
+    read = import_module("torchvision.io")  # what stands in an import statement has to be installed where this travels
+    # Whatever is wrong with an image, Pillow says it better; and CMYK is read by it alone.
+    with suppress(Exception):
+        opened: Any = None if isinstance(image, Image.Image) else _opened(image)
+        if opened.format == "JPEG" and opened.mode in ("RGB", "L") and _turn_of(opened) is None:
+            _check_size(opened.size)
+            opened.fp.seek(0)
+            data = np.frombuffer(opened.fp.read(), np.uint8).copy()
+            if data[-2:].tobytes() == b"\xff\xd9":  # a GPU decodes what is cut off, too
+                return read.decode_jpeg(torch.from_numpy(data), mode=read.ImageReadMode.RGB, device=device)
+    return None
 
 
 def reason_of(error: Exception) -> str:

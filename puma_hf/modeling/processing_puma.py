@@ -21,9 +21,11 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .inputs_puma import (
+    MAX_ASPECT_RATIO,
     MODALITY_IDS,
     ROLES,
     SPECIAL_TOKEN_REMEDY,
+    decoded_by_torchvision,
     items_of,
     load_rgb_image,
     modality_of,
@@ -42,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
-DECODE = ("fast", "exact")
+DECODE = ("fast", "exact", "torchvision")
 _MOST_THREADS = 8
 _LENGTH_REMEDY = (
     "Give it fewer or smaller images, or change the limits: --max-length and --max-pixels in a command, "
@@ -183,7 +185,8 @@ class PumaProcessor(Qwen2VLProcessor):
             images_kwargs: Overrides for the image processor, for example
                 `{"size": {"shortest_edge": 3136, "longest_edge": 235200}}` in pixels; and `{"decode": "exact"}`, which
                 decodes every pixel of a photo, where by default ("fast") a JPEG is decoded no larger than is needed
-                for the size that is kept, and other large images are averaged in blocks first.
+                for the size that is kept, and other large images are averaged in blocks first. With
+                `{"decode": "torchvision", "device": "cuda"}` torchvision decodes JPEGs, and scales all, on a GPU.
 
         Returns:
             A batch with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape
@@ -265,20 +268,26 @@ class PumaProcessor(Qwen2VLProcessor):
             logger.warning_once(f"Images are scaled down to {limits}: embeddings at two limits differ.")
         # Only what shrinks images as we do can be helped by smaller ones.
         do_resize, resample = (options.get(name, getattr(images, name)) for name in ("do_resize", "resample"))
-        is_fast = decode == "fast" and do_resize and resample == Image.Resampling.BICUBIC
+        is_exact = decode == "exact" or not do_resize or resample != Image.Resampling.BICUBIC
         factor = options.get("patch_size", images.patch_size) * options.get("merge_size", images.merge_size)
 
         def kept_size(width: int, height: int) -> tuple[int, int]:
+            if is_exact:
+                return width, height
             kept: tuple[int, int] = smart_resize(width, height, factor, size["shortest_edge"], size["longest_edge"])
-            return kept
+            # A side of less than a token is rounded up: such a strip would be resized, or refused, once more.
+            is_strip = kept[0] * kept[1] > size["longest_edge"] or max(kept) > MAX_ASPECT_RATIO * min(kept)
+            return (width, height) if is_strip else kept
 
         def process(source: Any) -> BatchFeature:
             # An array with a stated layout: whether Pillow images are read right with one depends on the version of
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. A copy, as
             # PyTorch warns of what it may not write to.
-            pixels = np.array(load_rgb_image(source, kept_size=kept_size if is_fast else None))
-            layout = {"input_data_format": "channels_last", "do_convert_rgb": False, **options}
-            processed: BatchFeature = images(pixels, return_tensors="pt", **layout)
+            found = decoded_by_torchvision(source, options.get("device", "cpu")) if decode == "torchvision" else None
+            pixels = np.array(load_rgb_image(source, kept_size=kept_size)) if found is None else found
+            layout = "channels_last" if found is None else "channels_first"
+            layouts = {"input_data_format": layout, "do_convert_rgb": False, **options}
+            processed: BatchFeature = images(pixels, return_tensors="pt", **layouts)
             return processed
 
         # torch has one thread in a worker of a DataLoader, and under torchrun by default: the other processes have the

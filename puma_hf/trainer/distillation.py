@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from puma_hf.configs import TeacherMode
 from puma_hf.fingerprint import image_content, model_settings
 from puma_hf.losses.distillation_puma import TEACHER_KEY, SelfDistillationLoss
+from puma_hf.losses.progress_puma import find_losses
 from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
-from puma_hf.trainer.teachers import FrozenTeacher, Teacher, TeacherSource, find_teacher, is_of_adapter
+from puma_hf.trainer.teachers import (
+    FrozenTeacher,
+    Teacher,
+    TeacherSource,
+    find_teacher,
+    is_of_adapter,
+    with_rows,
+)
 from puma_hf.trainer.trainer_puma import PumaTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +47,8 @@ class PumaDistillationTrainer(PumaTrainer):
     Args:
         args: The arguments of `SentenceTransformerTrainer`, and likewise in `kwargs`.
         teacher: Path or Hub id of a checkpoint of the same hidden size, by default of the one that was pruned. Or a
-            `PumaModel` or `SentenceTransformer`, or a teacher such as [`FrozenTeacher`].
+            `PumaModel` or `SentenceTransformer`, or a teacher such as [`FrozenTeacher`]. If the loss has the metric
+            `"relational"`, of any hidden size; if it has that or `"cosine"`, any `SentenceTransformer`.
         teacher_revision: Branch, tag or commit of a teacher on the Hub.
         teacher_mode: How the teacher is asked.
 
@@ -81,6 +90,12 @@ class PumaDistillationTrainer(PumaTrainer):
         convert("teacher_mode", teacher_mode, TeacherMode)  # refuses any other
         super().__init__(*args, **kwargs)
         student = puma_model(self.model)
+        metrics = {loss.metric for loss in find_losses(self.loss, "metric").values()}
+        # What all losses can compare decides what a teacher may be.
+        self._metric = metrics.pop() if len(metrics) == 1 else "mse"
+        if self._metric == "relational" and (size := self.args.train_batch_size * self.args.world_size) < 3:
+            problem = f"metric='relational' compares a row with two others or more, and a batch has {size} row(s)"
+            raise ValueError(f"{problem}. Choose a larger batch_size (--batch-size).")
         self.teacher: Teacher | None = None
         if teacher_mode == "cached":
             folder = Path(str(self.args.output_dir), "teacher_cache") if teacher_cache is None else Path(teacher_cache)
@@ -89,7 +104,9 @@ class PumaDistillationTrainer(PumaTrainer):
             gc.collect()
             torch.cuda.empty_cache()
             return
-        self.teacher = find_teacher(teacher, student, revision=teacher_revision)
+        self.teacher = find_teacher(teacher, student, revision=teacher_revision, metric=self._metric)
+        if self.teacher.reads_rows:
+            self.data_collator = with_rows(self.data_collator)
         trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
         moving = [name for name in trained if not is_of_adapter(name)]
         if moving and isinstance(self.teacher, FrozenTeacher):
@@ -127,7 +144,7 @@ class PumaDistillationTrainer(PumaTrainer):
                     raise ValueError(f"A cached teacher cannot store states for {what}. Take teacher_mode='frozen'.")
         teacher, key = None, ""
         if self.accelerator.is_main_process:
-            teacher = find_teacher(source, puma_model(self.model), revision=revision)
+            teacher = find_teacher(source, puma_model(self.model), revision=revision, metric=self._metric)
             key = self._key(teacher)
             known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
             if known and key not in known:
@@ -153,16 +170,20 @@ class PumaDistillationTrainer(PumaTrainer):
     def _key(self, teacher: Teacher) -> str:
         """What, besides the rows, decides the states: the teacher, what the model sees of a row, the data type."""
         mixed = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else str(puma_model(self.model).dtype)
-        seen = [model_settings(self.model), self.data_collator.prompts, self.data_collator.max_length, mixed]
+        seen: list[Any] = [self.data_collator.prompts, mixed]
+        if not teacher.reads_rows:  # it sees of a row what the student sees
+            seen = [model_settings(self.model), seen[0], self.data_collator.max_length, mixed]
         content = json.dumps([teacher.fingerprint(), seen], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _compute(self, teacher: Teacher | None) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
+        collate = with_rows(self.data_collator) if teacher and teacher.reads_rows else self.data_collator
+
         def compute(batch: dict[str, list[Any]]) -> dict[str, Any]:
             # Only the main process has a teacher: where others come here, they do not see its files.
             asked: Any = teacher
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            inputs = self._prepare_inputs(self.data_collator(rows))
+            inputs = self._prepare_inputs(collate(rows))
             columns, _ = super(PumaDistillationTrainer, self).collect_features(inputs)
             with self.accelerator.autocast():
                 states = [asked.states(column).float().cpu() for column in columns]

@@ -82,7 +82,7 @@ def distill(config: DistillConfig) -> Path:
         model=model,
         args=arguments,
         train_dataset=items,
-        loss=SelfDistillationLoss(model, config.metric),
+        loss=SelfDistillationLoss(model, config.metric, relational_temperature=config.relational_temperature),
         **_teacher_arguments(config),
     )
     return _run(trainer, config, checkpoint)
@@ -142,8 +142,9 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
     kind = CachedMultimodalMACLoss if config.cached else MultimodalMACLoss
     loss: Any = kind(model, gather_across_devices=gathers, **given | meaning[config.loss])
     if config.joint:
-        weights = ("contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start")
-        loss = JointDistillationLoss(model, loss, config.metric, **{name: getattr(config, name) for name in weights})
+        names = ["contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start"]
+        options = {name: getattr(config, name) for name in (*names, "relational_temperature")}
+        loss = JointDistillationLoss(model, loss, config.metric, **options)
     return MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss
 
 

@@ -122,7 +122,8 @@ class TrainingStatistics(TrainerCallback):
             return
         states = output["pooler_output"].detach()
         self._seen = states
-        if (teacher := output.get("teacher_state")) is not None:
+        teacher = output.get("teacher_state")
+        if teacher is not None and teacher.shape == states.shape:  # a wider one has vectors of another space
             cosine = torch.nn.functional.cosine_similarity(states.float(), teacher.detach().to(states).float()).mean()
             self._add(len(self._names) - 1, cosine.unsqueeze(0))
 

@@ -6,37 +6,44 @@ import inspect
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import is_sentence_transformer_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from puma_hf.checkpoint import open_checkpoint
-from puma_hf.files import read_config
-from puma_hf.fingerprint import model_fingerprint, tensors_sha256
-from puma_hf.losses.cached_mac_puma import runs_tower_once
-from puma_hf.losses.distillation_puma import TEACHER_KEY
-from puma_hf.modeling import RET_TOKEN, PumaModel
+from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer
+from puma_hf.data.records import Record
+from puma_hf.files import is_hub_id, is_puma_directory, read_config
+from puma_hf.fingerprint import model_fingerprint, short_name, tensors_sha256
+from puma_hf.losses.cached_mac_puma import find_puma_model, runs_tower_once
+from puma_hf.losses.distillation_puma import OTHER_WIDTH, TEACHER_KEY
+from puma_hf.modeling import PumaModel
 from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.modeling.modeling_puma import MODEL_CLASSES, PumaModelMixin
 from puma_hf.pruning import place_ret_token
-from puma_hf.trainer.lora_puma import puma_model
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?<=^language_model\.layers\.)\d+")
+# Among the features of a column: its inputs as the dataset has them, and the prompt for those without an instruction.
+ROWS_KEY = "teacher_rows"
 
 
 class Teacher(ABC):
     """Tells the student's trainer the `[RET]` states that the student is to reach.
 
-    A teacher belongs to the trainer alone: never to the model, the loss, the optimizer or a checkpoint.
+    A teacher belongs to the trainer alone: never to the model, the loss, the optimizer or a checkpoint. One that
+    `reads_rows` finds a column's inputs themselves under `ROWS_KEY` of its features.
     """
+
+    reads_rows = False
 
     @abstractmethod
     def states(self, features: dict[str, Any]) -> Tensor:
@@ -151,18 +158,22 @@ def _layer_type(layer: Any) -> str:
 class WholeTeacher(Teacher):
     """A second model, such as a trained one of all layers, which is frozen and held beside the student.
 
-    It reads the student's own token ids, so a ValueError refuses one of another hidden size or reading, or with other
-    ids of `[RET]` or of image tokens. PUMA distils from the model that was pruned; this is our addition.
+    It reads the student's own token ids, so a ValueError refuses one of another hidden size (but with `any_width`) or
+    reading, or with other ids of `[RET]` or of image tokens. PUMA distils from the model that was pruned; this is our
+    addition.
     """
 
-    def __init__(self, model: PumaModel, student: PumaModel) -> None:
-        for name in ("hidden_size", "ret_token_id", "image_token_id", "video_token_id", "positions"):
+    def __init__(self, model: PumaModel, student: PumaModel, *, any_width: bool = False) -> None:
+        names = ("hidden_size", "source_model_type", "ret_token_id", "image_token_id", "video_token_id", "positions")
+        for name in names[any_width:]:
             ours, theirs = (
                 getattr(config.text_config if name == "hidden_size" else config, name)
                 for config in (student.config, model.config)
             )
             if ours != theirs:
-                raise ValueError(f"The teacher has {name}={theirs} and the student {ours}, whose inputs it is given.")
+                problem = f"The teacher has {name}={theirs} and the student {ours}, whose inputs it is given."
+                own = "Save it as a SentenceTransformer, which reads rows itself, and take metric='relational'."
+                raise ValueError(f"{problem} {OTHER_WIDTH if name == 'hidden_size' else own}")
         self.student = student
         self.model = model.requires_grad_(False).eval()
 
@@ -177,52 +188,139 @@ class WholeTeacher(Teacher):
         return str(model_fingerprint(nn.ModuleDict({"teacher": self.model})))
 
 
+class EmbeddingTeacher(Teacher):
+    """Any `SentenceTransformer`: the rows go through its own template, tokenizer and modules, as in its `encode`.
+
+    It tells embeddings instead of states, which the metric `"cosine"` can aim at, and `"relational"` at those of any
+    width. An instruction of a row is the prompt of its `encode`; rows without one get the trainer's prompt, or else the
+    teacher's default. This is our addition, see `self_distillation_loss` for whose idea it is.
+
+    Example:
+        >>> teacher = EmbeddingTeacher(SentenceTransformer("Qwen/Qwen3-VL-Embedding-8B"))  # doctest: +SKIP
+        >>> teacher.states({"teacher_rows": {"inputs": ["red", "blue"], "prompt": None}}).shape  # doctest: +SKIP
+        torch.Size([2, 4096])
+    """
+
+    reads_rows = True
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    def states(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings `(batch_size, embedding_dim)` of the column's own inputs, which leave the features."""
+        rows = features.pop(ROWS_KEY)
+        # A call of `encode` has one prompt, and many models take one modality in each.
+        groups: dict[tuple[str | None, str], list[tuple[int, Any]]] = {}
+        for place, row in enumerate(rows["inputs"]):
+            prompt, modality, one = rows["prompt"], type(row).__name__, row
+            if isinstance(row, dict) and "role" not in row:
+                record = Record(text=row.get("text"), image=row.get("image"))
+                prompt, modality, one = row.get("instruction") or prompt, record.modality, record.model_input
+            groups.setdefault((prompt, modality), []).append((place, one))
+        found: dict[int, Tensor] = {}
+        for (prompt, _), members in groups.items():
+            places, inputs = zip(*members, strict=True)
+            options: dict[str, Any] = {"prompt": prompt, "batch_size": len(members), "convert_to_tensor": True}
+            embedded: Any = self.model.encode(list(inputs), **options, show_progress_bar=False)
+            if not isinstance(embedded, Tensor) or embedded.ndim != 2:
+                what = f"The teacher's encode gave {type(embedded).__name__} of {getattr(embedded, 'shape', '?')}"
+                raise ValueError(f"{what}, not one vector an input. Take a model of single vectors.")
+            # Autograd takes no tensor of the inference mode, in which `encode` runs; a clone is one like any other.
+            found.update(zip(places, embedded.clone(), strict=True))
+        return torch.stack([found[place] for place in range(len(found))])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the teacher's weights, settings, tokenizer and code."""
+        return str(model_fingerprint(self.model))
+
+
+def with_rows(collator: Any) -> Any:
+    """A copy of a data collator whose batches hold each column's inputs as well, for a teacher that `reads_rows`."""
+
+    def preprocess(inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
+        features: dict[str, Any] = given(inputs, prompt=prompt, **options)
+        return {**features, ROWS_KEY: {"inputs": list(inputs), "prompt": prompt}}
+
+    given = collator.preprocess_fn
+    return replace(collator, preprocess_fn=preprocess)
+
+
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
 
 
-def find_teacher(teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None) -> Teacher:
+def find_teacher(
+    teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None, metric: str = "mse"
+) -> Teacher:
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
     `teacher` is the path or Hub id of a checkpoint, by default of the one that was pruned, which the student's
     configuration names: it shares its weights with the student where they are equal. A model is held whole beside the
-    student, and so is another checkpoint, with a warning. A teacher is returned.
+    student, and so is another checkpoint, with a warning. A teacher is returned. For the metrics "relational" and
+    "cosine", a `SentenceTransformer` that shares no weights with the student, or the directory of one, embeds by its
+    own `encode`.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If there is no teacher, it is the student, or `WholeTeacher` refuses it.
+        ValueError: If there is no teacher, it is the student, its width does not fit, or `WholeTeacher` refuses it.
     """
+    relational, of_vectors = metric == "relational", metric in ("relational", "cosine")
     if isinstance(teacher, Teacher):
         return teacher
+    if isinstance(teacher, SentenceTransformer) and of_vectors:
+        return _embedding_teacher(teacher, student, relational)
     if isinstance(teacher, PumaModelMixin | SentenceTransformer):
-        model: Any = teacher if isinstance(teacher, PumaModelMixin) else puma_model(teacher)
-        return WholeTeacher(model, student)
+        model: Any = teacher if isinstance(teacher, PumaModelMixin) else find_puma_model(teacher)
+        if model is None:
+            raise ValueError(f"The teacher is no PUMA model, whose states metric={metric!r} compares. {OTHER_WIDTH}")
+        return WholeTeacher(model, student, any_width=relational)
+    source, embeds = student.config.source_name_or_path, False
     if teacher is None:
-        teacher, revision = student.config.source_name_or_path, revision or student.config.source_revision
+        teacher, revision = source, revision or student.config.source_revision
         # Of a local checkpoint, pruning notes the folder's name alone; a Hub id has an owner.
         if teacher is None or ("/" not in teacher and not Path(teacher).is_dir()):
             what = f"The model was pruned from {teacher!r}, which is not here"
             raise ValueError(f"{what}. Pass teacher=<path of that folder> (--teacher).")
-    full = StoredModel(teacher, student, revision=revision)
-    different, original = full.different_weights(student), student.config.original_num_hidden_layers
-    if getattr(student, "is_quantized", False):
-        reason = "the student's base is held in 4 bits and the teacher is not"
-    elif different:
-        reason = f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
-    elif full.num_layers == original:
-        return FrozenTeacher(student, full.dropped_layers(student))
-    elif full.num_layers == len(student.language_model.layers):
-        raise ValueError(f"The teacher {str(teacher)!r} has the student's weights: it is the student itself.")
+    elif of_vectors and (Path(teacher).is_dir() or is_hub_id(str(teacher))):
+        embeds = is_sentence_transformer_model(str(teacher), revision=revision)
+    is_cut = is_puma_directory(Path(teacher)) or (source and short_name(teacher) == short_name(source))
+    full = None if embeds and not is_cut else StoredModel(teacher, student, revision=revision)
+    shared = _shared_weights(full, student) if full else "it reads the rows by itself"
+    if isinstance(shared, Teacher):
+        return shared
+    found: Any
+    if embeds or not full:
+        loading = {"revision": revision, "device": str(student.device)}
+        found = _embedding_teacher(open_sentence_transformer(str(teacher), **loading), student, relational)
     else:
-        reason = f"it has {full.num_layers} layers, and the student was cut from {original}"
-    full.check_vocabulary(student)
-    whole = WholeTeacher(full.load(), student)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters()) / 2**20
+        found = WholeTeacher(full.load(), student, any_width=relational)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in found.model.parameters()) / 2**20
     logger.warning(
         "The teacher, %r, is held whole beside the student and takes %.1f MiB more: %s. With teacher_mode='cached' it "
         "is freed before training.",
-        *(str(teacher), size, reason),
+        *(str(teacher), size, shared),
     )
-    return whole
+    return cast(Teacher, found)
+
+
+def _shared_weights(full: StoredModel, student: PumaModel) -> FrozenTeacher | str:
+    """The teacher in one copy of the weights with its student, or why there is none."""
+    different, original = full.different_weights(student), student.config.original_num_hidden_layers
+    if getattr(student, "is_quantized", False):
+        return "the student's base is held in 4 bits and the teacher is not"
+    if different:
+        return f"its weights are not the student's in {len(different)} tensors (first: {different[0]})"
+    if full.num_layers == original:
+        return FrozenTeacher(student, full.dropped_layers(student))
+    if full.num_layers == len(student.language_model.layers):
+        raise ValueError(f"The teacher {str(full.source)!r} has the student's weights: it is the student itself.")
+    return f"it has {full.num_layers} layers, and the student was cut from {original}"
+
+
+def _embedding_teacher(model: SentenceTransformer, student: PumaModel, any_width: bool) -> EmbeddingTeacher:
+    width, own = model.get_embedding_dimension(), cast(Any, student.config.text_config).hidden_size
+    if not any_width and width != own:
+        raise ValueError(f"The teacher's embeddings have {width} dimensions and the student's {own}. {OTHER_WIDTH}")
+    return EmbeddingTeacher(model)
 
 
 # --- the full model's weights
@@ -240,27 +338,14 @@ class StoredModel:
             # Both halves see the mask that is built for the student's kind of attention.
             "attn_implementation": student.config._attn_implementation,
         }
-        self._source, self._positions = source, student.config.positions
-        self._has_ret = student.config.ret_token_id is not None  # an embedder's cut copy goes on without
+        self.source, self._positions = source, student.config.positions
+        self._has_ret = student.config.ret_token_id is not None  # an embedder's copy goes on without
         self._checkpoint = open_checkpoint(source, revision=revision)
-        self._model_type = read_config(self._checkpoint.folder).get("model_type")
-        family = config_class_of(self._model_type)
+        family = config_class_of(read_config(self._checkpoint.folder).get("model_type"))
         self.config: Any = family.from_pretrained(self._checkpoint.folder, **self._loading)
         self._class = MODEL_CLASSES[family]
         text_config: Any = self.config.text_config
         self.num_layers: int = text_config.num_hidden_layers
-
-    def check_vocabulary(self, student: PumaModel) -> None:
-        """Refuse a checkpoint to which the student's tokens mean something else; `[RET]` may be the student's alone."""
-        own = Path(str(student.config.name_or_path))
-        if not (own / "tokenizer_config.json").is_file():
-            return  # it was made in memory, or comes from the Hub
-        both = (own, self._checkpoint.folder)
-        ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in both)
-        other = (token for token, number in ours.items() if theirs.get(token) != number and token != RET_TOKEN)
-        if token := next(other, None):
-            reads = f"The teacher {str(self._source)!r} has another vocabulary than the student, first in {token!r}"
-            raise ValueError(f"{reads}: it cannot read the student's tokens. Choose one of the same family.")
 
     def different_weights(self, student: PumaModel) -> list[str]:
         """Names of the student's base weights that are not those of this model, as they would be loaded."""
@@ -295,12 +380,12 @@ class StoredModel:
         return layers
 
     def load(self) -> PumaModel:
-        """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has it."""
+        """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has one."""
         revision = self._checkpoint.revision or "main"
-        full: PumaModel = self._class.from_pretrained(self._source, revision=revision, **self._loading)
-        if type(full.config).source_model_type == self._model_type:  # an original
-            if self._has_ret:
-                place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+        full: PumaModel = self._class.from_pretrained(self.source, revision=revision, **self._loading)
+        if self._has_ret and full.config.ret_token_id is None:
+            place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+        if read_config(self._checkpoint.folder).get("model_type") == full.config.source_model_type:  # an original
             full.config.positions = self._positions
         return full
 

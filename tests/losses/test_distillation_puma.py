@@ -55,6 +55,38 @@ def test_cosine_ignores_lengths() -> None:
     assert scaled.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_relational_by_hand() -> None:
+    """Of similarities with the other two rows: the teacher's are (0, 1), (0, 0) and (1, 0), the student's all 0."""
+    student = torch.eye(3, 4).requires_grad_()
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]], requires_grad=True)
+    p = math.exp(2) / (1 + math.exp(2))  # at the temperature 0.5
+    first = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))  # KL((1 - p, p) || (1/2, 1/2))
+    loss = self_distillation_loss(student, teacher, "relational", 0.5)
+    assert loss.item() == pytest.approx((first + 0 + first) / 3, abs=1e-6)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad[0, 2] < 0 < student.grad[0, 1]  # closer to the row that the teacher finds alike
+    assert teacher.grad is None
+    # Turned, scaled and widened a space has the same similarities; two rows have nothing to compare.
+    rows = torch.randn(5, 4)
+    wide = torch.cat([rows.flip(1), torch.zeros(5, 3)], dim=1)
+    assert self_distillation_loss(rows, 7 * wide, "relational").item() == pytest.approx(0, abs=1e-6)
+    for few in (1, 2):
+        assert self_distillation_loss(rows[:few], teacher[:few], "relational").item() == 0
+
+
+def test_relations_are_those_of_all_columns() -> None:
+    model: Any = Taught()
+    columns: list[dict[str, Any]] = [{**column, "teacher_state": torch.randn(4, 9)} for column in taught_columns(2)]
+    student, teacher = (torch.cat([column[name] for column in columns]) for name in ("states", "teacher_state"))
+    loss = SelfDistillationLoss(model, "relational", relational_temperature=0.2)
+    torch.testing.assert_close(loss(columns), self_distillation_loss(student, teacher, "relational", 0.2))
+    assert loss.get_config_dict() == {"metric": "relational", "relational_temperature": 0.2}
+    # The first dimensions learn all that the teacher knows.
+    short = self_distillation_loss(student[:, :2], teacher, "relational", 0.2)
+    torch.testing.assert_close(torch.as_tensor(MatryoshkaLoss(model, loss, [2])(columns, None)), short)
+
+
 class Taught(nn.Module):
     """Returns what a teacher has added to the features, and an embedding of the student's width."""
 
@@ -222,11 +254,13 @@ def test_training_logs_each_term(tmp_path: Path, make_model: MakeModel, pairs: D
 
 def test_what_cannot_be_distilled(make_model: MakeModel) -> None:
     states, broken = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
-    with pytest.raises(ValueError, match=r"^student states are \(2, 3\) and teacher states \(2, 4\), but both must"):
+    with pytest.raises(
+        ValueError, match=r"^student states are \(2, 3\) and .* \(2, 4\), but both must .*metric='relational'"
+    ):
         self_distillation_loss(states, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"samples \[1\] are NaN or infinite.*Run it in"):
         self_distillation_loss(states, broken)
-    with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'mse-mean', 'cosine'\)"):
+    with pytest.raises(ValueError, match=r"metric is 'kl', but it must be one of \('mse', 'mse-mean', 'cosine', "):
         SelfDistillationLoss(nn.Identity(), "kl")  # type: ignore[arg-type]
     columns = [{"states": states}] * 2
     for labels in (None, states, torch.zeros(2, 3, 3)):

@@ -2,7 +2,7 @@
 
 Run as `python -m tests.losses.two_processes JOB.json` by `run`; `compute` alone is the one process. A case is
 `{"loss": "package.module.Class", "arguments": {...}}`, or in float64 `{"settings": {...}}` of a `TrainConfig`, with the
-`"progress"` of the training.
+`"progress"` of the training. It may name a `"model"` of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_rows() -> dict[str, list[Any]]:
 
 def compute(case: Mapping[str, Any], model_dir: str, rows: slice, *, parallel: bool = False) -> dict[str, Any]:
     """Loss and gradients of these rows; with `parallel` averaged over the processes, as a trainer would."""
-    model = SentenceTransformer(modules=[PumaTransformer(model_dir)], device="cpu").train()
+    model = SentenceTransformer(modules=[PumaTransformer(case.get("model", model_dir))], device="cpu").train()
     columns = make_rows()
     if "settings" in case:
         settings = TrainConfig(model=model_dir, output="out", data="data", **case["settings"])

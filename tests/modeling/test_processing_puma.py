@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import filecmp
+import io
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -15,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files
 from transformers.utils.hub import PushToHubMixin
@@ -362,6 +364,27 @@ def test_video_names_its_extra(puma_dir: Path, monkeypatch: pytest.MonkeyPatch) 
         message = r"inputs\[0\]: video input needs torchvision.*pip install 'puma-hf\[video\]'"
         with pytest.raises(ImportError, match=message):
             processor.process_inputs([item])
+    with pytest.raises(ImportError, match=r"decode='torchvision' needs torchvision.*pip install 'puma-hf\[video\]'"):
+        processor.process_inputs([b""], images_kwargs={"decode": "torchvision"})
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision: bash .ci/torchvision")
+@pytest.mark.parametrize("kind", ["upright", "turned", "grey", "CMYK", "PNG", "cut"])
+def test_torchvision_decodes_what_pillow_does(processor: PumaProcessor, kind: str) -> None:
+    photo, file = Image.effect_noise((200, 150), 90).resize((400, 300)), io.BytesIO()
+    photo = photo.convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if kind == "turned" else 1
+    photo.save(file, "PNG" if kind == "PNG" else "JPEG", exif=exif)
+    data = file.getvalue()[: -100 if kind == "cut" else None]
+    ways = ("exact", "torchvision")
+    one, two = (partial(processor.process_inputs, [data], images_kwargs={"decode": way}) for way in ways)
+    if kind == "cut":
+        for way in (one, two):
+            with pytest.raises(ValueError, match=r"inputs\[0\]: .*truncated"):
+                way()
+    else:
+        assert torch.equal(one()["pixel_values"], two()["pixel_values"])
 
 
 @pytest.mark.parametrize("opened", [False, True])

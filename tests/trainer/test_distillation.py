@@ -5,6 +5,8 @@ import os
 import signal
 import weakref
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,30 @@ import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor
 
-from puma_hf import PumaDistillationTrainer, SelfDistillationLoss
+from puma_hf import PumaDistillationTrainer, SelfDistillationLoss, prune
 from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.trainer import FrozenTeacher, distillation
 from puma_hf.trainer.lora_puma import puma_model
+from puma_hf.trainer.teachers import EmbeddingTeacher, Teacher
 from tests.forks import exit_signal, in_a_fork
-from tests.tiny import build_qwen2_vl
+from tests.tiny import FAMILIES, build_qwen2_vl, tiny_tokenizer
 from tests.trainer.conftest import MakeArguments, MakeStudent
+
+
+@pytest.fixture(scope="module")
+def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An embedder of twice the width, with other token ids."""
+    folder = tmp_path_factory.mktemp("wide")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.tiny.HIDDEN_SIZE", 64)
+        patch.setitem(FAMILIES["qwen2_vl"][2], "hidden_size", 64)
+        patch.setitem(FAMILIES["qwen2_vl"][3], "mrope_section", [2, 2, 4])
+        source = build_qwen2_vl(folder / "source", seed=1, extra_tokens=("apple", "red"))
+    prune(source, folder / "wide", num_kept_layers=4)
+    return folder / "wide"
 
 
 def trained_parameters(model: SentenceTransformer) -> dict[str, torch.Tensor]:
@@ -32,32 +49,37 @@ def two_columns(items: Dataset) -> Dataset:
     return items.rename_column("item", "anchor").add_column("positive", items["item"][::-1])
 
 
-@pytest.mark.parametrize(("columns", "metric"), [(1, "mse"), (2, "cosine")])
+@pytest.mark.parametrize(("columns", "metric"), [(1, "mse"), (2, "cosine"), (1, "relational")])
 def test_loss_falls(
     qwen_dir: Path,
+    wide_dir: Path,
     make_student: MakeStudent,
     make_arguments: MakeArguments,
     items: Dataset,
     columns: int,
     metric: Any,
 ) -> None:
-    model = make_student()
+    model, relational = make_student(), metric == "relational"
     trainer = PumaDistillationTrainer(
         model=model,
-        teacher=qwen_dir,
+        teacher=wide_dir if relational else qwen_dir,
         args=make_arguments(max_steps=16, per_device_train_batch_size=8),
         train_dataset=items if columns == 1 else two_columns(items),
-        loss=SelfDistillationLoss(model, metric),
+        loss=SelfDistillationLoss(model, metric, relational_temperature=0.2),
     )
-    probe = model[0].preprocess(["a red apple", *(cell for cell in items["item"][:3])])
-    teacher_before = trainer.teacher.states(probe)
+    rows = ["a red apple", *(cell for cell in items["item"][:3])]
+    probe = trainer.data_collator.preprocess_fn(rows)  # with the rows, if the teacher reads them
+    teacher_before = trainer.teacher.states(dict(probe))
+    if relational:  # by its own token ids and prompt
+        embedder = SentenceTransformer(str(wide_dir), trust_remote_code=True, device="cpu")
+        torch.testing.assert_close(teacher_before, embedder.encode(rows, convert_to_tensor=True), atol=1e-5, rtol=0)
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     start = trained_parameters(model)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 16
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
-    assert torch.equal(trainer.teacher.states(probe), teacher_before)
+    assert torch.equal(trainer.teacher.states(dict(probe)), teacher_before)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     assert all(not torch.equal(p, start[name]) for name, p in trained_parameters(model).items())
 
@@ -141,9 +163,11 @@ MakeTrainer = Callable[..., PumaDistillationTrainer]
 def make_cached(
     qwen_dir: Path, make_student: MakeStudent, make_arguments: MakeArguments, items: Dataset, tmp_path: Path
 ) -> MakeTrainer:
-    def make(**changes: Any) -> PumaDistillationTrainer:
+    def make(metric: Any = "mse", **changes: Any) -> PumaDistillationTrainer:
+        model = changes.pop("model", None) or make_student()
         arguments: dict[str, Any] = {
-            "model": changes.pop("model", None) or make_student(),
+            "model": model,
+            "loss": SelfDistillationLoss(model, metric, relational_temperature=0.5),
             "teacher": qwen_dir,
             "teacher_mode": "cached",
             "teacher_cache": tmp_path / "cache",
@@ -165,13 +189,13 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Inputs of each batch that a teacher is asked."""
     counts: list[int] = []
-    states = FrozenTeacher.states
+    for kind in (FrozenTeacher, EmbeddingTeacher):
 
-    def count(self: FrozenTeacher, features: dict[str, Any]) -> Tensor:
-        counts.append(len(features["input_ids"]))
-        return states(self, features)
+        def count(self: Teacher, features: dict[str, Any], states: Any = kind.states) -> Any:
+            counts.append(len(features["input_ids"]))
+            return states(self, features)
 
-    monkeypatch.setattr(FrozenTeacher, "states", count)
+        monkeypatch.setattr(kind, "states", count)
     return counts
 
 
@@ -201,13 +225,14 @@ def test_rows_whose_states_cannot_be_stored(make_cached: MakeTrainer, items: Dat
             make_cached(train_dataset=dataset)
 
 
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(("columns", "metric"), [(1, "mse"), (2, "mse"), (2, "relational")])
 def test_steps_with_stored_states_are_those_with_the_teacher(
-    make_cached: MakeTrainer, make_arguments: MakeArguments, items: Dataset, columns: int
+    make_cached: MakeTrainer, make_arguments: MakeArguments, wide_dir: Path, items: Dataset, columns: int, metric: str
 ) -> None:
     rows = items if columns == 1 else two_columns(items)
     held_out = Dataset.from_dict({name: ["a red apple", "a table"] for name in rows.column_names})
     changes: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out, "args": make_arguments(max_steps=6)}
+    changes |= {"metric": metric, "teacher": wide_dir} if metric == "relational" else {}
     frozen = make_cached(teacher_mode="frozen", teacher_cache=None, **changes)
     cached = make_cached(**changes)
     assert cached.evaluate()["eval_loss"] == pytest.approx(frozen.evaluate()["eval_loss"], abs=1e-4)
@@ -217,8 +242,8 @@ def test_steps_with_stored_states_are_those_with_the_teacher(
         [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (frozen, cached)
     )
     assert len(of_cached) == 6
-    assert of_cached == pytest.approx(of_frozen, rel=1e-4)
-    assert "teacher_cosine" in cached.state.log_history[0]
+    assert of_cached == pytest.approx(of_frozen, rel=1e-4, abs=1e-6)
+    assert ("teacher_cosine" in cached.state.log_history[0]) == (metric == "mse")
 
 
 def test_equal_rows_of_two_datasets_are_read_with_the_prompt_of_each(
@@ -267,22 +292,24 @@ def test_a_complete_cache_is_not_computed_again(make_cached: MakeTrainer, asked:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.usefixtures("small_files")
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("batch", "kind"), [(1, FrozenTeacher), (4, FrozenTeacher), (2, EmbeddingTeacher)])
 def test_a_killed_computation_goes_on(
-    make_cached: MakeTrainer, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, batch: int
+    make_cached: MakeTrainer, wide_dir: Path, tmp_path: Path, asked: list[int], monkeypatch: Any, batch: int, kind: Any
 ) -> None:
     """What is lost is the file that was being written."""
+    if kind is EmbeddingTeacher:
+        make_cached = partial(make_cached, metric="relational", teacher=wide_dir)
     expected = make_cached(teacher_cache=tmp_path / "uninterrupted").train_dataset["teacher_states"][:]
     asked.clear()
-    counted = FrozenTeacher.states
+    counted = kind.states
 
-    def kill(self: FrozenTeacher, features: dict[str, Any]) -> Tensor:
+    def kill(self: Teacher, features: dict[str, Any]) -> Any:
         if len(asked) == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         return counted(self, features)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FrozenTeacher, "states", kill)
+        patch.setattr(kind, "states", kill)
         assert exit_signal(in_a_fork(make_cached)) == signal.SIGKILL
     assert len(files_of(tmp_path / "cache")) == batch
     asked.clear()
@@ -329,3 +356,53 @@ def test_a_picture_that_changed_under_its_path_is_another_row(
     for _ in range(2):
         make_cached(train_dataset=rows)
     assert sum(asked) == 4
+
+
+# --- a teacher of another width or family
+
+
+@pytest.fixture
+def foreign() -> SentenceTransformer:
+    """A bag of vectors of 12 dimensions, of texts alone."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=12)], device="cpu")
+
+
+def test_another_family_reads_the_rows_by_itself(
+    foreign: SentenceTransformer, make_cached: MakeTrainer, make_student: MakeStudent, tmp_path: Path
+) -> None:
+    """An instruction is the prompt of its `encode`; what is stored follows the teacher and the rows alone."""
+    rows = [{"text": f"apple {row}", "image": None, "instruction": "Find: " if row % 2 else None} for row in range(6)]
+    changes: dict[str, Any] = {"teacher": foreign, "train_dataset": Dataset.from_dict({"item": rows})}
+
+    def stored(**student: Any) -> tuple[Tensor, list[str]]:
+        trainer = make_cached(metric="relational", model=make_student(**student), **changes)
+        return torch.tensor(trainer.train_dataset["teacher_states"][:]).squeeze(1), files_of(tmp_path / "cache")
+
+    found, files = stored()
+    expected = foreign.encode([("Find: " if row % 2 else "") + f"apple {row}" for row in range(6)])
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-6, rtol=0)
+    assert stored(disturbed=True)[1] == files
+    foreign.prompts["query"] = "Find this: "
+    foreign.default_prompt_name = "query"
+    changed, more = stored()
+    assert len(more) == 2 * len(files)
+    assert not torch.equal(changed[0], found[0])  # without an instruction it has its own default
+    assert torch.equal(changed[1], found[1])
+
+
+def test_teachers_and_batches_that_do_not_fit_a_metric(
+    foreign: SentenceTransformer,
+    wide_dir: Path,
+    full_dir: Path,
+    make_cached: MakeTrainer,
+    make_arguments: MakeArguments,
+) -> None:
+    for metric, teacher in product(("mse", "cosine"), (foreign, wide_dir)):
+        with pytest.raises(ValueError, match=r"metric='relational' \(--metric relational\)"):
+            make_cached(metric, teacher=teacher)
+    with pytest.raises(ValueError, match=r"and a batch has 2 row\(s\)\. Choose a larger batch_size"):
+        make_cached("relational", args=make_arguments(per_device_train_batch_size=2))
+    # An embedder that was cut still shares its weights.
+    assert type(make_cached("relational", teacher=full_dir, teacher_mode="frozen").teacher) is FrozenTeacher
