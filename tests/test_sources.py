@@ -1,4 +1,4 @@
-"""Embedders that are cut go on reading as they do: stock classes, and prompts written out here, give the same."""
+"""All readings: prompts written out here, and the stock classes, give the same as copies with all layers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoToken
 from puma_hf import prune
 from puma_hf.evaluation.layer_sweep import open_model
 from puma_hf.hub.check import check
+from puma_hf.modeling.fast_path_puma import FastPath
 from tests.forks import run_worker
 from tests.modeling.fresh_process import inputs_of_every_kind
 from tests.tiny import build_checkpoint
 
-# By reading: the family, the folder's name, visual tokens of an image, and what its authors call the instruction.
+# By reading: the family, the folder's name, visual tokens of an image, and the instruction where there is none.
 PROFILES: dict[str, tuple[str, str, tuple[int, int], str]] = {
+    "puma-released": ("qwen2_vl", "plain", (4, 256), ""),
     "source": ("qwen2_5_vl", "mine", (8, 64), "Find: "),
     "qwen3-vl-embedding": ("qwen3_vl", "Qwen3-VL-Embedding-2B", (4, 1800), "Represent the user's input."),
     "gme": ("qwen2_vl", "gme-Qwen2-VL-2B-Instruct", (256, 1280), "You are a helpful assistant."),
@@ -50,20 +52,17 @@ SETTINGS = {"prompts": {"query": "Find: ", "none": ""}, "default_prompt_name": "
 SETTINGS |= {"similarity_fn_name": "dot", "truncate_dim": 24}
 
 
-def with_modules(folder: Path, *kinds: str, pooling: Any = None, **settings: Any) -> Path:
+def with_modules(folder: Path, *kinds: str, pooling: Any = None, **settings: Any) -> None:
     """Make a checkpoint a plain directory of sentence-transformers, as that writes it."""
-    modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind}" * bool(i), "type": f"sentence_transformers.models.{kind}"}
-        for i, kind in enumerate(("Transformer", "Pooling", *kinds))
-    ]
-    files = {"modules.json": modules, "sentence_bert_config.json": settings or TRANSFORMER}
-    files |= {"config_sentence_transformers.json": SETTINGS}
-    files |= {"1_Pooling/config.json": pooling or {"embedding_dimension": 32, "pooling_mode": "lasttoken"}}
+    every = enumerate(("Transformer", "Pooling", *kinds))
+    modules = [{"path": f"{i}_{kind}" * bool(i), "type": f"sentence_transformers.models.{kind}"} for i, kind in every]
+    files = {"modules": modules, "sentence_bert_config": settings or TRANSFORMER}
+    files |= {"config_sentence_transformers": SETTINGS}
+    files |= {"1_Pooling/config": pooling or {"embedding_dimension": 32, "pooling_mode": "lasttoken"}}
     (folder / "1_Pooling").mkdir(exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
+        (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "chat_template.jinja").write_text(FOREIGN)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,40 +78,36 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def copies(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """All four layers of each."""
     root = tmp_path_factory.mktemp("copies")
+    found = {"puma-released": "asked for", "source": "by modules.json, with last-token pooling"}
     for reading, source in sources.items():
-        report = prune(source, root / reading, num_kept_layers=4)
+        asked = reading if reading == "puma-released" else None
+        report = prune(source, root / reading, num_kept_layers=4, reading=asked)
         assert (report.reading, report.parameters_after) == (reading, report.parameters_before)
-        assert f"reading  {reading} ({'by modules.json' if reading == 'source' else 'known by its name'}" in str(report)
+        assert f"reading  {reading} ({found.get(reading, 'known by its name')})" in str(report)
     return {reading: root / reading for reading in sources}
 
 
 def sentence(text: str) -> str:
+    text = text.strip().strip('"')
     return text[:1].upper() + text[1:] + "." * (text[-1:] not in ".?!")
 
 
 def written_out(reading: str, pictures: int, text: str, told: str | None) -> str:
-    """The prompt of one input, from the table of embedders in the authors' inference code."""
-    default, image = PROFILES[reading][3], IMAGE * pictures
-    if reading == "lamra":
-        said = sentence("\n".join(filter(None, (told and sentence(told), text))))
-        nouns = " and ".join(["image"] * bool(pictures) + ["sentence"] * bool(said))
-        user = f"{image}{said}\nSummarize above {nouns} in one word: "
-        return (
-            f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
-            "<|im_start|>assistant\n<emb>."
-        )
+    """The prompt of one input, as the authors' inference code has it."""
+    told, user = PROFILES[reading][3] if told is None else told, IMAGE * pictures + text
+    start, answer = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     if reading == "source":
-        told = default if told is None else told
         system = f"<|im_start|>system: {told}<|im_end|>\n" if told else ""
-        return f"{system}<|im_start|>user: {image}{text}<|im_end|>\n<|im_start|>assistant:<|endoftext|>"
+        return f"{system}<|im_start|>user: {user}<|im_end|>\n<|im_start|>assistant:<|endoftext|>"
     if reading == "qwen3-vl-embedding":
-        told = told and told + "." * (told[-1] not in ".?\u3002")
-        text = text or "NULL" * (not pictures)
-    end = "<|endoftext|>" if reading == "gme" else ""
-    return (
-        f"<|im_start|>system\n{told or default}<|im_end|>\n<|im_start|>user\n{image}{text}<|im_end|>\n"
-        f"<|im_start|>assistant\n{end}"
-    )
+        told = told.strip() + "." * (told.strip()[-1] not in '.?\u3002"')
+        return start.format(told) + (user or "NULL") + answer
+    if reading == "gme":
+        return start.format(told.strip()) + user + answer + "<|endoftext|>"
+    said = sentence("\n".join(filter(None, (sentence(told), text))))
+    nouns = " and ".join(["image"] * bool(pictures) + ["sentence"] * bool(said))
+    user = f"{IMAGE * pictures}{said}\nSummarize above {nouns} in one word: "
+    return start.format("You are a helpful assistant.") + user + answer + ("<emb>." if reading == "lamra" else "[RET].")
 
 
 @torch.inference_mode()
@@ -120,6 +115,10 @@ def by_stock_classes(reading: str, source: Path, inputs: list[Any]) -> Tensor:
     """Vectors of the source, one input at a time, by the classes of transformers."""
     tokenizer, images = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
     model, rows = AutoModel.from_pretrained(source).eval(), []
+    if reading == "puma-released":
+        table, words = model.get_input_embeddings().weight, len(tokenizer)
+        tokenizer.add_tokens(["[RET]"], special_tokens=True)
+        table[words] = table[:words].mean(dim=0)
     unit = (images.patch_size * images.merge_size) ** 2
     least, most = (number * unit for number in PROFILES[reading][2])
     for item in inputs:
@@ -135,11 +134,12 @@ def by_stock_classes(reading: str, source: Path, inputs: list[Any]) -> Tensor:
             prompt = first + "".join("<|image_pad|>" * int(n) + part for n, part in zip(counts, rest, strict=True))
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         features["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
-        if reading in ("gme", "lamra"):  # 1-D
+        if reading in ("gme", "lamra", "puma-released"):
             features["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
         states = model(input_ids=ids, **features).last_hidden_state[0]
-        read = ids[0].tolist().index(tokenizer.convert_tokens_to_ids("<emb>")) - 1 if reading == "lamra" else -1
-        rows.append(torch.nn.functional.normalize(states[read], dim=-1))
+        words = tokenizer.convert_ids_to_tokens(ids[0])
+        read = {"lamra": words.index("<emb>") - 1 if "<emb>" in words else 0, "puma-released": len(words) - 2}
+        rows.append(torch.nn.functional.normalize(states[read.get(reading, -1)], dim=-1))
     return torch.stack(rows)
 
 
@@ -156,25 +156,32 @@ def picture_paths(tmp_path_factory: pytest.TempPathFactory, images: list[Image.I
 def test_an_uncut_copy_reads_as_its_source(
     reading: str, sources: dict[str, Path], copies: dict[str, Path], picture_paths: list[str]
 ) -> None:
-    inputs = [*inputs_of_every_kind(picture_paths), {"text": "a table", "instruction": "Find it"}]
+    inputs = [*inputs_of_every_kind(picture_paths), {"text": "which one?", "instruction": "Find it"}]
     inputs += [{"image": picture_paths[0], "instruction": "Which one?"}]
-    inputs += [{"image": picture_paths, "text": "three", "instruction": "Find \u3002"}]
+    inputs += [{"image": picture_paths, "text": "An apple!", "instruction": ' "find \u3002" '}]
     inputs += ["", {"text": "", "image": picture_paths[0]}] * (reading == "qwen3-vl-embedding")
     expected = by_stock_classes(reading, sources[reading], inputs)
     processor, model = AutoProcessor.from_pretrained(copies[reading]), AutoModel.from_pretrained(copies[reading]).eval()
-    side = {"qwen3-vl-embedding": "right", "gme": "left"}
-    assert processor.tokenizer.padding_side == side.get(reading, "right")
-    for padding in ("left", "right"):
-        processor.tokenizer.padding_side = padding
-        with torch.inference_mode():
-            found = model(**processor.process_inputs(inputs)).embeddings
-        assert (found - expected).abs().max() <= 1e-5
+    assert processor.tokenizer.padding_side == ("left" if reading == "gme" else "right")
+    with torch.inference_mode():
+        for padding in ("left", "right"):
+            processor.tokenizer.padding_side = padding
+            batch = processor.process_inputs(inputs)
+            assert (model(**batch).embeddings - expected).abs().max() <= 1e-5
+        features = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        without = {name: value for name, value in batch.items() if name != "pixel_values"}
+        assert (model(**without, mm_encoder_outputs={"image": features}).embeddings - expected).abs().max() <= 1e-5
+        if model.config.positions == "sequential":  # images show which positions they got, texts have but one kind
+            model.config.positions = "mrope"
+            difference = (model(**batch).embeddings - expected).abs().amax(dim=1)
+            assert difference[[1, 2, 3]].min() > 1e-4 > 1e-5 > difference[[0, 5]].max()
     opened: Any = SentenceTransformer(str(copies[reading]), trust_remote_code=True, device="cpu", truncate_dim=32)
-    for batch_size in (1, 32):
-        vectors = opened.encode(inputs, batch_size=batch_size)
-        np.testing.assert_allclose(vectors, expected.numpy(), rtol=0, atol=1e-5)
-    opened[0].fast_path = None
-    np.testing.assert_allclose(opened.encode(inputs), expected.numpy(), rtol=0, atol=1e-5)
+    for fast_path in (FastPath(), FastPath(max_tokens=1), None):
+        opened[0].fast_path = fast_path
+        np.testing.assert_allclose(opened.encode(inputs), expected.numpy(), rtol=0, atol=1e-5)
+    assert processor.process_inputs(inputs)["modality_ids"][:8].tolist() == [0, 1, 2, 2, 1, 0, 1, 2]
+    if reading == "puma-released":
+        return
     # Nothing was added to what it knows.
     assert len(opened.tokenizer) == len(AutoTokenizer.from_pretrained(sources[reading]))
     assert (model.config.ret_token_id, "[RET]" in opened.tokenizer.get_vocab()) == (None, False)
