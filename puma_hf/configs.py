@@ -45,6 +45,20 @@ def parse_parameters(value: str | int | float) -> int:
     return number
 
 
+def parse_limits(value: str) -> tuple[int, ...]:
+    """Pixel limits that are separated by commas, the largest first; a ValueError if one is none, or comes twice.
+
+    Example:
+        >>> parse_limits("50000,235200")
+        (235200, 50000)
+    """
+    limits = [int(part) if part.strip().isdigit() else 0 for part in value.split(",")]
+    if min(limits) < 28 * 28 or len(set(limits)) < len(limits):
+        wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
+        raise ValueError(f"max_pixels={value!r} {wanted}.")
+    return tuple(sorted(limits, reverse=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(CheckedConfig):
     """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
@@ -233,6 +247,8 @@ class SweepConfig(_BenchmarkSettings):
         max_params: Budget of parameters for the recommendation, such as 4B or 800M.
         keep: Share of the full model's quality that k must keep.
         keep_last: Measure the first k - 1 layers with the last one, too, for every k.
+        max_pixels: Limits of an image's pixels to measure every k at, such as 50000,100000,235200; the largest is what
+            the others are compared with. The recommendation then goes by an image's operations, not by parameters.
     """
 
     split: str = "val"
@@ -243,11 +259,14 @@ class SweepConfig(_BenchmarkSettings):
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1)
     keep_last: bool = False
+    max_pixels: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_params is not None:
             parse_parameters(self.max_params)
+        if self.max_pixels is not None:
+            parse_limits(self.max_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
