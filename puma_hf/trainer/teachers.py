@@ -240,8 +240,8 @@ class EmbeddingTeacher(Teacher):
             if not isinstance(embedded, Tensor) or embedded.ndim != 2:
                 what = f"The teacher's encode gave {type(embedded).__name__} of {getattr(embedded, 'shape', '?')}"
                 raise ValueError(f"{what}, not one vector an input. Take a model of single vectors.")
-            # Autograd takes no tensor of the inference mode, in which `encode` runs; a clone is one like any other.
-            found.update(zip(places, embedded.clone(), strict=True))
+            found.update(zip(places, embedded, strict=True))
+        # Autograd takes no tensor of the inference mode, in which `encode` runs; that of `stack` is one like any other.
         return torch.stack([found[place] for place in range(len(found))])
 
     def fingerprint(self) -> str:

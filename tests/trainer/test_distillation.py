@@ -376,14 +376,16 @@ def test_another_family_reads_the_rows_by_itself(
     rows = [{"text": f"apple {row}", "image": None, "instruction": "Find: " if row % 2 else None} for row in range(6)]
     changes: dict[str, Any] = {"teacher": foreign, "train_dataset": Dataset.from_dict({"item": rows})}
 
-    def stored(**student: Any) -> tuple[Tensor, list[str]]:
-        trainer = make_cached(metric="relational", model=make_student(**student), **changes)
+    def stored(**reading: Any) -> tuple[Tensor, list[str]]:
+        model = make_student()
+        model[0].processing_kwargs = {"text": reading}
+        trainer = make_cached(metric="relational", model=model, **changes)
         return torch.tensor(trainer.train_dataset["teacher_states"][:]).squeeze(1), files_of(tmp_path / "cache")
 
     found, files = stored()
     expected = foreign.encode([("Find: " if row % 2 else "") + f"apple {row}" for row in range(6)])
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-6, rtol=0)
-    assert stored(disturbed=True)[1] == files
+    assert stored(max_length=100)[1] == files
     foreign.prompts["query"] = "Find this: "
     foreign.default_prompt_name = "query"
     changed, more = stored()
