@@ -101,10 +101,10 @@ class Searcher:
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
         if not is_student and model_fingerprint(self.model) != index.fingerprint:
             if is_other:
-                problem = f"query_model {model_name(self.model)!r} was not trained towards the model {index.model!r}"
+                problem = f"query_model {model_name(self.model)!r} was not distilled towards {index.model!r}"
                 remedy = "Distil it towards that model (puma-hf distill --teacher) and merge, or leave query_model out"
-                older = "" if "space" in index.description else "; an older index must be made ready: puma-hf index"
-                raise ValueError(f"{problem}, which made {str(index.folder)!r}. {remedy}{older}.")
+                older = "" if "space" in index.description else "; run puma-hf index again on an older index"
+                raise ValueError(f"{problem}, which made {str(index.folder)!r}, or was trained since. {remedy}{older}.")
             problem = f"{index.named} was made by another model than {model_name(self.model)!r}, and vectors of two"
             remedy = f"Search with {index.model!r} as it was then, its weights in {index.description['weights_dtype']}."
             raise ValueError(f"{problem} models cannot be compared. {remedy}")
