@@ -52,7 +52,7 @@ class PruneConfig(CheckedConfig):
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
 
     Args:
-        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further.
+        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, or of a PUMA directory to cut further.
         output_dir: New directory for the model.
         num_kept_layers: Decoder layers to keep, from the input.
         keep_layers: Instead, which layers to keep, such as 0-10,27.
@@ -227,7 +227,7 @@ class SweepConfig(_BenchmarkSettings):
     Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
 
     Args:
-        model: The full model: folder or Hub id of an original Qwen2-VL, 2.5 or 3, or of a PUMA directory.
+        model: The full model: folder or Hub id of an original Qwen-VL (2 to 3.5), or of a PUMA directory.
         data: Folder in M-BEIR's layout, or what else evaluate takes as --data.
         split: Split to measure on; choose k on val, and report test.
         pool: Each task's own pool, that of all tasks, or both; with both, local decides.
@@ -355,14 +355,14 @@ class AppConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckedConfig):
-    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
+    """Write a model as a plain Qwen-VL checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
 
     Example: puma-hf export puma-k14-mac puma-k14-stock
 
     Args:
         source: PUMA directory, here or on the Hub.
         output: New directory for the plain checkpoint.
-        format: stock: a Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
+        format: stock: a Qwen-VL checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
     """
 
     source: str = positional()

@@ -106,7 +106,7 @@ def export(
     if puma_config.positions != "mrope" and format == "stock":
         problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
         raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
-    if format == "onnx" and "linear_attention" in (getattr(puma_config.text_config, "layer_types", None) or ()):
+    if format == "onnx" and puma_config.has_linear_attention:
         problem = f"{str(source)!r} has linear attention, whose loop over a text would be written out for one length"
         raise ValueError(f"{problem}. Export a stock checkpoint (--format stock), or serve the PUMA directory itself.")
     config, layers = _stock_config(puma_config), puma_config.num_kept_layers

@@ -90,7 +90,7 @@ def prune(
     token: str | None = None,
     overwrite: bool = False,
 ) -> PruneReport:
-    """Keep the first decoder layers, or a list of them, of a Qwen2-VL, 2.5 or 3 and save a complete directory.
+    """Keep the first decoder layers, or a list of them, of a Qwen-VL (2, 2.5, 3, 3.5) and save a complete directory.
 
     The result holds weights, processor with `[RET]`, chat template, prompts, a model card, and the code that
     `AutoModel` and `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are
@@ -100,15 +100,15 @@ def prune(
     may train it. A tokenizer that already has `[RET]` keeps its row.
 
     Args:
-        source: Folder or Hub id of an original Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (safetensors, one file or
-            shards), or of a PUMA directory to prune further.
+        source: Folder or Hub id of an original Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint (safetensors, one
+            file or shards), or of a PUMA directory to prune further.
         output_dir: New or empty directory.
         num_kept_layers: Number k of decoder layers to keep, 1 to the number of layers.
         keep_layers: Instead of it, which of the source's layers to keep: rising numbers from 0, as a list or as text
             such as "0-10,27". A Qwen3-VL keeps those after which DeepStack adds features: the first three.
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
         max_pixels: Pixels that images are scaled down to; "source" keeps the source's own limit. By default 300 visual
-            tokens (235,200 pixels, of Qwen3-VL 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
+            tokens (235,200 pixels, later 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
             a PUMA directory keeps its own.
         reading: "puma", this library's prompt with M-RoPE positions, or "puma-released", the prompt and the sequential
             positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
@@ -235,7 +235,7 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
 
 
 def pixels_per_token(image_processor: Any) -> int:
-    """Pixels that make one visual token: 28 x 28 for Qwen2-VL and Qwen2.5-VL, 32 x 32 for Qwen3-VL."""
+    """Pixels that make one visual token: 28 x 28 for Qwen2-VL and Qwen2.5-VL, 32 x 32 later."""
     return int(image_processor.patch_size * image_processor.merge_size) ** 2
 
 

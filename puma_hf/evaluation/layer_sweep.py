@@ -232,7 +232,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
         show_progress_bar: Whether to show the progress.
 
     Raises:
-        ValueError: If a model is no Qwen2-VL, 2.5 or 3, or a launcher started this as one of several processes.
+        ValueError: If a model is of none of the families, or a launcher started this as one of several processes.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed, as by `pip install 'puma-hf[plot]'`.

@@ -428,7 +428,7 @@ class PumaProcessor(Qwen2VLProcessor):
 
 
 class PumaImageTextProcessor(PumaProcessor):
-    """A `PumaProcessor` without video, for Qwen2.5-VL and Qwen3-VL, which tell the time of frames in other ways."""
+    """A `PumaProcessor` without video, for the later families, which tell the time of frames in other ways."""
 
     _takes_video = False
 
