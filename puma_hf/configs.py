@@ -45,6 +45,20 @@ def parse_parameters(value: str | int | float) -> int:
     return number
 
 
+def parse_limits(value: str) -> tuple[int, ...]:
+    """Pixel limits that are separated by commas, the largest first; a ValueError if one is none, or comes twice.
+
+    Example:
+        >>> parse_limits("50000,235200")
+        (235200, 50000)
+    """
+    limits = [int(part) if part.strip().isdigit() else 0 for part in value.split(",")]
+    if min(limits) < 28 * 28 or len(set(limits)) < len(limits):
+        wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
+        raise ValueError(f"max_pixels={value!r} {wanted}.")
+    return tuple(sorted(limits, reverse=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(CheckedConfig):
     """Keep the first layers of a model and write a directory that AutoModel and SentenceTransformer open.
@@ -52,14 +66,16 @@ class PruneConfig(CheckedConfig):
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
 
     Args:
-        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, or of a PUMA directory to cut further.
+        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, of an embedder made from one, or of a PUMA
+            directory to cut further.
         output_dir: New directory for the model.
         num_kept_layers: Decoder layers to keep, from the input.
         keep_layers: Instead, which layers to keep, such as 0-10,27.
         dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
-        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
-            300 visual tokens.
-        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but of a
+            generative model at most 300 visual tokens.
+        reading: How inputs are read: as the source reads them, if it is an embedder, or with [RET] and this library's
+            prompt, or that of PUMA's authors with its plain positions. Found out and told by default.
     """
 
     source: str = positional()
@@ -68,7 +84,7 @@ class PruneConfig(CheckedConfig):
     keep_layers: str | None = None
     dtype: str = "auto"
     max_pixels: str | None = None  # a number, or a word
-    reading: Literal["puma", "puma-released"] | None = None
+    reading: Literal["source", "puma", "puma-released", "qwen3-vl-embedding", "gme", "lamra"] | None = None
     revision: str | None = None
     overwrite: bool = False
 
@@ -237,6 +253,8 @@ class SweepConfig(_BenchmarkSettings):
         max_params: Budget of parameters for the recommendation, such as 4B or 800M.
         keep: Share of the full model's quality that k must keep.
         keep_last: Measure the first k - 1 layers with the last one, too, for every k.
+        max_pixels: Limits of an image's pixels to measure every k at, such as 50000,100000,235200; the largest is what
+            the others are compared with. The recommendation then goes by an image's operations, not by parameters.
     """
 
     split: str = "val"
@@ -247,11 +265,14 @@ class SweepConfig(_BenchmarkSettings):
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1)
     keep_last: bool = False
+    max_pixels: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_params is not None:
             parse_parameters(self.max_params)
+        if self.max_pixels is not None:
+            parse_limits(self.max_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +449,7 @@ class CheckConfig(CheckedConfig):
         merged: PUMA directory that the adapter was merged into; default: it is merged for the check.
         base: PUMA directory that the adapter was trained on; default: the one it names.
         exported: Directory that puma-hf export wrote; default: the model is exported for the check.
+        source: Embedder that this is a copy of with all layers; both are compared by stock classes.
         seed: Draws the texts and pictures.
         device: Device that the model runs on, such as cuda; bounds are for float32 on it.
     """
@@ -436,5 +458,6 @@ class CheckConfig(CheckedConfig):
     merged: str | Path | None = None
     base: str | Path | None = None
     exported: str | Path | None = None
+    source: str | Path | None = None
     seed: int = option(0, at_least=0)
     device: str = "cpu"
