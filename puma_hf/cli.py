@@ -38,7 +38,7 @@ class _InOrder(click.Group):
 @click.group(cls=_InOrder)
 @click.version_option(__version__, message="puma-hf %(version)s", help="Print the version and leave.")
 def app() -> None:
-    """Cut a Qwen2-VL, 2.5 or 3 to its first k layers and make it a retrieval embedder for text, images, and both."""
+    """Cut a Qwen-VL (2 to 3.5) to its first k layers and make it a retrieval embedder for text, images, and both."""
 
 
 # --------------------------------------------------------------------------------------- options from a settings class

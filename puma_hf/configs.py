@@ -52,14 +52,16 @@ class PruneConfig(CheckedConfig):
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
 
     Args:
-        source: Folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or of a PUMA directory to cut further.
+        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, of an embedder made from one, or of a PUMA
+            directory to cut further.
         output_dir: New directory for the model.
         num_kept_layers: Decoder layers to keep, from the input.
         keep_layers: Instead, which layers to keep, such as 0-10,27.
         dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
-        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
-            300 visual tokens.
-        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but of a
+            generative model at most 300 visual tokens.
+        reading: How inputs are read: as the source reads them, if it is an embedder, or with [RET] and this library's
+            prompt, or that of PUMA's authors with its plain positions. Found out and told by default.
     """
 
     source: str = positional()
@@ -68,7 +70,7 @@ class PruneConfig(CheckedConfig):
     keep_layers: str | None = None
     dtype: str = "auto"
     max_pixels: str | None = None  # a number, or a word
-    reading: Literal["puma", "puma-released"] | None = None
+    reading: Literal["source", "puma", "puma-released", "qwen3-vl-embedding", "gme", "lamra"] | None = None
     revision: str | None = None
     overwrite: bool = False
 
@@ -221,7 +223,7 @@ class SweepConfig(_BenchmarkSettings):
     Example: puma-hf sweep Qwen/Qwen2-VL-2B-Instruct --data M-BEIR --max-params 1.5B --output sweep
 
     Args:
-        model: The full model: folder or Hub id of an original Qwen2-VL, 2.5 or 3, or of a PUMA directory.
+        model: The full model: folder or Hub id of an original Qwen-VL (2 to 3.5), or of a PUMA directory.
         data: Folder in M-BEIR's layout, or what else evaluate takes as --data.
         split: Split to measure on; choose k on val, and report test.
         pool: Each task's own pool, that of all tasks, or both; with both, local decides.
@@ -345,14 +347,14 @@ class AppConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckedConfig):
-    """Write a model as a plain Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
+    """Write a model as a plain Qwen-VL checkpoint of fewer layers, for programs such as vLLM, or as ONNX.
 
     Example: puma-hf export puma-k14-mac puma-k14-stock
 
     Args:
         source: PUMA directory, here or on the Hub.
         output: New directory for the plain checkpoint.
-        format: stock: a Qwen2-VL, 2.5 or 3 checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
+        format: stock: a Qwen-VL checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
     """
 
     source: str = positional()
@@ -418,6 +420,7 @@ class CheckConfig(CheckedConfig):
         merged: PUMA directory that the adapter was merged into; default: it is merged for the check.
         base: PUMA directory that the adapter was trained on; default: the one it names.
         exported: Directory that puma-hf export wrote; default: the model is exported for the check.
+        source: Embedder that this is a copy of with all layers; both are compared by stock classes.
         seed: Draws the texts and pictures.
         device: Device that the model runs on, such as cuda; bounds are for float32 on it.
     """
@@ -426,5 +429,6 @@ class CheckConfig(CheckedConfig):
     merged: str | Path | None = None
     base: str | Path | None = None
     exported: str | Path | None = None
+    source: str | Path | None = None
     seed: int = option(0, at_least=0)
     device: str = "cpu"

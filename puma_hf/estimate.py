@@ -1,7 +1,8 @@
 """What a model and a training recipe take: parameters, memory, operations, hours; before anything is downloaded.
 
-Shapes come from a `config.json` or from the known sizes of Qwen2-VL; parameters are counted on the meta device, where a
-tensor has a shape and no memory. What the data alone tell (tokens, images, rows) is assumed, and said with the result.
+Shapes come from a `config.json` of any family or from the known sizes of Qwen2-VL; parameters are counted on the meta
+device, where a tensor has a shape and no memory. What the data alone tell (tokens, images, rows) is assumed, and said
+with the result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf.checkpoint import plain_forward
 from puma_hf.configs import DistillConfig, StageConfig, TrainConfig
-from puma_hf.modeling import PumaConfig, PumaModel
+from puma_hf.files import read_config
+from puma_hf.modeling import PumaConfig
+from puma_hf.modeling.configuration_puma import config_class_of
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES
 from puma_hf.settings import load_config, read_recipe
 
 # Memory in GiB and dense bfloat16 TFLOP/s (sums in float32, no sparsity), from the makers' data sheets.
@@ -47,7 +51,6 @@ _NUM_LAYERS = 28
 # Rows of the data that the recipes name: PUMA's released training script, and SimCSE's file.
 _ROWS = {"M-BEIR": 1_332_790, "nli_for_simcse.csv": 275_601}
 _NLI_TOKENS = 64  # its sentences are short: prompt and all, few are longer
-_PIXELS_OF_TOKEN = 28 * 28
 _BITS4 = 0.52  # bytes of a weight in doubly quantised NormalFloat4
 
 
@@ -135,8 +138,8 @@ def estimate(
 
     Args:
         recipe: YAML file.
-        model: Directory, config.json, or a published Qwen2-VL by id; None for the recipe's model: if its directory is
-            not there yet, its name is read, such as "puma-7b-k12".
+        model: Directory or config.json of any family, or a published Qwen2-VL by id; None for the recipe's model: if
+            its directory is not there yet, its name is read, such as "puma-7b-k12".
         num_kept_layers: Layers, if `model` has more.
         tokens: Length that the rows of a batch are padded to; None for the recipe's `max_length`, of NLI pairs 64.
         images: Images of a row, over all columns; None for 1, of texts 0.
@@ -163,11 +166,12 @@ def estimate(
     shape, told = _shape(config, model, num_kept_layers)
     data = Path(config.data).name
     is_nli = data == "nli_for_simcse.csv"
-    pixels = config.max_pixels or 300 * _PIXELS_OF_TOKEN
+    of_token = (shape.vision_config.patch_size * shape.vision_config.spatial_merge_size) ** 2
+    pixels = config.max_pixels or 300 * of_token
     images = (0 if is_nli else 1) if images is None else images
     tokens = tokens or (_NLI_TOKENS if is_nli else config.max_length or 512)
     # An image is never cut, and the prompt around it takes 34 tokens.
-    tokens = max(tokens, math.ceil(pixels / _PIXELS_OF_TOKEN) + 34 if images else 0)
+    tokens = max(tokens, math.ceil(pixels / of_token) + 34 if images else 0)
     step = _Step(config, shape, tokens, config.batch_size * images, pixels, mask_bytes=1 if device == "cuda" else 4)
     if rows is None and data in _ROWS:
         rows = _ROWS[data] * (3 if is_nli and is_distil else 1)  # each sentence for itself, if no two are equal
@@ -178,7 +182,7 @@ def estimate(
     notes = (
         told,
         f"A step has {config.batch_size} rows of {step.columns} column(s) a GPU, padded to {tokens} tokens (--tokens), "
-        f"with {images:g} images a row (--images) of {pixels // _PIXELS_OF_TOKEN} visual tokens.",
+        f"with {images:g} images a row (--images) of {pixels // of_token} visual tokens.",
         f"The run is {'an unknown number of' if steps is None else f'{steps:,}'} steps.",
         f"Assumed, not measured: {UTILISATION:.0%} of the data sheet's operations are reached, and {FREE_SHARE:.0%} of "
         "the memory is left to CUDA. What a cached teacher takes once, before the run, is not in it.",
@@ -197,14 +201,25 @@ class _Step:
         self.columns = 2 + config.num_negatives if isinstance(config, TrainConfig) else 1
         self.has_teacher = config.teacher_mode == "frozen" and (isinstance(config, DistillConfig) or config.joint)
         with torch.device("meta"):
-            puma = PumaModel(shape)
-        layer = puma.language_model.layers[0]
-        linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+            puma = MODEL_CLASSES[type(shape)](shape)
+        layers: Any = puma.language_model.layers
+        # Those that `lora_config` adapts: not the gates of Qwen3.5's linear attention.
+        named = [(name, part) for name, part in layers.named_modules() if isinstance(part, nn.Linear)]
+        linears = [part for name, part in named if not name.endswith(("in_proj_a", "in_proj_b"))]
         self.depth, self.full_depth = self.text.num_hidden_layers, shape.original_num_hidden_layers
-        self.parameters, self.layer = count_parameters(puma), count_parameters(layer)
-        self.adapter = sum(config.lora_r * (part.in_features + part.out_features) for part in linears)
-        self.trainable = self.depth * self.adapter + (self.text.hidden_size if config.train_ret_token else 0)
-        self.merger = count_parameters(puma.visual.merger)
+        # The layers of Qwen3.5 differ: each counts as their average, those that were dropped too.
+        self.parameters, self.layer = count_parameters(puma), count_parameters(layers) // self.depth
+        adapters = sum(config.lora_r * (part.in_features + part.out_features) for part in linears)
+        self.adapter = adapters // self.depth
+        self.trainable = adapters + (self.text.hidden_size if config.train_ret_token else 0)
+        kinds = getattr(self.text, "layer_types", None) or ["full_attention"]
+        heads, dims = self.text.num_attention_heads, getattr(self.text, "head_dim", None)
+        # Linear attention is not counted: it is 1 % of its layer, and does not grow with the length.
+        full_share = 1 - kinds.count("linear_attention") / len(kinds)
+        self.attention_dim = full_share * (heads * dims if dims else self.text.hidden_size)
+        self.vision_dim = getattr(self.vision, "embed_dim", self.vision.hidden_size)
+        mergers = [part for name, part in puma.visual.named_children() if "merger" in name]  # Qwen3-VL has several
+        self.merger = sum(map(count_parameters, mergers))
         self.tower = count_parameters(puma.visual) - self.merger
         self.patches = pixels // self.vision.patch_size**2  # of an image
         self.merged = self.vision.spatial_merge_size**2  # patches of a visual token
@@ -255,7 +270,7 @@ class _Step:
         saved = num_rows * self.tokens * kept
         # The frozen vision tower keeps nothing. Its widest moment, while earlier columns are alive: 36 bytes, measured,
         # for each patch and unit of width.
-        tower = 36 * self.vision.embed_dim * self.patches * min(self.images, num_rows)
+        tower = 36 * self.vision_dim * self.patches * min(self.images, num_rows)
         # [RET] alone is trained in a copy of the whole table, whose gradient is as large.
         table = 2 * number * self.text.vocab_size * hidden if config.train_ret_token else 0
         return int(max(columns * saved + num_rows * self.tokens * moment, (columns - 1) * saved + tower) + table)
@@ -268,14 +283,14 @@ class _Step:
         config = self.config
         # A weight costs a token two operations: one multiplication, one addition. Attention of a token in a layer is
         # two products with all tokens, 2 h each.
-        attention = 4 * self.tokens * self.text.hidden_size
+        attention = 4 * self.tokens * self.attention_dim
         forward = 2 * (self.layer + self.adapter) + attention
         backward = 2 * self.layer + 4 * self.adapter + 2 * attention
         again = int(config.gradient_checkpointing) + int(getattr(config, "cached", False))
         a_token = self.depth * ((1 + again) * forward + backward)
         if self.has_teacher:
             a_token += self.full_depth * (2 * self.layer + attention)
-        an_image = self.patches * (2 * self.tower + 4 * self.patches * self.vision.embed_dim * self.vision.depth)
+        an_image = self.patches * (2 * self.tower + 4 * self.patches * self.vision_dim * self.vision.depth)
         an_image += 2 * self.patches // self.merged * self.merger
         a_batch = self.columns * config.batch_size * self.tokens * a_token + self.images * an_image
         return int(config.gradient_accumulation_steps * a_batch)
@@ -286,8 +301,12 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     name = str(config.model if model is None else model)
     file = Path(name) if name.endswith(".json") else Path(name, "config.json")
     if file.is_file():
-        shape = PumaConfig.from_pretrained(file, num_kept_layers=num_kept_layers)  # training is for Qwen2-VL
-        return shape, f"Shapes: those of {file}."
+        family = config_class_of(read_config(file.parent, file.name).get("model_type"))
+        shape = family.from_pretrained(file, num_kept_layers=num_kept_layers)
+        told = (
+            "" if family is PumaConfig else f" Activations are counted as Qwen2-VL's; {family.source_name} keeps more."
+        )
+        return shape, f"Shapes: those of {file}.{told}"
     # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.
     size, depth = re.search(r"(?:qwen2-vl|puma)-([27]b)\b", name.lower()), re.search(r"\bk(\d+)\b", name.lower())
     kept = num_kept_layers or (int(depth[1]) if depth else None if model is None else _NUM_LAYERS)

@@ -12,6 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import PumaConfig, PumaModel, lora_config
 from puma_hf.estimate import estimate
+from puma_hf.modeling.configuration_puma import config_class_of
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES
+from tests.tiny import FAMILIES, build_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TEXT = {
@@ -142,6 +145,17 @@ def test_adapter_and_optimiser_by_hand(shape: Path, recipe: Any) -> None:
     assert found.trainable == 4 * layer
     assert found.memory["AdamW's two moments"] == 8 * 4 * layer
     assert sum(p.numel() for p in trained(shape).parameters() if p.requires_grad) == found.trainable
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[1:])
+def test_other_families_are_counted_with_their_own_classes(family: str, recipe: Any, tmp_path: Path) -> None:
+    source = build_checkpoint(tmp_path / "source", family)
+    model = MODEL_CLASSES[config_class_of(family)].from_pretrained(source, num_kept_layers=4)
+    found = estimate(recipe(train_ret_token="false"), model=source)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    model.add_adapter(lora_config(r=RANK))
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "keeps more" in found.to_markdown()
 
 
 def test_steps_and_hours(recipe: Any) -> None:

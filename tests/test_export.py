@@ -41,7 +41,12 @@ FILES = {
 }
 ONE = {"text": "a red apple", "instruction": "Find an image that matches the sentence."}  # as in the card
 # Family, layers kept, and what is special about the original.
-SHAPES = (("qwen2_vl", 1, {"tie_word_embeddings": False}), ("qwen2_5_vl", 2, {}), ("qwen3_vl", 3, {}))
+SHAPES = (
+    ("qwen2_vl", 1, {"tie_word_embeddings": False}),
+    ("qwen2_5_vl", 2, {}),
+    ("qwen3_vl", 3, {}),
+    ("qwen3_5", 4, {}),
+)
 
 
 def settings_of(folder: Path, name: str = "config.json") -> dict[str, object]:
@@ -68,6 +73,9 @@ def test_the_same_embeddings(family: str, kept: int, changes: dict[str, object],
     if is_torchvision_available():  # without it transformers' own processors of these families cannot be made
         processor = AutoProcessor.from_pretrained(tmp_path / "stock")
         assert processor.video_processor.patch_size == processor.image_processor.patch_size
+    if family == "qwen3_5" and find_spec("onnxruntime"):
+        with pytest.raises(ValueError, match=r"puma' has linear attention, .* \(--format stock\)"):
+            export(tmp_path / "puma", tmp_path / "onnx", format="onnx")
     # In the layout that was published for the family, which the original of these tests has, too.
     names = set(load_file(original / "model.safetensors"))
     assert set(load_file(tmp_path / "stock" / "model.safetensors")) - names <= {"lm_head.weight"}

@@ -208,6 +208,7 @@ def copy_checkpoint(
     tensors = dict(sorted(read_weights(source).items(), key=lambda item: layer_of(item[0])))
     if head:
         tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"].clone()
+        tensors["mtp.layers.1.mlp.up_proj.weight"] = torch.zeros(1)  # as in Qwen3.5's
     text, vision = LAYOUTS[layout]
     named = {
         name.replace("language_model.", text, 1).replace("visual.", vision, 1): tensor

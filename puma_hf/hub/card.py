@@ -123,6 +123,7 @@ def make_card(
     values |= {"source": named, "embedding_dim": config.get("text_config", {}).get("hidden_size")}
     values |= {"limits": told_limits(folder), "training": _training(folder, found, is_adapter)}
     values |= _usage(folder, found, values["embedding_dim"] or 0)
+    values["no_ret"] = bool(config) and config.get("ret_token_id") is None
     values["backbone"] = config_class_of(config["model_type"]).source_name if config else None
     values["results"] = "\n\n".join(_table(*evaluation) for evaluation in found.evaluations) or None
     values["not_measured"] = _not_measured(found)
@@ -146,7 +147,7 @@ def count_facts(model: Any) -> dict[str, Any]:
     """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
     config, text = model[0].model.config, model[0].model.config.text_config
     after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
-    # Dropped layers are as large as kept ones, and the head has the shape of the token embedding.
+    # Dropped layers are as large as kept ones, unless a family's differ, and the head has the shape of the embedding.
     head = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
     dropped = config.original_num_hidden_layers - config.num_kept_layers
     before, width, operations = after + head + layer * dropped, model.dtype.itemsize, {}
@@ -158,6 +159,9 @@ def count_facts(model: Any) -> dict[str, Any]:
         operations[kind] = (flops[-1], flops[-1] + dropped * (flops[-1] - flops[-2]) if len(flops) > 1 else None)
     facts = {"parameters_after": after, "parameters_before": before, "operations": operations}
     facts |= {"bytes_after": after * width, "bytes_before": before * width}
+    if config.has_linear_attention:  # how many of either kind were dropped is not known
+        facts |= {"parameters_before": None, "bytes_before": None}
+        facts["operations"] = {kind: (now, None) for kind, (now, _) in operations.items()}
     return facts | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 

@@ -62,7 +62,7 @@ class PumaConfigMixin(_MixinBase):
     source_model_type = ""
     source_example = ""  # an original checkpoint
     takes_video = False
-    has_fast_path = True  # whether `packed_states` knows its decoder layers
+    has_linear_attention = False  # in some decoder layers, which then differ; `packed_states` does not know them
 
     num_kept_layers: int | None = None
     original_num_hidden_layers: int | None = None
@@ -153,7 +153,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Which layers of that checkpoint remain, where they are not its first ones. Filled in likewise.
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
-            too: part of how the model reads, see `READINGS` in `processing_puma`.
+            too: part of how the model reads, see `READINGS` in `readings_puma`.
         source_name_or_path (`str`, *optional*):
             Hub id or folder name of the checkpoint that was pruned.
         source_revision (`str`, *optional*):
@@ -210,7 +210,7 @@ class PumaQwen35Config(PumaConfigMixin, Qwen3_5Config):
     source_name = "Qwen3.5"
     source_model_type = "qwen3_5"
     source_example = "Qwen/Qwen3.5-4B"
-    has_fast_path = False  # linear attention goes from token to token, with kernels of its own
+    has_linear_attention = True
 
 
 # The table of backbones. A new family is a configuration above and a model in MODEL_CLASSES of modeling_puma.

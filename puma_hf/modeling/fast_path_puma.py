@@ -53,7 +53,7 @@ class FastPath:
 
 def can_pack(model: Any) -> bool:
     """Whether the decoder is one that `packed_states` knows: on one device, without sliding windows, as it was made."""
-    if not model.config.has_fast_path:
+    if model.config.has_linear_attention:
         name = model.config.source_name
         logger.info_once("%s has linear attention: batches are padded, and no fast path is taken", name)
         return False

@@ -1,4 +1,4 @@
-"""PUMA models: the first k decoder layers of a Qwen2-VL, 2.5 or 3, read as an embedder at the last token."""
+"""PUMA models: the first k decoder layers of a Qwen2-VL, 2.5, 3 or 3.5, read as an embedder at the last token."""
 
 from __future__ import annotations
 

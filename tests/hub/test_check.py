@@ -87,7 +87,7 @@ def test_other_layers_and_another_reading(qwen_dir: Path, tmp_path: Path, readin
     assert [row.form for row in report.rows] == (FORMS if reading == "puma" else FORMS[:5])
 
 
-@pytest.mark.parametrize(("family", "kept"), [("qwen2_5_vl", 1), ("qwen3_vl", 3)])
+@pytest.mark.parametrize(("family", "kept"), [("qwen2_5_vl", 1), ("qwen3_vl", 3), ("qwen3_5", 2)])
 def test_other_backbones(family: str, kept: int, tmp_path: Path) -> None:
     untied = {"tie_word_embeddings": False} if family == "qwen3_vl" else {}
     original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=kept, **untied)

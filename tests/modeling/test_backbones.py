@@ -273,7 +273,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# The depth of published checkpoints, written as these write it: flat in Qwen2-VL and Qwen2.5-VL, nested in Qwen3-VL.
+# The depth of published checkpoints, written as these write it: flat in Qwen2-VL and Qwen2.5-VL, nested later.
 FLAT = {
     "hidden_size": 2048,
     "num_hidden_layers": 36,
@@ -296,6 +296,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"model_type": "qwen3_vl", "depth": 24, "deepstack_visual_indexes": [5, 11, 17]},
     },
+    "qwen3_5": {
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "full_attention_interval": 4,
+            "mtp_num_hidden_layers": 1,
+            "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_theta": 10000000},
+        },
+        "vision_config": {"model_type": "qwen3_5", "depth": 24, "deepstack_visual_indexes": []},
+    },
 }
 
 
@@ -308,7 +319,7 @@ def test_published_configurations_are_cut(tmp_path: Path, name: str) -> None:
     assert (config.num_kept_layers, text.num_hidden_layers, config.original_num_hidden_layers) == (9, 9, 36)
     assert (text.hidden_size, config.tie_word_embeddings) == (2048, True)
     assert len(getattr(text, "layer_types", None) or range(9)) == 9
-    section = [24, 20, 20] if name == "qwen3_vl" else [16, 24, 24]
+    section = {"qwen3_vl": [24, 20, 20], "qwen3_5": [11, 11, 10]}.get(name, [16, 24, 24])
     assert text.rope_parameters["mrope_section"] == section
     config.save_pretrained(tmp_path / "saved")
     again = AutoConfig.from_pretrained(tmp_path / "saved")

@@ -77,8 +77,8 @@ READ: dict[str, bytes] = {
     "30,000 wide": jpeg(photo(30_000, 200)),
     "less than in the file": lying(480, 400),
     "more than in the file": lying(1280, 960),
-    "PNG": jpeg(kind="PNG"),
-    "PNG with alpha": jpeg(photo().convert("RGBA"), "PNG"),
+    "PNG": jpeg(photo(1280, 960), "PNG"),
+    "PNG with alpha": jpeg(photo(1280, 960).convert("RGBA"), "PNG"),
     **{f"orientation {number}": turned(number) for number in range(1, 9)},
 }
 REFUSED = {
