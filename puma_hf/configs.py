@@ -52,14 +52,16 @@ class PruneConfig(CheckedConfig):
     Example: puma-hf prune Qwen/Qwen2-VL-2B-Instruct puma-k14 --num-kept-layers 14
 
     Args:
-        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, or of a PUMA directory to cut further.
+        source: Folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL or Qwen3.5, of an embedder made from one, or of a PUMA
+            directory to cut further.
         output_dir: New directory for the model.
         num_kept_layers: Decoder layers to keep, from the input.
         keep_layers: Instead, which layers to keep, such as 0-10,27.
         dtype: Data type of the weights, such as bfloat16; auto is what they are stored in.
-        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but at most
-            300 visual tokens.
-        reading: How inputs are read: this library's prompt, or that of the authors' code with its plain positions.
+        max_pixels: Images are scaled down to so many; or source, for the source's limit. By default that, but of a
+            generative model at most 300 visual tokens.
+        reading: How inputs are read: as the source reads them, if it is an embedder, or with [RET] and this library's
+            prompt, or that of PUMA's authors with its plain positions. Found out and told by default.
     """
 
     source: str = positional()
@@ -68,7 +70,7 @@ class PruneConfig(CheckedConfig):
     keep_layers: str | None = None
     dtype: str = "auto"
     max_pixels: str | None = None  # a number, or a word
-    reading: Literal["puma", "puma-released"] | None = None
+    reading: Literal["source", "puma", "puma-released", "qwen3-vl-embedding", "gme", "lamra"] | None = None
     revision: str | None = None
     overwrite: bool = False
 
@@ -418,6 +420,7 @@ class CheckConfig(CheckedConfig):
         merged: PUMA directory that the adapter was merged into; default: it is merged for the check.
         base: PUMA directory that the adapter was trained on; default: the one it names.
         exported: Directory that puma-hf export wrote; default: the model is exported for the check.
+        source: Embedder that this is a copy of with all layers; both are compared by stock classes.
         seed: Draws the texts and pictures.
         device: Device that the model runs on, such as cuda; bounds are for float32 on it.
     """
@@ -426,5 +429,6 @@ class CheckConfig(CheckedConfig):
     merged: str | Path | None = None
     base: str | Path | None = None
     exported: str | Path | None = None
+    source: str | Path | None = None
     seed: int = option(0, at_least=0)
     device: str = "cpu"

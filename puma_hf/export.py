@@ -17,10 +17,9 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageTe
 from puma_hf.checkpoint import Checkpoint, open_checkpoint
 from puma_hf.configs import ExportFormat
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, new_directory, read_config, write_json
-from puma_hf.modeling import RET_TOKEN
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
 from puma_hf.modeling.modeling_puma import last_token_state
-from puma_hf.modeling.processing_puma import reading_of
+from puma_hf.modeling.readings_puma import reading_of
 from puma_hf.settings import convert
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,8 @@ def export(
 
     with new_directory(output, overwrite=overwrite, forbidden=checkpoint.folder, is_ours=is_export) as folder:
         num_bytes = _write_weights(checkpoint, config, folder)
-        _write_processor(checkpoint.folder, type(config).__name__.replace("Config", "Processor"), folder)
+        needed = reading.end or "<|image_pad|>"
+        _write_processor(checkpoint.folder, type(config).__name__.replace("Config", "Processor"), folder, needed)
         if format == "onnx":
             num_bytes = _write_onnx(folder)
         card = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
@@ -127,6 +127,7 @@ def export(
             kept=named_layers(puma_config.kept_layers or range(layers)),
             source=puma_config.source_name_or_path,
             total=puma_config.original_num_hidden_layers,
+            end=reading.end,
             told=reading.told,  # what the reading makes of inputs, to be done before the template
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -165,11 +166,11 @@ def _write_weights(checkpoint: Checkpoint, config: Any, folder: Path) -> int:
     return sum(parameter.nbytes for parameter in model.model.parameters())
 
 
-def _write_processor(source: Path, processor_class: str, folder: Path) -> None:
-    """Tokenizer, image processor and chat template, as a published checkpoint has them."""
+def _write_processor(source: Path, processor_class: str, folder: Path, needed: str) -> None:
+    """Tokenizer, in which the token `needed` is, image processor and chat template, as published checkpoints have."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    if RET_TOKEN not in tokenizer.get_vocab():  # without its files transformers builds an empty one
-        raise ValueError(f"{str(source)!r} lacks its tokenizer, with {RET_TOKEN}. Download or save it again.")
+    if needed not in tokenizer.get_vocab():  # without its files transformers builds an empty one
+        raise ValueError(f"{str(source)!r} lacks its tokenizer, with {needed}. Download or save it again.")
     tokenizer.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
     shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +20,14 @@ from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
 from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
-from puma_hf.modeling.processing_puma import PIPELINES, reading_of, write_sentence_transformers_files
+from puma_hf.modeling.processing_puma import PIPELINES, write_sentence_transformers_files
+from puma_hf.modeling.readings_puma import reading_of
+from puma_hf.sources import TRANSFORMER_FILE, Source, check_template, find_source
 
 logger = logging.getLogger(__name__)
 
 # As PUMA and LamRA read images, in training and in evaluation. A general model's limit is thousands.
 DEFAULT_VISUAL_TOKENS = 300
-_MODELING = Path(__file__).parent / "modeling"
 _IMAGE_TOKEN = "<|image_pad|>"
 _CARD = Path(__file__).with_name("hub_card.md")  # where a wheel has it
 if not _CARD.is_file():
@@ -56,6 +56,7 @@ class PruneReport:
     max_pixels: int
     max_visual_tokens: int
     reading: str
+    found: str  # what says that it is read so
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary."""
@@ -71,7 +72,7 @@ class PruneReport:
             f"after    {self.parameters_after:>14,} parameters  {self.bytes_after:>15,} bytes"
             f"  ({self.parameters_after / self.parameters_before:.0%})\n"
             f"images   at most {self.max_visual_tokens:,} visual tokens, {self.max_pixels:,} pixels\n"
-            f"reading  {self.reading}, positions: {reading_of(self.reading).positions}\n"
+            f"reading  {self.reading} ({self.found}), positions: {reading_of(self.reading).positions}\n"
             f"saved    {self.output_dir}"
         )
 
@@ -92,16 +93,18 @@ def prune(
 ) -> PruneReport:
     """Keep the first decoder layers, or a list of them, of a Qwen-VL (2, 2.5, 3, 3.5) and save a complete directory.
 
-    The result holds weights, processor with `[RET]`, chat template, prompts, a model card, and the code that
-    `AutoModel` and `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are
-    never read, and from the Hub only the shards that hold kept tensors are downloaded.
+    The result holds weights, processor, chat template, prompts, a model card, and the code that `AutoModel` and
+    `SentenceTransformer` need where puma_hf is not installed. Tensors of dropped layers are never read, and from the
+    Hub only the shards that hold kept tensors are downloaded.
 
-    `[RET]` starts as the mean of all token embeddings of the original vocabulary, from where the distillation stage
-    may train it. A tokenizer that already has `[RET]` keeps its row.
+    An embedder goes on reading inputs as it does: template, instruction, limits, padding, positions, prompts and
+    similarity stay, and nothing is added to its vocabulary. A generative model gets the token `[RET]`, at which the
+    embedding is read. It starts as the mean of all token embeddings of the original vocabulary, from where the
+    distillation stage may train it. A tokenizer that already has `[RET]` keeps its row.
 
     Args:
         source: Folder or Hub id of an original Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint (safetensors, one
-            file or shards), or of a PUMA directory to prune further.
+            file or shards), of an embedder made from one, or of a PUMA directory to prune further.
         output_dir: New or empty directory.
         num_kept_layers: Number k of decoder layers to keep, 1 to the number of layers.
         keep_layers: Instead of it, which of the source's layers to keep: rising numbers from 0, as a list or as text
@@ -109,10 +112,12 @@ def prune(
         dtype: Data type of the saved weights; "auto" keeps the checkpoint's.
         max_pixels: Pixels that images are scaled down to; "source" keeps the source's own limit. By default 300 visual
             tokens (235,200 pixels, later 307,200), as in PUMA and LamRA, or the source's limit if that is lower;
-            a PUMA directory keeps its own.
-        reading: "puma", this library's prompt with M-RoPE positions, or "puma-released", the prompt and the sequential
-            positions of the authors' code (Qwen2-VL and Qwen2.5-VL). By default "puma", or what a PUMA directory has.
-        prompts: Named instructions for `encode(prompt_name=...)`; M-BEIR's task instructions by default.
+            a PUMA directory and an embedder keep their own.
+        reading: "puma", this library's prompt with M-RoPE positions; "puma-released", the prompt and the sequential
+            positions of the authors' code (Qwen2-VL and Qwen2.5-VL); "source", what a sentence-transformers directory
+            says of itself; or an embedder's own, such as "gme" (see `READINGS`). By default it is found out from the
+            source, see `puma_hf.sources.find_source`.
+        prompts: Named instructions for `encode(prompt_name=...)`; an embedder's own, or M-BEIR's, by default.
         revision: Branch, tag or commit on the Hub.
         token: Hub token; by default the one that huggingface_hub has stored.
         overwrite: Replace `output_dir` if it is not empty.
@@ -122,7 +127,7 @@ def prune(
 
     Raises:
         ValueError: If `num_kept_layers`, `keep_layers`, `max_pixels`, `dtype` or `reading` cannot be of this source, or
-            the checkpoint is of another family or damaged.
+            the checkpoint is of another family, damaged, or an embedder that a cut copy could not be read like.
         FileNotFoundError: If the source, or a shard of it, does not exist, or it is not in safetensors format.
         FileExistsError: If `output_dir` is not empty and `overwrite` is false.
 
@@ -144,17 +149,18 @@ def prune(
     config = config_class_of(model_type).from_pretrained(checkpoint.folder)
     layers = chosen_layers(num_kept_layers, keep_layers, config.num_kept_layers or 0)
     with new_directory(output_dir, overwrite=overwrite, forbidden=checkpoint.folder) as folder:
-        processor = _build_processor(checkpoint, config, reading, is_original)
+        processor, origin = _build_processor(checkpoint, config, reading)
         images = processor.image_processor
+        if is_original:
+            set_limits(processor, **_own_limits(checkpoint.folder, processor, is_limited=max_pixels is None))
         limit: Any = None if max_pixels == "source" else max_pixels
-        if max_pixels is None and is_original:
-            usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * pixels_per_token(images))
-            limit = min(images.size["longest_edge"], usual)
-        elif isinstance(limit, str) and limit.isdecimal():  # as the command line gives it
-            limit = int(limit)
-        set_limits(processor, max_pixels=limit)
+        # The command line gives a number as text.
+        set_limits(processor, max_pixels=int(limit) if isinstance(limit, str) and limit.isdecimal() else limit)
         model = load_kept(checkpoint, config, layers, dtype)
-        place_ret_token(model, processor.tokenizer)
+        if reading_of(processor.reading).end == RET_TOKEN:
+            place_ret_token(model, processor.tokenizer)
+        if is_original and hasattr(model.config, "auto_map"):
+            del model.config.auto_map  # to code of the source's, which is not there
         model.config.positions = reading_of(processor.reading).positions
         model.config.custom_pipelines = PIPELINES
         # A local path says where the user keeps files; only its last part is worth publishing.
@@ -163,9 +169,13 @@ def prune(
         model.config.source_revision = config.source_revision or checkpoint.revision
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_sentence_transformers_files(folder, {"prompts": MBEIR_INSTRUCTIONS if prompts is None else prompts})
+        settings = origin.settings or {"prompts": MBEIR_INSTRUCTIONS}
+        if prompts is not None:
+            default = settings.get("default_prompt_name")
+            settings |= {"prompts": prompts, "default_prompt_name": default if default in prompts else None}
+        write_sentence_transformers_files(folder, settings)
         with torch.device("meta"):  # where a tensor has a shape and takes no memory
-            make: Any = AutoModelForImageTextToText if is_original else AutoModel
+            make: Any = AutoModelForImageTextToText if "lm_head.weight" in checkpoint.weight_files else AutoModel
             before = make.from_config(AutoConfig.from_pretrained(checkpoint.folder)).num_parameters()
         # Qwen3-VL's checkpoints name their data type in the text tower's configuration alone.
         source_dtype = config.dtype or config.text_config.dtype or model.dtype
@@ -182,36 +192,36 @@ def prune(
             max_pixels=images.size["longest_edge"],
             max_visual_tokens=images.size["longest_edge"] // pixels_per_token(images),
             reading=processor.reading,
+            found=origin.found,
         )
         write_model_card(folder, model.config, report, is_original=is_original)
     logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), report.num_source_layers, output_dir)
     return report
 
 
-def _build_processor(checkpoint: Checkpoint, config: Any, asked: str | None, is_original: bool) -> PumaProcessor:
+def _build_processor(checkpoint: Checkpoint, config: Any, asked: str | None) -> tuple[PumaProcessor, Source]:
     folder, tokenizer = checkpoint.folder, AutoTokenizer.from_pretrained(checkpoint.folder)
     # Without tokenizer files transformers builds an empty tokenizer.
     if _IMAGE_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"{checkpoint.name!r} lacks its tokenizer, with {_IMAGE_TOKEN!r}. Download it again.")
-    # An original reads as it is asked to; a PUMA directory's weights know one reading, the one of its processor.
-    own = None if is_original else read_config(folder, "processor_config.json").get("reading", "puma")
-    name = asked or own or "puma"
-    reading = reading_of(name)
-    if own not in (None, name):
-        raise ValueError(f"reading={name!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
+    origin = find_source(checkpoint, tokenizer, asked)
+    reading = reading_of(origin.reading)
     if reading.backbones is not None and config.source_model_type not in reading.backbones:
-        made = f"reading={name!r} is made for {' and '.join(reading.backbones)}"
+        made = f"reading={origin.reading!r} is made for {' and '.join(reading.backbones)}"
         raise ValueError(f"{made}, but {checkpoint.name!r} is a {config.source_name}. Choose reading='puma'.")
-    template = (_MODELING / reading.template).read_text(encoding="utf-8")
-    if reading.system is not None:
-        template = f"{{%- set system = {json.dumps(reading.system)} -%}}\n{template}"
-    return (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
+    if origin.padding_side is not None:
+        # The second is what a save writes.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = origin.padding_side
+    processor = (PumaProcessor if isinstance(config, PumaConfig) else PumaImageTextProcessor)(
         image_processor=AutoImageProcessor.from_pretrained(folder),
         tokenizer=tokenizer,
         video_processor=get_video_processor_config(folder) or None,  # settings: they need no torchvision
-        chat_template=template,
-        reading=name,
+        chat_template=origin.template,
+        reading=origin.reading,
     )
+    if reading.template is None:
+        check_template(processor, checkpoint.name)
+    return processor, origin
 
 
 def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
@@ -232,6 +242,20 @@ def place_ret_token(model: PumaModel, tokenizer: Any) -> None:
 
 
 # ------------------------------------------------------------------ limits: how large an image, how long a text is read
+
+
+def _own_limits(folder: Path, processor: PumaProcessor, *, is_limited: bool) -> dict[str, Any]:
+    """What `set_limits` is to set of an original's: its own, or the reading's; a generative model's is far too high."""
+    reading, images = reading_of(processor.reading), processor.image_processor
+    token = pixels_per_token(images)
+    if reading.template is None:
+        return read_limits(folder)
+    if reading.visual_tokens is not None:
+        least, most = (number * token for number in reading.visual_tokens)
+        limits = {"min_pixels": least, "max_pixels": most} if is_limited else {}
+        return {**limits, "max_length": reading.max_length}
+    usual = max(images.size["shortest_edge"], DEFAULT_VISUAL_TOKENS * token)
+    return {"max_pixels": min(images.size["longest_edge"], usual)} if is_limited else {}
 
 
 def pixels_per_token(image_processor: Any) -> int:
@@ -267,10 +291,12 @@ def read_limits(folder: Path) -> dict[str, int]:
     """What `set_limits` sets, from the files of a PUMA directory or of an adapter; what they do not say is left out."""
     size = read_config(folder, "processor_config.json").get("image_processor", {}).get("size", {})
     # What a SentenceTransformer was told to pass to the processor, and was saved with, wins.
-    passed = read_config(folder, "sentence_bert_config.json").get("processing_kwargs") or {}
-    image, text = passed.get("image") or {}, passed.get("text") or {}
+    transformer = read_config(folder, TRANSFORMER_FILE)
+    passed, opened = transformer.get("processing_kwargs") or {}, transformer.get("processor_kwargs") or {}
+    image, text = {**opened, **(passed.get("image") or {})}, passed.get("text") or {}
     size = {**size, **(image.get("size") or {})}
     own_length = read_config(folder, "tokenizer_config.json").get("model_max_length")
+    own_length = opened.get("model_max_length", transformer.get("max_seq_length") or own_length)
     found = {
         "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
         "max_pixels": image.get("max_pixels", size.get("longest_edge")),
@@ -306,7 +332,11 @@ def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_origi
         tags=list(TAGS),
     )
     values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
-    values |= {"kept_layers": config.kept_layers, "embedding_dim": config.text_config.hidden_size}
+    values |= {
+        "no_ret": config.ret_token_id is None,
+        "kept_layers": config.kept_layers,
+        "embedding_dim": config.text_config.hidden_size,
+    }
     if not is_original:
         values |= {"parameters_before": None, "bytes_before": None}
     (folder / "README.md").write_text(fill_template(card_data, **values), encoding="utf-8")

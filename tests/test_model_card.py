@@ -17,7 +17,8 @@ def write(folder: Path, source: str | None) -> ModelCard:
     config = PumaConfig(text_config=text, num_kept_layers=8, source_name_or_path=source)
     layers = {"kept_layers": list(range(8)), "num_source_layers": 28, "original_num_hidden_layers": 28}
     pixels = {"max_pixels": 235_200, "max_visual_tokens": 300}
-    report = PruneReport("/home/somebody/out", 8, **layers, **SIZES, bytes_after=2_469_134, **pixels, reading="puma")
+    how = {**pixels, "reading": "puma", "found": "a generative checkpoint"}
+    report = PruneReport("/home/somebody/out", 8, **layers, **SIZES, bytes_after=2_469_134, **how)
     write_model_card(folder, config, report, is_original=True)
     return ModelCard.load(folder / "README.md")
 

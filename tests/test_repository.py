@@ -37,7 +37,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "flash_attn": "flash-attn", "yaml": "pyyaml"}
 # The data flow of CONTRIBUTING.md: each part imports those before it, never one behind.
 ORDER = (
     *("files", "settings", "processes", "modeling", "losses", "configs_training", "configs"),
-    *("fingerprint", "checkpoint", "data", "pruning", "estimate", "export", "trainer"),
+    *("fingerprint", "checkpoint", "data", "sources", "pruning", "estimate", "export", "trainer"),
     *("embedding", "evaluation", "search", "hub", "cli"),
 )
 

@@ -176,7 +176,9 @@ def layer_costs(model: SentenceTransformer) -> tuple[list[dict[str, int]], int]:
     puma = cast(Any, model[0])
     images = puma.processor.image_processor
     side = _IMAGE_SIDE * images.patch_size * images.merge_size
-    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=TEXT_TOKENS)
+    # An embedder's own prompt may be longer.
+    length = max(TEXT_TOKENS, model.preprocess(["a"])["input_ids"].shape[1])
+    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=length)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (side, side), "white")}
     image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
@@ -328,13 +330,15 @@ def _measure_depths(
 
 @contextmanager
 def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[SentenceTransformer]:
-    """A PUMA directory or Hub id as it is; an original checkpoint with `[RET]`, its processor and all its layers."""
+    """A PUMA directory or Hub id as it is; an original checkpoint as pruning makes it, with all its layers."""
     folder = open_checkpoint(source).folder
     if is_puma_directory(folder):
         yield open_sentence_transformer(source, trust_remote_code=trust_remote_code)
         return
     with TemporaryDirectory(prefix="puma-hf-") as copy:
-        logger.info("%s is an original checkpoint: it gets [RET] in a temporary copy of all its layers", source)
         full, config = Path(copy, short_name(source)), AutoConfig.from_pretrained(folder)
-        prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
+        report = prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
+        logger.info(
+            "%s is an original checkpoint, read in a temporary copy as %r (%s)", source, report.reading, report.found
+        )
         yield open_sentence_transformer(str(full))

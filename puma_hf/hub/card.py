@@ -123,6 +123,7 @@ def make_card(
     values |= {"source": named, "embedding_dim": config.get("text_config", {}).get("hidden_size")}
     values |= {"limits": told_limits(folder), "training": _training(folder, found, is_adapter)}
     values |= _usage(folder, found, values["embedding_dim"] or 0)
+    values["no_ret"] = bool(config) and config.get("ret_token_id") is None
     values["backbone"] = config_class_of(config["model_type"]).source_name if config else None
     values["results"] = "\n\n".join(_table(*evaluation) for evaluation in found.evaluations) or None
     values["not_measured"] = _not_measured(found)

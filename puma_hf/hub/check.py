@@ -30,6 +30,8 @@ from puma_hf.hub.load_check import (
     features_of,
 )
 from puma_hf.modeling.modeling_puma import last_token_state
+from puma_hf.modeling.processing_puma import SETTINGS_FILE
+from puma_hf.sources import find_source
 
 # Largest difference of a number of an embedding, which is of length 1, in float32.
 TOLERANCE = 1e-5
@@ -83,6 +85,7 @@ def check(
     merged: str | Path | None = None,
     base: str | Path | None = None,
     exported: str | Path | None = None,
+    source: str | Path | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> ParityReport:
@@ -97,6 +100,7 @@ def check(
         merged: PUMA directory that the adapter was merged into; by default it is merged for the check.
         base: PUMA directory that the adapter was trained on; by default the one it names.
         exported: What `puma_hf.export.export` wrote; by default the model is exported for the check.
+        source: The embedder that this is a copy of with all its layers: both are to embed alike.
         seed: Draws the inputs.
         device: Where the model runs.
 
@@ -105,7 +109,8 @@ def check(
 
     Raises:
         FileNotFoundError: If the directory is none of ours, or the adapter's base is missing.
-        ValueError: If `merged` is no PUMA model, or the adapter does not fit its base.
+        ValueError: If `merged` is no PUMA model, the adapter does not fit its base, or a model with a `source` lacks
+            some of its layers or has a `[RET]` of its own.
 
     Example:
 
@@ -130,6 +135,7 @@ def check(
         forms = Forms(folder, scratch, check_inputs(seed), device)
         rows = [*forms.of_model(), *forms.of_export(exported)]
         rows += forms.of_adapter(adapter, base or named_base(adapter)) if is_adapter else []
+        rows += forms.of_source(source) if source else []
     return ParityReport(str(directory), len(forms.inputs), tuple(rows))
 
 
@@ -143,6 +149,8 @@ class Forms:
         self.folder, self.scratch, self.inputs, self.device = folder, scratch, inputs, device
         self.features = features_of(folder, inputs)
         self.reference = torch.empty(0)
+        settings = read_config(folder, SETTINGS_FILE)  # an instruction of an embedder's, for inputs without one
+        self.default = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
 
     def of_model(self) -> Iterator[ParityRow]:
         model = open_model(self.folder, torch.float32, self.device)
@@ -172,10 +180,28 @@ class Forms:
             export(self.folder, folder)
         model = open_model(folder, torch.float32, self.device, stock=True)
         yield self._row("exported, stock classes", "AutoModel", embed_stock(model, self.features))
-        by_stock = embed_stock(model, stock_features(folder, self.inputs))
+        by_stock = embed_stock(model, stock_features(folder, self.inputs, default=self.default))
         yield self._row("exported, stock inputs too", "AutoModel", by_stock)
         found, expected = (open_checkpoint(one) for one in (folder, self.folder))
         yield compare_weights("exported, weights", "the model", found, expected, bound=0)
+
+    def of_source(self, source: str | Path) -> Iterator[ParityRow]:
+        config, checkpoint = read_config(self.folder), open_checkpoint(source)
+        if config["num_kept_layers"] != config["original_num_hidden_layers"] or config.get("ret_token_id") is not None:
+            least = "only an embedder's copy with all its layers, and without [RET], embeds as its source does"
+            raise ValueError(f"source={str(source)!r}, but {least}. Prune it with every layer first.")
+        tokenizer, features = AutoTokenizer.from_pretrained(checkpoint.folder), dict(self.features)
+        if config.get("positions") == "sequential":
+            ids = features["input_ids"]  # padded on the left, which shifts positions and changes nothing
+            features["position_ids"] = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
+        model = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.float32).to(self.device).eval()
+        yield self._row("the source, stock classes", "AutoModel", embed_stock(model, features))
+        if (reading := read_config(self.folder, "processor_config.json").get("reading")) == "source":
+            tokenizer.chat_template = find_source(checkpoint, tokenizer, reading).template
+            how: dict[str, Any] = {"tokenizer": tokenizer, "default": self.default}
+            how["size"] = AutoImageProcessor.from_pretrained(self.folder).size
+            stock = stock_features(checkpoint.folder, self.inputs, **how)
+            yield self._row("the source, stock inputs too", "AutoModel", embed_stock(model, stock))
 
     def of_adapter(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
         from peft import PeftModel
@@ -214,35 +240,41 @@ def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, stock: 
     return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=not stock).to(device).eval()
 
 
-def stock_features(folder: Path, inputs: Sequence[Any]) -> dict[str, Tensor]:
+def stock_features(
+    folder: Path, inputs: Sequence[Any], *, tokenizer: Any = None, default: str | None = None, **images: Any
+) -> dict[str, Tensor]:
     """One batch by the tokenizer, image processor and chat template of an export, without any code of PUMA's.
 
-    Written with the parts and not with AutoProcessor, which for these families needs torchvision.
+    Written with the parts and not with AutoProcessor, which for these families needs torchvision. Of an embedder,
+    `default` is the instruction of inputs without one, and `images` are options of its image processor.
     """
-    tokenizer, image_processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, **images)
     pictures = [picture for one in inputs for picture in one.get("image", [])]
-    images = dict(image_processor(images=pictures, return_tensors="pt")) if pictures else {}
-    grids = images["image_grid_thw"].prod(dim=1).tolist() if pictures else []
+    pixels = dict(image_processor(images=pictures, return_tensors="pt")) if pictures else {}
+    grids = pixels["image_grid_thw"].prod(dim=1).tolist() if pictures else []
     counts = iter(count // image_processor.merge_size**2 for count in grids)
     texts = []
     for one in inputs:  # the instruction is the system message, and pictures come first
         content: list[dict[str, Any]] = [{"type": "image"} for _ in one.get("image", [])]
         content += [{"type": "text", "text": one["text"]}] if "text" in one else []
-        chat = [{"role": "system", "content": one["instruction"]}] if "instruction" in one else []
+        instruction = one.get("instruction", default)
+        chat = [{"role": "system", "content": instruction}] if instruction else []
         prompt = tokenizer.apply_chat_template([*chat, {"role": "user", "content": content}], tokenize=False)
         first, *rest = str(prompt).split(_IMAGE_TOKEN)
         # Each picture's placeholder becomes as many as it has tokens.
         texts.append(first + "".join(_IMAGE_TOKEN * next(counts) + part for part in rest))
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     is_image = batch["input_ids"] == tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
-    return {name: batch[name] for name in FEATURES[:2]} | {"mm_token_type_ids": is_image.int(), **images}
+    return {name: batch[name] for name in FEATURES[:2]} | {"mm_token_type_ids": is_image.int(), **pixels}
 
 
 @torch.inference_mode()
 def embed_stock(model: Any, features: Mapping[str, Tensor]) -> Tensor:
     """The last hidden state of a stock model at the last token, scaled to unit length: `(batch_size, hidden_size)`."""
-    on_device = {name: tensor.to(model.device) for name, tensor in features.items() if name in FEATURES}
-    states = model.model(**on_device).last_hidden_state
+    names = (*FEATURES, "position_ids")
+    on_device = {name: tensor.to(model.device) for name, tensor in features.items() if name in names}
+    states = getattr(model, "model", model)(**on_device).last_hidden_state
     return normalize(last_token_state(states, on_device["attention_mask"]).float(), dim=-1).cpu()
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -125,6 +125,7 @@ def embed_features(model: Any, features: Mapping[str, Tensor]) -> Tensor:
 def encode(model: SentenceTransformer, inputs: Sequence[Any]) -> Tensor:
     """Embeddings of a SentenceTransformer, `(num_inputs, embedding_dim)`."""
     how: Any = {"convert_to_tensor": True, "show_progress_bar": False}
+    how["truncate_dim"] = cast(Any, model[0]).model.config.text_config.hidden_size  # all, whatever is usual
     found = model.encode(list(inputs), processing_kwargs={"text": {"max_length": _MAX_LENGTH}}, **how)
     return torch.as_tensor(found.float().cpu())
 

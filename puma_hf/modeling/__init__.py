@@ -12,7 +12,8 @@ from .modeling_puma import (
     PumaQwen25VLModel,
     PumaQwen35Model,
 )
-from .processing_puma import RET_TOKEN, PumaImageTextProcessor, PumaProcessor
+from .processing_puma import PumaImageTextProcessor, PumaProcessor
+from .readings_puma import RET_TOKEN
 
 for _config, _model in MODEL_CLASSES.items():
     _processor = PumaProcessor if _config.takes_video else PumaImageTextProcessor

@@ -153,7 +153,7 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Which layers of that checkpoint remain, where they are not its first ones. Filled in likewise.
         positions (`str`, defaults to `"mrope"`):
             "mrope" for positions in time, height and width, "sequential" for tokens one after another, those of images
-            too: part of how the model reads, see `READINGS` in `processing_puma`.
+            too: part of how the model reads, see `READINGS` in `readings_puma`.
         source_name_or_path (`str`, *optional*):
             Hub id or folder name of the checkpoint that was pruned.
         source_revision (`str`, *optional*):

@@ -113,7 +113,7 @@ def to_messages(item: Any, prompt: str | None = None) -> list[dict[str, Any]]:
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"an instruction must be a string, got {prompt!r:.80}. Leave it out for none.")
     if prompt and prompt.strip():
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.strip()}]})
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt}]})
     return messages
 
 
@@ -128,7 +128,7 @@ def _chat_message(message: dict[str, Any]) -> dict[str, Any]:
     if role == "system":
         if any(item["type"] != "text" for item in items):
             raise ValueError("a system message is an instruction and holds text only. Put media into a user message.")
-        return {"role": role, "content": [{"type": "text", "text": item["text"].strip()} for item in items]}
+        return {"role": role, "content": items}
     return {"role": role, "content": _join_texts(items)}
 
 

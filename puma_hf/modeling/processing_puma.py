@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from .inputs_puma import (
     to_messages,
     video_part,
 )
+from .readings_puma import ANSWER, RET_TOKEN, reading_of
 
 if TYPE_CHECKING:
     # Never run, but read by transformers, which copies and downloads what a processor's code imports: wherever this
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-RET_TOKEN = "[RET]"
 MODULE_FILE = "sentence_transformers_puma.py"
 SETTINGS_FILE = "config_sentence_transformers.json"
 DECODE = ("fast", "exact", "torchvision")
@@ -52,64 +51,6 @@ _LENGTH_REMEDY = (
     "processing_kwargs={'text': {'max_length': ...}, 'image': {'size': {'shortest_edge': ..., 'longest_edge': ...}}} "
     "in encode."
 )
-
-
-# --- readings
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read an input: template, text, positions. A model keeps the one that it was trained with.
-
-    The embedding is read at the last token, where every template ends.
-    """
-
-    template: str  # the file of the chat template beside this one
-    system: str | None = None  # what the template calls so: the text of a system turn that every input has
-    positions: str = "mrope"  # in time, height and width; "sequential", one after another, those of images too
-    to_sentence: Callable[[str], str] | None = None  # for the instruction, then for both, it and the text
-    max_text_tokens: int | None = None  # of that text
-    backbones: tuple[str, ...] | None = None  # the model_type of originals that can be read so; None for all
-    told: str = ""  # the rest of the sentence "Inputs are read as ..." on a card
-
-
-def released_sentence(text: str) -> str:
-    """A text as the authors' code has it: without space or quotation marks around it, as a sentence.
-
-    Example:
-
-    ```python
-    >>> from puma_hf.modeling.processing_puma import released_sentence
-
-    >>> released_sentence(" a red apple\\n"), released_sentence("Which one?")
-    ('A red apple.', 'Which one?')
-    ```
-    """
-    text = text.replace("\r", "").strip().strip('"')
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) or not text else ".")
-
-
-READINGS = {
-    "puma": Reading("chat_template.jinja"),
-    # As in the code that PUMA's authors have released, which is built on Qwen2-VL's own template.
-    "puma-released": Reading(
-        "chat_template_released.jinja",
-        system="You are a helpful assistant.",
-        positions="sequential",
-        to_sentence=released_sentence,
-        max_text_tokens=450,
-        backbones=("qwen2_vl", "qwen2_5_vl"),
-        told="with the system turn of Qwen2-VL and positions that count every token (no M-RoPE); instruction and text "
-        "begin with a capital, end in a full stop, and are cut at 450 tokens",
-    ),
-}
-
-
-def reading_of(name: str) -> Reading:
-    """The reading of this name, or a ValueError that tells the known ones."""
-    if name not in READINGS:
-        raise ValueError(f"reading={name!r} is not known here. Choose one of {', '.join(map(repr, READINGS))}.")
-    return READINGS[name]
 
 
 # --- the processor
@@ -124,7 +65,7 @@ class PumaProcessor(Qwen2VLProcessor):
 
     Args:
         image_processor: A Qwen2-VL image processor.
-        tokenizer: A Qwen2 tokenizer that holds `[RET]`.
+        tokenizer: A Qwen2 tokenizer that holds `[RET]`, if the reading ends in it.
         video_processor: A Qwen2-VL video processor, or its settings as a dict, by default those of the images. Without
             torchvision the settings are kept, and saved.
         chat_template (`str`, *optional*): Jinja template; a saved processor brings its own.
@@ -193,7 +134,8 @@ class PumaProcessor(Qwen2VLProcessor):
         """As in transformers, for prompts that are rendered already; [`~PumaProcessor.process_inputs`] renders them.
 
         Raises:
-            ValueError: If a prompt does not end in `[RET]`: the embedding would be that of another token.
+            ValueError: If a prompt does not end in `[RET]`, or as its reading has it: the embedding would be that of
+                another token.
         """
         for prompt in [text] if isinstance(text, str) else text or ():
             self._check_end(prompt)
@@ -201,16 +143,21 @@ class PumaProcessor(Qwen2VLProcessor):
         return batch
 
     def _check_end(self, prompt: Any) -> None:
-        if isinstance(prompt, str) and not prompt.endswith(RET_TOKEN):
+        end = reading_of(self.reading).end
+        end = ANSWER if end == "" else end  # None: only the source knows
+        if isinstance(prompt, str) and end and not prompt.endswith(end):
             raise ValueError(
-                f"The prompt {prompt!r:.80} does not end in {RET_TOKEN}, where the embedding is read. Pass inputs "
+                f"The prompt {prompt!r:.80} does not end in {end}, where the embedding is read. Pass inputs "
                 "to process_inputs, or restore chat_template.jinja from the model's directory if it wrote this."
             )
 
     @property
     def ret_token_id(self) -> int:
         """Token id of `[RET]`, or -1 where the tokenizer has no such token."""
-        found = self.tokenizer.convert_tokens_to_ids(RET_TOKEN)
+        return self._token_id(RET_TOKEN)
+
+    def _token_id(self, token: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(token)
         return -1 if found is None else int(found)
 
     def process_inputs(
@@ -261,12 +208,15 @@ class PumaProcessor(Qwen2VLProcessor):
             raise ValueError(f"inputs must be a list of inputs, got {type(inputs).__name__}. Wrap a single one in [ ].")
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
+        reading = reading_of(self.reading)
+        prompt = self._default_prompt() if prompt is None and reading.template is None else prompt
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         pattern = re.compile("|".join(map(re.escape, special)))
         conversations = []
         for index, item in enumerate(inputs):
             with _named(index):
+                item = item if reading.empty_text is None else _filled(item, reading.empty_text)
                 conversations.append(to_messages(item, prompt))
                 _check_special_tokens(conversations[-1], pattern, split_special_tokens)
         sources = [part["image"] for messages in conversations for part in items_of(messages, "image")]
@@ -286,8 +236,8 @@ class PumaProcessor(Qwen2VLProcessor):
         batch = self._batch(texts, images, videos)
         ids = batch["input_ids"]
         last = (batch["attention_mask"] * torch.arange(ids.shape[1])).argmax(dim=1, keepdim=True)
-        if not (ids.gather(1, last) == self.ret_token_id).all():
-            raise ValueError(f"{RET_TOKEN} is no token of this tokenizer. Open the one in the model's directory.")
+        if reading.end and not (ids.gather(1, last) == self._token_id(reading.end)).all():
+            raise ValueError(f"{reading.end} is no token of this tokenizer. Open the one in the model's directory.")
         batch["mm_token_type_ids"] = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id)
         batch["modality_ids"] = torch.tensor(modalities)
         # Patches of all samples lie in one tensor; mini-batch slicing needs to know whose they are.
@@ -295,6 +245,12 @@ class PumaProcessor(Qwen2VLProcessor):
             if any(per_sample):
                 batch[f"num_{name}_per_sample"] = torch.tensor(per_sample)
         return batch
+
+    def _default_prompt(self) -> str | None:
+        """The instruction that sentence-transformers gives to every input without one, for a model of its own."""
+        settings = self.sentence_transformers_settings or {}
+        prompt: str | None = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
+        return prompt
 
     @contextmanager
     def _processed(self, sources: list[Any], options: dict[str, Any]) -> Iterator[Callable[[Any], BatchFeature]]:
@@ -363,6 +319,9 @@ class PumaProcessor(Qwen2VLProcessor):
     def _as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with instruction and text in the form that the reading has."""
         reading = reading_of(self.reading)
+        if reading.to_instruction is not None:
+            for item in items_of(messages, "text", ("system",)):
+                item["text"] = reading.to_instruction(item["text"])
         if reading.to_sentence is None:
             return messages
         # The instruction stands before the first text, in the user's turn.
@@ -431,6 +390,15 @@ class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for the later families, which tell the time of frames in other ways."""
 
     _takes_video = False
+
+
+def _filled(item: Any, text: str) -> Any:
+    """An input with `text` for its text if it has no part, and without an empty text."""
+    if isinstance(item, dict) and "role" not in item and "bytes" not in item:
+        parts = {key: value for key, value in item.items() if value is not None and not isinstance(value, str | list)}
+        parts |= {key: value for key, value in item.items() if isinstance(value, str | list) and value}
+        return parts if parts.keys() - {"instruction"} else {**parts, "text": text}
+    return {"text": text} if isinstance(item, str) and not item else item
 
 
 @contextmanager

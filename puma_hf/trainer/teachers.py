@@ -339,6 +339,7 @@ class StoredModel:
             "attn_implementation": student.config._attn_implementation,
         }
         self.source, self._positions = source, student.config.positions
+        self._has_ret = student.config.ret_token_id is not None  # an embedder's copy goes on without
         self._checkpoint = open_checkpoint(source, revision=revision)
         family = config_class_of(read_config(self._checkpoint.folder).get("model_type"))
         self.config: Any = family.from_pretrained(self._checkpoint.folder, **self._loading)
@@ -379,11 +380,12 @@ class StoredModel:
         return layers
 
     def load(self) -> PumaModel:
-        """The whole model; if its tokenizer has no `[RET]`, that gets the row that pruning would give it."""
+        """The whole model; one without `[RET]` gets the row that pruning would give it, if the student has one."""
         revision = self._checkpoint.revision or "main"
         full: PumaModel = self._class.from_pretrained(self.source, revision=revision, **self._loading)
-        if full.config.ret_token_id is None:
+        if self._has_ret and full.config.ret_token_id is None:
             place_ret_token(full, AutoTokenizer.from_pretrained(self._checkpoint.folder))
+        if read_config(self._checkpoint.folder).get("model_type") == full.config.source_model_type:  # an original
             full.config.positions = self._positions
         return full
 

@@ -83,10 +83,11 @@ def main(job: dict[str, Any]) -> None:
     dynamic_module_utils.HF_MODULES_CACHE = job["modules"]
     inputs = inputs_of_every_kind(job["images"])
     results: dict[str, Any] = {}
-    saves = [f"{job['output']}-saved-{number}" for number in range(2)]
-    save_with_transformers(next(iter(job["directories"].values())), *saves)
+    saves = [f"{job['output']}-saved-{number}" for number in range(2 * job.get("saves", True))]
+    if saves:
+        save_with_transformers(next(iter(job["directories"].values())), *saves)
     results["saves"] = {}
-    for name, folder in zip(("parts", "trained"), saves, strict=True):
+    for name, folder in zip(("parts", "trained"), saves, strict=False):
         model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
         results["saves"][name] = {"vectors": model.encode(inputs).tolist(), "prompts": model.prompts}
     for name, folder in job["directories"].items():
@@ -97,6 +98,8 @@ def main(job: dict[str, Any]) -> None:
         results[f"{name}: batches"] = batches = []
         watch(model[0], batches)
         results[f"{name}: sentence-transformers"] = model.encode(inputs).tolist()
+        if not saves:
+            continue
         results[f"{name}: one by one"] = [model.encode(item).tolist() for item in inputs]
         saved = f"{job['output']}-{name}"
         model.save_pretrained(saved)

@@ -43,7 +43,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def test_a_dict_and_a_chat_become_the_same_messages() -> None:
-    said: dict[str, Any] = {"text": "in green", "instruction": " Find it. "}
+    said: dict[str, Any] = {"text": "in green", "instruction": "Find it."}
     chat = [{"role": "system", "content": "Find it."}, {"role": "user", "content": "in green"}]
     expected = [
         {"role": "system", "content": [{"type": "text", "text": "Find it."}]},
