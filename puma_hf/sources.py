@@ -28,8 +28,8 @@ _PASSED = {
 _OPENED = {"min_pixels", "max_pixels", "model_max_length", "padding_side", "use_fast", "trust_remote_code"}
 _TEXT_ALONE = ("do_lower_case", "query_length", "document_length", "query_expansion")
 _REMEDY = (
-    "To cut its layers as those of a generative model, which has to be trained then, pass --reading puma; an embedder "
-    f"that reads as one of {', '.join(name for name, reading in READINGS.items() if reading.known_by)} can be named so."
+    f"If it reads as {' or '.join(name for name, reading in READINGS.items() if reading.known_by)} does, pass that as "
+    "--reading; to cut its layers as those of a generative model, which has to be trained then, pass --reading puma."
 )
 
 

@@ -73,6 +73,12 @@ def test_every_field_has_help_and_a_way_through_yaml(kind: Any, tmp_path: Path) 
         (TrainConfig, {"distillation_weight": 1, "mini_batch_size": 8}, r"mini_batch_size=8 .*=0, .*Leave"),
         (TrainConfig, {"contrastive_weight": 0}, r"contrastive_weight=0\.0 and distillation_weight=0\.0 leave no loss"),
         (EmbedConfig, {"on_error": "skipp"}, r"on_error='skipp' must be one of .* Did you mean 'skip'\?"),
+        (
+            SweepConfig,
+            {"max_pixels": "50000,few"},
+            "max_pixels='50000,few' must be different numbers of pixels, each at",
+        ),
+        (SweepConfig, {"max_pixels": "784,784"}, "max_pixels='784,784' must be different numbers of pixels, each at"),
         (SweepConfig, {"max_params": "much"}, "max_params='much' must be a number of parameters. Write it as 4B, 800M"),
         (IndexConfig, {"precision": "int8"}, r"precision='int8' must be one of 'float32', 'float16'"),
         (IndexConfig, {"shard_size": 10_000}, "shard_size=10000 must be at least 1 and at most 4096"),

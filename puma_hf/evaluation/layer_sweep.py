@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from transformers import AutoConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer, plain_forward
-from puma_hf.configs import SweepConfig, parse_parameters
+from puma_hf.configs import SweepConfig, parse_limits, parse_parameters
 from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.evaluator import HeldInputs
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_TOKENS = 64
 _IMAGE_SIDE = 16  # tokens along each side of a square image
+_TIMED_PASSES = 5
 
 
 # --- The embeddings of all depths -----------------------------------------------------------------------------------
@@ -167,21 +169,23 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 # --- What each depth costs ------------------------------------------------------------------------------------------
 
 
-def layer_costs(model: SentenceTransformer) -> tuple[list[dict[str, int]], int]:
+def layer_costs(model: SentenceTransformer, max_pixels: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """What the models pruned to k = 1 .. L layers cost, counted on the whole one, and an image's visual tokens.
 
     Entry k - 1 has the `parameters`, `bytes`, `flops_text` and `flops_image` of k layers. A text has `TEXT_TOKENS` with
-    its prompt; an image 256, or as many as the model's own limits leave of them.
+    its prompt; an image 256, or as many as the model's own limits leave of them. With `max_pixels` an image fills this
+    limit, and `seconds_image` is there, too.
     """
     puma = cast(Any, model[0])
     images = puma.processor.image_processor
-    side = _IMAGE_SIDE * images.patch_size * images.merge_size
+    side = _IMAGE_SIDE * images.patch_size * images.merge_size if max_pixels is None else math.isqrt(max_pixels) + 1
     # An embedder's own prompt may be longer.
     length = max(TEXT_TOKENS, model.preprocess(["a"])["input_ids"].shape[1])
     text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=length)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (side, side), "white")}
-    image: dict[str, Any] = model.preprocess([picture], max_length=10 * _IMAGE_SIDE**2)
+    limit, most = processing_of("raise", max_pixels), max(10 * _IMAGE_SIDE**2, side**2)
+    image: dict[str, Any] = model.preprocess([picture], max_length=most, processing_kwargs=limit)
     parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in decoder_of(model).layers])
     costs = [
         {"parameters": count, "bytes": count * puma.model.dtype.itemsize, "flops_text": short, "flops_image": long}
@@ -189,7 +193,34 @@ def layer_costs(model: SentenceTransformer) -> tuple[list[dict[str, int]], int]:
             parameters, flops_by_depth(model, text), flops_by_depth(model, image), strict=True
         )
     ]
+    if max_pixels is not None:
+        for cost, seconds in zip(costs, seconds_by_depth(model, image), strict=True):
+            cost["seconds_image"] = seconds
     return costs, int((image["input_ids"] == puma.model.config.image_token_id).sum())
+
+
+@torch.inference_mode()
+def seconds_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> list[float]:
+    """Seconds until each layer has computed a batch of `preprocess`, medians of `_TIMED_PASSES` after one more."""
+    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
+    moments: list[list[float]] = []
+
+    def note(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        moments[-1].append(time.perf_counter())
+
+    hooks = [layer.register_forward_hook(note) for layer in decoder_of(model).layers]
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        stack.enter_context(plain_forward(model))
+        for _ in range(_TIMED_PASSES + 1):
+            moments.append([])
+            note()
+            model(dict(features))
+    passes = torch.tensor(moments[1:], dtype=torch.float64)
+    return (passes[:, 1:] - passes[:, :1]).median(dim=0).values.tolist()
 
 
 def flops_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> list[int]:
@@ -252,6 +283,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
     names = names if len(set(names)) == len(names) else sources
+    limits = (None,) if config.max_pixels is None else parse_limits(config.max_pixels)
     swept: list[SweptModel] = []
     image_tokens = 0
     full: Tensor | None = None
@@ -264,13 +296,15 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                costs, tokens = layer_costs(model)
-                full, rows = _measure_depths(held, model, config, costs, full, show_progress_bar)
-            image_tokens = image_tokens or tokens  # those of the full model, which comes first
-            swept.append(SweptModel(name, tuple(rows[: len(costs)])))
-            if config.keep_last:  # the full model ends that curve, too
-                kept = (*rows[len(costs) :], rows[len(costs) - 1])
-                swept.append(SweptModel(f"{name}, first k - 1 layers and the last", kept))
+                for limit in limits:
+                    costs, tokens = layer_costs(model, limit)
+                    full, rows = _measure_depths(held, model, config, costs, full, show_progress_bar, limit)
+                    image_tokens = image_tokens or tokens  # those of the full model, which comes first
+                    named = name if limit is None else f"{name}, {limit:,} pixels ({tokens} visual tokens)"
+                    swept.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens))
+                    if config.keep_last:  # the full model ends that curve, too
+                        kept = (*rows[len(costs) :], rows[len(costs) - 1])
+                        swept.append(SweptModel(f"{named}, first k - 1 layers and the last", kept, limit, tokens))
         measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
             models=tuple(swept),
@@ -300,13 +334,14 @@ def _measure_depths(
     held: HeldInputs,
     model: SentenceTransformer,
     config: SweepConfig,
-    costs: Sequence[Mapping[str, int]],
+    costs: Sequence[Mapping[str, Any]],
     full: Tensor | None,
     show_progress_bar: bool,
+    max_pixels: int | None,
 ) -> tuple[Tensor, list[SweepRow]]:
     """The full model's embeddings, which are this one's if it is the first, and one row for each depth."""
     options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-    processing = processing_of(config.special_tokens, decode=config.decode)
+    processing = processing_of(config.special_tokens, max_pixels, config.decode)
     options |= {"processing_kwargs": processing, "show_progress_bar": show_progress_bar}
     embeddings, num_layers = embed_all_depths(held, model, **options), len(costs)
     joined = keep_last_depths(model) if config.keep_last else range(0)

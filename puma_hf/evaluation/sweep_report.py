@@ -21,7 +21,8 @@ class SweepRow:
     """A model cut to `k` layers.
 
     `cka` and `cosine` are to the full model's embeddings, None where they are not defined. `quality` holds, for each
-    pool, the mean over its tasks of each metric and of the "score"; `scores` the score of each task.
+    pool, the mean over its tasks of each metric and of the "score"; `scores` the score of each task. `seconds_image`,
+    the time of one image's forward pass, was measured if pixel limits were asked for.
     """
 
     k: int
@@ -33,33 +34,41 @@ class SweepRow:
     cosine: float | None
     quality: dict[str, dict[str, float]]
     scores: dict[str, dict[str, float]]
+    seconds_image: float | None = None
 
 
 @dataclass(frozen=True)
 class SweptModel:
-    """A model's rows: one for each k = 1 .. L, or for each k that can keep the last layer, too."""
+    """A model's rows: one for each k = 1 .. L, or for each k that can keep the last layer, too.
+
+    With pixel limits there is one of each limit, `max_pixels`; its image that was counted fills it.
+    """
 
     name: str
     rows: tuple[SweepRow, ...]
+    max_pixels: int | None = None
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A choice of k, how it was made, and the model to cut."""
+    """A choice of k, how it was made, the model to cut, and the pixel limit, if limits were measured."""
 
     k: int
     reason: str
     model: str
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
 class SweepReport:
     """What every depth of one or more models is worth, and what it costs.
 
-    The full model comes first, then those it is compared with; with `keep_last` each comes twice, the second time with
-    its last layer kept. The `metric` in the `pool` decides, within the budget of `max_params` parameters. `num_queries`
-    are those to which something in the pool is relevant. `data_hash` is there if the data were drawn from larger ones.
-    Operations were counted for a text of `text_tokens` and for an image of `image_tokens`.
+    The full model comes first, then those it is compared with, each at every pixel limit, the largest first; with
+    `keep_last` each comes twice, the second time with its last layer kept. The `metric` in the `pool` decides, within
+    the budget of `max_params` parameters. `num_queries` are those to which something in the pool is relevant.
+    `data_hash` is there if the data were drawn from larger ones. Operations were counted for a text of `text_tokens`
+    and for an image of `image_tokens`.
     """
 
     models: tuple[SweptModel, ...]
@@ -93,6 +102,8 @@ class SweepReport:
     def recommend(self, max_params: str | float | None = None, keep: float = 0.97) -> Recommendation:
         """The smallest k, of any of the models, that keeps enough of the full model's quality.
 
+        With pixel limits it is the k and the limit that take the fewest operations of an image.
+
         Args:
             max_params: Budget of parameters, such as "4B", "800M" or a number; None for none.
             keep: Share of the full model's quality to keep, above 0 and at most 1.
@@ -103,25 +114,63 @@ class SweepReport:
         """
         budget = math.inf if max_params is None else parse_parameters(max_params)
         within = "" if max_params is None else f" within the budget of {budget:,} parameters"
-        # The smallest first, and of equals the better.
-        every = [(row, model.name) for model in self.models for row in model.rows]
-        every.sort(key=lambda one: (one[0].parameters, one[0].k, -self.quality(one[0])))
+        # The smallest first, or the quickest, and of equals the better.
+        every = [(row, model) for model in self.models for row in model.rows]
+        every.sort(key=lambda one: (*self._cost(one[0]), -self.quality(one[0])))
         full, share = self.quality(self.full), f"{keep:.4g} of the full model's quality"
         fitting = [one for one in every if one[0].parameters <= budget]
         enough = [one for one in fitting if self.quality(one[0]) >= keep * full - _EPSILON]
         if full > 0 and enough:
-            (row, name), why = enough[0], f"It is the smallest that keeps {share}{within}."
+            least = "is the smallest that keeps"
+            if self.has_limits:
+                least = "takes the fewest operations of an image of those that keep"
+            (row, model), why = enough[0], f"It {least} {share}{within}."
         elif fitting:
-            row, name = max(fitting, key=lambda one: self.quality(one[0]))
+            row, model = max(fitting, key=lambda one: self.quality(one[0]))
             why = f"Nothing keeps {share}{within}: this is the best there is."
         else:
-            (row, name), why = every[0], f"Nothing is{within}: this is the smallest."
+            (row, model), why = every[0], f"Nothing is{within}: this is the smallest."
         worth = f"{self.metric} {100 * self.quality(row):.1f}, of the full model {100 * full:.1f}"
         size = f"{row.parameters:,} parameters, {row.parameters / self.full.parameters:.1%} of its"
         # Half of a 95 % interval, 1.96 sqrt(p (1 - p) / n), is never more than this.
         points = 100 / math.sqrt(self.num_queries)
         chance = f"With {self.num_queries:,} queries, differences of up to {points:.1f} points may be chance."
-        return Recommendation(row.k, f"k = {row.k} of {name}: {worth}; {size}. {why} {chance}", name)
+        like = self._told_cost(row, model) if self.has_limits else ""
+        reason = f"k = {row.k} of {model.name}: {worth}; {size}. {like}{why} {chance}"
+        return Recommendation(row.k, reason, model.name, model.max_pixels)
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether every k was measured at pixel limits."""
+        return self.models[0].max_pixels is not None
+
+    @property
+    def frontier(self) -> list[SweepRow]:
+        """The rows that no other beats at as few operations of an image, or fewer; the cheapest first."""
+        every = sorted((row for model in self.models for row in model.rows), key=self._by_operations)
+        found: list[SweepRow] = []
+        for row in every:
+            if not found or self.quality(row) > self.quality(found[-1]) + _EPSILON:
+                found.append(row)
+        return found
+
+    def _by_operations(self, row: SweepRow) -> tuple[float, ...]:
+        return row.flops_image, -self.quality(row)
+
+    def _cost(self, row: SweepRow) -> tuple[int, ...]:
+        return (row.flops_image, row.parameters, row.k) if self.has_limits else (row.parameters, row.k)
+
+    def _told_cost(self, row: SweepRow, model: SweptModel) -> str:
+        """What the operations of an image are like, in layers at the largest limit."""
+        full, tokens = self.models[0], f"at {self.models[0].image_tokens} visual tokens"
+        near = min(full.rows, key=lambda one: abs(one.flops_image - row.flops_image))
+        share = f"{row.flops_image / self.full.flops_image:.0%} of the full model's operations"
+        costs = f"An image at {model.image_tokens} visual tokens takes {share}"
+        if model.max_pixels == full.max_pixels:
+            return f"{costs}. "
+        if row.flops_image < full.rows[0].flops_image:
+            return f"{costs}, fewer than any k {tokens}. "
+        return f"{costs}, about as many as k = {near.k} {tokens}. "
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold, and the recommendation."""
@@ -131,7 +180,9 @@ class SweepReport:
     def from_dict(cls, values: Mapping[str, Any]) -> SweepReport:
         """The report that `to_dict` wrote; the recommendation is found anew."""
         known = {field.name: values[field.name] for field in fields(cls)}
-        models = [SweptModel(one["name"], tuple(SweepRow(**row) for row in one["rows"])) for one in values["models"]]
+        models = [
+            SweptModel(**one | {"rows": tuple(SweepRow(**row) for row in one["rows"])}) for one in values["models"]
+        ]
         return cls(**known | {"models": tuple(models), "tasks": tuple(values["tasks"])})
 
     def to_markdown(self) -> str:
@@ -143,7 +194,9 @@ class SweepReport:
             f"full model's {self.metric}. Operations of a text of {self.text_tokens} tokens and of an image of "
             f"{self.image_tokens} visual tokens. CKA and cosine are to the full model's embeddings."
         ]
-        best, full = self.recommendation, self.quality(self.full)
+        best, full, frontier = self.recommendation, self.quality(self.full), self.frontier
+        if self.has_limits:
+            parts.append(self._by_limit())
         known = self.full.quality[self.pool]
         shown = dict.fromkeys(name for name in (self.metric, "hit@1", "ndcg@10") if name in known)
         for model in self.models:
@@ -155,14 +208,31 @@ class SweepReport:
                     "GFLOPs, image": f"{row.flops_image / 1e9:,.2f}",
                 }
                 line |= {"of full": f"{row.flops_image / self.full.flops_image:.0%}"}
+                if row.seconds_image is not None:
+                    line["ms, image"] = f"{1000 * row.seconds_image:,.1f}"
                 line |= {name: 100 * row.quality[self.pool][name] for name in shown}
                 line["kept"] = 100 * self.quality(row) / full if full else None
                 for name, value in (("CKA", row.cka), ("cosine", row.cosine)):
                     line[name] = None if value is None else f"{value:.3f}"
-                line[""] = "**recommended**" if (best.model, best.k) == (model.name, row.k) else None
+                marks = ["**recommended**"] if (best.model, best.k) == (model.name, row.k) else []
+                marks += ["frontier"] if self.has_limits and row in frontier else []
+                line[""] = ", ".join(marks) or None
                 lines.append(line)
             parts += [f"**{model.name}**", markdown_table(lines)]
         return "\n\n".join([*parts, f"**Recommended: k = {best.k}.** {best.reason}"]) + "\n"
+
+    def _by_limit(self) -> str:
+        """One table of k by model and limit: quality, operations and time."""
+        lines: list[dict[str, object]] = []
+        for k in sorted({row.k for model in self.models for row in model.rows}):
+            line: dict[str, object] = {"k": k}
+            for model in self.models:
+                for row in (row for row in model.rows if row.k == k):
+                    seconds = "" if row.seconds_image is None else f", {1000 * row.seconds_image:,.1f} ms"
+                    line[model.name] = f"{100 * self.quality(row):.1f} ({row.flops_image / 1e9:,.2f} GFLOPs{seconds})"
+            lines.append({"k": k, **{model.name: line.get(model.name) for model in self.models}})
+        told = f"{self.metric}, %, and what an image takes that fills the limit"
+        return f"**k by visual tokens: {told}**\n\n{markdown_table(lines)}"
 
     def plot(self, path: str | Path) -> None:
         """Draw quality against FLOPs, and CKA and cosine by k, into a PNG, SVG or PDF file; needs matplotlib."""
@@ -184,10 +254,14 @@ class SweepReport:
                 # Where one is not defined, the line has a gap.
                 values = [math.nan if (value := getattr(row, name)) is None else value for row in model.rows]
                 right.plot(ks, values, style, color=colour, label=f"{name}, {model.name}")
+        if self.has_limits:
+            points = [(row.flops_image / 1e9, 100 * self.quality(row)) for row in self.frontier]
+            left.plot(*zip(*points, strict=True), color="gray", linewidth=6, alpha=0.3, label="frontier", zorder=0)
         for share, style in ((1.0, "--"), (self.keep, ":")):
             label = f"{share:.4g} x the full model's quality"
             left.axhline(100 * share * self.quality(self.full), color="gray", linestyle=style, label=label)
-        left.set(xlabel=f"GFLOPs of one image ({self.image_tokens} visual tokens)", ylabel=f"{self.metric}, %")
+        tokens = "that fills the limit" if self.has_limits else f"({self.image_tokens} visual tokens)"
+        left.set(xlabel=f"GFLOPs of one image {tokens}", ylabel=f"{self.metric}, %")
         left.set_ylim(bottom=0)
         right.set(xlabel="k, decoder layers kept", ylabel="closeness to the full model's embeddings")
         right.xaxis.get_major_locator().set_params(integer=True)

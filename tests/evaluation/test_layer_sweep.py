@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +32,7 @@ from puma_hf.evaluation.layer_sweep import (
 )
 from puma_hf.evaluation.mbeir import evaluate_mbeir, read_searches
 from puma_hf.evaluation.sweep_report import SweepReport, SweepRow
+from puma_hf.modeling.inputs_puma import is_image_name
 from tests.data import mbeir_builder as builder
 from tests.tiny import FAMILIES, HIDDEN_SIZE, NUM_LAYERS, build_checkpoint, build_qwen2_vl
 
@@ -172,8 +174,8 @@ def report(qwen_dir: Path, other: Path, data: Path) -> SweepReport:
     return sweep(config, show_progress_bar=False)
 
 
-def assert_equals_evaluation(row: SweepRow, model: SentenceTransformer, data: Path) -> None:
-    results = evaluate_mbeir(model, data, batch_size=64, show_progress_bar=False, pool="both")
+def assert_equals_evaluation(row: SweepRow, model: SentenceTransformer, data: Path, **options: Any) -> None:
+    results = evaluate_mbeir(model, data, batch_size=64, show_progress_bar=False, pool="both", encode_kwargs=options)
     for pool in results.pools:
         assert row.quality[pool] == pytest.approx(results.mean(pool), abs=1e-12)
         scores = {result.task.name: result.score for result in results.rows if result.pool == pool}
@@ -204,6 +206,26 @@ def test_equals_evaluating_each_pruned_model(
     model = pruned(qwen_dir, tmp_path / "cut", keep_layers="0,3")
     assert_equals_evaluation(kept[1], model, data)
     assert kept[1].parameters == full[1].parameters == count_parameters(model)
+
+
+def test_every_depth_at_every_pixel_limit(qwen_dir: Path, models: list[SentenceTransformer], tmp_path: Path) -> None:
+    data = builder.build_mbeir(tmp_path / "toys")
+    for number, path in enumerate(sorted(file for file in data.rglob("*") if is_image_name(file.name))):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    config = SweepConfig(model=qwen_dir, data=data, pool="both", max_pixels="1024,4096", **ALL)
+    report = sweep(config, show_progress_bar=False)
+    assert [(model.max_pixels, model.image_tokens) for model in report.models] == [(4096, 16), (1024, 4)]
+    assert report.image_tokens == 16
+    assert report.full == report.models[0].rows[-1]
+    for swept in report.models:
+        processing = {"image": {"max_pixels": swept.max_pixels}}
+        for row, model in zip(swept.rows, models, strict=True):
+            assert_equals_evaluation(row, model, data, processing_kwargs=processing)
+        assert all(row.seconds_image > 0 for row in swept.rows)  # type: ignore[operator]
+    large, small = (model.rows for model in report.models)
+    assert [row.quality for row in large] != [row.quality for row in small]
+    assert all(one.flops_image > other.flops_image for one, other in zip(large, small, strict=True))
 
 
 def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:

@@ -76,10 +76,40 @@ def test_a_full_model_that_finds_nothing() -> None:
     assert make_report(make_model("full", [0.0, 0.1, 0.0])).recommendation.k == 2
 
 
+def at_limits() -> SweepReport:
+    """Two limits; at the smaller one an image costs half as much, and the quality is up to 0.02 less."""
+    large = replace(FULL, name="large", max_pixels=235_200, image_tokens=300)
+    cheap = [
+        replace(row, flops_image=row.flops_image // 2) for row in make_model("", [0.3, 0.6, 0.75, 0.78, 0.78]).rows
+    ]
+    small = SweptModel("small", tuple(replace(row, seconds_image=0.25) for row in cheap), 50_000, 64)
+    return make_report(large, small)
+
+
+def test_pixel_limits_are_the_second_lever() -> None:
+    report = at_limits()
+    # Of 0.776 and more: k = 3 at the larger limit costs 22 GFLOPs an image, k = 4 at the smaller 13.
+    assert (report.recommendation.k, report.recommendation.max_pixels) == (4, 50_000)
+    assert (
+        "64 visual tokens takes 43% of the full model's operations, fewer than any k at 300"
+        in report.recommendation.reason
+    )
+    assert (report.recommend(keep=1).k, report.recommend(keep=1).max_pixels) == (5, 235_200)
+    like = report.recommend("1.1B", keep=0.1)  # k = 1 at the smaller limit: 7 GFLOPs
+    assert (like.k, like.max_pixels) == (1, 50_000)
+    costs = [(row.k, row.flops_image // 10**9) for row in report.frontier]
+    assert costs == [(1, 7), (2, 9), (3, 11), (4, 13), (4, 26), (5, 30)]
+    table = report.to_markdown()
+    assert "| 4 | 79.0 (26.00 GFLOPs) | 78.0 (13.00 GFLOPs, 250.0 ms) |" in table
+    assert "| **recommended**, frontier |" in table
+    assert SweepReport.from_dict(report.to_dict()) == report
+
+
 @pytest.mark.parametrize("qualities", [[0.5], [0.0] * 3, [0.01 * k for k in range(1, 29)]])
 def test_any_curve_is_drawn(qualities: list[float], tmp_path: Path) -> None:
     swept = make_model("full", qualities, cka=None)
     # With DeepStack, the models that keep their last layer begin at k = 4.
     report = make_report(swept, replace(swept, name="last", rows=swept.rows[3:] or swept.rows))
     report.plot(tmp_path / "one.png")
+    at_limits().plot(tmp_path / "two.png")
     assert (tmp_path / "one.png").stat().st_size > 0
