@@ -52,7 +52,7 @@ def parse_limits(value: str) -> tuple[int, ...]:
         >>> parse_limits("50000,235200")
         (235200, 50000)
     """
-    limits = [int(part) if part.strip().isdigit() else 0 for part in value.split(",")]
+    limits = [int(part) if part.strip().isascii() and part.strip().isdecimal() else 0 for part in value.split(",")]
     if min(limits) < 28 * 28 or len(set(limits)) < len(limits):
         wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
         raise ValueError(f"max_pixels={value!r} {wanted}.")

@@ -6,9 +6,10 @@ import inspect
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,13 +256,14 @@ class EmbeddingTeacher(Teacher):
 
 def with_rows(collator: Any) -> Any:
     """A copy of a data collator whose batches hold each column's inputs as well, for a teacher that `reads_rows`."""
+    return replace(collator, preprocess_fn=partial(_preprocess_with_rows, collator.preprocess_fn))
 
-    def preprocess(inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
-        features: dict[str, Any] = given(inputs, prompt=prompt, **options)
-        return {**features, ROWS_KEY: {"inputs": list(inputs), "prompt": prompt}}
 
-    given = collator.preprocess_fn
-    return replace(collator, preprocess_fn=preprocess)
+def _preprocess_with_rows(
+    preprocess: Callable[..., dict[str, Any]], inputs: Sequence[Any], prompt: str | None = None, **options: Any
+) -> dict[str, Any]:
+    rows = {"inputs": list(inputs), "prompt": prompt}
+    return {**preprocess(inputs, prompt=prompt, **options), ROWS_KEY: rows}
 
 
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
