@@ -52,7 +52,7 @@ def parse_limits(value: str) -> tuple[int, ...]:
         >>> parse_limits("50000,235200")
         (235200, 50000)
     """
-    limits = [int(part) if part.strip().isdigit() else 0 for part in value.split(",")]
+    limits = [int(part) if part.strip().isascii() and part.strip().isdecimal() else 0 for part in value.split(",")]
     if min(limits) < 28 * 28 or len(set(limits)) < len(limits):
         wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
         raise ValueError(f"max_pixels={value!r} {wanted}.")
@@ -206,6 +206,10 @@ class EvaluateConfig(_BenchmarkSettings):
         split: Split to evaluate.
         output: Directory for results, run files and embeddings; a run that was stopped goes on from there.
         instruction_seed: Draws one wording of the instruction a query; default: always the first wording.
+        candidates_model: Embeds the candidates in place of the model, whose queries then search its vectors, such as
+            the teacher that it was distilled towards; the overlap of their best ten is reported, too.
+        candidates_output: Output of an evaluation of that model, whose embeddings are used and added to; default:
+            candidates in the output.
         popularity_penalty: Also report figures less this share, such as 0.2, of a candidate's mean similarity to all
             queries of its task, as PUMA's released code has it. Transductive: no query can be answered alone.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
@@ -220,6 +224,8 @@ class EvaluateConfig(_BenchmarkSettings):
     pool: Pool = "both"
     # M-BEIR has several wordings of each instruction.
     instruction_seed: int | None = option(None, at_least=0)
+    candidates_model: str | None = None
+    candidates_output: str | Path | None = None
     popularity_penalty: float | None = option(None, at_least=0, at_most=1)
     nano_folder: str | Path | None = None
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -311,6 +317,7 @@ class SearchConfig(CheckedConfig):
         json: Print the answers as JSON.
         html: File for a page of the answers, with small pictures inside.
         model: The model that made the index, if it is no longer where it was.
+        query_model: A smaller model for the query, if it was distilled towards the one that made the index.
         backend: exact; or ann, approximate, for an index made with --ann. torch and faiss are old words for exact.
         rescore_multiplier: With --backend ann: how many items are compared exactly for each answer that is shown.
     """
@@ -325,6 +332,7 @@ class SearchConfig(CheckedConfig):
     json: bool = False
     html: str | Path | None = None
     model: str | None = None
+    query_model: str | None = None
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
@@ -346,6 +354,7 @@ class AppConfig(CheckedConfig):
         open_browser: Open the page in a browser.
         space: New directory for a Space of the Hub that shows this page; written instead of serving.
         model: The model that made the index, if it is no longer where it was; of a Space, its name on the Hub.
+        query_model: As for puma-hf search; not in a Space.
         backend: As for puma-hf search.
     """
 
@@ -360,6 +369,7 @@ class AppConfig(CheckedConfig):
     open_browser: bool = False
     space: str | Path | None = None
     model: str | None = None
+    query_model: str | None = None
     backend: Backend = "exact"
     trust_remote_code: bool = False
 

@@ -304,7 +304,7 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
         family = config_class_of(read_config(file.parent, file.name).get("model_type"))
         shape = family.from_pretrained(file, num_kept_layers=num_kept_layers)
         told = (
-            "" if family is PumaConfig else f" Activations are counted as Qwen2-VL's; {family.source_name} keeps more."
+            "" if family is PumaConfig else f" Activations are those of Qwen2-VL; {family.source_name} may keep more."
         )
         return shape, f"Shapes: those of {file}.{told}"
     # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from puma_hf.files import is_hub_id
 
-# Where a checkpoint was loaded from, and by which version: the embeddings do not depend on it.
-_NOT_COMPARED = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
+# Where a checkpoint was loaded from, by which version, and what taught it: the embeddings do not depend on these.
+_NOT_COMPARED: tuple[str, ...] = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
+_NOT_COMPARED += ("teacher_fingerprint",)
 _TOKENIZER_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
 # Packages of code that changes while its version does not: that of a checkpoint, and ours, of which it is a copy.
 _CODE_OF_MODELS = ("transformers_modules.", "puma_hf.")
+# Pruning adds a row for `[RET]`, and of a generative model's head nothing is left.
+_OF_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _MODEL_SETTINGS = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
 
 
@@ -56,6 +59,23 @@ def model_fingerprint(model: Any) -> str | None:
         if isinstance(getattr(module, "scaling", None), dict)
     }
     return tensors_sha256(tensors, {**model_settings(model), "lora": lora})
+
+
+def space_fingerprint(model: Any, weights: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of the vector space that a `SentenceTransformer` embeds into, which a model distilled towards it shares.
+
+    It covers `weights`, by default the model's own, and what tokens it makes of a sentence with an instruction. Unlike
+    `model_fingerprint` it is that of a source and of its copy of all layers, in float32 and in bfloat16: tensors are
+    rounded to bfloat16, their names do not count, and the rows of the vocabulary are left out.
+    """
+    digests = []
+    for name, tensor in (dict(model.named_parameters()) if weights is None else weights).items():
+        if not name.endswith(_OF_VOCABULARY):
+            digest = hashlib.sha256()
+            _update(digest, "", tensor.detach().to(torch.bfloat16))
+            digests.append(digest.hexdigest())
+    tokens = model.preprocess(["a red apple"], prompt="Find a picture.").get("input_ids", torch.empty(0))
+    return hashlib.sha256(json.dumps([sorted(digests), tokens.tolist()]).encode()).hexdigest()
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:

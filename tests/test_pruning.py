@@ -122,15 +122,6 @@ def test_a_tokenizer_with_ret_keeps_its_row(tmp_path: Path, special: bool) -> No
 # --- the directory
 
 
-def test_both_loaders_agree_on_every_layout(puma_dir: Path, qwen_dir: Path, tmp_path: Path) -> None:
-    expected = load_file(puma_dir / "model.safetensors")
-    for layout in ("nested", "published", "bare"):
-        source = copy_checkpoint(qwen_dir, tmp_path / layout, layout=layout, num_shards=2)
-        prune(source, tmp_path / f"{layout}-out", num_kept_layers=2)
-        found = load_file(tmp_path / f"{layout}-out" / "model.safetensors")
-        assert all(torch.equal(found[name], expected[name]) for name in expected | found)
-
-
 def test_prompts_can_be_chosen(qwen_dir: Path, puma_dir: Path, tmp_path: Path) -> None:
     default = SentenceTransformer(str(puma_dir), trust_remote_code=True, device="cpu").prompts
     assert {name: prompt for name, prompt in default.items() if prompt} == MBEIR_INSTRUCTIONS

@@ -45,6 +45,7 @@ TRANSFORMER: dict[str, Any] = {
     "processing_kwargs": {
         "chat_template": {"add_generation_prompt": True, "tail": "<|endoftext|>"},
         "image": {"size": {"shortest_edge": 8 * 256, "longest_edge": 64 * 256}},
+        "video": {"fps": 1},
     },
     "max_seq_length": 300,
 }
@@ -65,12 +66,18 @@ def with_modules(folder: Path, *kinds: str, pooling: Any = None, **settings: Any
     (folder / "chat_template.jinja").write_text(FOREIGN)
 
 
+def with_code(source: Path, name: str) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": name}}))
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, folders = tmp_path_factory.mktemp("sources"), {}
     for reading, (family, name, *_) in PROFILES.items():
         folders[reading] = build_checkpoint(root / name, family, extra_tokens=("<emb>",) if reading == "lamra" else ())
     with_modules(folders["source"], "Normalize")
+    with_code(folders["gme"], "modeling_gme_qwen2vl.GmeQwen2VL")  # which sets the positions that its reading has
     return folders
 
 
@@ -190,6 +197,7 @@ def test_an_uncut_copy_reads_as_its_source(
     for fast_path in (FastPath(), FastPath(max_tokens=1), None):
         opened[0].fast_path = fast_path
         np.testing.assert_allclose(opened.encode(inputs), expected.numpy(), rtol=0, atol=1e-5)
+    assert "modeling_gme" not in (copies[reading] / "config.json").read_text()
     assert batch["modality_ids"][:8].tolist() == [0, 1, 2, 2, 1, 0, 1, 2]
     for way, width in (("transformers", 32), ("sentence-transformers", 24 if reading == "source" else 32)):
         np.testing.assert_allclose(fresh[f"{reading}: {way}"], expected[:5, :width].numpy(), rtol=0, atol=1e-5)
@@ -244,11 +252,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def with_code(source: Path, name: str) -> None:
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": name}}))
-
-
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_an_embedder_that_a_copy_would_not_be_like(
     change: dict[str, Any], message: str, sources: dict[str, Path], tmp_path: Path
@@ -265,13 +268,11 @@ def test_an_embedder_that_a_copy_would_not_be_like(
     assert "pass --reading puma" in str(caught.value)
     # Which does what it says.
     assert prune(source, tmp_path / "out", num_kept_layers=1, reading="puma").reading == "puma"
+    with pytest.raises(ValueError, match=r"LamRA-Ret' has no modules\.json, which would say how"):
+        prune(sources["lamra"], tmp_path / "two", num_kept_layers=1, reading="source")
 
 
-def test_known_code_is_no_obstacle(sources: dict[str, Path], tmp_path: Path) -> None:
-    """GME's own file changes the positions, which its reading has."""
-    source = Path(shutil.copytree(sources["gme"], tmp_path / "model"))
-    with_code(source, "modeling_gme_qwen2vl.GmeQwen2VL")
-    assert prune(source, tmp_path / "out", num_kept_layers=1).reading == "gme"
-    assert "Gme" not in (tmp_path / "out" / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"model' has no modules\.json, which would say how"):
-        prune(source, tmp_path / "two", num_kept_layers=1, reading="source")
+def test_a_name_that_promises_an_embedder(sources: dict[str, Path], tmp_path: Path, caplog: Any) -> None:
+    source = shutil.copytree(sources["puma-released"], tmp_path / "my-embedder")
+    assert prune(source, tmp_path / "out", num_kept_layers=1).reading == "puma"
+    assert "'my-embedder' is taken for a generative model, as nothing says how it is read. If it reads" in caplog.text

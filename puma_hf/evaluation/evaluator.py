@@ -133,16 +133,21 @@ class HeldInputs:
         pairs |= {pair: None for search in searches for pair in search.queries}
         self.row_of = {pair: row for row, pair in enumerate(pairs)}
 
-    def embed(self, encode: Callable[..., Any], *, show_progress_bar: bool = False) -> Tensor:
+    def embed(
+        self, encode: Callable[..., Any], *, earlier: Tensor | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
         """Embeddings `(len(row_of), embedding_dim)`; a call `encode(inputs, prompt=...)` has inputs of one modality.
 
+        Of `earlier`, what another call returned, the rows of texts stay, and the others are written over.
         ValueError or FileNotFoundError if one cannot be read, with its id; ValueError if a shape is wrong.
         """
         groups: dict[tuple[str, str], list[Any]] = {}
         for record, prompt in self.row_of:
-            groups.setdefault((prompt, record.modality), []).append(record)
-        embeddings = torch.empty(len(self.row_of), 0)  # the first rows tell how long all are
-        with tqdm(total=len(self.row_of), desc="Embedding", unit="item", disable=not show_progress_bar) as progress:
+            if earlier is None or record.modality != "text":
+                groups.setdefault((prompt, record.modality), []).append(record)
+        embeddings = torch.empty(len(self.row_of), 0) if earlier is None else earlier  # the first rows tell the length
+        total = sum(map(len, groups.values()))
+        with tqdm(total=total, desc="Embedding", unit="item", disable=not show_progress_bar) as progress:
             for (prompt, _), records in groups.items():
                 for part in (records[start : start + _PART] for start in range(0, len(records), _PART)):
                     found = encode_named(partial(encode, prompt=prompt), [one.model_input for one in part], part)

@@ -178,14 +178,18 @@ def layer_costs(model: SentenceTransformer, max_pixels: int | None = None) -> tu
     """
     puma = cast(Any, model[0])
     images = puma.processor.image_processor
-    side = _IMAGE_SIDE * images.patch_size * images.merge_size if max_pixels is None else math.isqrt(max_pixels) + 1
+    unit, grid = images.patch_size * images.merge_size, (_IMAGE_SIDE, _IMAGE_SIDE)
+    if max_pixels is not None:  # of shapes up to 1 : 2 the one that comes closest to the limit
+        most = max_pixels // unit**2
+        shapes = [(high, min(2 * high, most // high)) for high in range(1, math.isqrt(most) + 1)]
+        grid = max(shapes, key=math.prod)
     # An embedder's own prompt may be longer.
     length = max(TEXT_TOKENS, model.preprocess(["a"])["input_ids"].shape[1])
     text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=length)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
-    picture = {"image": Image.new("RGB", (side, side), "white")}
-    limit, most = processing_of("raise", max_pixels), max(10 * _IMAGE_SIDE**2, side**2)
-    image: dict[str, Any] = model.preprocess([picture], max_length=most, processing_kwargs=limit)
+    picture = {"image": Image.new("RGB", (grid[1] * unit, grid[0] * unit), "white")}
+    reading: dict[str, Any] = {"max_length": 10 * max(_IMAGE_SIDE**2, math.prod(grid))}
+    image = model.preprocess([picture], processing_kwargs=processing_of("raise", max_pixels), **reading)
     parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in decoder_of(model).layers])
     costs = [
         {"parameters": count, "bytes": count * puma.model.dtype.itemsize, "flops_text": short, "flops_image": long}
@@ -206,7 +210,7 @@ def seconds_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) ->
     moments: list[list[float]] = []
 
     def note(*_: Any) -> None:
-        if torch.cuda.is_available():
+        if torch.device(model.device).type == "cuda":
             torch.cuda.synchronize()
         moments[-1].append(time.perf_counter())
 
@@ -241,10 +245,16 @@ def _cut(total: int, by_layer: Sequence[int]) -> list[int]:
 
 
 def embed_all_depths(
-    held: HeldInputs, model: SentenceTransformer, *, show_progress_bar: bool = False, **options: Any
+    held: HeldInputs,
+    model: SentenceTransformer,
+    *,
+    earlier: Tensor | None = None,
+    show_progress_bar: bool = False,
+    **options: Any,
 ) -> Tensor:
     """The embeddings of what an evaluation holds, as `encode_all_layers` orders them; `options` are its own.
 
+    Of `earlier`, what a call with another limit of images returned, texts stay, and the rest is written over.
     All of them are in memory: 4 bytes x depths x inputs x hidden size, 14 GB for M-BEIR's nano data and a 7B model.
     """
 
@@ -252,7 +262,8 @@ def embed_all_depths(
         # All depths of an input side by side, as one long embedding.
         return encode_all_layers(model, inputs, prompt=prompt, **options).transpose(0, 1).flatten(start_dim=1)
 
-    embeddings = held.embed(encode, show_progress_bar=show_progress_bar)
+    before = None if earlier is None else earlier.transpose(0, 1).flatten(start_dim=1)  # a view
+    embeddings = held.embed(encode, earlier=before, show_progress_bar=show_progress_bar)
     by_depth: Tensor = embeddings.unflatten(1, (-1, decoder_of(model).config.hidden_size))
     return by_depth.transpose(0, 1)
 
@@ -296,9 +307,15 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
+                embeddings: Tensor | None = None
+                _check_limits(model, name, limits)
                 for limit in limits:
                     costs, tokens = layer_costs(model, limit)
-                    full, rows = _measure_depths(held, model, config, costs, full, show_progress_bar, limit)
+                    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+                    options["processing_kwargs"] = processing_of(config.special_tokens, limit, config.decode)
+                    options |= {"earlier": embeddings, "show_progress_bar": show_progress_bar}
+                    embeddings = embed_all_depths(held, model, **options)
+                    full, rows = _measure_depths(held, model, config, costs, full, embeddings)
                     image_tokens = image_tokens or tokens  # those of the full model, which comes first
                     named = name if limit is None else f"{name}, {limit:,} pixels ({tokens} visual tokens)"
                     swept.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens))
@@ -330,20 +347,29 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     return report
 
 
+def _check_limits(model: SentenceTransformer, name: str, limits: Sequence[int | None]) -> None:
+    """Refuse pixel limits that the model cannot have, or that leave as many visual tokens as another."""
+    images = cast(Any, model[0]).processor.image_processor
+    area = (images.patch_size * images.merge_size) ** 2
+    tokens = [limit // area for limit in limits if limit is not None]
+    for limit in limits:
+        if limit is not None and limit < (least := max(images.size["shortest_edge"], area)):
+            raise ValueError(f"max_pixels={limit} must be at least {least}, the least that {name} reads. Choose more.")
+        if limit is not None and tokens.count(limit // area) > 1:
+            told = f"max_pixels={limit} and another limit both leave {limit // area} visual tokens"
+            raise ValueError(f"{told}. Leave one out.")
+
+
 def _measure_depths(
     held: HeldInputs,
     model: SentenceTransformer,
     config: SweepConfig,
     costs: Sequence[Mapping[str, Any]],
     full: Tensor | None,
-    show_progress_bar: bool,
-    max_pixels: int | None,
+    embeddings: Tensor,
 ) -> tuple[Tensor, list[SweepRow]]:
     """The full model's embeddings, which are this one's if it is the first, and one row for each depth."""
-    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-    processing = processing_of(config.special_tokens, max_pixels, config.decode)
-    options |= {"processing_kwargs": processing, "show_progress_bar": show_progress_bar}
-    embeddings, num_layers = embed_all_depths(held, model, **options), len(costs)
+    num_layers = len(costs)
     joined = keep_last_depths(model) if config.keep_last else range(0)
     # On a GPU, if there is one: CKA is products of all inputs, in float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"

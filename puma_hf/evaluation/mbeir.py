@@ -6,6 +6,7 @@ Source: M-BEIR (UniIR, Wei et al., ECCV 2024, arXiv 2311.17136).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
+from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
 from puma_hf.checkpoint import open_sentence_transformer
@@ -26,7 +28,7 @@ from puma_hf.data.tasks import MBEIRTask, select_tasks
 from puma_hf.embedding.embed import embedding_dim, image_settings, processing_for
 from puma_hf.embedding.store import EmbeddingStore
 from puma_hf.evaluation.encoding import SHARD_SIZE, embed_into, settings_of_encode
-from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_k
+from puma_hf.evaluation.metrics import overlap_at_k, retrieval_metrics, wrong_modality_at_k
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, Ranking, write_qrels, write_run
 from puma_hf.evaluation.topk import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.files import read_config, write_whole
@@ -39,6 +41,7 @@ from puma_hf.settings import processing_of
 NDCG_K = 10
 POOLS: dict[str, tuple[str, ...]] = {"local": ("local",), "global": ("global",), "both": ("local", "global")}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_Find = Callable[[Sequence["Search"], int], Iterable[SearchResult]]
 _BLOCK = 4096  # rows that a search reads at once
 # Their releases may change the last digits of an embedding.
 _LIBRARIES = ("torch", "transformers", "sentence-transformers")
@@ -83,12 +86,12 @@ def read_searches(
 
 
 def measure(
-    searches: Sequence[Search], find: Callable[[Sequence[Search], int], Iterable[SearchResult]], ks: Sequence[int]
+    searches: Sequence[Search], find: _Find, ks: Sequence[int], *, has_reference: bool = False
 ) -> Iterator[tuple[Search, MBEIRTaskResult, Ranking]]:
     """The row of each search, and for each qid the dids and scores of the best candidates.
 
     `find(searches, top_k)` returns the best candidates of all queries of some searches of one pool. A second result, if
-    there is one, has the popularity-corrected figures.
+    there is one, has the popularity-corrected figures; the last one, with `has_reference`, what the first is to find.
     """
     top_k = max(*ks, NDCG_K, *(search.task.reported_k for search in searches))
     # Searches of one pool go together: its embeddings are read once for all tasks.
@@ -103,14 +106,16 @@ def measure(
             pairs = ([(dids[row], score) for row, score in zip(*one, strict=True)] for one in best)
             tables.append([{query.id: next(pairs) for query, _ in search.queries} for search in group])
         for search, ranking, *corrected in zip(group, *tables, strict=True):
-            row = task_result(search, ranking, ks)
+            row = task_result(search, ranking, ks, corrected.pop() if has_reference else None)
             for other in (task_result(search, one, ks) for one in corrected):
                 row = replace(row, corrected={"score": other.score, **other.metrics})
             yield search, row, ranking
 
 
-def task_result(search: Search, rankings: Ranking, ks: Sequence[int]) -> MBEIRTaskResult:
-    """The row of one search; its metrics are means over the queries in `search.relevance`."""
+def task_result(
+    search: Search, rankings: Ranking, ks: Sequence[int], reference: Ranking | None = None
+) -> MBEIRTaskResult:
+    """The row of one search; its metrics, the overlap with a reference too, are means over `search.relevance`."""
     task, judged = search.task, list(search.relevance.values())
     ranked = [[did for did, _ in rankings[qid]] for qid in search.relevance]
     metrics = retrieval_metrics(ranked, judged, sorted({*ks, task.reported_k}), ndcg_k=NDCG_K)
@@ -121,6 +126,9 @@ def task_result(search: Search, rankings: Ranking, ks: Sequence[int]) -> MBEIRTa
     modalities = {did: search.pool[did].modality for dids in (*ranked, *judged) for did in dids}
     for k in sorted({1, *ks}):
         metrics[f"wrong_modality@{k}"] = wrong_modality_at_k(ranked, judged, modalities, k)
+    if reference is not None:
+        wanted = [[did for did, _ in reference[qid]] for qid in search.relevance]
+        metrics[f"overlap@{NDCG_K}"] = overlap_at_k(ranked, wanted, NDCG_K)
     counts = (len(search.pool), len(judged), len(search.queries) - len(judged))
     return MBEIRTaskResult(task.dataset, task.task_id, search.pool_name, *counts, score, metrics)
 
@@ -145,6 +153,9 @@ def evaluate_mbeir(
     batch_size: int = 32,
     instruction_seed: int | None = None,
     popularity_penalty: float | None = None,
+    candidates_model: Any = None,
+    candidates_dir: str | Path | None = None,
+    candidates_kwargs: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     show_progress_bar: bool = True,
@@ -172,6 +183,10 @@ def evaluate_mbeir(
         instruction_seed: None for the first wording of each instruction, a number to draw one a query.
         popularity_penalty: Also report figures by `similarity - penalty * mean similarity of the candidate to all
             queries of the task`, between 0 and 1; see `less_popular`. Rankings and run files stay the plain ones.
+        candidates_model: Embeds the candidates in place of `model`, such as its teacher. Also reported is overlap@10:
+            the share of the best ten of this model's own queries that `model`'s find, too.
+        candidates_dir: `output_dir` of that model, whose embeddings are shared; None for `output_dir/candidates`.
+        candidates_kwargs: Its `encode_kwargs`, if they are others.
         output_dir: Where to keep `embeddings/` and write `results.json`, `results.md`, and for trec_eval
             `runs/<pool>/<task>.trec` and `qrels/<pool>/<task>.txt`; None for nowhere. Earlier results are replaced.
         embedding_dtype: Data type that embeddings are stored in.
@@ -185,8 +200,8 @@ def evaluate_mbeir(
         One row a task and pool, the rankings, and what they were made from.
 
     Raises:
-        ValueError: If `ks` or `popularity_penalty` is out of range, an embedding is not finite, or `output_dir` holds
-            embeddings of another model or setting.
+        ValueError: If `ks` or `popularity_penalty` is out of range, an embedding is not finite, `output_dir` holds
+            embeddings of another model or setting, or the two models' have different dimensions.
         MBEIRFormatError: If a file is not what the format says; the message names file and line.
         FileNotFoundError: If a file or an image is missing.
 
@@ -202,20 +217,29 @@ def evaluate_mbeir(
     made_from["instructions"] = "first wording" if instruction_seed is None else f"drawn with seed {instruction_seed}"
     made_from |= {"pool": pool, "embedding_dtype": embedding_dtype}
     made_from |= {} if popularity_penalty is None else {"popularity_penalty": popularity_penalty}
+    other, has_other = made_from, candidates_model is not None
+    candidates_kwargs = encode_kwargs if candidates_kwargs is None else candidates_kwargs
+    if has_other:
+        other = _with_candidates(model, candidates_model, made_from, opened, settings_of_encode(candidates_kwargs))
     results = MBEIRResults(split, [], {name: {} for name in POOLS[pool]}, made_from)
     rank, num_processes = connect()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with shared_folder(output_dir) as folder:
-        store = _open_store(folder / "embeddings", made_from)
+    with shared_folder(output_dir) as folder, ExitStack() as stack:
+        options: dict[str, Any] = {"shard_size": shard_size, "show_progress_bar": show_progress_bar}
+        options |= {"batch_size": batch_size, "root": opened.image_root}
+        store = targets = _open_store(folder / "embeddings", made_from)
+        embed = embed_other = partial(embed_into, store, model, **options | dict(encode_kwargs or {}))
+        if has_other:
+            other_folder = stack.enter_context(shared_folder(candidates_dir or folder / "candidates"))
+            targets = _open_store(other_folder / "embeddings", other)
+            embed_other = partial(embed_into, targets, candidates_model, **options | dict(candidates_kwargs or {}))
         # Every file is read and checked before anything is encoded.
         searches = read_searches(opened, split, tasks, pool, instruction_seed)
-        options = {"shard_size": shard_size, "show_progress_bar": show_progress_bar, "batch_size": batch_size}
-        embed = partial(embed_into, store, model, root=opened.image_root, **options | dict(encode_kwargs or {}))
 
         def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             # A pool's keys, 8 bytes a candidate, are what is held of it; its rows stay in their files.
             candidates = group[0].pool
-            keys = embed(pairs=((one, "") for one in candidates.values()), total=len(candidates))
+            keys = embed_other(pairs=((one, "") for one in candidates.values()), total=len(candidates))
             queries = [pair for search in group for pair in search.queries]
             plain = store.rows(embed(pairs=queries, total=len(queries)))
             rows = [plain]
@@ -223,15 +247,17 @@ def evaluate_mbeir(
                 # Each task by the popularity among its own queries, as if it were evaluated alone.
                 by_task = plain.split([len(search.queries) for search in group])
                 rows.append(torch.cat([less_popular(own, popularity_penalty) for own in by_task]))
+            if has_other:
+                rows.append(targets.rows(embed_other(pairs=queries, total=len(queries))))
             # Each process searches its slice of the pool.
             start, stop = (len(keys) * edge // num_processes for edge in (rank, rank + 1))
             for one in rows:
-                blocks = ((first + start, block) for first, block in store.blocks(keys[start:stop], _BLOCK))
+                blocks = ((first + start, block) for first, block in targets.blocks(keys[start:stop], _BLOCK))
                 found = exact_search(one, blocks, top_k, block_size=_BLOCK, device=device)
                 yield merge_results(gather(found), top_k)
 
         output = folder if output_dir is not None and rank == 0 else None
-        for search, row, ranking in measure(searches, find, ks):
+        for search, row, ranking in measure(searches, find, ks, has_reference=has_other):
             results.rows.append(row)
             dids = {qid: [did for did, _ in best] for qid, best in ranking.items()}
             results.rankings[search.pool_name][search.task.name] = dids
@@ -243,6 +269,19 @@ def evaluate_mbeir(
             results.to_json(output / "results.json")
             write_whole(output / "results.md", results.to_markdown().encode())
     return results
+
+
+def _with_candidates(model: Any, other: Any, made_from: Any, data: MBEIR, encoding: dict[str, Any]) -> dict[str, Any]:
+    """What the candidates' embeddings are made from, whose model is noted in `made_from`; ValueError if none fit."""
+    theirs = _made_from(other, data, encoding, None, None) | {"embedding_dtype": made_from["embedding_dtype"]}
+    made_from |= {"candidates_model": theirs["model"], "candidates_fingerprint": theirs["model_fingerprint"]}
+    pairs = ((model, made_from["truncate_dim"]), (other, theirs["truncate_dim"]))
+    # Of what else has an `encode` only the rows tell.
+    dims = [embedding_dim(*pair) for pair in pairs if isinstance(pair[0], SentenceTransformer)]
+    if len({*dims}) > 1:
+        problem = f"The model's embeddings have {dims[0]} dimensions and those of candidates_model {dims[1]}: none can"
+        raise ValueError(f"{problem} be compared. Take the teacher that the model was distilled towards.")
+    return theirs
 
 
 def _made_from(
@@ -296,11 +335,12 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
         >>> config = EvaluateConfig(model="puma-k4-mac", data="demo/emoji", output="results")
         >>> print(evaluate(config).to_markdown())  # doctest: +SKIP
     """
-    kind = read_config(Path(config.model)).get("model_type")
-    is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
-    if is_original and not Path(config.model, "modules.json").is_file():  # sentence-transformers would pool its tokens
-        remedy = f"Make one of it first: puma-hf prune {config.model} OUTPUT --num-kept-layers K (or all of them)."
-        raise ValueError(f"{config.model!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
+    for name in (config.model, *([] if config.candidates_model is None else [config.candidates_model])):
+        kind = read_config(Path(name)).get("model_type")
+        is_original = kind in [config_class.source_model_type for config_class in CONFIG_CLASSES]
+        if is_original and not Path(name, "modules.json").is_file():  # sentence-transformers would pool its tokens
+            remedy = f"Make one of it first: puma-hf prune {name} OUTPUT --num-kept-layers K (or all of them)."
+            raise ValueError(f"{name!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
     names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
@@ -311,13 +351,21 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
             data = open_mbeir(config.data, revision=config.data_revision, **where)
             if config.benchmark == "nano":
                 data = draw_nano(data, config.nano_folder or folder / "nano", config)
-        loading = {name: getattr(config, name) for name in ("revision", "truncate_dim", "trust_remote_code")}
-        model = open_sentence_transformer(config.model, device=own_device(), **loading)
-        if config.truncate_dim is not None:
-            embedding_dim(model, config.truncate_dim)  # so many there must be
-        processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)
-        options["encode_kwargs"] = {"processing_kwargs": processing} if processing else None
+        model, options["encode_kwargs"] = _open(config, config.model, config.revision)
+        if config.candidates_model is not None:
+            options["candidates_model"], options["candidates_kwargs"] = _open(config, config.candidates_model, None)
+            options["candidates_dir"] = config.candidates_output
         return evaluate_mbeir(model, data, **options)
+
+
+def _open(config: EvaluateConfig, name: str, revision: str | None) -> tuple[SentenceTransformer, dict[str, Any]]:
+    """A model, and the arguments of its `encode`."""
+    loading = {"truncate_dim": config.truncate_dim, "trust_remote_code": config.trust_remote_code}
+    model = open_sentence_transformer(name, device=own_device(), revision=revision, **loading)
+    if config.truncate_dim is not None:
+        embedding_dim(model, config.truncate_dim)  # so many there must be
+    processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)
+    return model, {"processing_kwargs": processing} if processing else {}
 
 
 def draw_nano(data: MBEIR, folder: str | Path, config: EvaluateConfig | SweepConfig) -> MBEIR:

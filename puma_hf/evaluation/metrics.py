@@ -66,6 +66,17 @@ def _discounted(gains: Sequence[int]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
+def overlap_at_k(rankings: Sequence[Sequence[IdT]], references: Sequence[Sequence[IdT]], k: int = 10) -> float:
+    """Share of each reference's first k that the first k of the ranking hold, too; the mean over queries.
+
+    Example:
+        >>> overlap_at_k([["b", "a", "c"]], [["a", "d", "b"]], k=2)
+        0.5
+    """
+    pairs = [(set(ranking[:k]), set(other[:k])) for ranking, other in zip(rankings, references, strict=True)]
+    return sum(len(ranking & other) / len(other) for ranking, other in pairs) / len(pairs)
+
+
 def wrong_modality_at_k(
     rankings: Sequence[Sequence[IdT]],
     relevance: Sequence[Mapping[IdT, int]],

@@ -50,13 +50,13 @@ PUBLISHED_NOTE = (
     "63.7 / 61.4, U-MARVEL 7B with re-ranker 64.8 / 61.8 (U-MARVEL, arXiv 2507.14902; ELVA; ?: not known)."
 )
 # What Markdown shows of the metrics, up to the @ or by the whole name; JSON has them all.
-_SHOWN_METRICS = {"hit", "ndcg", "wrong_modality@1"}
+_SHOWN_METRICS = {"hit", "ndcg", "wrong_modality@1", "overlap"}
 # What a result was made from, in the order that Markdown shows it in; of a hash it shows the first digits.
 _MADE_FROM = (
-    *("model", "model_fingerprint", "truncate_dim", "max_pixels", "data", "content_hash", "split"),
-    *("instructions", "puma_hf"),
+    *("model", "model_fingerprint", "candidates_model", "candidates_fingerprint", "truncate_dim", "max_pixels", "data"),
+    *("content_hash", "split", "instructions", "puma_hf"),
 )
-_DIGITS = {"model_fingerprint": 12, "content_hash": 12}
+_DIGITS = {"model_fingerprint": 12, "candidates_fingerprint": 12, "content_hash": 12}
 _LABELS = ("task", "dataset", "pool", "candidates", "queries", "k")
 _Figures = tuple[float | None, ...]
 
@@ -122,6 +122,11 @@ class MBEIRResults:
         """The pools that were evaluated, in order."""
         return list(dict.fromkeys(row.pool for row in self.rows))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether published figures can stand beside: a subset, another split or two models are another benchmark."""
+        return self.split == "test" and not {"content_hash", "candidates_model"} & self.made_from.keys()
+
     def mean(self, pool: str) -> dict[str, float]:
         """Plain mean over the rows of one pool, as M-BEIR averages: each task counts the same.
 
@@ -158,9 +163,7 @@ class MBEIRResults:
         never in their place. Under the table stands what it was made from.
         """
         there = {row.task.name for row in self.rows if row.pool == "local"}
-        # A subset is another benchmark.
-        is_whole = self.split == "test" and "content_hash" not in self.made_from
-        published = {name: figures for name, figures in PUBLISHED.items() if is_whole and name in there}
+        published = {name: figures for name, figures in PUBLISHED.items() if self.is_whole and name in there}
         names = [name for name in self.rows[0].metrics if {name, name.partition("@")[0]} & _SHOWN_METRICS]
         has_corrected = any(row.corrected for row in self.rows)
         lines = []
@@ -186,6 +189,11 @@ class MBEIRResults:
 
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []
+        if candidates := self.made_from.get("candidates_model"):
+            remarks.append(
+                f"The queries alone are embedded by this model, and all candidates by {candidates}. overlap@10: the "
+                f"share of the ten candidates which {candidates} finds with queries of its own that these find, too."
+            )
         if penalty := self.made_from.get("popularity_penalty"):
             remarks.append(
                 f"corrected: hit@k of the similarity less {penalty:g} times the candidate's mean similarity to all "

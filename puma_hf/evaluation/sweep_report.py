@@ -129,7 +129,8 @@ class SweepReport:
             row, model = max(fitting, key=lambda one: self.quality(one[0]))
             why = f"Nothing keeps {share}{within}: this is the best there is."
         else:
-            (row, model), why = every[0], f"Nothing is{within}: this is the smallest."
+            row, model = min(every, key=lambda one: one[0].parameters)
+            why = f"Nothing is{within}: this is the smallest."
         worth = f"{self.metric} {100 * self.quality(row):.1f}, of the full model {100 * full:.1f}"
         size = f"{row.parameters:,} parameters, {row.parameters / self.full.parameters:.1%} of its"
         # Half of a 95 % interval, 1.96 sqrt(p (1 - p) / n), is never more than this.
@@ -162,15 +163,15 @@ class SweepReport:
 
     def _told_cost(self, row: SweepRow, model: SweptModel) -> str:
         """What the operations of an image are like, in layers at the largest limit."""
-        full, tokens = self.models[0], f"at {self.models[0].image_tokens} visual tokens"
+        full = self.models[0]
         near = min(full.rows, key=lambda one: abs(one.flops_image - row.flops_image))
         share = f"{row.flops_image / self.full.flops_image:.0%} of the full model's operations"
         costs = f"An image at {model.image_tokens} visual tokens takes {share}"
-        if model.max_pixels == full.max_pixels:
+        if row in full.rows:
             return f"{costs}. "
         if row.flops_image < full.rows[0].flops_image:
-            return f"{costs}, fewer than any k {tokens}. "
-        return f"{costs}, about as many as k = {near.k} {tokens}. "
+            return f"{costs}, fewer than any k of {full.name}. "
+        return f"{costs}, about as many as k = {near.k} of {full.name}. "
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold, and the recommendation."""

@@ -238,6 +238,7 @@ def _eval_results(found: CardResults) -> Iterator[EvalResult]:
         data, dim = str(results.made_from.get("data") or "unknown"), results.made_from.get("truncate_dim")
         dims = "" if dim is None else f", first {dim} dimensions"
         dims += f", at most {pixels:,} pixels" if (pixels := results.made_from.get("max_pixels")) else ""
+        dims += f", candidates of {other}" if (other := results.made_from.get("candidates_model")) else ""
         for row in results.rows:
             yield EvalResult(
                 task_type="retrieval",
@@ -298,8 +299,7 @@ def _usage(folder: Path, found: CardResults, embedding_dim: int) -> dict[str, An
 
 def _not_measured(found: CardResults) -> list[str]:
     """What the result files do not hold."""
-    # A subset is another benchmark, and so is another split.
-    whole = [one for _, one in found.evaluations if one.split == "test" and "content_hash" not in one.made_from]
+    whole = [one for _, one in found.evaluations if one.is_whole]
     there = {row.task.name for one in whole for row in one.rows}
     absent = [name for name in PUBLISHED if name not in there]
     lines = [f"Of M-BEIR's {len(PUBLISHED)} rows: {', '.join(absent) if there else 'all'}."] if absent else []

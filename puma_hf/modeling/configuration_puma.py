@@ -71,6 +71,7 @@ class PumaConfigMixin(_MixinBase):
     source_name_or_path: str | None = None
     source_revision: str | None = None
     ret_token_id: int | None = None
+    teacher_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         keep_layers = kwargs.pop("keep_layers", None)
@@ -95,6 +96,8 @@ class PumaConfigMixin(_MixinBase):
         self.kept_layers = None if kept == first else kept
         # The numbers that the weights have in the checkpoint that is cut.
         self._loaded_layers = None if layers == first else layers
+        if len(layers) < available:  # it was distilled with the layers that go
+            self.teacher_fingerprint = None
         self.num_kept_layers = text_config.num_hidden_layers = len(layers)
         # A reload validates that the two agree, so they are always cut together. Qwen3-VL has no types.
         if getattr(text_config, "layer_types", None) is not None:
@@ -160,6 +163,8 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Hub commit of that checkpoint, where known.
         ret_token_id (`int`, *optional*):
             Token id of `[RET]`, the last token of every prompt, at which the embedding is read.
+        teacher_fingerprint (`str`, *optional*):
+            Of a model that was distilled towards another, and not trained since: the vector space that both share.
 
     Raises:
         ValueError: If the layers to keep are none that the checkpoint has, or it is no Qwen2-VL model.

@@ -36,7 +36,7 @@ from puma_hf.embedding.run import (
 )
 from puma_hf.embedding.store import check_settings
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import content_key
+from puma_hf.fingerprint import content_key, space_fingerprint
 from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.processes import connect, gather, locked_for_all
 from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, FORMAT, TABLE, about, open_index, open_table
@@ -96,6 +96,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         description = {
             **settings,
             "format_version": FORMAT,
+            "space": space_fingerprint(model),
             "revision": config.revision,
             "dtype": config.dtype,
             "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,

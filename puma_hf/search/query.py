@@ -16,6 +16,7 @@ from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.embedding.embed import processing_for
 from puma_hf.files import write_whole
 from puma_hf.fingerprint import model_fingerprint, model_name
+from puma_hf.losses.cached_mac_puma import find_puma_model
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
@@ -54,7 +55,7 @@ class Query:
 
 
 class Searcher:
-    """Searches an index with the model that made it; make one, and ask it often.
+    """Searches an index with the model that made it, or with a student of that; make one, and ask it often.
 
     Args:
         index: The index.
@@ -62,11 +63,13 @@ class Searcher:
         backend: "exact" ("torch" and "faiss" are old words for it); or "ann", for which `puma-hf index --ann` has
             prepared the index.
         rescore_multiplier: With "ann": how many items are compared exactly for each answer that is wanted.
-        trust_remote_code: Run the code of a Hub repository, if `model` is one.
+        query_model: Embeds queries in place of `model`, which is not opened: one that was distilled towards it.
+        trust_remote_code: Run the code of a Hub repository, if the model that is opened is one.
 
     Raises:
         FileNotFoundError: If there is no model.
-        ValueError: If the index was made by another model, or has nothing for approximate search.
+        ValueError: If the index was made by another model, or has nothing for approximate search; or if `query_model`
+            was not distilled towards that model, by another metric than "relational", in its last training.
     """
 
     def __init__(
@@ -76,23 +79,32 @@ class Searcher:
         *,
         backend: Backend = "exact",
         rescore_multiplier: int = RESCORE_MULTIPLIER,
+        query_model: SentenceTransformer | str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if backend == "ann" and len(index) and index.ann == "none":
             remedy = "Run puma-hf index again with --ann hnsw, int8 or binary; or search exactly (--backend exact)."
             raise ValueError(f"{index.named} has nothing for approximate search. {remedy}")
         self.index, self._rescored = index, rescore_multiplier if backend == "ann" else None
+        is_other, model = query_model is not None, model if query_model is None else query_model
         if isinstance(model, str):
             if Path(model).is_absolute() and not Path(model).is_dir():
-                problem = f"The model {model!r} of the index {str(index.folder)!r} is gone."
-                raise FileNotFoundError(f"{problem} Pass model (--model), where it is now.")
+                problem = f"The model {model!r} {'for' if is_other else 'of'} the index {str(index.folder)!r} is gone."
+                raise FileNotFoundError(f"{problem} Pass model (--model, --query-model), where it is now.")
             # The data type, too, must be that of the index: in another one the fingerprint is another.
             loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
             loading["revision"] = index.description["revision"] if model == index.model else None
             model = open_sentence_transformer(model, trust_remote_code=trust_remote_code, **loading).eval()
         self.model = model
+        teacher = getattr(getattr(find_puma_model(model), "config", None), "teacher_fingerprint", None)
+        is_student = is_other and teacher is not None and teacher == index.description.get("space")
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
-        if model_fingerprint(self.model) != index.fingerprint:
+        if not is_student and model_fingerprint(self.model) != index.fingerprint:
+            if is_other:
+                problem = f"query_model {model_name(self.model)!r} was not distilled towards {index.model!r}"
+                remedy = "Distil it towards that model (puma-hf distill --teacher) and merge, or leave query_model out"
+                older = "" if "space" in index.description else "; run puma-hf index again on an older index"
+                raise ValueError(f"{problem}, which made {str(index.folder)!r}, or was trained since. {remedy}{older}.")
             problem = f"{index.named} was made by another model than {model_name(self.model)!r}, and vectors of two"
             remedy = f"Search with {index.model!r} as it was then, its weights in {index.description['weights_dtype']}."
             raise ValueError(f"{problem} models cannot be compared. {remedy}")
@@ -141,7 +153,7 @@ def search(config: SearchConfig) -> Answers:
 
     The errors are those of `open_index`, `Searcher` and `Searcher.search`; ImportError if LanceDB is missing.
     """
-    names = ("model", "backend", "rescore_multiplier", "trust_remote_code")
+    names = ("model", "query_model", "backend", "rescore_multiplier", "trust_remote_code")
     searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     answers = searcher.search(query, target=config.target, top_k=config.top)

@@ -91,6 +91,8 @@ class PumaDistillationTrainer(PumaTrainer):
         super().__init__(*args, **kwargs)
         student = puma_model(self.model)
         metrics = {loss.metric for loss in find_losses(self.loss, "metric").values()}
+        # Similarities alone leave the student a space of its own, and so do labels.
+        self._shares_space = "relational" not in metrics and not find_losses(self.loss, "negative_counts")
         # What all losses can compare decides what a teacher may be.
         self._metric = metrics.pop() if len(metrics) == 1 else "mse"
         if self._metric == "relational" and (size := self.args.train_batch_size * self.args.world_size) < 3:
@@ -105,6 +107,7 @@ class PumaDistillationTrainer(PumaTrainer):
             torch.cuda.empty_cache()
             return
         self.teacher = find_teacher(teacher, student, revision=teacher_revision, metric=self._metric)
+        self._note_space(self.teacher)
         if self.teacher.reads_rows:
             self.data_collator = with_rows(self.data_collator)
         trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
@@ -146,6 +149,7 @@ class PumaDistillationTrainer(PumaTrainer):
         if self.accelerator.is_main_process:
             teacher = find_teacher(source, puma_model(self.model), revision=revision, metric=self._metric)
             key = self._key(teacher)
+            self._note_space(teacher)
             known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
             if known and key not in known:
                 logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
@@ -166,6 +170,11 @@ class PumaDistillationTrainer(PumaTrainer):
                 setattr(self, which, stored(given))
         # Labels go past the collator as they are, and past the samplers that compare the rows.
         self.data_collator.valid_label_columns.insert(0, STATES)
+
+    def _note_space(self, teacher: Teacher) -> None:
+        """Note in the student's configuration whose vector space it is trained to share, for `search --query-model`."""
+        if self._shares_space:
+            puma_model(self.model).config.teacher_fingerprint = teacher.space(self.model)
 
     def _key(self, teacher: Teacher) -> str:
         """What, besides the rows, decides the states: the teacher, what the model sees of a row, the data type."""

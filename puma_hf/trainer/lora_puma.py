@@ -21,7 +21,8 @@ DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
 )
-# Beside an adapter: the SHA-256 of the weights that it was trained on. `puma_hf.files` says the same, but stays here.
+# Beside an adapter: the SHA-256 of the weights that it was trained on; if it was
+# distilled, also whose vector space it shares. `puma_hf.files` says the same, but stays here.
 BASE_FILE = "puma_base.json"
 # transformers 5.23 renamed arguments and methods of checkpointing, and warns of the old names.
 PREFIX = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
@@ -101,14 +102,18 @@ def quantization_config() -> BitsAndBytesConfig:
 
 
 def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> None:
-    """Note beside a saved adapter which weights it belongs to, so that `merge_adapter` can check them.
+    """Note beside a saved adapter which weights it belongs to, so that `merge_adapter` can check them, and its teacher.
 
-    Nothing is written if there is no adapter, or the model was not loaded from a directory.
+    Nothing is written if there is no adapter; nothing of the weights if they were not loaded from a directory.
     """
-    backbone = find_puma_model(model)
-    if getattr(backbone, "_hf_peft_config_loaded", False) and Path(str(backbone.name_or_path)).is_dir():
-        content = json.dumps({"sha256": weights_sha256(backbone.name_or_path)}, indent=2) + "\n"
-        Path(folder, BASE_FILE).write_text(content, encoding="utf-8")
+    backbone, noted = find_puma_model(model), {}
+    if getattr(backbone, "_hf_peft_config_loaded", False):
+        if Path(str(backbone.name_or_path)).is_dir():
+            noted["sha256"] = weights_sha256(backbone.name_or_path)
+        if teacher := getattr(backbone.config, "teacher_fingerprint", None):
+            noted["teacher"] = teacher
+    if noted:
+        Path(folder, BASE_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 
 
 def weights_sha256(folder: str | Path) -> str:

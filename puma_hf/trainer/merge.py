@@ -100,7 +100,7 @@ def merge_adapter(
 
 def _load_adapter(adapter: Path, base: Path) -> PeftModel:
     """The adapter on its base, whose weights must be those that it was trained on, where that is known."""
-    if not (noted := read_config(adapter, BASE_FILE)):
+    if "sha256" not in (noted := read_config(adapter, BASE_FILE)):
         logger.warning("%s has no %s: whether it was trained on %s is not known.", adapter, BASE_FILE, base)
     elif (found := weights_sha256(base)) != noted["sha256"]:
         other = f"(SHA-256 {found[:12]} instead of {noted['sha256'][:12]}). Name the directory that it was: --base."
@@ -121,6 +121,8 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
 
 def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) -> None:
     """Save a model so that both loaders open it, with the base's prompts and card, and the adapter's limits."""
+    # The last training decides which space the model is in.
+    model.config.teacher_fingerprint = read_config(adapter, BASE_FILE).get("teacher")
     model.save_pretrained(folder)
     processor = AutoProcessor.from_pretrained(base)  # a fresh one: the one that was used would save its padding
     set_limits(processor, **read_limits(adapter))

@@ -6,9 +6,10 @@ import inspect
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 from puma_hf.checkpoint import open_checkpoint, open_sentence_transformer
 from puma_hf.data.records import Record
 from puma_hf.files import is_hub_id, is_puma_directory, read_config
-from puma_hf.fingerprint import model_fingerprint, short_name, tensors_sha256
+from puma_hf.fingerprint import model_fingerprint, short_name, space_fingerprint, tensors_sha256
 from puma_hf.losses.cached_mac_puma import find_puma_model, runs_tower_once
 from puma_hf.losses.distillation_puma import OTHER_WIDTH, TEACHER_KEY
 from puma_hf.modeling import PumaModel
@@ -52,6 +53,10 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A SHA-256 that changes when the states may, under which `teacher_mode="cached"` stores them."""
+
+    def space(self, student: SentenceTransformer) -> str | None:
+        """`space_fingerprint` of the teacher, which a student that reaches its states shares; None: it is not known."""
+        return None
 
     def add_states(self, features: dict[str, Any]) -> None:
         """Put `teacher_state` `(batch_size, hidden_size)` into the features of one column, before the student runs."""
@@ -111,8 +116,15 @@ class FrozenTeacher(Teacher):
 
     def fingerprint(self) -> str:
         """SHA-256 of all weights and settings, whatever the adapter has learned."""
+        return tensors_sha256(self._weights(), self.student.config.to_dict())
+
+    def space(self, student: SentenceTransformer) -> str:
+        """Of the full model, which reads as its student does."""
+        return space_fingerprint(student, self._weights())
+
+    def _weights(self) -> dict[str, Tensor]:
         dropped = {f"dropped.{name}": tensor for name, tensor in self.dropped_layers.state_dict().items()}
-        return tensors_sha256(base_tensors(self.student) | dropped, self.student.config.to_dict())
+        return base_tensors(self.student) | dropped
 
     def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
         """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
@@ -187,6 +199,10 @@ class WholeTeacher(Teacher):
         """SHA-256 of the teacher's weights, an adapter among them, and settings."""
         return str(model_fingerprint(nn.ModuleDict({"teacher": self.model})))
 
+    def space(self, student: SentenceTransformer) -> str:
+        """Of the second model, which is given the student's tokens."""
+        return space_fingerprint(student, dict(self.model.named_parameters()))
+
 
 class EmbeddingTeacher(Teacher):
     """Any `SentenceTransformer`: the rows go through its own template, tokenizer and modules, as in its `encode`.
@@ -233,16 +249,21 @@ class EmbeddingTeacher(Teacher):
         """SHA-256 of the teacher's weights, settings, tokenizer and code."""
         return str(model_fingerprint(self.model))
 
+    def space(self, student: SentenceTransformer) -> str:
+        """Of the embedder, which reads by itself."""
+        return space_fingerprint(self.model)
+
 
 def with_rows(collator: Any) -> Any:
     """A copy of a data collator whose batches hold each column's inputs as well, for a teacher that `reads_rows`."""
+    return replace(collator, preprocess_fn=partial(_preprocess_with_rows, collator.preprocess_fn))
 
-    def preprocess(inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
-        features: dict[str, Any] = given(inputs, prompt=prompt, **options)
-        return {**features, ROWS_KEY: {"inputs": list(inputs), "prompt": prompt}}
 
-    given = collator.preprocess_fn
-    return replace(collator, preprocess_fn=preprocess)
+def _preprocess_with_rows(
+    preprocess: Callable[..., dict[str, Any]], inputs: Sequence[Any], prompt: str | None = None, **options: Any
+) -> dict[str, Any]:
+    rows = {"inputs": list(inputs), "prompt": prompt}
+    return {**preprocess(inputs, prompt=prompt, **options), ROWS_KEY: rows}
 
 
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher

@@ -67,6 +67,7 @@ class PumaTrainer(SentenceTransformerTrainer):
             raise ValueError(f"positives need one Dataset, and train_dataset is a {type(self.train_dataset).__name__}.")
         self.positives = positives
         if (puma := find_puma_model(self.model)) is not None:
+            puma.config.teacher_fingerprint = None  # training leaves the space of an earlier teacher
             # The method of SentenceTransformer is deprecated, and in 6.0 refuses what the Trainer passes.
             setattr(self.model, f"{PREFIX}_checkpointing_enable", partial(checkpoint_decoder, puma))
         self._statistics = TrainingStatistics(self.loss)

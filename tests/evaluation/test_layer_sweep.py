@@ -223,6 +223,8 @@ def test_every_depth_at_every_pixel_limit(qwen_dir: Path, models: list[SentenceT
         for row, model in zip(swept.rows, models, strict=True):
             assert_equals_evaluation(row, model, data, processing_kwargs=processing)
         assert all(row.seconds_image > 0 for row in swept.rows)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="max_pixels=1100 and another limit both leave 4 visual tokens"):
+        sweep(replace(config, max_pixels="1024,1100"), show_progress_bar=False)
     large, small = (model.rows for model in report.models)
     assert [row.quality for row in large] != [row.quality for row in small]
     assert all(one.flops_image > other.flops_image for one, other in zip(large, small, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
@@ -18,11 +19,12 @@ from puma_hf.data.records import MBEIRFormatError
 from puma_hf.data.tasks import TASK_MODALITIES, MBEIRTask
 from puma_hf.evaluation.evaluator import MBEIREvaluator
 from puma_hf.evaluation.layer_sweep import sweep
-from puma_hf.evaluation.mbeir import Search, evaluate, evaluate_mbeir, task_result
+from puma_hf.evaluation.mbeir import Search, evaluate, evaluate_mbeir, read_searches, task_result
 from puma_hf.evaluation.results import MBEIRResults
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data import mbeir_builder as builder
 from tests.evaluation.fake_encoder import FakeEncoder
+from tests.tiny import tiny_tokenizer
 
 TASKS = [MBEIRTask(number, builder.DATASET) for number in TASK_MODALITIES]
 
@@ -249,6 +251,53 @@ def test_a_model_without_fingerprint_uses_no_older_embeddings(root: Path, tmp_pa
         evaluate_mbeir(model, root, output_dir=tmp_path / "out")
 
 
+# --- candidates of another model
+
+
+class Large(FakeEncoder):
+    """Another space of as many dimensions."""
+
+    fingerprint = "large"
+
+    @staticmethod
+    def embed(item: str | dict[str, str], prompt: str | None) -> list[int]:
+        return FakeEncoder.embed(item, f"{prompt}, largely")
+
+
+def test_queries_search_the_candidates_of_another_model(root: Path, tmp_path: Path) -> None:
+    small, large, options = FakeEncoder(), Large(), {"tasks": ["toys_task1", "toys_task7"], "pool": "global"}
+    own = evaluate_mbeir(Large(), root, output_dir=tmp_path / "large", **options)
+    output: Any = {"output_dir": tmp_path / "out", "candidates_dir": tmp_path / "large"}
+    results = evaluate_mbeir(small, root, candidates_model=large, popularity_penalty=0.5, **output, **options)
+    assert not large.calls  # all that it embeds was there
+    assert {prompt for _, prompt, _ in small.calls} == {"1 wording 1.", "7 wording 1."}
+    pool = builder.read_records(builder.global_pool_path(root, "test"))
+    vectors = {one["did"]: Large.embed({"text": one["txt"] or "", "image": one["img_path"] or ""}, "") for one in pool}
+    for search, row in zip(read_searches(MBEIR(root), "test", options["tasks"], "global"), results.rows, strict=True):
+        theirs, ours = (found.rankings["global"][row.task.name] for found in (own, results))
+        for query, prompt in search.queries:
+            vector = embed_record(query.text, query.image, prompt)
+            scores = {did: cosine(vector, other) for did, other in vectors.items()}
+            best = sorted(scores.values(), reverse=True)[:10]
+            assert [scores[did] for did in ours[query.id]] == pytest.approx(best, abs=2e-7)
+        shares = [len({*ours[qid][:10]} & {*theirs[qid][:10]}) / 10 for qid in search.relevance]
+        assert row.metrics["overlap@10"] == pytest.approx(sum(shares) / len(shares))
+        assert 0 < row.metrics["overlap@10"] < 1
+        assert "overlap@10" not in row.corrected
+    written, table = (files(tmp_path / "out")[name].decode() for name in ("results.json", "results.md"))
+    assert json.loads(written)["made_from"]["candidates_fingerprint"] == "large"
+    assert "| overlap@10 |" in table
+    assert "The queries alone are embedded by this model, and all candidates by Large." in table
+
+
+def test_candidates_of_another_width_are_refused(root: Path, sentence_transformer: SentenceTransformer) -> None:
+    narrow = StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=12)
+    with pytest.raises(
+        ValueError, match=r"32 dimensions and those of candidates_model 12: none can be compared\. Take"
+    ):
+        evaluate_mbeir(sentence_transformer, root, candidates_model=SentenceTransformer(modules=[narrow]))
+
+
 # --- small and wrong data
 
 
@@ -282,6 +331,12 @@ def test_it_is_evaluate_mbeir(
     assert MBEIRResults.from_dict(json.loads((output / "results.json").read_text())).rows == results.rows
     made_from = results.made_from
     assert (made_from["model"], made_from["data"], made_from["truncate_dim"]) == (puma_dir.name, "mbeir", 4)
+    # As candidates of another model its own are the same, and all that it finds by itself it finds.
+    itself = {"candidates_model": str(puma_dir), "output": output, "pool": "both", "instruction_seed": 1}
+    again = evaluate(config(puma_dir, root, truncate_dim=4, **itself))
+    assert again.rankings == results.rankings
+    assert again.rows == [replace(row, metrics={**row.metrics, "overlap@10": 1.0}) for row in results.rows]
+    assert (output / "candidates" / "embeddings").is_dir()
 
 
 def test_another_run_in_the_output_is_refused_first(puma_dir: Path, root: Path, tmp_path: Path) -> None:
@@ -308,9 +363,13 @@ def test_nano(puma_dir: Path, root: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.messages
 
 
-def test_an_original_checkpoint_is_no_embedder(qwen_dir: Path, root: Path) -> None:
+@pytest.mark.parametrize("names", [{"model": "qwen"}, {"model": "puma", "candidates_model": "qwen"}])
+def test_an_original_checkpoint_is_no_embedder(
+    qwen_dir: Path, puma_dir: Path, root: Path, names: dict[str, str]
+) -> None:
+    given: Any = {name: str({"qwen": qwen_dir, "puma": puma_dir}[value]) for name, value in names.items()}
     with pytest.raises(ValueError, match=r"is an original qwen2_vl checkpoint, must be an embedder.*puma-hf prune"):
-        evaluate(EvaluateConfig(model=str(qwen_dir), data=root))
+        evaluate(EvaluateConfig(**given, data=root))
 
 
 def test_results_say_how_images_were_read(puma_dir: Path, root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import evaluate
 import pytest
 
 from puma_hf.evaluation import metric_path
-from puma_hf.evaluation.metrics import retrieval_metrics, wrong_modality_at_1, wrong_modality_at_k
+from puma_hf.evaluation.metrics import overlap_at_k, retrieval_metrics, wrong_modality_at_1, wrong_modality_at_k
 
 RANKINGS = [["b", "a", "c"], ["c", "a", "b"]]
 
@@ -42,6 +42,13 @@ def test_wrong_modality_of_the_first_k() -> None:
     expected = {1: (0 + 1 + 1) / 3, 2: (1 / 2 + 1 / 2 + 1) / 3, 3: (2 / 3 + 1 / 3 + 1) / 3, 10: (2 / 3 + 1 / 3 + 1) / 3}
     assert wrong == pytest.approx(expected, abs=1e-15)
     assert wrong[1] == wrong_modality_at_1(rankings, relevance, modalities)
+
+
+def test_overlap_by_hand() -> None:
+    found, wanted = [["a", "b", "c"], ["x", "y"], ["e"]], [["c", "a", "d"], ["x", "y"], ["f", "e"]]
+    # Of a pool of fewer candidates than k the share is of those that there are.
+    assert overlap_at_k(found, wanted, 2) == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert overlap_at_k(found, wanted) == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
 
 
 @pytest.mark.parametrize(

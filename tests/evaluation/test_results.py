@@ -77,8 +77,9 @@ def test_the_mean_of_all_sixteen_rows_has_the_published_means() -> None:
         results_of(["cirr_task7"], ("global",)),
         results_of(["cirr_task7"], split="val"),
         results_of(["cirr_task7"], made_from={"content_hash": "ab"}),  # the nano benchmark's pools are smaller
+        results_of(["cirr_task7"], made_from={"candidates_model": "a"}),
     ],
-    ids=["other dataset", "global pool", "val", "nano"],
+    ids=["other dataset", "global pool", "val", "nano", "two models"],
 )
 def test_nothing_published_where_it_would_not_compare(results: MBEIRResults) -> None:
     assert "PUMA" not in results.to_markdown()

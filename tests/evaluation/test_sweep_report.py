@@ -91,7 +91,7 @@ def test_pixel_limits_are_the_second_lever() -> None:
     # Of 0.776 and more: k = 3 at the larger limit costs 22 GFLOPs an image, k = 4 at the smaller 13.
     assert (report.recommendation.k, report.recommendation.max_pixels) == (4, 50_000)
     assert (
-        "64 visual tokens takes 43% of the full model's operations, fewer than any k at 300"
+        "64 visual tokens takes 43% of the full model's operations, fewer than any k of large"
         in report.recommendation.reason
     )
     assert (report.recommend(keep=1).k, report.recommend(keep=1).max_pixels) == (5, 235_200)

@@ -80,7 +80,7 @@ def test_a_number_written_by_hand_does_not_survive(folder: Path) -> None:
 
 
 def test_metadata_are_valid_and_hold_the_files_own_values(folder: Path) -> None:
-    write_results(folder / "results.json", data="M-BEIR", max_pixels=1024)
+    write_results(folder / "results.json", data="M-BEIR", max_pixels=1024, candidates_model="large")
     options = {"base_model": "Qwen/Qwen2-VL-2B-Instruct", "license": "apache-2.0", "datasets": ("TIGER-Lab/M-BEIR",)}
     licences = {"base_license": "mit", "data_license": "cc-by-4.0"}
     card = ModelCard(render(folder, repo_id="org/puma", **options, **licences))
@@ -91,7 +91,7 @@ def test_metadata_are_valid_and_hold_the_files_own_values(folder: Path) -> None:
     assert (data["license"], data["datasets"]) == ("apache-2.0", ["TIGER-Lab/M-BEIR"])
     result = card.data.eval_results[0]
     assert (result.metric_value, result.metric_type, result.dataset_split) == (0.625, "hit_at_5", "test")
-    assert result.dataset_config == "mscoco_task0-local, at most 1,024 pixels"
+    assert result.dataset_config == "mscoco_task0-local, at most 1,024 pixels, candidates of large"
     assert result.metric_name == "hit@5, puma/results.json"
     assert data["model-index"][0]["name"] == "org/puma"
     for told in ("- This model: apache-2.0\n", "- Base: mit, of [Qwen/Qwen2", "- Data: cc-by-4.0 ([TIGER-Lab/M-BEIR]"):

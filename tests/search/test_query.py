@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from puma_hf.configs import SearchConfig
+from puma_hf import prune
+from puma_hf.configs import DistillConfig, IndexConfig, MergeConfig, SearchConfig
+from puma_hf.search.build import build_index
 from puma_hf.search.index import open_index
 from puma_hf.search.query import Query, Searcher, search
+from puma_hf.trainer.stages import distill, merge
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,63 @@ def test_vectors_of_another_model_are_refused(index_dir: Path, puma_dir: Path, t
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"was made by another model than 'other', and vectors of two models cannot"):
         search(SearchConfig(index=index_dir, query="a", model=str(other)))
+
+
+# --- a smaller model for the query
+
+
+@pytest.fixture(scope="module")
+def full_index(qwen_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index that the uncut model has made, in bfloat16; then it goes."""
+    folder = tmp_path_factory.mktemp("full")
+    prune(qwen_dir, folder / "full", num_kept_layers=4)
+    options: dict[str, Any] = {"dtype": "bfloat16", "truncate_dim": 16, "max_pixels": 784}
+    build_index(IndexConfig(data=corpus, model=str(folder / "full"), output=folder / "index", **options))
+    shutil.rmtree(folder / "full")
+    return folder / "index"
+
+
+def distilled(model: Path, teacher: Path, corpus: Path, output: Path, **changes: Any) -> str:
+    settings: dict[str, Any] = {"batch_size": 4, "max_steps": 1, "lora_r": 2, "metric": "cosine", **changes}
+    distill(DistillConfig(model=model, teacher=teacher, data=corpus, output=output / "adapter", **settings))
+    merge(MergeConfig(adapter=output / "adapter", output=output / "small"))
+    return str(output / "small")
+
+
+@pytest.mark.parametrize("mode", ["frozen", "cached"])
+def test_a_student_asks_the_index_of_its_teacher(
+    full_index: Path, puma_dir: Path, qwen_dir: Path, corpus: Path, tmp_path: Path, mode: str
+) -> None:
+    teacher = Path(shutil.copytree(qwen_dir, tmp_path / "moved"))
+    small = distilled(puma_dir, teacher, corpus, tmp_path, teacher_mode=mode)
+    asked = {"index": full_index, "query": "a table", "image": str(corpus.parent / "b.png")}
+    found = search(SearchConfig(query_model=small, **asked)).answers
+    model = SentenceTransformer(small, trust_remote_code=True, device="cpu", model_kwargs={"dtype": "bfloat16"})
+    reading: Any = {"truncate_dim": 16, "processing_kwargs": {"image": {"max_pixels": 784}}}
+    query = model.encode([{"image": asked["image"], "text": "a table"}], **reading, normalize_embeddings=True)[0]
+    rows = {row["id"]: np.array(row["vector"]) for row in open_index(full_index).table.to_arrow().to_pylist()}
+    expected = [float(query @ rows[answer.id]) for answer in found]
+    np.testing.assert_allclose([answer.score for answer in found], expected, atol=1e-5)
+    assert len(found) == 8
+    # Whatever is made of it afterwards is no student: another cut, or a training.
+    prune(small, tmp_path / "cut", num_kept_layers=1)
+    further = distilled(Path(small), teacher, corpus, tmp_path / "further", metric="relational")
+    for other in (str(tmp_path / "cut"), further):
+        with pytest.raises(ValueError, match="was not distilled towards"):
+            search(SearchConfig(query_model=other, **asked))
+
+
+def test_who_is_no_student_is_refused(
+    full_index: Path, index_dir: Path, puma_dir: Path, sentence_transformer: SentenceTransformer, tmp_path: Path
+) -> None:
+    remedy = r"query_model 'tiny-puma' was not distilled towards .*full', which made .*\. Distil it towards that model"
+    with pytest.raises(ValueError, match=remedy):
+        Searcher(open_index(full_index), "never opened", query_model=sentence_transformer)
+    with pytest.raises(FileNotFoundError, match=r"for the index .* is gone\. Pass model \(--model, --query-model\)"):
+        search(SearchConfig(index=full_index, query="a", query_model=str(tmp_path / "gone")))
+    index = open_index(full_index)
+    del index.description["space"]  # as it was before
+    with pytest.raises(ValueError, match=r"leave query_model out; run puma-hf index again on an older index"):
+        Searcher(index, "never opened", query_model=sentence_transformer)
+    # The model that made an index is as good as ever.
+    assert search(SearchConfig(index=index_dir, query="a", query_model=str(puma_dir)))

@@ -26,9 +26,11 @@ from puma_hf import (
     prune,
 )
 from puma_hf.checkpoint import plain_forward
+from puma_hf.fingerprint import space_fingerprint
 from puma_hf.trainer import FrozenTeacher
 from puma_hf.trainer.lora_puma import puma_model
 from puma_hf.trainer.teachers import (
+    EmbeddingTeacher,
     StoredModel,
     WholeTeacher,
     find_teacher,
@@ -343,6 +345,25 @@ def test_a_model_is_held_whole(make_trainer: Any, full_dir: Path, wrapped: bool)
     assert trainer.teacher.model is other
     trainer.train()
     assert all(p.grad is None for p in other.parameters())
+
+
+@pytest.mark.parametrize("kind", ["frozen", "whole", "embedding"])
+def test_whose_space_it_is(
+    make_student: MakeStudent, qwen_dir: Path, full_dir: Path, other_dir: Path, kind: str
+) -> None:
+    """That of a model which has its weights, in another data type and under other names; whatever the adapter is."""
+    student = make_student(disturbed=True)
+    source = SentenceTransformer(str(other_dir), trust_remote_code=True, device="cpu")
+    given: Any = {"frozen": qwen_dir, "whole": other_dir, "embedding": EmbeddingTeacher(source)}[kind]
+    teacher = find_teacher(given, puma_model(student))
+    assert type(teacher).__name__.lower() == f"{kind}teacher"
+    folder = full_dir if kind == "frozen" else other_dir
+    loading: Any = {"trust_remote_code": True, "device": "cpu", "model_kwargs": {"dtype": torch.bfloat16}}
+    model = SentenceTransformer(str(folder), **loading)
+    assert teacher.space(student) == space_fingerprint(model)
+    model[0].processor.chat_template = "So: " + model[0].processor.chat_template
+    assert teacher.space(student) != space_fingerprint(model)  # the same weights that read otherwise
+    assert space_fingerprint(student) not in (teacher.space(student), space_fingerprint(make_student()))
 
 
 def test_another_checkpoint_is_held_whole_with_a_warning(
