@@ -45,6 +45,7 @@ TRANSFORMER: dict[str, Any] = {
     "processing_kwargs": {
         "chat_template": {"add_generation_prompt": True, "tail": "<|endoftext|>"},
         "image": {"size": {"shortest_edge": 8 * 256, "longest_edge": 64 * 256}},
+        "video": {"fps": 1},
     },
     "max_seq_length": 300,
 }
@@ -269,3 +270,9 @@ def test_an_embedder_that_a_copy_would_not_be_like(
     assert prune(source, tmp_path / "out", num_kept_layers=1, reading="puma").reading == "puma"
     with pytest.raises(ValueError, match=r"LamRA-Ret' has no modules\.json, which would say how"):
         prune(sources["lamra"], tmp_path / "two", num_kept_layers=1, reading="source")
+
+
+def test_a_name_that_promises_an_embedder(sources: dict[str, Path], tmp_path: Path, caplog: Any) -> None:
+    source = shutil.copytree(sources["puma-released"], tmp_path / "my-embedder")
+    assert prune(source, tmp_path / "out", num_kept_layers=1).reading == "puma"
+    assert "'my-embedder' is taken for a generative model, as nothing says how it is read. If it reads" in caplog.text
