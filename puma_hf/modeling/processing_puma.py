@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -263,7 +264,8 @@ class PumaProcessor(Qwen2VLProcessor):
         if decode not in DECODE:
             raise ValueError(f"decode={decode!r} must be one of {', '.join(map(repr, DECODE))}.")
         images, size = self.image_processor, options["size"]
-        if sources and (here := size["longest_edge"]) != (own_limit := images.size["longest_edge"]):
+        here, own_limit, worker = size["longest_edge"], images.size["longest_edge"], get_worker_info()
+        if sources and here != own_limit and (worker is None or worker.id == 0):  # of several workers one tells it
             limits = f"{here:,} pixels, and the model was saved with {own_limit:,}"
             logger.warning_once(f"Images are scaled down to {limits}: embeddings at two limits differ.")
         # Only what shrinks images as we do can be helped by smaller ones.
