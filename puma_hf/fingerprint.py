@@ -74,7 +74,9 @@ def space_fingerprint(model: Any, weights: Mapping[str, Tensor] | None = None) -
             digest = hashlib.sha256()
             _update(digest, "", tensor.detach().to(torch.bfloat16))
             digests.append(digest.hexdigest())
-    tokens = model.preprocess(["a red apple"], prompt="Find a picture.").get("input_ids", torch.empty(0))
+    chat: Any = [{"role": "user", "content": [{"type": "text", "text": "a red apple"}]}]
+    probe = chat if model.supports("message") else "a red apple"  # some embedders take nothing but chats
+    tokens = model.preprocess([probe], prompt="Find a picture.").get("input_ids", torch.empty(0))
     return hashlib.sha256(json.dumps([sorted(digests), tokens.tolist()]).encode()).hexdigest()
 
 

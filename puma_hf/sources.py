@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,17 @@ from puma_hf.modeling import PumaProcessor
 from puma_hf.modeling.processing_puma import SETTINGS_FILE
 from puma_hf.modeling.readings_puma import READINGS, reading_of
 
+logger = logging.getLogger(__name__)
+
 _TEMPLATES = Path(__file__).parent / "modeling"
 TRANSFORMER_FILE = "sentence_bert_config.json"
 # What sentence-transformers may be told for the processor, by kind: of these a cut model does the same, or has no need.
 _PASSED = {
     "image": {"size", "min_pixels", "max_pixels"},
-    "text": {"max_length", "padding", "truncation"},
+    "text": {"max_length", "padding", "padding_side", "truncation"},
     "common": {"return_tensors"},
 }
-_OPENED = {"min_pixels", "max_pixels", "model_max_length", "padding_side", "use_fast", "trust_remote_code"}
+_OPENED = {"size", "min_pixels", "max_pixels", "model_max_length", "padding_side", "use_fast", "trust_remote_code"}
 _TEXT_ALONE = ("do_lower_case", "query_length", "document_length", "query_expansion")
 _REMEDY = (
     f"If it reads as {' or '.join(name for name, reading in READINGS.items() if reading.known_by)} does, pass that as "
@@ -88,6 +91,8 @@ def find_source(checkpoint: Checkpoint, tokenizer: Any, asked: str | None = None
         name, found = known[0], "known by its name"
     else:
         name, found = ("source" if modules else "puma"), "a generative checkpoint"
+        if not modules and _is_known("embed|retriev", names):
+            logger.warning("%r is taken for a generative model, as nothing says how it is read. %s", names[0], _REMEDY)
     if name == "source" and problem is not None:
         raise ValueError(f"{checkpoint.name!r} {problem}. {_REMEDY}")
     if code and (name == "source" or (name, asked) == ("puma", None)):
@@ -155,7 +160,8 @@ def _problem(folder: Path, modules: Sequence[Mapping[str, Any]]) -> str | None:
     if "message" not in (transformer.get("modality_config") or {}):
         return f"reads its inputs without a chat template ({TRANSFORMER_FILE} has no modality 'message')"
     passed, opened = transformer.get("processing_kwargs") or {}, transformer.get("processor_kwargs") or {}
-    known = {**_PASSED, "chat_template": (passed.get("chat_template") or {}).keys()}
+    # What a template is given, it goes on being given; how videos are sampled is not in a vector of texts and images.
+    known = _PASSED | {kind: (passed.get(kind) or {}).keys() for kind in ("chat_template", "video", "audio")}
     unknown = [
         f"{kind}.{key}" for kind, options in passed.items() for key in options or () if key not in known.get(kind, ())
     ]

@@ -45,6 +45,7 @@ TRANSFORMER: dict[str, Any] = {
     "processing_kwargs": {
         "chat_template": {"add_generation_prompt": True, "tail": "<|endoftext|>"},
         "image": {"size": {"shortest_edge": 8 * 256, "longest_edge": 64 * 256}},
+        "video": {"fps": 1},
     },
     "max_seq_length": 300,
 }
@@ -223,8 +224,8 @@ def test_settings_of_the_source_stay(copies: dict[str, Path], tmp_path: Path) ->
 def test_check_and_sweep_work_on_sources(sources: dict[str, Path], copies: dict[str, Path], tmp_path: Path) -> None:
     for reading in ("source", "lamra"):
         report = check(copies[reading], source=sources[reading])
-        compared = [row.form for row in report.rows if row.form.startswith("the source")]
-        assert compared == ["the source, stock classes", "the source, stock inputs too"][: 1 + (reading == "source")]
+        compared = [row.form for row in report.rows if row.form.startswith("source")]
+        assert compared == ["source, stock classes", "source, stock inputs too"][: 1 + (reading == "source")]
         assert report.ok, report
         copy = SentenceTransformer(str(copies[reading]), trust_remote_code=True, device="cpu")
         with open_model(str(sources[reading])) as model:
@@ -269,3 +270,9 @@ def test_an_embedder_that_a_copy_would_not_be_like(
     assert prune(source, tmp_path / "out", num_kept_layers=1, reading="puma").reading == "puma"
     with pytest.raises(ValueError, match=r"LamRA-Ret' has no modules\.json, which would say how"):
         prune(sources["lamra"], tmp_path / "two", num_kept_layers=1, reading="source")
+
+
+def test_a_name_that_promises_an_embedder(sources: dict[str, Path], tmp_path: Path, caplog: Any) -> None:
+    source = shutil.copytree(sources["puma-released"], tmp_path / "my-embedder")
+    assert prune(source, tmp_path / "out", num_kept_layers=1).reading == "puma"
+    assert "'my-embedder' is taken for a generative model, as nothing says how it is read. If it reads" in caplog.text

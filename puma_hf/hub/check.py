@@ -195,13 +195,13 @@ class Forms:
             ids = features["input_ids"]  # padded on the left, which shifts positions and changes nothing
             features["position_ids"] = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
         model = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.float32).to(self.device).eval()
-        yield self._row("the source, stock classes", "AutoModel", embed_stock(model, features))
+        yield self._row("source, stock classes", "AutoModel", embed_stock(model, features))
         if (reading := read_config(self.folder, "processor_config.json").get("reading")) == "source":
             tokenizer.chat_template = find_source(checkpoint, tokenizer, reading).template
             how: dict[str, Any] = {"tokenizer": tokenizer, "default": self.default}
             how["size"] = AutoImageProcessor.from_pretrained(self.folder).size
             stock = stock_features(checkpoint.folder, self.inputs, **how)
-            yield self._row("the source, stock inputs too", "AutoModel", embed_stock(model, stock))
+            yield self._row("source, stock inputs too", "AutoModel", embed_stock(model, stock))
 
     def of_adapter(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
         from peft import PeftModel

@@ -106,8 +106,7 @@ class PumaDistillationTrainer(PumaTrainer):
             gc.collect()
             torch.cuda.empty_cache()
             return
-        self.teacher = find_teacher(teacher, student, revision=teacher_revision, metric=self._metric)
-        self._note_space(self.teacher)
+        self.teacher = self._find(teacher, teacher_revision)
         if self.teacher.reads_rows:
             self.data_collator = with_rows(self.data_collator)
         trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
@@ -147,9 +146,8 @@ class PumaDistillationTrainer(PumaTrainer):
                     raise ValueError(f"A cached teacher cannot store states for {what}. Take teacher_mode='frozen'.")
         teacher, key = None, ""
         if self.accelerator.is_main_process:
-            teacher = find_teacher(source, puma_model(self.model), revision=revision, metric=self._metric)
+            teacher = self._find(source, revision)
             key = self._key(teacher)
-            self._note_space(teacher)
             known = {path.name.partition("-")[0] for path in folder.glob("*.arrow")}
             if known and key not in known:
                 logger.warning("%s holds states of another teacher, data or processing: computing them anew.", folder)
@@ -171,10 +169,12 @@ class PumaDistillationTrainer(PumaTrainer):
         # Labels go past the collator as they are, and past the samplers that compare the rows.
         self.data_collator.valid_label_columns.insert(0, STATES)
 
-    def _note_space(self, teacher: Teacher) -> None:
-        """Note in the student's configuration whose vector space it is trained to share, for `search --query-model`."""
+    def _find(self, source: TeacherSource | None, revision: str | None) -> Teacher:
+        """The teacher, whose vector space is noted in the student's configuration if that is trained to share it."""
+        teacher = find_teacher(source, puma_model(self.model), revision=revision, metric=self._metric)
         if self._shares_space:
             puma_model(self.model).config.teacher_fingerprint = teacher.space(self.model)
+        return teacher
 
     def _key(self, teacher: Teacher) -> str:
         """What, besides the rows, decides the states: the teacher, what the model sees of a row, the data type."""

@@ -21,8 +21,7 @@ DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
 )
-# Beside an adapter: the SHA-256 of the weights that it was trained on; if it was
-# distilled, also whose vector space it shares. `puma_hf.files` says the same, but stays here.
+# Beside an adapter: hashes of the weights that it was trained on, and of its teacher. `puma_hf.files` says the same.
 BASE_FILE = "puma_base.json"
 # transformers 5.23 renamed arguments and methods of checkpointing, and warns of the old names.
 PREFIX = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"

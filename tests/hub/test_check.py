@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import weakref
@@ -83,14 +84,17 @@ CUTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "cut"), CUTS)
-def test_other_models(family: str, cut: dict[str, Any], tmp_path: Path) -> None:
+def test_other_models(family: str, cut: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     untied = {"tie_word_embeddings": False} if family == "qwen3_vl" else {}
     original = build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16, seed=3, **untied)
     prune(original, tmp_path / "puma", **cut)
     settings = tmp_path / "puma" / "tokenizer_config.json"  # two pictures are longer
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 64}))
-    report = check(tmp_path / "puma", seed=3)
+    logging.Logger.info_once.cache_clear()  # type: ignore[attr-defined]
+    with caplog.at_level(logging.INFO):
+        report = check(tmp_path / "puma", seed=3)
     assert report.ok, str(report)
+    assert ("no fast path is taken" in caplog.text) is (family == "qwen3_5")
     # Stock classes do not have the positions of one.
     assert [row.form for row in report.rows] == (FORMS[:5] if "puma-released" in cut.values() else FORMS)
 
