@@ -313,13 +313,13 @@ class PumaProcessor(Qwen2VLProcessor):
         if videos:
             facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
             frames = [frames for frames, _ in videos]  # metadata is asked for where frames are sampled
-            found, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
-            data |= {name: value for name, value in found.items() if name != "video_metadata"}
+            processed, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
+            data |= {name: value for name, value in processed.items() if name != "video_metadata"}
         for text in texts:
             self._check_end(text)
-        for token, kind, count in ((self.image_token, "images", len(images)), (self.video_token, "videos", len(videos))):
-            if (places := sum(text.count(token) for text in texts)) != count:
-                problem = f"The prompts have {places} places {token} for {count} {kind}"
+        for token, found in ((self.image_token, images), (self.video_token, videos)):
+            if (places := sum(text.count(token) for text in texts)) != len(found):
+                problem = f"The prompts have {places} places {token}, for {len(found)} inputs"
                 raise ValueError(f"{problem}. Restore chat_template.jinja from the model's directory.")
         expanded, _ = self.get_text_with_replacements(texts, *tokens)
         return BatchFeature({**self.tokenizer(expanded, padding=True, return_tensors="pt"), **data})

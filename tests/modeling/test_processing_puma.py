@@ -338,7 +338,7 @@ def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, qwen
         processor.process_inputs(["apple"])
     for places in (0, 2):
         processor.chat_template = "<|image_pad|>" * places + "[RET]"
-        with pytest.raises(ValueError, match=rf"have {places} places <\|image_pad\|> for 1 images. Restore chat_template"):
+        with pytest.raises(ValueError, match=rf"have {places} places <\|image_pad\|>, for 1 inputs. Restore"):
             processor.process_inputs([Image.new("RGB", (32, 32))])
 
 
