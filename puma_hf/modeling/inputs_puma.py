@@ -230,7 +230,7 @@ def load_rgb_image(
     prefix = f"{where}: " if where else ""
     try:
         opened = image if isinstance(image, Image.Image) else _opened(image)
-        _check_size(opened.size)
+        _check_size(opened)
         kept = opened.size if kept_size is None else kept_size(*opened.size)
         width, height = (math.ceil(DECODED_GAP * side) for side in kept)
         is_large = min(opened.width // width, opened.height // height) >= 2
@@ -241,6 +241,8 @@ def load_rgb_image(
         rgb = _to_rgb(opened)
         if is_large:
             box = None if drafted is None else drafted[1]  # without the part of a block that rounds a side up
+            if drafted is None and kept_size is not None:  # before Pillow 12 a TIFF is turned as it is loaded
+                kept = kept_size(*rgb.size)
             rgb = rgb.resize(kept, Image.Resampling.BICUBIC, box=box, reducing_gap=AVERAGED_GAP)
         turn = _turn_of(opened)
         return rgb if turn is None else rgb.transpose(turn)
@@ -268,7 +270,7 @@ def decoded_by_torchvision(image: Any, device: Any) -> Any:
     with suppress(Exception):
         opened: Any = None if isinstance(image, Image.Image) else _opened(image)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and _turn_of(opened) is None:
-            _check_size(opened.size)
+            _check_size(opened)
             opened.fp.seek(0)
             data = np.frombuffer(opened.fp.read(), np.uint8).copy()
             if data[-2:].tobytes() == b"\xff\xd9":  # a GPU decodes what is cut off, too
@@ -302,8 +304,9 @@ def _opened(image: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    longer, shorter, most = max(size), min(size), Image.MAX_IMAGE_PIXELS
+def _check_size(image: Image.Image) -> None:
+    size, is_file = image.size, isinstance(image, ImageFile.ImageFile)  # else its pixels are in memory already
+    longer, shorter, most = max(size), min(size), Image.MAX_IMAGE_PIXELS if is_file else None
     if not shorter or longer > MAX_ASPECT_RATIO * shorter:
         limit = f"neither side may be 0, or more than {MAX_ASPECT_RATIO} times the other"
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, {limit}")
@@ -313,7 +316,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    _check_size(image.size)  # some formats tell their size only when they are decoded
+    _check_size(image)  # some formats tell their size only when they are decoded
     # A PNG or PNM of 16 bits a pixel opens in mode "I" with older versions of Pillow.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int32)

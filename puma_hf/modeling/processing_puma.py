@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 from transformers import BatchFeature, FeatureExtractionPipeline, Qwen2VLProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -263,7 +264,8 @@ class PumaProcessor(Qwen2VLProcessor):
         if decode not in DECODE:
             raise ValueError(f"decode={decode!r} must be one of {', '.join(map(repr, DECODE))}.")
         images, size = self.image_processor, options["size"]
-        if sources and (here := size["longest_edge"]) != (own_limit := images.size["longest_edge"]):
+        here, own_limit, worker = size["longest_edge"], images.size["longest_edge"], get_worker_info()
+        if sources and here != own_limit and (worker is None or worker.id == 0):  # of several workers one tells it
             limits = f"{here:,} pixels, and the model was saved with {own_limit:,}"
             logger.warning_once(f"Images are scaled down to {limits}: embeddings at two limits differ.")
         # Only what shrinks images as we do can be helped by smaller ones.
@@ -274,10 +276,12 @@ class PumaProcessor(Qwen2VLProcessor):
         def kept_size(width: int, height: int) -> tuple[int, int]:
             if is_exact:
                 return width, height
-            kept: tuple[int, int] = smart_resize(width, height, factor, size["shortest_edge"], size["longest_edge"])
-            # A side of less than a token is rounded up: such a strip would be resized, or refused, once more.
-            is_strip = kept[0] * kept[1] > size["longest_edge"] or max(kept) > MAX_ASPECT_RATIO * min(kept)
-            return (width, height) if is_strip else kept
+            limits = factor, size["shortest_edge"], size["longest_edge"]
+            kept: tuple[int, int] = smart_resize(width, height, *limits)
+            # A strip rounded up to a token, or a size rounded down below a near lower limit, would be resized, or
+            # refused, once more.
+            is_final = max(kept) <= MAX_ASPECT_RATIO * min(kept) and smart_resize(*kept, *limits) == kept
+            return kept if is_final else (width, height)
 
         def process(source: Any) -> BatchFeature:
             # An array with a stated layout: whether Pillow images are read right with one depends on the version of
@@ -304,15 +308,19 @@ class PumaProcessor(Qwen2VLProcessor):
         """What `__call__` makes of prompts, frames, and images that are processed already."""
         data: dict[str, Any] = {}
         if images:
-            data = {name: torch.cat([image[name] for image in images]) for name in ("pixel_values", "image_grid_thw")}
+            data = {name: _joined([image[name] for image in images]) for name in ("pixel_values", "image_grid_thw")}
         tokens: list[list[str]] = [[self.replace_image_token(dict(image), 0) for image in images], []]
         if videos:
             facts = [{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
             frames = [frames for frames, _ in videos]  # metadata is asked for where frames are sampled
-            found, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
-            data |= {name: value for name, value in found.items() if name != "video_metadata"}
+            processed, tokens[1] = self._process_videos(frames, video_metadata=facts, return_tensors="pt")
+            data |= {name: value for name, value in processed.items() if name != "video_metadata"}
         for text in texts:
             self._check_end(text)
+        for token, found in ((self.image_token, images), (self.video_token, videos)):
+            if (places := sum(text.count(token) for text in texts)) != len(found):
+                problem = f"The prompts have {places} places {token}, for {len(found)} inputs"
+                raise ValueError(f"{problem}. Restore chat_template.jinja from the model's directory.")
         expanded, _ = self.get_text_with_replacements(texts, *tokens)
         return BatchFeature({**self.tokenizer(expanded, padding=True, return_tensors="pt"), **data})
 
@@ -390,6 +398,11 @@ class PumaImageTextProcessor(PumaProcessor):
     """A `PumaProcessor` without video, for the later families, which tell the time of frames in other ways."""
 
     _takes_video = False
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    # torch.cat would start OpenMP's threads on a CPU, and a process that is forked later would wait for them forever.
+    return torch.cat(parts) if parts[0].device.type != "cpu" else torch.from_numpy(np.concatenate(parts))
 
 
 def _filled(item: Any, text: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import struct
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from puma_hf import PumaProcessor
 from puma_hf.modeling import inputs_puma
+from tests.patience import PATIENCE
 
 SIZE = {"shortest_edge": 4 * 256, "longest_edge": 64 * 256}  # at most 64 tokens of 16 x 16 pixels
 
@@ -50,10 +53,10 @@ def arithmetic() -> bytes:
     return b"\xff\xd8" + b"".join(parts) + bytes(64) + b"\xff\xd9"
 
 
-def turned(orientation: int) -> bytes:
+def turned(orientation: int, image: Image.Image | None = None, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return jpeg(exif=exif)
+    return jpeg(image, kind, exif=exif)
 
 
 def with_thumbnail() -> bytes:
@@ -79,6 +82,7 @@ READ: dict[str, bytes] = {
     "more than in the file": lying(1280, 960),
     "PNG": jpeg(photo(1280, 960), "PNG"),
     "PNG with alpha": jpeg(photo(1280, 960).convert("RGBA"), "PNG"),
+    "TIFF, turned": turned(6, photo(1280, 960), "TIFF"),
     **{f"orientation {number}": turned(number) for number in range(1, 9)},
 }
 REFUSED = {
@@ -116,8 +120,9 @@ def test_fast_and_exact_refuse_the_same(name: str, processor: PumaProcessor) -> 
 def test_the_same_tokens_at_every_size(processor: PumaProcessor) -> None:
     for seed in range(24):
         width, height = np.random.default_rng(seed).integers(40, 800, 2).tolist()
-        data = jpeg(photo(width, height))
-        (fast, grid), (exact, same) = (pixels(processor, data, decode) for decode in ("fast", "exact"))
+        data, least = jpeg(photo(width, height)), 256 * (4, 64)[seed % 2]  # or both limits are one
+        ways = ("fast", "exact")
+        (fast, grid), (exact, same) = (pixels(processor, data, decode, shortest_edge=least) for decode in ways)
         assert grid == same, (width, height)
         assert (fast - exact).abs().mean() < 0.02, (width, height)
 
@@ -129,3 +134,23 @@ def test_what_is_small_or_opened_is_decoded_whole(processor: PumaProcessor, monk
     assert torch.equal(*(pixels(processor, small, decode)[0] for decode in ("fast", "exact")))
     pixels(processor, Image.open(io.BytesIO(WHOLE)), "fast")
     assert asked == []
+    monkeypatch.setattr(inputs_puma.Image, "MAX_IMAGE_PIXELS", 99)  # a limit for files, not for what is in memory
+    for image in (photo(), np.asarray(photo())):
+        pixels(processor, image, "fast")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_can_read_images(processor: PumaProcessor) -> None:
+    """OpenMP's threads are not in a fork: what gave them work there would wait for them forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.cat([torch.ones(2**18)] * 4)  # they start here
+        expected = pixels(processor, WHOLE, "fast")[0].numpy()
+        child = os.fork()
+        if not child:
+            signal.alarm(PATIENCE)
+            os._exit(0 if np.array_equal(pixels(processor, WHOLE, "fast")[0].numpy(), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(threads)

@@ -336,6 +336,10 @@ def test_a_prompt_that_nobody_rendered_is_refused(processor: PumaProcessor, qwen
     processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     with pytest.raises(ValueError, match=r"does not end in \[RET\].*restore chat_template.jinja"):
         processor.process_inputs(["apple"])
+    for places in (0, 2):
+        processor.chat_template = "<|image_pad|>" * places + "[RET]"
+        with pytest.raises(ValueError, match=rf"have {places} places <\|image_pad\|>, for 1 inputs. Restore"):
+            processor.process_inputs([Image.new("RGB", (32, 32))])
 
 
 # --- torchvision; what really runs videos is tested in test_inputs_puma.py

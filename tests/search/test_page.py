@@ -121,6 +121,8 @@ def test_it_serves_until_it_is_stopped(
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr("puma_hf.search.page.open_searcher", lambda *_, **__: page_searcher)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(number)
     is_error = number == signal.SIGTERM  # which schedulers and containers send
     with pytest.raises(SystemExit) if is_error else nullcontext():
