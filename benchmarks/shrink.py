@@ -90,7 +90,7 @@ def figures(work: Path, model: Path, *words: object) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="of distillation")
+    parser.add_argument("--steps", type=int, default=300, help="of distillation")
     parser.add_argument("--num-kept-layers", type=int, default=4)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "output" / "shrink")
     args = parser.parse_args()
