@@ -171,7 +171,9 @@ class PumaDistillationTrainer(PumaTrainer):
 
     def _find(self, source: TeacherSource | None, revision: str | None) -> Teacher:
         """The teacher, whose vector space is noted in the student's configuration if that is trained to share it."""
-        teacher = find_teacher(source, puma_model(self.model), revision=revision, metric=self._metric)
+        teacher = find_teacher(
+            source, puma_model(self.model), revision=revision, metric=self._metric, tokenizer=self.model.tokenizer
+        )
         if self._shares_space:
             puma_model(self.model).config.teacher_fingerprint = teacher.space(self.model)
         return teacher

@@ -269,11 +269,28 @@ def _preprocess_with_rows(
 TeacherSource = str | Path | PumaModel | SentenceTransformer | Teacher
 
 
+def _check_vocabulary(full: StoredModel, tokenizer: Any, name: str) -> None:
+    """Refuse a teacher to which a token id of the student's means another token."""
+    own, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(full._checkpoint.folder).get_vocab()
+    if other := [token for token, number in theirs.items() if own.get(token, number) != number]:
+        problem = (
+            f"The teacher {name!r} has another vocabulary: {other[0]!r} is {theirs[other[0]]}, not {own[other[0]]}"
+        )
+        remedy = "Take one of the student's, or a sentence-transformers directory, which reads by itself, with"
+        raise ValueError(f"{problem}. {remedy} metric='relational' (--metric relational).")
+
+
 def find_teacher(
-    teacher: TeacherSource | None, student: PumaModel, *, revision: str | None = None, metric: str = "mse"
+    teacher: TeacherSource | None,
+    student: PumaModel,
+    *,
+    revision: str | None = None,
+    metric: str = "mse",
+    tokenizer: Any = None,
 ) -> Teacher:
     """A teacher that never moves: one copy of the weights with the student where that is possible.
 
+    With the student's `tokenizer` a checkpoint of another vocabulary is refused, as it gets the student's token ids.
     `teacher` is the path or Hub id of a checkpoint, by default of the one that was pruned, which the student's
     configuration names: it shares its weights with the student where they are equal. A model is held whole beside the
     student, and so is another checkpoint, with a warning. A teacher is returned. For the metrics "relational" and
@@ -313,6 +330,8 @@ def find_teacher(
         loading = {"revision": revision, "device": str(student.device)}
         found = _embedding_teacher(open_sentence_transformer(str(teacher), **loading), student, relational)
     else:
+        if tokenizer is not None:
+            _check_vocabulary(full, tokenizer, str(teacher))
         found = WholeTeacher(full.load(), student, any_width=relational)
     size = sum(parameter.numel() * parameter.element_size() for parameter in found.model.parameters()) / 2**20
     logger.warning(

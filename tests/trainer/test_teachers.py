@@ -396,6 +396,14 @@ def test_a_checkpoint_of_another_depth_is_held_whole(
     assert "it has 3 layers, and the student was cut from 4" in caplog.text
     with pytest.raises(ValueError, match=r"has the student's weights: it is the student itself"):
         make_trainer(teacher=puma_dir)
+    file = tmp_path / "three" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"has another vocabulary: '.*' is \d+, not \d+\. Take one of"):
+        make_trainer(teacher=tmp_path / "three")
 
 
 # --- what is refused
