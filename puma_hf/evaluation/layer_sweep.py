@@ -294,9 +294,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
     names = names if len(set(names)) == len(names) else sources
-    limits = (None,) if config.max_pixels is None else parse_limits(config.max_pixels)
     swept: list[SweptModel] = []
-    image_tokens = 0
     full: Tensor | None = None
     with TemporaryDirectory(prefix="puma-hf-") as folder:
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
@@ -307,21 +305,8 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
         for source, name in zip(sources, names, strict=True):
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                embeddings: Tensor | None = None
-                _check_limits(model, name, limits)
-                for limit in limits:
-                    costs, tokens = layer_costs(model, limit)
-                    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
-                    options["processing_kwargs"] = processing_of(config.special_tokens, limit, config.decode)
-                    options |= {"earlier": embeddings, "show_progress_bar": show_progress_bar}
-                    embeddings = embed_all_depths(held, model, **options)
-                    full, rows = _measure_depths(held, model, config, costs, full, embeddings)
-                    image_tokens = image_tokens or tokens  # those of the full model, which comes first
-                    named = name if limit is None else f"{name}, {limit:,} pixels ({tokens} visual tokens)"
-                    swept.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens))
-                    if config.keep_last:  # the full model ends that curve, too
-                        kept = (*rows[len(costs) :], rows[len(costs) - 1])
-                        swept.append(SweptModel(f"{named}, first k - 1 layers and the last", kept, limit, tokens))
+                full, curves = _curves(held, model, name, config, full, show_progress_bar)
+            swept += curves
         measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
             models=tuple(swept),
@@ -334,7 +319,7 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             pool=decides,
             metric=config.metric,
             text_tokens=TEXT_TOKENS,
-            image_tokens=image_tokens,
+            image_tokens=swept[0].image_tokens or 0,
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
         )
@@ -345,6 +330,34 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             logger.error("The files could not be written. What was measured:\n%s", report.to_markdown())
             raise
     return report
+
+
+def _curves(
+    held: HeldInputs,
+    model: SentenceTransformer,
+    name: str,
+    config: SweepConfig,
+    full: Tensor | None,
+    show_progress_bar: bool,
+) -> tuple[Tensor | None, list[SweptModel]]:
+    """The full model's embeddings, which are this one's if it is the first, and its curves at each pixel limit."""
+    limits = (None,) if config.max_pixels is None else parse_limits(config.max_pixels)
+    _check_limits(model, name, limits)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+    curves: list[SweptModel] = []
+    embeddings: Tensor | None = None
+    for limit in limits:
+        costs, tokens = layer_costs(model, limit)
+        options["processing_kwargs"] = processing_of(config.special_tokens, limit, config.decode)
+        options |= {"earlier": embeddings, "show_progress_bar": show_progress_bar}
+        embeddings = embed_all_depths(held, model, **options)
+        full, rows = _measure_depths(held, model, config, costs, full, embeddings)
+        named = name if limit is None else f"{name}, {limit:,} pixels ({tokens} visual tokens)"
+        curves.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens))
+        if config.keep_last:  # the full model ends that curve, too
+            kept = (*rows[len(costs) :], rows[len(costs) - 1])
+            curves.append(SweptModel(f"{named}, first k - 1 layers and the last", kept, limit, tokens))
+    return full, curves
 
 
 def _check_limits(model: SentenceTransformer, name: str, limits: Sequence[int | None]) -> None:
