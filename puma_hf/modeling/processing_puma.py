@@ -287,9 +287,9 @@ class PumaProcessor(Qwen2VLProcessor):
             # An array with a stated layout: whether Pillow images are read right with one depends on the version of
             # transformers, and without one a 1- or 3-pixel-high image is mistaken for channels-first. A copy, as
             # PyTorch warns of what it may not write to.
-            found = decoded_by_torchvision(source, options.get("device", "cpu")) if decode == "torchvision" else None
-            pixels = np.array(load_rgb_image(source, kept_size=kept_size)) if found is None else found
-            layout = "channels_last" if found is None else "channels_first"
+            decoded = decoded_by_torchvision(source, options.get("device", "cpu")) if decode == "torchvision" else None
+            pixels = np.array(load_rgb_image(source, kept_size=kept_size)) if decoded is None else decoded
+            layout = "channels_last" if decoded is None else "channels_first"
             layouts = {"input_data_format": layout, "do_convert_rgb": False, **options}
             processed: BatchFeature = images(pixels, return_tensors="pt", **layouts)
             return processed
@@ -299,8 +299,8 @@ class PumaProcessor(Qwen2VLProcessor):
         own = {id(source): source for source in sources}
         pool = ThreadPoolExecutor(max(1, min(torch.get_num_threads(), _MOST_THREADS, len(own))), "puma-images")
         try:
-            found = {key: pool.submit(process, source) for key, source in own.items()}
-            yield lambda source: found[id(source)].result()
+            jobs = {key: pool.submit(process, source) for key, source in own.items()}
+            yield lambda source: jobs[id(source)].result()
         finally:
             pool.shutdown(cancel_futures=True)  # one that lived on would be dead in a process that is forked later
 

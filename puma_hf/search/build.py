@@ -96,7 +96,8 @@ def build_index(config: IndexConfig) -> IndexReport:
         description = {
             **settings,
             "format_version": FORMAT,
-            "space": space_fingerprint(model),
+            # Of the same model, which is checked below, it is the same: all weights need not be read for it again.
+            "space": (before or {}).get("space") or space_fingerprint(model),
             "revision": config.revision,
             "dtype": config.dtype,
             "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
