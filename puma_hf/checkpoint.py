@@ -174,16 +174,24 @@ def load_kept(checkpoint: Checkpoint, config: Any, layers: Sequence[int], dtype:
 # ------------------------------------------------------------------------------------------------ a model to embed with
 
 
-def open_sentence_transformer(name: str, **loading: Any) -> SentenceTransformer:
-    """A model from a directory or from the Hub; the code that lies in a local directory is run.
+def open_sentence_transformer(name: str, num_kept_layers: int | None = None, **loading: Any) -> SentenceTransformer:
+    """A model from a directory or from the Hub, or its first layers; the code that lies in a local directory is run.
 
-    A FileNotFoundError says that there is no such model, here or on the Hub, or that an adapter's base is gone.
+    A FileNotFoundError says that there is no such model, here or on the Hub, or that an adapter's base is gone; a
+    ValueError that it has no such number of layers, or is no PUMA model.
     """
+    if num_kept_layers is not None:
+        loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "num_kept_layers": num_kept_layers}
     # A local directory was put there by the user, and its code is what `puma-hf prune` wrote. A repository may change.
     is_folder = Path(name).is_dir()
     loading["trust_remote_code"] = loading.get("trust_remote_code", False) or is_folder
     try:
         return SentenceTransformer(name, **loading)
+    except TypeError as error:
+        if num_kept_layers is None or "num_kept_layers" not in str(error):
+            raise
+        problem = f"num_kept_layers={num_kept_layers} is for PUMA models, which {name!r} is none of"
+        raise ValueError(f"{problem}. Leave it out, or cut the model first: puma-hf prune.") from error
     except OSError as error:
         reason = cut(str(error).strip())  # transformers may speak of the network alone, on several lines
         if Path(name, ADAPTER_CONFIG).is_file():

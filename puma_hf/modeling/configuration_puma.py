@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
+from transformers.utils import logging
 
 # To mypy the mixin is a configuration. If it really were one, the fields of PreTrainedConfig would come with it, and
 # their defaults would win over a backbone's own.
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _MixinBase
 else:
     _MixinBase = object
+
+logger = logging.get_logger(__name__)
 
 POSITIONS = ("mrope", "sequential")
 
@@ -72,6 +75,7 @@ class PumaConfigMixin(_MixinBase):
     source_revision: str | None = None
     ret_token_id: int | None = None
     teacher_fingerprint: str | None = None
+    trained_depths: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         keep_layers = kwargs.pop("keep_layers", None)
@@ -83,7 +87,16 @@ class PumaConfigMixin(_MixinBase):
         if self.original_num_hidden_layers is None:
             self.original_num_hidden_layers = available
         number = available if self.num_kept_layers is None else self.num_kept_layers
-        layers = chosen_layers(number if keep_layers is None else None, keep_layers, available)
+        self.cut(number if keep_layers is None else None, keep_layers)
+
+    def cut(self, num_kept_layers: int | None = None, keep_layers: Any = None) -> None:
+        """Keep the first `num_kept_layers` of the layers that are there, or `keep_layers` of them, else a ValueError.
+
+        An exit that was trained stays one, and in the space that it was trained for, while all of its layers stay.
+        """
+        text_config: Any = self.text_config
+        available = text_config.num_hidden_layers
+        layers = chosen_layers(num_kept_layers, keep_layers, available)
         there = list(range(available)) if self.kept_layers is None else self.kept_layers
         kept, first = [there[layer] for layer in layers], list(range(len(layers)))
         # Features of the vision tower must be added after the same layers as in the original.
@@ -96,8 +109,13 @@ class PumaConfigMixin(_MixinBase):
         self.kept_layers = None if kept == first else kept
         # The numbers that the weights have in the checkpoint that is cut.
         self._loaded_layers = None if layers == first else layers
-        if len(layers) < available:  # it was distilled with the layers that go
+        trained = [depth for depth in self.trained_depths or () if layers[:depth] == list(range(depth))]
+        if self.trained_depths and len(layers) not in trained:
+            told = "the model was trained to embed after %s of its layers, and after %s nobody has trained it"
+            logger.warning_once(told, " or ".join(map(str, self.trained_depths)), len(layers))
+        if len(layers) < available and len(layers) not in trained:  # it was distilled with the layers that go
             self.teacher_fingerprint = None
+        self.trained_depths = trained or None
         self.num_kept_layers = text_config.num_hidden_layers = len(layers)
         # A reload validates that the two agree, so they are always cut together. Qwen3-VL has no types.
         if getattr(text_config, "layer_types", None) is not None:
@@ -165,6 +183,9 @@ class PumaConfig(PumaConfigMixin, Qwen2VLConfig):
             Token id of `[RET]`, the last token of every prompt, at which the embedding is read.
         teacher_fingerprint (`str`, *optional*):
             Of a model that was distilled towards another, and not trained since: the vector space that both share.
+        trained_depths (`list[int]`, *optional*):
+            After how many layers it was trained to embed, if after several: each of these is a `num_kept_layers` to
+            load. Another depth is loaded with a warning.
 
     Raises:
         ValueError: If the layers to keep are none that the checkpoint has, or it is no Qwen2-VL model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,12 @@ class PumaModelMixin(_MixinBase):
         """
         # A subclass does not inherit the renames that transformers knows for the stock class.
         kwargs.setdefault("key_mapping", CHECKPOINT_KEY_MAPPING)
-        # AutoModel has read the configuration already, and passes that.
+        asked = {name: kwargs[name] for name in ("num_kept_layers", "keep_layers") if kwargs.get(name) is not None}
+        # AutoModel and SentenceTransformer have read the configuration already, and pass that.
+        if asked and hasattr(kwargs.get("config"), "cut"):
+            kwargs["config"] = deepcopy(kwargs["config"])
+            kwargs["config"].cut(**asked)
+            kwargs = {name: value for name, value in kwargs.items() if name not in asked}
         cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
         return_loading_info = kwargs.pop("output_loading_info", False)
         always = {"use_safetensors": True, "output_loading_info": True}

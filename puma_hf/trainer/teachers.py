@@ -327,7 +327,7 @@ def find_teacher(
         return shared
     found: Any
     if embeds or not full:
-        loading = {"revision": revision, "device": str(student.device)}
+        loading: dict[str, Any] = {"revision": revision, "device": str(student.device)}
         found = _embedding_teacher(open_sentence_transformer(str(teacher), **loading), student, relational)
     else:
         if tokenizer is not None:
