@@ -71,15 +71,16 @@ class ElasticDepthLoss(nn.Module):
         self._dim: int = config.text_config.hidden_size
         self._exits: list[tuple[int, float]] = self._weighted()
         config.trained_depths = list(depths)
-        self._cached: Any = loss  # the loss, inside of wrappers, whose backward pass comes later
         if uses_gradient_cache(loss):
-            while not hasattr(self._cached, "calculate_loss"):
-                self._cached = self._cached.loss
-            self._cached.calculate_loss = self._of_cached(self._cached.calculate_loss)
+            cached: Any = loss
+            while not hasattr(cached, "calculate_loss"):  # inside of wrappers
+                cached = cached.loss
+            cached.calculate_loss = self._of_cached(cached.calculate_loss)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Any:
         """Embed every column after all depths and sum the losses: what the loss inside returns, a scalar or terms."""
-        self._exits = self._weighted() if self.depth_weights != "sampled" else self._drawn()
+        draws = self.depth_weights == "sampled" and self.model.training  # an evaluation is of all depths
+        self._exits = self._drawn() if draws else self._weighted()
         depths = tuple(depth for depth, _ in self._exits)
         columns = [{**features, DEPTHS_KEY: depths} for features in sentence_features]
         if uses_gradient_cache(self.loss):
@@ -161,4 +162,5 @@ class _Exits:
         output = self.outputs[self.column]
         self.column += 1
         names = ("sentence_embedding", "pooler_output")
-        return {**output, **{name: self.of_exit(output[name], self.number) for name in names}}
+        one = {DEPTHS_KEY: output[DEPTHS_KEY][self.number :][:1]}
+        return {**output, **one, **{name: self.of_exit(output[name], self.number) for name in names}}
