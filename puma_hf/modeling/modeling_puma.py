@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3_5Model, Qwen3VLModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig, PumaQwen35Config
 
@@ -80,6 +85,35 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
+@contextmanager
+def running_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block a model's decoder runs these layers, fewer or more than its own, each of its own kind."""
+    decoder: Any = model.language_model
+    if len(layers) == len(decoder.layers):
+        yield
+        return
+    # What a decoder goes by, where its family has it: Qwen3-VL has one kind of attention, and no types.
+    parts = [(decoder, "layers"), (decoder, "has_sliding_layers")]
+    parts += [(decoder.config, "layer_types"), (decoder.config, "num_hidden_layers")]
+    before = [(part, name, getattr(part, name)) for part, name in parts if hasattr(part, name)]
+    try:
+        decoder.layers = nn.ModuleList(layers)
+        decoder.config.num_hidden_layers = len(layers)
+        if hasattr(decoder.config, "layer_types"):
+            # Each layer is told its kind of attention here, though it knows it.
+            decoder.config.layer_types = types = [_layer_type(layer) for layer in layers]
+            decoder.has_sliding_layers = "sliding_attention" in types
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+def _layer_type(layer: Any) -> str:
+    """What kind of attention a decoder layer has; in Qwen3.5 the layer says so, elsewhere its attention."""
+    return str(getattr(layer, "block_type", None) or layer.self_attn.layer_type)
+
+
 # Whether a model that is made has the numbers that its layers have in the checkpoint that is read, so that dropped
 # ones are never read, whichever they are. No argument of the model, as a subclass may take a configuration alone.
 _of_checkpoint = ContextVar("of_checkpoint", default=False)
@@ -121,10 +155,9 @@ class PumaModelMixin(_MixinBase):
             kwargs["config"] = deepcopy(kwargs["config"])
             kwargs["config"].cut(**asked)
             kwargs = {name: value for name, value in kwargs.items() if name not in asked}
-        cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
         return_loading_info = kwargs.pop("output_loading_info", False)
         always = {"use_safetensors": True, "output_loading_info": True}
-        before = _of_checkpoint.set(cuts)
+        before = _of_checkpoint.set(True)
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs | always)
         finally:
@@ -132,20 +165,31 @@ class PumaModelMixin(_MixinBase):
         model, info = loaded
         # With an adapter the information is about its tensors, those of the base having been checked before.
         wrong = info["missing_keys"] or {name for name in info["unexpected_keys"] if "lora_" in name}
-        if model._hf_peft_config_loaded and wrong:
+        if model._hf_peft_config_loaded:
             # AutoModel passes the base, and the adapter's own place among the options.
-            options = kwargs.get("adapter_kwargs") or {}
+            options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
             adapter = str(options.get("_adapter_model_path") or pretrained_model_name_or_path)
-            raise ValueError(
-                f"{len(wrong)} tensors of the adapter {adapter!r} were not loaded (first: {min(wrong)}). It is "
-                "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
-            )
+            if wrong:
+                raise ValueError(
+                    f"{len(wrong)} tensors of the adapter {adapter!r} were not loaded (first: {min(wrong)}). It is "
+                    "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
+                )
+            _note_training(model.config, adapter, options)
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
-        if cuts:
+        if model.config._loaded_layers is not None:
             model.language_model.layers = torch.nn.ModuleList(model.language_model.layers)
             model.config._loaded_layers = None
         return (model, info) if return_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which would tell of an adapter's tensors whose layers were cut away as asked for."""
+        info, more = super()._load_pretrained_model(model, *args, **kwargs)
+        if (kept := model.config._loaded_layers) is not None:
+            layers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in info.unexpected_keys}
+            info.unexpected_keys = {name for name, layer in layers.items() if not layer or int(layer[1]) in kept}
+        return info, more
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -195,6 +239,7 @@ class PumaModelMixin(_MixinBase):
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        exit_depths: Sequence[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> PumaModelOutput | tuple[Tensor, ...]:
@@ -211,11 +256,14 @@ class PumaModelMixin(_MixinBase):
             video_grid_thw: `(num_videos, 3)` likewise for videos.
             mm_token_type_ids: `(batch_size, sequence_length)`, 0 text, 1 image, 2 video; computed when absent.
             mm_encoder_outputs: `{"image": model.get_image_features(...)}`, instead of `pixel_values`.
+            exit_depths: Embed after each of these numbers of layers, such as `(4, 8)`, as models cut to so many would:
+                one forward pass of the last of them.
             return_dict: `False` returns a tuple.
             kwargs: Passed on, for example `output_hidden_states`.
 
         Returns:
-            A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`.
+            A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`; with `exit_depths` they and
+            the `pooler_output` are `(batch_size, num_depths, hidden_size)`.
         """
         config: Any = self.config
         if mm_token_type_ids is None and input_ids is not None:
@@ -225,22 +273,33 @@ class PumaModelMixin(_MixinBase):
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         if position_ids is None and tokens is not None and config.positions == "sequential":
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(3, tokens.shape[0], -1)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
-            **kwargs,
-        )
-        # embedding = L2(final_norm(h_k)[last token]); the backbone has applied the norm.
+        decoder: Any = self.language_model
+        layers = decoder.layers
+        if exit_depths is not None:
+            config.check_depths(exit_depths)
+            layers = layers[: exit_depths[-1]]
+            if len(exit_depths) > 1:  # in training autograd keeps the states anyway
+                kwargs["output_hidden_states"] = True
+        with running_layers(self, layers):
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                mm_token_type_ids=mm_token_type_ids,
+                mm_encoder_outputs=mm_encoder_outputs,
+                return_dict=True,
+                **kwargs,
+            )
+        # embedding = L2(final_norm(h_k)[last token]); the backbone has applied the norm to the last of the states.
         pooled = last_token_state(outputs.last_hidden_state, attention_mask)
+        if exit_depths is not None:
+            inner = [last_token_state(outputs.hidden_states[depth], attention_mask) for depth in exit_depths[:-1]]
+            pooled = torch.stack([*map(decoder.norm, inner), pooled], dim=1)
         result = PumaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,
@@ -315,6 +374,16 @@ MODEL_CLASSES: dict[Any, Any] = {
     model_class.config_class: model_class
     for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel, PumaQwen35Model)
 }
+
+
+def _note_training(config: Any, adapter: str, options: dict[str, Any]) -> None:
+    """Put into the configuration, in place of what the base has, what the training of its adapter has noted."""
+    hub = {name: options[name] for name in ("cache_dir", "revision", "token") if name in options}
+    missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    file = cached_file(adapter, "puma_base.json", **hub, **missing)
+    noted = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    config.teacher_fingerprint, config.trained_depths = noted.get("teacher"), noted.get("trained_depths")
+    config.keep_trained(config._loaded_layers)
 
 
 def _source_class(model: Any) -> Any:
