@@ -259,10 +259,13 @@ class SweepConfig(_BenchmarkSettings):
         split: Split to measure on; choose k on val, and report test.
         pool: Each task's own pool, that of all tasks, or both; with both, local decides.
         metric: Quality that decides; score is hit@5, and hit@10 on fashion datasets.
-        compare: Further models, such as a distilled PUMA directory, swept beside the full.
+        compare: Further models, such as a distilled PUMA directory, swept beside the full. Of one that was trained at
+            several depths (distill --depths), these are measured, and pairs of a query's depth and a candidate's.
+        distilled: Models that were distilled for one depth each: together one curve, with a point of each.
         output: Directory for sweep.json, sweep.md and sweep.png.
         max_params: Budget of parameters for the recommendation, such as 4B or 800M.
         keep: Share of the full model's quality that k must keep.
+        max_query_ms: Milliseconds that a text query may take on this machine, for the recommended pair of depths.
         keep_last: Measure the first k - 1 layers with the last one, too, for every k.
         max_pixels: Limits of an image's pixels to measure every k at, such as 50000,100000,235200; the largest is what
             the others are compared with. The recommendation then goes by an image's operations, not by parameters.
@@ -272,9 +275,11 @@ class SweepConfig(_BenchmarkSettings):
     pool: Pool = "local"
     metric: Literal["score", "hit@1", "hit@5", "hit@10", "ndcg@10", "mrr@10"] = "score"
     compare: tuple[str, ...] = ()
+    distilled: tuple[str, ...] = ()
     # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1)
+    max_query_ms: float | None = option(None, above=0)
     keep_last: bool = False
     max_pixels: str | None = None
 
