@@ -34,10 +34,10 @@ class ElasticDepthLoss(nn.Module):
             `MatryoshkaLoss` of one, which then must be inside: depth by width.
         depths: After how many layers to embed, such as `(4, 8, 12)`. The last is the number of layers that the model
             has: prune it to that.
-        depth_weights: `"equal"`: each depth has the weight 1. `"linear"`: as deep as it is. `"last"`: the deepest as
-            much as all others together. These sum to the number of depths. `"sampled"`: one depth a batch, drawn evenly
-            and the same on all devices; no layer above it is computed, and launched on several devices it needs
-            `ddp_find_unused_parameters=True`.
+        depth_weights: `"equal"`: each depth has the weight 1. `"linear"`: as deep as it is. `"last"`: the deepest
+            twice as much as all others together. These sum to the number of depths. `"sampled"`: one depth a batch,
+            drawn evenly and the same on all devices; no layer above it is computed, and launched on several devices it
+            needs `ddp_find_unused_parameters=True`.
 
     Raises:
         ValueError: If the depths are none that the model has, or `MatryoshkaLoss` is around this loss.
@@ -112,7 +112,7 @@ class ElasticDepthLoss(nn.Module):
         if self.depth_weights == "linear":
             weights = [number * depth / sum(depths) for depth in depths]
         elif self.depth_weights == "last" and number > 1:
-            weights = [number / (2 * (number - 1))] * (number - 1) + [number / 2]
+            weights = [number / (3 * (number - 1))] * (number - 1) + [2 * number / 3]
         return list(zip(depths, weights, strict=True))
 
     def _drawn(self) -> list[tuple[int, float]]:

@@ -27,7 +27,7 @@ from tests.losses.conftest import BagOfNumbers
 
 DEPTHS = (1, 2, 4)
 # By hand: they sum to 3; linear is as 1, 2 and 4 are, last gives the deepest a half.
-WEIGHTS = {"equal": [1, 1, 1], "linear": [3 / 7, 6 / 7, 12 / 7], "last": [3 / 4, 3 / 4, 3 / 2]}
+WEIGHTS = {"equal": [1, 1, 1], "linear": [3 / 7, 6 / 7, 12 / 7], "last": [1 / 2, 1 / 2, 2]}
 CONSTANT: dict[str, Any] = {"temperature": 0.5, "hard_temperature": 0.3, "schedule": "constant"}
 Result = tuple[float, dict[str, Tensor]]
 
