@@ -7,6 +7,7 @@ libraries read them once, at their own import.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -101,6 +102,18 @@ def puma_dir(qwen_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("pruned") / "tiny-puma"
     prune(qwen_dir, folder, num_kept_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def elastic_dir(qwen_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with all of its 4 layers, said to be trained after 1, 2 and 4 of them. Read only."""
+    from puma_hf import prune
+
+    folder = tmp_path_factory.mktemp("elastic") / "tiny-elastic"
+    prune(qwen_dir, folder, num_kept_layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "trained_depths": [1, 2, 4]}))
     return folder
 
 
