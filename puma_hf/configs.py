@@ -14,7 +14,7 @@ from typing import Literal
 
 from puma_hf.configs_training import *  # noqa: F403 - the settings of training, which are exported from here
 from puma_hf.files import is_hub_id
-from puma_hf.settings import CheckedConfig, Decode, SpecialTokens, option, positional
+from puma_hf.settings import CheckedConfig, Decode, SpecialTokens, option, parse_numbers, positional
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 OnError = Literal["raise", "skip", "zero"]
@@ -52,11 +52,8 @@ def parse_limits(value: str) -> tuple[int, ...]:
         >>> parse_limits("50000,235200")
         (235200, 50000)
     """
-    limits = [int(part) if part.strip().isascii() and part.strip().isdecimal() else 0 for part in value.split(",")]
-    if min(limits) < 28 * 28 or len(set(limits)) < len(limits):
-        wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
-        raise ValueError(f"max_pixels={value!r} {wanted}.")
-    return tuple(sorted(limits, reverse=True))
+    wanted = "must be different numbers of pixels, each at least 784, such as 50000,100000,235200"
+    return parse_numbers("max_pixels", value, 28 * 28, wanted)[::-1]
 
 
 @dataclass(frozen=True, kw_only=True)

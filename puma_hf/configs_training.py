@@ -16,11 +16,12 @@ from puma_hf.losses.schedule_puma import (
     SCHEDULE_END,
     SPLIT_WEIGHT,
     TEMPERATURE,
+    DepthWeights,
     DistillationMetric,
     ModalityGrouping,
     Schedule,
 )
-from puma_hf.settings import CheckedConfig, SpecialTokens, option, positional
+from puma_hf.settings import CheckedConfig, SpecialTokens, option, parse_numbers, positional
 
 PairDirection = Literal["text-to-image", "image-to-text", "both"]
 TeacherMode = Literal["frozen", "cached"]
@@ -33,6 +34,16 @@ _SET_BY_FIELDS = (
     *("output_dir", "save_strategy", "resume_from_checkpoint", "per_device_train_batch_size"),
     *("auto_find_batch_size", "warmup_steps", "warmup_ratio", "activation_checkpointing"),
 )
+
+
+def parse_depths(value: str) -> tuple[int, ...]:
+    """Numbers of layers that are separated by commas, the smallest first; a ValueError if one is none, or comes twice.
+
+    Example:
+        >>> parse_depths("4,8,12")
+        (4, 8, 12)
+    """
+    return parse_numbers("depths", value, 1, "must be different numbers of layers, such as 4,8,12")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +146,10 @@ class StageConfig(CheckedConfig):
         resume: Continue from the last whole checkpoint in the output.
         overwrite: Use an output that is not empty; checkpoints in it are removed.
         training_arguments: More SentenceTransformerTrainingArguments, by name (YAML and Python only).
+        depths: Numbers of layers to embed after, such as 4,8,12, the last all that the model has: one training for
+            models of all these depths, see --num-kept-layers of the other commands. Default: the model's own alone.
+        depth_weights: How much each depth counts; equal, linear: as deep as it is, last: the deepest as much as all
+            others; or sampled: one depth a batch, drawn evenly, and no layer above it computed.
         teacher: Checkpoint that was pruned, or another of its hidden size, or with metric relational any embedder;
             default: the one the model names.
         teacher_mode: frozen: the untouched full model, asked at every step; cached: its states, computed once and
@@ -187,6 +202,9 @@ class StageConfig(CheckedConfig):
     overwrite: bool = False
     # The rest of the Trainer, which needs no words of ours.
     training_arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"flag": False})
+    # Several depths of one checkpoint: one forward pass of the deepest has the states of all.
+    depths: str | None = None
+    depth_weights: DepthWeights = "equal"
     # A cached teacher costs its states on the disk, and saves a forward pass of the full model in every step.
     teacher: str | Path | None = None
     teacher_mode: TeacherMode = "frozen"
@@ -198,6 +216,8 @@ class StageConfig(CheckedConfig):
         super().__post_init__()
         if self.max_steps == 0:
             raise ValueError("max_steps=0 must be at least 1, or -1 for whole epochs.")
+        if self.depths is not None:
+            parse_depths(self.depths)
         own = {*_SET_BY_FIELDS, *(entry.name for entry in fields(StageConfig))}
         if taken := own & self.training_arguments.keys():
             raise ValueError(f"training_arguments may not set {sorted(taken)}: fields of the recipe do. Set those.")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from puma_hf.files import is_hub_id
 
-# Where a checkpoint was loaded from, by which version, and what taught it: the embeddings do not depend on these.
+# Where a checkpoint was loaded from, by which version, what taught it, at which depths: embeddings do not depend on it.
 _NOT_COMPARED: tuple[str, ...] = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
-_NOT_COMPARED += ("teacher_fingerprint",)
+_NOT_COMPARED += ("teacher_fingerprint", "trained_depths")
 _TOKENIZER_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
 # Packages of code that changes while its version does not: that of a checkpoint, and ours, of which it is a copy.
 _CODE_OF_MODELS = ("transformers_modules.", "puma_hf.")

@@ -153,6 +153,19 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name}={shown(value)} must be {wanted}, not {_WORDS.get(type(value), type(value).__name__)}.")
 
 
+def parse_numbers(name: str, value: str, at_least: int, wanted: str) -> tuple[int, ...]:
+    """Different whole numbers that are separated by commas, the smallest first; else a ValueError says what is wanted.
+
+    Example:
+        >>> parse_numbers("depths", "8,4", 1, "must be numbers of layers")
+        (4, 8)
+    """
+    numbers = [int(part) if part.strip().isascii() and part.strip().isdecimal() else 0 for part in value.split(",")]
+    if min(numbers) < at_least or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name}={value!r} {wanted}.")
+    return tuple(sorted(numbers))
+
+
 def nearest(name: object, names: Iterable[str]) -> str:
     """A sentence that names what may have been meant, or nothing."""
     near = get_close_matches(str(name), list(names), n=1)

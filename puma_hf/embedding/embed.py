@@ -89,7 +89,7 @@ def embed(
             which makes them incomparable with those of another call.
         ranges: `(2, embedding_dim)`, lowest and highest value of each dimension, for int8 and uint8.
         options: Those of `iterate_embeddings`: `prompt`, `max_batch_tokens`, `num_workers`, `on_error`, `load`,
-            `truncate_dim`, `processing_kwargs`, `max_length`, `sort` and `show_progress_bar`.
+            `truncate_dim`, `processing_kwargs`, `max_length`, `num_kept_layers`, `sort` and `show_progress_bar`.
 
     Returns:
         Rows `(num_rows, embedding_dim)` in the order of the inputs, which inputs they belong to, and what is broken.
@@ -148,6 +148,7 @@ def iterate_embeddings(
     truncate_dim: int | None = None,
     processing_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    num_kept_layers: int | None = None,
     sort: bool = True,
     show_progress_bar: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,6 +167,7 @@ def iterate_embeddings(
         truncate_dim: Keep the first so many dimensions, scaled to unit length; by default the model's own.
         processing_kwargs: As in `encode`: `{"image": {"max_pixels": ...}, "text": {"max_length": ...}}`.
         max_length: Longest sequence in tokens; texts are cut.
+        num_kept_layers: Run only the first so many layers, as a model cut to these would; PUMA models alone.
         sort: Whether to sort by length, inside of a window; otherwise rows come in the order of the inputs, but for
             broken ones.
         show_progress_bar: Whether to show inputs a second and the time left.
@@ -188,6 +190,12 @@ def iterate_embeddings(
     """
     _check(model, inputs, on_error)
     dim = embedding_dim(model, truncate_dim)
+    if num_kept_layers is not None:
+        if not is_puma(model):
+            name = model_name(model)
+            raise ValueError(f"num_kept_layers={num_kept_layers} is for PUMA models, which {name!r} is none of.")
+        model[0].model.config.check_depths([num_kept_layers])
+        model[0].model.config.warn_if_untrained(num_kept_layers)
     if prompt is None and model.default_prompt_name is not None:
         prompt = model.prompts.get(model.default_prompt_name)
     on_cuda = torch.device(model.device).type == "cuda"
@@ -223,7 +231,7 @@ def iterate_embeddings(
     )
     progress = partial(tqdm, total=total, desc="Embedding", unit="item", disable=not show_progress_bar, smoothing=0.1)
     model.eval()
-    start = partial(_start, model, truncate_dim=keep)
+    start = partial(_start, model, truncate_dim=keep, num_kept_layers=num_kept_layers)
     return _rows(chunks, start, _IN_FLIGHT if on_cuda else 0, progress, on_error, report, dim)
 
 
@@ -262,7 +270,9 @@ def _rows(
 
 
 @torch.inference_mode()
-def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tensor | None, Any]:
+def _start(
+    model: Any, chunk: Prepared, truncate_dim: int | None, num_kept_layers: int | None
+) -> tuple[Tensor | None, Any]:
     """The float32 rows of a chunk on the CPU; on CUDA they are there when the event has happened."""
     if chunk.batch is None:
         return None, None
@@ -273,7 +283,7 @@ def _start(model: Any, chunk: Prepared, truncate_dim: int | None) -> tuple[Tenso
             batch: Any = batch_to_device(chunk.batch, model.device)
         else:  # from pinned memory, which is copied while the device computes
             batch = chunk.batch.to(model.device, non_blocking=True)
-        features = model[0].embed_batch(batch)
+        features = model[0].embed_batch(batch, num_kept_layers)
         for module in list(model)[1:]:
             features = module(features)
     except torch.OutOfMemoryError as error:

@@ -10,6 +10,7 @@ from puma_hf import resolver
 _MODULES = {
     "cached_mac_puma": ["CachedMultimodalMACLoss"],
     "distillation_puma": ["JointDistillationLoss", "SelfDistillationLoss", "self_distillation_loss"],
+    "elastic_puma": ["ElasticDepthLoss"],
     "mac_puma": ["MultimodalMACLoss", "mac_loss", "split_loss"],
     "progress_puma": [
         *("ScheduledTemperatureLoss", "TemperatureScheduleCallback"),
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .distillation_puma import JointDistillationLoss as JointDistillationLoss
     from .distillation_puma import SelfDistillationLoss as SelfDistillationLoss
     from .distillation_puma import self_distillation_loss as self_distillation_loss
+    from .elastic_puma import ElasticDepthLoss as ElasticDepthLoss
     from .mac_puma import MultimodalMACLoss as MultimodalMACLoss
     from .mac_puma import mac_loss as mac_loss
     from .mac_puma import split_loss as split_loss

@@ -10,6 +10,7 @@ Schedule = Literal["exponential", "cosine", "linear", "constant"]
 ModalityGrouping = Literal["target", "query"]
 MACObjective = Literal["mac", "split"]
 DistillationMetric = Literal["mse", "mse-mean", "cosine", "relational"]
+DepthWeights = Literal["equal", "linear", "last", "sampled"]
 
 # MAC-Loss as its authors released it: 0.03 falls to 0.03 * exp(-0.5), rounded, over the first half of training.
 TEMPERATURE, HARD_TEMPERATURE = 0.03, 0.018

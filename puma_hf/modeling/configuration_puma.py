@@ -110,9 +110,7 @@ class PumaConfigMixin(_MixinBase):
         # The numbers that the weights have in the checkpoint that is cut.
         self._loaded_layers = None if layers == first else layers
         trained = [depth for depth in self.trained_depths or () if layers[:depth] == list(range(depth))]
-        if self.trained_depths and len(layers) not in trained:
-            told = "the model was trained to embed after %s of its layers, and after %s nobody has trained it"
-            logger.warning_once(told, " or ".join(map(str, self.trained_depths)), len(layers))
+        self.warn_if_untrained(len(layers))
         if len(layers) < available and len(layers) not in trained:  # it was distilled with the layers that go
             self.teacher_fingerprint = None
         self.trained_depths = trained or None
@@ -122,6 +120,22 @@ class PumaConfigMixin(_MixinBase):
             text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
             if self.kept_layers is not None and "sliding_attention" in text_config.layer_types:
                 text_config.max_window_layers = text_config.layer_types.index("sliding_attention")
+
+    def check_depths(self, depths: Sequence[int]) -> None:
+        """ValueError unless these are rising numbers of layers after which the model can embed, one at least."""
+        least, most = max(1, self.num_deepstack_layers), self.num_kept_layers or 0
+        are_depths = bool(depths) and all(type(depth) is int and least <= depth <= most for depth in depths)
+        if not are_depths or list(depths) != sorted(set(depths)):
+            known = f"rising numbers of layers from {least} to {most}, which the model has"
+            raise ValueError(f"depths={tuple(depths)} must be {known}.")
+
+    def warn_if_untrained(self, depth: int) -> None:
+        """Warn once if the model was trained to embed after other numbers of layers than this one."""
+        if self.trained_depths and depth not in self.trained_depths:
+            trained = ", ".join(map(str, self.trained_depths))
+            logger.warning_once(
+                "%s layers: the model was trained to embed after %s layers, not so many", depth, trained
+            )
 
     @property
     def num_deepstack_layers(self) -> int:

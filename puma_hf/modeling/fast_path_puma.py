@@ -77,8 +77,11 @@ def _is_as_made(module: nn.Module, child: str = "") -> bool:
     return not hooked and "forward" not in vars(module) and (not child or child in module._modules)
 
 
-def packed_states(model: Any, part: PackedPart) -> Tensor:
-    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, of `part.rows`, on the model's device."""
+def packed_states(model: Any, part: PackedPart, num_kept_layers: int | None = None) -> Tensor:
+    """The `[RET]` states `(num_inputs, hidden_size)` after the final norm, of `part.rows`, on the model's device.
+
+    With `num_kept_layers` they are those of the first so many layers.
+    """
     decoder, images = model.language_model, part.images
     hidden = decoder.embed_tokens(part.input_ids)
     added: list[Tensor] = []
@@ -87,7 +90,7 @@ def packed_states(model: Any, part: PackedPart) -> Tensor:
         hidden = hidden.index_copy(0, images.token_index, features.to(hidden.dtype))
     # One position's cosines and sines serve all heads.
     angles = tuple(angle[0].unsqueeze(1) for angle in decoder.rotary_emb(hidden[None], part.position_ids))
-    *inner_layers, last_layer = decoder.layers
+    *inner_layers, last_layer = decoder.layers[:num_kept_layers]
     for number, layer in enumerate(inner_layers):
         query, key, value, residual = before_attention(layer, hidden, angles)
         attended = attend(query, key, value, part.sequences, scale=layer.self_attn.scaling, causal=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3_5Model, Qwen3VLModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
@@ -78,6 +80,35 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.to(torch.long) * positions).argmax(dim=1).to(hidden_states.device)
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+
+@contextmanager
+def running_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block a model's decoder runs these layers, fewer or more than its own, each of its own kind."""
+    decoder: Any = model.language_model
+    if len(layers) == len(decoder.layers):
+        yield
+        return
+    # What a decoder goes by, where its family has it: Qwen3-VL has one kind of attention, and no types.
+    parts = [(decoder, "layers"), (decoder, "has_sliding_layers")]
+    parts += [(decoder.config, "layer_types"), (decoder.config, "num_hidden_layers")]
+    before = [(part, name, getattr(part, name)) for part, name in parts if hasattr(part, name)]
+    try:
+        decoder.layers = nn.ModuleList(layers)
+        decoder.config.num_hidden_layers = len(layers)
+        if hasattr(decoder.config, "layer_types"):
+            # Each layer is told its kind of attention here, though it knows it.
+            decoder.config.layer_types = types = [_layer_type(layer) for layer in layers]
+            decoder.has_sliding_layers = "sliding_attention" in types
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+def _layer_type(layer: Any) -> str:
+    """What kind of attention a decoder layer has; in Qwen3.5 the layer says so, elsewhere its attention."""
+    return str(getattr(layer, "block_type", None) or layer.self_attn.layer_type)
 
 
 # Whether a model that is made has the numbers that its layers have in the checkpoint that is read, so that dropped
@@ -195,6 +226,7 @@ class PumaModelMixin(_MixinBase):
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        exit_depths: Sequence[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> PumaModelOutput | tuple[Tensor, ...]:
@@ -211,11 +243,14 @@ class PumaModelMixin(_MixinBase):
             video_grid_thw: `(num_videos, 3)` likewise for videos.
             mm_token_type_ids: `(batch_size, sequence_length)`, 0 text, 1 image, 2 video; computed when absent.
             mm_encoder_outputs: `{"image": model.get_image_features(...)}`, instead of `pixel_values`.
+            exit_depths: Embed after each of these numbers of layers, such as `(4, 8)`, as models cut to so many would:
+                one forward pass of the last of them.
             return_dict: `False` returns a tuple.
             kwargs: Passed on, for example `output_hidden_states`.
 
         Returns:
-            A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`.
+            A [`PumaModelOutput`] with `embeddings` of shape `(batch_size, hidden_size)`; with `exit_depths` they and
+            the `pooler_output` are `(batch_size, num_depths, hidden_size)`.
         """
         config: Any = self.config
         if mm_token_type_ids is None and input_ids is not None:
@@ -225,22 +260,33 @@ class PumaModelMixin(_MixinBase):
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         if position_ids is None and tokens is not None and config.positions == "sequential":
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(3, tokens.shape[0], -1)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
-            **kwargs,
-        )
-        # embedding = L2(final_norm(h_k)[last token]); the backbone has applied the norm.
+        decoder: Any = self.language_model
+        layers = decoder.layers
+        if exit_depths is not None:
+            config.check_depths(exit_depths)
+            layers = layers[: exit_depths[-1]]
+            if len(exit_depths) > 1:  # in training autograd keeps the states anyway
+                kwargs["output_hidden_states"] = True
+        with running_layers(self, layers):
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                mm_token_type_ids=mm_token_type_ids,
+                mm_encoder_outputs=mm_encoder_outputs,
+                return_dict=True,
+                **kwargs,
+            )
+        # embedding = L2(final_norm(h_k)[last token]); the backbone has applied the norm to the last of the states.
         pooled = last_token_state(outputs.last_hidden_state, attention_mask)
+        if exit_depths is not None:
+            inner = [last_token_state(outputs.hidden_states[depth], attention_mask) for depth in exit_depths[:-1]]
+            pooled = torch.stack([*map(decoder.norm, inner), pooled], dim=1)
         result = PumaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,

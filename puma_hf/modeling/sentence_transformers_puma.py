@@ -23,8 +23,9 @@ except ImportError as error:
         f"PUMA as a SentenceTransformer needs sentence-transformers 6 or newer ({error}): pip install -U it."
     ) from error
 
-# Given by teachers and losses that have computed a part already; the fast path starts from tokens and pixels.
-_MODEL_INPUTS = {"position_ids", "inputs_embeds", "mm_encoder_outputs"}
+# Given by teachers and losses that have computed a part already, or want several depths; the fast path starts from
+# tokens and pixels.
+_MODEL_INPUTS = {"position_ids", "inputs_embeds", "mm_encoder_outputs", "exit_depths"}
 # Tokens that are computed at once by default. A GPU is busy only with many; a CPU is with few, and its caches hold no
 # more: passages embed 1.2 times as fast as in parts of 8,192.
 CUDA_TOKENS = 16_384
@@ -137,16 +138,18 @@ class PumaTransformer(Transformer):
     def _packed(self, features: dict[str, Any]) -> dict[str, Any]:
         return self.embed_batch(self.packer().pack(features))
 
-    def embed_batch(self, batch: PackedBatch | dict[str, Any]) -> dict[str, Any]:
+    def embed_batch(self, batch: PackedBatch | dict[str, Any], num_kept_layers: int | None = None) -> dict[str, Any]:
         """Embed what a `packer` made, or features on the model's device, in evaluation mode and without gradients.
+
+        With `num_kept_layers` only the first so many layers are run, as a model cut to these would.
 
         Returns:
             `sentence_embedding` and `pooler_output`, both `(batch_size, embedding_dim)`, in the order of the inputs.
         """
         if isinstance(batch, dict):
-            return self._plain(batch)
+            return self._plain(batch if num_kept_layers is None else {**batch, "exit_depths": (num_kept_layers,)})
         device = self.model.device
-        states = [packed_states(self.model, part) for part in batch.to(device).parts]
+        states = [packed_states(self.model, part, num_kept_layers) for part in batch.to(device).parts]
         order = torch.tensor([row for part in batch.parts for row in part.rows]).argsort()
         pooled = torch.cat(states)[order.to(device, non_blocking=True)]  # else the host would wait here for all of it
         return {"sentence_embedding": normalize(pooled.float(), dim=-1), "pooler_output": pooled}
@@ -154,7 +157,8 @@ class PumaTransformer(Transformer):
     def _plain(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         options = {"output_hidden_states": True} if self._unwrapped().config.output_hidden_states else {}
         outputs = self._run({**features, **kwargs}, **options)
-        found = {"sentence_embedding": outputs.embeddings, "pooler_output": outputs.pooler_output}
+        # Those of several depths lie side by side.
+        found = {"sentence_embedding": outputs.embeddings.flatten(1), "pooler_output": outputs.pooler_output.flatten(1)}
         # Without the first, which is [RET]'s own row of the vocabulary whatever the input.
         return {**found, "all_layer_embeddings": outputs.hidden_states[1:]} if options else found
 

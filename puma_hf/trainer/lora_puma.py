@@ -101,7 +101,7 @@ def quantization_config() -> BitsAndBytesConfig:
 
 
 def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> None:
-    """Note beside a saved adapter which weights it belongs to, so that `merge_adapter` can check them, and its teacher.
+    """Note beside a saved adapter which weights it belongs to, which `merge_adapter` checks, its teacher and depths.
 
     Nothing is written if there is no adapter; nothing of the weights if they were not loaded from a directory.
     """
@@ -109,8 +109,9 @@ def save_base_fingerprint(model: SentenceTransformer, folder: str | Path) -> Non
     if getattr(backbone, "_hf_peft_config_loaded", False):
         if Path(str(backbone.name_or_path)).is_dir():
             noted["sha256"] = weights_sha256(backbone.name_or_path)
-        if teacher := getattr(backbone.config, "teacher_fingerprint", None):
-            noted["teacher"] = teacher
+        for name, value in (("teacher", "teacher_fingerprint"), ("trained_depths", "trained_depths")):
+            if given := getattr(backbone.config, value, None):
+                noted[name] = given
     if noted:
         Path(folder, BASE_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 

@@ -121,8 +121,9 @@ def _load_adapter(adapter: Path, base: Path) -> PeftModel:
 
 def _save_complete(model: PumaModel, folder: Path, base: Path, adapter: Path) -> None:
     """Save a model so that both loaders open it, with the base's prompts and card, and the adapter's limits."""
-    # The last training decides which space the model is in.
-    model.config.teacher_fingerprint = read_config(adapter, BASE_FILE).get("teacher")
+    # The last training decides which space the model is in, and after which layers it embeds.
+    noted = read_config(adapter, BASE_FILE)
+    model.config.teacher_fingerprint, model.config.trained_depths = noted.get("teacher"), noted.get("trained_depths")
     model.save_pretrained(folder)
     processor = AutoProcessor.from_pretrained(base)  # a fresh one: the one that was used would save its padding
     set_limits(processor, **read_limits(adapter))

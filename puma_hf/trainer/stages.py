@@ -19,12 +19,27 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 
-from puma_hf.configs import FIRST_LAYER, RECIPES, DistillConfig, Loss, MergeConfig, StageConfig, TrainConfig
+from puma_hf.configs import (
+    FIRST_LAYER,
+    RECIPES,
+    DistillConfig,
+    Loss,
+    MergeConfig,
+    StageConfig,
+    TrainConfig,
+    parse_depths,
+)
 from puma_hf.data.items import load_items, load_mbeir
 from puma_hf.data.mbeir import is_mbeir
 from puma_hf.data.pairs import load_pairs
 from puma_hf.files import ADAPTER_CONFIG, is_adapter_directory, write_whole
-from puma_hf.losses import CachedMultimodalMACLoss, JointDistillationLoss, MultimodalMACLoss, SelfDistillationLoss
+from puma_hf.losses import (
+    CachedMultimodalMACLoss,
+    ElasticDepthLoss,
+    JointDistillationLoss,
+    MultimodalMACLoss,
+    SelfDistillationLoss,
+)
 from puma_hf.modeling.inputs_puma import SPECIAL_TOKEN, SPECIAL_TOKEN_REMEDY
 from puma_hf.pruning import read_limits, set_limits
 from puma_hf.settings import config_text, nearest, processing_of, shown
@@ -82,7 +97,11 @@ def distill(config: DistillConfig) -> Path:
         model=model,
         args=arguments,
         train_dataset=items,
-        loss=SelfDistillationLoss(model, config.metric, relational_temperature=config.relational_temperature),
+        loss=at_depths(
+            model,
+            SelfDistillationLoss(model, config.metric, relational_temperature=config.relational_temperature),
+            config,
+        ),
         **_teacher_arguments(config),
     )
     return _run(trainer, config, checkpoint)
@@ -127,7 +146,7 @@ def merge(config: MergeConfig) -> float:
 
 
 def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_devices: int = 1) -> nn.Module:
-    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, nested in Matryoshka or not."""
+    """MAC-Loss, its split form or InfoNCE, plain or cached, alone or with distillation, of any width and depth."""
     # InfoNCE is MAC-Loss at equal temperatures, so that a comparison of the two is one of temperatures alone: copies of
     # positives, `false_negative_margin` and the logs are the same.
     meaning: dict[Loss, dict[str, Any]] = {
@@ -145,7 +164,18 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
         names = ["contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start"]
         options = {name: getattr(config, name) for name in (*names, "relational_temperature")}
         loss = JointDistillationLoss(model, loss, config.metric, **options)
-    return MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss
+    return at_depths(
+        model, MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss, config
+    )
+
+
+def at_depths(model: SentenceTransformer, loss: nn.Module, config: StageConfig) -> nn.Module:
+    """The loss at the depths that the settings name, or as it is if they name none."""
+    return (
+        loss
+        if config.depths is None
+        else ElasticDepthLoss(model, loss, parse_depths(config.depths), config.depth_weights)
+    )
 
 
 def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArguments:
@@ -166,8 +196,8 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # the Trainer asks that this be said
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Every weight of the adapter takes part in every step: nothing to look for.
-        "ddp_find_unused_parameters": False,
+        # Every weight of the adapter takes part in every step, unless a depth is drawn: nothing to look for.
+        "ddp_find_unused_parameters": config.depths is not None and config.depth_weights == "sampled",
         f"{PREFIX}_checkpointing": config.gradient_checkpointing,
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,

@@ -120,7 +120,8 @@ class TrainingStatistics(TrainerCallback):
     def _see_states(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or not isinstance(output, Mapping) or "pooler_output" not in output:
             return
-        states = output["pooler_output"].detach()
+        # Of several depths the deepest's.
+        states = output["pooler_output"].detach().chunk(len(output.get("exit_depths", "1")), dim=1)[-1]
         self._seen = states
         teacher = output.get("teacher_state")
         if teacher is not None and teacher.shape == states.shape:  # a wider one has vectors of another space

@@ -27,7 +27,7 @@ from puma_hf.losses.cached_mac_puma import find_puma_model, runs_tower_once
 from puma_hf.losses.distillation_puma import OTHER_WIDTH, TEACHER_KEY
 from puma_hf.modeling import PumaModel
 from puma_hf.modeling.configuration_puma import config_class_of
-from puma_hf.modeling.modeling_puma import MODEL_CLASSES, PumaModelMixin
+from puma_hf.modeling.modeling_puma import MODEL_CLASSES, PumaModelMixin, running_layers
 from puma_hf.pruning import place_ret_token
 
 logger = logging.getLogger(__name__)
@@ -136,35 +136,20 @@ class FrozenTeacher(Teacher):
     def _full_depth(self) -> Iterator[None]:
         """Make the student the full model: other layers, no adapter, no dropout; afterwards all is as before."""
         student, decoder = self.student, cast(Any, self.student.language_model)
+        layers = self._in_order(decoder.layers, self.dropped_layers)
         training = [module for module in student.modules() if module.training]
         self.dropped_layers.to(student.device)
-        # What a decoder goes by, where its family has it: Qwen3-VL has one kind of attention, and no types.
-        parts = [(decoder, "layers"), (decoder, "has_sliding_layers")]
-        parts += [(decoder.config, "layer_types"), (decoder.config, "num_hidden_layers")]
-        before = [(part, name, getattr(part, name)) for part, name in parts if hasattr(part, name)]
         try:
             student.eval()
             if student._hf_peft_config_loaded:
                 student.disable_adapters()
-            decoder.layers = nn.ModuleList(self._in_order(decoder.layers, self.dropped_layers))
-            decoder.config.num_hidden_layers = len(decoder.layers)
-            if hasattr(decoder.config, "layer_types"):
-                # Each layer is told its kind of attention here, though it knows it.
-                decoder.config.layer_types = types = [_layer_type(layer) for layer in decoder.layers]
-                decoder.has_sliding_layers = "sliding_attention" in types
-            yield
+            with running_layers(student, layers):
+                yield
         finally:
-            for part, name, value in before:
-                setattr(part, name, value)
             if student._hf_peft_config_loaded:
                 student.enable_adapters()
             for module in training:
                 module.training = True
-
-
-def _layer_type(layer: Any) -> str:
-    """What kind of attention a decoder layer has; in Qwen3.5 the layer says so, elsewhere its attention."""
-    return str(getattr(layer, "block_type", None) or layer.self_attn.layer_type)
 
 
 class WholeTeacher(Teacher):
