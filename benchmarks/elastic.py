@@ -77,9 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4, 6])
-    parser.add_argument("--depth-weights", default="equal")
+    parser.add_argument("--depth-weights", default="last")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of all runs")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "output" / "elastic")
     args = parser.parse_args()
@@ -102,7 +103,7 @@ def main() -> None:
           + ", ".join(f"k = {depth} {flops / alone[deepest]:.3f}" for depth, flops in alone.items()))  # fmt: skip
 
     held = held_inputs(args.split)
-    options = ["--teacher", BACKBONE, "--batch-size", args.batch_size]
+    options = ["--teacher", BACKBONE, "--batch-size", args.batch_size, "--learning-rate", args.learning_rate]
     rows: dict[str, list[dict[str, dict[str, float]]]] = {"untouched": [figures(held, args.split, cut[8], depths)]}
     rows["one depth each"] = []
     for seed in args.seeds:

@@ -4,7 +4,8 @@
 
 The time of embedding the demo's validation data at all eight depths, against embedding it with the full model alone, in
 turns; the operations of both, counted; and the largest difference between the sweep's vectors and figures and those of
-each model pruned to k layers and evaluated by itself.
+each model pruned to k layers and evaluated by itself. With `--elastic DIR`, a checkpoint of several depths, also those
+between the sweep's pairs of depths and the same of models that were loaded at each depth.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from puma_hf import prune
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.data.mbeir import MBEIR
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.layer_sweep import embed_all_depths, encode_all_layers, open_model
@@ -87,6 +90,23 @@ def compare_with_pruned(model: SentenceTransformer, backbone: Path, inputs: Held
         print(f"k = {number}: vectors differ by at most {vector:.1e}, means of metrics by {metric:.1e}")
 
 
+def compare_pairs(source: str, inputs: HeldInputs, batch_size: int) -> None:
+    """Print how far the sweep's pairs of depths are from the models of each depth, loaded by themselves."""
+    with open_model(source) as model:
+        depths = model[0].model.config.trained_depths
+        swept = dict(enumerate(embed_all_depths(inputs, model, batch_size=batch_size), start=1))
+    loaded = {k: embed(open_sentence_transformer(source, num_kept_layers=k), inputs, batch_size) for k in depths}
+    for query_k, candidate_k in combinations_with_replacement(depths, 2):
+        ours, theirs = (
+            inputs.results(embeddings[query_k], SPLIT, candidates=embeddings[candidate_k]).mean("local")
+            for embeddings in (swept, loaded)
+        )
+        metric = max(abs(ours[name] - theirs[name]) for name in ours)
+        vector = max(float((swept[k] - loaded[k]).abs().max()) for k in (query_k, candidate_k))
+        told = f"vectors differ by at most {vector:.1e}, means of metrics by {metric:.1e}"
+        print(f"queries at {query_k}, candidates at {candidate_k}: {100 * ours['score']:.1f}, {told}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", type=Path, default=ROOT / "demo" / "backbone")
@@ -94,6 +114,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--skip-pruned", action="store_true", help="leave out the comparison with each pruned model")
+    parser.add_argument("--elastic", help="checkpoint of several depths, whose pairs are compared, too")
     args = parser.parse_args()
     logging.getLogger("puma_hf").setLevel(logging.WARNING)
     data = MBEIR(args.data)
@@ -102,6 +123,8 @@ def main() -> None:
         measure_cost(model, inputs, args.repeats, args.batch_size)
         if not args.skip_pruned:
             compare_with_pruned(model, args.backbone, inputs, args.batch_size)
+    if args.elastic:
+        compare_pairs(args.elastic, inputs, args.batch_size)
 
 
 if __name__ == "__main__":

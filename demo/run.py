@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
 from everyday import INSTRUCTION, copy_drawings, try_words
 from picture import draw_answers
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.cli import app
 from puma_hf.configs import DistillConfig, TrainConfig
 from puma_hf.estimate import count_flops, count_parameters
@@ -36,6 +36,7 @@ TEXT = "woman running: medium skin tone"
 IMAGE = DATA / "mbeir_images" / "emoji_images" / "noto" / "1f600.webp"
 
 NUM_KEPT_LAYERS = 4
+DEPTHS = "2,3,4,6"  # one training for all of these
 CONFIGS = DEMO.parent / "configs"
 DISTILL, TRAIN = CONFIGS / "demo_distill.yaml", CONFIGS / "demo_train.yaml"
 
@@ -46,7 +47,10 @@ MODELS = {
     "pruned, distilled without labels": "distilled",
     "PUMA: distilled, then MAC-Loss": "puma",
     "pruned, InfoNCE for as many steps": "infonce",
+    f"one training for {DEPTHS} layers, without labels": "elastic",
 }
+# What is not run with all of its layers.
+RUN_LAYERS = {"elastic": NUM_KEPT_LAYERS}
 
 
 def command(name: str, *arguments: str | Path, **options: object) -> None:
@@ -67,7 +71,7 @@ def stage(kind: str, recipe: Path, model: Path, output: Path, seed: int, **optio
 
 
 def build_models(work: Path, backbone: Path, seed: int) -> None:
-    """Make the five models of the table."""
+    """Make the six models of the table."""
     full, pruned, distilled = work / "full", work / "pruned", work / "distilled"
     steps = load_config(DistillConfig, DISTILL).max_steps + load_config(TrainConfig, TRAIN).max_steps
     command("prune", backbone, full, num_kept_layers=8, overwrite=True)
@@ -75,6 +79,9 @@ def build_models(work: Path, backbone: Path, seed: int) -> None:
     stage("distill", DISTILL, pruned, distilled, seed, teacher=backbone)
     stage("train", TRAIN, distilled, work / "puma", seed)
     stage("train", TRAIN, pruned, work / "infonce", seed, loss="infonce", max_steps=steps)
+    deeper = work / "pruned-deeper"
+    command("prune", backbone, deeper, num_kept_layers=DEPTHS.rpartition(",")[2], overwrite=True)
+    stage("distill", DISTILL, deeper, work / "elastic", seed, teacher=backbone, depths=DEPTHS)
 
 
 def results_folder(work: Path, model: str, split: str) -> Path:
@@ -88,9 +95,11 @@ def measure(work: Path, split: str) -> dict[str, dict[str, float]]:
     for name, folder in MODELS.items():
         output = results_folder(work, folder, split)
         shutil.rmtree(output, ignore_errors=True)  # embeddings of another run's model would be refused
-        command("evaluate", work / folder, data=DATA, split=split, pool="both", batch_size=64, output=output)
+        layers = RUN_LAYERS.get(folder)
+        options = {"data": DATA, "split": split, "pool": "both", "batch_size": 64, "output": output}
+        command("evaluate", work / folder, **options, **({} if layers is None else {"num_kept_layers": layers}))
         means = json.loads((output / "results.json").read_text())["mean"]
-        model = SentenceTransformer(str(work / folder), trust_remote_code=True)
+        model = open_sentence_transformer(str(work / folder), layers)
         rows[name] = {
             "layers": model[0].config.num_kept_layers,
             "parameters": count_parameters(model),
@@ -116,7 +125,7 @@ def search(work: Path) -> Path:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The five models as a Markdown table, hit rates in percent and relative to the full model."""
+    """The six models as a Markdown table, hit rates in percent and relative to the full model."""
     full = rows["full model"]["local hit@5"]
     lines = [
         "| model | layers | parameters | MFLOP text / image | local hit@1 / hit@5 | of full | global hit@1 / hit@5 "

@@ -13,7 +13,7 @@ _MODULES = {
     "puma_hf.modeling": ("PumaConfig", "PumaModel", "PumaProcessor"),
     "puma_hf.pruning": ("prune",),
     "puma_hf.losses": (
-        *("CachedMultimodalMACLoss", "JointDistillationLoss"),
+        *("CachedMultimodalMACLoss", "ElasticDepthLoss", "JointDistillationLoss"),
         *("MultimodalMACLoss", "SelfDistillationLoss"),
     ),
     "puma_hf.trainer": ("PumaDistillationTrainer", "PumaTrainer", "add_lora", "lora_config"),
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from puma_hf.embedding.embed import embed as embed
     from puma_hf.evaluation import evaluate_mbeir as evaluate_mbeir
     from puma_hf.losses import CachedMultimodalMACLoss as CachedMultimodalMACLoss
+    from puma_hf.losses import ElasticDepthLoss as ElasticDepthLoss
     from puma_hf.losses import JointDistillationLoss as JointDistillationLoss
     from puma_hf.losses import MultimodalMACLoss as MultimodalMACLoss
     from puma_hf.losses import SelfDistillationLoss as SelfDistillationLoss

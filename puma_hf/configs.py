@@ -159,6 +159,7 @@ class EmbedConfig(CheckedConfig):
     num_workers: int | None = option(None, at_least=0)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     fast: bool = True
+    num_kept_layers: int | None = option(None, at_least=1)
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -207,6 +208,9 @@ class EvaluateConfig(_BenchmarkSettings):
             the teacher that it was distilled towards; the overlap of their best ten is reported, too.
         candidates_output: Output of an evaluation of that model, whose embeddings are used and added to; default:
             candidates in the output.
+        query_layers: Embed the queries after so many layers, and the candidates after others of the same model.
+        candidate_layers: Embed the candidates after so many layers. Of query_layers and this, one that is not given is
+            num_kept_layers.
         popularity_penalty: Also report figures less this share, such as 0.2, of a candidate's mean similarity to all
             queries of its task, as PUMA's released code has it. Transductive: no query can be answered alone.
         nano_folder: Where the nano benchmark is kept for other runs; default: nano in the output.
@@ -223,14 +227,24 @@ class EvaluateConfig(_BenchmarkSettings):
     instruction_seed: int | None = option(None, at_least=0)
     candidates_model: str | None = None
     candidates_output: str | Path | None = None
+    query_layers: int | None = option(None, at_least=1)
+    candidate_layers: int | None = option(None, at_least=1)
     popularity_penalty: float | None = option(None, at_least=0, at_most=1)
     nano_folder: str | Path | None = None
     embedding_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     search_backend: Literal["torch", "faiss"] = "torch"
     truncate_dim: int | None = option(None, at_least=1)
     max_pixels: int | None = option(None, at_least=28 * 28)
+    num_kept_layers: int | None = option(None, at_least=1)
     revision: str | None = None
     data_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.candidates_model is not None and (self.query_layers or self.candidate_layers):
+            given = f"query_layers={self.query_layers} and candidate_layers={self.candidate_layers}"
+            problem = f"candidates_model={self.candidates_model!r} is another model, {given} are depths of one"
+            raise ValueError(f"{problem}. Leave out one of both.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,10 +259,13 @@ class SweepConfig(_BenchmarkSettings):
         split: Split to measure on; choose k on val, and report test.
         pool: Each task's own pool, that of all tasks, or both; with both, local decides.
         metric: Quality that decides; score is hit@5, and hit@10 on fashion datasets.
-        compare: Further models, such as a distilled PUMA directory, swept beside the full.
+        compare: Further models, such as a distilled PUMA directory, swept beside the full. Of one that was trained at
+            several depths (distill --depths), these are measured, and pairs of a query's depth and a candidate's.
+        distilled: Models that were distilled for one depth each: together one curve, with a point of each.
         output: Directory for sweep.json, sweep.md and sweep.png.
         max_params: Budget of parameters for the recommendation, such as 4B or 800M.
         keep: Share of the full model's quality that k must keep.
+        max_query_ms: Milliseconds that a text query may take on this machine, for the recommended pair of depths.
         keep_last: Measure the first k - 1 layers with the last one, too, for every k.
         max_pixels: Limits of an image's pixels to measure every k at, such as 50000,100000,235200; the largest is what
             the others are compared with. The recommendation then goes by an image's operations, not by parameters.
@@ -258,9 +275,11 @@ class SweepConfig(_BenchmarkSettings):
     pool: Pool = "local"
     metric: Literal["score", "hit@1", "hit@5", "hit@10", "ndcg@10", "mrr@10"] = "score"
     compare: tuple[str, ...] = ()
+    distilled: tuple[str, ...] = ()
     # The recommendation: the smallest k within the budget that keeps so much of the full model's quality.
     max_params: str | None = None
     keep: float = option(0.97, above=0, at_most=1)
+    max_query_ms: float | None = option(None, above=0)
     keep_last: bool = False
     max_pixels: str | None = None
 
@@ -315,6 +334,8 @@ class SearchConfig(CheckedConfig):
         html: File for a page of the answers, with small pictures inside.
         model: The model that made the index, if it is no longer where it was.
         query_model: A smaller model for the query, if it was distilled towards the one that made the index.
+        num_kept_layers: Decoder layers that are run for the query, another trained depth of the model that made the
+            index. Default: as many as for the index; or all of a query model.
         backend: exact; or ann, approximate, for an index made with --ann. torch and faiss are old words for exact.
         rescore_multiplier: With --backend ann: how many items are compared exactly for each answer that is shown.
     """
@@ -330,6 +351,7 @@ class SearchConfig(CheckedConfig):
     html: str | Path | None = None
     model: str | None = None
     query_model: str | None = None
+    num_kept_layers: int | None = option(None, at_least=1)
     backend: Backend = "exact"
     rescore_multiplier: int = option(RESCORE_MULTIPLIER, at_least=1)
     trust_remote_code: bool = False
@@ -352,6 +374,7 @@ class AppConfig(CheckedConfig):
         space: New directory for a Space of the Hub that shows this page; written instead of serving.
         model: The model that made the index, if it is no longer where it was; of a Space, its name on the Hub.
         query_model: As for puma-hf search; not in a Space.
+        num_kept_layers: As for puma-hf search.
         backend: As for puma-hf search.
     """
 
@@ -367,6 +390,7 @@ class AppConfig(CheckedConfig):
     space: str | Path | None = None
     model: str | None = None
     query_model: str | None = None
+    num_kept_layers: int | None = option(None, at_least=1)
     backend: Backend = "exact"
     trust_remote_code: bool = False
 

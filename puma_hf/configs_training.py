@@ -148,8 +148,8 @@ class StageConfig(CheckedConfig):
         training_arguments: More SentenceTransformerTrainingArguments, by name (YAML and Python only).
         depths: Numbers of layers to embed after, such as 4,8,12, the last all that the model has: one training for
             models of all these depths, see --num-kept-layers of the other commands. Default: the model's own alone.
-        depth_weights: How much each depth counts; equal, linear: as deep as it is, last: the deepest as much as all
-            others; or sampled: one depth a batch, drawn evenly, and no layer above it computed.
+        depth_weights: How much each depth counts; equal, linear: as deep as it is, last: the deepest twice as much
+            as all others; or sampled: one depth a batch, drawn evenly, and no layer above it computed.
         teacher: Checkpoint that was pruned, or another of its hidden size, or with metric relational any embedder;
             default: the one the model names.
         teacher_mode: frozen: the untouched full model, asked at every step; cached: its states, computed once and

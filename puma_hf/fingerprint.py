@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from puma_hf.files import is_hub_id
+from puma_hf.losses.cached_mac_puma import find_puma_model
 
 # Where a checkpoint was loaded from, by which version, what taught it, at which depths: embeddings do not depend on it.
 _NOT_COMPARED: tuple[str, ...] = ("name_or_path", "transformers_version", "__version__", "auto_map", "_commit_hash")
@@ -78,6 +79,24 @@ def space_fingerprint(model: Any, weights: Mapping[str, Tensor] | None = None) -
     probe = chat if model.supports("message") else "a red apple"  # some embedders take nothing but chats
     tokens = model.preprocess([probe], prompt="Find a picture.").get("input_ids", torch.empty(0))
     return hashlib.sha256(json.dumps([sorted(digests), tokens.tolist()]).encode()).hexdigest()
+
+
+def exits_fingerprint(model: Any) -> str | None:
+    """`space_fingerprint` over the weights that all trained depths of a checkpoint share: each of them has the same.
+
+    None if the model is of no trained depth, or no PUMA model.
+    """
+    trained = noted(model, "trained_depths") or ()
+    if noted(model, "num_kept_layers") not in trained:
+        return None
+    deeper = {id(weight) for weight in find_puma_model(model).language_model.layers[min(trained) :].parameters()}
+    shared = {name: weight for name, weight in model.named_parameters() if id(weight) not in deeper}
+    return space_fingerprint(model, shared)
+
+
+def noted(model: Any, name: str) -> Any:
+    """What the configuration of a PUMA model has under a name, such as `num_kept_layers`; None of any other model."""
+    return getattr(getattr(find_puma_model(model), "config", None), name, None)
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class CheckedConfig:
         decode: How images are decoded: exact, every pixel; or fast, photos only at the scale that is needed. Default:
             as the model says, which is fast.
         revision: Branch, tag or commit of a model on the Hub.
+        num_kept_layers: Decoder layers that are run, of a model that was trained at several depths. Default: all of it.
         trust_remote_code: Run the code of a Hub repository; a local directory's is run.
         truncate_dim: Keep only the first so many dimensions of an embedding.
         overwrite: Replace the output if it is not empty.

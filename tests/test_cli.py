@@ -103,6 +103,12 @@ def test_every_field_is_an_option(command: str) -> None:
             assert f"--{flag if isinstance(flag, str) else entry.name.replace('_', '-')} " in help_text
 
 
+@pytest.mark.parametrize("command", ["embed", "evaluate", "index"])
+def test_the_depth_has_one_line_of_help(command: str) -> None:
+    help_text = " ".join(invoke(command, "--help").output.split())
+    assert "--num-kept-layers INTEGER Decoder layers that are run, of a model that was trained at several" in help_text
+
+
 # --- errors
 
 

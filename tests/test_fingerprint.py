@@ -13,7 +13,8 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from puma_hf.fingerprint import model_fingerprint, model_name, short_name
+from puma_hf.checkpoint import open_sentence_transformer
+from puma_hf.fingerprint import exits_fingerprint, model_fingerprint, model_name, short_name
 from puma_hf.trainer.lora_puma import add_lora, lora_config
 
 
@@ -35,6 +36,19 @@ def test_a_moved_copy_has_the_same(sentence_transformer: SentenceTransformer, pu
 def change_last_bit(model: Any) -> None:
     parameter = next(model.parameters())
     parameter.data.view(torch.int32)[(0,) * parameter.ndim] ^= 1
+
+
+def test_the_trained_depths_of_a_checkpoint_have_one_of_exits(elastic_dir: Path, puma_dir: Path) -> None:
+    whole, second, third = (open_sentence_transformer(str(elastic_dir), depth) for depth in (None, 2, 3))
+    assert exits_fingerprint(whole) == exits_fingerprint(second) == exits_fingerprint(second.bfloat16())
+    assert exits_fingerprint(whole) is not None
+    assert exits_fingerprint(third) is exits_fingerprint(load(puma_dir)) is exits_fingerprint(nn.Linear(1, 1)) is None
+    before = exits_fingerprint(whole)
+    change = whole[0].model.language_model.layers
+    change[1].mlp.up_proj.weight.data += 1  # the second layer is none that the exit after the first has
+    assert exits_fingerprint(whole) == before
+    change[0].mlp.up_proj.weight.data += 1
+    assert exits_fingerprint(whole) != before
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

@@ -43,7 +43,7 @@ from puma_hf.embedding.embed import (
 from puma_hf.embedding.prepare import WINDOW, BrokenInput, Unreadable
 from puma_hf.embedding.store import MANIFEST, EmbeddingStore, read_manifest
 from puma_hf.files import ADAPTER_CONFIG, write_whole
-from puma_hf.fingerprint import content_key, model_fingerprint, short_name
+from puma_hf.fingerprint import content_key, model_fingerprint, noted, short_name
 from puma_hf.processes import broadcast, connect, gather, own_device, shared_folder
 from puma_hf.settings import shown
 
@@ -341,7 +341,8 @@ def items_of(corpus: Corpus, key_of: Callable[[Record, str], int]) -> Iterator[I
 
 def settings_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
     """What embeddings depend on besides the inputs: those of another value cannot be compared."""
-    settings = {"fingerprint": model_fingerprint(model), "weights_dtype": str(model.dtype).removeprefix("torch.")}
+    settings: dict[str, Any] = {"weights_dtype": str(model.dtype).removeprefix("torch.")}
+    settings |= {"fingerprint": model_fingerprint(model), "num_kept_layers": noted(model, "num_kept_layers")}
     settings |= image_settings(model, options_of(config, model)["processing_kwargs"])
     return {**settings, **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision")}}
 
@@ -364,7 +365,8 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is no `SentenceTransformer`, or has fewer dimensions than `truncate_dim`.
+        ValueError: If it is no `SentenceTransformer`, or has fewer dimensions than `truncate_dim`, or fewer layers than
+            `num_kept_layers`.
     """
     # Of a folder without `modules.json` sentence-transformers would make a model of its own, and its vectors are noise.
     folder = Path(config.model)
@@ -377,6 +379,7 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
         raise FileNotFoundError(f"model={config.model!r} {problem}. {remedy}")
     model = open_sentence_transformer(
         config.model,
+        config.num_kept_layers,
         device=own_device(),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,

@@ -277,14 +277,16 @@ class EmbeddingStore:
 
 def check_settings(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """A ValueError that names the settings that differ, and how to go on, if embeddings cannot be compared."""
-    # Those that do not say how images were decoded are older than the choice.
-    there, here = {"decode": "exact", **there}, {"decode": "exact", **here}
+    # Those that do not say how images were decoded, or after how many layers, are older than the choice.
+    there, here = ({"decode": "exact", "num_kept_layers": here.get("num_kept_layers"), **one} for one in (there, here))
     if names := sorted(name for name in {*there, *here} if there.get(name) != here.get(name)):
         pairs = [f"{name} is {shown(there.get(name))} there and {shown(here.get(name))} here" for name in names]
         problem = f"The embeddings in {str(folder)!r} were made with other settings: {'; '.join(pairs)}."
         remedy = "Choose another directory, or delete this one to make them again."
-        if {*names} <= {"decode", "max_pixels"}:
-            flags = [(f"--{name.replace('_', '-')}", there.get(name)) for name in names]
+        # Of another depth the fingerprint is another, whatever it is called here.
+        own = {*names} - ({"fingerprint", "model"} if "num_kept_layers" in names else set())
+        if own <= {"decode", "max_pixels", "num_kept_layers"}:
+            flags = [(f"--{name.replace('_', '-')}", there.get(name)) for name in sorted(own)]
             told = [f"with {flag} {value}" if value else f"without {flag}" for flag, value in flags]
             remedy = f"Go on {' and '.join(told)}, as they were made. {remedy}"
         raise ValueError(f"{problem} {remedy}")

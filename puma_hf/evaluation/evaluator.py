@@ -157,12 +157,15 @@ class HeldInputs:
                     progress.update(len(part))
         return embeddings
 
-    def results(self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10)) -> MBEIRResults:
-        """M-BEIR's table from what `embed` returned."""
+    def results(
+        self, embeddings: Tensor, split: str, ks: Sequence[int] = (1, 5, 10), *, candidates: Tensor | None = None
+    ) -> MBEIRResults:
+        """M-BEIR's table from what `embed` returned; its queries alone if another call returned `candidates`."""
+        others = embeddings if candidates is None else candidates
 
         def find(group: Sequence[Search], top_k: int) -> Iterator[SearchResult]:
             pool = [self.row_of[one, ""] for one in group[0].pool.values()]
             queries = [self.row_of[pair] for search in group for pair in search.queries]
-            yield exact_search(embeddings[queries], embeddings[pool], top_k)
+            yield exact_search(embeddings[queries], others[pool], top_k)
 
         return MBEIRResults(split, [row for _, row, _ in measure(self.searches, find, ks)])

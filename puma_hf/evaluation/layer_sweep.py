@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import combinations_with_replacement
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -31,7 +33,7 @@ from puma_hf.data.mbeir_hub import open_mbeir
 from puma_hf.estimate import count_parameters, counted_pass
 from puma_hf.evaluation.evaluator import HeldInputs
 from puma_hf.evaluation.mbeir import POOLS, draw_nano, read_searches
-from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
+from puma_hf.evaluation.sweep_report import DepthPair, SweepReport, SweepRow, SweptModel
 from puma_hf.files import is_puma_directory, read_config
 from puma_hf.fingerprint import short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 TEXT_TOKENS = 64
 _IMAGE_SIDE = 16  # tokens along each side of a square image
 _TIMED_PASSES = 5
+_DISTILLED = "distilled for one depth"
 
 
 # --- The embeddings of all depths -----------------------------------------------------------------------------------
@@ -169,12 +172,14 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 # --- What each depth costs ------------------------------------------------------------------------------------------
 
 
-def layer_costs(model: SentenceTransformer, max_pixels: int | None = None) -> tuple[list[dict[str, Any]], int]:
+def layer_costs(
+    model: SentenceTransformer, max_pixels: int | None = None, *, time_text: bool = False
+) -> tuple[list[dict[str, Any]], int]:
     """What the models pruned to k = 1 .. L layers cost, counted on the whole one, and an image's visual tokens.
 
     Entry k - 1 has the `parameters`, `bytes`, `flops_text` and `flops_image` of k layers. A text has `TEXT_TOKENS` with
     its prompt; an image 256, or as many as the model's own limits leave of them. With `max_pixels` an image fills this
-    limit, and `seconds_image` is there, too.
+    limit, and `seconds_image` is there, too; with `time_text` `seconds_text`, from the words to the embedding.
     """
     puma = cast(Any, model[0])
     images = puma.processor.image_processor
@@ -185,7 +190,7 @@ def layer_costs(model: SentenceTransformer, max_pixels: int | None = None) -> tu
         grid = max(shapes, key=math.prod)
     # An embedder's own prompt may be longer.
     length = max(TEXT_TOKENS, model.preprocess(["a"])["input_ids"].shape[1])
-    text: dict[str, Any] = model.preprocess([" ".join(["a"] * 8 * TEXT_TOKENS)], max_length=length)
+    read_text = partial(model.preprocess, [" ".join(["a"] * TEXT_TOKENS)], max_length=length)
     # A model that was trained on short texts alone may have a limit below that of an image's tokens.
     picture = {"image": Image.new("RGB", (grid[1] * unit, grid[0] * unit), "white")}
     reading: dict[str, Any] = {"max_length": 10 * max(_IMAGE_SIDE**2, math.prod(grid))}
@@ -194,19 +199,30 @@ def layer_costs(model: SentenceTransformer, max_pixels: int | None = None) -> tu
     costs = [
         {"parameters": count, "bytes": count * puma.model.dtype.itemsize, "flops_text": short, "flops_image": long}
         for count, short, long in zip(
-            parameters, flops_by_depth(model, text), flops_by_depth(model, image), strict=True
+            parameters, flops_by_depth(model, read_text()), flops_by_depth(model, image), strict=True
         )
     ]
-    if max_pixels is not None:
-        for cost, seconds in zip(costs, seconds_by_depth(model, image), strict=True):
-            cost["seconds_image"] = seconds
+    timed: dict[str, Any] = {} if max_pixels is None else {"seconds_image": image}
+    timed |= {"seconds_text": read_text} if time_text else {}
+    for name, batch in timed.items():
+        for cost, seconds in zip(costs, seconds_by_depth(model, batch), strict=True):
+            cost[name] = seconds
     return costs, int((image["input_ids"] == puma.model.config.image_token_id).sum())
 
 
 @torch.inference_mode()
-def seconds_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) -> list[float]:
-    """Seconds until each layer has computed a batch of `preprocess`, medians of `_TIMED_PASSES` after one more."""
-    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
+def seconds_by_depth(
+    model: SentenceTransformer, batch: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+) -> list[float]:
+    """Seconds until each layer has computed a batch of `preprocess`, medians of `_TIMED_PASSES` after one more.
+
+    A call that returns the batch is timed with it.
+    """
+
+    def moved(features: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
+
+    ready = batch if callable(batch) else moved(batch)
     moments: list[list[float]] = []
 
     def note(*_: Any) -> None:
@@ -222,7 +238,7 @@ def seconds_by_depth(model: SentenceTransformer, features: Mapping[str, Any]) ->
         for _ in range(_TIMED_PASSES + 1):
             moments.append([])
             note()
-            model(dict(features))
+            model(moved(ready() if callable(ready) else ready))
     passes = torch.tensor(moments[1:], dtype=torch.float64)
     return (passes[:, 1:] - passes[:, :1]).median(dim=0).values.tolist()
 
@@ -271,12 +287,16 @@ def embed_all_depths(
 def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport:
     """Quality, closeness to the full model, and costs of every k, and a recommendation, in one pass of each model.
 
+    A model to compare with that was trained at several depths (`trained_depths`) has a row for each of these, and a
+    pair for each two of them: queries at the one, candidates at the other, at the largest pixel limit if there are.
+
     Args:
         config: The model, the data, and what to decide by.
         show_progress_bar: Whether to show the progress.
 
     Raises:
-        ValueError: If a model is of none of the families, or a launcher started this as one of several processes.
+        ValueError: If a model is of none of the families, or a launcher started this as one of several processes, or
+            there is `max_query_ms` without a model to compare with that was trained at several depths.
         MBEIRFormatError: If a file of the data is not what the format says.
         FileNotFoundError: If a model, a file or an image is missing.
         ImportError: If `output` is given and matplotlib is not installed, as by `pip install 'puma-hf[plot]'`.
@@ -291,25 +311,33 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
     if config.output is not None:  # better now than after an hour
         from_extra("matplotlib.figure", "plot")
         Path(config.output).mkdir(parents=True, exist_ok=True)
-    sources, decides = [str(config.model), *config.compare], POOLS[config.pool][0]
+    sources, decides = [str(config.model), *config.compare, *config.distilled], POOLS[config.pool][0]
     names = [short_name(source) for source in sources]
-    names = names if len(set(names)) == len(names) else sources
-    swept: list[SweptModel] = []
+    names = names if len(set(names)) == len(set(sources)) else sources
+    swept: dict[str, SweptModel] = {}
     full: Tensor | None = None
     with TemporaryDirectory(prefix="puma-hf-") as folder:
         data = open_mbeir(config.data, split=config.split, tasks=config.tasks or None)
         if config.nano_queries or config.nano_candidates:
             data = draw_nano(data, Path(folder, "nano"), config)
         held = HeldInputs(read_searches(data, config.split, config.tasks or None, config.pool))
-        for source in sources:  # what is wrong with the last model shows before the first is embedded
-            config_class_of(read_config(open_checkpoint(source).folder).get("model_type"))
-        for source, name in zip(sources, names, strict=True):
+        # What is wrong with the last model shows before the first is embedded.
+        stored = [read_config(open_checkpoint(source).folder) for source in sources]
+        for one in stored:
+            config_class_of(one.get("model_type"))
+        if config.max_query_ms and not any(one.get("trained_depths") for one in stored[1 : 1 + len(config.compare)]):
+            problem = f"max_query_ms={config.max_query_ms:g} is for pairs of depths, which nothing here was trained for"
+            raise ValueError(f"{problem}. Leave it out, or name a model of `distill --depths` as --compare.")
+        for number, (source, name) in enumerate(zip(sources, names, strict=True)):
+            is_distilled = number > len(config.compare)
             with open_model(source, trust_remote_code=config.trust_remote_code) as model:
-                full, curves = _curves(held, model, name, config, full, show_progress_bar)
-            swept += curves
+                full, curves = _curves(held, model, name, config, full, show_progress_bar, is_distilled)
+            for curve in curves:  # what was distilled for one depth is a point of the others' curve
+                rows = (*swept[curve.name].rows, *curve.rows) if curve.name in swept else curve.rows
+                swept[curve.name] = replace(curve, rows=tuple(sorted(rows, key=lambda row: row.k)))
         measured = [search for search in held.searches if search.pool_name == decides]
         report = SweepReport(
-            models=tuple(swept),
+            models=tuple(swept.values()),
             data=short_name(config.data),
             data_hash=data.content_hash,
             split=config.split,
@@ -319,9 +347,10 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             pool=decides,
             metric=config.metric,
             text_tokens=TEXT_TOKENS,
-            image_tokens=swept[0].image_tokens or 0,
+            image_tokens=next(iter(swept.values())).image_tokens or 0,
             keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
+            max_query_ms=config.max_query_ms,
         )
     if config.output is not None:
         try:
@@ -339,22 +368,32 @@ def _curves(
     config: SweepConfig,
     full: Tensor | None,
     show_progress_bar: bool,
+    is_distilled: bool,
 ) -> tuple[Tensor | None, list[SweptModel]]:
     """The full model's embeddings, which are this one's if it is the first, and its curves at each pixel limit."""
     limits = (None,) if config.max_pixels is None else parse_limits(config.max_pixels)
     _check_limits(model, name, limits)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": config.keep_last}
+    puma = cast(Any, model[0]).model.config
+    elastic = [] if full is None or is_distilled else sorted(getattr(puma, "trained_depths", None) or ())
+    depths = [puma.num_kept_layers] if is_distilled else elastic  # the others nobody trained; none for all
+    keep_last = config.keep_last and not depths
+    options: dict[str, Any] = {"batch_size": config.batch_size, "keep_last": keep_last}
     curves: list[SweptModel] = []
     embeddings: Tensor | None = None
     for limit in limits:
-        costs, tokens = layer_costs(model, limit)
+        has_pairs = bool(elastic) and limit == limits[0]
+        costs, tokens = layer_costs(model, limit, time_text=has_pairs)
         options["processing_kwargs"] = processing_of(config.special_tokens, limit, config.decode)
         options |= {"earlier": embeddings, "show_progress_bar": show_progress_bar}
         embeddings = embed_all_depths(held, model, **options)
-        full, rows = _measure_depths(held, model, config, costs, full, embeddings)
-        named = name if limit is None else f"{name}, {limit:,} pixels ({tokens} visual tokens)"
-        curves.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens))
-        if config.keep_last:  # the full model ends that curve, too
+        full, rows = _measure_depths(held, model, config, costs, full, embeddings, depths)
+        at = "" if limit is None else f", {limit:,} pixels ({tokens} visual tokens)"
+        named = f"{name}{', elastic' * bool(elastic)}{at}"
+        if is_distilled:
+            rows, named = [replace(row, name=named) for row in rows], f"{_DISTILLED}{at}"
+        pairs = _measure_pairs(held, config.split, embeddings, elastic) if has_pairs else ()
+        curves.append(SweptModel(named, tuple(rows[: len(costs)]), limit, tokens, pairs))
+        if keep_last:  # the full model ends that curve, too
             kept = (*rows[len(costs) :], rows[len(costs) - 1])
             curves.append(SweptModel(f"{named}, first k - 1 layers and the last", kept, limit, tokens))
     return full, curves
@@ -380,15 +419,18 @@ def _measure_depths(
     costs: Sequence[Mapping[str, Any]],
     full: Tensor | None,
     embeddings: Tensor,
+    depths: Sequence[int],
 ) -> tuple[Tensor, list[SweepRow]]:
-    """The full model's embeddings, which are this one's if it is the first, and one row for each depth."""
+    """The full model's embeddings, which are this one's if it is the first, and a row for each of `depths`, or all."""
     num_layers = len(costs)
-    joined = keep_last_depths(model) if config.keep_last else range(0)
+    joined = keep_last_depths(model) if len(embeddings) > num_layers else range(0)
     # On a GPU, if there is one: CKA is products of all inputs, in float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     full = embeddings[num_layers - 1].to(device, copy=True) if full is None else full  # not a view of all depths
     rows = []
     for k, depth in zip([*range(1, num_layers + 1), *joined], embeddings, strict=True):
+        if depths and k not in depths:
+            continue
         results, depth = held.results(depth, config.split), depth.to(device)
         cka, is_same_size = linear_cka(depth, full), depth.shape == full.shape
         cosine = float(torch.cosine_similarity(depth.double(), full.double()).mean()) if is_same_size else None
@@ -400,6 +442,15 @@ def _measure_depths(
         told: dict[str, Any] = {**costs[k - 1], "cka": None if math.isnan(cka) else cka, "cosine": cosine}
         rows.append(SweepRow(k=k, quality=quality, scores=scores, **told))
     return full, rows
+
+
+def _measure_pairs(held: HeldInputs, split: str, embeddings: Tensor, depths: Sequence[int]) -> tuple[DepthPair, ...]:
+    """Queries at each of these depths against candidates at each that is no shallower."""
+    pairs = []
+    for query_k, candidate_k in combinations_with_replacement(depths, 2):
+        results = held.results(embeddings[query_k - 1], split, candidates=embeddings[candidate_k - 1])
+        pairs.append(DepthPair(query_k, candidate_k, {pool: results.mean(pool) for pool in results.pools}))
+    return tuple(pairs)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from puma_hf.evaluation.metrics import overlap_at_k, retrieval_metrics, wrong_mo
 from puma_hf.evaluation.results import MBEIRResults, MBEIRTaskResult, Ranking, write_qrels, write_run
 from puma_hf.evaluation.topk import SearchResult, exact_search, less_popular, merge_results
 from puma_hf.files import read_config, write_whole
-from puma_hf.fingerprint import model_fingerprint, short_name
+from puma_hf.fingerprint import model_fingerprint, noted, short_name
 from puma_hf.fingerprint import model_name as name_of
 from puma_hf.modeling.configuration_puma import CONFIG_CLASSES
 from puma_hf.processes import broadcast, connect, gather, main_process_first, own_device, shared_folder
@@ -275,6 +275,8 @@ def _with_candidates(model: Any, other: Any, made_from: Any, data: MBEIR, encodi
     """What the candidates' embeddings are made from, whose model is noted in `made_from`; ValueError if none fit."""
     theirs = _made_from(other, data, encoding, None, None) | {"embedding_dtype": made_from["embedding_dtype"]}
     made_from |= {"candidates_model": theirs["model"], "candidates_fingerprint": theirs["model_fingerprint"]}
+    if "num_kept_layers" in theirs:
+        made_from["candidates_num_kept_layers"] = theirs["num_kept_layers"]
     pairs = ((model, made_from["truncate_dim"]), (other, theirs["truncate_dim"]))
     # Of what else has an `encode` only the rows tell.
     dims = [embedding_dim(*pair) for pair in pairs if isinstance(pair[0], SentenceTransformer)]
@@ -289,6 +291,8 @@ def _made_from(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
+    if (depth := noted(model, "num_kept_layers")) is not None:
+        values["num_kept_layers"] = depth
     values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
     processing: dict[str, Any] = encoding.pop("processing_kwargs", None) or {}
     # How images are read is told for every result, whoever has decided it.
@@ -310,7 +314,7 @@ def _open_store(folder: Path, made_from: Mapping[str, Any]) -> EmbeddingStore:
     options = made_from.get("encode_kwargs", {})
     options = {} if options == {"processing_kwargs": processing_of("split")} else options
     settings = {"model": fingerprint, "truncate_dim": made_from["truncate_dim"], "encode_kwargs": options}
-    settings |= {"max_pixels": made_from.get("max_pixels"), "decode": made_from["decode"]}
+    settings |= {name: made_from.get(name) for name in ("max_pixels", "decode", "num_kept_layers")}
     with main_process_first():
         dtype = _DTYPES[made_from["embedding_dtype"]]
         return EmbeddingStore(folder, settings, dtype=dtype, file_format="safetensors")
@@ -351,17 +355,23 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
             data = open_mbeir(config.data, revision=config.data_revision, **where)
             if config.benchmark == "nano":
                 data = draw_nano(data, config.nano_folder or folder / "nano", config)
-        model, options["encode_kwargs"] = _open(config, config.model, config.revision)
-        if config.candidates_model is not None:
-            options["candidates_model"], options["candidates_kwargs"] = _open(config, config.candidates_model, None)
+        depths = [given or config.num_kept_layers for given in (config.query_layers, config.candidate_layers)]
+        model, options["encode_kwargs"] = _open(config, config.model, config.revision, depths[0])
+        other: tuple[Any, ...] = (config.candidates_model, None, None)
+        if config.query_layers or config.candidate_layers:
+            other = (config.model, config.revision, depths[1])
+        if other[0] is not None:
+            options["candidates_model"], options["candidates_kwargs"] = _open(config, *other)
             options["candidates_dir"] = config.candidates_output
         return evaluate_mbeir(model, data, **options)
 
 
-def _open(config: EvaluateConfig, name: str, revision: str | None) -> tuple[SentenceTransformer, dict[str, Any]]:
-    """A model, and the arguments of its `encode`."""
+def _open(
+    config: EvaluateConfig, name: str, revision: str | None, num_kept_layers: int | None
+) -> tuple[SentenceTransformer, dict[str, Any]]:
+    """A model, or its first layers, and the arguments of its `encode`."""
     loading = {"truncate_dim": config.truncate_dim, "trust_remote_code": config.trust_remote_code}
-    model = open_sentence_transformer(name, device=own_device(), revision=revision, **loading)
+    model = open_sentence_transformer(name, num_kept_layers, device=own_device(), revision=revision, **loading)
     if config.truncate_dim is not None:
         embedding_dim(model, config.truncate_dim)  # so many there must be
     processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)

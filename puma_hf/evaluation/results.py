@@ -53,8 +53,9 @@ PUBLISHED_NOTE = (
 _SHOWN_METRICS = {"hit", "ndcg", "wrong_modality@1", "overlap"}
 # What a result was made from, in the order that Markdown shows it in; of a hash it shows the first digits.
 _MADE_FROM = (
-    *("model", "model_fingerprint", "candidates_model", "candidates_fingerprint", "truncate_dim", "max_pixels", "data"),
-    *("content_hash", "split", "instructions", "puma_hf"),
+    *("model", "model_fingerprint", "num_kept_layers", "candidates_model", "candidates_fingerprint"),
+    *("candidates_num_kept_layers", "truncate_dim", "max_pixels", "data", "content_hash", "split", "instructions"),
+    "puma_hf",
 )
 _DIGITS = {"model_fingerprint": 12, "candidates_fingerprint": 12, "content_hash": 12}
 _LABELS = ("task", "dataset", "pool", "candidates", "queries", "k")
@@ -190,9 +191,13 @@ class MBEIRResults:
     def _remarks(self, published: bool) -> list[str]:
         remarks = [PUBLISHED_NOTE] if published else []
         if candidates := self.made_from.get("candidates_model"):
+            depths = [self.made_from.get(f"{one}num_kept_layers") for one in ("", "candidates_")]
+            own, theirs = ("" if depth is None else f" ({depth} layers)" for depth in depths)
+            candidates += theirs
             remarks.append(
-                f"The queries alone are embedded by this model, and all candidates by {candidates}. overlap@10: the "
-                f"share of the ten candidates which {candidates} finds with queries of its own that these find, too."
+                f"The queries alone are embedded by this model{own}, and all candidates by {candidates}. "
+                f"overlap@10: the share of the ten candidates which {candidates} finds with queries of its own that "
+                "these find, too."
             )
         if penalty := self.made_from.get("popularity_penalty"):
             remarks.append(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from puma_hf.configs import parse_parameters
 from puma_hf.evaluation.results import markdown_table
 from puma_hf.files import write_json, write_whole
 
 _EPSILON = 1e-9  # below this, two qualities are one
+_Option = TypeVar("_Option", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class SweepRow:
 
     `cka` and `cosine` are to the full model's embeddings, None where they are not defined. `quality` holds, for each
     pool, the mean over its tasks of each metric and of the "score"; `scores` the score of each task. `seconds_image`,
-    the time of one image's forward pass, was measured if pixel limits were asked for.
+    the time of one image's forward pass, was measured if pixel limits were asked for, `seconds_text`, that of a text
+    from its words to its embedding, where there are pairs. `name` is the model's, where a curve joins several.
     """
 
     k: int
@@ -35,19 +37,37 @@ class SweepRow:
     quality: dict[str, dict[str, float]]
     scores: dict[str, dict[str, float]]
     seconds_image: float | None = None
+    seconds_text: float | None = None
+    name: str | None = None
+
+    @property
+    def ms_text(self) -> float:
+        """Milliseconds of a text; NaN if they were not measured."""
+        return 1000 * (math.nan if self.seconds_text is None else self.seconds_text)
+
+
+@dataclass(frozen=True)
+class DepthPair:
+    """Queries of an elastic model at `query_k` layers against candidates at `candidate_k`; `quality` as in a row."""
+
+    query_k: int
+    candidate_k: int
+    quality: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class SweptModel:
-    """A model's rows: one for each k = 1 .. L, or for each k that can keep the last layer, too.
+    """A curve: a row for each k = 1 .. L, for each k that can keep the last layer, too, or for each that was trained.
 
-    With pixel limits there is one of each limit, `max_pixels`; its image that was counted fills it.
+    With pixel limits there is one of each limit, `max_pixels`; its image that was counted fills it. An elastic model,
+    which was trained at several depths, has `pairs` of these at the largest.
     """
 
     name: str
     rows: tuple[SweepRow, ...]
     max_pixels: int | None = None
     image_tokens: int | None = None
+    pairs: tuple[DepthPair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,14 +81,24 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
+class PairRecommendation:
+    """A choice of layers for queries and for candidates, how it was made, and the elastic model of both."""
+
+    query_k: int
+    candidate_k: int
+    reason: str
+    model: str
+
+
+@dataclass(frozen=True)
 class SweepReport:
     """What every depth of one or more models is worth, and what it costs.
 
     The full model comes first, then those it is compared with, each at every pixel limit, the largest first; with
     `keep_last` each comes twice, the second time with its last layer kept. The `metric` in the `pool` decides, within
-    the budget of `max_params` parameters. `num_queries` are those to which something in the pool is relevant.
-    `data_hash` is there if the data were drawn from larger ones. Operations were counted for a text of `text_tokens`
-    and for an image of `image_tokens`.
+    the budget of `max_params` parameters, for a pair within `max_query_ms` milliseconds a text query. `num_queries` are
+    those to which something in the pool is relevant. `data_hash` is there if the data were drawn from larger ones.
+    Operations were counted for a text of `text_tokens` and for an image of `image_tokens`.
     """
 
     models: tuple[SweptModel, ...]
@@ -84,6 +114,7 @@ class SweepReport:
     image_tokens: int
     keep: float = 0.97
     max_params: int | None = None
+    max_query_ms: float | None = None
 
     @property
     def full(self) -> SweepRow:
@@ -95,7 +126,12 @@ class SweepReport:
         """The recommendation for the budget and the share that the sweep was asked for."""
         return self.recommend(self.max_params, self.keep)
 
-    def quality(self, row: SweepRow) -> float:
+    @property
+    def recommended_pair(self) -> PairRecommendation | None:
+        """The pair for the latency and the share that the sweep was asked for; None without an elastic model."""
+        return self.recommend_pair(self.max_query_ms, self.keep)
+
+    def quality(self, row: SweepRow | DepthPair) -> float:
         """The quality that decides."""
         return row.quality[self.pool][self.metric]
 
@@ -117,28 +153,68 @@ class SweepReport:
         # The smallest first, or the quickest, and of equals the better.
         every = [(row, model) for model in self.models for row in model.rows]
         every.sort(key=lambda one: (*self._cost(one[0]), -self.quality(one[0])))
-        full, share = self.quality(self.full), f"{keep:.4g} of the full model's quality"
-        fitting = [one for one in every if one[0].parameters <= budget]
-        enough = [one for one in fitting if self.quality(one[0]) >= keep * full - _EPSILON]
-        if full > 0 and enough:
-            least = "is the smallest that keeps"
-            if self.has_limits:
-                least = "takes the fewest operations of an image of those that keep"
-            (row, model), why = enough[0], f"It {least} {share}{within}."
-        elif fitting:
-            row, model = max(fitting, key=lambda one: self.quality(one[0]))
-            why = f"Nothing keeps {share}{within}: this is the best there is."
+        least = "takes the fewest operations of an image of those that keep"
+        least = least if self.has_limits else "is the smallest that keeps"
+        if fitting := [one for one in every if one[0].parameters <= budget]:
+            (row, model), why = self._choose(fitting, keep, least, within)
         else:
             row, model = min(every, key=lambda one: one[0].parameters)
             why = f"Nothing is{within}: this is the smallest."
-        worth = f"{self.metric} {100 * self.quality(row):.1f}, of the full model {100 * full:.1f}"
         size = f"{row.parameters:,} parameters, {row.parameters / self.full.parameters:.1%} of its"
+        like, name = self._told_cost(row, model) if self.has_limits else "", row.name or model.name
+        reason = f"k = {row.k} of {name}: {self._told_quality(row)}; {size}. {like}{why} {self._chance}"
+        return Recommendation(row.k, reason, name, model.max_pixels)
+
+    def recommend_pair(self, max_query_ms: float | None = None, keep: float = 0.97) -> PairRecommendation | None:
+        """The pair of depths with the quickest query that keeps enough of the full model's quality.
+
+        Of those the one with the cheapest candidates, then the better. What is quickest is told by the operations, so
+        that a second run chooses alike; what is within `max_query_ms` by the time that was measured.
+
+        Args:
+            max_query_ms: Milliseconds that a text query may take, where the sweep was run; None for no limit.
+            keep: Share of the full model's quality to keep, above 0 and at most 1.
+
+        Returns:
+            The choice, and in plain words how it was decided, as in `recommend`; None without an elastic model.
+        """
+        every = []
+        for model in self.models:
+            rows = {row.k: row for row in model.rows}
+            every += [(pair, rows[pair.query_k], rows[pair.candidate_k], model.name) for pair in model.pairs]
+        if not every:
+            return None
+        every.sort(key=lambda one: (one[1].flops_text, one[2].flops_image, -self.quality(one[0])))
+        within = "" if max_query_ms is None else f" within {max_query_ms:g} ms a text query"
+        if fitting := [one for one in every if max_query_ms is None or one[1].ms_text <= max_query_ms]:
+            chosen, why = self._choose(fitting, keep, "has the quickest query of those that keep", within)
+        else:
+            chosen = max((one for one in every if one[1] is every[0][1]), key=lambda one: self.quality(one[0]))
+            why = f"Nothing is{within}: this is the best of the quickest."
+        pair, query, candidate, name = chosen
+        cost = f"{query.ms_text:.1f} ms a text query, {candidate.flops_image / 1e9:,.2f} GFLOPs a candidate image"
+        told = f"Queries at {pair.query_k} and candidates at {pair.candidate_k} layers of {name}"
+        reason = f"{told}: {self._told_quality(pair)}; {cost}. {why} {self._chance}"
+        return PairRecommendation(pair.query_k, pair.candidate_k, reason, name)
+
+    def _choose(self, fitting: Sequence[_Option], keep: float, least: str, within: str) -> tuple[_Option, str]:
+        """Of options that begin with a row or a pair, the first that keeps enough, else the best; and why."""
+        full, share = self.quality(self.full), f"{keep:.4g} of the full model's quality"
+        enough = [one for one in fitting if self.quality(one[0]) >= keep * full - _EPSILON]
+        if full > 0 and enough:
+            return enough[0], f"It {least} {share}{within}."
+        best = max(fitting, key=lambda one: self.quality(one[0]))
+        return best, f"Nothing keeps {share}{within}: this is the best there is."
+
+    def _told_quality(self, row: SweepRow | DepthPair) -> str:
+        full = self.quality(self.full)
+        return f"{self.metric} {100 * self.quality(row):.1f}, of the full model {100 * full:.1f}"
+
+    @property
+    def _chance(self) -> str:
         # Half of a 95 % interval, 1.96 sqrt(p (1 - p) / n), is never more than this.
         points = 100 / math.sqrt(self.num_queries)
-        chance = f"With {self.num_queries:,} queries, differences of up to {points:.1f} points may be chance."
-        like = self._told_cost(row, model) if self.has_limits else ""
-        reason = f"k = {row.k} of {model.name}: {worth}; {size}. {like}{why} {chance}"
-        return Recommendation(row.k, reason, model.name, model.max_pixels)
+        return f"With {self.num_queries:,} queries, differences of up to {points:.1f} points may be chance."
 
     @property
     def has_limits(self) -> bool:
@@ -175,15 +251,19 @@ class SweepReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold, and the recommendation."""
-        return asdict(self) | {"recommendation": asdict(self.recommendation)}
+        pair = self.recommended_pair
+        found = {"recommendation": asdict(self.recommendation), "recommended_pair": pair and asdict(pair)}
+        return asdict(self) | found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SweepReport:
         """The report that `to_dict` wrote; the recommendation is found anew."""
-        known = {field.name: values[field.name] for field in fields(cls)}
-        models = [
-            SweptModel(**one | {"rows": tuple(SweepRow(**row) for row in one["rows"])}) for one in values["models"]
-        ]
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}  # of older files, too
+        models = []
+        for one in values["models"]:
+            rows, pairs = one["rows"], one.get("pairs", ())
+            made = {"rows": tuple(SweepRow(**row) for row in rows), "pairs": tuple(DepthPair(**pair) for pair in pairs)}
+            models.append(SweptModel(**one | made))
         return cls(**known | {"models": tuple(models), "tasks": tuple(values["tasks"])})
 
     def to_markdown(self) -> str:
@@ -203,8 +283,10 @@ class SweepReport:
         for model in self.models:
             lines: list[dict[str, object]] = []
             for row in model.rows:
-                line: dict[str, object] = {"k": row.k, "parameters": row.parameters, "bytes": row.bytes}
+                line: dict[str, object] = {"k": row.k} | ({} if row.name is None else {"model": row.name})
                 line |= {
+                    "parameters": row.parameters,
+                    "bytes": row.bytes,
                     "GFLOPs, text": f"{row.flops_text / 1e9:,.2f}",
                     "GFLOPs, image": f"{row.flops_image / 1e9:,.2f}",
                 }
@@ -215,12 +297,33 @@ class SweepReport:
                 line["kept"] = 100 * self.quality(row) / full if full else None
                 for name, value in (("CKA", row.cka), ("cosine", row.cosine)):
                     line[name] = None if value is None else f"{value:.3f}"
-                marks = ["**recommended**"] if (best.model, best.k) == (model.name, row.k) else []
+                marks = ["**recommended**"] if (best.model, best.k) == (row.name or model.name, row.k) else []
                 marks += ["frontier"] if self.has_limits and row in frontier else []
                 line[""] = ", ".join(marks) or None
                 lines.append(line)
             parts += [f"**{model.name}**", markdown_table(lines)]
-        return "\n\n".join([*parts, f"**Recommended: k = {best.k}.** {best.reason}"]) + "\n"
+            parts += [self._by_pair(model)] if model.pairs else []
+        parts.append(f"**Recommended: k = {best.k}.** {best.reason}")
+        if (pair := self.recommended_pair) is not None:
+            told = f"queries at k = {pair.query_k}, candidates at k = {pair.candidate_k}"
+            parts.append(f"**Recommended pair: {told}.** {pair.reason}")
+        return "\n\n".join(parts) + "\n"
+
+    def _by_pair(self, model: SweptModel) -> str:
+        """One table of an elastic model: a row for each k of queries, a column for each k of candidates."""
+        best, lines = self.recommended_pair, []
+        found = {(pair.query_k, pair.candidate_k): 100 * self.quality(pair) for pair in model.pairs}
+        for query in model.rows:
+            line: dict[str, object] = {"k of queries": query.k, "ms, text": query.ms_text}
+            for row in model.rows:
+                value, this = found.get((query.k, row.k)), (model.name, query.k, row.k)
+                is_best = best is not None and this == (best.model, best.query_k, best.candidate_k)
+                column = f"candidates at k = {row.k} ({row.flops_image / 1e9:,.2f} GFLOPs)"
+                line[column] = f"**{value:.1f}**" if is_best else value
+            lines.append(line)
+        told = f"queries at one depth, candidates at another: {self.metric}, %"
+        told = f"{told}; milliseconds of a text of {self.text_tokens} tokens on this machine, operations of an image"
+        return f"**{model.name}, {told}**\n\n{markdown_table(lines)}"
 
     def _by_limit(self) -> str:
         """One table of k by model and limit: quality, operations and time."""
@@ -244,17 +347,21 @@ class SweepReport:
         left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
         best = self.recommendation
         for number, model in enumerate(self.models):
-            ks, colour = [row.k for row in model.rows], f"C{number}"
+            # Curves come close to each other: the numbers of every second one are below it.
+            ks, colour, offset = [row.k for row in model.rows], f"C{number}", (3, -11 if number % 2 else 4)
             xs, ys = [row.flops_image / 1e9 for row in model.rows], [100 * self.quality(row) for row in model.rows]
             left.plot(xs, ys, "o-", color=colour, label=model.name)
-            for k, *point in zip(ks, xs, ys, strict=True):
-                left.annotate(k, point, xytext=(3, 4), textcoords="offset points", color=colour, fontsize=8)
-                if (model.name, k) == (best.model, best.k):
+            for row, *point in zip(model.rows, xs, ys, strict=True):
+                k = row.k
+                left.annotate(k, point, xytext=offset, textcoords="offset points", color=colour, fontsize=8)
+                if (row.name or model.name, k) == (best.model, best.k):
                     left.plot(*point, "ko", markersize=15, fillstyle="none", label=f"recommended: k = {k}")
             for name, style in (("cka", "o-"), ("cosine", "s--")):
                 # Where one is not defined, the line has a gap.
                 values = [math.nan if (value := getattr(row, name)) is None else value for row in model.rows]
-                right.plot(ks, values, style, color=colour, label=f"{name}, {model.name}")
+                right.plot(ks, values, style, color=colour)
+        for name, style in (("CKA", "o-"), ("cosine", "s--")):
+            right.plot([], [], style, color="gray", label=f"{name}, right")
         if self.has_limits:
             points = [(row.flops_image / 1e9, 100 * self.quality(row)) for row in self.frontier]
             left.plot(*zip(*points, strict=True), color="gray", linewidth=6, alpha=0.3, label="frontier", zorder=0)
@@ -268,7 +375,7 @@ class SweepReport:
         right.xaxis.get_major_locator().set_params(integer=True)
         for axes in (left, right):
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         figure.suptitle(f"Layer sweep on {self.data} ({self.split} split, {self.pool} pools)")
         file = BytesIO()
         figure.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)

@@ -34,10 +34,10 @@ class ElasticDepthLoss(nn.Module):
             `MatryoshkaLoss` of one, which then must be inside: depth by width.
         depths: After how many layers to embed, such as `(4, 8, 12)`. The last is the number of layers that the model
             has: prune it to that.
-        depth_weights: `"equal"`: each depth has the weight 1. `"linear"`: as deep as it is. `"last"`: the deepest as
-            much as all others together. These sum to the number of depths. `"sampled"`: one depth a batch, drawn evenly
-            and the same on all devices; no layer above it is computed, and launched on several devices it needs
-            `ddp_find_unused_parameters=True`.
+        depth_weights: `"equal"`: each depth has the weight 1. `"linear"`: as deep as it is. `"last"`: the deepest
+            twice as much as all others together. These sum to the number of depths. `"sampled"`: one depth a batch,
+            drawn evenly and the same on all devices; no layer above it is computed, and launched on several devices it
+            needs `ddp_find_unused_parameters=True`.
 
     Raises:
         ValueError: If the depths are none that the model has, or `MatryoshkaLoss` is around this loss.
@@ -71,15 +71,16 @@ class ElasticDepthLoss(nn.Module):
         self._dim: int = config.text_config.hidden_size
         self._exits: list[tuple[int, float]] = self._weighted()
         config.trained_depths = list(depths)
-        self._cached: Any = loss  # the loss, inside of wrappers, whose backward pass comes later
         if uses_gradient_cache(loss):
-            while not hasattr(self._cached, "calculate_loss"):
-                self._cached = self._cached.loss
-            self._cached.calculate_loss = self._of_cached(self._cached.calculate_loss)
+            cached: Any = loss
+            while not hasattr(cached, "calculate_loss"):  # inside of wrappers
+                cached = cached.loss
+            cached.calculate_loss = self._of_cached(cached.calculate_loss)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Any:
         """Embed every column after all depths and sum the losses: what the loss inside returns, a scalar or terms."""
-        self._exits = self._weighted() if self.depth_weights != "sampled" else self._drawn()
+        draws = self.depth_weights == "sampled" and self.model.training  # an evaluation is of all depths
+        self._exits = self._drawn() if draws else self._weighted()
         depths = tuple(depth for depth, _ in self._exits)
         columns = [{**features, DEPTHS_KEY: depths} for features in sentence_features]
         if uses_gradient_cache(self.loss):
@@ -111,7 +112,7 @@ class ElasticDepthLoss(nn.Module):
         if self.depth_weights == "linear":
             weights = [number * depth / sum(depths) for depth in depths]
         elif self.depth_weights == "last" and number > 1:
-            weights = [number / (2 * (number - 1))] * (number - 1) + [number / 2]
+            weights = [number / (3 * (number - 1))] * (number - 1) + [2 * number / 3]
         return list(zip(depths, weights, strict=True))
 
     def _drawn(self) -> list[tuple[int, float]]:
@@ -161,4 +162,5 @@ class _Exits:
         output = self.outputs[self.column]
         self.column += 1
         names = ("sentence_embedding", "pooler_output")
-        return {**output, **{name: self.of_exit(output[name], self.number) for name in names}}
+        one = {DEPTHS_KEY: output[DEPTHS_KEY][self.number :][:1]}
+        return {**output, **one, **{name: self.of_exit(output[name], self.number) for name in names}}

@@ -76,6 +76,8 @@ class PumaConfigMixin(_MixinBase):
     ret_token_id: int | None = None
     teacher_fingerprint: str | None = None
     trained_depths: list[int] | None = None
+    # Which layers of the checkpoint that is read a cut has left, for the time of loading; None if all.
+    _loaded_layers = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         keep_layers = kwargs.pop("keep_layers", None)
@@ -107,19 +109,25 @@ class PumaConfigMixin(_MixinBase):
                 f"{self.source_name} adds features of its vision tower (DeepStack). Keep these, and any deeper ones."
             )
         self.kept_layers = None if kept == first else kept
-        # The numbers that the weights have in the checkpoint that is cut.
-        self._loaded_layers = None if layers == first else layers
-        trained = [depth for depth in self.trained_depths or () if layers[:depth] == list(range(depth))]
-        self.warn_if_untrained(len(layers))
-        if len(layers) < available and len(layers) not in trained:  # it was distilled with the layers that go
-            self.teacher_fingerprint = None
-        self.trained_depths = trained or None
+        if len(layers) < available:  # the numbers that the weights have in the checkpoint that is read
+            stored = self._loaded_layers or range(available)
+            self._loaded_layers = [stored[layer] for layer in layers]
         self.num_kept_layers = text_config.num_hidden_layers = len(layers)
+        self.keep_trained(layers if len(layers) < available else None)
         # A reload validates that the two agree, so they are always cut together. Qwen3-VL has no types.
         if getattr(text_config, "layer_types", None) is not None:
             text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
             if self.kept_layers is not None and "sliding_attention" in text_config.layer_types:
                 text_config.max_window_layers = text_config.layer_types.index("sliding_attention")
+
+    def keep_trained(self, layers: Sequence[int] | None) -> None:
+        """After a cut to these layers, None for all, forget the exits that lack one, and the space if it is no exit."""
+        self.warn_if_untrained(self.num_kept_layers or 0)
+        if layers is not None:
+            whole = [depth for depth in self.trained_depths or () if layers[:depth] == list(range(depth))]
+            if len(layers) not in whole:  # it was distilled with the layers that go
+                self.teacher_fingerprint = None
+            self.trained_depths = whole or None
 
     def check_depths(self, depths: Sequence[int]) -> None:
         """ValueError unless these are rising numbers of layers after which the model can embed, one at least."""
@@ -133,9 +141,8 @@ class PumaConfigMixin(_MixinBase):
         """Warn once if the model was trained to embed after other numbers of layers than this one."""
         if self.trained_depths and depth not in self.trained_depths:
             trained = ", ".join(map(str, self.trained_depths))
-            logger.warning_once(
-                "%s layers: the model was trained to embed after %s layers, not so many", depth, trained
-            )
+            told = "num_kept_layers=%s is no depth that the model was trained at, which are %s: take one of these"
+            logger.warning_once(told, depth, trained)
 
     @property
     def num_deepstack_layers(self) -> int:

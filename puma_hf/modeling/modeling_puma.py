@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3_5Model, Qwen3VLModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig, PumaQwen35Config
 
@@ -152,10 +155,9 @@ class PumaModelMixin(_MixinBase):
             kwargs["config"] = deepcopy(kwargs["config"])
             kwargs["config"].cut(**asked)
             kwargs = {name: value for name, value in kwargs.items() if name not in asked}
-        cuts = kwargs.get("keep_layers") is not None or bool(getattr(kwargs.get("config"), "_loaded_layers", None))
         return_loading_info = kwargs.pop("output_loading_info", False)
         always = {"use_safetensors": True, "output_loading_info": True}
-        before = _of_checkpoint.set(cuts)
+        before = _of_checkpoint.set(True)
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs | always)
         finally:
@@ -163,20 +165,31 @@ class PumaModelMixin(_MixinBase):
         model, info = loaded
         # With an adapter the information is about its tensors, those of the base having been checked before.
         wrong = info["missing_keys"] or {name for name in info["unexpected_keys"] if "lora_" in name}
-        if model._hf_peft_config_loaded and wrong:
+        if model._hf_peft_config_loaded:
             # AutoModel passes the base, and the adapter's own place among the options.
-            options = kwargs.get("adapter_kwargs") or {}
+            options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
             adapter = str(options.get("_adapter_model_path") or pretrained_model_name_or_path)
-            raise ValueError(
-                f"{len(wrong)} tensors of the adapter {adapter!r} were not loaded (first: {min(wrong)}). It is "
-                "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
-            )
+            if wrong:
+                raise ValueError(
+                    f"{len(wrong)} tensors of the adapter {adapter!r} were not loaded (first: {min(wrong)}). It is "
+                    "incomplete or of another base; if it is a DoRA, which transformers cannot load, run puma-hf merge."
+                )
+            _note_training(model.config, adapter, options)
         # Saved files carry this model's own names and numbers, whatever layout was read.
         model._weight_conversions = []
-        if cuts:
+        if model.config._loaded_layers is not None:
             model.language_model.layers = torch.nn.ModuleList(model.language_model.layers)
             model.config._loaded_layers = None
         return (model, info) if return_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which would tell of an adapter's tensors whose layers were cut away as asked for."""
+        info, more = super()._load_pretrained_model(model, *args, **kwargs)
+        if (kept := model.config._loaded_layers) is not None:
+            layers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in info.unexpected_keys}
+            info.unexpected_keys = {name for name, layer in layers.items() if not layer or int(layer[1]) in kept}
+        return info, more
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -361,6 +374,16 @@ MODEL_CLASSES: dict[Any, Any] = {
     model_class.config_class: model_class
     for model_class in (PumaModel, PumaQwen25VLModel, PumaQwen3VLModel, PumaQwen35Model)
 }
+
+
+def _note_training(config: Any, adapter: str, options: dict[str, Any]) -> None:
+    """Put into the configuration, in place of what the base has, what the training of its adapter has noted."""
+    hub = {name: options[name] for name in ("cache_dir", "revision", "token") if name in options}
+    missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    file = cached_file(adapter, "puma_base.json", **hub, **missing)
+    noted = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    config.teacher_fingerprint, config.trained_depths = noted.get("teacher"), noted.get("trained_depths")
+    config.keep_trained(config._loaded_layers)
 
 
 def _source_class(model: Any) -> Any:

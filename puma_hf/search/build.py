@@ -36,7 +36,7 @@ from puma_hf.embedding.run import (
 )
 from puma_hf.embedding.store import check_settings
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import content_key, space_fingerprint
+from puma_hf.fingerprint import content_key, exits_fingerprint, noted, space_fingerprint
 from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.processes import connect, gather, locked_for_all
 from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, FORMAT, TABLE, about, open_index, open_table
@@ -83,8 +83,9 @@ def build_index(config: IndexConfig) -> IndexReport:
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
-            revision = before["revision"] if config.revision is None else config.revision
-            config = replace(config, model=before["model"], revision=revision)
+            given = {name: getattr(config, name) for name in ("revision", "num_kept_layers")}
+            given = {name: before.get(name) if value is None else value for name, value in given.items()}
+            config = replace(config, model=before["model"], **given)
         if not config.model:
             problem = f"model is missing: {str(config.output)!r} is no index yet."
             raise ValueError(f"{problem} Name the model that makes it, as in --model DIRECTORY; later runs need not.")
@@ -98,6 +99,8 @@ def build_index(config: IndexConfig) -> IndexReport:
             "format_version": FORMAT,
             # Of the same model, which is checked below, it is the same: all weights need not be read for it again.
             "space": (before or {}).get("space") or space_fingerprint(model),
+            "exits": (before or {}).get("exits") or exits_fingerprint(model),
+            "teacher": noted(model, "teacher_fingerprint"),
             "revision": config.revision,
             "dtype": config.dtype,
             "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,

@@ -15,8 +15,7 @@ from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.embedding.embed import processing_for
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import model_fingerprint, model_name
-from puma_hf.losses.cached_mac_puma import find_puma_model
+from puma_hf.fingerprint import exits_fingerprint, model_fingerprint, model_name, noted
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
@@ -55,7 +54,7 @@ class Query:
 
 
 class Searcher:
-    """Searches an index with the model that made it, or with a student of that; make one, and ask it often.
+    """Searches an index with the model that made it, at any trained depth, or with a student of that; ask it often.
 
     Args:
         index: The index.
@@ -63,13 +62,17 @@ class Searcher:
         backend: "exact" ("torch" and "faiss" are old words for it); or "ann", for which `puma-hf index --ann` has
             prepared the index.
         rescore_multiplier: With "ann": how many items are compared exactly for each answer that is wanted.
-        query_model: Embeds queries in place of `model`, which is not opened: one that was distilled towards it.
+        query_model: Embeds queries in place of `model`, which is not opened: one that was distilled towards it, or
+            towards the same teacher.
+        num_kept_layers: Layers of the opened model that a query is embedded after, which may be another depth than the
+            index has, if the checkpoint was trained at both. None: as the index was made; or all of a `query_model`.
         trust_remote_code: Run the code of a Hub repository, if the model that is opened is one.
 
     Raises:
         FileNotFoundError: If there is no model.
-        ValueError: If the index was made by another model, or has nothing for approximate search; or if `query_model`
-            was not distilled towards that model, by another metric than "relational", in its last training.
+        ValueError: If the index was made by another model, or at a depth that was not trained with the query's, or has
+            nothing for approximate search; or if `query_model` was not distilled towards that model, or its teacher, by
+            another metric than "relational", in its last training.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Searcher:
         backend: Backend = "exact",
         rescore_multiplier: int = RESCORE_MULTIPLIER,
         query_model: SentenceTransformer | str | None = None,
+        num_kept_layers: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if backend == "ann" and len(index) and index.ann == "none":
@@ -94,20 +98,53 @@ class Searcher:
             # The data type, too, must be that of the index: in another one the fingerprint is another.
             loading: Any = {"model_kwargs": {"dtype": index.description["dtype"]}}
             loading["revision"] = index.description["revision"] if model == index.model else None
-            model = open_sentence_transformer(model, trust_remote_code=trust_remote_code, **loading).eval()
+            if num_kept_layers is None and not is_other:
+                num_kept_layers = index.description.get("num_kept_layers")
+            loading |= {"num_kept_layers": num_kept_layers, "trust_remote_code": trust_remote_code}
+            model = open_sentence_transformer(model, **loading).eval()
+        elif num_kept_layers not in (None, noted(model, "num_kept_layers")):
+            problem = f"num_kept_layers={num_kept_layers} is for a model that is opened here; this one is open already"
+            raise ValueError(f"{problem}. Open it with num_kept_layers={num_kept_layers}, or pass where it is.")
         self.model = model
-        teacher = getattr(getattr(find_puma_model(model), "config", None), "teacher_fingerprint", None)
-        is_student = is_other and teacher is not None and teacher == index.description.get("space")
+        self._check_space(is_other)
+
+    def _check_space(self, is_other: bool) -> None:
+        """A ValueError if this model's embeddings cannot be compared with those of the index."""
+        index, about, name = self.index, self.index.description, model_name(self.model)
+        depth, made = noted(self.model, "num_kept_layers"), about.get("num_kept_layers")
+        teacher = noted(self.model, "teacher_fingerprint")
+        fits = is_other and teacher is not None and teacher in (about.get("space"), about.get("teacher"))
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
-        if not is_student and model_fingerprint(self.model) != index.fingerprint:
-            if is_other:
-                problem = f"query_model {model_name(self.model)!r} was not distilled towards {index.model!r}"
-                remedy = "Distil it towards that model (puma-hf distill --teacher) and merge, or leave query_model out"
-                older = "" if "space" in index.description else "; run puma-hf index again on an older index"
-                raise ValueError(f"{problem}, which made {str(index.folder)!r}, or was trained since. {remedy}{older}.")
-            problem = f"{index.named} was made by another model than {model_name(self.model)!r}, and vectors of two"
-            remedy = f"Search with {index.model!r} as it was then, its weights in {index.description['weights_dtype']}."
-            raise ValueError(f"{problem} models cannot be compared. {remedy}")
+        fits = fits or (made in (None, depth) and model_fingerprint(self.model) == index.fingerprint)
+        if not fits and made != depth and about.get("exits"):
+            fits = exits_fingerprint(self.model) == about["exits"]
+        differ = None not in (made, depth) and made != depth
+        if fits:
+            if differ:
+                told = "queries are embedded after %d layers, the index %r after %d"
+                # What was trained by labels alone may have a space at each depth.
+                told += "" if teacher else "; without a teacher nothing has made them alike, so measure it: evaluate"
+                logger.info(told, depth, str(index.folder), made)
+            return
+        older = "" if {"space", "exits"} <= about.keys() else "; run puma-hf index again on an older index"
+        if is_other:
+            problem = (
+                f"query_model {name!r} was not distilled towards {index.model!r}, which made {str(index.folder)!r},"
+            )
+            problem += " and is no other trained depth of that, or was trained since"
+            remedy = "Distil it towards that model (puma-hf distill --teacher) and merge, or leave query_model out"
+        elif differ:
+            problem = (
+                f"{index.named} was embedded after {made} layers; {name!r} was not trained to be compared with that"
+            )
+            problem += f" after {depth}, or is another checkpoint"
+            remedy = f"Search after {made} layers, or after one of the trained_depths of {index.model!r} as it was then"
+        else:
+            problem = (
+                f"{index.named} was made by another model than {name!r}, and vectors of two models cannot be compared"
+            )
+            remedy = f"Search with {index.model!r} as it was then, its weights in {about['weights_dtype']}"
+        raise ValueError(f"{problem}. {remedy}{older}.")
 
     def embed(self, query: Query | str) -> NDArray[np.float32]:
         """The embedding of a query (a string is words), `(1, embedding_dim)`, of length 1."""
@@ -153,7 +190,7 @@ def search(config: SearchConfig) -> Answers:
 
     The errors are those of `open_index`, `Searcher` and `Searcher.search`; ImportError if LanceDB is missing.
     """
-    names = ("model", "query_model", "backend", "rescore_multiplier", "trust_remote_code")
+    names = ("model", "query_model", "num_kept_layers", "backend", "rescore_multiplier", "trust_remote_code")
     searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     answers = searcher.search(query, target=config.target, top_k=config.top)

@@ -54,6 +54,7 @@ def write_space(
     *,
     model: str | None = None,
     instruction: str | None = None,
+    num_kept_layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a folder that is a Space of the Hub as it is: the page, and a copy of an index that needs nothing else.
@@ -65,6 +66,7 @@ def write_space(
         folder: Where to, a new or empty directory. It is written whole or not at all.
         model: Name of the index's model on the Hub. By default a model in a local directory is copied.
         instruction: What queries ask for; can be changed on the page.
+        num_kept_layers: Decoder layers that are run for a query, as `Searcher` takes it.
         trust_remote_code: Let the Space run the code of a model's repository, as a PUMA model needs unless copied.
 
     Raises:
@@ -77,6 +79,7 @@ def write_space(
     is_copied = model is None and Path(index.model).is_absolute()
     name = "./model" if is_copied else model or index.model
     more = "" if instruction is None else f", instruction={instruction!r}"
+    more += "" if num_kept_layers is None else f", num_kept_layers={num_kept_layers}"
     more += ", trust_remote_code=True" if trust_remote_code else ""
     told = {"title": TITLE, "sdk": sdk, "model": ", and the model" if is_copied else ""}
     told["line"] = count_line(index, index.model if is_copied else name)

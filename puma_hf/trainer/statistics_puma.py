@@ -120,13 +120,14 @@ class TrainingStatistics(TrainerCallback):
     def _see_states(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or not isinstance(output, Mapping) or "pooler_output" not in output:
             return
-        # Of several depths the deepest's.
-        states = output["pooler_output"].detach().chunk(len(output.get("exit_depths", "1")), dim=1)[-1]
-        self._seen = states
         teacher = output.get("teacher_state")
-        if teacher is not None and teacher.shape == states.shape:  # a wider one has vectors of another space
-            cosine = torch.nn.functional.cosine_similarity(states.float(), teacher.detach().to(states).float()).mean()
-            self._add(len(self._names) - 1, cosine.unsqueeze(0))
+        # Those of several depths lie side by side where the model is wrapped, and come one by one elsewhere.
+        for states in output["pooler_output"].detach().chunk(len(output.get("exit_depths", "1")), dim=1):
+            self._seen = states
+            if teacher is not None and teacher.shape == states.shape:  # a wider one has vectors of another space
+                target = teacher.detach().to(states).float()
+                cosine = torch.nn.functional.cosine_similarity(states.float(), target).mean()
+                self._add(len(self._names) - 1, cosine.unsqueeze(0))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         """Add the means since the last record to a training record; a new window begins."""

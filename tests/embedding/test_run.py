@@ -24,7 +24,7 @@ from puma_hf.data.mbeir import MBEIR
 from puma_hf.embedding import run
 from puma_hf.embedding.embed import EmbedResult
 from puma_hf.embedding.run import ERRORS, embed_corpus
-from puma_hf.embedding.store import EmbeddingStore, open_embeddings
+from puma_hf.embedding.store import MANIFEST, EmbeddingStore, open_embeddings
 from puma_hf.files import LOCK_FILE, DirectoryInUseError
 from tests.data.mbeir_builder import build_mbeir
 
@@ -103,6 +103,25 @@ def test_a_second_run_embeds_nothing_whatever_the_batches_and_shards(config: Any
         again = embed_corpus(config(**values))
         assert (again.num_new_items, again.num_rows) == (0, 10)
     assert {path: path.stat().st_mtime_ns for path in Path(first.output).iterdir()} == before
+
+
+def test_the_first_layers(
+    config: Any, table: Path, elastic_dir: Path, sentence_transformer: SentenceTransformer
+) -> None:
+    first = {"model": str(elastic_dir), "num_kept_layers": 2}  # which are those of the pruned model
+    report = embed_corpus(config(**first))
+    np.testing.assert_allclose(read(report.output)[1], expected(sentence_transformer, table), **TOLERANCE)
+    told = r"num_kept_layers is 2 there and 4 here\. Go on with --num-kept-layers 2, as they were made\. Choose another"
+    with pytest.raises(ValueError, match=told):
+        embed_corpus(config(model=str(elastic_dir)))
+    manifest = Path(report.output, MANIFEST)
+    values = json.loads(manifest.read_text())
+    assert values["settings"].pop("num_kept_layers") == 2
+    manifest.write_text(json.dumps(values))  # as an older version has it: the fingerprint tells the depths apart
+    with pytest.raises(ValueError, match="fingerprint is"):
+        embed_corpus(config(model=str(elastic_dir)))
+    with pytest.raises(ValueError, match="num_kept_layers=5 must be an integer from 1 to 4"):
+        embed_corpus(config(model=str(elastic_dir), num_kept_layers=5))
 
 
 def test_only_the_first_dimensions(config: Any, table: Path, sentence_transformer: SentenceTransformer) -> None:

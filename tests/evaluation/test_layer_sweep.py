@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from puma_hf.evaluation.layer_sweep import (
     keep_last_depths,
     layer_costs,
     linear_cka,
+    seconds_by_depth,
     sweep,
 )
 from puma_hf.evaluation.mbeir import evaluate_mbeir, read_searches
@@ -152,6 +155,22 @@ def test_costs_equal_those_of_each_pruned_model(models: list[SentenceTransformer
     assert costs[3]["flops_text"] == 4 * costs[0]["flops_text"]
 
 
+def test_reading_is_timed_with_the_layers(models: list[SentenceTransformer]) -> None:
+    features = models[-1].preprocess(["a red apple"])
+
+    def read() -> dict[str, Any]:
+        time.sleep(0.05)
+        return features
+
+    for batch, least in ((features, 0), (read, 0.05)):
+        seconds = seconds_by_depth(models[-1], batch)
+        assert len(seconds) == NUM_LAYERS
+        assert sorted(seconds) == seconds
+        assert seconds[0] > least
+    costs, _ = layer_costs(models[-1], time_text=True)
+    assert 0 < costs[0]["seconds_text"] < costs[-1]["seconds_text"]
+
+
 # --- The sweep
 
 
@@ -228,6 +247,65 @@ def test_every_depth_at_every_pixel_limit(qwen_dir: Path, models: list[SentenceT
     large, small = (model.rows for model in report.models)
     assert [row.quality for row in large] != [row.quality for row in small]
     assert all(one.flops_image > other.flops_image for one, other in zip(large, small, strict=True))
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 4 layers that says it was trained at three depths; at the second nobody has trained it."""
+    folder = tmp_path_factory.mktemp("elastic")
+    prune(build_qwen2_vl(folder / "original", seed=2), folder / "any-depth", num_kept_layers=4)
+    config = json.loads((folder / "any-depth" / "config.json").read_text()) | {"trained_depths": [1, 3, 4]}
+    (folder / "any-depth" / "config.json").write_text(json.dumps(config))
+    return folder / "any-depth"
+
+
+def test_elastic_and_distilled_models(qwen_dir: Path, elastic: Path, other: Path, data: Path, tmp_path: Path) -> None:
+    prune(other, tmp_path / "one", num_kept_layers=1)
+    settings = {"compare": (str(elastic),), "distilled": (str(other), str(tmp_path / "one")), "keep_last": True}
+    tasks = ("toys_task1", "toys_task7")
+    config = SweepConfig(model=qwen_dir, data=data, pool="both", max_query_ms=1e6, **settings, **ALL, tasks=tasks)
+    report = sweep(config, show_progress_bar=False)
+    assert [(model.name, [row.k for row in model.rows]) for model in report.models[2:]] == [
+        ("any-depth, elastic", [1, 3, 4]),
+        ("distilled for one depth", [1, 3]),
+    ]
+    assert report.full == report.models[0].rows[-1]
+    swept, points = report.models[2:]
+    assert [row.name for row in points.rows] == ["one", "distilled"]
+    copies = {k: pruned(elastic, tmp_path / f"k{k}", num_kept_layers=k) for k in (1, 3, 4)}
+    assert [row.parameters for row in swept.rows] == [count_parameters(model) for model in copies.values()]
+    held = HeldInputs(read_searches(MBEIR(data), "test", tasks, "both"))
+    vectors = {k: held.embed(partial(model.encode, show_progress_bar=False)) for k, model in copies.items()}
+    found = {(pair.query_k, pair.candidate_k): pair.quality for pair in swept.pairs}
+    assert [*found] == [(1, 1), (1, 3), (1, 4), (3, 3), (3, 4), (4, 4)]
+    for (query_k, candidate_k), quality in found.items():
+        candidates, queries = vectors[candidate_k][: held.num_candidates], vectors[query_k][held.num_candidates :]
+        results = held.results(torch.cat((candidates, queries)), "test")
+        for pool in results.pools:
+            assert quality[pool] == pytest.approx(results.mean(pool), abs=1e-12)
+    assert [row.quality for row in swept.rows] == [found[row.k, row.k] for row in swept.rows]
+    assert len({quality["local"]["ndcg@10"] for quality in found.values()}) == 6  # the pairs differ
+    model = SentenceTransformer(str(other), trust_remote_code=True, device="cpu")
+    results = held.results(held.embed(partial(model.encode, show_progress_bar=False)), "test")
+    assert points.rows[1].quality == {pool: pytest.approx(results.mean(pool), abs=1e-12) for pool in results.pools}
+    assert points.rows[1].parameters == count_parameters(model)
+    assert report.recommended_pair == report.recommend_pair(1e6)
+    assert (report.recommend_pair(1e-9) or report).query_k == 1  # type: ignore[union-attr]
+    assert SweepReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_pairs_at_the_largest_pixel_limit(qwen_dir: Path, elastic: Path, other: Path, data: Path) -> None:
+    settings = {"compare": (str(elastic),), "distilled": (str(other),), "max_pixels": "1024,4096"}
+    config = SweepConfig(model=qwen_dir, data=data, **settings, **ALL | {"tasks": ("toys_task0",)})
+    large, small = (f", {pixels} pixels ({tokens} visual tokens)" for pixels, tokens in (("4,096", 16), ("1,024", 4)))
+    assert [(model.name, len(model.pairs)) for model in sweep(config, show_progress_bar=False).models] == [
+        *[(f"tiny-qwen2-vl{limit}", 0) for limit in (large, small)],
+        (f"any-depth, elastic{large}", 6),
+        (f"any-depth, elastic{small}", 0),
+        *[(f"distilled for one depth{limit}", 0) for limit in (large, small)],
+    ]
+    with pytest.raises(ValueError, match=r"max_query_ms=5 is for pairs.*nothing here was trained for.*--compare"):
+        sweep(replace(config, compare=(str(other),), max_query_ms=5), show_progress_bar=False)
 
 
 def test_closeness_to_the_full_model(report: SweepReport, models: list[SentenceTransformer], data: Path) -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import EvaluateConfig, SweepConfig
 from puma_hf.data.mbeir import MBEIR, Candidate, Query
 from puma_hf.data.records import MBEIRFormatError
@@ -315,6 +317,11 @@ def test_k_larger_than_the_pool(root: Path) -> None:
 NAMES = ("toys_task1", "toys_task7")
 
 
+def content_of(one: Query | Candidate, root: Path) -> dict[str, str]:
+    values = {"image": one.image and str(root / one.image), "text": one.text}
+    return {name: value for name, value in values.items() if value}
+
+
 def config(puma_dir: Path, root: Path, **values: Any) -> EvaluateConfig:
     return EvaluateConfig(model=str(puma_dir), data=root, **{"tasks": NAMES, "pool": "local", **values})
 
@@ -336,6 +343,46 @@ def test_it_is_evaluate_mbeir(
     assert again.rankings == results.rankings
     assert again.rows == [replace(row, metrics={**row.metrics, "overlap@10": 1.0}) for row in results.rows]
     assert (output / "candidates" / "embeddings").is_dir()
+
+
+def test_the_first_layers(puma_dir: Path, elastic_dir: Path, root: Path, tmp_path: Path) -> None:
+    first = config(elastic_dir, root, output=tmp_path / "out", num_kept_layers=2)
+    results, pruned = evaluate(first), evaluate(config(puma_dir, root))
+    assert (results.rows, results.rankings) == (pruned.rows, pruned.rankings)
+    assert results.made_from["num_kept_layers"] == pruned.made_from["num_kept_layers"] == 2
+    assert ", num-kept-layers 2, data mbeir" in results.to_markdown()
+    with pytest.raises(ValueError, match=r"num_kept_layers is 2 there and 4 here\. Go on with --num-kept-layers 2, as"):
+        evaluate(replace(first, num_kept_layers=None))
+
+
+def test_queries_after_fewer_layers_than_candidates(
+    elastic_dir: Path, sentence_transformer: SentenceTransformer, root: Path, tmp_path: Path
+) -> None:
+    """Queries by the model cut to 2 layers, candidates by all 4, each encoded by itself."""
+    whole, data, output = open_sentence_transformer(str(elastic_dir)), MBEIR(root), tmp_path / "out"
+    both = {"query_layers": 2, "candidate_layers": 4, "output": output}
+    results = evaluate(config(elastic_dir, root, **both))
+    for search, row in zip(read_searches(data, "test", NAMES, "local"), results.rows, strict=True):
+        found, rows = {}, whole.encode([content_of(one, root) for one in search.pool.values()])
+        for query, prompt in search.queries:
+            vector = sentence_transformer.encode([content_of(query, root)], prompt=prompt)[0]
+            found[query.id] = [[*search.pool][place] for place in np.argsort(-(rows @ vector))]
+        assert results.rankings["local"][search.task.name] == found
+        hits = [bool({*found[qid][:5]} & judged.keys()) for qid, judged in search.relevance.items()]
+        assert row.metrics["hit@5"] == sum(hits) / len(hits)
+    assert (results.made_from["num_kept_layers"], results.made_from["candidates_num_kept_layers"]) == (2, 4)
+    told = "embedded by this model (2 layers), and all candidates by tiny-elastic (4 layers). overlap@10: the share of"
+    assert told in (output / "results.md").read_text()
+    # The side that is not named has the depth of num_kept_layers, or the model's own.
+    for sides in ({"query_layers": 2}, {"candidate_layers": 4, "num_kept_layers": 2}):
+        assert evaluate(config(elastic_dir, root, **sides)) == results
+    # An evaluation at 4 layers has embedded the candidates.
+    deep = evaluate(config(elastic_dir, root, output=tmp_path / "deep"))
+    assert deep.rankings != results.rankings
+    shared = evaluate(config(elastic_dir, root, query_layers=2, output=output, candidates_output=tmp_path / "deep"))
+    assert shared == results
+    with pytest.raises(ValueError, match=r"candidates_model='other' is another model, query_layers=2 .* Leave out one"):
+        config(elastic_dir, root, query_layers=2, candidates_model="other")
 
 
 def test_another_run_in_the_output_is_refused_first(puma_dir: Path, root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from puma_hf.evaluation.sweep_report import SweepReport, SweepRow, SweptModel
+from puma_hf.evaluation.sweep_report import DepthPair, SweepReport, SweepRow, SweptModel
 
 
 def make_model(name: str, qualities: Sequence[float], **changes: Any) -> SweptModel:
@@ -105,6 +105,86 @@ def test_pixel_limits_are_the_second_lever() -> None:
     assert SweepReport.from_dict(report.to_dict()) == report
 
 
+def test_a_point_of_several_directories_is_recommended_by_its_own_name() -> None:
+    points = make_model("distilled for one depth", [0.5, 0.79, 0.79])
+    rows = [replace(row, name=name) for row, name in zip(points.rows[1:], ("two", "three"), strict=True)]
+    report = make_report(FULL, replace(points, rows=tuple(rows)))
+    assert (report.recommendation.model, report.recommendation.k) == ("two", 2)
+    assert report.recommendation.reason.startswith("k = 2 of two: score 79.0")
+    table = report.to_markdown()
+    assert "| 2 | two | 1,200,000,000 |" in table
+    assert table.count("| **recommended** |") == 1
+
+
+def with_pairs() -> SweepReport:
+    """Trained at 1, 3 and 4 layers; a text query takes as many milliseconds as layers, and 10 more."""
+    rows = [row for row in make_model("", [0.5, 0.0, 0.7, 0.78]).rows if row.k != 2]
+    rows = [replace(row, seconds_text=(10 + row.k) / 1000) for row in rows]
+    qualities = {(1, 1): 0.5, (1, 3): 0.65, (1, 4): 0.64, (3, 3): 0.7, (3, 4): 0.77, (4, 4): 0.78}
+    pairs = [DepthPair(q, c, {"local": {"score": value}}) for (q, c), value in qualities.items()]
+    return make_report(FULL, SweptModel("any, elastic", tuple(rows), pairs=tuple(pairs)))
+
+
+@pytest.mark.parametrize(
+    ("max_query_ms", "keep", "pair", "why"),
+    [
+        (None, 0.97, (4, 4), "It has the quickest query of those that keep 0.97 of the full model's quality."),
+        (None, 0.96, (3, 4), "of those that keep 0.96"),  # 0.768 of 0.8
+        (None, 0.8, (1, 3), "of those that keep 0.8"),  # 0.64 or more: of both the cheaper candidates
+        (None, 0.6, (1, 1), "of those that keep 0.6"),
+        (11, 0.8, (1, 3), "of those that keep 0.8 of the full model's quality within 11 ms a text query."),
+        (13.5, 0.97, (3, 4), "Nothing keeps 0.97 of the full model's quality within 13.5 ms a text query: this is the"),
+        (10.5, 0.1, (1, 3), "Nothing is within 10.5 ms a text query: this is the best of the quickest."),
+        (None, 1, (4, 4), "Nothing keeps 1 of the full model's quality: this is the best there is."),
+    ],
+)
+def test_the_recommended_pair(max_query_ms: float | None, keep: float, pair: tuple[int, int], why: str) -> None:
+    report = replace(with_pairs(), max_query_ms=max_query_ms, keep=keep)
+    found = report.recommended_pair
+    assert found is not None
+    assert found == report.recommend_pair(max_query_ms, keep)
+    assert (found.query_k, found.candidate_k, found.model) == (*pair, "any, elastic")
+    assert why in found.reason
+
+
+def test_of_equal_pairs_the_better() -> None:
+    report = with_pairs()
+    better = [replace(pair, quality={"local": {"score": 0.79}}) for pair in report.models[1].pairs]
+    report = replace(report, models=(*report.models, replace(report.models[1], name="better", pairs=tuple(better))))
+    found = report.recommend_pair(keep=0.6)
+    assert found is not None
+    assert (found.query_k, found.candidate_k, found.model) == (1, 1, "better")
+
+
+def test_pairs_are_told_and_kept() -> None:
+    assert make_report().recommended_pair is None
+    report = replace(with_pairs(), keep=0.96)
+    # Nobody has trained it at two layers: of the trained depths the smallest within the budget, and of all models.
+    assert (report.recommend("1.35B", 0.6).model, report.recommend("1.35B", 0.6).k) == ("any, elastic", 1)
+    table = report.to_markdown()
+    assert (
+        "| k of queries | ms, text | candidates at k = 1 (14.00 GFLOPs) | candidates at k = 3 (22.00 GFLOPs) |" in table
+    )
+    assert "| 1 | 11.0 | 50.0 | 65.0 | 64.0 |\n| 3 | 13.0 |  | 70.0 | **77.0** |\n| 4 | 14.0 |  |  | 78.0 |" in table
+    told = (
+        "**Recommended pair: queries at k = 3, candidates at k = 4.** Queries at 3 and candidates at 4 layers of any,"
+    )
+    assert (
+        f"{told} elastic: score 77.0, of the full model 80.0; 13.0 ms a text query, 26.00 GFLOPs a candidate" in table
+    )
+    values = report.to_dict()
+    assert values["recommended_pair"]["query_k"] == 3
+    assert SweepReport.from_dict(values) == report
+    # As files were before there were pairs.
+    values = make_report().to_dict()
+    del values["max_query_ms"], values["recommended_pair"]
+    for model in values["models"]:
+        del model["pairs"]
+        for row in model["rows"]:
+            del row["seconds_text"], row["name"]
+    assert SweepReport.from_dict(values) == make_report()
+
+
 @pytest.mark.parametrize("qualities", [[0.5], [0.0] * 3, [0.01 * k for k in range(1, 29)]])
 def test_any_curve_is_drawn(qualities: list[float], tmp_path: Path) -> None:
     swept = make_model("full", qualities, cka=None)
@@ -112,4 +192,5 @@ def test_any_curve_is_drawn(qualities: list[float], tmp_path: Path) -> None:
     report = make_report(swept, replace(swept, name="last", rows=swept.rows[3:] or swept.rows))
     report.plot(tmp_path / "one.png")
     at_limits().plot(tmp_path / "two.png")
+    with_pairs().plot(tmp_path / "three.png")
     assert (tmp_path / "one.png").stat().st_size > 0

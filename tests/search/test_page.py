@@ -120,13 +120,15 @@ def test_it_serves_until_it_is_stopped(
         said.extend((url, Visitor(url).ask("a table")["output"]["data"][0]))
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("puma_hf.search.page.open_searcher", lambda *_, **__: page_searcher)
+    opened: dict[str, Any] = {}
+    monkeypatch.setattr("puma_hf.search.page.open_searcher", lambda *_, **given: opened.update(given) or page_searcher)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(number)
     is_error = number == signal.SIGTERM  # which schedulers and containers send
     with pytest.raises(SystemExit) if is_error else nullcontext():
-        launch(AppConfig(index=page_index, port=0), started=ask_and_stop)
+        launch(AppConfig(index=page_index, port=0, num_kept_layers=1), started=ask_and_stop)
+    assert opened["num_kept_layers"] == 1
     assert said[1] == "7 of 7 items, best first"
     assert signal.getsignal(number) is before
     with pytest.raises(ConnectionRefusedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import DistillConfig, IndexConfig, MergeConfig, SearchConfig
 from puma_hf.search.build import build_index
 from puma_hf.search.index import open_index
-from puma_hf.search.query import Query, Searcher, search
+from puma_hf.search.query import Query, Searcher, open_searcher, search
 from puma_hf.trainer.stages import distill, merge
 
 
@@ -162,3 +164,123 @@ def test_who_is_no_student_is_refused(
         Searcher(index, "never opened", query_model=sentence_transformer)
     # The model that made an index is as good as ever.
     assert search(SearchConfig(index=index_dir, query="a", query_model=str(puma_dir)))
+
+
+# --- another depth for the query
+
+
+def index_of(model: Path, corpus: Path, output: Path, **values: Any) -> Path:
+    build_index(IndexConfig(data=corpus, model=str(model), output=output, **values))
+    return output
+
+
+@pytest.fixture(scope="module")
+def elastic_index(elastic_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index that the model of all 4 layers has made. Read only."""
+    return index_of(elastic_dir, corpus, tmp_path_factory.mktemp("elastic") / "index")
+
+
+def with_config(model: Path, output: Path, **values: Any) -> Path:
+    """A copy of a model that says other things of itself."""
+    shutil.copytree(model, output)
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, **values}))
+    return output
+
+
+def with_other_weights(model: Path, output: Path) -> Path:
+    """A copy of a model whose weights differ in the first layer."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(shutil.copytree(model, output) / "model.safetensors")
+    next(weight for name, weight in weights.items() if "layers.0." in name).add_(0.1)
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+def test_a_query_after_fewer_layers(
+    elastic_index: Path,
+    elastic_dir: Path,
+    corpus: Path,
+    sentence_transformer: SentenceTransformer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    picture = str(corpus.parent / "b.png")
+    query = sentence_transformer.encode([{"image": picture, "text": "a table"}])[0]  # of a copy cut to 2 layers
+    rows = {row["id"]: np.array(row["vector"]) for row in open_index(elastic_index).table.to_arrow().to_pylist()}
+    cosines = {name: pytest.approx(float(query @ row), abs=1e-5) for name, row in rows.items()}
+    asked: dict[str, Any] = {"index": elastic_index, "query": "a table", "image": picture}
+    prune(elastic_dir, tmp_path / "cut", num_kept_layers=2)
+    found = [
+        search(SearchConfig(**asked, num_kept_layers=2)),
+        search(SearchConfig(**asked, query_model=str(tmp_path / "cut"))),
+        search(SearchConfig(**asked, query_model=str(elastic_dir), num_kept_layers=2)),
+        Searcher(open_index(elastic_index), open_sentence_transformer(str(elastic_dir), 2)).search(
+            Query(text="a table", image=picture)
+        ),
+    ]
+    told = f"queries are embedded after 2 layers, the index {str(elastic_index)!r} after 4; without a teacher nothing"
+    assert sum(told in message for message in caplog.messages) == len(found)
+    for answers in found:
+        assert {answer.id: answer.score for answer in answers.answers} == cosines
+    whole = search(SearchConfig(**asked))
+    assert whole == search(SearchConfig(**asked, num_kept_layers=4)) != found[0]
+    assert sum("queries are embedded" in message for message in caplog.messages) == len(found)
+
+
+def test_an_index_remembers_its_depth(elastic_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    output = index_of(elastic_dir, corpus, tmp_path / "index", num_kept_layers=2)
+    again = build_index(IndexConfig(data=corpus, output=output))
+    assert (again.num_new, again.num_kept) == (0, 8)
+    asked: dict[str, Any] = {"index": output, "query": "a table"}
+    assert search(SearchConfig(**asked)) == search(SearchConfig(**asked, num_kept_layers=2))
+    assert search(SearchConfig(**asked)) != search(SearchConfig(**asked, num_kept_layers=4))
+    with pytest.raises(ValueError, match=r"num_kept_layers is 2 there and 4 here\. Go on with --num-kept-layers 2, as"):
+        index_of(elastic_dir, corpus, output)
+
+
+def test_depths_that_cannot_be_compared(elastic_index: Path, elastic_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"index": elastic_index, "query": "a table"}
+    remedy = r"Search after 4 layers, or after one of the trained_depths of '.*tiny-elastic'"
+    with pytest.raises(ValueError, match=rf"embedded after 4 layers; 'tiny-elastic' was .* after 3, or .*{remedy}"):
+        search(SearchConfig(**asked, num_kept_layers=3))
+    other = str(with_other_weights(elastic_dir, tmp_path / "other"))
+    with pytest.raises(ValueError, match=rf"'other' was not trained to be compared with that after 2, or .*{remedy}"):
+        search(SearchConfig(**asked, model=other, num_kept_layers=2))
+    with pytest.raises(ValueError, match=r"query_model 'other' was not distilled .* no other trained depth of that"):
+        search(SearchConfig(**asked, query_model=other, num_kept_layers=2))
+    whole = open_sentence_transformer(str(elastic_dir))
+    with pytest.raises(ValueError, match="num_kept_layers=2 is for a model that is opened here; this one is open"):
+        Searcher(open_index(elastic_index), whole, num_kept_layers=2)
+    # Of a depth that was not trained, which its index can be searched at, as ever.
+    third = index_of(elastic_dir, corpus, tmp_path / "third", num_kept_layers=3)
+    assert search(SearchConfig(index=third, query="a table"))
+    with pytest.raises(ValueError, match="was embedded after 3 layers"):
+        search(SearchConfig(index=third, query="a table", num_kept_layers=2))
+    index = open_index(elastic_index)
+    for name in ("num_kept_layers", "exits", "teacher"):  # as it was before
+        del index.description[name]
+    assert open_searcher(index).search("a table") == search(SearchConfig(**asked))
+    with pytest.raises(ValueError, match=r"weights in float32; run puma-hf index again on an older index\."):
+        open_searcher(index, num_kept_layers=2)
+
+
+def test_students_of_one_teacher(elastic_dir: Path, puma_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    deep = with_config(elastic_dir, tmp_path / "deep", teacher_fingerprint="a" * 64)
+    asked: dict[str, Any] = {"index": index_of(deep, corpus, tmp_path / "index"), "query": "a table"}
+    small = with_other_weights(
+        with_config(puma_dir, tmp_path / "same", teacher_fingerprint="a" * 64), tmp_path / "small"
+    )
+    vectors = {row["id"]: row["vector"] for row in open_index(asked["index"]).table.to_arrow().to_pylist()}
+    query = open_sentence_transformer(str(small)).encode(["a table"])[0]
+    for answer in search(SearchConfig(**asked, query_model=str(small))).answers:
+        assert answer.score == pytest.approx(float(query @ np.array(vectors[answer.id])), abs=1e-5)
+    for other in ("b" * 64, None):
+        stranger = with_config(small, tmp_path / f"of-{other}", teacher_fingerprint=other)
+        with pytest.raises(ValueError, match="was not distilled towards"):
+            search(SearchConfig(**asked, query_model=str(stranger)))
+    # It is no copy of the model that made the index.
+    with pytest.raises(ValueError, match="embedded after 4 layers"):
+        search(SearchConfig(**asked, model=str(small), num_kept_layers=2))

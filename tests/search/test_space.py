@@ -60,9 +60,11 @@ def test_a_picture_that_is_gone(page_index: Path, tmp_path: Path) -> None:
 
 def test_by_the_command_with_a_model_on_the_hub(page_index: Path, tmp_path: Path) -> None:
     space = tmp_path / "space"
-    config = AppConfig(index=page_index, space=space, model="org/name", trust_remote_code=True, port=1)
+    config = AppConfig(
+        index=page_index, space=space, model="org/name", num_kept_layers=1, trust_remote_code=True, port=1
+    )
     assert show_page(config).startswith(f"saved the Space to {space};")
-    assert "trust_remote_code=True" in (space / "app.py").read_text()
+    assert "num_kept_layers=1, trust_remote_code=True" in (space / "app.py").read_text()
     assert not (space / "index" / "model").exists()
     assert open_index(space / "index").model == "org/name"
     assert SpaceCard.load(space / "README.md").data.models == ["org/name"]
