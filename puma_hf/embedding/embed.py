@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from itertools import islice
 from typing import Any, get_args
 
@@ -191,9 +192,9 @@ def iterate_embeddings(
     _check(model, inputs, on_error)
     dim = embedding_dim(model, truncate_dim)
     if num_kept_layers is not None:
-        if not is_puma(model):
-            name = model_name(model)
-            raise ValueError(f"num_kept_layers={num_kept_layers} is for PUMA models, which {name!r} is none of.")
+        if not is_puma(model) or "num_kept_layers" not in signature(model[0].embed_batch).parameters:
+            problem = f"num_kept_layers={num_kept_layers} is for PUMA models with the code of this version"
+            raise ValueError(f"{problem}, which {model_name(model)!r} is none of. Leave it out.")
         model[0].model.config.check_depths([num_kept_layers])
         model[0].model.config.warn_if_untrained(num_kept_layers)
     if prompt is None and model.default_prompt_name is not None:
@@ -283,7 +284,8 @@ def _start(
             batch: Any = batch_to_device(chunk.batch, model.device)
         else:  # from pinned memory, which is copied while the device computes
             batch = chunk.batch.to(model.device, non_blocking=True)
-        features = model[0].embed_batch(batch, num_kept_layers)
+        # The code beside older models takes the batch alone.
+        features = model[0].embed_batch(batch, *(() if num_kept_layers is None else (num_kept_layers,)))
         for module in list(model)[1:]:
             features = module(features)
     except torch.OutOfMemoryError as error:

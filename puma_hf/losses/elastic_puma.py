@@ -143,6 +143,7 @@ class ElasticDepthLoss(nn.Module):
 
     def _of_exit(self, rows: Tensor, number: int) -> Tensor:
         """What one exit has of `(batch_size, num_exits * embedding_dim)`."""
+        rows = rows.flatten(1)  # the code beside older models leaves exits apart
         if rows.shape[1] != len(self._exits) * self._dim:  # cut to the first dimensions of all exits together
             raise ValueError("A loss is around ElasticDepthLoss. Take ElasticDepthLoss(model, MatryoshkaLoss(...)).")
         return rows[:, number * self._dim : (number + 1) * self._dim]

@@ -273,8 +273,9 @@ def _prepare(config: StageConfig) -> tuple[SentenceTransformerTrainingArguments,
     if model.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"output {str(output)!r} is, or holds, the model itself. Choose another directory.")
     sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached):
-        raise ValueError("A teacher, and gradient caching, call parts of the model, which FSDP shards. Launch DDP.")
+    if sharded and (not isinstance(config, TrainConfig) or config.joint or config.cached or config.depths):
+        several = "A teacher, and gradient caching, call parts of the model, which FSDP shards, and so do depths"
+        raise ValueError(f"{several}. Launch DDP.")
     checkpoint = last_whole_checkpoint(output) if config.resume else None
     at_stake = {path.name for path in output.iterdir()} - {*RECIPES.values()} if output.is_dir() else set()
     if config.resume:

@@ -43,3 +43,4 @@ def test_a_directory_is_trained_without_puma_hf(puma_dir: Path, tmp_path: Path) 
     # What it has trained is an adapter that goes on here.
     assert last_whole_checkpoint(output) == str(output / "checkpoint-1")
     assert merge_adapter(output / "checkpoint-1", tmp_path / "merged") < 1e-5
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["trained_depths"] == [1, 2]

@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": CACHED,
         "arguments": {**GATHERED, "mini_batch_size": 2, "objective": "split", "false_negative_margin": 0.02},
     },
+    "depths": {"loss": MAC, "arguments": GATHERED, "depths": [[1, 2], "linear"]},
+    "depths, cached": {"loss": CACHED, "arguments": {**GATHERED, "mini_batch_size": 3}, "depths": [[1, 2]]},
+    "depths, sampled": {"loss": MAC, "arguments": GATHERED, "depths": [[1, 2], "sampled"]},
     "apart": {"loss": MAC, "arguments": CONSTANT},
 }
 OTHERS = tuple(FAMILIES)[1:]

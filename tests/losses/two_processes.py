@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
 from puma_hf.configs import TrainConfig
-from puma_hf.losses import find_scheduled_losses
+from puma_hf.losses import ElasticDepthLoss, find_scheduled_losses
 from puma_hf.modeling.sentence_transformers_puma import PumaTransformer
 from puma_hf.trainer.stages import training_loss
 from tests.forks import SHARES, in_two_processes, run_worker
@@ -69,8 +69,12 @@ def compute(case: Mapping[str, Any], model_dir: str, rows: slice, *, parallel: b
         module, _, name = case["loss"].rpartition(".")
         mac = loss = getattr(importlib.import_module(module), name)(model, **case["arguments"])
         features = [model.preprocess(columns[column][rows]) for column in COLUMNS]
+        if "depths" in case:
+            loss = ElasticDepthLoss(model, mac, *case["depths"])
+            torch.manual_seed(0 if rows.start else 1)  # what is drawn in the first process counts
     if parallel:
-        loss.model = DistributedDataParallel(model)
+        find = "sampled" in case.get("depths", ())
+        loss.model = mac.model = DistributedDataParallel(model, find_unused_parameters=find)
     value = loss(features, None)
     value = sum(value.values()) if isinstance(value, dict) else value
     value.backward()

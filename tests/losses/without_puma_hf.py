@@ -20,8 +20,8 @@ if __name__ == "__main__":
     folder, dynamic_module_utils.HF_MODULES_CACHE, output, settings = sys.argv[1:]
     names = ("mac_puma.MultimodalMACLoss", "cached_mac_puma.CachedMultimodalMACLoss")
     names += ("distillation_puma.JointDistillationLoss", "trainer_puma.PumaTrainer", "lora_puma.add_lora")
-    names += ("lora_puma.lora_config",)
-    mac, cached, joint, trainer, add_lora, lora_config = (
+    names += ("lora_puma.lora_config", "elastic_puma.ElasticDepthLoss")
+    mac, cached, joint, trainer, add_lora, lora_config, elastic = (
         dynamic_module_utils.get_class_from_dynamic_module(name, folder) for name in names
     )
 
@@ -40,7 +40,8 @@ if __name__ == "__main__":
     add_lora(model, lora_config(r=2))
     arguments = SentenceTransformerTrainingArguments(output, **json.loads(settings))
     rows = Dataset.from_dict({"anchor": ["a red apple", "two"], "positive": ["a table", "in"]})
-    run = trainer(model=model, args=arguments, train_dataset=rows, loss=mac(model), positives=[["a"], ["b"]])
+    loss = elastic(model, mac(model), (1, 2))
+    run = trainer(model=model, args=arguments, train_dataset=rows, loss=loss, positives=[["a"], ["b"]])
     run.train()
     found["logs"] = run.state.log_history[0]
     Path(output, "found.json").write_text(json.dumps(found))

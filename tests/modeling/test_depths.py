@@ -188,6 +188,16 @@ def test_an_untrained_depth_warns_once(twelve: Path, caplog: pytest.LogCaptureFi
     assert caplog.text.count("is no depth") == 2  # of 8, and of all, nothing
 
 
+def test_the_code_of_an_older_model(twelve: Path) -> None:
+    model: Any = opened(twelve)
+    expected, embed_batch = model.encode(["a red apple"]), model[0].embed_batch
+    model[0].embed_batch = lambda batch: embed_batch(batch)
+    assert_close(embed(model, ["a red apple"]).embeddings, expected)
+    message = r"num_kept_layers=4 is for PUMA models with the code of this version, which 'pruned' is none of\."
+    with pytest.raises(ValueError, match=message):
+        embed(model, ["a red apple"], num_kept_layers=4)
+
+
 # --- an adapter
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor
 
-from puma_hf import MultimodalMACLoss, PumaTrainer, lora_config
+from puma_hf import ElasticDepthLoss, MultimodalMACLoss, PumaTrainer, lora_config
 from puma_hf.trainer.lora_puma import add_lora, puma_model
 from tests.forks import exit_signal, in_a_fork
 
@@ -56,8 +56,10 @@ class Recorder(PumaTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(base: Path, image: Path, folder: Path, *, resume: bool = False, step: int = -1, save: int = -1) -> Recorder:
-    """Train four epochs with a checkpoint every third step."""
+def run(
+    base: Path, image: Path, folder: Path, weights: Any, *, resume: bool = False, step: int = -1, save: int = -1
+) -> Recorder:
+    """Train four epochs with a checkpoint every third step, with `weights` at two depths."""
     torch.manual_seed(0)
     model = SentenceTransformer(str(base), trust_remote_code=True, device="cpu")
     add_lora(model, lora_config(r=4, dropout=0.2, ret_token_id=puma_model(model).config.ret_token_id))
@@ -78,19 +80,20 @@ def run(base: Path, image: Path, folder: Path, *, resume: bool = False, step: in
         dataloader_pin_memory=False,
         seed=0,
     )
-    loss = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.02)
+    loss: Any = MultimodalMACLoss(model, temperature=0.05, hard_temperature=0.02)
+    loss = ElasticDepthLoss(model, loss, (1, 2), weights) if weights else loss
     trainer = Recorder(model=model, args=arguments, train_dataset=rows(image), loss=loss, positives=POSITIVES)
     trainer.record, trainer.kill_in_step, trainer.kill_in_save = folder.with_suffix(".jsonl"), step, save
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
 
-def die(*paths: Path, **options: Any) -> None:
+def die(*paths: Any, **options: Any) -> None:
     """The same run in a process of its own, which must not survive."""
     if exit_signal(in_a_fork(lambda: run(*paths, **options))) != signal.SIGKILL:
         raise SystemExit(f"The run with {options} was not killed.")
 
 
 if __name__ == "__main__":
-    for several in json.loads(sys.argv[4]):
-        die(*map(Path, sys.argv[1:4]), **several)
+    for several in json.loads(sys.argv[5]):
+        die(*map(Path, sys.argv[1:4]), sys.argv[4], **several)

@@ -205,29 +205,30 @@ def losses(folder: Path) -> dict[tuple[int, str], float]:
     return found
 
 
-def killed(*paths: Path, runs: list[dict[str, Any]]) -> None:
+def killed(*paths: Path | str, runs: list[dict[str, Any]]) -> None:
     """The same run in processes of their own, one after the other, none of which survives."""
     run_worker("tests.trainer.kill_and_resume_worker", *paths, json.dumps(runs))
 
 
+@pytest.mark.parametrize("weights", ["", "sampled"])  # at two depths, of which each batch draws one
 def test_a_killed_run_continues_as_if_nothing_had_happened(
-    puma_dir: Path, images: list[Image.Image], tmp_path: Path
+    puma_dir: Path, images: list[Image.Image], tmp_path: Path, weights: str
 ) -> None:
     image = tmp_path / "image.png"
     images[1].save(image)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    uninterrupted = train(puma_dir, image, straight)
+    uninterrupted = train(puma_dir, image, straight, weights)
     # Epochs of 6, 5, 5 and 5 batches, most with one left over: the number of steps does not tell where a run is.
     assert len(losses(straight)) == 21
     last = uninterrupted.state.global_step
     assert last == 9
 
     # In the second step after a checkpoint; then, resumed from that, in the next save.
-    killed(puma_dir, image, broken, runs=[{"step": 4}, {"resume": True, "save": 6}])
+    killed(puma_dir, image, broken, weights, runs=[{"step": 4}, {"resume": True, "save": 6}])
     assert (broken / "checkpoint-6" / "optimizer.pt").is_file()
     assert why_not_whole(broken / "checkpoint-6") is not None
     assert last_whole_checkpoint(broken) == str(broken / "checkpoint-3")
-    resumed = train(puma_dir, image, broken, resume=True)
+    resumed = train(puma_dir, image, broken, weights, resume=True)
 
     assert resumed.state.global_step == last
     assert losses(broken) == pytest.approx(losses(straight), abs=1e-6)
