@@ -405,11 +405,13 @@ class ExportConfig(CheckedConfig):
         source: PUMA directory, here or on the Hub.
         output: New directory for the plain checkpoint.
         format: stock: a Qwen-VL checkpoint of fewer layers, without code; onnx: a graph that embeds texts.
+        num_kept_layers: Decoder layers to export, from the input; default: all that the model has.
     """
 
     source: str = positional()
     output: str | Path = positional()
     format: ExportFormat = "stock"
+    num_kept_layers: int | None = option(None, at_least=1)
     revision: str | None = None
     overwrite: bool = False
 
@@ -423,6 +425,8 @@ class PushConfig(CheckedConfig):
     Args:
         directory: A PUMA directory, or the directory of a trained LoRA adapter.
         repo_id: Repository on the Hub, such as org/name; it is made if need be.
+        num_kept_layers: Push a copy that is cut to so many layers.
+        depth_branches: Also push a copy of each trained depth below, to branches k4, k8 and so on.
         private: Make the repository private; default: as the organisation has it.
         revision: Branch to push to, made if need be; default: main.
         create_pr: Open a pull request instead of writing to the branch.
@@ -438,6 +442,8 @@ class PushConfig(CheckedConfig):
 
     directory: str | Path = positional()
     repo_id: str = positional()
+    num_kept_layers: int | None = option(None, at_least=1)
+    depth_branches: bool = False
     private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
@@ -457,6 +463,9 @@ class PushConfig(CheckedConfig):
         for name in (self.repo_id, self.base_model, *self.datasets):
             if name is not None and not is_hub_id(name):
                 raise ValueError(f"{name!r} must be a Hub id of the form organisation/name.")
+        if self.depth_branches and self.create_pr:
+            problem = "depth_branches=True writes branches, and create_pr=True none"
+            raise ValueError(f"{problem}. Leave one out, or push one depth alone: --num-kept-layers 4 --create-pr.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,6 +480,7 @@ class CheckConfig(CheckedConfig):
         base: PUMA directory that the adapter was trained on; default: the one it names.
         exported: Directory that puma-hf export wrote; default: the model is exported for the check.
         source: Embedder that this is a copy of with all layers; both are compared by stock classes.
+        num_kept_layers: Check a copy that is cut to so many layers, and compare it with the model opened at that depth.
         seed: Draws the texts and pictures.
         device: Device that the model runs on, such as cuda; bounds are for float32 on it.
     """
@@ -480,5 +490,6 @@ class CheckConfig(CheckedConfig):
     base: str | Path | None = None
     exported: str | Path | None = None
     source: str | Path | None = None
+    num_kept_layers: int | None = option(None, at_least=1)
     seed: int = option(0, at_least=0)
     device: str = "cpu"

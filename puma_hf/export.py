@@ -14,7 +14,7 @@ from jinja2 import Template
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from puma_hf.checkpoint import Checkpoint, open_checkpoint
+from puma_hf.checkpoint import Checkpoint, is_kept, open_checkpoint
 from puma_hf.configs import ExportFormat
 from puma_hf.files import ADAPTER_CONFIG, PUMA_MODEL_TYPES, new_directory, read_config, write_json
 from puma_hf.modeling.configuration_puma import PumaConfigMixin, config_class_of, named_layers
@@ -57,6 +57,7 @@ def export(
     output: str | Path,
     *,
     format: ExportFormat = "stock",
+    num_kept_layers: int | None = None,
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -74,6 +75,7 @@ def export(
         source: PUMA directory, or Hub id of one.
         output: New or empty directory; written whole or not at all.
         format: "stock" or "onnx".
+        num_kept_layers: Number of decoder layers to export, from the input; all that the model has by default.
         revision: Branch, tag or commit on the Hub.
         token: Hub token; by default the one that huggingface_hub has stored.
         overwrite: Replace `output` if it holds an export.
@@ -84,7 +86,7 @@ def export(
     Raises:
         FileNotFoundError: If the source, or one of its files, is missing.
         ValueError: If it is no PUMA model, is damaged, has positions that stock classes do not give to images, or is to
-            be ONNX and has linear attention.
+            be ONNX and has linear attention; or if it has no such number of layers.
         FileExistsError: If `output` is not empty and `overwrite` is false, or if it holds something else.
         ImportError: If a package that the format "onnx" needs is missing.
         RuntimeError: If onnxruntime computes other embeddings than PyTorch.
@@ -101,7 +103,7 @@ def export(
     model_type = read_config(checkpoint.folder).get("model_type", "")
     if model_type not in PUMA_MODEL_TYPES:
         raise ValueError(f"{str(source)!r} has model_type={model_type!r} and is no PUMA model. See puma-hf prune.")
-    puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder)
+    puma_config = config_class_of(model_type).from_pretrained(checkpoint.folder, num_kept_layers=num_kept_layers)
     if puma_config.positions != "mrope" and format == "stock":
         problem = f"{str(source)!r} has {puma_config.positions} positions, which stock classes do not give to images"
         raise ValueError(f"{problem}. Serve the PUMA directory itself, or export its texts (--format onnx).")
@@ -152,10 +154,12 @@ def _stock_config(puma_config: Any) -> Any:
 
 def _write_weights(checkpoint: Checkpoint, config: Any, folder: Path) -> int:
     """Save the stock model, which names tensors as the published checkpoints do; bytes, the head aside."""
+    layers = range(config.text_config.num_hidden_layers)
     with torch.device("meta"):  # where the whole model takes no memory: it is held once, by the tensors that are read
         model: Any = AutoModelForImageTextToText.from_config(config)
     try:
-        model.model.load_state_dict(dict(checkpoint), assign=True)
+        kept = {name: checkpoint[name] for name in checkpoint if is_kept(name, layers)}
+        model.model.load_state_dict(kept, assign=True)
     except RuntimeError as error:
         problem = f"{checkpoint.name!r} has other tensors than its config.json says"
         raise ValueError(f"{problem}. Save it again. {error}") from error

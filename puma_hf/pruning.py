@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.image_utils import SizeDict
 from transformers.models.auto.video_processing_auto import get_video_processor_config
 
-from puma_hf.checkpoint import Checkpoint, load_kept, open_checkpoint
+from puma_hf.checkpoint import INDEX_NAME, Checkpoint, load_kept, open_checkpoint
 from puma_hf.data.tasks import MBEIR_INSTRUCTIONS
-from puma_hf.files import PUMA_MODEL_TYPES, is_hub_id, new_directory, read_config
+from puma_hf.files import PUMA_MODEL_TYPES, is_adapter_directory, is_hub_id, model_files, new_directory, read_config
 from puma_hf.modeling import RET_TOKEN, PumaConfig, PumaImageTextProcessor, PumaModel, PumaProcessor
 from puma_hf.modeling.configuration_puma import chosen_layers, config_class_of, named_layers
 from puma_hf.modeling.processing_puma import PIPELINES, write_sentence_transformers_files
@@ -197,6 +198,23 @@ def prune(
         write_model_card(folder, model.config, report, is_original=is_original)
     logger.info("Pruned %s to %d of %d layers: %s", source, len(layers), report.num_source_layers, output_dir)
     return report
+
+
+def cut_copy(source: Path, output_dir: Path, num_kept_layers: int) -> None:
+    """Write the first layers of a PUMA directory as a directory of its own, which embeds as the source at that depth.
+
+    Weights and configuration are new. Code, prompts, limits and card are the source's own, which `prune` makes anew.
+    A ValueError if the source is an adapter, or has no such number of layers.
+    """
+    if is_adapter_directory(source):
+        problem = f"num_kept_layers={num_kept_layers} is for a whole model, and {str(source)!r} is an adapter"
+        raise ValueError(f"{problem}. Merge it first (puma-hf merge), and take the result.")
+    model = AutoModel.from_pretrained(source, num_kept_layers=num_kept_layers, dtype="auto")
+    model.save_pretrained(output_dir)
+    for name in (*model_files(source), "README.md"):
+        is_new = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
+        if not is_new and (source / name).is_file():
+            shutil.copyfile(source / name, output_dir / name)
 
 
 def _build_processor(checkpoint: Checkpoint, config: Any, asked: str | None) -> tuple[PumaProcessor, Source]:

@@ -54,10 +54,10 @@ def settings_of(folder: Path, name: str = "config.json") -> dict[str, object]:
     return content
 
 
-def largest_difference(puma: Path, stock: Path) -> float:
+def largest_difference(puma: Path, stock: Path, **cut: int) -> float:
     """Of the embeddings by AutoModel to those by stock classes and files alone."""
     inputs = check_inputs(3)
-    expected = embed_features(open_model(puma, torch.float32), features_of(puma, inputs))
+    expected = embed_features(open_model(puma, torch.float32, **cut), features_of(puma, inputs))
     found = embed_stock(open_model(stock, torch.float32, stock=True), stock_features(stock, inputs))
     assert found.shape == (len(inputs), HIDDEN_SIZE)
     return float((found - expected).abs().max())
@@ -112,6 +112,16 @@ def test_a_list_of_layers_is_told(qwen_dir: Path, tmp_path: Path) -> None:
     export(tmp_path / "puma", tmp_path / "stock")
     assert settings_of(tmp_path / "stock")[LINEAGE_KEY]["kept_layers"] == [0, 3]  # type: ignore[index]
     assert largest_difference(tmp_path / "puma", tmp_path / "stock") < 1e-5
+
+
+def test_the_first_layers_alone(elastic_dir: Path, tmp_path: Path) -> None:
+    report = export(elastic_dir, tmp_path / "stock", num_kept_layers=2)
+    assert report.num_layers == AutoConfig.from_pretrained(tmp_path / "stock").text_config.num_hidden_layers == 2
+    lineage: Any = settings_of(tmp_path / "stock")[LINEAGE_KEY]
+    assert (lineage["num_kept_layers"], lineage["trained_depths"]) == (2, [1, 2])
+    assert largest_difference(elastic_dir, tmp_path / "stock", num_kept_layers=2) < 1e-5
+    with pytest.raises(ValueError, match="num_kept_layers=5 must be an integer from 1 to 4"):
+        export(elastic_dir, tmp_path / "other", num_kept_layers=5)
 
 
 def test_weights_are_the_same_bit_for_bit_under_published_names(exported: Path, puma_dir: Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from puma_hf import __version__
 from puma_hf.configs import RECIPES, PushConfig
 from puma_hf.estimate import count_parameters
 from puma_hf.evaluation.layer_sweep import TEXT_TOKENS, decoder_of, layer_costs
-from puma_hf.evaluation.results import PUBLISHED, MBEIRResults
+from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, markdown_table
 from puma_hf.files import is_adapter_directory, is_hub_id, named_base, read_config, write_whole
 from puma_hf.fingerprint import model_fingerprint, short_name
 from puma_hf.modeling.configuration_puma import config_class_of
@@ -38,7 +38,7 @@ _OF_MAC = ["hard_temperature", "schedule", "schedule_end", "grouping"]
 _OF_TEACHER = ["teacher", "metric", "relational_temperature", "distillation_weight", "distillation_weight_start"]
 _OF_TEACHER += ["contrastive_weight", "contrastive_weight_start"]
 _TOLD = ["data", "split", "temperature", *_OF_MAC, "split_weight", "num_negatives", "matryoshka_dims", *_OF_TEACHER]
-_TOLD += ["max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
+_TOLD += ["depths", "depth_weights", "max_steps", "batch_size", "learning_rate", "lora_r", "seed"]
 _EXAMPLE_PROMPT = "mbeir_mscoco_task0"  # shown in the example for use, if the model has it
 
 
@@ -91,11 +91,13 @@ def make_card(
     results: Iterable[str | Path] | None = None,
     options: CardOptions | PushConfig | None = None,
     code: Mapping[str, str] | None = None,
+    beside: Path | None = None,
 ) -> tuple[str, dict[str, Path]]:
     """The card that `write_card` writes, and the result files that it cites by the names it calls them.
 
     With `code`, references of what travels with the model by class name, the card is that of a repository: it shows
-    how these are opened, and calls result files as they will be called there.
+    how these are opened, and calls result files as they will be called there. Those of a copy that is cut to fewer
+    layers are looked for `beside` the directory that it was cut from.
     """
     folder, options = Path(directory), options or CardOptions()
     is_adapter = is_adapter_directory(directory)
@@ -103,7 +105,7 @@ def make_card(
     base = Path(named_base(folder) or folder) if is_adapter else folder
     config, model = read_config(base), load_model(folder)
     # Figures come from files that say which model they are of: nobody can write one into a card by hand.
-    found = read_results(folder, model, results, travelling=code is not None)
+    found = read_results(folder, model, results, travelling=code is not None, beside=beside)
     named = config.get("source_name_or_path")
     if is_adapter:  # a folder of this machine is nobody else's business
         named = base.as_posix() if is_hub_id(base.as_posix()) and not base.exists() else None
@@ -127,16 +129,18 @@ def make_card(
     values["backbone"] = config_class_of(config["model_type"]).source_name if config else None
     values["results"] = "\n\n".join(_table(*evaluation) for evaluation in found.evaluations) or None
     values["not_measured"] = _not_measured(found)
+    values |= _depths(values.get("depths") or [], config.get("num_kept_layers"), found)
     return fill_template(ModelCardData(**metadata), **values), found.files
 
 
 # --- the model itself
 
 
-def load_model(folder: Path) -> Any:
-    """The model of a directory, or None if it cannot be loaded, as an adapter whose base is out of reach."""
+def load_model(folder: Path, num_kept_layers: int | None = None) -> Any:
+    """The model of a directory or its first layers; None if it cannot be loaded, as an adapter without its base."""
     try:
-        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        cut: Any = {} if num_kept_layers is None else {"model_kwargs": {"num_kept_layers": num_kept_layers}}
+        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **cut)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         logger.warning("%s cannot be loaded (%s), so no results are known to be its own.", folder, reason)
@@ -144,7 +148,7 @@ def load_model(folder: Path) -> Any:
 
 
 def count_facts(model: Any) -> dict[str, Any]:
-    """Parameters, bytes and operations after the cut and before it, by the names of `hub_card.md`."""
+    """Parameters, bytes and operations after the cut and before it, and of each depth to load, by the card's names."""
     config, text = model[0].model.config, model[0].model.config.text_config
     after, layer = count_parameters(model), count_parameters(decoder_of(model).layers[-1])
     # Dropped layers are as large as kept ones, unless a family's differ, and the head has the shape of the embedding.
@@ -158,6 +162,11 @@ def count_facts(model: Any) -> dict[str, Any]:
         # Of one layer alone its share of the operations is not known.
         operations[kind] = (flops[-1], flops[-1] + dropped * (flops[-1] - flops[-2]) if len(flops) > 1 else None)
     facts = {"parameters_after": after, "parameters_before": before, "operations": operations}
+    names = {name: f"operations, {kind}" for name, kind in kinds.items()}
+    facts["depths"] = [
+        {"layers": depth, **{names.get(name, name): value for name, value in costs[depth - 1].items()}}
+        for depth in config.trained_depths or ()
+    ]
     facts |= {"bytes_after": after * width, "bytes_before": before * width}
     if config.has_linear_attention:  # how many of either kind were dropped is not known
         facts |= {"parameters_before": None, "bytes_before": None}
@@ -173,28 +182,40 @@ class CardResults:
     """What was measured on a model, each after the words that cite its file."""
 
     evaluations: list[tuple[str, MBEIRResults]] = field(default_factory=list)  # tables of `puma-hf evaluate`
+    exits: list[tuple[str, MBEIRResults]] = field(default_factory=list)  # those of trained depths below its own
     files: dict[str, Path] = field(default_factory=dict)  # where these come from, by the names that the card has
     # Settings of the stages that it was trained in. They hold paths of this machine, so they are cited and stay here.
     recipes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
 def read_results(
-    folder: Path, model: Any, paths: Iterable[str | Path] | None, *, travelling: bool = False
+    folder: Path,
+    model: Any,
+    paths: Iterable[str | Path] | None,
+    *,
+    travelling: bool = False,
+    beside: Path | None = None,
 ) -> CardResults:
-    """Read result files, or with None those beside the model that are its own.
+    """Read result files, or with None those beside the model that are its own, at its depth or a trained one below.
 
-    ValueError if a file that was named cannot be read, or is of another model; others are passed by.
+    ValueError if a file that was named cannot be read, or is of another model; others are passed by, and of a cut copy
+    those of depths that it does not have.
     """
-    found = CardResults()
+    found, whole, config = CardResults(), read_config(beside or folder), read_config(folder)
+    own, trained = config.get("num_kept_layers"), config.get("trained_depths") or ()
 
     @cache  # all weights are read for it
-    def own_fingerprint(truncate_dim: int | None) -> str | None:
-        if model is None:
+    def own_fingerprint(depth: int | None, truncate_dim: int | None) -> str | None:
+        one = model if depth == own else load_model(folder, depth)
+        if one is None:
             return None
-        model.truncate_dim = truncate_dim
-        return model_fingerprint(model)
+        one.truncate_dim = truncate_dim
+        fingerprint = model_fingerprint(one)
+        if one is not model:
+            one.to("meta")  # it holds itself in a cycle, so its weights would stay a while
+        return fingerprint
 
-    for path in find_results(folder) if paths is None else map(Path, paths):
+    for path in find_results(beside or folder) if paths is None else map(Path, paths):
         try:
             content, name = path.read_bytes(), f"{path.resolve().parent.name}/{path.name}"
             digest = hashlib.sha256(content).hexdigest()[:12]
@@ -203,9 +224,15 @@ def read_results(
                 found.recipes.append((f"`{name}`, SHA-256 {digest}", settings))
                 continue
             results = MBEIRResults.from_dict(json.loads(content))
+            # Of an adapter the depth is its base's.
+            depth = own and results.made_from.setdefault("num_kept_layers", whole["num_kept_layers"])
+            if depth != own and depth not in trained:
+                if beside is not None:
+                    continue
+                raise ValueError(f"it is of {depth} layers, which are none of its trained depths")
             # Dimensions may be chosen when a model is loaded, or for a call of `encode`, which no fingerprint covers.
-            own = {own_fingerprint(results.made_from.get("truncate_dim")), own_fingerprint(None)}
-            if results.made_from.get("model_fingerprint") not in own - {None}:
+            dims = {results.made_from.get("truncate_dim"), None}
+            if results.made_from.get("model_fingerprint") not in {own_fingerprint(depth, dim) for dim in dims} - {None}:
                 raise ValueError("it is of another model, by its fingerprint")
         except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:  # or it is damaged
             if paths is not None:
@@ -216,7 +243,8 @@ def read_results(
             if travelling:  # as it will be called beside the model, where no folder tells the tables apart
                 name = f"results-{len(found.files) + 1}.json" if found.files else RESULTS
             found.files[name] = path
-            found.evaluations.append((f"`{name}`, SHA-256 {digest}", results))
+            measured = found.evaluations if depth == own else found.exits
+            measured.append((f"`{name}`, SHA-256 {digest}", results))
     return found
 
 
@@ -235,10 +263,7 @@ def find_results(directory: Path) -> list[Path]:
 def _eval_results(found: CardResults) -> Iterator[EvalResult]:
     """One entry of the model index a row of the tables, with the file's own value."""
     for cited, results in found.evaluations:
-        data, dim = str(results.made_from.get("data") or "unknown"), results.made_from.get("truncate_dim")
-        dims = "" if dim is None else f", first {dim} dimensions"
-        dims += f", at most {pixels:,} pixels" if (pixels := results.made_from.get("max_pixels")) else ""
-        dims += f", candidates of {other}" if (other := results.made_from.get("candidates_model")) else ""
+        data, dims = _setting(results)
         for row in results.rows:
             yield EvalResult(
                 task_type="retrieval",
@@ -251,6 +276,33 @@ def _eval_results(found: CardResults) -> Iterator[EvalResult]:
                 metric_name=f"hit@{row.task.reported_k}, {cited.split('`')[1]}",
                 metric_value=row.score,
             )
+
+
+def _setting(results: MBEIRResults) -> tuple[str, str]:
+    """The data, and how the vectors were made where that is not the usual way."""
+    made_from = results.made_from
+    dims = "" if (dim := made_from.get("truncate_dim")) is None else f", first {dim} dimensions"
+    dims += f", at most {pixels:,} pixels" if (pixels := made_from.get("max_pixels")) else ""
+    if other := made_from.get("candidates_model"):
+        dims += f", candidates of {other}"
+        dims += f" at {depth} layers" if (depth := made_from.get("candidates_num_kept_layers")) else ""
+    return str(made_from.get("data") or "unknown"), dims
+
+
+def _depths(rows: Sequence[dict[str, Any]], own: Any, found: CardResults) -> dict[str, Any]:
+    """The table of the depths that a model was trained for, if some are below its own, with means of result files."""
+    below = [row["layers"] for row in rows if row["layers"] < own]
+    if not below:
+        return {"depths": None}
+    scores: dict[str, dict[int, float]] = {}
+    for _, results in (measured := [*found.exits, *found.evaluations]):
+        data, dims = _setting(results)
+        for pool in results.pools:
+            by_depth = scores.setdefault(f"hit@k, {data} {results.split}{dims}, {pool}", {})
+            by_depth.setdefault(results.made_from["num_kept_layers"], 100 * results.mean(pool)["score"])
+    table = [row | {name: by_depth.get(row["layers"]) for name, by_depth in scores.items()} for row in rows]
+    cited = ", ".join(cited for cited, _ in measured)
+    return {"depths": markdown_table(table), "example_depth": max(below), "depths_cited": cited}
 
 
 def _table(cited: str, results: MBEIRResults) -> str:
@@ -270,6 +322,7 @@ def _training(folder: Path, found: CardResults, is_adapter: bool) -> str | None:
         has_teacher = not loss or recipe.get("distillation_weight") or recipe.get("distillation_weight_start")
         unused = [*(_OF_MAC if loss == "infonce" else []), *([] if has_teacher else _OF_TEACHER)]
         unused += [] if loss == "mac-split" else ["split_weight"]
+        unused += [] if recipe.get("depths") else ["depth_weights"]
         unused += [] if recipe.get("metric") == "relational" else ["relational_temperature"]
         told = {name: recipe[name] for name in _TOLD if name not in unused and recipe.get(name) not in (None, [])}
         # Of paths the last part: where they lie here is nobody else's business.

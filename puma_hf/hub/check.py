@@ -31,6 +31,7 @@ from puma_hf.hub.load_check import (
 )
 from puma_hf.modeling.modeling_puma import last_token_state
 from puma_hf.modeling.processing_puma import SETTINGS_FILE
+from puma_hf.pruning import cut_copy
 from puma_hf.sources import find_source
 
 # Largest difference of a number of an embedding, which is of length 1, in float32.
@@ -86,6 +87,7 @@ def check(
     base: str | Path | None = None,
     exported: str | Path | None = None,
     source: str | Path | None = None,
+    num_kept_layers: int | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> ParityReport:
@@ -101,6 +103,8 @@ def check(
         base: PUMA directory that the adapter was trained on; by default the one it names.
         exported: What `puma_hf.export.export` wrote; by default the model is exported for the check.
         source: The embedder that this is a copy of with all its layers: both are to embed alike.
+        num_kept_layers: Check a copy of the PUMA directory that is cut to so many layers, and compare it with the
+            directory opened at that depth.
         seed: Draws the inputs.
         device: Where the model runs.
 
@@ -109,8 +113,8 @@ def check(
 
     Raises:
         FileNotFoundError: If the directory is none of ours, or the adapter's base is missing.
-        ValueError: If `merged` is no PUMA model, the adapter does not fit its base, or a model with a `source` lacks
-            some of its layers or has a `[RET]` of its own.
+        ValueError: If `merged` is no PUMA model, the adapter does not fit its base, a model with a `source` lacks
+            some of its layers or has a `[RET]` of its own, or the model has not `num_kept_layers`, or is an adapter.
 
     Example:
 
@@ -128,15 +132,19 @@ def check(
         raise ValueError(f"merged={str(merged)!r} holds no PUMA model. Name what puma-hf merge has written.")
     with TemporaryDirectory(prefix="puma-hf-") as temporary:
         scratch, folder = Path(temporary), Path(merged or directory)
-        if is_adapter and merged is None:
+        if num_kept_layers is not None:
+            cut_copy(adapter, folder := scratch / "cut", num_kept_layers)
+        elif is_adapter and merged is None:
             from puma_hf.trainer.merge import merge_adapter
 
             merge_adapter(adapter, folder := scratch / "merged", base=base)
         forms = Forms(folder, scratch, check_inputs(seed), device)
         rows = [*forms.of_model(), *forms.of_export(exported)]
+        rows += forms.of_whole(adapter, num_kept_layers) if num_kept_layers is not None else []
         rows += forms.of_adapter(adapter, base or named_base(adapter)) if is_adapter else []
         rows += forms.of_source(source) if source else []
-    return ParityReport(str(directory), len(forms.inputs), tuple(rows))
+    shown = f"{directory}{'' if num_kept_layers is None else f', first {num_kept_layers} layers'}"
+    return ParityReport(shown, len(forms.inputs), tuple(rows))
 
 
 class Forms:
@@ -203,6 +211,13 @@ class Forms:
             stock = stock_features(checkpoint.folder, self.inputs, **how)
             yield self._row("source, stock inputs too", "AutoModel", embed_stock(model, stock))
 
+    def of_whole(self, whole: Path, num_kept_layers: int) -> Iterator[ParityRow]:
+        """Those of the directory that the model was cut from, opened at its depth."""
+        model = open_model(whole, torch.float32, self.device, num_kept_layers=num_kept_layers)
+        yield self._row("whole, opened at this depth", "AutoModel", embed_features(model, self.features))
+        with self._opened(whole, torch.float32, num_kept_layers=num_kept_layers) as opened:
+            yield self._row("the same, with encode", "AutoModel", encode(opened, self.inputs))
+
     def of_adapter(self, adapter: Path, base: str | Path) -> Iterator[ParityRow]:
         from peft import PeftModel
 
@@ -227,17 +242,17 @@ class Forms:
         return ParityRow(form, to, measure, float(by_input[worst]), bound, ", ".join(self.inputs[worst]))
 
     @contextmanager
-    def _opened(self, folder: Path, dtype: torch.dtype | str) -> Iterator[SentenceTransformer]:
-        how: Any = {"trust_remote_code": True, "device": self.device, "model_kwargs": {"dtype": dtype}}
+    def _opened(self, folder: Path, dtype: torch.dtype | str, **cut: int) -> Iterator[SentenceTransformer]:
+        how: Any = {"trust_remote_code": True, "device": self.device, "model_kwargs": {"dtype": dtype, **cut}}
         model = SentenceTransformer(str(folder), **how)
         yield model.eval()
         model.to("meta")  # it holds itself in a cycle, so its weights would stay a while
 
 
-def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, stock: bool = False) -> Any:
+def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, stock: bool = False, **cut: int) -> Any:
     """A PUMA directory by AutoModel, with its own code; or an export by the stock class, without any."""
     auto: Any = AutoModelForImageTextToText if stock else AutoModel
-    return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=not stock).to(device).eval()
+    return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=not stock, **cut).to(device).eval()
 
 
 def stock_features(

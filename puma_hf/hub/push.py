@@ -31,6 +31,7 @@ from puma_hf.files import (
 )
 from puma_hf.hub.card import make_card
 from puma_hf.hub.load_check import check_loads
+from puma_hf.pruning import cut_copy
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class PushReport:
     card: str
     loaded: str  # what they gave in a fresh process
     url: str | None  # of the commit or of the pull request; None after a dry run
+    revision: str | None = None  # the branch, if one was asked for
+    branches: tuple[PushReport, ...] = ()  # of the trained depths below, where each has one
 
     @property
     def num_bytes(self) -> int:
@@ -63,18 +66,24 @@ class PushReport:
         return sum(size for _, size in self.files)
 
     def __str__(self) -> str:
+        dry = f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:\n\n{self.card}"
+        shown = [f"branch    {one.revision}\n{one._listing()}" for one in self.branches]
+        left_out = [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
+        return "\n".join([*shown, self._listing(), *left_out, *([] if self.url else [dry])])
+
+    def _listing(self) -> str:
         width = max(len(name) for name, _ in self.files)
         lines = [f"{name:<{width}}  {size:>14,} bytes" for name, size in (*self.files, ("in all", self.num_bytes))]
-        lines += [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
-        dry = f"nothing was uploaded to {self.repo_id}, as this is a dry run; the card would be:\n\n{self.card}"
-        return "\n".join([*lines, f"checked   {self.loaded}", f"uploaded  {self.url}" if self.url else dry])
+        uploaded = [f"uploaded  {self.url}"] if self.url else []
+        return "\n".join([*lines, f"checked   {self.loaded}", *uploaded])
 
 
 def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None, **settings: Any) -> PushReport:
     """Upload what loads of a directory to the Hub, after it was loaded where puma_hf is not installed.
 
     Files that no loader reads stay here. The card is written anew each time, from files alone: one that is on the Hub
-    is replaced, whoever wrote it.
+    is replaced, whoever wrote it. With `depth_branches` the trained depths below are cut and pushed, too: copies in the
+    temporary folder, all of them checked before the first is uploaded.
 
     Args:
         directory: A PUMA directory, or that of a LoRA adapter.
@@ -87,7 +96,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
 
     Raises:
         FileNotFoundError: If the directory is none of ours.
-        ValueError: If it does not load or changes meanwhile, or the repository holds something else.
+        ValueError: If it does not load or changes meanwhile, lacks the layers or the depths that are asked for, or the
+            repository holds something else.
         OSError: If the Hub refuses the token or what was sent, or cannot be reached; most are huggingface_hub's own.
 
     Example:
@@ -99,47 +109,79 @@ def push_to_hub(directory: str | Path, repo_id: str, *, token: str | None = None
     ```
     """
     config = PushConfig(directory=directory, repo_id=repo_id, **settings)
-    folder, base, parent, url = Path(directory), config.base_model, None, None
+    folder, base = Path(directory), config.base_model
     token = token and token.strip()  # the end of a line does not belong to it, and no header may hold one
     hub = HfApi(token=token)
     is_adapter = is_adapter_directory(folder)
-    local_base = named_base(folder) if is_adapter else ""
     if is_adapter and base is None:  # whoever downloads the adapter will need it
-        base = local_base
+        base = named_base(folder)
         if not is_hub_id(base) or Path(base).is_dir():
             problem = f"The adapter {str(folder)!r} belongs to {base!r}, which nobody else has."
             raise ValueError(f"{problem} Push that first, and name it: base_model='org/base' (--base-model).")
+    pushes = [*_depth_pushes(config, folder), replace(config, base_model=base)]
+    parents: list[str | None] = [None] * len(pushes)
     if not config.dry_run:  # before the slow part, for a token is soon mended; a dry run of a model needs none
-        parent = _look_up(hub, config, is_adapter)
+        parents = [_look_up(hub, one, is_adapter) for one in pushes]
         if is_adapter:
             _check_base(hub, folder, str(base))
     with TemporaryDirectory(prefix="puma-hf-push-") as temporary:
-        staged, is_local = Path(temporary), Path(local_base).is_dir()
-        _stage(folder, staged)
-        weights = _when_written(staged)
-        if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
-            _name_base(folder, staged, str(Path(local_base).resolve()) if is_local else local_base)
-        loaded = check_loads(staged, shown_as=folder, offline=is_local or not is_adapter, token=token)
-        if is_adapter:
-            _name_base(folder, staged, str(base))
-        code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
-        said = replace(config, base_model=base)
-        card, cited = make_card(folder, results=config.results or None, options=said, code=code)
-        for name, path in cited.items():
-            shutil.copyfile(path, staged / name)
-        (staged / CARD).write_bytes(card.encode())  # the same bytes on every system
-        names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
-        sizes = tuple((name, (staged / name).stat().st_size) for name in names)
-        if _when_written(staged) != weights:
+        places = [Path(temporary, str(number)) for number in range(len(pushes))]
+        weights = _when_written(folder)
+        reports = [_prepare(one, folder, place, token) for one, place in zip(pushes, places, strict=True)]
+        if _when_written(folder) != weights:
             raise ValueError(f"The weights in {str(folder)!r} changed while they were checked. Push again.")
-        if not config.dry_run:
-            url = _upload(hub, config, staged, parent)
-            logger.info("Pushed %s to %s", folder, url)
-    left_out = tuple(sorted({path.name for path in folder.iterdir()} - set(names)))
-    return PushReport(config.repo_id, sizes, left_out, card, loaded, url)
+        if not config.dry_run:  # the branches of depths first: a first one begins with what main has now
+            urls = [_upload(hub, *one) for one in zip(pushes, places, parents, strict=True)]
+            reports = [replace(report, url=url) for report, url in zip(reports, urls, strict=True)]
+            logger.info("Pushed %s to %s", folder, ", ".join(urls))
+    return replace(reports[-1], branches=tuple(reports[:-1]))
 
 
 # --- what is sent
+
+
+def _depth_pushes(config: PushConfig, folder: Path) -> list[PushConfig]:
+    """The pushes of the trained depths below the one that is pushed itself, each to a branch of its own."""
+    if not config.depth_branches:
+        return []
+    own = read_config(folder)
+    kept = config.num_kept_layers or own.get("num_kept_layers")
+    depths = [depth for depth in own.get("trained_depths") or () if depth < kept]
+    if not depths:
+        problem = f"depth_branches=True, but {str(folder)!r} has no trained_depths below its own depth"
+        raise ValueError(f"{problem}. Leave it out, or train with several (puma-hf distill --depths) and merge.")
+    names = [f"k{depth}" for depth in depths]
+    if config.revision in names:
+        raise ValueError(f"revision={config.revision!r} is the branch of another depth. Push to another branch.")
+    made = zip(depths, names, strict=True)
+    return [replace(config, num_kept_layers=k, revision=name, depth_branches=False) for k, name in made]
+
+
+def _prepare(config: PushConfig, folder: Path, staged: Path, token: str | None) -> PushReport:
+    """Lay out in `staged` what one push uploads, with its card, once it was loaded there."""
+    source, beside = folder, None
+    if config.num_kept_layers is not None:
+        source, beside = staged.with_name(f"{staged.name}-cut"), folder
+        cut_copy(folder, source, config.num_kept_layers)
+    staged.mkdir()
+    _stage(source, staged)
+    is_adapter = is_adapter_directory(folder)
+    local_base = named_base(folder) if is_adapter else ""
+    is_local = Path(local_base).is_dir()
+    if is_adapter:  # for the check the base is where it lies: its name may be relative to this directory
+        _name_base(folder, staged, str(Path(local_base).resolve()) if is_local else local_base)
+    loaded = check_loads(staged, shown_as=folder, offline=is_local or not is_adapter, token=token)
+    if is_adapter:
+        _name_base(folder, staged, str(config.base_model))
+    code = _SHOWN if (staged / "mac_puma.py").is_file() else {}
+    card, cited = make_card(source, results=config.results or None, options=config, code=code, beside=beside)
+    for name, path in cited.items():
+        shutil.copyfile(path, staged / name)
+    (staged / CARD).write_bytes(card.encode())  # the same bytes on every system
+    names = [CARD, *sorted(path.name for path in staged.iterdir() if path.name != CARD)]
+    sizes = tuple((name, (staged / name).stat().st_size) for name in names)
+    left_out = tuple(sorted({path.name for path in folder.iterdir()} - set(names)))
+    return PushReport(config.repo_id, sizes, left_out, card, loaded, None, config.revision)
 
 
 def travelling_files() -> dict[str, str]:

@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
                 one |= {"uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
             return self.answer({"files": asked})
         if kind == "branch":
+            if rest[1] in repository.branches:
+                return self.answer({"error": "Reference already exists"}, 409)
             repository.branches[rest[1]] = dict(repository.branches["main"])
             return self.answer({})
         branch = repository.find(rest[1] if len(rest) > 1 else "main")

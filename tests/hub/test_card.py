@@ -15,13 +15,14 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 from puma_hf import prune
 from puma_hf.evaluation.results import PUBLISHED, MBEIRResults, MBEIRTaskResult
 from puma_hf.fingerprint import model_fingerprint
 from puma_hf.hub.card import CardOptions, count_facts, find_results, load_model, make_card, read_results, write_card
-from puma_hf.pruning import fill_template, with_training_note
-from tests.tiny import FAMILIES, build_checkpoint
+from puma_hf.pruning import cut_copy, fill_template, with_training_note
+from tests.tiny import FAMILIES, build_checkpoint, read_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRINT = "f" * 64
@@ -51,7 +52,7 @@ def folder(puma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the place of what takes seconds."""
-    monkeypatch.setattr("puma_hf.hub.card.load_model", lambda folder: SimpleNamespace())
+    monkeypatch.setattr("puma_hf.hub.card.load_model", lambda folder, *_: SimpleNamespace())
     monkeypatch.setattr("puma_hf.hub.card.model_fingerprint", lambda model: PRINT)
     monkeypatch.setattr("puma_hf.hub.card.count_facts", lambda model: FACTS)
 
@@ -261,6 +262,82 @@ def test_an_instruction_is_quoted_whatever_it_holds(folder: Path) -> None:
     assert '- `query`: Instruct: find a "red" \\ Query: é\n' in card
 
 
+# --- the depths of one checkpoint
+
+HEAD = "| layers | parameters | bytes | operations, text of 64 tokens | operations, image of 256 visual tokens |"
+# By hand: queries and output 32 x 32, keys and values 32 x 16, biases of the first three, the MLP, two norms.
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + (32 + 16 + 16) + 3 * 32 * 64 + 2 * 32
+
+
+def measure_at(folder: Path, depth: int, score: float, **made_from: Any) -> Path:
+    """The results of a directory's first layers, as `evaluate --num-kept-layers` leaves them beside it."""
+    made = {"model_fingerprint": model_fingerprint(load_model(folder, depth)), "data": "emoji"}
+    made |= {"num_kept_layers": depth, **made_from}
+    path = write_results(folder.with_name(f"at-{depth}") / "results.json", **made)
+    results = MBEIRResults.from_dict(json.loads(path.read_text()))
+    replace(results, rows=[replace(results.rows[0], score=score)]).to_json(path)
+    return path
+
+
+@pytest.fixture
+def elastic(elastic_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(elastic_dir, tmp_path / "work" / "elastic"))
+
+
+def test_each_trained_depth_has_a_row(elastic: Path) -> None:
+    whole = sum(tensor.numel() for tensor in read_weights(elastic).values())
+    for depth, score in ((1, 0.5), (4, 0.75)):
+        measure_at(elastic, depth, score)
+    measure_at(elastic, 3, 0.6)  # after which nobody has trained it
+    measure_at(elastic, 2, 0.7, model_fingerprint="0" * 64)
+    card = render(elastic, repo_id="org/puma")
+    table = card.partition(HEAD)[2].partition("```")[0]
+    assert table.startswith(" hit@k, emoji test, local |\n| ---: |")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
+    assert [row[0] for row in rows] == ["1", "2", "4"]
+    counts = [whole - 3 * LAYER, whole - 2 * LAYER, whole]
+    assert [row[1:3] for row in rows] == [[f"{count:,}", f"{4 * count:,}"] for count in counts]
+    for text_or_image in (3, 4):  # each layer takes the same
+        first, second, fourth = (int(row[text_or_image].replace(",", "")) for row in rows)
+        assert fourth - second == 2 * (second - first) > 0
+    assert [row[5:] for row in rows] == [["50.0"], [], ["75.0"]]
+    assert re.search(
+        r"tasks in percent, from `at-1/results.json`, SHA-256 \w+, `at-4/results.json`, SHA-256 \w+\.", table
+    )
+    # The tables of all tasks, and the model index, are of the whole model alone.
+    assert [one.metric_value for one in ModelCard(card).data.eval_results or []] == [0.75]
+    assert card.count("| t -> i | mscoco |") == 1
+    (block,) = (one for one in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "shallow" in one)
+    space: dict[str, Any] = {"SentenceTransformer": SentenceTransformer}
+    exec(block.replace('"org/puma"', repr(str(elastic))), space)
+    assert len(space["shallow"][0].model.language_model.layers) == 2
+    assert "revision=" not in card
+
+
+def test_what_was_measured_at_a_depth_alone_is_said_to_be(elastic: Path) -> None:
+    paths = [measure_at(elastic, depth, 0.5) for depth in (1, 3)]
+    told = "on this model yet with all of its layers; the table of its depths has what was."
+    assert told in render(elastic, results=paths[:1])
+    with pytest.raises(ValueError, match=r"it is of 3 layers, which are none of its trained depths"):
+        render(elastic, results=paths)
+
+
+def test_a_cut_copy_has_no_deeper_exits_and_no_results_of_them(elastic: Path, tmp_path: Path) -> None:
+    scores = {1: 0.5, 2: 0.6, 4: 0.7}
+    paths = {depth: measure_at(elastic, depth, score) for depth, score in scores.items()}
+    results = json.loads(paths[4].read_text())
+    del results["made_from"]["num_kept_layers"]  # then it is of the whole directory
+    paths[4].write_text(json.dumps(results))
+    for depth, shown, given in ((2, {1, 2}, None), (1, {1}, paths.values())):
+        copy = tmp_path / f"k{depth}"
+        cut_copy(elastic, copy, depth)
+        card, cited = make_card(copy, results=given, beside=elastic)
+        assert set(cited.values()) == {paths[one] for one in shown}
+        assert (HEAD in card) is (depth == 2)
+        assert "70.0" not in card
+        assert [one.metric_value for one in ModelCard(card).data.eval_results or []] == [scores[depth]]
+
+
 # --- a number without a source cannot get in
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)*")
@@ -285,6 +362,8 @@ def trained(tmp_path: Path) -> Path:
     """A directory as the demo leaves it: pruned, with recipes, and with results of an evaluation of the model."""
     folder = tmp_path / "work" / "puma"
     prune(build_checkpoint(tmp_path / "original", "qwen2_vl"), folder, num_kept_layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "trained_depths": [2, 3]}))
     for stage in ("train", "distill"):
         recipe = yaml.safe_load((CONFIGS / f"demo_{stage}.yaml").read_text())
         write_recipe(folder, f"{stage}.yaml", **{**recipe, "model": "x/distilled", "data": "demo/emoji", "seed": 7})

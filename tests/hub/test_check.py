@@ -25,6 +25,7 @@ from tests.tiny import build_checkpoint
 
 FORMS = ["padded on the right", "SentenceTransformer", "fast path off", "saved and loaded again", "in bfloat16"]
 FORMS += ["exported, stock classes", "exported, stock inputs too", "exported, weights"]
+OF_WHOLE = ["whole, opened at this depth", "the same, with encode"]
 OF_ADAPTER = ["adapter on its base", "merged, weights"]
 
 
@@ -97,6 +98,21 @@ def test_other_models(family: str, cut: dict[str, Any], tmp_path: Path, caplog: 
     assert ("no fast path is taken" in caplog.text) is (family == "qwen3_5")
     # Stock classes do not have the positions of one.
     assert [row.form for row in report.rows] == (FORMS[:5] if "puma-released" in cut.values() else FORMS)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen2_vl", 1), ("qwen3_5", 2)])
+def test_a_copy_of_the_first_layers(family: str, kept: int, tmp_path: Path) -> None:
+    whole = tmp_path / "puma"
+    prune(build_checkpoint(tmp_path / "original", family, dtype=torch.bfloat16), whole, num_kept_layers=4)
+    report = check(whole, num_kept_layers=kept)
+    assert report.ok, str(report)
+    assert [row.form for row in report.rows] == [*FORMS, *OF_WHOLE]
+    assert str(report).endswith(f"puma, first {kept} layers, 8 inputs: all forms agree")
+
+
+def test_a_copy_that_is_not_the_first_layers_is_caught(forms: Forms, elastic_dir: Path, puma_dir: Path) -> None:
+    assert [row.ok for row in forms.of_whole(elastic_dir, 2)] == [True, True]
+    assert [row.ok for row in forms.of_whole(elastic_dir, 4)] == [False, False]
 
 
 def test_an_adapter_is_merged_and_compared(adapter: Path) -> None:
@@ -173,6 +189,10 @@ def test_what_cannot_be_checked(puma_dir: Path, qwen_dir: Path, adapter: Path, t
         check(puma_dir, base=puma_dir)
     with pytest.raises(ValueError, match=r"merged='.*' holds no PUMA model"):
         check(adapter, merged=qwen_dir)
+    with pytest.raises(ValueError, match=r"num_kept_layers=1 is for a whole model, and '.*puma-lora' is an adapter"):
+        check(adapter, num_kept_layers=1)
+    with pytest.raises(ValueError, match=r"num_kept_layers=3 must be an integer from 1 to 2"):
+        check(puma_dir, num_kept_layers=3)
 
 
 # --- inputs and comparisons

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.files import model_files
 from puma_hf.hub import load_check
 from puma_hf.hub.push import push_to_hub as push
@@ -293,6 +294,91 @@ def test_an_adapter_of_a_base_on_the_hub_is_loaded_with_the_token(
     assert ModelCard(report.card).data.base_model == "org/puma"
 
 
+# --- the depths of one checkpoint
+
+
+@pytest.fixture
+def elastic(elastic_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(elastic_dir, tmp_path / "work" / "elastic"))
+
+
+def test_a_dry_run_lists_a_branch_for_each_trained_depth_below(elastic: Path, hub: HubServer, loads: list[Any]) -> None:
+    settings = json.loads((elastic / "config_sentence_transformers.json").read_text())
+    settings |= {"prompts": {"own": "Find it."}, "truncate_dim": 16}
+    (elastic / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (elastic / "LICENSE").write_text("MIT")
+    (elastic / "modeling_puma.py").write_text((elastic / "modeling_puma.py").read_text() + "# its own\n")
+    report = push(elastic, "org/puma", dry_run=True, depth_branches=True)
+    assert hub.requests == []
+    assert [one.revision for one in report.branches] == ["k1", "k2"]
+    cut = ("config.json", "model.safetensors")
+    for branch, given, depth in zip((*report.branches, report), loads, (1, 2, 4), strict=True):
+        config = json.loads(given.content["config.json"])
+        assert config["num_kept_layers"] == config["text_config"]["num_hidden_layers"] == depth
+        assert config["trained_depths"] == [one for one in (1, 2, 4) if one <= depth]
+        assert branch.num_bytes == sum(map(len, given.content.values())) + len(branch.card.encode())
+        for name in {*model_files(elastic)} - {*cut}:  # prompts, limits, code: all of it is the directory's own
+            assert given.content[name] == (elastic / name).read_bytes(), name
+    sizes = [len(given.content["model.safetensors"]) for given in loads]
+    assert sizes[1] - sizes[0] > 0.45 * (sizes[2] - sizes[1]) > 0
+    lines = [line.split() for line in str(report).splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["branch"]] == ["k1", "k2"]
+    weights = [int(line[1].replace(",", "")) for line in lines if line[:1] == ["model.safetensors"]]
+    assert weights == sizes
+    assert lines.count(["checked", *LOADED.split()]) == 3
+    assert {path.name for path in elastic.parent.iterdir()} == {"elastic"}
+
+
+def test_nothing_is_uploaded_before_all_depths_were_checked(
+    elastic: Path, hub: HubServer, loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(elastic, "org/puma", token=TOKEN)
+    branches = hub.repositories["org/puma"].branches
+    first = dict(branches["main"])
+    changing(monkeypatch, lambda: (elastic / "model.safetensors").touch())
+    with pytest.raises(ValueError, match="changed while they were checked"):
+        push(elastic, "org/puma", token=TOKEN, depth_branches=True)
+    assert branches == {"main": first}
+    changing(monkeypatch, lambda: None)
+    for _ in range(2):  # branches that are there are written anew
+        report = push(elastic, "org/puma", token=TOKEN, depth_branches=True, message="all")
+        assert branches.keys() == {"main", "k1", "k2"}
+        for name, one in {"k1": report.branches[0], "k2": report.branches[1], "main": report}.items():
+            assert branches[name]["README.md"].decode() == one.card
+            assert one.url == f"{hub.url}/org/puma/commit/{hub.repositories['org/puma'].sha(name)}"
+    assert {name: len(files["model.safetensors"]) for name, files in branches.items()}.items() > {
+        ("main", len(first["model.safetensors"]))
+    }
+    assert hub.repositories["org/puma"].messages[-3:] == ["all"] * 3
+
+
+def test_a_depth_alone(elastic: Path, hub: HubServer, loads: list[Any]) -> None:
+    report = push(elastic, "org/puma", token=TOKEN, num_kept_layers=2, revision="k2")
+    files = hub.repositories["org/puma"].branches["k2"]
+    assert json.loads(files["config.json"])["trained_depths"] == [1, 2]
+    assert hub.repositories["org/puma"].branches["main"] == {}
+    # Whoever copies its lines gets what the card is about, unless it is to lie elsewhere.
+    assert report.card.count('"org/puma", revision="k2"') == 6
+    assert "revision=" not in push(elastic, "org/puma", token=TOKEN, num_kept_layers=2, create_pr=True).card
+
+
+def test_depths_that_are_not_there(elastic: Path, folder: Path, adapter: Path, loads: list[Any]) -> None:
+    for place in (folder, adapter):
+        with pytest.raises(ValueError, match=rf"depth_branches=True, but '.*{place.name}' has no trained_depths below"):
+            push(place, "org/puma", dry_run=True, depth_branches=True, base_model="org/base")
+    with pytest.raises(ValueError, match="has no trained_depths below its own"):
+        push(elastic, "org/puma", dry_run=True, depth_branches=True, num_kept_layers=1)
+    with pytest.raises(ValueError, match=r"revision='k2' is the branch of another depth"):
+        push(elastic, "org/puma", dry_run=True, depth_branches=True, revision="k2")
+    with pytest.raises(ValueError, match=r"depth_branches=True writes branches, and create_pr=True none"):
+        push(elastic, "org/puma", dry_run=True, depth_branches=True, create_pr=True)
+    with pytest.raises(ValueError, match=r"num_kept_layers=5 must be an integer from 1 to 4"):
+        push(elastic, "org/puma", dry_run=True, num_kept_layers=5)
+    with pytest.raises(ValueError, match=r"num_kept_layers=1 is for a whole model, and '.*puma-lora' is an adapter"):
+        push(adapter, "org/puma", dry_run=True, num_kept_layers=1, base_model="org/base")
+    assert loads == []
+
+
 # --- real loads, at the end: until then their process has imported what it needs
 
 
@@ -337,6 +423,44 @@ def test_what_was_pushed_loads_from_a_fresh_cache_without_puma_hf(
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("org/puma", "adapter")
     found = {name: _load(name, warm, tmp_path) for name in ("org/puma", "org/puma-lora")}
     assert all(told.startswith("32 dimensions in torch.float32") for told in found.values())
+
+
+# What a stranger does with a branch, and with the whole repository at a depth.
+AT_DEPTHS = """
+import json, sys
+sys.modules["puma_hf"] = None
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+
+texts, found = ["a red apple", "on the table of two"], {}
+for name, how in {"branch": {"revision": "k2"}, "depth": {"model_kwargs": {"num_kept_layers": 2}}}.items():
+    encoded = SentenceTransformer("org/puma", trust_remote_code=True, device="cpu", **how).encode(texts)
+    how = {"trust_remote_code": True, "revision": how.get("revision"), **how.get("model_kwargs", {})}
+    model, processor = (kind.from_pretrained("org/puma", **how) for kind in (AutoModel, AutoProcessor))
+    with torch.inference_mode():
+        plain = model.eval()(**processor.process_inputs(texts)).embeddings
+    found[name] = [encoded.tolist(), plain.tolist()]
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.usefixtures("really_loads")
+def test_a_branch_embeds_as_the_whole_at_its_depth_where_puma_hf_is_not_installed(
+    elastic: Path, hub: HubServer, warm: WarmProcess, tmp_path: Path
+) -> None:
+    report = push(elastic, "org/puma", token=TOKEN, depth_branches=True)
+    assert all("loads without puma_hf by AutoModel" in one.loaded for one in (report, *report.branches))
+    (tmp_path / "script.py").write_text(AT_DEPTHS)
+    output = tmp_path / "found.json"
+    process = warm.run([sys.executable, "-P", str(tmp_path / "script.py"), str(output)], cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    model = open_sentence_transformer(str(elastic), 2, device="cpu")
+    expected = model.encode(["a red apple", "on the table of two"], convert_to_tensor=True)
+    found = json.loads(output.read_text())
+    assert found.keys() == {"branch", "depth"}
+    for embeddings in (torch.tensor(one) for both in found.values() for one in both):
+        torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 
 def _load(name: str, warm: WarmProcess, folder: Path) -> str:

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
-from puma_hf import PumaModel, embed, prune
+from puma_hf import PumaConfig, PumaModel, embed, prune
 from puma_hf.checkpoint import open_sentence_transformer
-from puma_hf.modeling.configuration_puma import config_class_of
 from puma_hf.trainer.lora_puma import BASE_FILE
 from tests.modeling.test_modeling_puma import Spy
 from tests.tiny import FAMILIES, build_checkpoint, layer_of
@@ -136,19 +135,6 @@ def test_every_loader_opens_a_depth(
     assert AutoModel.from_pretrained(tmp_path / "parts").config.trained_depths == [3, 4]
 
 
-def test_cuts_of_cuts_are_of_what_was_left(folders: dict[int, Path]) -> None:
-    stored = load_file(folders[5] / "model.safetensors")
-    name = "language_model.layers.{}.input_layernorm.weight"
-    family = config_class_of(json.loads((folders[5] / "config.json").read_text())["model_type"])
-    config = family.from_pretrained(folders[5], keep_layers=[0, 1, 2, 4])
-    assert (config.trained_depths, config.teacher_fingerprint) == ([3], None)  # 4 others than it was trained with
-    config.cut(keep_layers=[0, 1, 2, 3])
-    model = AutoModel.from_pretrained(folders[5], config=config)
-    assert torch.equal(model.state_dict()[name.format(3)], stored[name.format(4)])
-    assert len(model.language_model.layers) == 4
-    assert config._loaded_layers == [0, 1, 2, 4]  # of the caller's, which may load again
-
-
 # --- what is read, and what is said
 
 
@@ -158,6 +144,17 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune(build_checkpoint(folder / "source", "qwen2_vl", num_layers=12), folder / "pruned", num_kept_layers=12)
     note(folder / "pruned", trained_depths=[4, 8, 12])
     return folder / "pruned"
+
+
+def test_cuts_of_cuts_are_of_what_was_left(twelve: Path) -> None:
+    config = PumaConfig.from_pretrained(twelve, keep_layers=[0, 1, 2, 3, 6, 9])
+    assert config.trained_depths == [4]  # the first 8 are others than it was trained with
+    config.cut(keep_layers=[0, 4, 5])
+    name, stored = "language_model.layers.{}.input_layernorm.weight", load_file(twelve / "model.safetensors")
+    for model in (PumaModel.from_pretrained(twelve, config=config), AutoModel.from_pretrained(twelve, config=config)):
+        assert (model.config.kept_layers, model.config.trained_depths) == ([0, 6, 9], None)
+        for number, layer in enumerate([0, 6, 9]):
+            assert torch.equal(model.state_dict()[name.format(number)], stored[name.format(layer)])
 
 
 @pytest.mark.parametrize("way", ["AutoModel", "model_kwargs", "config_kwargs"])
