@@ -81,17 +81,23 @@ def space_fingerprint(model: Any, weights: Mapping[str, Tensor] | None = None) -
     return hashlib.sha256(json.dumps([sorted(digests), tokens.tolist()]).encode()).hexdigest()
 
 
-def exits_fingerprint(model: Any) -> str | None:
-    """`space_fingerprint` over the weights that all trained depths of a checkpoint share: each of them has the same.
+def exit_fingerprint(model: Any, depth: int) -> str | None:
+    """`space_fingerprint` over the weights that embed after a trained depth: of copies cut above it the same.
 
-    None if the model is of no trained depth, or no PUMA model.
+    None if this depth, or that of the model, is no trained one, or it is no PUMA model.
     """
     trained = noted(model, "trained_depths") or ()
-    if noted(model, "num_kept_layers") not in trained:
+    if not {depth, noted(model, "num_kept_layers")} <= {*trained}:
         return None
-    deeper = {id(weight) for weight in find_puma_model(model).language_model.layers[min(trained) :].parameters()}
+    deeper = {id(weight) for weight in find_puma_model(model).language_model.layers[depth:].parameters()}
     shared = {name: weight for name, weight in model.named_parameters() if id(weight) not in deeper}
     return space_fingerprint(model, shared)
+
+
+def exit_fingerprints(model: Any) -> dict[str, str | None]:
+    """By trained depth, `exit_fingerprint`: what an index notes of the depths that its vectors may be compared with."""
+    trained = noted(model, "trained_depths") or ()
+    return {str(depth): exit_fingerprint(model, depth) for depth in trained}
 
 
 def noted(model: Any, name: str) -> Any:

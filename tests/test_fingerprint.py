@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from puma_hf.checkpoint import open_sentence_transformer
-from puma_hf.fingerprint import exits_fingerprint, model_fingerprint, model_name, short_name
+from puma_hf.fingerprint import exit_fingerprint, exit_fingerprints, model_fingerprint, model_name, short_name
 from puma_hf.trainer.lora_puma import add_lora, lora_config
 
 
@@ -38,17 +38,19 @@ def change_last_bit(model: Any) -> None:
     parameter.data.view(torch.int32)[(0,) * parameter.ndim] ^= 1
 
 
-def test_the_trained_depths_of_a_checkpoint_have_one_of_exits(elastic_dir: Path, puma_dir: Path) -> None:
+def test_the_trained_depths_of_a_checkpoint_share_exits(elastic_dir: Path, puma_dir: Path) -> None:
     whole, second, third = (open_sentence_transformer(str(elastic_dir), depth) for depth in (None, 2, 3))
-    assert exits_fingerprint(whole) == exits_fingerprint(second) == exits_fingerprint(second.bfloat16())
-    assert exits_fingerprint(whole) is not None
-    assert exits_fingerprint(third) is exits_fingerprint(load(puma_dir)) is exits_fingerprint(nn.Linear(1, 1)) is None
-    before = exits_fingerprint(whole)
-    change = whole[0].model.language_model.layers
-    change[1].mlp.up_proj.weight.data += 1  # the second layer is none that the exit after the first has
-    assert exits_fingerprint(whole) == before
-    change[0].mlp.up_proj.weight.data += 1
-    assert exits_fingerprint(whole) != before
+    before = exit_fingerprints(whole)
+    assert {*before} == {"1", "2", "4"}
+    assert len({*before.values(), None}) == 4
+    del (of_second := dict(before))["4"]
+    assert exit_fingerprints(second) == exit_fingerprints(second.bfloat16()) == of_second
+    for other in (third, load(puma_dir), nn.Linear(1, 1)):
+        assert exit_fingerprint(other, 2) is None
+    assert exit_fingerprint(whole, 3) is None
+    whole[0].model.language_model.layers[1].mlp.up_proj.weight.data += 1
+    after = exit_fingerprints(whole)
+    assert {depth for depth in before if before[depth] != after[depth]} == {"2", "4"}
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

@@ -18,6 +18,7 @@ from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3_5Model, Qwen3VLMod
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_puma import PumaConfig, PumaQwen3VLConfig, PumaQwen25VLConfig, PumaQwen35Config
 
@@ -95,6 +96,8 @@ def running_layers(model: Any, layers: Sequence[Any]) -> Iterator[None]:
     # What a decoder goes by, where its family has it: Qwen3-VL has one kind of attention, and no types.
     parts = [(decoder, "layers"), (decoder, "has_sliding_layers")]
     parts += [(decoder.config, "layer_types"), (decoder.config, "num_hidden_layers")]
+    # At the first request for hidden states, which could be now, transformers hooks the layers that it sees, once.
+    maybe_install_capturing_hooks(decoder)
     before = [(part, name, getattr(part, name)) for part, name in parts if hasattr(part, name)]
     try:
         decoder.layers = nn.ModuleList(layers)

@@ -36,7 +36,7 @@ from puma_hf.embedding.run import (
 )
 from puma_hf.embedding.store import check_settings
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import content_key, exits_fingerprint, noted, space_fingerprint
+from puma_hf.fingerprint import content_key, exit_fingerprints, noted, space_fingerprint
 from puma_hf.modeling.inputs_puma import open_image
 from puma_hf.processes import connect, gather, locked_for_all
 from puma_hf.search.index import ABOUT, ANN_TYPES, COMPLETE, FORMAT, TABLE, about, open_index, open_table
@@ -99,7 +99,7 @@ def build_index(config: IndexConfig) -> IndexReport:
             "format_version": FORMAT,
             # Of the same model, which is checked below, it is the same: all weights need not be read for it again.
             "space": (before or {}).get("space") or space_fingerprint(model),
-            "exits": (before or {}).get("exits") or exits_fingerprint(model),
+            "exits": (before or {}).get("exits") or exit_fingerprints(model),
             "teacher": noted(model, "teacher_fingerprint"),
             **config.given("revision", "dtype"),
             "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,

@@ -15,7 +15,7 @@ from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RESCORE_MULTIPLIER, Backend, SearchConfig, Target
 from puma_hf.embedding.embed import processing_for
 from puma_hf.files import write_whole
-from puma_hf.fingerprint import exits_fingerprint, model_fingerprint, model_name, noted
+from puma_hf.fingerprint import exit_fingerprint, model_fingerprint, model_name, noted
 from puma_hf.search.answers import Answer, Answers, to_html
 from puma_hf.search.index import Index, open_index
 
@@ -116,9 +116,12 @@ class Searcher:
         fits = is_other and teacher is not None and teacher in (about.get("space"), about.get("teacher"))
         # To hash all weights takes a second for gigabytes; vectors of another model would find nonsense silently.
         fits = fits or (made in (None, depth) and model_fingerprint(self.model) == index.fingerprint)
-        if not fits and made != depth and about.get("exits"):
-            fits = exits_fingerprint(self.model) == about["exits"]
-        differ = None not in (made, depth) and made != depth
+        differ = made is not None and depth is not None and made != depth
+        if not fits and differ and about.get("exits"):
+            # What the deeper of the two has below the other's exit must be the other, layer by layer.
+            common = min(made, depth)
+            theirs = about["exits"].get(str(common))
+            fits = theirs is not None and exit_fingerprint(self.model, common) == theirs
         if fits:
             if differ:
                 told = "queries are embedded after %d layers, the index %r after %d"

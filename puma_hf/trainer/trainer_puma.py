@@ -68,8 +68,9 @@ class PumaTrainer(SentenceTransformerTrainer):
         self.positives = positives
         if (puma := find_puma_model(self.model)) is not None:
             puma.config.teacher_fingerprint = None  # training leaves the space of an earlier teacher
-            if not find_losses(self.loss, "depths"):  # and the depths of an earlier training behind
-                puma.config.trained_depths = None
+            # and the depths of an earlier training, or of a loss that was made and is not used, behind
+            depths = {depth for loss in find_losses(self.loss, "depths").values() for depth in loss.depths}
+            puma.config.trained_depths = sorted(depths) or None
             # The method of SentenceTransformer is deprecated, and in 6.0 refuses what the Trainer passes.
             setattr(self.model, f"{PREFIX}_checkpointing_enable", partial(checkpoint_decoder, puma))
         self._statistics = TrainingStatistics(self.loss)

@@ -188,12 +188,12 @@ def with_config(model: Path, output: Path, **values: Any) -> Path:
     return output
 
 
-def with_other_weights(model: Path, output: Path) -> Path:
-    """A copy of a model whose weights differ in the first layer."""
+def with_other_weights(model: Path, output: Path, layer: int = 0) -> Path:
+    """A copy of a model whose weights differ in one layer."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(shutil.copytree(model, output) / "model.safetensors")
-    next(weight for name, weight in weights.items() if "layers.0." in name).add_(0.1)
+    next(weight for name, weight in weights.items() if f"layers.{layer}." in name).add_(0.1)
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     return output
 
@@ -251,6 +251,11 @@ def test_depths_that_cannot_be_compared(elastic_index: Path, elastic_dir: Path, 
         search(SearchConfig(**asked, model=other, num_kept_layers=2))
     with pytest.raises(ValueError, match=r"query_model 'other' was not distilled .* no other trained depth of that"):
         search(SearchConfig(**asked, query_model=other, num_kept_layers=2))
+    # One that shares the first exit alone is another checkpoint at those above.
+    other = str(with_other_weights(elastic_dir, tmp_path / "above", layer=1))
+    with pytest.raises(ValueError, match="'above' was not trained to be compared with that after 2, or"):
+        search(SearchConfig(**asked, model=other, num_kept_layers=2))
+    assert search(SearchConfig(**asked, model=other, num_kept_layers=1))
     whole = open_sentence_transformer(str(elastic_dir))
     with pytest.raises(ValueError, match="num_kept_layers=2 is for a model that is opened here; this one is open"):
         Searcher(open_index(elastic_index), whole, num_kept_layers=2)

@@ -130,7 +130,11 @@ def test_the_log_is_of_all_depths(
     model = make_student()
     loss = ElasticDepthLoss(model, SelfDistillationLoss(model), (1, 2))
     args = make_arguments(max_steps=1, per_device_train_batch_size=16)  # one batch of all rows
+    PumaDistillationTrainer(model=model, teacher=qwen_dir, args=args, train_dataset=items)  # a stage of one depth
+    config: Any = model[0].model.config
+    assert config.trained_depths is None
     trainer = PumaDistillationTrainer(model=model, teacher=qwen_dir, args=args, train_dataset=items, loss=loss)
+    assert config.trained_depths == [1, 2]
     features: Any = model[0].preprocess(items["item"][:])
     teacher: Any = trainer.teacher.states(dict(features))  # type: ignore[union-attr]
     with torch.no_grad():
