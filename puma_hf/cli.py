@@ -130,8 +130,7 @@ def show_page(config: configs.AppConfig) -> str:
 
     if config.query_model is not None:
         raise ValueError(f"query_model={config.query_model!r} is for serving, not for a Space. Leave out one of both.")
-    names = ("model", "instruction", "num_kept_layers", "trust_remote_code")
-    settings = {name: getattr(config, name) for name in names}
+    settings = config.given("model", "instruction", "num_kept_layers", "trust_remote_code")
     place, run = write_space(open_index(config.index), config.space, **settings), "GRADIO_SERVER_NAME=127.0.0.1 python"
     return f"saved the Space to {place}; look at it first with: {run} {place}/app.py"
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,11 +70,10 @@ def count_flops(model: SentenceTransformer, item: Any) -> int:
 
 def counted_pass(model: SentenceTransformer, features: Mapping[str, Any]) -> FlopCounterMode:
     """Run a batch of `preprocess` through a model, and return the counter of its operations, part by part."""
-    features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     # The counter knows products, not every fused attention kernel: let attention be computed as products.
     counter = FlopCounterMode(display=False)
     with plain_forward(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(dict(features))
+        model(batch_to_device(dict(features), model.device))
     return counter
 
 
@@ -303,10 +303,8 @@ def _shape(config: StageConfig, model: str | Path | None, num_kept_layers: int |
     if file.is_file():
         family = config_class_of(read_config(file.parent, file.name).get("model_type"))
         shape = family.from_pretrained(file, num_kept_layers=num_kept_layers)
-        told = (
-            "" if family is PumaConfig else f" Activations are those of Qwen2-VL; {family.source_name} may keep more."
-        )
-        return shape, f"Shapes: those of {file}.{told}"
+        told = f" Activations are those of Qwen2-VL; {family.source_name} may keep more."
+        return shape, f"Shapes: those of {file}.{'' if family is PumaConfig else told}"
     # A recipe names directories that other commands are still to make, such as puma-7b-k12-distilled.
     size, depth = re.search(r"(?:qwen2-vl|puma)-([27]b)\b", name.lower()), re.search(r"\bk(\d+)\b", name.lower())
     kept = num_kept_layers or (int(depth[1]) if depth else None if model is None else _NUM_LAYERS)

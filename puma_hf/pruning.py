@@ -350,11 +350,8 @@ def write_model_card(folder: Path, config: Any, report: PruneReport, *, is_origi
         tags=list(TAGS),
     )
     values = report.to_dict() | {"source": source, "backbone": config.source_name, "limits": told_limits(folder)}
-    values |= {
-        "no_ret": config.ret_token_id is None,
-        "kept_layers": config.kept_layers,
-        "embedding_dim": config.text_config.hidden_size,
-    }
+    values |= {"no_ret": config.ret_token_id is None, "kept_layers": config.kept_layers}
+    values["embedding_dim"] = config.text_config.hidden_size
     if not is_original:
         values |= {"parameters_before": None, "bytes_before": None}
     (folder / "README.md").write_text(fill_template(card_data, **values), encoding="utf-8")

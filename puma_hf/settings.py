@@ -93,6 +93,10 @@ class CheckedConfig:
             value = _checked(entry, getattr(self, entry.name), hints[entry.name])
             object.__setattr__(self, entry.name, value)  # the class is frozen
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """These fields by name, as a function takes them that calls them the same."""
+        return {name: getattr(self, name) for name in names}
+
 
 def flag_of(entry: Field[Any]) -> str | None:
     """The flag of a field, without its dashes; None if the command has none."""

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def find_source(checkpoint: Checkpoint, tokenizer: Any, asked: str | None = None
         if asked not in (None, own):
             raise ValueError(f"reading={asked!r}, but {checkpoint.name!r} was made for {own!r}. Leave it out.")
         return _source(own, "recorded there", folder, tokenizer)
-    modules: Any = _read(folder / "modules.json") or []
+    modules: Any = []
+    with suppress(OSError, ValueError):
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8")) or []
     problem = _problem(folder, modules) if modules else "has no modules.json, which would say how it is read"
     code: dict[str, Any] = config.get("auto_map") or {}
     names = [Path(checkpoint.name).name, *(config.get("architectures") or ()), *map(str, code.values())]
@@ -96,22 +99,13 @@ def find_source(checkpoint: Checkpoint, tokenizer: Any, asked: str | None = None
     if name == "source" and problem is not None:
         raise ValueError(f"{checkpoint.name!r} {problem}. {_REMEDY}")
     if code and (name == "source" or (name, asked) == ("puma", None)):
-        runs = (
-            f"{checkpoint.name!r} runs code of its own, {next(iter(code.values()))}, which may change what it computes"
-        )
-        raise ValueError(f"{runs}; a cut copy is stock layers. {_REMEDY}")
+        runs = f"{checkpoint.name!r} runs code of its own, {next(iter(code.values()))}"
+        raise ValueError(f"{runs}, which may change what it computes; a cut copy is stock layers. {_REMEDY}")
     return _source(name, found, folder, tokenizer)
 
 
 def _is_known(pattern: str, names: Sequence[str]) -> bool:
     return any(re.search(pattern, name, re.IGNORECASE) for name in names)
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _source(name: str, found: str, folder: Path, tokenizer: Any) -> Source:
@@ -121,8 +115,8 @@ def _source(name: str, found: str, folder: Path, tokenizer: Any) -> Source:
     keeps_settings = reading.template is None or reading.known_by is not None
     render: dict[str, Any] = {}
     if reading.template is None:
-        own = _read(folder / "chat_template.json")  # an older place, which a newer file goes before
-        is_older = own is not None and not (folder / "chat_template.jinja").is_file()
+        own = read_config(folder, "chat_template.json")  # an older place, which a newer file goes before
+        is_older = bool(own) and not (folder / "chat_template.jinja").is_file()
         template = own.get("chat_template") if is_older else tokenizer.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         render = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
@@ -162,9 +156,8 @@ def _problem(folder: Path, modules: Sequence[Mapping[str, Any]]) -> str | None:
     passed, opened = transformer.get("processing_kwargs") or {}, transformer.get("processor_kwargs") or {}
     # What a template is given, it goes on being given; how videos are sampled is not in a vector of texts and images.
     known = _PASSED | {kind: (passed.get(kind) or {}).keys() for kind in ("chat_template", "video", "audio")}
-    unknown = [
-        f"{kind}.{key}" for kind, options in passed.items() for key in options or () if key not in known.get(kind, ())
-    ]
+    given = [(kind, key) for kind, options in passed.items() for key in options or ()]
+    unknown = [f"{kind}.{key}" for kind, key in given if key not in known.get(kind, ())]
     unknown += [*sorted(opened.keys() - _OPENED), *(key for key in _TEXT_ALONE if transformer.get(key))]
     if transformer.get("transformer_task", "feature-extraction") != "feature-extraction":
         unknown.append(f"transformer_task {transformer['transformer_task']}")

@@ -154,10 +154,7 @@ def _write_nano(data: MBEIR, folder: Path, settings: dict[str, Any], tasks: Sequ
 
     @cache  # each image is read once
     def hash_of(image: str | None) -> str | None:
-        if image is None:
-            return None
-        with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return None if image is None else hashlib.sha256(Path(image).read_bytes()).hexdigest()
 
     # What a figure depends on, wherever the data lies.
     contents: list[object] = [settings]

@@ -197,8 +197,7 @@ def iterate_embeddings(
             raise ValueError(f"{problem}, which {model_name(model)!r} is none of. Leave it out.")
         model[0].model.config.check_depths([num_kept_layers])
         model[0].model.config.warn_if_untrained(num_kept_layers)
-    if prompt is None and model.default_prompt_name is not None:
-        prompt = model.prompts.get(model.default_prompt_name)
+    prompt = model.prompts.get(model.default_prompt_name) if prompt is None else prompt
     on_cuda = torch.device(model.device).type == "cuda"
     total = len(inputs) if isinstance(inputs, Sized) else None
     # The plan aims at the budget, and the packer, which knows the true number of tokens, keeps to it.

@@ -196,8 +196,7 @@ def embed_records(
 
 def options_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, Any]:
     """What a configuration says to `iterate_embeddings`; ValueError if the model cannot do it."""
-    names = ("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
-    options = {name: getattr(config, name) for name in names}
+    options = config.given("prompt", "max_batch_tokens", "num_workers", "on_error", "truncate_dim")
     processing = processing_for(model, config.special_tokens, config.max_pixels, config.decode)
     return {**options, "processing_kwargs": processing}
 
@@ -344,7 +343,7 @@ def settings_of(config: EmbedConfig, model: SentenceTransformer) -> dict[str, An
     settings: dict[str, Any] = {"weights_dtype": str(model.dtype).removeprefix("torch.")}
     settings |= {"fingerprint": model_fingerprint(model), "num_kept_layers": noted(model, "num_kept_layers")}
     settings |= image_settings(model, options_of(config, model)["processing_kwargs"])
-    return {**settings, **{name: getattr(config, name) for name in ("prompt", "truncate_dim", "precision")}}
+    return settings | config.given("prompt", "truncate_dim", "precision")
 
 
 def _ranges(
@@ -377,14 +376,9 @@ def open_model(config: EmbedConfig) -> SentenceTransformer:
             raise ValueError(f"model={config.model!r} is no PUMA model. {remedy}")
         problem = "is no folder here, and no PUMA model on the Hub, or it cannot be reached. Check the name"
         raise FileNotFoundError(f"model={config.model!r} {problem}. {remedy}")
-    model = open_sentence_transformer(
-        config.model,
-        config.num_kept_layers,
-        device=own_device(),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        model_kwargs={"dtype": config.dtype},
-    ).eval()
+    loading = config.given("num_kept_layers", "revision", "trust_remote_code")
+    loading |= {"device": own_device(), "model_kwargs": {"dtype": config.dtype}}
+    model = open_sentence_transformer(config.model, **loading).eval()
     embedding_dim(model, config.truncate_dim)  # so many there must be, before anything is written
     if not config.fast:
         first: Any = model[0]

@@ -168,9 +168,8 @@ class EmbeddingStore:
             size = f"(num_keys, {self.embedding_dim or 'embedding_dim'})"
             raise ValueError(f"embeddings is {tuple(rows.shape)} for {len(keys)} keys, must be {size}")
         if rows.is_floating_point() and not bool(rows.isfinite().all()):
-            raise ValueError(
-                f"embeddings has NaN or infinity as {self.dtype}; look at their inputs, or store float32 or bfloat16"
-            )
+            remedy = "look at their inputs, or store float32 or bfloat16"
+            raise ValueError(f"embeddings has NaN or infinity as {self.dtype}; {remedy}")
         keys = keys.cpu().contiguous()
         # With the settings: whoever puts embeddings of another model here cannot change those that are being read.
         digest = hashlib.sha256(self._metadata[_KEY] + keys.numpy().tobytes()).hexdigest()[:24]

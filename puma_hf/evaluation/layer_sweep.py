@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.masking_utils import create_masks_for_generate
@@ -196,11 +197,10 @@ def layer_costs(
     reading: dict[str, Any] = {"max_length": 10 * max(_IMAGE_SIDE**2, math.prod(grid))}
     image = model.preprocess([picture], processing_kwargs=processing_of("raise", max_pixels), **reading)
     parameters = _cut(count_parameters(model), [count_parameters(layer) for layer in decoder_of(model).layers])
+    flops = flops_by_depth(model, read_text()), flops_by_depth(model, image)
     costs = [
         {"parameters": count, "bytes": count * puma.model.dtype.itemsize, "flops_text": short, "flops_image": long}
-        for count, short, long in zip(
-            parameters, flops_by_depth(model, read_text()), flops_by_depth(model, image), strict=True
-        )
+        for count, short, long in zip(parameters, *flops, strict=True)
     ]
     timed: dict[str, Any] = {} if max_pixels is None else {"seconds_image": image}
     timed |= {"seconds_text": read_text} if time_text else {}
@@ -218,11 +218,7 @@ def seconds_by_depth(
 
     A call that returns the batch is timed with it.
     """
-
-    def moved(features: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
-
-    ready = batch if callable(batch) else moved(batch)
+    ready = batch if callable(batch) else partial(dict, batch_to_device(dict(batch), model.device))
     moments: list[list[float]] = []
 
     def note(*_: Any) -> None:
@@ -238,7 +234,7 @@ def seconds_by_depth(
         for _ in range(_TIMED_PASSES + 1):
             moments.append([])
             note()
-            model(moved(ready() if callable(ready) else ready))
+            model(batch_to_device(dict(ready()), model.device))
     passes = torch.tensor(moments[1:], dtype=torch.float64)
     return (passes[:, 1:] - passes[:, :1]).median(dim=0).values.tolist()
 
@@ -340,17 +336,14 @@ def sweep(config: SweepConfig, *, show_progress_bar: bool = True) -> SweepReport
             models=tuple(swept.values()),
             data=short_name(config.data),
             data_hash=data.content_hash,
-            split=config.split,
             tasks=tuple(search.task.name for search in measured),
             num_queries=sum(len(search.relevance) for search in measured),
             num_candidates=held.num_candidates,
             pool=decides,
-            metric=config.metric,
             text_tokens=TEXT_TOKENS,
             image_tokens=next(iter(swept.values())).image_tokens or 0,
-            keep=config.keep,
             max_params=None if config.max_params is None else parse_parameters(config.max_params),
-            max_query_ms=config.max_query_ms,
+            **config.given("split", "metric", "keep", "max_query_ms"),
         )
     if config.output is not None:
         try:
@@ -463,7 +456,6 @@ def open_model(source: str, *, trust_remote_code: bool = False) -> Iterator[Sent
     with TemporaryDirectory(prefix="puma-hf-") as copy:
         full, config = Path(copy, short_name(source)), AutoConfig.from_pretrained(folder)
         report = prune(source, full, num_kept_layers=config.get_text_config().num_hidden_layers)
-        logger.info(
-            "%s is an original checkpoint, read in a temporary copy as %r (%s)", source, report.reading, report.found
-        )
+        told = "%s is an original checkpoint, read in a temporary copy as %r (%s)"
+        logger.info(told, source, report.reading, report.found)
         yield open_sentence_transformer(str(full))

@@ -291,13 +291,12 @@ def _made_from(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"puma_hf": __version__, **{library: version(library) for library in _LIBRARIES}}
     values |= {"model": model_name or name_of(model), "model_fingerprint": model_fingerprint(model)}
-    if (depth := noted(model, "num_kept_layers")) is not None:
-        values["num_kept_layers"] = depth
     values["truncate_dim"] = encoding.pop("truncate_dim", None) or getattr(model, "truncate_dim", None)
     processing: dict[str, Any] = encoding.pop("processing_kwargs", None) or {}
     # How images are read is told for every result, whoever has decided it.
     images = image_settings(model, processing)
-    values |= {name: value for name, value in images.items() if value is not None}
+    seen = {**images, "num_kept_layers": noted(model, "num_kept_layers")}
+    values |= {name: value for name, value in seen.items() if value is not None}
     image = {name: value for name, value in processing.pop("image", {}).items() if name not in images}
     processing |= {"image": image} if image else {}
     encoding |= {"processing_kwargs": processing} if processing else {}
@@ -346,8 +345,8 @@ def evaluate(config: EvaluateConfig) -> MBEIRResults:
             remedy = f"Make one of it first: puma-hf prune {name} OUTPUT --num-kept-layers K (or all of them)."
             raise ValueError(f"{name!r} is an original {kind} checkpoint, must be an embedder. {remedy}")
     names = ("split", "pool", "batch_size", "instruction_seed", "popularity_penalty", "embedding_dtype")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    options |= {"tasks": config.tasks or None, "output_dir": config.output, "model_name": short_name(config.model)}
+    options = {**config.given(*names), "tasks": config.tasks or None, "output_dir": config.output}
+    options["model_name"] = short_name(config.model)
     options["data_name"] = short_name(config.data) + (" (nano)" if config.benchmark == "nano" else "")
     with shared_folder(config.output) as folder:
         with main_process_first():  # it imports and draws, the others read what it made

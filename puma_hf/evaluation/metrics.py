@@ -78,10 +78,7 @@ def overlap_at_k(rankings: Sequence[Sequence[IdT]], references: Sequence[Sequenc
 
 
 def wrong_modality_at_k(
-    rankings: Sequence[Sequence[IdT]],
-    relevance: Sequence[Mapping[IdT, int]],
-    modalities: Mapping[IdT, str],
-    k: int,
+    rankings: Sequence[Sequence[IdT]], relevance: Sequence[Mapping[IdT, int]], modalities: Mapping[IdT, str], k: int
 ) -> float:
     """Share of the first k candidates with a modality that none of the query's relevant candidates has.
 

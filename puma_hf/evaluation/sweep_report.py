@@ -224,15 +224,12 @@ class SweepReport:
     @property
     def frontier(self) -> list[SweepRow]:
         """The rows that no other beats at as few operations of an image, or fewer; the cheapest first."""
-        every = sorted((row for model in self.models for row in model.rows), key=self._by_operations)
+        every = [row for model in self.models for row in model.rows]
         found: list[SweepRow] = []
-        for row in every:
+        for row in sorted(every, key=lambda row: (row.flops_image, -self.quality(row))):
             if not found or self.quality(row) > self.quality(found[-1]) + _EPSILON:
                 found.append(row)
         return found
-
-    def _by_operations(self, row: SweepRow) -> tuple[float, ...]:
-        return row.flops_image, -self.quality(row)
 
     def _cost(self, row: SweepRow) -> tuple[int, ...]:
         return (row.flops_image, row.parameters, row.k) if self.has_limits else (row.parameters, row.k)
@@ -284,13 +281,10 @@ class SweepReport:
             lines: list[dict[str, object]] = []
             for row in model.rows:
                 line: dict[str, object] = {"k": row.k} | ({} if row.name is None else {"model": row.name})
-                line |= {
-                    "parameters": row.parameters,
-                    "bytes": row.bytes,
-                    "GFLOPs, text": f"{row.flops_text / 1e9:,.2f}",
-                    "GFLOPs, image": f"{row.flops_image / 1e9:,.2f}",
-                }
-                line |= {"of full": f"{row.flops_image / self.full.flops_image:.0%}"}
+                line |= {"parameters": row.parameters, "bytes": row.bytes}
+                for kind, flops in (("text", row.flops_text), ("image", row.flops_image)):
+                    line[f"GFLOPs, {kind}"] = f"{flops / 1e9:,.2f}"
+                line["of full"] = f"{row.flops_image / self.full.flops_image:.0%}"
                 if row.seconds_image is not None:
                     line["ms, image"] = f"{1000 * row.seconds_image:,.1f}"
                 line |= {name: 100 * row.quality[self.pool][name] for name in shown}

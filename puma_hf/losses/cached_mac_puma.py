@@ -135,9 +135,8 @@ class CachedMultimodalMACLoss(CachedLossMixin, MultimodalMACLoss):
         """Embed one mini-batch, in either pass, as the mixin does; the first pass asks for the random state."""
         cut: MiniBatches | None = sentence_feature.get("mini_batches")
         if cut is None:
-            found: tuple[Tensor, RandContext | None] = super().embed_minibatch(
-                sentence_feature, begin, end, with_grad, copy_random_state, random_state
-            )
+            options = begin, end, with_grad, copy_random_state, random_state
+            found: tuple[Tensor, RandContext | None] = super().embed_minibatch(sentence_feature, *options)
             return found
         features = cut.take(begin, end)
         keep = copy_random_state and self.keep_image_features and can_keep_image_features(self.model)

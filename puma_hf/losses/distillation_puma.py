@@ -11,7 +11,6 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, cos_sim
 from torch import Tensor, nn
 
 from .mac_puma import PUMA_CITATION, read_ids, restore_ids
-from .progress_puma import is_scheduled
 from .schedule_puma import RELATIONAL_TEMPERATURE, DistillationMetric, check_choice, check_range
 
 STUDENT_KEY = "pooler_output"
@@ -65,9 +64,8 @@ def self_distillation_loss(
     student, teacher = student.to(dtype), teacher.detach().to(device=student.device, dtype=dtype)
     if not torch.isfinite(teacher).all():
         broken = (~torch.isfinite(teacher)).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the teacher states of the samples {broken} are NaN or infinite. Run it in bfloat16 or float32."
-        )
+        problem = f"the teacher states of the samples {broken} are NaN or infinite"
+        raise ValueError(f"{problem}. Run it in bfloat16 or float32.")
     if metric == "relational":
         return _relational_loss(student, teacher, temperature, gather_across_devices)
     if metric == "cosine":
@@ -171,11 +169,9 @@ class SelfDistillationLoss(nn.Module):
         if self.metric == "relational":  # the similarities of queries and candidates are those that rank
             students, states = zip(*pairs, strict=True)
             pairs = [(torch.cat(students), torch.cat([state.to(student.device) for state in states]))]
-        options = self.metric, self.relational_temperature
-        gathers = get_world_size() > 1
-        return torch.stack(
-            [self_distillation_loss(*pair, *options, gather_across_devices=gathers) for pair in pairs]
-        ).mean()
+        options: Any = {"metric": self.metric, "temperature": self.relational_temperature}
+        options["gather_across_devices"] = get_world_size() > 1
+        return torch.stack([self_distillation_loss(*pair, **options) for pair in pairs]).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card shows."""
@@ -255,7 +251,9 @@ class JointDistillationLoss(nn.Module):
         starts = {"contrastive_weight": contrastive_weight_start, "distillation_weight": distillation_weight_start}
         self.weights |= {f"{name}_start": start for name, start in starts.items() if start is not None}
         check_range(zero=True, **self.weights)
-        if uses_gradient_cache(contrastive) or not is_scheduled(contrastive):
+        # Its class does not tell: from a model's directory transformers loads each file that it is asked for with
+        # copies of all that it imports.
+        if uses_gradient_cache(contrastive) or "temperature_schedule" not in vars(contrastive):
             raise ValueError(f"contrastive is a {type(contrastive).__name__}, but it must be a MultimodalMACLoss.")
         self.model = model
         self.contrastive: Any = contrastive

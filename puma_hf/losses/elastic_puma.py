@@ -58,9 +58,8 @@ class ElasticDepthLoss(nn.Module):
         check_choice("depth_weights", depth_weights, DepthWeights)
         config: Any = getattr(find_puma_model(model), "config", None)
         if config is None or len([*model.children()]) > 1:
-            raise ValueError(
-                "The model is not a PUMA model alone, as `puma-hf prune` has it: make one to train depths."
-            )
+            problem = "The model is not a PUMA model alone, as `puma-hf prune` has it"
+            raise ValueError(f"{problem}: make one to train depths.")
         config.check_depths(depths)
         if (deepest := depths[-1]) != config.num_kept_layers:
             problem = f"depths={tuple(depths)} must end in the model's own {config.num_kept_layers} layers"

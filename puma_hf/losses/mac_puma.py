@@ -76,9 +76,7 @@ def mac_loss(
         >>> round(mac_loss(similarities, torch.tensor([0]), same_modality, 0.05, 0.04).item(), 4)
         0.6931
     """
-    check_range(temperature=temperature, hard_temperature=hard_temperature)
-    _check_masks(similarities, same_modality, false_negatives)
-    similarities = at_least_float32(similarities)
+    similarities = _checked(similarities, temperature, hard_temperature, same_modality, false_negatives)
     # A matrix of its own, beside the similarities and the logits: two numbers a candidate would save it, and cost
     # a second pass over the masks.
     tau = torch.full_like(similarities, temperature).masked_fill_(same_modality, hard_temperature)
@@ -108,10 +106,8 @@ def split_loss(
         >>> round(loss.item(), 4)  # (log 4 + log 2) / 2
         1.0397
     """
-    check_range(temperature=temperature, hard_temperature=hard_temperature)
     check_range(most=1, zero=True, split_weight=split_weight)
-    _check_masks(similarities, same_modality, false_negatives)
-    similarities = at_least_float32(similarities)
+    similarities = _checked(similarities, temperature, hard_temperature, same_modality, false_negatives)
     # The positive belongs to the group even where the grouping is by the query's modality and it has another.
     outside = (~same_modality).scatter_(1, positive_index.unsqueeze(1), False)
     if false_negatives is not None:
@@ -121,10 +117,13 @@ def split_loss(
     return (1 - split_weight) * everything + split_weight * group
 
 
-def _check_masks(similarities: Tensor, *masks: Tensor | None) -> None:
+def _checked(similarities: Tensor, temperature: float, hard_temperature: float, *masks: Tensor | None) -> Tensor:
+    """The similarities in float32 at least; a ValueError if a temperature or the shape of a mask is wrong."""
+    check_range(temperature=temperature, hard_temperature=hard_temperature)
     # Torch would spread a mask of one row, or of one column, over all of them.
     if wrong := [tuple(mask.shape) for mask in masks if mask is not None and mask.shape != similarities.shape]:
         raise ValueError(f"a mask is {wrong[0]}, but must have the shape of similarities, {tuple(similarities.shape)}.")
+    return at_least_float32(similarities)
 
 
 def _cross_entropy(logits: Tensor, positive_index: Tensor, left_out: Tensor | None) -> Tensor:

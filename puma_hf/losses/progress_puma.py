@@ -121,15 +121,6 @@ def add_to_logs(values: Mapping[str, float], logs: dict[str, float], state: Trai
         state.log_history[-1].update(values)
 
 
-def is_scheduled(loss: nn.Module) -> bool:
-    """Whether it is a `ScheduledTemperatureLoss`, of this file or of a copy.
-
-    Classes do not tell: from a model's directory transformers loads each file that it is asked for with copies of all
-    that it imports.
-    """
-    return "temperature_schedule" in vars(loss)
-
-
 def find_scheduled_losses(loss: nn.Module | Mapping[str, Any] | None) -> dict[str, ScheduledTemperatureLoss]:
     """From log prefix to loss, those with a temperature schedule, also inside wrappers such as `MatryoshkaLoss`, once.
 

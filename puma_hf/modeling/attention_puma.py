@@ -186,6 +186,3 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, sca
     ends = (sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys)
     attended: Tensor = varlen_attn(query, key, value, *ends, window_size=window, **options)
     return attended
-
-
-__all__ = ["Block", "Sequences", "attend", "blocks_of_lengths", "mapped", "sequences_of"]

@@ -65,6 +65,3 @@ def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     # numpy has no bfloat16; only the bytes matter.
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
-
-
-__all__ = ["content_ids"]

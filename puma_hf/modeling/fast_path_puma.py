@@ -192,13 +192,3 @@ def _vision_attention(
         found = sequences_of(blocks_of_lengths(ends.diff().tolist())).to(query.device)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     return attend(query, key, value, found, scale=options["scaling"], causal=False)[None], None
-
-
-__all__ = [
-    "FastPath",
-    "after_attention",
-    "before_attention",
-    "can_pack",
-    "fast_vision",
-    "packed_states",
-]

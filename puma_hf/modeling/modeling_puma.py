@@ -87,7 +87,7 @@ def last_token_state(hidden_states: Tensor, attention_mask: Tensor | None = None
 
 
 @contextmanager
-def running_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+def running_layers(model: Any, layers: Sequence[Any]) -> Iterator[None]:
     """Within the block a model's decoder runs these layers, fewer or more than its own, each of its own kind."""
     decoder: Any = model.language_model
     if len(layers) == len(decoder.layers):
@@ -103,18 +103,14 @@ def running_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
         decoder.layers = nn.ModuleList(layers)
         decoder.config.num_hidden_layers = len(layers)
         if hasattr(decoder.config, "layer_types"):
-            # Each layer is told its kind of attention here, though it knows it.
-            decoder.config.layer_types = types = [_layer_type(layer) for layer in layers]
+            # Each layer is told its kind of attention here, though it knows it, or, but in Qwen3.5, its attention does.
+            types = [getattr(layer, "block_type", None) or layer.self_attn.layer_type for layer in layers]
+            decoder.config.layer_types = types
             decoder.has_sliding_layers = "sliding_attention" in types
         yield
     finally:
         for part, name, value in before:
             setattr(part, name, value)
-
-
-def _layer_type(layer: Any) -> str:
-    """What kind of attention a decoder layer has; in Qwen3.5 the layer says so, elsewhere its attention."""
-    return str(getattr(layer, "block_type", None) or layer.self_attn.layer_type)
 
 
 # Whether a model that is made has the numbers that its layers have in the checkpoint that is read, so that dropped
@@ -392,13 +388,3 @@ def _note_training(config: Any, adapter: str, options: dict[str, Any]) -> None:
 def _source_class(model: Any) -> Any:
     """The class of this file that a model is of, or that its class is made from."""
     return next(base for base in type(model).__mro__ if base in MODEL_CLASSES.values())
-
-
-__all__ = [
-    "PumaModel",
-    "PumaModelOutput",
-    "PumaQwen3VLModel",
-    "PumaQwen25VLModel",
-    "PumaQwen35Model",
-    "last_token_state",
-]

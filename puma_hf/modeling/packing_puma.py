@@ -324,6 +324,3 @@ def mrope_positions(is_image: np.ndarray, grids: Sequence[Sequence[int]]) -> tup
             count += 1
         place += length
     return positions, count
-
-
-__all__ = ["Group", "PackedBatch", "PackedImages", "PackedPart", "Packer", "group_by_prefix", "mrope_positions", "pack"]

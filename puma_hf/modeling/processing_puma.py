@@ -210,7 +210,9 @@ class PumaProcessor(Qwen2VLProcessor):
         if not (inputs := list(inputs)):
             raise ValueError("inputs is empty: pass at least one input.")
         reading = reading_of(self.reading)
-        prompt = self._default_prompt() if prompt is None and reading.template is None else prompt
+        if prompt is None and reading.template is None:  # that of sentence-transformers, for a model of its own
+            settings = self.sentence_transformers_settings or {}
+            prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         pattern = re.compile("|".join(map(re.escape, special)))
@@ -246,12 +248,6 @@ class PumaProcessor(Qwen2VLProcessor):
             if any(per_sample):
                 batch[f"num_{name}_per_sample"] = torch.tensor(per_sample)
         return batch
-
-    def _default_prompt(self) -> str | None:
-        """The instruction that sentence-transformers gives to every input without one, for a model of its own."""
-        settings = self.sentence_transformers_settings or {}
-        prompt: str | None = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
-        return prompt
 
     @contextmanager
     def _processed(self, sources: list[Any], options: dict[str, Any]) -> Iterator[Callable[[Any], BatchFeature]]:
@@ -429,9 +425,8 @@ def _check_special_tokens(messages: list[dict[str, Any]], pattern: re.Pattern[st
     for part in items_of(messages, "text"):
         text = part["text"]
         if (found := pattern.search(text)) and not split:
-            raise ValueError(
-                f"the text contains the special token {found.group()!r}: {text!r:.80}. {SPECIAL_TOKEN_REMEDY}"
-            )
+            problem = f"the text contains the special token {found.group()!r}: {text!r:.80}"
+            raise ValueError(f"{problem}. {SPECIAL_TOKEN_REMEDY}")
         part["text"] = pattern.sub(lambda token: token.group()[0] + " " + token.group()[1:], text)
 
 

@@ -20,9 +20,8 @@ class Reading:
 
     template: str | None  # the file of the chat template beside this one; None for the one that the source brings
     system: str | None = None  # what the template calls so: the text of the system turn, if no instruction is it
-    end: str | None = (
-        RET_TOKEN  # what the template ends in, and calls so, after "assistant"; None where the source says
-    )
+    # What the template ends in, and calls so, after "assistant"; None where the source says.
+    end: str | None = RET_TOKEN
     positions: str = "mrope"  # in time, height and width; "sequential", one after another, those of images too
     to_instruction: Callable[[str], str] | None = str.strip
     to_sentence: Callable[[str], str] | None = None  # for the instruction, then for both, it and the text
@@ -136,6 +135,3 @@ def reading_of(name: str) -> Reading:
     if name not in READINGS:
         raise ValueError(f"reading={name!r} is not known here. Choose one of {', '.join(map(repr, READINGS))}.")
     return READINGS[name]
-
-
-__all__ = ["ANSWER", "READINGS", "RET_TOKEN", "Reading", "reading_of", "released_sentence", "with_full_stop"]

@@ -19,9 +19,8 @@ from .packing_puma import PackedBatch, Packer
 try:  # transformers asks of a processor's code that all it imports is installed, but for what stands in a try
     from sentence_transformers.base.modules import Transformer
 except ImportError as error:
-    raise ImportError(
-        f"PUMA as a SentenceTransformer needs sentence-transformers 6 or newer ({error}): pip install -U it."
-    ) from error
+    problem = f"PUMA as a SentenceTransformer needs sentence-transformers 6 or newer ({error})"
+    raise ImportError(f"{problem}: pip install -U it.") from error
 
 # Given by teachers and losses that have computed a part already, or want several depths; the fast path starts from
 # tokens and pixels.

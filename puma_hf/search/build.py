@@ -83,7 +83,7 @@ def build_index(config: IndexConfig) -> IndexReport:
         table = open_table(folder)
         before = None if table is None else about(folder, table)
         if before is not None and not config.model:
-            given = {name: getattr(config, name) for name in ("revision", "num_kept_layers")}
+            given = config.given("revision", "num_kept_layers")
             given = {name: before.get(name) if value is None else value for name, value in given.items()}
             config = replace(config, model=before["model"], **given)
         if not config.model:
@@ -101,8 +101,7 @@ def build_index(config: IndexConfig) -> IndexReport:
             "space": (before or {}).get("space") or space_fingerprint(model),
             "exits": (before or {}).get("exits") or exit_fingerprints(model),
             "teacher": noted(model, "teacher_fingerprint"),
-            "revision": config.revision,
-            "dtype": config.dtype,
+            **config.given("revision", "dtype"),
             "model": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
             "data": str(Path(config.data).resolve()),
         }

@@ -36,8 +36,8 @@ def launch(config: AppConfig, *, started: Callable[[str], None] | None = None) -
     if Gradio is missing, and OSError if the port is in use.
     """
     from_extra("gradio", "app")  # what is missing is told before the model is loaded
-    names = ("model", "query_model", "num_kept_layers", "backend", "trust_remote_code")
-    searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
+    given = config.given("model", "query_model", "num_kept_layers", "backend", "trust_remote_code")
+    searcher = open_searcher(config.index, **given)
     with suppress(KeyboardInterrupt), ends_well_on_sigterm(), serving(searcher, config) as url:
         (started or logger.info)(url)
         threading.Event().wait()

@@ -131,21 +131,16 @@ class Searcher:
             return
         older = "" if {"space", "exits"} <= about.keys() else "; run puma-hf index again on an older index"
         if is_other:
-            problem = (
-                f"query_model {name!r} was not distilled towards {index.model!r}, which made {str(index.folder)!r},"
-            )
-            problem += " and is no other trained depth of that, or was trained since"
+            problem = f"query_model {name!r} was not distilled towards {index.model!r}, which made"
+            problem += f" {str(index.folder)!r}, and is no other trained depth of that, or was trained since"
             remedy = "Distil it towards that model (puma-hf distill --teacher) and merge, or leave query_model out"
         elif differ:
-            problem = (
-                f"{index.named} was embedded after {made} layers; {name!r} was not trained to be compared with that"
-            )
-            problem += f" after {depth}, or is another checkpoint"
+            problem = f"{index.named} was embedded after {made} layers; {name!r} was not trained to be compared"
+            problem += f" with that after {depth}, or is another checkpoint"
             remedy = f"Search after {made} layers, or after one of the trained_depths of {index.model!r} as it was then"
         else:
-            problem = (
-                f"{index.named} was made by another model than {name!r}, and vectors of two models cannot be compared"
-            )
+            problem = f"{index.named} was made by another model than {name!r}, and vectors of two models"
+            problem += " cannot be compared"
             remedy = f"Search with {index.model!r} as it was then, its weights in {about['weights_dtype']}"
         raise ValueError(f"{problem}. {remedy}{older}.")
 
@@ -194,7 +189,7 @@ def search(config: SearchConfig) -> Answers:
     The errors are those of `open_index`, `Searcher` and `Searcher.search`; ImportError if LanceDB is missing.
     """
     names = ("model", "query_model", "num_kept_layers", "backend", "rescore_multiplier", "trust_remote_code")
-    searcher = open_searcher(config.index, **{name: getattr(config, name) for name in names})
+    searcher = open_searcher(config.index, **config.given(*names))
     query = Query(text=config.query, image=config.image, instruction=config.instruction)
     answers = searcher.search(query, target=config.target, top_k=config.top)
     if config.html is not None:

@@ -22,14 +22,7 @@ from puma_hf.losses.progress_puma import find_losses
 from puma_hf.modeling.inputs_puma import is_image_name
 from puma_hf.settings import convert
 from puma_hf.trainer.lora_puma import puma_model
-from puma_hf.trainer.teachers import (
-    FrozenTeacher,
-    Teacher,
-    TeacherSource,
-    find_teacher,
-    is_of_adapter,
-    with_rows,
-)
+from puma_hf.trainer.teachers import FrozenTeacher, Teacher, TeacherSource, find_teacher, is_of_adapter, with_rows
 from puma_hf.trainer.trainer_puma import PumaTrainer
 
 logger = logging.getLogger(__name__)
@@ -171,9 +164,8 @@ class PumaDistillationTrainer(PumaTrainer):
 
     def _find(self, source: TeacherSource | None, revision: str | None) -> Teacher:
         """The teacher, whose vector space is noted in the student's configuration if that is trained to share it."""
-        teacher = find_teacher(
-            source, puma_model(self.model), revision=revision, metric=self._metric, tokenizer=self.model.tokenizer
-        )
+        options = {"metric": self._metric, "tokenizer": self.model.tokenizer}
+        teacher = find_teacher(source, puma_model(self.model), revision=revision, **options)
         if self._shares_space:
             puma_model(self.model).config.teacher_fingerprint = teacher.space(self.model)
         return teacher

@@ -86,15 +86,13 @@ def quantization_config() -> BitsAndBytesConfig:
 
     Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Neither PUMA nor LamRA trains this way.
     """
-    untyped: Any = BitsAndBytesConfig
-    config: BitsAndBytesConfig = untyped(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["visual"],  # as with LoRA, vision tower and merger stay as they are
     )
-    return config
 
 
 # --- the base that an adapter belongs to

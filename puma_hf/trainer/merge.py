@@ -39,11 +39,7 @@ MERGE_TOLERANCE = 1e-4
 
 
 def merge_adapter(
-    adapter_dir: str | Path,
-    output_dir: str | Path,
-    *,
-    base: str | Path | None = None,
-    overwrite: bool = False,
+    adapter_dir: str | Path, output_dir: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> float:
     """Merge a trained adapter into its base and save a complete PUMA directory, with the recipes of its training.
 

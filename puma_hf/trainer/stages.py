@@ -93,15 +93,12 @@ def distill(config: DistillConfig) -> Path:
     arguments, checkpoint = _prepare(config)
     items = load_items(config.data, split=config.split, seed=config.seed)
     model = _load(config, items)
+    loss = SelfDistillationLoss(model, config.metric, relational_temperature=config.relational_temperature)
     trainer = PumaDistillationTrainer(
         model=model,
         args=arguments,
         train_dataset=items,
-        loss=at_depths(
-            model,
-            SelfDistillationLoss(model, config.metric, relational_temperature=config.relational_temperature),
-            config,
-        ),
+        loss=at_depths(model, loss, config),
         **_teacher_arguments(config),
     )
     return _run(trainer, config, checkpoint)
@@ -162,20 +159,17 @@ def training_loss(model: SentenceTransformer, config: TrainConfig, *, num_device
     loss: Any = kind(model, gather_across_devices=gathers, **given | meaning[config.loss])
     if config.joint:
         names = ["contrastive_weight", "distillation_weight", "contrastive_weight_start", "distillation_weight_start"]
-        options = {name: getattr(config, name) for name in (*names, "relational_temperature")}
+        options = config.given(*names, "relational_temperature")
         loss = JointDistillationLoss(model, loss, config.metric, **options)
-    return at_depths(
-        model, MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss, config
-    )
+    loss = MatryoshkaLoss(model, loss, config.matryoshka_dims) if config.matryoshka_dims else loss
+    return at_depths(model, loss, config)
 
 
 def at_depths(model: SentenceTransformer, loss: nn.Module, config: StageConfig) -> nn.Module:
     """The loss at the depths that the settings name, or as it is if they name none."""
-    return (
-        loss
-        if config.depths is None
-        else ElasticDepthLoss(model, loss, parse_depths(config.depths), config.depth_weights)
-    )
+    if config.depths is None:
+        return loss
+    return ElasticDepthLoss(model, loss, parse_depths(config.depths), config.depth_weights)
 
 
 def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArguments:
@@ -188,7 +182,7 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
         for name, value in config.training_arguments.items()
     }
     arguments: dict[str, Any] = {
-        **{name: getattr(config, name) for name in _SAME_NAMES},
+        **config.given(*_SAME_NAMES),
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.batch_size,
         "lr_scheduler_type": "cosine",
@@ -209,8 +203,8 @@ def training_arguments(config: StageConfig) -> SentenceTransformerTrainingArgume
     return SentenceTransformerTrainingArguments(**{**arguments, **more})
 
 
-def _teacher_arguments(config: DistillConfig | TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("teacher", "teacher_mode", "teacher_cache")}
+def _teacher_arguments(config: StageConfig) -> dict[str, Any]:
+    return config.given("teacher", "teacher_mode", "teacher_cache")
 
 
 # --- the rows
@@ -221,14 +215,8 @@ def _labelled_rows(config: TrainConfig) -> Dataset:
     if is_mbeir(Path(config.data)):
         if pairs:
             raise ValueError(f"{', '.join(pairs)} is for pairs of one's own, not for M-BEIR's {config.data}.")
-        rows = load_mbeir(
-            config.data,
-            config.split,
-            num_negatives=config.num_negatives,
-            missing_negatives="drop",
-            seed=config.seed,
-            with_ids=True,
-        )
+        given = config.given("split", "num_negatives", "seed")
+        rows = load_mbeir(config.data, missing_negatives="drop", with_ids=True, **given)
     else:
         if config.split != "train":
             raise ValueError(f"split={config.split!r} is a part of M-BEIR, which {config.data} is not. Leave it out.")

@@ -19,12 +19,8 @@ logger = logging.getLogger(__name__)
 
 # What a contrastive loss of ours keeps of each forward pass, as means per query.
 LOSS_STATISTICS = (
-    "intra_negatives",
-    "inter_negatives",
-    "masked_negatives",
-    "positive_similarity",
-    "intra_similarity",
-    "inter_similarity",
+    *("intra_negatives", "inter_negatives", "masked_negatives"),
+    *("positive_similarity", "intra_similarity", "inter_similarity"),
 )
 # Embeddings that are looked at when logging: enough for a trend, and the time stays bounded.
 MAX_SPREAD_ROWS, MIN_SPREAD_ROWS = 512, 4
@@ -138,11 +134,8 @@ class TrainingStatistics(TrainerCallback):
         total: Any = reduce(torch.cat([sums.to(args.device), counted], dim=1), reduction="sum")
         values, counts = total.tolist()
         # Names without a value are left out: a batch may have no candidate of a kind.
-        found = {
-            name: round(value / count, 4)
-            for name, value, count in zip(self._names, values, counts, strict=False)
-            if count
-        }
+        means = zip(self._names, values, counts, strict=False)
+        found = {name: round(value / count, 4) for name, value, count in means if count}
         self._mixed |= any(found.get(f"{prefix}inter_negatives", 0) > 0 for prefix in self.losses)
         if not self._mixed and state.global_step >= min(WATCHED_STEPS, state.max_steps):
             self._mixed = True  # said once

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -126,17 +126,13 @@ class FrozenTeacher(Teacher):
         dropped = {f"dropped.{name}": tensor for name, tensor in self.dropped_layers.state_dict().items()}
         return base_tensors(self.student) | dropped
 
-    def _in_order(self, kept: Iterable[Any], dropped: Iterable[Any]) -> list[Any]:
-        """What belongs to the student's layers, and what to the dropped ones, in the order of the original."""
-        there, others = dict(zip(self.student.config.layers_of_original, kept, strict=True)), iter(dropped)
-        total = len(there) + len(self.dropped_layers)
-        return [there[number] if number in there else next(others) for number in range(total)]
-
     @contextmanager
     def _full_depth(self) -> Iterator[None]:
         """Make the student the full model: other layers, no adapter, no dropout; afterwards all is as before."""
         student, decoder = self.student, cast(Any, self.student.language_model)
-        layers = self._in_order(decoder.layers, self.dropped_layers)
+        kept = dict(zip(student.config.layers_of_original, decoder.layers, strict=True))
+        numbers, dropped = range(len(kept) + len(self.dropped_layers)), iter(self.dropped_layers)
+        layers = [kept[number] if number in kept else next(dropped) for number in numbers]
         training = [module for module in student.modules() if module.training]
         self.dropped_layers.to(student.device)
         try:
@@ -258,9 +254,8 @@ def _check_vocabulary(full: StoredModel, tokenizer: Any, name: str) -> None:
     """Refuse a teacher to which a token id of the student's means another token."""
     own, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(full._checkpoint.folder).get_vocab()
     if other := [token for token, number in theirs.items() if own.get(token, number) != number]:
-        problem = (
-            f"The teacher {name!r} has another vocabulary: {other[0]!r} is {theirs[other[0]]}, not {own[other[0]]}"
-        )
+        problem = f"The teacher {name!r} has another vocabulary: {other[0]!r} is {theirs[other[0]]}"
+        problem += f", not {own[other[0]]}"
         remedy = "Take one of the student's, or a sentence-transformers directory, which reads by itself, with"
         raise ValueError(f"{problem}. {remedy} metric='relational' (--metric relational).")
 
