@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from puma_hf.files import DISTILL_RECIPE, TRAIN_RECIPE
 from puma_hf.losses.schedule_puma import (
+    DEPTH_WEIGHTS,
     HARD_TEMPERATURE,
     RELATIONAL_TEMPERATURE,
     SCHEDULE,
@@ -204,7 +205,7 @@ class StageConfig(CheckedConfig):
     training_arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"flag": False})
     # Several depths of one checkpoint: one forward pass of the deepest has the states of all.
     depths: str | None = None
-    depth_weights: DepthWeights = "equal"
+    depth_weights: DepthWeights = DEPTH_WEIGHTS
     # A cached teacher costs its states on the disk, and saves a forward pass of the full model in every step.
     teacher: str | Path | None = None
     teacher_mode: TeacherMode = "frozen"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .cached_mac_puma import find_puma_model
 from .mac_puma import PUMA_CITATION
-from .schedule_puma import DepthWeights, check_choice
+from .schedule_puma import DEPTH_WEIGHTS, DepthWeights, check_choice
 
 # Where the model is told after which layers to embed.
 DEPTHS_KEY = "exit_depths"
@@ -52,7 +52,7 @@ class ElasticDepthLoss(nn.Module):
     citation = PUMA_CITATION
 
     def __init__(
-        self, model: nn.Module, loss: nn.Module, depths: Sequence[int], depth_weights: DepthWeights = "equal"
+        self, model: nn.Module, loss: nn.Module, depths: Sequence[int], depth_weights: DepthWeights = DEPTH_WEIGHTS
     ) -> None:
         super().__init__()
         check_choice("depth_weights", depth_weights, DepthWeights)

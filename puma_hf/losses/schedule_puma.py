@@ -18,6 +18,8 @@ SCHEDULE: Schedule = "exponential"
 SCHEDULE_END = 0.5
 # Share of the second sum in the split objective: chosen on the emoji's validation split, with tiny models.
 SPLIT_WEIGHT = 0.2
+# How much each of several depths counts: chosen on the emoji, with tiny models.
+DEPTH_WEIGHTS: DepthWeights = "linear"
 # Of both softmaxes over a batch's similarities, student's and teacher's: ours.
 RELATIONAL_TEMPERATURE = 0.05
 
