@@ -27,17 +27,19 @@ def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--config", str(ROOT / "configs" / "demo_distill.yaml")],
         ["--config", str(ROOT / "configs" / "demo_train.yaml")],
         ["--config", str(ROOT / "configs" / "demo_train.yaml")],
+        ["--config", str(ROOT / "configs" / "demo_distill.yaml")],
     ]
     assert all(words[words.index("--seed") + 1] == "3" for words in trained)
     # InfoNCE alone trains as many steps as both stages together.
     assert trained[2][-4:] == ["--loss", "infonce", "--max-steps", "210"]
+    assert trained[3][-2:] == ["--depths", "2,3,4,6"]
     # What the commands are given, they understand.
     models = []
     monkeypatch.setattr(stages, "distill", lambda config: models.append(config.model) or Path("out"))
     monkeypatch.setattr(stages, "train", lambda config: models.append(config.model) or Path("out"))
     for words in trained:
         app(words, standalone_mode=False)
-    assert [Path(model).name for model in models] == ["pruned", "distilled", "pruned"]
+    assert [Path(model).name for model in models] == ["pruned", "distilled", "pruned", "pruned-deeper"]
 
 
 def test_the_teacher_is_asked_for_nothing_that_only_val_and_test_have() -> None:

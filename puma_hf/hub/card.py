@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
+from sentence_transformers import SentenceTransformer
 
 from puma_hf import __version__
-from puma_hf.checkpoint import open_sentence_transformer
 from puma_hf.configs import RECIPES, PushConfig
 from puma_hf.estimate import count_parameters
 from puma_hf.evaluation.layer_sweep import TEXT_TOKENS, decoder_of, layer_costs
@@ -139,7 +139,8 @@ def make_card(
 def load_model(folder: Path, num_kept_layers: int | None = None) -> Any:
     """The model of a directory or its first layers; None if it cannot be loaded, as an adapter without its base."""
     try:
-        return open_sentence_transformer(str(folder), num_kept_layers, device="cpu")
+        cut: Any = {} if num_kept_layers is None else {"model_kwargs": {"num_kept_layers": num_kept_layers}}
+        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **cut)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         logger.warning("%s cannot be loaded (%s), so no results are known to be its own.", folder, reason)
