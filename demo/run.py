@@ -81,7 +81,8 @@ def build_models(work: Path, backbone: Path, seed: int) -> None:
     stage("train", TRAIN, pruned, work / "infonce", seed, loss="infonce", max_steps=steps)
     deeper = work / "pruned-deeper"
     command("prune", backbone, deeper, num_kept_layers=DEPTHS.rpartition(",")[2], overwrite=True)
-    stage("distill", DISTILL, deeper, work / "elastic", seed, teacher=backbone, depths=DEPTHS)
+    # Smaller batches, for the time that six layers take.
+    stage("distill", DISTILL, deeper, work / "elastic", seed, teacher=backbone, depths=DEPTHS, batch_size=32)
 
 
 def results_folder(work: Path, model: str, split: str) -> Path:

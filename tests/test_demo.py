@@ -32,7 +32,7 @@ def test_the_stages_follow_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(words[words.index("--seed") + 1] == "3" for words in trained)
     # InfoNCE alone trains as many steps as both stages together.
     assert trained[2][-4:] == ["--loss", "infonce", "--max-steps", "210"]
-    assert trained[3][-2:] == ["--depths", "2,3,4,6"]
+    assert trained[3][-4:] == ["--depths", "2,3,4,6", "--batch-size", "32"]
     # What the commands are given, they understand.
     models = []
     monkeypatch.setattr(stages, "distill", lambda config: models.append(config.model) or Path("out"))
