@@ -1,6 +1,6 @@
 """The whole way on real images: prune, distil, merge, train with MAC-Loss, merge, evaluate, reload, index, search.
 
-    .venv/bin/python demo/run.py            # what `make demo` runs; about five minutes on two cores
+    .venv/bin/python demo/run.py            # what `make demo` runs; six minutes or more on two cores
 
 Every step is a `puma-hf` command, printed before it runs; both stages follow recipes in `configs/`. The model is a tiny
 Qwen2-VL (`demo/backbone/`), the data are emoji in M-BEIR's layout (`demo/emoji/`). Results go to `demo/output/`.
